@@ -1,0 +1,54 @@
+# Needs Python 3.11 or newer, pip and make; everything else goes into VENV.
+PYTHON ?= python3
+VENV := .venv
+
+# What VENV already holds stays in use; otherwise cuda12 where a GPU answers.
+INSTALLED := $(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/installed-*))
+DEVICE ?= $(or $(INSTALLED),$(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu))
+
+REQUIREMENTS_cpu := requirements-cpu.txt
+REQUIREMENTS_cuda12 := requirements.txt
+REQUIREMENTS = $(or $(REQUIREMENTS_$(DEVICE)),$(error DEVICE=$(DEVICE): it is cpu or cuda12))
+
+RUN := $(VENV)/bin/python
+STAMP = $(VENV)/installed-$(DEVICE)
+RECENT = $(shell { $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))'; } 2>/dev/null)
+
+.PHONY: help setup demo test lint format clean
+
+help: ## list the targets (the default)
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile
+	@echo "DEVICE=cpu or DEVICE=cuda12 chooses the packages, PYTHON=... the interpreter."
+
+setup: $(STAMP) ## install the packages; the other targets do this by themselves
+
+demo: $(STAMP) ## compare strategies on the digits, offline; a second call resumes
+	@$(if $(filter cpu,$(DEVICE)),JAX_PLATFORMS=cpu )$(RUN) launch.py \
+	  --config=configs/compare.py:digits --workdir=runs/digits
+
+test: $(STAMP) ## run all tests, on the CPU
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest
+
+lint: $(STAMP) ## check style and formatting
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+format: $(STAMP) ## mend style and formatting
+	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
+
+clean: ## remove the packages and the caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp comes last and --clear comes first, so a broken-off install starts anew.
+# Where Debian leaves out ensurepip, the interpreter's own pip (22.3 or newer) installs
+# pip into VENV.
+$(STAMP): requirements.txt requirements-cpu.txt
+	@$(if $(filter True,$(RECENT)),,$(error fedmoe_jax needs Python 3.11 or newer, and \
+	  $(PYTHON) is not; name one, as in: make PYTHON=python3.12))
+	@echo "Installing $(REQUIREMENTS) into $(VENV) (about a minute on a good line) ..."
+	@$(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(RUN) install -q pip; }
+	@$(RUN) -m pip install -q -r $(REQUIREMENTS) >$(VENV)/pip.log 2>&1 || \
+	  { tail -n 20 $(VENV)/pip.log >&2; exit 1; }
+	@touch $@
