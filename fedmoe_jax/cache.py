@@ -1,0 +1,84 @@
+"""Decoded arrays on disk: written whole or not at all, each byte checked on reading."""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from fedmoe_jax.types import Dataset, UserError
+
+
+def cache_folders(source: Path) -> tuple[Path, Path]:
+    """Where decoded arrays of exactly these records may be, in order of preference."""
+    stats = [(path.name, path.stat()) for path in sorted(source.glob("cifar10-*"))]
+    stamp = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    named = [str(source.resolve()), *stamp]
+    return (
+        source / "fedmoe_jax" / _short_hash(stamp),
+        home / "fedmoe_jax" / f"cifar10-{_short_hash(named)}",
+    )
+
+
+def _short_hash(value: list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def keep_decoded(folders: tuple[Path, ...], data: Dataset) -> None:
+    """Writes to the first folder that can be written; if there is none, says so."""
+    for folder in folders:
+        try:
+            return write_cache(folder, data)
+        except OSError as error:
+            print(f"cannot keep decoded arrays: {brief(error)}", file=sys.stderr)
+
+
+def write_cache(folder: Path, data: Dataset) -> None:
+    """Writes through a temporary folder, so that `folder` is whole or absent."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="writing-") as temporary:
+        part = Path(temporary) / folder.name
+        part.mkdir()
+        for field, value in data._asdict().items():
+            np.save(part / f"{field}.npy", np.asarray(value))
+        digests = {path.name: _digest(path) for path in part.iterdir()}
+        (part / "sha256.json").write_text(json.dumps(digests))
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+
+
+def read_cache(folder: Path) -> Dataset:
+    """Reads decoded arrays and checks every byte of them."""
+    try:
+        digests = json.loads((folder / "sha256.json").read_text())
+        fields = {}
+        for field in Dataset._fields:
+            path = folder / f"{field}.npy"
+            if _digest(path) != digests[path.name]:
+                raise ValueError(f"{path.name} does not match its sha256")
+            fields[field] = np.load(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"data.dir: the decoded copy of CIFAR-10 is damaged ({brief(error)}); "
+            f"delete {folder}, it is made again from the records and nothing is lost"
+        ) from error
+    names = tuple(str(name) for name in fields.pop("label_names"))
+    return Dataset(**fields, label_names=names)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def brief(error: Exception) -> str:
+    """The error on one line of bearable length."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first[:160]}"

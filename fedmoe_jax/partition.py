@@ -1,0 +1,226 @@
+"""Which client owns which training example, drawn once on the host.
+
+Every rule gives an owner to every example, so each example is used exactly once.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import chex
+import numpy as np
+
+from fedmoe_jax.types import Partition, UserError
+
+MAX_DRAWS = 100
+
+
+class Options(NamedTuple):
+    """What the rules may depend on; fields as in `split`."""
+
+    num_clients: int
+    num_classes: int
+    alpha: float
+    classes_per_client: int
+    min_size: int
+
+
+# (labels [X], options, rng) -> owner [X] int in [0, N)
+OwnerFn = Callable[[np.ndarray, Options, np.random.Generator], np.ndarray]
+
+
+def split(
+    kind: str,
+    y: np.ndarray,
+    *,
+    num_clients: int,
+    num_classes: int,
+    alpha: float,
+    classes_per_client: int,
+    min_size: int,
+    seed: int,
+) -> Partition:
+    """Divides the training examples among the clients.
+
+    Args:
+      kind: `dirichlet` (label skew; Hsu et al., arXiv:1909.06335, with proportions
+        drawn per class), `shards` (McMahan et al., arXiv:1602.05629, section 3),
+        `quantity` (size skew, IID labels) or `iid`.
+      y: [X] int labels in [0, L).
+      num_clients: N >= 1.
+      num_classes: L.
+      alpha: > 0, concentration of `dirichlet` and `quantity`; small is skewed.
+      classes_per_client: in [1, L], shards of each client, of `shards`. A shard
+        that straddles two labels adds one more.
+      min_size: >= 1, examples that every client gets at least. A random rule is
+        drawn anew up to 100 times for it; then each short client takes examples,
+        drawn at random, from whoever is largest at that moment.
+      seed: >= 0; the same arguments always give the same partition.
+
+    Returns:
+      The partition. M is the largest size rounded up to a power of two, so that
+      most seeds share one compiled program.
+
+    Raises:
+      UserError: an argument is outside its range or N * min_size > X.
+    """
+    options = Options(num_clients, num_classes, alpha, classes_per_client, min_size)
+    y = np.asarray(y)
+    _check(kind, y, options, seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(MAX_DRAWS):
+        owner = KINDS[kind](y, options, rng)
+        if np.bincount(owner, minlength=num_clients).min() >= min_size:
+            break
+    else:
+        owner = _fill_up(owner, options, rng)
+    return _pack(owner, y, options)
+
+
+def _check(kind: str, y: np.ndarray, options: Options, seed: int) -> None:
+    chex.assert_rank(y, 1)
+    num_classes, needed = options.num_classes, options.num_clients * options.min_size
+    finite = math.isfinite(options.alpha)
+    rules = (
+        (kind in KINDS, "partition.kind", kind, ", ".join(KINDS)),
+        (options.num_clients >= 1, "num_clients", options.num_clients, ">= 1"),
+        (finite and options.alpha > 0, "partition.alpha", options.alpha, "> 0"),
+        (
+            1 <= options.classes_per_client <= num_classes,
+            "partition.classes_per_client",
+            options.classes_per_client,
+            f"1 to {num_classes}, the number of classes",
+        ),
+        (options.min_size >= 1, "partition.min_size", options.min_size, ">= 1"),
+        (
+            needed <= len(y),
+            "partition.min_size",
+            options.min_size,
+            f"num_clients={options.num_clients} times it at most {len(y)} examples",
+        ),
+        (seed >= 0, "seed", seed, ">= 0"),
+    )
+    for is_valid, field, value, allowed in rules:
+        if not is_valid:
+            raise UserError(f"{field}={value!r} is not allowed; allowed: {allowed}")
+
+
+def _own_dirichlet(
+    y: np.ndarray, options: Options, rng: np.random.Generator
+) -> np.ndarray:
+    """Each class is shared out in Dirichlet(alpha) proportions of its own."""
+    owner = np.zeros(len(y), np.int64)
+    for label in range(options.num_classes):
+        members = np.flatnonzero(y == label)
+        owner[members] = _own_quantity(members, options, rng)
+    return owner
+
+
+def _own_quantity(
+    y: np.ndarray, options: Options, rng: np.random.Generator
+) -> np.ndarray:
+    """Sizes in Dirichlet(alpha) proportions, examples at random."""
+    shares = rng.dirichlet(np.full(options.num_clients, options.alpha))
+    middles = (np.arange(len(y)) + 0.5) / max(len(y), 1)
+    # The last edge is 1 but for rounding, so it is left out.
+    return rng.permutation(np.searchsorted(np.cumsum(shares)[:-1], middles))
+
+
+def _own_shards(
+    y: np.ndarray, options: Options, rng: np.random.Generator
+) -> np.ndarray:
+    """Examples sorted by label, cut into equal shards, dealt at random."""
+    shuffled = rng.permutation(len(y))
+    by_label = shuffled[np.argsort(y[shuffled], kind="stable")]
+    clients = np.arange(options.num_clients)
+    deal = rng.permutation(np.repeat(clients, options.classes_per_client))
+    owner = np.zeros(len(y), np.int64)
+    owner[by_label] = deal[np.arange(len(y)) * len(deal) // len(y)]
+    return owner
+
+
+def _own_iid(y: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """Equal sizes, examples at random."""
+    return rng.permutation(np.arange(len(y)) % options.num_clients)
+
+
+KINDS: dict[str, OwnerFn] = {
+    "dirichlet": _own_dirichlet,
+    "shards": _own_shards,
+    "quantity": _own_quantity,
+    "iid": _own_iid,
+}
+
+
+def _fill_up(
+    owner: np.ndarray, options: Options, rng: np.random.Generator
+) -> np.ndarray:
+    """Moves random examples of the largest clients to those below `min_size`."""
+    size = np.bincount(owner, minlength=options.num_clients)
+    shuffled = rng.permutation(len(owner))
+    by_owner = shuffled[np.argsort(owner[shuffled], kind="stable")]
+    rows = [list(row) for row in np.split(by_owner, np.cumsum(size)[:-1])]
+    owner = owner.copy()
+    for client in np.flatnonzero(size < options.min_size):
+        while size[client] < options.min_size:
+            largest = size.argmax()
+            owner[rows[largest].pop()] = client
+            size[largest] -= 1
+            size[client] += 1
+    return owner
+
+
+def _pack(owner: np.ndarray, y: np.ndarray, options: Options) -> Partition:
+    """Lists every client's examples in ascending order, padded with zeros."""
+    size = np.bincount(owner, minlength=options.num_clients)
+    width = 1 << (int(size.max()) - 1).bit_length()
+    index = np.zeros((options.num_clients, width), np.int32)
+    order = np.argsort(owner, kind="stable")
+    start = np.cumsum(size) - size
+    index[owner[order], np.arange(len(y)) - np.repeat(start, size)] = order
+    label_counts = np.zeros((options.num_clients, options.num_classes), np.int32)
+    np.add.at(label_counts, (owner, y), 1)
+    return Partition(index, size.astype(np.int32), label_counts)
+
+
+def save_partition(path: str | Path, partition: Partition) -> None:
+    """Writes a partition as .npz; `path` is whole or as it was before."""
+    path = Path(path)
+    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False)
+    try:
+        with file:
+            np.savez(file, **partition._asdict())
+        os.replace(file.name, path)
+    except BaseException:
+        os.unlink(file.name)
+        raise
+
+
+def load_partition(path: str | Path) -> Partition:
+    """Reads what `save_partition` wrote.
+
+    Raises:
+      UserError: the file is missing, damaged or not a partition.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:
+            partition = Partition(*(arrays[field] for field in Partition._fields))
+        _check_whole(partition)
+    # A damaged zip file raises a dozen unrelated kinds of exception.
+    except Exception as error:
+        raise UserError(
+            f"partition file {str(path)!r} cannot be used ({type(error).__name__}); "
+            "allowed: an undamaged file written by save_partition"
+        ) from error
+    return partition
+
+
+def _check_whole(partition: Partition) -> None:
+    """Raises unless every example is owned once and the counts agree."""
+    index, size, label_counts = partition
+    owned = index[np.arange(index.shape[1]) < size[:, None]]
+    np.testing.assert_array_equal(np.sort(owned), np.arange(size.sum()))
+    np.testing.assert_array_equal(label_counts.sum(1), size)

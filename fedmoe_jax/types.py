@@ -1,0 +1,303 @@
+"""The axis letters, the words, and every pytree that crosses a file boundary.
+
+Axis letters, used in every docstring, comment and einsum of this package:
+
+| letter | axis |
+|---|---|
+| N | clients in the population |
+| C | clients in the cohort of one round |
+| M | padded examples per client |
+| T | local steps |
+| B | batch of examples |
+| H W F | image height, width, channels |
+| D | gate features |
+| E | experts |
+| K | expert slots a client may hold (the maximum over clients) |
+| A | experts active per example |
+| L | label classes |
+| R | rounds in one compiled chunk |
+| X | examples of a data set |
+
+Words: `mask` is bool, `weight` >= 0, `size` counts examples, `load` counts examples
+trained through an expert, `gates` are probabilities, `logits` are unnormalised, `key`
+is a JAX key and is consumed, `rng` is a NumPy generator and stays on the host, and
+`delta = client_params - params`, so that adding a delta moves towards the client.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+
+Array = jax.Array
+PyTree = Any
+
+
+class UserError(Exception):
+    """A mistake in the config, flags, data or checkpoint that a user can mend.
+
+    The message is one line that names the field, its value and what is allowed;
+    `launch.py` prints it and exits with code 2.
+    """
+
+
+class Sizes(NamedTuple):
+    """The static sizes of one run. Changing any of them compiles a new program.
+
+    Attributes:
+      num_clients: N.
+      cohort_size: C, at most N.
+      num_experts: E.
+      max_held: K, at most E.
+      num_active: A, at most K.
+      local_steps: T.
+      batch_size: B.
+      expert_width: hidden units (MLP) or channels (convolution) of one expert.
+      num_classes: L.
+    """
+
+    num_clients: int
+    cohort_size: int
+    num_experts: int
+    max_held: int
+    num_active: int
+    local_steps: int
+    batch_size: int
+    expert_width: int
+    num_classes: int
+
+
+@struct.dataclass
+class Hyper:
+    """Hyperparameters that are traced: varying one does not compile anything anew.
+
+    Every field is a float32 scalar.
+
+    Attributes:
+      client_learning_rate: step size of the local optimiser, > 0.
+      server_learning_rate: step size of the server optimiser, > 0.
+      prox: FedProx coefficient mu >= 0 of `mu / 2 * |params - received|^2`.
+      calibration: weight >= 0 of the gate calibration loss.
+      load_loss: weight >= 0 of the Switch load loss.
+      z_loss: weight >= 0 of the router z-loss.
+      fitness_rate: beta in (0, 1], weight of the newest feedback in the fitness EMA.
+      idle_decay: rho in [0, 1], what an unheld pair keeps of its distance to
+        `idle_target` (1 keeps the fitness as it is).
+      idle_target: fitness towards which unheld pairs decay.
+      loss_scale: alpha >= 0 of the loss-driven feedback `exp(-alpha * loss)`, 1 / nats.
+      frequency_share: share in [0, 1] of selection frequency in the mixed feedback.
+      usage_decay: gamma in [0, 1], what the usage keeps from round to round.
+      fitness_weight: weight of the normalised fitness in the desirability.
+      usage_weight: weight of the normalised usage, subtracted in the desirability.
+      exploration: probability in [0, 1] that a client's scores are drawn at random.
+      buffer: share in [0, 1) of every resource that the profile keeps in reserve.
+    """
+
+    client_learning_rate: Array
+    server_learning_rate: Array
+    prox: Array
+    calibration: Array
+    load_loss: Array
+    z_loss: Array
+    fitness_rate: Array
+    idle_decay: Array
+    idle_target: Array
+    loss_scale: Array
+    frequency_share: Array
+    usage_decay: Array
+    fitness_weight: Array
+    usage_weight: Array
+    exploration: Array
+    buffer: Array
+
+
+class Dataset(NamedTuple):
+    """Images and labels on the host, as NumPy arrays.
+
+    Attributes:
+      train_x: [X, H, W, F] uint8.
+      train_y: [X] int32 in [0, L).
+      test_x: [X', H, W, F] uint8.
+      test_y: [X'] int32.
+      label_names: L strings.
+    """
+
+    train_x: Any
+    train_y: Any
+    test_x: Any
+    test_y: Any
+    label_names: tuple[str, ...]
+
+
+class Partition(NamedTuple):
+    """Which client owns which training example, on the host.
+
+    Attributes:
+      index: [N, M] int32, row c lists the examples of client c and then zeros.
+      size: [N] int32, how many entries of each row count.
+      label_counts: [N, L] int32, examples of each class that each client owns.
+    """
+
+    index: Any
+    size: Any
+    label_counts: Any
+
+
+@struct.dataclass
+class Devices:
+    """What every client's device can do, true values.
+
+    Attributes:
+      memory: [N] float32, bytes free for training.
+      flops: [N] float32, floating-point operations per second.
+      upload: [N] float32, bytes per second.
+      download: [N] float32, bytes per second.
+      tier: [N] int32, index into the configured tiers.
+    """
+
+    memory: Array
+    flops: Array
+    upload: Array
+    download: Array
+    tier: Array
+
+
+@struct.dataclass
+class Federation:
+    """Everything a round reads and never writes; replicated on every device.
+
+    Attributes:
+      x: [X, H, W, F] uint8 training images of all clients.
+      y: [X] int32 labels.
+      index: [N, M] int32, examples of each client, zeros beyond `size`.
+      size: [N] int32, examples of each client, >= 1.
+      label_mix: [N, L] float32, each client's label histogram, rows sum to 1.
+      test_x: [X', H, W, F] uint8.
+      test_y: [X'] int32.
+      mean: [F] float32 channel means of `x` as fractions of 255.
+      std: [F] float32 channel standard deviations, likewise, > 0.
+      devices: the clients' devices.
+    """
+
+    x: Array
+    y: Array
+    index: Array
+    size: Array
+    label_mix: Array
+    test_x: Array
+    test_y: Array
+    mean: Array
+    std: Array
+    devices: Devices
+
+
+@struct.dataclass
+class AlignState:
+    """What the server has learnt about clients and experts.
+
+    Attributes:
+      fitness: [N, E] float32, client-expert fitness score (paper section III-B-1).
+      usage: [E] float32, decayed count of examples trained (section III-B-2).
+      held: [N, E] bool, what each client held when it was last in a cohort.
+      times_held: [N, E] int32, rounds in which the client held the expert.
+    """
+
+    fitness: Array
+    usage: Array
+    held: Array
+    times_held: Array
+
+
+@struct.dataclass
+class SimState:
+    """The simulation. One pytree of arrays; a checkpoint is exactly this.
+
+    Attributes:
+      round: [] int32, rounds done so far.
+      key: [] the seed's key; it never changes, uses fold the round into it.
+      params: `{"stem", "gate", "experts", "head"}`; every leaf under `gate` and
+        `experts` has a leading E axis.
+      server_opt: state of the server's optax transformation.
+      align: the alignment state.
+      personal_gate: like `params["gate"]` with a leading N axis where gates are
+        personal, else an empty dict.
+    """
+
+    round: Array
+    key: Array
+    params: PyTree
+    server_opt: PyTree
+    align: AlignState
+    personal_gate: PyTree
+
+
+@struct.dataclass
+class Assignment:
+    """Which experts each cohort client holds, as slots.
+
+    Attributes:
+      held: [C, K] int32, expert ids; distinct among the valid slots of a row.
+      slot: [C, K] bool, which slots are valid; the first k_c of each row.
+    """
+
+    held: Array
+    slot: Array
+
+
+@struct.dataclass
+class Evidence:
+    """What a strategy may look at when it decides for a cohort.
+
+    Attributes:
+      round: [] int32.
+      client: [C] int32, client ids.
+      fitness: [C, E] float32, rows of the cohort.
+      usage: [E] float32.
+      capacity: [C] int32 in [1, K], experts each client can hold.
+      load: [C] float32, examples each client trains in one round.
+    """
+
+    round: Array
+    client: Array
+    fitness: Array
+    usage: Array
+    capacity: Array
+    load: Array
+
+
+@struct.dataclass
+class Feedback:
+    """What a client reports about the experts in its slots (leading C axis in a round).
+
+    Attributes:
+      accuracy: [K] float32 in [0, 1], gate-weighted share of correct predictions.
+      loss: [K] float32 >= 0 nats, gate-weighted mean cross-entropy.
+      frequency: [K] float32, share of the gate mass, sums to 1 over valid slots.
+      load: [K] float32, examples whose top-A includes the slot's expert.
+    """
+
+    accuracy: Array
+    loss: Array
+    frequency: Array
+    load: Array
+
+
+# (evidence, hyper, sizes, key) -> Assignment
+AssignFn = Callable[[Evidence, Hyper, Sizes, Array], Assignment]
+# Sizes -> Sizes, for strategies whose model differs from the configured one.
+ResizeFn = Callable[[Sizes], Sizes]
+
+
+class Strategy(NamedTuple):
+    """One published system or control, as a record of pure functions.
+
+    Attributes:
+      assign: decides which experts each cohort client holds.
+      resize: the sizes of the model this strategy trains.
+      note: what it decides and what it needs beyond the shared rules, one sentence.
+    """
+
+    assign: AssignFn
+    resize: ResizeFn
+    note: str
