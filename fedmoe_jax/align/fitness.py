@@ -1,0 +1,136 @@
+"""Client-expert fitness: how well each expert serves each client (paper III-B-1)."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.types import Array, Assignment, Feedback, Hyper, UserError
+
+
+def init_fitness(
+    key: Array, num_clients: int, num_experts: int, prior: float, noise: float
+) -> Array:
+    """The scores before any round: the prior plus uniform noise that breaks ties.
+
+    Args:
+      key: a JAX key, consumed.
+      num_clients: N.
+      num_experts: E.
+      prior: score that every pair starts from.
+      noise: half the width of the noise, >= 0.
+
+    Returns:
+      [N, E] float32 in [prior - noise, prior + noise].
+    """
+    shape = (num_clients, num_experts)
+    return prior + noise * jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+
+
+def _accuracy(feedback: Feedback, hyper: Hyper) -> Array:
+    return feedback.accuracy
+
+
+def _loss(feedback: Feedback, hyper: Hyper) -> Array:
+    return jnp.exp(-hyper.loss_scale * feedback.loss)
+
+
+def _mixed(feedback: Feedback, hyper: Hyper) -> Array:
+    share = hyper.frequency_share
+    return (1 - share) * feedback.accuracy + share * feedback.frequency
+
+
+SCORES: dict[str, Callable[[Feedback, Hyper], Array]] = {
+    "accuracy": _accuracy,
+    "loss": _loss,
+    "mixed": _mixed,
+}
+
+
+def score(kind: str, feedback: Feedback, hyper: Hyper) -> Array:
+    """What one round of feedback says about each held pair.
+
+    `accuracy` and `loss` are the feedback of FLEX-MoE (arXiv 2512.23070); `mixed`
+    adds the selection frequency that the paper names beside the error.
+
+    Args:
+      kind: `accuracy`, `loss` (`exp(-loss_scale * loss)`) or `mixed`
+        (`(1 - frequency_share) * accuracy + frequency_share * frequency`).
+      feedback: with leaves of shape [C, K].
+      hyper: gives `loss_scale` and `frequency_share`.
+
+    Returns:
+      [C, K] float32 in [0, 1]; NaN where the feedback is NaN.
+
+    Raises:
+      UserError: if `kind` is unknown.
+    """
+    if kind not in SCORES:
+        allowed = ", ".join(SCORES)
+        raise UserError(f"fitness.feedback={kind!r} is unknown; allowed: {allowed}")
+    return SCORES[kind](feedback, hyper)
+
+
+def idle_rule(kind: str, decay: float, prior: float) -> tuple[float, float]:
+    """The two numbers, `Hyper.idle_decay` and `Hyper.idle_target`, of an idle rule.
+
+    Args:
+      kind: `keep` (FLEX-MoE: unheld pairs keep their score), `decay` (the paper's
+        wording: unheld pairs only lose score, so greedy locks in its first picks)
+        or `prior` (they forget towards the prior, so they are tried again).
+      decay: share in [0, 1] kept per idle round; unused by `keep`.
+      prior: the score that `prior` decays towards.
+
+    Returns:
+      `(idle_decay, idle_target)`.
+
+    Raises:
+      UserError: if `kind` is unknown.
+    """
+    rules = {"keep": (1.0, prior), "decay": (decay, 0.0), "prior": (decay, prior)}
+    if kind not in rules:
+        raise UserError(
+            f"fitness.idle={kind!r} is unknown; allowed: {', '.join(rules)}"
+        )
+    return rules[kind]
+
+
+def update_fitness(
+    fitness: Array,
+    client: Array,
+    assignment: Assignment,
+    score: Array,
+    counted: Array,
+    hyper: Hyper,
+) -> Array:
+    """One round of learning for every client-expert pair.
+
+    A pair held with evidence moves by the EMA `(1 - rate) Q + rate * score`. A pair
+    held without evidence (`counted` false or a score that is not finite) keeps Q: it
+    did interact, but nothing was seen. Every other pair, of clients outside the
+    cohort too, did not interact and follows `idle_decay Q + (1 - idle_decay) target`.
+
+    Args:
+      fitness: [N, E] float32.
+      client: [C] int32, distinct client ids.
+      assignment: what the C clients held, [C, K].
+      score: [C, K] float32, may hold NaN.
+      counted: [C, K] bool, slots whose score is evidence: the client's update was
+        used and at least one example was routed to the expert.
+      hyper: gives `fitness_rate`, `idle_decay` and `idle_target`.
+
+    Returns:
+      [N, E] float32, finite if `fitness` is.
+    """
+    chex.assert_rank(fitness, 2)
+    chex.assert_shape(client, (score.shape[0],))
+    chex.assert_equal_shape([assignment.held, assignment.slot, score, counted])
+    keep = hyper.idle_decay
+    idle = keep * fitness + (1 - keep) * hyper.idle_target
+    old = fitness[client[:, None], assignment.held]
+    new = (1 - hyper.fitness_rate) * old + hyper.fitness_rate * score
+    value = jnp.where(counted & jnp.isfinite(score), new, old)
+    # An id of E is out of bounds, so the writes of empty slots are dropped.
+    expert = jnp.where(assignment.slot, assignment.held, fitness.shape[1])
+    return idle.at[client[:, None], expert].set(value, mode="drop")

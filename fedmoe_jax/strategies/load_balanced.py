@@ -1,0 +1,57 @@
+"""Load-balanced assignment: fitness less usage, under the client's capacity."""
+
+import jax.numpy as jnp
+
+from fedmoe_jax.align.desirability import desirability, normalise_fitness
+from fedmoe_jax.align.solve import running_top_k, top_k
+from fedmoe_jax.strategies.random import explore, uniform_scores
+from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
+
+
+def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
+    """Top k_c of the desirability, each client by itself, as the paper words it."""
+    scores = desirability(evidence.fitness, evidence.usage, hyper)
+    scores = explore(scores, evidence, hyper, key)
+    return top_k(scores, evidence.capacity, sizes.max_held)
+
+
+def assign_running(
+    evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array
+) -> Assignment:
+    """Top k_c of the desirability, one client after the other, in a random order.
+
+    Usage grows by the load each pick can expect, so later clients avoid it. Explorers
+    ignore usage, and what they pick is still counted.
+    """
+    drawn = uniform_scores(key, evidence.client, 2 + sizes.num_experts)
+    place, explorer = drawn[:, 0], drawn[:, 1] < hyper.exploration
+    gain = hyper.fitness_weight * normalise_fitness(evidence.fitness)
+    return running_top_k(
+        scores=jnp.where(explorer[:, None], drawn[:, 2:], gain),
+        usage=evidence.usage,
+        usage_weight=jnp.where(explorer, 0.0, hyper.usage_weight),
+        load=evidence.load,
+        capacity=evidence.capacity,
+        order=jnp.argsort(place),
+        max_held=sizes.max_held,
+        num_active=sizes.num_active,
+    )
+
+
+LOAD_BALANCED = Strategy(
+    assign=assign,
+    resize=lambda sizes: sizes,
+    note=(
+        "Gives each client the experts of highest desirability (fitness less usage), "
+        "clients deciding independently; needs feedback and load."
+    ),
+)
+
+LOAD_BALANCED_RUNNING = Strategy(
+    assign=assign_running,
+    resize=lambda sizes: sizes,
+    note=(
+        "As load_balanced, but clients pick in a random order and each sees the load "
+        "of earlier picks; needs feedback, load and a loop over the cohort."
+    ),
+)

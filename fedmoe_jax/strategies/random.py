@@ -1,0 +1,42 @@
+"""Random assignment, the free baseline, and the exploration that others share."""
+
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.align.solve import top_k
+from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
+
+
+def uniform_scores(key: Array, client: Array, count: int) -> Array:
+    """Uniform scores in [0, 1), each client's drawn from its own id.
+
+    Args:
+      key: a JAX key, consumed.
+      client: [C] int32, client ids.
+      count: how many scores each client draws.
+
+    Returns:
+      [C, count] float32; a client's row does not depend on the rest of the cohort.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, client)
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+
+
+def explore(scores: Array, evidence: Evidence, hyper: Hyper, key: Array) -> Array:
+    """Scores [C, E], each row replaced by uniform ones at a chance of `exploration`."""
+    drawn = uniform_scores(key, evidence.client, 1 + scores.shape[1])
+    explorer = drawn[:, :1] < hyper.exploration
+    return jnp.where(explorer, drawn[:, 1:], scores)
+
+
+def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
+    """Every client holds k_c experts drawn without replacement, afresh each round."""
+    scores = uniform_scores(key, evidence.client, sizes.num_experts)
+    return top_k(scores, evidence.capacity, sizes.max_held)
+
+
+RANDOM = Strategy(
+    assign=assign,
+    resize=lambda sizes: sizes,
+    note="Draws each client's experts uniformly every round and uses no feedback.",
+)
