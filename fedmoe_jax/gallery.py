@@ -1,0 +1,212 @@
+"""The pictures of a report, each with what to look for in it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fedmoe_jax import plots
+from fedmoe_jax.runs import ACCURACIES, NAN, Run, interval, num_experts, numbers
+
+
+class Picture(NamedTuple):
+    """A figure with its file name (without suffix) and what to look for in it."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+def _series(
+    place: int, label: str, group: Sequence[Run], field: str, scale: float
+) -> list[plots.Series]:
+    """The field over rounds of a group's runs; empty where no run has it."""
+    tracks = [
+        {row["round"]: row[field] for row in run.rows if row.get(field) is not None}
+        for run in group
+    ]
+    rounds = sorted(set().union(*tracks))
+    values = np.array([[t.get(r, NAN) for r in rounds] for t in tracks], float)
+    seen = np.isfinite(values).any(axis=0)
+    if not seen.any():
+        return []
+    return [plots.Series(place, label, np.array(rounds)[seen], scale * values[:, seen])]
+
+
+CURVES = {  # field of a row: scale, axis label, what to look for
+    "global_accuracy": (
+        100,
+        "Global accuracy (%)",
+        "Global accuracy: top-A routing over all experts, on the whole test set. Look "
+        "for who climbs first, who ends highest, and who stops early.",
+    ),
+    "global_soft_accuracy": (
+        100,
+        "Global soft accuracy (%)",
+        "Global accuracy of the soft mixture of all experts. Far above the top-A "
+        "curve, the gate does not send examples to the experts that know them.",
+    ),
+    "personal_accuracy": (
+        100,
+        "Personal accuracy (%)",
+        "Personal accuracy: each client's own experts on its own classes. High with a "
+        "low global accuracy, the experts serve their clients but not one another.",
+    ),
+    "load_cv": (
+        1,
+        "CV of expert load",
+        "Coefficient of variation over experts of the examples trained in a round; 0 "
+        "is perfectly even. It should stay low where the strategy counts load.",
+    ),
+}
+
+
+def _chance(runs: Iterable[Run]) -> tuple[float, str] | None:
+    """Accuracy in percent of guessing, where a finished run tells the classes."""
+    classes = [len(run.arrays["label_names"]) for run in runs if run.arrays]
+    return (100 / classes[0], "chance") if classes else None
+
+
+def _accuracy_picture(group: Sequence[Run]) -> Iterator[Picture]:
+    """All accuracies of one strategy in one picture."""
+    lines = []
+    for place, (name, title) in enumerate(ACCURACIES.items()):
+        lines += _series(place, title, group, name, 100)
+    if lines:
+        caption = (
+            "Test accuracy. Global: all experts on the whole test set, top-A routed or "
+            "as a soft mixture; personal: each client's experts on its own classes. A "
+            "wide gap between them is specialisation that the gate does not exploit."
+        )
+        figure = plots.curves(lines, "Test accuracy (%)", _chance(group))
+        yield Picture("accuracy", caption, figure)
+
+
+def curve_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
+    """One picture per measure; with one strategy its accuracies share a picture."""
+    measures = CURVES
+    if len(groups) == 1:
+        yield from _accuracy_picture(next(iter(groups.values())))
+        measures = {"load_cv": CURVES["load_cv"]}
+    chance = _chance(run for group in groups.values() for run in group)
+    for field, (scale, ylabel, caption) in measures.items():
+        lines = []
+        for place, (label, group) in enumerate(groups.items()):
+            if field != "load_cv" or num_experts(group[0]) != 1:
+                lines += _series(place, label, group, field, scale)
+        reference = chance if field.startswith("global") else None
+        if lines:
+            yield Picture(field, caption, plots.curves(lines, ylabel, reference))
+
+
+def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
+    panels = []
+    for name, title in ACCURACIES.items():
+        points = [
+            np.array([100 * numbers(run)[f"final_{name}"] for run in group])
+            for group in groups.values()
+        ]
+        finite = [values[np.isfinite(values)] for values in points]
+        spans = [interval(v) if len(v) else (NAN, NAN) for v in finite]
+        mean, half = np.array(spans).T
+        if np.isfinite(mean).any():
+            panels.append(plots.Dots(f"{title} (%)", finite, mean, half))
+    if panels:
+        caption = (
+            "Final accuracies: a dot per seed, a bar at the mean, a line over its 95 % "
+            "t-interval. Where lines overlap, the order may be chance."
+        )
+        yield Picture("final_accuracy", caption, plots.dots(list(groups), panels))
+
+
+def population_pictures(run: Run) -> Iterator[Picture]:
+    arrays, names = run.arrays, run.arrays["label_names"]
+    yield Picture(
+        "partition",
+        "Who owns which classes; area is the number of examples. Lone large bubbles "
+        "mean strongly non-IID clients, which one shared model serves badly.",
+        plots.partition_bubbles(arrays["label_counts"], names),
+    )
+    tiers = run.config["devices"]["tiers"]
+    yield Picture(
+        "capacity",
+        "Experts that each device can hold under its memory, compute and network. "
+        "Many clients at one expert leave the server little to decide.",
+        plots.capacity_bars(arrays["capacity"], arrays["tier"], tiers),
+    )
+
+
+def _training_pictures(run: Run) -> Iterator[Picture]:
+    rows = [row for row in run.rows if row.get("expert_load")]
+    rounds = np.array([row["round"] for row in rows])
+    load = np.array([row["expert_load"] for row in rows], float)
+    yield Picture(
+        "load",
+        "Share of each round's training examples by expert. Dark rows are starved "
+        "experts; a fair share is one colour all over.",
+        plots.load_map(rounds, load),
+    )
+    alone = [row for row in run.rows if row.get("expert_accuracy")]
+    if alone:
+        lines = [
+            plots.Series(
+                e,
+                f"expert {e}",
+                np.array([row["round"] for row in alone]),
+                100 * np.array([[row["expert_accuracy"][e] for row in alone]]),
+            )
+            for e in range(load.shape[1])
+        ]
+        yield Picture(
+            "expert_accuracy",
+            "Each expert alone on the whole test set. Low is fine for a specialist; a "
+            "flat curve with little load is an expert that never learnt.",
+            plots.curves(lines, "Accuracy alone (%)", None),
+        )
+
+
+def _alignment_pictures(run: Run) -> Iterator[Picture]:
+    arrays = run.arrays
+    yield Picture(
+        "specialisation",
+        "Where the gate sends each class's test images; columns sum to 100 %. One "
+        "bright cell per column is specialisation, an even column is none.",
+        plots.specialisation_map(arrays["specialisation"], arrays["label_names"]),
+    )
+    yield Picture(
+        "assignment",
+        "Share of the rounds in which the client held the expert. Bright single "
+        "cells are lasting pairs; even colour is assignment without preference.",
+        plots.assignment_map(arrays["times_held"], len(run.rows)),
+    )
+    yield Picture(
+        "fitness",
+        "What the server came to believe about every pair. Compare with the "
+        "assignment: bright here and dark there is a pair that load kept apart.",
+        plots.fitness_map(arrays["fitness"]),
+    )
+
+
+def _time_picture(run: Run) -> Iterator[Picture]:
+    fields = {"simulated_seconds": "slowest", "simulated_median_seconds": "median"}
+    lines = []
+    for place, (field, name) in enumerate(fields.items()):
+        lines += _series(place, name, [run], field, 1)
+    if lines:
+        deadline = (run.config["devices"]["deadline"], "deadline")
+        yield Picture(
+            "round_time",
+            "Simulated time of a round's slowest and median client. A wide gap is "
+            "time that the other devices wait; above the deadline clients are late.",
+            plots.curves(lines, "Simulated time (s)", deadline),
+        )
+
+
+def run_pictures(run: Run) -> Iterator[Picture]:
+    """Pictures of one run; alignment says nothing about a model with one expert."""
+    if num_experts(run) > 1:
+        yield from _training_pictures(run)
+        if run.arrays:
+            yield from _alignment_pictures(run)
+    yield from _time_picture(run)

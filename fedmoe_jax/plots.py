@@ -1,0 +1,278 @@
+"""Pictures of runs: plain arrays in, a matplotlib Figure out.
+
+Figures are built without pyplot, so there is no global state and no display. Sizes are
+those of a paper's column, so that the letters stay readable in print.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy.optimize import isotonic_regression
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; without yellow,
+# and with the lighter ones darkened, because labels are written in them.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C5629B", "#B8860B", "#3FA3DE", "#000000")
+DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
+MAP = "cividis"  # perceptually even, the same to colour-blind readers
+GREY = "#666666"
+DPI = 200
+LINE_INCHES = 0.125  # height of one line of the small letters
+STYLE = {"font.size": 8, "axes.linewidth": 0.6, "legend.frameon": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"legend.fontsize": 7, "legend.title_fontsize": 7, "legend.loc": "upper left"}
+for _axis in ("xtick", "ytick"):
+    STYLE |= {f"{_axis}.labelsize": 7, f"{_axis}.major.width": 0.6}
+
+
+class Series(NamedTuple):
+    """One labelled curve over rounds, with its repetitions.
+
+    Attributes:
+      place: picks the colour, so that a strategy keeps its own in every picture.
+      label: what is written at the end of the curve.
+      rounds: [P] the points' rounds.
+      values: [S, P] float, one row per seed; NaN where a seed has no value. Every
+        column has at least one number.
+    """
+
+    place: int
+    label: str
+    rounds: np.ndarray
+    values: np.ndarray
+
+
+class Dots(NamedTuple):
+    """One measure of G strategies: every seed, the mean and its interval.
+
+    Attributes:
+      title: name and unit.
+      points: per strategy, the [S] values of its seeds.
+      mean: [G] means, NaN where there is none.
+      half: [G] half-widths of the intervals, NaN where there is none.
+    """
+
+    title: str
+    points: Sequence[np.ndarray]
+    mean: np.ndarray
+    half: np.ndarray
+
+
+def spread(places: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
+    """Moves label positions apart, as little as possible in the least-squares sense.
+
+    Args:
+      places: [P] wanted positions.
+      gap: least distance between neighbours.
+      low: least position.
+      high: greatest position; it gives way where the labels do not fit.
+    Returns:
+      [P] positions in the order of `places`.
+    """
+    order = np.argsort(places, kind="stable")
+    steps = gap * np.arange(len(places))
+    packed = isotonic_regression(places[order] - steps).x
+    moved = np.empty(len(places))
+    moved[order] = np.clip(packed, low, max(high - steps[-1], low)) + steps
+    return moved
+
+
+def _ticks(most: int) -> MaxNLocator:
+    """At most so many whole-number ticks at multiples of 1, 2 or 5."""
+    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Writes (x, y, text, colour) to the right of the axes with a thin leader line."""
+    low, high = axes.get_ylim()
+    gap = (high - low) * LINE_INCHES / (axes.figure.get_figheight() - 0.55)
+    places = spread(np.array([end[1] for end in ends]), gap, low, high)
+    right, beside = axes.get_xlim()[1], axes.get_yaxis_transform()
+    leader = dict(lw=0.6, clip_on=False, transform=beside)
+    for (x, y, text, colour), place in zip(ends, places, strict=True):
+        axes.plot([x, right], [y, y], color=colour, lw=0.5, alpha=0.5)
+        axes.plot([1, 1.04], [y, place], color=colour, **leader)
+        letters = dict(color=colour, size=7, va="center")
+        axes.text(1.055, place, text, transform=beside, **letters)
+
+
+@rc_context(STYLE)
+def curves(
+    series: Sequence[Series], ylabel: str, reference: tuple[float, str] | None
+) -> Figure:
+    """Mean over seeds with a band from the lowest to the highest seed.
+
+    Args:
+      series: the curves, at least one.
+      ylabel: name and unit of the values.
+      reference: a level to compare with and its name, drawn as a dotted line.
+    """
+    longest = max(len(line.label) for line in series)
+    height = max(2.5, LINE_INCHES * len(series) + 0.8)
+    figure = Figure(figsize=(3.0 + 0.06 * longest, height), layout="constrained")
+    axes = figure.add_subplot(xlabel="Round", ylabel=ylabel)
+    axes.xaxis.set_major_locator(_ticks(5))
+    if reference is not None:
+        level, name = reference
+        axes.axhline(level, color=GREY, lw=0.8, ls=":")
+        at = dict(xycoords=axes.get_yaxis_transform(), textcoords="offset points")
+        axes.annotate(name, (0.02, level), (0, 2), color=GREY, size=6.5, **at)
+    ends = []
+    for place, label, rounds, values in series:
+        colour = COLOURS[place % len(COLOURS)]
+        dash = DASHES[place // len(COLOURS) % len(DASHES)]
+        mean = np.nanmean(values, axis=0)
+        axes.plot(rounds, mean, color=colour, ls=dash, lw=1.3)
+        if len(values) > 1:
+            lowest, highest = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+            axes.fill_between(rounds, lowest, highest, color=colour, alpha=0.13, lw=0)
+        ends.append((rounds[-1], mean[-1], label, colour))
+    axes.set_xlim(0, max(line.rounds[-1] for line in series))
+    low, high = axes.get_ylim()
+    axes.set_ylim(0 if low < high / 2 else low, high)
+    _label_ends(axes, ends)
+    return figure
+
+
+@rc_context(STYLE)
+def dots(labels: Sequence[str], panels: Sequence[Dots]) -> Figure:
+    """Final numbers in percent: one row per strategy, one panel per measure."""
+    width = 1.45 * len(panels) + 0.06 * max(map(len, labels))
+    figure = Figure(figsize=(width, 0.19 * len(labels) + 0.7), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(grid, panels, strict=True):
+        for row, values in enumerate(panel.points):
+            look = dict(color=COLOURS[row % len(COLOURS)])
+            axes.plot(values, np.full(len(values), row), "o", ms=3, alpha=0.45, **look)
+            look |= dict(fmt="|", ms=8, mew=1.4, elinewidth=0.9)
+            axes.errorbar(panel.mean[row], row, xerr=panel.half[row], **look)
+        axes.set_xlabel(panel.title)
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, -2), min(right, 102))  # intervals know no 0 and 100 %
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="y", color="#dddddd", lw=0.4)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    return figure
+
+
+def _heat(
+    values: np.ndarray, names: tuple[str, str, str], size: tuple[float, float], **look
+) -> Figure:
+    """A heat map; names are of the x axis, the y axis and the colours."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot(xlabel=names[0], ylabel=names[1])
+    look = dict(cmap=MAP, aspect="auto", interpolation="nearest") | look
+    image = axes.imshow(values, **look)
+    axes.spines[:].set_visible(False)
+    axes.xaxis.set_major_locator(_ticks(8))
+    axes.yaxis.set_major_locator(_ticks(10))
+    bar = figure.colorbar(image, ax=axes, label=names[2], pad=0.02, fraction=0.06)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _client_size(width: float, num_clients: int) -> tuple[float, float]:
+    """All pictures with a row per client are equally high, to be laid side by side."""
+    return width, float(np.clip(0.125 * num_clients + 0.9, 2.2, 6.0))
+
+
+@rc_context(STYLE)
+def load_map(rounds: np.ndarray, load: np.ndarray) -> Figure:
+    """Load [R, E] of every round as shares of that round, expert by round."""
+    shares = 100 * load / np.maximum(load.sum(axis=1, keepdims=True), 1)
+    names = ("Round", "Expert", "Share of round's load (%)")
+    size = (3.6, max(2.0, 0.16 * load.shape[1] + 0.8))
+    extent = (rounds[0] - 0.5, rounds[-1] + 0.5, load.shape[1] - 0.5, -0.5)
+    return _heat(shares.T, names, size, vmin=0, extent=extent)
+
+
+@rc_context(STYLE)
+def assignment_map(times_held: np.ndarray, num_rounds: int) -> Figure:
+    """How often every client held every expert, [N, E], as a share of the rounds."""
+    names = ("Expert", "Client", "Rounds held (%)")
+    shares = 100 * times_held / max(num_rounds, 1)
+    return _heat(shares, names, _client_size(2.9, len(times_held)), vmin=0)
+
+
+@rc_context(STYLE)
+def fitness_map(fitness: np.ndarray) -> Figure:
+    """Client-expert fitness scores [N, E]."""
+    names = ("Expert", "Client", "Fitness score")
+    return _heat(fitness, names, _client_size(2.9, len(fitness)))
+
+
+@rc_context(STYLE)
+def specialisation_map(shares: np.ndarray, label_names: Sequence[str]) -> Figure:
+    """Share of each class's gate mass that goes to each expert, [E, L] in [0, 1]."""
+    num_experts, num_labels = shares.shape
+    size = (0.25 * num_labels + 1.2, max(2.0, 0.2 * num_experts + 1.0))
+    figure = _heat(
+        100 * shares, ("Class", "Expert", "Share of gate mass (%)"), size, vmin=0
+    )
+    axes = figure.axes[0]
+    _name_classes(axes, label_names)
+    place = dict(ha="center", va="center", size=5.5)
+    for expert, label in np.argwhere(shares >= 0.005):
+        share = shares[expert, label]
+        place["color"] = "black" if share > 0.45 * np.nanmax(shares) else "white"
+        axes.text(label, expert, f"{100 * share:.0f}", **place)
+    return figure
+
+
+def _name_classes(axes: Axes, names: Sequence[str]) -> None:
+    """Names the x axis's ticks; names that would touch one another are turned."""
+    turned = dict(rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        range(len(names)), names, **turned if max(map(len, names)) > 2 else {}
+    )
+
+
+@rc_context(STYLE)
+def partition_bubbles(label_counts: np.ndarray, label_names: Sequence[str]) -> Figure:
+    """Who owns what, [N, L]: a bubble's area is the number of examples."""
+    num_clients, num_labels = label_counts.shape
+    size = _client_size(0.2 * num_labels + 1.3, num_clients)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot(xlabel="Class", ylabel="Client")
+    # The widest bubble is a little wider than a row; scatter wants points squared.
+    widest = 1.4 * 72 * (size[1] - 0.9) / num_clients
+    look = dict(color=COLOURS[0], lw=0)
+    client, label = np.nonzero(label_counts)
+    most = max(int(label_counts.max()), 1)
+    areas = widest**2 * label_counts[client, label] / most
+    axes.scatter(label, client, s=areas, alpha=0.75, **look)
+    power = 10 ** int(np.log10(most))
+    for count in sorted({max(power // 10, 1), power}):
+        axes.scatter([], [], s=widest**2 * count / most, label=f"{count}", **look)
+    axes.legend(title="Examples", bbox_to_anchor=(1, 1))
+    axes.set(xlim=(-0.7, num_labels - 0.3), ylim=(num_clients - 0.3, -0.7))
+    axes.yaxis.set_major_locator(_ticks(10))
+    _name_classes(axes, label_names)
+    return figure
+
+
+@rc_context(STYLE)
+def capacity_bars(
+    capacity: np.ndarray, tier: np.ndarray, tier_names: Sequence[str]
+) -> Figure:
+    """How many clients can hold how many experts, [N] each, stacked by device tier."""
+    figure = Figure(figsize=(2.9, 2.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="Experts a client can hold", ylabel="Clients")
+    places = np.arange(1, capacity.max() + 1)
+    bottom = np.zeros(len(places))
+    for i, name in enumerate(tier_names):
+        counts = (capacity[tier == i][:, None] == places).sum(axis=0)
+        colour = COLOURS[i % len(COLOURS)]
+        axes.bar(places, counts, 0.7, bottom, color=colour, label=name)
+        bottom += counts
+    axes.xaxis.set_major_locator(_ticks(8))
+    axes.yaxis.set_major_locator(_ticks(5))
+    axes.legend(bbox_to_anchor=(1, 1))
+    return figure

@@ -1,0 +1,204 @@
+"""The failure signatures of the paper, looked for in a run's own data.
+
+Every check takes the rows of `metrics.jsonl`, the arrays of `final.npz` (a dict, empty
+while a run is in progress) and the config as a nested dict.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Row = Mapping[str, Any]
+Arrays = Mapping[str, np.ndarray]
+Config = Mapping[str, Any]
+
+# Two means of two evaluations each, so that no single evaluation decides.
+MIN_EVALUATIONS = 4
+# Less than this in the last half of a run is what repeated evaluations differ by.
+PLATEAU_GAIN = 0.01
+# At 0.3 an ordinary expert has trained about a third more or less than its fair share;
+# FLEX-MoE (arXiv 2512.23070) reports more than 0.29 for greedy assignment.
+UNEVEN_LOAD_CV = 0.3
+# Three points between evaluations are far above the 0.5 points (one standard
+# deviation) to which 10 000 test images measure an accuracy.
+ACCURACY_SWING = 0.03
+# With the default rate of 0.3 a change of 0.05 a round means that the feedback
+# contradicts the score by 0.17; settled scores move by about 0.01.
+FITNESS_CHANGE = 0.05
+# A synchronous round that lasts three times the median client wastes most devices.
+SLOWEST_TO_MEDIAN = 3.0
+# One round in ten with a client over the deadline is more than bad luck.
+LATE_ROUNDS = 0.1
+MIN_ROUNDS = 5
+# An expert that gains less than this alone has not learnt; see PLATEAU_GAIN.
+NO_GAIN = 0.01
+# Half of the fair share 1 / E of the load; below it an expert is starved.
+STARVED_SHARE = 0.5
+# Strategies whose assignment reads the field that a knob turns.
+FITNESS_READERS = ("greedy", "load_balanced", "load_balanced_running", "flex_moe")
+USAGE_READERS = ("load_balanced", "load_balanced_running")
+TOO_EARLY = "too early to tell"  # how the evidence begins where data is missing
+
+
+class Signature(NamedTuple):
+    """One failure signature.
+
+    Attributes:
+      name: what goes wrong, as the paper says it.
+      present: whether this run shows it; False where there is too little data.
+      evidence: the numbers that decided, or what is missing.
+      knob: the config field to turn and the direction; empty where not present.
+    """
+
+    name: str
+    present: bool
+    evidence: str
+    knob: str
+
+
+def plateau(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+    """Accuracy plateaus early while the experts are trained unevenly."""
+    name = "Accuracy plateaus early"
+    accuracy, load = _column(rows, "global_accuracy"), _total_load(rows)
+    if len(accuracy) < MIN_EVALUATIONS or load is None:
+        return _too_little(name, "evaluations with expert load", len(accuracy))
+    half = len(accuracy) // 2
+    gain = accuracy[-2:].mean() - accuracy[half - 2 : half].mean()
+    uneven = load.std() / max(load.mean(), 1e-9)
+    most, least = int(load.argmax()), int(load.argmin())
+    evidence = (
+        f"global accuracy gains {100 * gain:+.1f} points over the last half, to "
+        f"{100 * accuracy[-2:].mean():.1f} %; CV of the total load {uneven:.2f}; "
+        f"expert {most} trained {_share(load, most)} and expert {least} "
+        f"{_share(load, least)} of all examples"
+    )
+    if "times_held" in arrays:
+        never = 100 * np.mean(np.asarray(arrays["times_held"]) == 0)
+        evidence += f"; {never:.0f} % of client-expert pairs never met"
+    present = gain < PLATEAU_GAIN and uneven > UNEVEN_LOAD_CV
+    knob = _knob(config, "weights.usage", "raise", USAGE_READERS)
+    return Signature(name, bool(present), evidence, knob if present else "")
+
+
+def volatile(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+    """Accuracy swings from evaluation to evaluation while fitness does not settle."""
+    name = "High round-to-round variance"
+    accuracy = _column(rows, "global_accuracy")
+    late_rows = rows[len(rows) // 2 :]
+    change = _column(late_rows, "fitness_change")
+    if len(accuracy) < MIN_EVALUATIONS or not len(change):
+        return _too_little(name, "evaluations with fitness", len(accuracy))
+    # The first half climbs; what is left after the trend of the last half is swing.
+    steps = np.diff(accuracy[(len(accuracy) - 1) // 2 :])
+    swing = np.abs(steps - steps.mean()).mean()
+    evidence = (
+        f"in the last half, global accuracy moves {100 * swing:.1f} points per "
+        f"evaluation about its trend; fitness moves {change.mean():.3f} per round"
+    )
+    switches = _column(late_rows, "assignment_change")
+    if len(switches):
+        evidence += f"; {100 * switches.mean():.0f} % of held pairs are new"
+    present = swing > ACCURACY_SWING and change.mean() > FITNESS_CHANGE
+    knob = _knob(config, "fitness.rate", "lower", FITNESS_READERS)
+    return Signature(name, bool(present), evidence, knob if present else "")
+
+
+def stragglers(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+    """Rounds wait for their slowest client, or clients miss the deadline."""
+    name = "Frequent stragglers or timeouts"
+    slowest = _column(rows, "simulated_seconds")
+    median = _column(rows, "simulated_median_seconds")
+    late = _column(rows, "late_clients")
+    if min(len(slowest), len(late)) < MIN_ROUNDS or len(median) != len(slowest):
+        return _too_little(name, "rounds with device times", len(slowest), MIN_ROUNDS)
+    ratio = float(np.median(slowest / np.maximum(median, 1e-9)))
+    late_rounds = (late > 0).mean()
+    evidence = (
+        f"the slowest client takes {ratio:.1f} times the median client's time; "
+        f"{100 * late_rounds:.0f} % of rounds have a late client, "
+        f"{late.mean():.1f} clients per round"
+    )
+    if "capacity" in arrays:
+        smallest = int(np.sum(np.asarray(arrays["capacity"]) <= 1))
+        evidence += f"; {smallest} clients can hold one expert only"
+    if late_rounds > LATE_ROUNDS:
+        knob = (
+            _knob(config, "devices.buffer", "raise")
+            + ", or "
+            + _knob(config, "devices.deadline", "raise")
+        )
+    else:
+        knob = (
+            _knob(config, "devices.deadline", "lower")
+            + " so that slow clients get fewer experts"
+        )
+    present = late_rounds > LATE_ROUNDS or ratio > SLOWEST_TO_MEDIAN
+    return Signature(name, bool(present), evidence, knob if present else "")
+
+
+def stuck_expert(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+    """An expert never improves because it is hardly ever trained."""
+    name = "An expert never improves"
+    alone = [row["expert_accuracy"] for row in rows if row.get("expert_accuracy")]
+    load = _total_load(rows)
+    if len(alone) < MIN_EVALUATIONS or load is None:
+        return _too_little(name, "evaluations of single experts", len(alone))
+    alone = np.array(alone, float)
+    gain = alone[-1] - alone[0]
+    share = load / max(load.sum(), 1e-9) * len(load)
+    still = gain < NO_GAIN
+    stuck = still & (share < STARVED_SHARE)
+    shown = np.flatnonzero(stuck) if stuck.any() else [int(gain.argmin())]
+    evidence = "; ".join(
+        f"expert {e} alone {100 * alone[0, e]:.1f} % -> {100 * alone[-1, e]:.1f} %, "
+        f"{_share(load, e)} of the load (fair: {100 / len(load):.1f} %)"
+        for e in shown
+    )
+    if (still & ~stuck).any():
+        fair = ", ".join(map(str, np.flatnonzero(still & ~stuck)))
+        evidence += f"; no gain in spite of enough load: {fair} (specialised?)"
+    knob = _knob(config, "weights.usage", "raise", USAGE_READERS)
+    knob += '; fitness.idle: "prior"; ' + _knob(config, "fitness.exploration", "raise")
+    present = bool(stuck.any())
+    return Signature(name, present, evidence, knob if present else "")
+
+
+CHECKS = (plateau, volatile, stragglers, stuck_expert)
+
+
+def check(rows: Sequence[Row], arrays: Arrays, config: Config) -> list[Signature]:
+    """All signatures of one run, in the paper's order."""
+    return [look(rows, arrays, config) for look in CHECKS]
+
+
+def _column(rows: Sequence[Row], name: str) -> np.ndarray:
+    """The finite numbers of one field, in the order of the rows."""
+    values = np.array([row[name] for row in rows if row.get(name) is not None], float)
+    return values[np.isfinite(values)]
+
+
+def _total_load(rows: Sequence[Row]) -> np.ndarray | None:
+    """[E] examples trained so far by expert; None without rows that say."""
+    loads = [row["expert_load"] for row in rows if row.get("expert_load")]
+    return np.sum(np.array(loads, float), axis=0) if loads else None
+
+
+def _share(load: np.ndarray, expert: int) -> str:
+    return f"{100 * load[expert] / max(load.sum(), 1e-9):.1f} %"
+
+
+def _too_little(name: str, what: str, found: int, needed: int = MIN_EVALUATIONS):
+    evidence = f"{TOO_EARLY}: {found} {what} so far, at least {needed} needed"
+    return Signature(name, False, evidence, "")
+
+
+def _knob(config: Config, field: str, turn: str, readers: tuple[str, ...] = ()) -> str:
+    """`field: turn (now value)`; says so where the strategy may not read the field."""
+    group, leaf = field.split(".")
+    now = config.get(group, {}).get(leaf, "unset")
+    strategy = config.get("strategy", "this strategy")
+    known = not readers or strategy in readers
+    return f"{field}: {turn} (now {now})" + (
+        "" if known else f"; if {strategy} ignores it, choose a strategy that reads it"
+    )
