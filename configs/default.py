@@ -1,0 +1,114 @@
+"""One load-balanced run on the embedded digits; every default of the project.
+
+    python launch.py --workdir=DIR
+
+Other studies start from this file and change what they study. The argument `smoke`
+(`--config=configs/default.py:smoke`) is the same run in a few seconds.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The default run. `argument` is empty or `smoke`."""
+    config = ConfigDict()
+    config.seed = 0  # of data split, devices, initial weights and every draw
+    config.num_rounds = 40  # federated rounds
+    config.eval_every = 5  # rounds; divides num_rounds
+    config.chunk_rounds = 5  # rounds in one compiled call; divides eval_every
+    config.num_clients = 20  # population
+    config.cohort_size = 20  # clients per round, at most num_clients
+    config.num_experts = 8  # experts in the server's model
+    config.max_held = 4  # expert slots of the largest client, at most num_experts
+    config.num_active = 2  # experts per example, at most max_held
+    config.local_steps = 10  # optimiser steps per client and round
+    config.batch_size = 32  # examples per local step
+    config.strategy = "load_balanced"  # see the README's table of strategies
+
+    config.data = ConfigDict()
+    config.data.name = "digits"  # digits | synthetic | cifar10
+    config.data.dir = ""  # TFDS folder; empty: TFDS_DATA_DIR or ~/tensorflow_datasets
+
+    config.partition = ConfigDict()
+    config.partition.kind = "dirichlet"  # dirichlet | shards | quantity | iid
+    config.partition.alpha = 0.1  # > 0; of dirichlet (labels) and quantity (sizes)
+    config.partition.classes_per_client = 2  # of shards
+    config.partition.min_size = 10  # examples every client gets at least
+
+    config.model = ConfigDict()
+    config.model.stem = "mlp"  # mlp | cnn | resnet8
+    config.model.stem_width = 64  # hidden units or channels
+    config.model.expert = "mlp"  # mlp | conv
+    config.model.expert_width = 64  # hidden units or channels
+    config.model.feature_width = 64  # outputs of an expert
+
+    config.gate = ConfigDict()
+    config.gate.mode = "global"  # global | holder_rows | personal
+
+    config.loss = ConfigDict()
+    config.loss.calibration = 0.2  # weight of -log(gate mass on held experts)
+    config.loss.load = 0.0  # weight of the Switch load loss
+    config.loss.z = 0.0  # weight of the router z-loss
+
+    config.client = ConfigDict()
+    config.client.optimizer = "sgd"  # sgd | adam
+    config.client.learning_rate = 0.05  # > 0
+    config.client.momentum = 0.9  # of sgd
+    config.client.prox = 0.0  # FedProx coefficient
+
+    config.server = ConfigDict()
+    config.server.optimizer = "sgd"  # sgd | momentum | adam | yogi | adagrad
+    config.server.learning_rate = 1.0  # > 0; 1 with sgd is plain averaging
+
+    config.merge = ConfigDict()
+    config.merge.weight = "examples"  # examples (owned) | routed (trained through it)
+
+    config.fitness = ConfigDict()
+    config.fitness.feedback = "accuracy"  # accuracy | loss | mixed
+    config.fitness.rate = 0.3  # weight of the newest feedback in the EMA
+    config.fitness.idle = "prior"  # keep | decay | prior
+    config.fitness.idle_decay = 0.9  # per round, of decay and prior
+    config.fitness.prior = 0.5  # score before any feedback, 0 to 1
+    config.fitness.noise = 0.01  # spread of the initial scores about the prior
+    config.fitness.exploration = 0.0  # chance per client and round of random scores
+    config.fitness.loss_scale = 1.0  # alpha of exp(-alpha * loss), of loss
+    config.fitness.frequency_share = 0.5  # of mixed
+
+    config.usage = ConfigDict()
+    config.usage.decay = 0.9  # share of the usage kept per round
+
+    config.weights = ConfigDict()
+    config.weights.fitness = 0.5  # of normalised fitness in the desirability
+    config.weights.usage = 0.5  # of normalised usage, subtracted
+
+    config.devices = ConfigDict()
+    config.devices.tiers = ("phone", "laptop", "workstation")  # kinds of device
+    config.devices.shares = (0.4, 0.4, 0.2)  # of the population, sum to 1
+    config.devices.spread = 0.4  # standard deviation of the log within a tier
+    config.devices.model_scale = 1500.0  # one simulated byte or FLOP stands for so many
+    config.devices.deadline = 60.0  # seconds a round may take
+    config.devices.communication_share = 0.5  # of the deadline
+    config.devices.buffer = 0.1  # share of every resource kept in reserve
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 20  # rounds; a multiple of chunk_rounds
+    config.checkpoint.keep = 2  # newest checkpoints that stay on disk
+
+    config.run = ConfigDict()
+    config.run.client_chunk = 1  # clients vmapped at once on each device
+    config.run.num_devices = 0  # 0: all devices
+    config.run.memory_limit_gb = 8.0  # estimated memory beyond which a run is refused
+    config.run.tensorboard = True  # write TensorBoard events
+
+    if argument == "smoke":
+        shrink(config)
+    elif argument:
+        raise ValueError(f"config argument {argument!r} is unknown; allowed: smoke")
+    return config
+
+
+def shrink(config: ConfigDict) -> None:
+    """Makes any study a few seconds long, in place."""
+    with config.unlocked():
+        config.num_rounds, config.eval_every, config.chunk_rounds = 4, 2, 2
+        config.local_steps, config.checkpoint.every = 2, 4

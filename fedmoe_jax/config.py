@@ -1,0 +1,164 @@
+"""What a config may say: every field's allowed values, checked before anything runs."""
+
+import math
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from fedmoe_jax.data import DATASETS
+from fedmoe_jax.models import EXPERTS, STEMS
+from fedmoe_jax.partition import KINDS
+from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.types import UserError
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`; `open_low` and `open_high` leave an end out."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'>' if self.open_low else '>='} {self.low:g}"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+COUNT = Range(1)
+SHARE = Range(0, 1)
+NON_NEGATIVE = Range(0)
+POSITIVE = Range(0, open_low=True)
+
+# Fields that may change between the calls that run and resume one simulation.
+FREE_FIELDS = frozenset(
+    {
+        "num_rounds",
+        "data.dir",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "run.memory_limit_gb",
+        "run.tensorboard",
+    }
+)
+
+ALLOWED: dict[str, Range | tuple[str, ...]] = {
+    "seed": Range(0, 2**31 - 1),
+    "num_rounds": COUNT,
+    "eval_every": COUNT,
+    "chunk_rounds": COUNT,
+    "num_clients": COUNT,
+    "cohort_size": COUNT,
+    "num_experts": COUNT,
+    "max_held": COUNT,
+    "num_active": COUNT,
+    "local_steps": COUNT,
+    "batch_size": COUNT,
+    "strategy": tuple(STRATEGIES),
+    "data.name": tuple(DATASETS),
+    "partition.kind": tuple(KINDS),
+    "partition.alpha": POSITIVE,
+    "partition.classes_per_client": COUNT,
+    "partition.min_size": COUNT,
+    "model.stem": tuple(STEMS),
+    "model.stem_width": COUNT,
+    "model.expert": tuple(EXPERTS),
+    "model.expert_width": COUNT,
+    "model.feature_width": COUNT,
+    "gate.mode": ("global", "holder_rows", "personal"),
+    "loss.calibration": NON_NEGATIVE,
+    "loss.load": NON_NEGATIVE,
+    "loss.z": NON_NEGATIVE,
+    "client.optimizer": ("sgd", "adam"),
+    "client.learning_rate": POSITIVE,
+    "client.momentum": Range(0, 1, open_high=True),
+    "client.prox": NON_NEGATIVE,
+    "server.optimizer": ("sgd", "momentum", "adam", "yogi", "adagrad"),
+    "server.learning_rate": POSITIVE,
+    "merge.weight": ("examples", "routed"),
+    "fitness.feedback": ("accuracy", "loss", "mixed"),
+    "fitness.rate": Range(0, 1, open_low=True),
+    "fitness.idle": ("keep", "decay", "prior"),
+    "fitness.idle_decay": SHARE,
+    "fitness.prior": SHARE,
+    "fitness.noise": SHARE,
+    "fitness.exploration": SHARE,
+    "fitness.loss_scale": NON_NEGATIVE,
+    "fitness.frequency_share": SHARE,
+    "usage.decay": SHARE,
+    "weights.fitness": NON_NEGATIVE,
+    "weights.usage": NON_NEGATIVE,
+    "devices.spread": NON_NEGATIVE,
+    "devices.model_scale": POSITIVE,
+    "devices.deadline": POSITIVE,
+    "devices.communication_share": Range(0, 1, open_low=True, open_high=True),
+    "devices.buffer": Range(0, 1, open_high=True),
+    "checkpoint.every": COUNT,
+    "checkpoint.keep": COUNT,
+    "run.client_chunk": COUNT,
+    "run.num_devices": NON_NEGATIVE,
+    "run.memory_limit_gb": POSITIVE,
+}
+
+# (field, other): field <= other
+AT_MOST = (
+    ("cohort_size", "num_clients"),
+    ("max_held", "num_experts"),
+    ("num_active", "max_held"),
+)
+
+# (field, other): field is a whole multiple of other
+MULTIPLE = (
+    ("num_rounds", "eval_every"),
+    ("eval_every", "chunk_rounds"),
+    ("checkpoint.every", "chunk_rounds"),
+)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` to `{"a.b": 1}`: every field under its dotted name."""
+    flat = {}
+    for name, value in tree.items():
+        deeper = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
+    return flat
+
+
+def check(name: str, value: Any, allowed: Range | tuple[str, ...]) -> None:
+    """Raises UserError unless `value` is allowed in the field `name`."""
+    if value not in allowed:
+        text = str(allowed) if isinstance(allowed, Range) else ", ".join(allowed)
+        raise UserError(f"{name}={value!r} is not allowed; allowed: {text}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field by itself and against the others.
+
+    What depends on the data (`partition.*` against its size) is checked by `split`,
+    what depends on the machine (`run.num_devices`) by `build_mesh`.
+
+    Raises:
+      UserError: one line with the field, its value and what is allowed.
+    """
+    values = flatten(config.to_dict())
+    for name, allowed in ALLOWED.items():
+        check(name, values[name], allowed)
+    for name, other in AT_MOST:
+        if values[name] > values[other]:
+            raise UserError(
+                f"{name}={values[name]} is not allowed; "
+                f"allowed: 1 to {other}={values[other]}"
+            )
+    for name, other in MULTIPLE:
+        if values[name] % values[other]:
+            raise UserError(
+                f"{name}={values[name]} is not allowed; "
+                f"allowed: multiples of {other}={values[other]}"
+            )

@@ -1,0 +1,225 @@
+"""From a config to the parts of a run: the one place where library code reads it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fedmoe_jax.align.fitness import idle_rule
+from fedmoe_jax.costs import count_costs, scale_costs
+from fedmoe_jax.models import Model, apply_experts, build_model
+from fedmoe_jax.partition import split
+from fedmoe_jax.round import Rules, Setup
+from fedmoe_jax.routing import gate_logits
+from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, Sizes
+from fedmoe_jax.world.capacity import draw_devices
+
+
+def make_hyper(config: ConfigDict) -> Hyper:
+    """The traced hyperparameters, float32 scalars."""
+    idle_decay, idle_target = idle_rule(
+        config.fitness.idle, config.fitness.idle_decay, config.fitness.prior
+    )
+    values = Hyper(
+        client_learning_rate=config.client.learning_rate,
+        server_learning_rate=config.server.learning_rate,
+        prox=config.client.prox,
+        calibration=config.loss.calibration,
+        load_loss=config.loss.load,
+        z_loss=config.loss.z,
+        fitness_rate=config.fitness.rate,
+        idle_decay=idle_decay,
+        idle_target=idle_target,
+        loss_scale=config.fitness.loss_scale,
+        frequency_share=config.fitness.frequency_share,
+        usage_decay=config.usage.decay,
+        fitness_weight=config.weights.fitness,
+        usage_weight=config.weights.usage,
+        exploration=config.fitness.exploration,
+        buffer=config.devices.buffer,
+    )
+    return jax.tree.map(jnp.float32, values)
+
+
+def make_sizes(config: ConfigDict, num_classes: int) -> Sizes:
+    """The sizes of the configured mixture, before a strategy resizes them."""
+    return Sizes(
+        num_clients=config.num_clients,
+        cohort_size=config.cohort_size,
+        num_experts=config.num_experts,
+        max_held=config.max_held,
+        num_active=config.num_active,
+        local_steps=config.local_steps,
+        batch_size=config.batch_size,
+        expert_width=config.model.expert_width,
+        num_classes=num_classes,
+    )
+
+
+def make_rules(config: ConfigDict) -> Rules:
+    """The static choices of a run."""
+    return Rules(
+        gate_mode=config.gate.mode,
+        merge_weight=config.merge.weight,
+        feedback=config.fitness.feedback,
+        client_optimizer=config.client.optimizer,
+        momentum=config.client.momentum,
+        server_optimizer=config.server.optimizer,
+        prior=config.fitness.prior,
+        noise=config.fitness.noise,
+        deadline=config.devices.deadline,
+        communication_share=config.devices.communication_share,
+        client_chunk=config.run.client_chunk,
+        chunk_rounds=config.chunk_rounds,
+    )
+
+
+@functools.cache
+def count_forward_flops(
+    model: Model, image_shape: tuple[int, int, int]
+) -> tuple[float, float]:
+    """FLOPs of one example forward, as XLA counts them: shared parts, one expert."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+    def flops(function, *arguments) -> float:
+        analysis = jax.jit(function).lower(*arguments).cost_analysis()
+        return float(analysis["flops"])
+
+    features = jax.eval_shape(model.stem, params["stem"], image)
+    expert = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["experts"]
+    )
+    output = jax.eval_shape(model.expert, expert, features)
+    shared = (
+        flops(model.stem, params["stem"], image)
+        + flops(gate_logits, params["gate"], features)
+        + flops(model.head, params["head"], output)
+    )
+    return shared, flops(model.expert, expert, features)
+
+
+@functools.cache
+def count_activation_bytes(
+    model: Model, image_shape: tuple[int, int, int], max_held: int
+) -> float:
+    """Bytes of all intermediate values of one example, forward and backward."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    held = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((max_held, *leaf.shape[1:]), leaf.dtype),
+        params["experts"],
+    )
+
+    def forward(stem, experts, x):
+        return apply_experts(model, experts, model.stem(stem, x))
+
+    jaxpr = jax.make_jaxpr(forward)(params["stem"], held, image)
+    values = [var.aval for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
+    return 2.0 * sum(v.size * v.dtype.itemsize for v in values if v.shape[:1] == (1,))
+
+
+def build_setup(
+    config: ConfigDict,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    mesh: Mesh,
+) -> Setup:
+    """Everything static of one run.
+
+    Args:
+      config: a validated config.
+      num_classes: L.
+      image_shape: H, W, F.
+      mesh: the devices.
+
+    Raises:
+      UserError: model parts that do not fit each other or the images.
+    """
+    strategy = find_strategy(config.strategy)
+    sizes = strategy.resize(make_sizes(config, num_classes))
+    model = build_model(
+        stem=config.model.stem,
+        stem_width=config.model.stem_width,
+        expert=config.model.expert,
+        expert_width=sizes.expert_width,
+        feature_width=config.model.feature_width,
+        num_experts=sizes.num_experts,
+        num_classes=num_classes,
+        image_shape=image_shape,
+    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    costs = count_costs(shapes, *count_forward_flops(model, image_shape))
+    return Setup(
+        model=model,
+        sizes=sizes,
+        strategy=strategy,
+        rules=make_rules(config),
+        costs=costs,
+        device_costs=scale_costs(costs, config.devices.model_scale),
+        mesh=mesh,
+    )
+
+
+def make_partition(config: ConfigDict, data: Dataset) -> Partition:
+    """Divides the training examples as the config says.
+
+    Raises:
+      UserError: the data cannot be divided so.
+    """
+    return split(
+        config.partition.kind,
+        data.train_y,
+        num_clients=config.num_clients,
+        num_classes=len(data.label_names),
+        alpha=config.partition.alpha,
+        classes_per_client=config.partition.classes_per_client,
+        min_size=config.partition.min_size,
+        seed=config.seed,
+    )
+
+
+def make_federation(
+    config: ConfigDict, data: Dataset, partition: Partition
+) -> Federation:
+    """Everything a round reads, still on the host; `replicate` puts it on devices.
+
+    Raises:
+      UserError: device tiers or shares that are not allowed.
+    """
+    mean, std = measure_channels(data)
+    devices = draw_devices(
+        np.random.default_rng(config.seed),
+        config.num_clients,
+        tuple(config.devices.tiers),
+        tuple(config.devices.shares),
+        config.devices.spread,
+    )
+    counts = partition.label_counts.astype(np.float32)
+    return Federation(
+        x=data.train_x,
+        y=data.train_y,
+        index=partition.index,
+        size=partition.size,
+        label_mix=counts / counts.sum(axis=1, keepdims=True),
+        test_x=data.test_x,
+        test_y=data.test_y,
+        mean=mean,
+        std=std,
+        devices=devices,
+    )
+
+
+def measure_channels(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [F] float32 of the training pixels / 255."""
+    levels = np.arange(256) / 255.0
+    channels = np.moveaxis(data.train_x, -1, 0)
+    counts = np.stack([np.bincount(x.ravel(), minlength=256) for x in channels])
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ levels
+    std = np.sqrt((share * (levels[None] - mean[:, None]) ** 2).sum(axis=1))
+    return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)

@@ -1,0 +1,292 @@
+"""The driver of one run: a straight line from a config to a finished run folder."""
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from fedmoe_jax import checkpoint, experiment, memory
+from fedmoe_jax.config import FREE_FIELDS, validate
+from fedmoe_jax.data import load_dataset
+from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.metrics import (
+    Row,
+    open_metrics,
+    open_progress,
+    own_final,
+    read_metrics,
+    rounds_to_share,
+    rounds_to_targets,
+)
+from fedmoe_jax.partition import save_partition
+from fedmoe_jax.round import Setup, believe_capacity, build_run_rounds, init_state
+from fedmoe_jax.sharding import build_mesh, replicate
+from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, SimState, UserError
+
+TARGETS = (0.35, 0.40, 0.45, 0.50)
+ACCURACIES = (
+    "global_accuracy",
+    "global_soft_accuracy",
+    "personal_accuracy",
+    "worst_decile_accuracy",
+)
+
+
+class Parts(NamedTuple):
+    """What a run is made of, ready on the devices.
+
+    Attributes:
+      setup: static parts.
+      data: the data set on the host.
+      partition: who owns what.
+      federation: what a round reads, replicated.
+      hyper: traced hyperparameters, replicated.
+      state: the state before the first round, replicated.
+    """
+
+    setup: Setup
+    data: Dataset
+    partition: Partition
+    federation: Federation
+    hyper: Hyper
+    state: SimState
+
+
+load_dataset_once = functools.cache(load_dataset)
+init_state_compiled = jax.jit(init_state, static_argnums=2)
+
+
+def build_parts(config: ConfigDict) -> Parts:
+    """Builds everything a run needs and touches no disk but the data cache.
+
+    Raises:
+      UserError: the config, the data or the machine do not allow this run.
+    """
+    validate(config)
+    data = load_dataset_once(config.data.name, config.data.dir)
+    mesh = build_mesh(config.run.num_devices)
+    partition = experiment.make_partition(config, data)
+    image_shape = data.train_x.shape[1:]
+    setup = experiment.build_setup(config, len(data.label_names), image_shape, mesh)
+    federation = experiment.make_federation(config, data, partition)
+    hyper = experiment.make_hyper(config)
+    key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(lambda k, h: init_state(k, h, setup), key, hyper)
+    activations = experiment.count_activation_bytes(
+        setup.model, image_shape, setup.sizes.max_held
+    )
+    needed = memory.estimate_memory(shapes, federation, setup, activations)
+    memory.check_memory(needed, config.run.memory_limit_gb)
+    hyper = replicate(hyper, mesh)
+    return Parts(
+        setup=setup,
+        data=data,
+        partition=partition,
+        federation=replicate(federation, mesh),
+        hyper=hyper,
+        state=replicate(init_state_compiled(key, hyper, setup), mesh),
+    )
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Makes the work folder this run's own, or checks that it already is.
+
+    Raises:
+      UserError: the folder cannot be written or holds another run.
+    """
+    recorded = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if recorded.exists():
+            saved = json.loads(recorded.read_text())
+            checkpoint.check_config(saved, config.to_dict(), FREE_FIELDS)
+        elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
+            raise UserError(
+                f"workdir={workdir} holds a run without its config.json; "
+                "allowed: a new folder, or one with the run to resume"
+            )
+        if not os.access(workdir, os.W_OK):
+            raise PermissionError("not writable")
+        checkpoint.write_json_atomically(recorded, config.to_dict())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{recorded} is damaged ({error}); restore it") from None
+    except OSError as error:
+        raise UserError(
+            f"workdir={workdir} cannot be used ({error.strerror or error}); "
+            "allowed: a folder that can be written"
+        ) from None
+
+
+def make_rows(
+    metrics: dict[str, np.ndarray], done: int, seconds: float, accuracies: Row
+) -> list[Row]:
+    """One row per round of a chunk; the last one carries the evaluation.
+
+    Args:
+      metrics: arrays with a leading R axis.
+      done: rounds done at the end of the chunk.
+      seconds: wall time of the chunk.
+      accuracies: results of the evaluation, or empty.
+    """
+    rounds = len(metrics["train_loss"])
+    rows = [
+        {"round": done - rounds + 1 + r, "seconds": seconds / rounds}
+        | {name: values[r] for name, values in metrics.items()}
+        for r in range(rounds)
+    ]
+    rows[-1] |= accuracies
+    return rows
+
+
+def make_summary(config: ConfigDict, note: str, rows: list[Row]) -> dict[str, Any]:
+    """The numbers of a whole run.
+
+    Final accuracies are means over the last ten rounds' evaluations; `rounds_to` counts
+    rounds until the global accuracy reaches a target for the first time.
+    """
+
+    def total(name: str) -> float:
+        return float(sum(row.get(name) or 0.0 for row in rows))
+
+    reached = rounds_to_targets(rows, "global_accuracy", TARGETS)
+    share = rounds_to_share(rows, "global_accuracy", 0.95)
+    return {
+        "strategy": config.strategy,
+        "seed": config.seed,
+        "num_rounds": len(rows),
+        "note": note,
+        **{f"final_{name}": own_final(rows, name) for name in ACCURACIES},
+        "rounds_to": {f"{target:.2f}": reached[target] for target in TARGETS},
+        "rounds_to_95_percent_of_final": share,
+        "mean_load_cv": total("load_cv") / len(rows),
+        "mean_load_entropy": total("load_entropy") / len(rows),
+        "starved_experts": total("starved_experts") / len(rows),
+        "total_bytes_up": total("bytes_up"),
+        "total_bytes_down": total("bytes_down"),
+        "nonfinite_clients": int(total("nonfinite_clients")),
+        "wall_seconds": total("seconds") + total("evaluation_seconds"),
+    }
+
+
+def save_arrays(
+    path: Path, parts: Parts, state: SimState, specialisation: np.ndarray
+) -> None:
+    """Writes `final.npz`, the arrays that the report draws."""
+    capacity = believe_capacity(parts.federation, parts.hyper, parts.setup)
+    part = path.with_suffix(".part.npz")
+    np.savez(
+        part,
+        fitness=state.align.fitness,
+        times_held=state.align.times_held,
+        capacity=capacity,
+        tier=parts.federation.devices.tier,
+        label_counts=parts.partition.label_counts,
+        specialisation=specialisation,
+        label_names=np.array(parts.data.label_names),
+    )
+    part.replace(path)
+
+
+def train(
+    config: ConfigDict, workdir: Path, *, stop: Callable[[], bool], label: str
+) -> bool:
+    """Runs or resumes one run; returns whether it is finished.
+
+    Args:
+      config: the run's config.
+      workdir: its folder; see the README for what is written there.
+      stop: asked after every chunk of rounds; true saves and ends the run early.
+      label: what progress calls the run.
+
+    Raises:
+      UserError: a mistake in config, data, folder or checkpoint; a bad config leaves
+        no trace on disk.
+    """
+    parts = build_parts(config)
+    setup = parts.setup
+    claim_workdir(workdir, config)
+    save_partition(workdir / "partition.npz", parts.partition)
+    run_rounds = build_run_rounds(setup)
+    evaluate = build_evaluate(
+        model=setup.model,
+        sizes=setup.sizes,
+        gate_mode=setup.rules.gate_mode,
+        mesh=setup.mesh,
+    )
+    folder = workdir / "checkpoints"
+    with checkpoint.open_checkpoints(folder, config.checkpoint.keep) as store:
+        found = checkpoint.restore_latest(store, parts.state)
+        state, done = found if found else (parts.state, 0)
+        with (
+            open_metrics(
+                workdir, done=done, tensorboard=config.run.tensorboard
+            ) as write,
+            open_progress(
+                config.num_rounds, label, done=done, stream=sys.stdout
+            ) as update,
+        ):
+            saved = done
+            while done < config.num_rounds and not (stop() and saved == done):
+                state, rows = advance(state, parts, run_rounds, evaluate, config, done)
+                done = rows[-1]["round"]
+                for row in rows:
+                    write(row)
+                update(rows[-1])
+                if not done % config.checkpoint.every or done >= config.num_rounds:
+                    saved = done
+                    checkpoint.save(store, done, state)
+                elif stop():
+                    saved = done
+                    checkpoint.save(store, done, state)
+    if done < config.num_rounds:
+        return False
+    finish(config, workdir, parts, state, evaluate)
+    return True
+
+
+def advance(
+    state: SimState,
+    parts: Parts,
+    run_rounds: Callable,
+    evaluate: Callable,
+    config: ConfigDict,
+    done: int,
+) -> tuple[SimState, list[Row]]:
+    """One compiled chunk of rounds, evaluated where it is due."""
+    start = time.monotonic()
+    state, metrics = run_rounds(state, parts.federation, parts.hyper)
+    metrics = jax.device_get(metrics)
+    seconds = time.monotonic() - start
+    done += config.chunk_rounds
+    accuracies = {}
+    if done % config.eval_every == 0:
+        start = time.monotonic()
+        results = jax.device_get(evaluate(state, parts.federation))
+        accuracies = {name: results[name] for name in (*ACCURACIES, "expert_accuracy")}
+        accuracies["evaluation_seconds"] = time.monotonic() - start
+    return state, make_rows(metrics, done, seconds, accuracies)
+
+
+def finish(
+    config: ConfigDict,
+    workdir: Path,
+    parts: Parts,
+    state: SimState,
+    evaluate: Callable,
+) -> None:
+    """Writes `summary.json` and `final.npz` of a finished run."""
+    results = jax.device_get(evaluate(state, parts.federation))
+    rows = read_metrics(workdir / "metrics.jsonl")
+    save_arrays(workdir / "final.npz", parts, state, results["specialisation"])
+    note = parts.setup.strategy.note
+    checkpoint.write_json_atomically(
+        workdir / "summary.json", make_summary(config, note, rows)
+    )

@@ -1,0 +1,145 @@
+"""Runs, resumes or compares federated mixtures of experts.
+
+    python launch.py                                            one run on digits
+    python launch.py --config=configs/compare.py:digits --workdir=runs/digits
+    python launch.py --workdir=runs/try --config.strategy=greedy --config.seed=3
+
+A second call with the same arguments resumes. Exit code 0: finished; 2: a mistake in
+the flags, config, data or work folder, told in one line; 3: stopped early, resumable.
+"""
+
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "default.py")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with an argument after a colon."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/default", "Folder of the run; an existing run there is resumed."
+)
+
+
+def refuse(message: str) -> int:
+    """Prints one line about a mistake; returns the exit code that goes with it."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def describe_fields() -> str:
+    """Every config field with its default and meaning, read from the default config."""
+    lines = Path(DEFAULT_CONFIG).read_text().splitlines()
+    pattern = re.compile(r"    config\.(\S+) = (.*?)  # (.*)")
+    fields = [match.groups() for match in map(pattern.fullmatch, lines) if match]
+    return "\n".join(f"  --config.{n}={v}\n    {about}" for n, v, about in fields)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses absl flags; a mistake ends the program with one line and code 2."""
+    if {"--help", "-help", "--helpfull"} & set(argv):
+        fields = (
+            f"\nconfig fields, their defaults and meanings:\n\n{describe_fields()}\n"
+        )
+        sys.modules["__main__"].__doc__ += fields
+    given = [word for word in argv[1:] if word.lstrip("-").split("=")[0] == "config"]
+    if not given:
+        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+    elif "=" in given[-1]:
+        path = given[-1].split("=", 1)[1].split(":")[0]
+        if not Path(path).is_file():
+            sys.exit(refuse(f"--config={path!r} is no file; allowed: configs/*.py"))
+    try:
+        return flags.FLAGS(argv)
+    except AttributeError as error:  # how ml_collections tells an unknown field
+        text = " ".join(str(getattr(error.args[0], "args", error.args)[0]).split())
+        sys.exit(refuse(f"unknown config field {text} --help lists all fields"))
+    except flags.Error as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        sys.exit(refuse(lines[-1]))
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a wish to stop after these rounds."""
+
+    def __init__(self) -> None:
+        self.wished = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._wish)
+
+    def _wish(self, number: int, _frame) -> None:
+        self.wished = True
+        print("stopping after the current rounds; again to stop at once", flush=True)
+        signal.signal(number, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        return self.wished
+
+
+def set_cpu_devices(config: ConfigDict) -> None:
+    """Makes the CPU as many devices as it has cores, unless told otherwise.
+
+    Clients on several devices are faster than cores inside each operator. It must
+    happen before JAX looks at its devices.
+    """
+    import jax
+
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    wished = config.run.num_devices or min(cores, config.cohort_size)
+    jax.config.update("jax_num_cpu_devices", wished)
+
+
+def run(config: ConfigDict, workdir: Path, command: str) -> bool:
+    """Runs the config and writes its report; returns whether it is finished."""
+    from fedmoe_jax.compare import compare
+    from fedmoe_jax.report import write_report
+    from fedmoe_jax.runs import load_run
+    from fedmoe_jax.tables import write_runs_csv
+    from fedmoe_jax.train import train
+
+    stop, start = Stop(), time.monotonic()
+    if "compare" in config:
+        folders, finished = compare(config, workdir, stop=stop)
+        runs = [load_run(folder) for folder in folders]
+        if runs:
+            write_runs_csv(workdir / "runs.csv", runs)
+    else:
+        finished = train(config, workdir, stop=stop, label=config.strategy)
+        runs = [load_run(workdir)] if finished else []
+    if runs:
+        write_report(workdir, runs, command)
+    if finished:
+        print(f"report: {workdir / 'report.html'}  ({time.monotonic() - start:.0f} s)")
+    return finished
+
+
+def main(argv: list[str]) -> int:
+    """Parses nothing more: flags are absl's. Returns the exit code."""
+    if len(argv) > 1:
+        return refuse(f"unexpected argument {argv[1]!r}; see --help")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+    command = shlex.join(["python", *sys.argv])
+    set_cpu_devices(_CONFIG.value)
+    from fedmoe_jax.types import UserError
+
+    try:
+        if run(_CONFIG.value, Path(_WORKDIR.value), command):
+            return 0
+    except UserError as error:
+        return refuse(str(error))
+    print(f"stopped and saved; to resume: {command}")
+    return 3
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
