@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.checkpoint import check_config, write_json_atomically
+from fedmoe_jax.checkpoint import check_config
 from fedmoe_jax.config import FREE_FIELDS, flatten, validate
 from fedmoe_jax.train import build_parts, claim_workdir, train
 from fedmoe_jax.types import UserError
@@ -137,5 +137,4 @@ def is_finished(folder: Path, config: ConfigDict) -> bool:
     saved = json.loads((folder / "config.json").read_text())
     check_config(saved, config.to_dict(), FREE_FIELDS)
     summary = json.loads((folder / "summary.json").read_text())
-    write_json_atomically(folder / "config.json", config.to_dict())
     return summary["num_rounds"] >= config.num_rounds

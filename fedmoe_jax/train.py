@@ -1,5 +1,6 @@
 """The driver of one run: a straight line from a config to a finished run folder."""
 
+import contextlib
 import functools
 import json
 import os
@@ -214,42 +215,60 @@ def train(
     setup = parts.setup
     claim_workdir(workdir, config)
     save_partition(workdir / "partition.npz", parts.partition)
-    run_rounds = build_run_rounds(setup)
     evaluate = build_evaluate(
         model=setup.model,
         sizes=setup.sizes,
         gate_mode=setup.rules.gate_mode,
         mesh=setup.mesh,
     )
-    folder = workdir / "checkpoints"
-    with checkpoint.open_checkpoints(folder, config.checkpoint.keep) as store:
-        found = checkpoint.restore_latest(store, parts.state)
-        state, done = found if found else (parts.state, 0)
-        with (
-            open_metrics(
-                workdir, done=done, tensorboard=config.run.tensorboard
-            ) as write,
-            open_progress(
-                config.num_rounds, label, done=done, stream=sys.stdout
-            ) as update,
-        ):
-            saved = done
-            while done < config.num_rounds and not (stop() and saved == done):
-                state, rows = advance(state, parts, run_rounds, evaluate, config, done)
-                done = rows[-1]["round"]
-                for row in rows:
-                    write(row)
-                update(rows[-1])
-                if not done % config.checkpoint.every or done >= config.num_rounds:
-                    saved = done
-                    checkpoint.save(store, done, state)
-                elif stop():
-                    saved = done
-                    checkpoint.save(store, done, state)
+    state, done = run_to_end(config, workdir, parts, evaluate, stop=stop, label=label)
     if done < config.num_rounds:
         return False
     finish(config, workdir, parts, state, evaluate)
     return True
+
+
+def run_to_end(
+    config: ConfigDict,
+    workdir: Path,
+    parts: Parts,
+    evaluate: Callable,
+    *,
+    stop: Callable[[], bool],
+    label: str,
+) -> tuple[SimState, int]:
+    """Restores what there is and runs the rounds that are left.
+
+    Rows are written before the state is saved, so that a killed run has a row for every
+    round of its newest checkpoint.
+
+    Returns:
+      The state and the rounds done, fewer than configured if `stop` said so.
+    """
+    folder, total = workdir / "checkpoints", config.num_rounds
+    board = config.run.tensorboard
+    run_rounds = build_run_rounds(parts.setup)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(
+            checkpoint.open_checkpoints(folder, config.checkpoint.keep)
+        )
+        state, done = checkpoint.restore_latest(store, parts.state) or (parts.state, 0)
+        write = stack.enter_context(open_metrics(workdir, done=done, tensorboard=board))
+        update = stack.enter_context(
+            open_progress(total, label, done=done, stream=sys.stdout)
+        )
+        stopping = False
+        while done < total and not stopping:
+            state, rows = advance(state, parts, run_rounds, evaluate, config, done)
+            done = rows[-1]["round"]
+            for row in rows:
+                write(row)
+            update(rows[-1])
+            stopping = stop()
+            due = done % config.checkpoint.every == 0
+            if due or stopping or done >= total:
+                checkpoint.save(store, done, state)
+    return state, done
 
 
 def advance(

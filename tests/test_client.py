@@ -1,0 +1,383 @@
+"""One client's round against a hand-written loop of gradient steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmoe_jax import client
+from fedmoe_jax.client import (
+    ClientTask,
+    add_prox,
+    all_finite,
+    build_client_update,
+    normalise,
+    summarise_feedback,
+    take_submodel,
+)
+from fedmoe_jax.models import build_model
+from fedmoe_jax.types import Federation, Hyper, Sizes
+
+SIZES = Sizes(
+    num_clients=3,
+    cohort_size=3,
+    num_experts=5,
+    max_held=3,
+    num_active=2,
+    local_steps=3,
+    batch_size=4,
+    expert_width=6,
+    num_classes=3,
+)
+CLIENT, PADDED = 1, 9  # the second client owns 7 of the 9 places of its row
+IMAGE, MOMENTUM = (4, 4, 1), 0.9
+
+
+def make_model(sizes):
+    return build_model(
+        stem="mlp",
+        stem_width=8,
+        expert="mlp",
+        expert_width=sizes.expert_width,
+        feature_width=6,
+        num_experts=sizes.num_experts,
+        num_classes=sizes.num_classes,
+        image_shape=IMAGE,
+    )
+
+
+def fill(shapes, seed=0):
+    """Random params in NumPy, without compiling `init`."""
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: (0.5 * rng.normal(size=leaf.shape)).astype(np.float32)
+    return jax.tree.map(draw, shapes)
+
+
+def make_params(sizes, seed=0):
+    return fill(jax.eval_shape(make_model(sizes).init, jax.random.key(0)), seed)
+
+
+def make_hyper(**changes):
+    fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.0)
+    fields |= {"client_learning_rate": 0.1} | changes
+    return Hyper(**{name: jnp.float32(value) for name, value in fields.items()})
+
+
+def make_federation():
+    rng = np.random.default_rng(0)
+    size = np.array([9, 7, 5], np.int32)
+    index = np.zeros((3, PADDED), np.int32)
+    for row, (start, count) in enumerate(zip([0, 9, 16], size, strict=True)):
+        index[row, :count] = start + np.arange(count)
+    arrays = Federation(
+        x=rng.integers(0, 256, (21, *IMAGE), np.uint8),
+        y=rng.integers(0, 3, 21, np.int32),
+        index=index,
+        size=size,
+        label_mix=np.full((3, 3), 1 / 3, np.float32),
+        test_x=np.zeros((1, *IMAGE), np.uint8),
+        test_y=np.zeros(1, np.int32),
+        mean=np.array([0.4], np.float32),
+        std=np.array([0.3], np.float32),
+        devices=None,
+    )
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+def make_task(params, held=(4, 1, 4), slot=(True, True, False)):
+    """The last slot is invalid and repeats an expert that is held."""
+    return ClientTask(
+        client=jnp.int32(CLIENT),
+        valid=jnp.array(True),
+        held=jnp.array(held, jnp.int32),
+        slot=jnp.array(slot),
+        gate=params["gate"],
+    )
+
+
+FEDERATION = make_federation()
+PARAMS = make_params(SIZES)
+TASK = make_task(PARAMS)
+KEY = jax.random.key(5)
+draw_batches = jax.jit(client.draw_batches, static_argnums=3)
+
+
+# ---- the slow twin: one example at a time, only the valid experts 4 and 1
+
+
+def twin_example(submodel, x, y, hyper):
+    """Cross-entropy + calibration + z of ONE example, and what was seen."""
+    model = make_model(SIZES)
+    features = model.stem(submodel["stem"], (x[None] / 255 - 0.4) / 0.3)
+    scores = submodel["gate"]["kernel"] @ features[0] + submodel["gate"]["bias"]
+    own = jnp.exp(jnp.stack([scores[4], scores[1]]))
+    gates = own / own.sum()
+    rows = [jax.tree.map(lambda w, k=k: w[k], submodel["experts"]) for k in (0, 1)]
+    mixed = sum(gates[k] * model.expert(rows[k], features)[0] for k in (0, 1))
+    odds = jnp.exp(mixed @ submodel["head"]["kernel"] + submodel["head"]["bias"])
+    entropy = jnp.log(odds.sum() / odds[y])
+    calibration = jnp.log(jnp.exp(scores).sum() / own.sum())
+    loss = entropy + hyper.calibration * calibration
+    loss += hyper.z_loss * jnp.log(own.sum()) ** 2
+    return loss, (entropy, jnp.argmax(odds) == y, gates)
+
+
+@jax.jit
+def twin_gradient(submodel, ids, hyper):
+    def loss(submodel):
+        example = functools.partial(twin_example, submodel, hyper=hyper)
+        x = FEDERATION.x[ids].astype(jnp.float32)
+        losses, seen = jax.vmap(example)(x, FEDERATION.y[ids])
+        gates = seen[2]
+        first = jnp.stack([gates[:, 0] > gates[:, 1], gates[:, 1] > gates[:, 0]])
+        load = 2 * (first.mean(1, dtype=jnp.float32) * gates.mean(0)).sum()
+        return losses.mean() + hyper.load_loss * load, seen
+
+    return jax.grad(loss, has_aux=True)(submodel)
+
+
+def twin_received():
+    """The sub-model that holds the valid experts and nothing else."""
+    experts = jax.tree.map(lambda leaf: leaf[np.array([4, 1])], PARAMS["experts"])
+    return PARAMS | {"experts": experts}
+
+
+def twin_batches():
+    index, size = FEDERATION.index[CLIENT], FEDERATION.size[CLIENT]
+    return np.asarray(draw_batches(KEY, index, size, SIZES))
+
+
+def twin_step(submodel, ids, hyper):
+    """Gradient and what was seen, in NumPy."""
+    return jax.tree.map(np.asarray, twin_gradient(submodel, ids, hyper))
+
+
+def twin_update(hyper):
+    """Deltas after all local steps of momentum SGD, and everything seen."""
+    rate, prox = float(hyper.client_learning_rate), float(hyper.prox)
+    received = submodel = twin_received()
+    velocity, seen = jax.tree.map(np.zeros_like, received), []
+    for ids in twin_batches():
+        grads, step_seen = twin_step(submodel, ids, hyper)
+        grads = jax.tree.map(
+            lambda g, w, r: g + prox * (w - r), grads, submodel, received
+        )
+        velocity = jax.tree.map(lambda v, g: MOMENTUM * v + g, velocity, grads)
+        submodel = jax.tree.map(lambda w, v: w - rate * v, submodel, velocity)
+        seen.append(step_seen)
+    delta = jax.tree.map(np.subtract, submodel, received)
+    return delta, [np.stack(part) for part in zip(*seen, strict=True)]
+
+
+UPDATE = jax.jit(
+    build_client_update(
+        model=make_model(SIZES), sizes=SIZES, optimizer="sgd", momentum=MOMENTUM
+    )
+)
+
+
+def assert_close(tree, expected):
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for leaf, other in zip(
+        jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(leaf, other, rtol=2e-4, atol=2e-6)
+
+
+# ---- client_update
+
+
+def first_slots(delta):
+    """Drops the invalid third slot."""
+    return delta | {
+        "experts": jax.tree.map(lambda d: np.asarray(d)[:2], delta["experts"])
+    }
+
+
+@pytest.fixture(scope="module")
+def full_run():
+    """Hyperparameters with every term of the objective, and the client's update."""
+    hyper = make_hyper(prox=0.7, calibration=0.2, load_loss=0.3, z_loss=0.1)
+    return hyper, UPDATE(PARAMS, TASK, FEDERATION, hyper, KEY)
+
+
+def test_update_equals_hand_written_sgd(full_run):
+    hyper, update = full_run
+    delta, (entropy, correct, gates) = twin_update(hyper)
+    assert_close(first_slots(update.delta), delta)
+    for leaf in jax.tree.leaves(delta):
+        assert np.abs(leaf).max() > 1e-4  # nothing is equal because nothing moved
+    np.testing.assert_allclose(update.loss, entropy.mean(), rtol=1e-5)
+    np.testing.assert_allclose(update.accuracy, correct.mean(), rtol=1e-6)
+    assert update.finite
+    np.testing.assert_array_equal(update.feedback.load[:2], (gates > 0).sum((0, 1)))
+    expected = gates.sum((0, 1)) / gates.sum()
+    np.testing.assert_allclose(update.feedback.frequency[:2], expected, rtol=1e-5)
+
+
+def test_invalid_slots_have_exactly_zero_delta_and_feedback(full_run):
+    _, update = full_run
+    for leaf in jax.tree.leaves(update.delta["experts"]):
+        moved = np.abs(np.asarray(leaf)).reshape(3, -1).max(1)
+        assert moved[2] == 0 and np.all(moved[:2] > 0)
+    for part in jax.tree.leaves(update.feedback):
+        assert part.shape == (3,) and part[2] == 0 and np.all(np.isfinite(part))
+
+
+def test_a_diverged_client_says_so():
+    hyper = make_hyper(client_learning_rate=1e38)
+    update = UPDATE(PARAMS, TASK, FEDERATION, hyper, KEY)
+    assert not update.finite
+
+
+def test_a_client_pays_for_the_experts_it_holds_only():
+    def lower(num_experts):
+        sizes = SIZES._replace(num_experts=num_experts, expert_width=64)
+        model = make_model(sizes)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        update = build_client_update(
+            model=model, sizes=sizes, optimizer="sgd", momentum=0.9
+        )
+        task = make_task(params)
+        arguments = (params, task, FEDERATION, make_hyper(), KEY)
+        delta = jax.eval_shape(update, *arguments).delta
+        flops = jax.jit(update).lower(*arguments).cost_analysis()["flops"]
+        return delta["experts"], flops
+
+    (few, few_flops), (many, many_flops) = lower(5), lower(80)
+    assert few == many
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(few)} == {SIZES.max_held}
+    assert many_flops < 1.5 * few_flops  # only the gate grew
+
+
+# ---- the parts
+
+
+def test_take_submodel_gathers_rows():
+    submodel = take_submodel(PARAMS, {"kernel": jnp.ones(2)}, jnp.array([3, 0, 3]))
+    for name, leaf in submodel["experts"]["Dense_0"].items():
+        whole = np.asarray(PARAMS["experts"]["Dense_0"][name])
+        np.testing.assert_array_equal(leaf, whole[[3, 0, 3]])
+    assert submodel["gate"].keys() == {"kernel"}
+    assert submodel["stem"] is PARAMS["stem"] and submodel["head"] is PARAMS["head"]
+
+
+def test_normalise_by_hand():
+    x = jnp.array([0, 51, 255, 102], jnp.uint8).reshape(1, 2, 1, 2)
+    out = normalise(x, jnp.array([0.5, 0.2]), jnp.array([0.25, 0.1]))
+    np.testing.assert_allclose(out.reshape(-1), [-2, 0, 2, 2], atol=1e-5)
+
+
+def test_prox_gradient_is_the_gradient_of_the_penalty():
+    shapes = {"a": np.zeros((2, 3)), "b": np.zeros(4)}
+    weights, received, grads = (fill(shapes, seed) for seed in range(3))
+
+    @jax.jit
+    def penalty_gradient(weights):
+        def penalty(weights):
+            gap = jax.tree.map(lambda w, r: jnp.square(w - r).sum(), weights, received)
+            return 0.7 / 2 * (gap["a"] + gap["b"])
+
+        return jax.grad(penalty)(weights)
+
+    expected = jax.tree.map(np.add, grads, penalty_gradient(weights))
+    assert_close(add_prox(grads, weights, received, 0.7), expected)
+
+
+def test_prox_pulls_a_quadratic_between_its_optimum_and_what_was_received():
+    # 1/2 |w - a|^2 + mu/2 |w - r|^2 is least at w = (a + mu r) / (1 + mu)
+    optimum, received, prox = np.array([4.0, 1.0]), np.array([1.0, -5.0]), 2.0
+    weights = received
+    for _ in range(50):
+        weights = weights - 0.2 * add_prox(weights - optimum, weights, received, prox)
+    np.testing.assert_allclose(weights, [2.0, -3.0], rtol=1e-6)
+
+
+def two_updates(name, momentum, grads):
+    """The updates of two equal gradients from one of the local optimisers."""
+    tx = client.client_optimizer(name, jnp.float32(0.01), momentum)
+
+    @jax.jit
+    def step(grads):
+        first, opt_state = tx.update(grads, tx.init(grads), grads)
+        return first, tx.update(grads, opt_state, grads)[0]
+
+    return step(jnp.asarray(grads))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_with_momentum_by_hand(momentum):
+    grads = np.array([5.0, -0.2, 0.0], np.float32)
+    first, second = two_updates("sgd", momentum, grads)
+    np.testing.assert_allclose(first, -0.01 * grads, rtol=1e-6)
+    np.testing.assert_allclose(second, -0.01 * (1 + momentum) * grads, rtol=1e-6)
+
+
+def test_adam_steps_by_its_rate_and_leaves_what_has_no_gradient():
+    for update in two_updates("adam", 0.0, [5.0, -0.2, 0.0]):
+        np.testing.assert_allclose(update, [-0.01, 0.01, 0], rtol=1e-4)
+        assert update[2] == 0
+
+
+def test_feedback_by_hand():
+    gates = jnp.array([[[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]])  # [T=1, B=2, K=3]
+    entropy = jnp.array([[2.0, 4.0]])
+    correct = jnp.array([[1.0, 0.0]])
+    feedback = summarise_feedback(entropy, correct, gates)
+    np.testing.assert_allclose(feedback.accuracy, [1 / 1.25, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(feedback.loss, [3 / 1.25, 4, 0], rtol=1e-6)
+    np.testing.assert_allclose(feedback.frequency, [0.625, 0.375, 0], rtol=1e-6)
+    np.testing.assert_array_equal(feedback.load, [2, 1, 0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_all_finite_sees_one_bad_number(bad):
+    tree = {"a": jnp.ones((2, 2)), "b": jnp.array([1.0, 2.0])}
+    assert all_finite(tree)
+    assert not all_finite(tree | {"b": jnp.array([1.0, bad])})
+
+
+# ---- batches
+
+sizes_and_seeds = given(st.integers(1, PADDED), st.integers(0, 1000))
+
+
+def make_index(size, padded=PADDED, padding=-7):
+    """Ids 100, 101, ... and padding that no client owns."""
+    places = np.arange(padded)
+    return jnp.asarray(np.where(places < size, 100 + places, padding), jnp.int32)
+
+
+@settings(max_examples=30)
+@sizes_and_seeds
+def test_batches_are_passes_over_the_clients_examples(size, seed):
+    batches = draw_batches(jax.random.key(seed), make_index(size), size, SIZES)
+    assert batches.shape == (SIZES.local_steps, SIZES.batch_size)
+    draws = np.asarray(batches).ravel()
+    for start in range(0, draws.size, size):
+        one_pass = draws[start : start + size]
+        assert len(set(one_pass)) == len(one_pass)
+        assert set(one_pass) <= set(range(100, 100 + size))
+    if size <= draws.size:
+        assert set(draws[:size]) == set(range(100, 100 + size))
+
+
+@settings(max_examples=15)
+@sizes_and_seeds
+def test_batches_do_not_depend_on_the_padding(size, seed):
+    key = jax.random.key(seed)
+    short = draw_batches(key, make_index(size), size, SIZES)
+    long = draw_batches(key, make_index(size, 4 * PADDED, padding=3), size, SIZES)
+    np.testing.assert_array_equal(short, long)
+
+
+def test_batches_depend_on_the_key_and_all_orders_occur():
+    index, orders = make_index(3), []
+    for key in jax.random.split(jax.random.key(0), 200):
+        orders.append(np.asarray(draw_batches(key, index, 3, SIZES)).ravel()[:3])
+    _, counts = np.unique(orders, axis=0, return_counts=True)
+    assert counts.size == 6 and counts.min() > 15  # 33 expected of each
