@@ -12,8 +12,8 @@ from fedmoe_jax.align.fitness import idle_rule
 from fedmoe_jax.costs import count_costs, scale_costs
 from fedmoe_jax.models import Model, apply_experts, build_model
 from fedmoe_jax.partition import split
-from fedmoe_jax.round import Rules, Setup
 from fedmoe_jax.routing import gate_logits
+from fedmoe_jax.setup import Rules, Setup
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, Sizes
 from fedmoe_jax.world.capacity import draw_devices

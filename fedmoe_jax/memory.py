@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from fedmoe_jax.round import Setup
+from fedmoe_jax.setup import Setup
 from fedmoe_jax.types import Federation, PyTree, SimState, UserError
 
 # One client holds its sub-model, the received copy, gradients, momentum (two moments

@@ -28,7 +28,8 @@ from fedmoe_jax.metrics import (
     rounds_to_targets,
 )
 from fedmoe_jax.partition import save_partition
-from fedmoe_jax.round import Setup, believe_capacity, build_run_rounds, init_state
+from fedmoe_jax.round import believe_capacity, build_run_rounds
+from fedmoe_jax.setup import Setup, init_state
 from fedmoe_jax.sharding import build_mesh, replicate
 from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, SimState, UserError
 
