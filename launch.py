@@ -110,16 +110,15 @@ def run(config: ConfigDict, workdir: Path, command: str) -> bool:
     stop, start = Stop(), time.monotonic()
     if "compare" in config:
         folders, finished = compare(config, workdir, stop=stop)
-        runs = [load_run(folder) for folder in folders]
-        if runs:
-            write_runs_csv(workdir / "runs.csv", runs)
     else:
         finished = train(config, workdir, stop=stop, label=config.strategy)
-        runs = [load_run(workdir)] if finished else []
-    if runs:
-        write_report(workdir, runs, command)
+        folders = [workdir]
     if finished:
-        print(f"report: {workdir / 'report.html'}  ({time.monotonic() - start:.0f} s)")
+        runs = [load_run(folder) for folder in folders]
+        if "compare" in config:
+            write_runs_csv(workdir / "runs.csv", runs)
+        page = write_report(workdir, runs, command)
+        print(f"report: {page}  ({time.monotonic() - start:.0f} s)")
     return finished
 
 
