@@ -95,8 +95,8 @@ def set_cpu_devices(config: ConfigDict) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    wished = config.run.num_devices or min(cores, config.cohort_size)
-    jax.config.update("jax_num_cpu_devices", wished)
+    wished = min(cores, config.run.num_devices or config.cohort_size)
+    jax.config.update("jax_num_cpu_devices", max(wished, 1))
 
 
 def run(config: ConfigDict, workdir: Path, command: str) -> bool:

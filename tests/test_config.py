@@ -1,0 +1,230 @@
+"""Every file in configs/ is a valid study; every bad value is refused by its name."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+
+from configs import default
+from fedmoe_jax import experiment
+from fedmoe_jax.compare import list_members
+from fedmoe_jax.config import (
+    ALLOWED,
+    AT_MOST,
+    FREE_FIELDS,
+    MULTIPLE,
+    Range,
+    flatten,
+    validate,
+)
+from fedmoe_jax.data import load_dataset
+from fedmoe_jax.sharding import build_mesh
+from fedmoe_jax.types import UserError
+
+FILES = sorted(
+    path.stem
+    for path in (Path(__file__).parent.parent / "configs").glob("*.py")
+    if path.stem != "__init__"
+)
+# Checked where they are used: a path by the loader, a pair of lists by `draw_devices`.
+CHECKED_ELSEWHERE = {"data.dir", "devices.tiers", "devices.shares", "run.tensorboard"}
+ARGUMENTS = {
+    "compare": ("", "digits", "smoke", "digits,smoke"),
+    "causes": ("idle", "gate", "idle,digits", "gate,digits,smoke", "smoke"),
+}
+STUDIES = [(file, a) for file in FILES for a in ARGUMENTS.get(file, ("", "smoke"))]
+
+
+def get_config(name, argument=""):
+    return importlib.import_module(f"configs.{name}").get_config(argument)
+
+
+def runs_of(config):
+    """The configs of every run of a study."""
+    if "compare" in config:
+        return [member.config for member in list_members(config)]
+    return [config]
+
+
+def fields_of(config):
+    return flatten(config.to_dict())
+
+
+DEFAULTS = fields_of(default.get_config())
+
+
+def changed(**fields):
+    config = default.get_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.parametrize(("name", "argument"), STUDIES)
+def test_every_study_is_valid(name, argument):
+    runs = runs_of(get_config(name, argument))
+    assert runs
+    for config in runs:
+        validate(config)
+
+
+@pytest.mark.parametrize(("name", "argument"), STUDIES)
+def test_every_study_builds(name, argument):
+    for config in runs_of(get_config(name, argument)):
+        if config.seed == 0:
+            cifar = config.data.name == "cifar10"
+            shape = (32, 32, 3) if cifar else (8, 8, 1)
+            setup = experiment.build_setup(config, 10, shape, build_mesh(1))
+            assert setup.costs.expert_bytes > 0
+            if not cifar:
+                data = load_dataset(config.data.name, config.data.dir)
+                experiment.make_partition(config, data)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_smoke_is_the_same_study_but_shorter(name):
+    first = ARGUMENTS.get(name, ("",))[0]
+    long, short = (fields_of(get_config(name, a)) for a in (first, "smoke"))
+    assert short.keys() == long.keys()
+    counts = {"num_rounds", "eval_every", "chunk_rounds", "local_steps"}
+    differing = {field for field in long if long[field] != short[field]}
+    assert differing <= counts | {"checkpoint.every", "compare.seeds"}
+    assert short["num_rounds"] < long["num_rounds"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_unknown_argument_is_refused(name):
+    with pytest.raises(ValueError, match=r"'smok' is unknown; allowed: .*smoke"):
+        get_config(name, "smok")
+
+
+def test_every_field_is_checked():
+    fields = set(DEFAULTS)
+    assert set(ALLOWED) <= fields
+    assert fields - set(ALLOWED) == CHECKED_ELSEWHERE
+    assert FREE_FIELDS <= fields
+    related = {name for pair in (*AT_MOST, *MULTIPLE) for name in pair}
+    assert related <= set(ALLOWED)
+
+
+def outside(allowed):
+    """Values just outside of what a field allows."""
+    if not isinstance(allowed, Range):
+        return ["", "bogus"]
+    low = allowed.low if allowed.open_low else allowed.low - 1
+    if allowed.high == math.inf:
+        return [low]
+    return [low, allowed.high if allowed.open_high else allowed.high + 1]
+
+
+BAD = [(name, value) for name, rule in ALLOWED.items() for value in outside(rule)]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_value_out_of_range_is_refused_by_name(name, value):
+    value = type(DEFAULTS[name])(value)
+    with pytest.raises(UserError) as caught:
+        validate(changed(**{name: value}))
+    text = str(caught.value)
+    assert text.startswith(f"{name}={value!r} is not allowed; allowed: ")
+    assert "\n" not in text
+
+
+FLOATS = [n for n, v in DEFAULTS.items() if isinstance(v, float)]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_must_be_finite(name, value):
+    with pytest.raises(UserError, match=f"^{name}={value} is not allowed"):
+        validate(changed(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("partition.alpha", 1e-6),
+        ("usage.decay", 0.0),
+        ("usage.decay", 1.0),
+        ("fitness.rate", 1.0),
+        ("client.momentum", 0.0),
+        ("devices.buffer", 0.0),
+        ("seed", 2**31 - 1),
+    ],
+)
+def test_ends_of_ranges_are_allowed(name, value):
+    validate(changed(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("cohort_size", 21, "1 to num_clients=20"),
+        ("max_held", 9, "1 to num_experts=8"),
+        ("num_active", 5, "1 to max_held=4"),
+        ("num_rounds", 42, "multiples of eval_every=5"),
+        ("chunk_rounds", 2, "multiples of chunk_rounds=2"),
+        ("checkpoint.every", 3, "multiples of chunk_rounds=5"),
+    ],
+)
+def test_fields_that_contradict_each_other(name, value, told):
+    with pytest.raises(UserError) as caught:
+        validate(changed(**{name: value}))
+    assert str(caught.value).endswith(f"allowed: {told}")
+
+
+def test_range_spells_its_ends():
+    rules = (Range(1), Range(0, open_low=True), Range(0, 1), Range(0, 1, True, True))
+    assert [str(rule) for rule in rules] == [">= 1", "> 0", "[0, 1]", "(0, 1)"]
+
+
+def test_flatten_joins_names_with_dots():
+    assert flatten({"a": 1, "b": {"c": (2, 3), "d": {"e": "x"}}}) == {
+        "a": 1,
+        "b.c": (2, 3),
+        "b.d.e": "x",
+    }
+
+
+def test_hyperparameters_are_read_from_their_fields():
+    hyper = experiment.make_hyper(
+        changed(
+            **{
+                "client.learning_rate": 0.125,
+                "server.learning_rate": 0.5,
+                "client.prox": 0.25,
+                "loss.calibration": 0.0625,
+                "loss.load": 2.0,
+                "loss.z": 3.0,
+                "fitness.rate": 0.75,
+                "fitness.idle": "decay",
+                "fitness.idle_decay": 0.375,
+                "fitness.loss_scale": 4.0,
+                "fitness.frequency_share": 0.625,
+                "fitness.exploration": 0.875,
+                "usage.decay": 0.1875,
+                "weights.fitness": 5.0,
+                "weights.usage": 6.0,
+                "devices.buffer": 0.3125,
+            }
+        )
+    )
+    values = {name: float(value) for name, value in vars(hyper).items()}
+    assert values == {
+        "client_learning_rate": 0.125,
+        "server_learning_rate": 0.5,
+        "prox": 0.25,
+        "calibration": 0.0625,
+        "load_loss": 2.0,
+        "z_loss": 3.0,
+        "fitness_rate": 0.75,
+        "idle_decay": 0.375,
+        "idle_target": 0.0,
+        "loss_scale": 4.0,
+        "frequency_share": 0.625,
+        "usage_decay": 0.1875,
+        "fitness_weight": 5.0,
+        "usage_weight": 6.0,
+        "exploration": 0.875,
+        "buffer": 0.3125,
+    }

@@ -1,0 +1,559 @@
+"""One round and a chunk of rounds: closed forms, invariants, slow twin against scan."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fedmoe_jax.round as round_file
+from configs import default
+from fedmoe_jax import experiment, train
+from fedmoe_jax.client import ClientUpdate, build_client_update
+from fedmoe_jax.cohort import build_train_cohort
+from fedmoe_jax.costs import Costs, count_costs
+from fedmoe_jax.models import Model
+from fedmoe_jax.round import build_round, build_run_rounds, make_tasks
+from fedmoe_jax.setup import Setup, init_state
+from fedmoe_jax.sharding import build_mesh, replicate
+from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.types import Assignment, Devices, Federation, Sizes, Strategy
+
+N, C, E, K, A, T, B, R = 10, 4, 4, 2, 2, 2, 4, 2
+NO_CLASS = 999
+TINY = {
+    "data.name": "synthetic",
+    "partition.kind": "iid",
+    "num_clients": N,
+    "cohort_size": C,
+    "num_experts": E,
+    "max_held": K,
+    "num_active": A,
+    "local_steps": T,
+    "batch_size": B,
+    "chunk_rounds": R,
+    "model.stem_width": 8,
+    "model.expert_width": 4,
+    "model.feature_width": 4,
+    "devices.model_scale": 1e5,  # some clients can hold one expert, some two
+    "run.num_devices": 1,
+}
+
+
+def tiny_config(**changes):
+    config = default.get_config("smoke")
+    config.update_from_flattened_dict(TINY | changes)
+    return config
+
+
+def breakable(**kwargs):
+    """The real client update, all NaN where the client's labels are no classes."""
+    update = build_client_update(**kwargs)
+
+    def client_update(params, task, federation, hyper, key):
+        result = update(params, task, federation, hyper, key)
+        broken = federation.y[federation.index[task.client, 0]] >= NO_CLASS
+        spoil = lambda leaf: jnp.where(broken, jnp.nan, leaf)
+        numbers = (result.delta, result.feedback, result.loss, result.accuracy)
+        delta, feedback, loss, accuracy = jax.tree.map(spoil, numbers)
+        return ClientUpdate(delta, feedback, loss, accuracy, result.finite & ~broken)
+
+    return client_update
+
+
+def make_setup(parts, strategy):
+    """The setup of a config with the linear model, which compiles faster."""
+    sizes = strategy.resize(parts.setup.sizes)
+    model = make_linear_model(sizes.num_experts)
+    costs = count_costs(jax.eval_shape(model.init, jax.random.key(0)), 1.0, 1.0)
+    return parts.setup._replace(
+        model=model, sizes=sizes, strategy=strategy, costs=costs
+    )
+
+
+class Base(NamedTuple):
+    """A load-balanced run: its round and a chunk as compiled programs."""
+
+    parts: train.Parts
+    round_step: Callable
+    run_rounds: Callable
+    traces: list
+
+
+@functools.cache
+def base():
+    traces = []
+
+    def counting(*args):
+        traces.append(1)
+        return STRATEGIES["load_balanced"].assign(*args)
+
+    parts = train.build_parts(tiny_config())
+    strategy = STRATEGIES["load_balanced"]._replace(assign=counting)
+    setup = make_setup(parts, strategy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_file, "build_client_update", breakable)
+        round_step, run_rounds = jax.jit(build_round(setup)), build_run_rounds(setup)
+    state = replicate(init_state(parts.state.key, parts.hyper, setup), setup.mesh)
+    return Base(
+        parts._replace(setup=setup, state=state), round_step, run_rounds, traces
+    )
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def assert_same(left, right, atol=0.0):
+    """Equal leaves, keys by their data; bitwise unless a tolerance is given."""
+    data = lambda leaf: (
+        jax.random.key_data(leaf)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else leaf
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(data(a), data(b), rtol=0, atol=atol),
+        left,
+        right,
+    )
+
+
+def all_finite(tree):
+    leaves = jax.tree.leaves(tree)
+    numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    return all(bool(jnp.isfinite(x).all()) for x in numbers)
+
+
+@functools.cache
+def make_linear_model(num_experts):
+    """Linear stem, experts and head: the least model in which every part learns."""
+    product = lambda params, x: x @ params["kernel"]
+
+    def init(key):
+        stem, gate, expert, head = jax.random.split(key, 4)
+        gates = {
+            "kernel": 0.1 * jax.random.normal(gate, (num_experts, 4)),
+            "bias": jnp.zeros(num_experts),
+        }
+        return {
+            "stem": {"kernel": jax.random.normal(stem, (64, 4)) / 8},
+            "gate": gates,
+            "experts": {"kernel": jax.random.normal(expert, (num_experts, 4, 4)) / 2},
+            "head": {"kernel": jax.random.normal(head, (4, 16)) / 2},
+        }
+
+    return Model(
+        init=init,
+        stem=lambda params, x: product(params, x.reshape(x.shape[0], -1)),
+        expert=product,
+        head=product,
+    )
+
+
+# A model without a stem and without a head whose experts are bare class logits.
+# Cross-entropy then has a closed minimum: the logarithm of the label frequencies.
+
+
+def make_logit_model(num_experts, num_classes):
+    def init(key):
+        shape = (num_experts, num_classes)
+        return {
+            "stem": {},
+            "gate": {
+                "kernel": jnp.zeros((num_experts, 1)),
+                "bias": jnp.zeros(num_experts),
+            },
+            "experts": {"logits": jax.random.normal(key, shape)},
+            "head": {},
+        }
+
+    return Model(
+        init=init,
+        stem=lambda params, x: x.reshape(x.shape[0], -1)[:, :1],
+        expert=lambda params, x: jnp.broadcast_to(
+            params["logits"][None], (x.shape[0], num_classes)
+        ),
+        head=lambda params, outputs: outputs,
+    )
+
+
+def make_label_federation(counts):
+    """Clients of blank images whose labels have the histograms `counts` [N, L]."""
+    counts = np.array(counts)
+    size, total = counts.sum(1), counts.sum()
+    y = np.concatenate([np.repeat(np.arange(counts.shape[1]), row) for row in counts])
+    index = np.zeros((len(counts), size.max()), np.int32)
+    for client, start in enumerate(np.cumsum(size) - size):
+        index[client, : size[client]] = np.arange(start, start + size[client])
+    ones = jnp.ones(len(counts))
+    return Federation(
+        x=jnp.zeros((total, 2, 2, 1), jnp.uint8),
+        y=jnp.asarray(y, jnp.int32),
+        index=jnp.asarray(index),
+        size=jnp.asarray(size, jnp.int32),
+        label_mix=jnp.asarray(counts / size[:, None], jnp.float32),
+        test_x=jnp.zeros((1, 2, 2, 1), jnp.uint8),
+        test_y=jnp.zeros(1, jnp.int32),
+        mean=jnp.zeros(1),
+        std=jnp.ones(1),
+        devices=Devices(
+            memory=1e12 * ones,
+            flops=1e12 * ones,
+            upload=1e12 * ones,
+            download=1e12 * ones,
+            tier=jnp.zeros(len(counts), jnp.int32),
+        ),
+    )
+
+
+def fixed_assignment(evidence, hyper, sizes, key):
+    """Clients 0 and 1 hold expert 0, client 2 expert 2; nobody holds expert 1."""
+    expert = jnp.array([0, 0, 2], jnp.int32)[evidence.client]
+    return Assignment(expert[:, None], jnp.ones((evidence.client.shape[0], 1), bool))
+
+
+def test_experts_converge_to_the_label_frequencies_of_their_holders():
+    counts = np.array([[4, 1, 1], [0, 1, 1], [1, 2, 0]])  # sizes 6, 2 and 3
+    config = tiny_config(
+        **{"chunk_rounds": 400, "client.momentum": 0.0, "client.learning_rate": 1.0}
+    )
+    costs = Costs(1.0, 1.0, 1.0, 1.0, 1.0)
+    setup = Setup(
+        model=make_logit_model(3, 3),
+        # One step on 6 examples sees every example of every client equally often, so
+        # that a round is exactly one step of gradient descent.
+        sizes=Sizes(3, 3, 3, 1, 1, 1, 6, 1, 3),
+        strategy=Strategy(fixed_assignment, lambda sizes: sizes, ""),
+        rules=experiment.make_rules(config),
+        costs=costs,
+        device_costs=costs,
+        mesh=build_mesh(1),
+    )
+    hyper = experiment.make_hyper(config)
+    start = init_state(jax.random.key(0), hyper, setup)
+    first = np.array(start.params["experts"]["logits"])
+    federation = make_label_federation(counts)
+    state, metrics = build_run_rounds(setup)(start, federation, hyper)
+    found = jax.nn.softmax(state.params["experts"]["logits"], axis=-1)
+    np.testing.assert_allclose(found[0], np.array([4, 2, 2]) / 8, atol=1e-4)
+    np.testing.assert_array_equal(state.params["experts"]["logits"][1], first[1])
+    # A class that no holder owns has no finite minimum; its frequency only nears 0.
+    np.testing.assert_allclose(found[2], np.array([1, 2, 0]) / 3, atol=5e-3)
+    mean_loss = -sum(
+        (row / row.sum() * np.log(np.maximum(found[expert], 1e-9))).sum()
+        for row, expert in zip(counts, [0, 0, 2], strict=True)
+    )
+    np.testing.assert_allclose(metrics["train_loss"][-1], mean_loss / 3, atol=1e-3)
+
+
+def test_scan_is_a_loop_over_rounds():
+    parts, round_step, run_rounds, _ = base()
+    state, rows = parts.state, []
+    for _ in range(R):
+        state, metrics = round_step(state, parts.federation, parts.hyper)
+        rows.append(metrics)
+    scanned, stacked = run_rounds(copy(parts.state), parts.federation, parts.hyper)
+    # XLA may fuse a loop body in another way than the same program alone.
+    assert_same(scanned, state, atol=1e-6)
+    assert int(scanned.round) == R
+    rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    assert rows.keys() == stacked.keys()
+    for name, values in rows.items():
+        np.testing.assert_allclose(stacked[name], values, rtol=1e-5, atol=1e-6)
+
+
+def test_every_round_draws_a_cohort_of_its_own():
+    parts, round_step, *_ = base()
+    state, cohorts = parts.state, []
+    for _ in range(4):
+        before = np.array(state.align.times_held)
+        state, _ = round_step(state, parts.federation, parts.hyper)
+        took_part = np.array(state.align.times_held != before).any(1)
+        cohorts.append(tuple(np.flatnonzero(took_part)))
+    assert all(len(cohort) == C for cohort in cohorts)
+    assert len(set(cohorts)) > 1
+
+
+def test_one_trace_serves_all_rounds_seeds_and_hyperparameters():
+    parts, _, run_rounds, traces = base()
+    other = train.build_parts(tiny_config(seed=1))
+    state = init_state(other.state.key, parts.hyper, parts.setup)
+    state = replicate(state, parts.setup.mesh)
+    before, kernels = len(traces), []
+    for start, federation in (
+        (copy(parts.state), parts.federation),
+        (state, other.federation),
+    ):
+        state, _ = run_rounds(start, federation, parts.hyper)
+        rate = 2 * parts.hyper.client_learning_rate
+        state, _ = run_rounds(
+            state, federation, parts.hyper.replace(client_learning_rate=rate)
+        )
+        kernels.append(state.params["head"]["kernel"])
+    assert len(traces) - before <= 1  # none if another test ran it before
+    assert run_rounds._cache_size() == 1
+    assert float(jnp.abs(kernels[0] - kernels[1]).max()) > 0.01
+
+
+def test_equal_setups_share_one_program():
+    setups = [train.build_parts(tiny_config(seed=seed)).setup for seed in (0, 1)]
+    assert build_run_rounds(setups[0]) is build_run_rounds(setups[1])
+
+
+def test_rounds_of_several_seeds_vmap():
+    parts, round_step, _, _ = base()
+    keys = jax.random.split(jax.random.key(7), 2)
+    states = [init_state(key, parts.hyper, parts.setup) for key in keys]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    round_of_all = jax.vmap(build_round(parts.setup), in_axes=(0, None, None))
+    together = jax.jit(round_of_all)(stacked, parts.federation, parts.hyper)
+    for seed, state in enumerate(states):
+        found = jax.tree.map(lambda leaf, s=seed: leaf[s], together)
+        state = replicate(state, parts.setup.mesh)
+        expected = round_step(state, parts.federation, parts.hyper)
+        assert_same(found[0].params, expected[0].params, atol=1e-5)
+        assert_same(found[0].align, expected[0].align, atol=1e-5)
+        np.testing.assert_array_equal(
+            found[1]["expert_load"], expected[1]["expert_load"]
+        )
+
+
+CASES = [(name, "global") for name in STRATEGIES]
+CASES += [("greedy", "holder_rows"), ("greedy", "personal")]
+
+
+@functools.cache
+def traced_chunk(strategy, gate_mode):
+    """A chunk of rounds that also returns who has held what after every round."""
+    parts, *_ = base()
+    setup = make_setup(parts, STRATEGIES[strategy])
+    setup = setup._replace(rules=setup.rules._replace(gate_mode=gate_mode))
+    state = init_state(parts.state.key, parts.hyper, setup)
+    # Expert 0 is everyone's first choice of greedy, expert 3 is nobody's.
+    preference = jnp.array([0.04, 0.02, 0.0, -0.04])[None, : setup.sizes.num_experts]
+    fitness = state.align.fitness + preference
+    state = state.replace(align=state.align.replace(fitness=fitness))
+    round_step = build_round(setup)
+
+    @jax.jit
+    def chunk(state):
+        def step(carry, _):
+            carry, metrics = round_step(carry, parts.federation, parts.hyper)
+            return carry, (metrics, carry.align.times_held)
+
+        return jax.lax.scan(step, state, length=R)
+
+    parts = parts._replace(setup=setup, state=state)
+    state, (metrics, times_held) = chunk(state)
+    before = np.zeros_like(times_held[:1])
+    held = np.diff(np.concatenate([before, times_held]), axis=0)  # [R, N, E]
+    return parts, state, jax.device_get(metrics), held
+
+
+@pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
+def test_chunk_keeps_shapes_and_stays_finite(strategy, gate_mode):
+    parts, state, metrics, _ = traced_chunk(strategy, gate_mode)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(state) == shapes(parts.state)
+    assert all_finite(state) and all_finite(metrics)
+    assert all(len(values) == R for values in metrics.values())
+    assert int(state.round) == R and metrics["nonfinite_clients"].sum() == 0
+    moved = [float(jnp.abs(a - b).max()) for a, b in stems(state, parts.state)]
+    assert min(moved) > 1e-5
+
+
+def stems(one, other):
+    leaves = [jax.tree.leaves(state.params["stem"]) for state in (one, other)]
+    return zip(*leaves, strict=True)
+
+
+@pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
+def test_held_experts_fit_the_clients(strategy, gate_mode):
+    parts, state, _, held = traced_chunk(strategy, gate_mode)
+    capacity = np.array(
+        round_file.believe_capacity(parts.federation, parts.hyper, parts.setup)
+    )
+    assert strategy.startswith("fedavg") or set(capacity) == {1, 2}
+    assert set(np.unique(held)) <= {0, 1}
+    assert ((held.sum(2) > 0).sum(1) == C).all()
+    assert (held.sum(2) <= capacity[None]).all()
+    last = np.array(state.align.held)
+    assert (last[held[-1].any(1)] == held[-1][held[-1].any(1)]).all()
+
+
+@pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
+def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, gate_mode):
+    parts, state, metrics, held = traced_chunk(strategy, gate_mode)
+    count = lambda part: sum(
+        leaf.size * 4 for leaf in jax.tree.leaves(state.params[part])
+    )
+    num_experts = parts.setup.sizes.num_experts
+    slots = held.sum(2)  # [R, N]
+    per_client = count("stem") + count("head")
+    per_client += 0 if gate_mode == "personal" else count("gate")
+    down = C * per_client + slots.sum(1) * count("experts") / num_experts
+    np.testing.assert_allclose(metrics["bytes_down"], down, rtol=1e-6)
+    np.testing.assert_allclose(metrics["bytes_up"], down + 16 * slots.sum(1), rtol=1e-6)
+    active = np.minimum(parts.setup.sizes.num_active, slots)
+    load = metrics["expert_load"]
+    np.testing.assert_array_equal(load.sum(1), T * B * active.sum(1))
+    assert (load[~held.any(1)] == 0).all()
+    # Where a client holds A experts or fewer, each of them sees all its examples.
+    np.testing.assert_array_equal(load, T * B * held.sum(1))
+
+
+def test_personal_gates_change_for_the_cohort_only():
+    parts, state, _, held = traced_chunk("greedy", "personal")
+    assert_same(state.params["gate"], parts.state.params["gate"])
+    took_part = held.any((0, 2))
+    assert 0 < took_part.sum() < N
+    old, new = (np.array(s.personal_gate["kernel"]) for s in (parts.state, state))
+    changed = np.abs(new - old).max((1, 2)) > 1e-6
+    np.testing.assert_array_equal(changed, took_part)
+
+
+@pytest.mark.parametrize("gate_mode", ["holder_rows", "global"])
+def test_gate_rows_of_unheld_experts(gate_mode):
+    parts, state, _, held = traced_chunk("greedy", gate_mode)
+    rows_held = held.any((0, 1))
+    assert rows_held[0] and not rows_held[3]
+    old, new = (s.params["gate"]["kernel"] for s in (parts.state, state))
+    changed = np.abs(new - old).max(1) > 0
+    # Globally every row learns from the calibration loss of every client.
+    np.testing.assert_array_equal(changed, rows_held | (gate_mode == "global"))
+
+
+def test_experts_nobody_held_keep_their_values():
+    parts, state, _, held = traced_chunk("greedy", "global")
+    old, new = (s.params["experts"]["kernel"] for s in (parts.state, state))
+    np.testing.assert_array_equal(np.abs(new - old).max((1, 2)) > 0, held.any((0, 1)))
+
+
+# Who else is in the cohort must not matter.
+
+
+@functools.cache
+def cohort_function():
+    parts, *_ = base()
+    update = breakable(
+        model=parts.setup.model, sizes=parts.setup.sizes, optimizer="sgd", momentum=0.9
+    )
+    train_cohort = build_train_cohort(
+        update,
+        parts.setup.mesh,
+        client_chunk=1,
+        gate_mode="personal",
+        weight="examples",
+    )
+    return jax.jit(train_cohort)
+
+
+def train_clients(clients, federation=None):
+    """Sums and reports of a cohort; client c holds experts c and c + 1 (mod E)."""
+    parts, *_ = base()
+    cohort = jnp.array(clients, jnp.int32)
+    held = (cohort[:, None] + jnp.arange(K)[None]) % E
+    assignment = Assignment(held.astype(jnp.int32), jnp.ones((len(clients), K), bool))
+    tasks = make_tasks(parts.state, cohort, assignment, "global")
+    data = parts.federation if federation is None else federation
+    return cohort_function()(
+        parts.state.params, tasks, data, parts.hyper, jax.random.key(3)
+    )
+
+
+def test_order_of_the_cohort_is_irrelevant():
+    sums, report = train_clients([1, 4, 5, 8])
+    order = np.array([2, 0, 3, 1])
+    other_sums, other = train_clients([5, 1, 8, 4])
+    # The sums add the same numbers in another order.
+    total = float(sums.shared)
+    assert_same(other_sums.delta, sums.delta, atol=1e-6 * total)
+    assert_same(other, jax.tree.map(lambda leaf: leaf[order], report))
+
+
+def test_an_update_does_not_depend_on_the_rest_of_the_cohort():
+    _, report = train_clients([1, 4, 5, 8])
+    _, other = train_clients([0, 5, 6, 9])
+    row = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
+    assert_same(row(other, 1), row(report, 2))
+    assert float(jnp.abs(report.loss[0] - report.loss[2])) > 0
+
+
+# Broken clients.
+
+
+def poison(federation, client):
+    """Gives one client labels that are no classes."""
+    own = federation.index[client][: int(federation.size[client])]
+    return federation.replace(y=federation.y.at[own].set(NO_CLASS))
+
+
+def test_a_broken_client_adds_nothing_to_the_sums():
+    parts, *_ = base()
+    with_it, report = train_clients([1, 4, 5, 8], poison(parts.federation, 5))
+    np.testing.assert_array_equal(report.finite, [True, True, False, True])
+    assert math.isnan(report.loss[2]) and all_finite(report.gate)
+    without, _ = train_clients([1, 4, 8, 8])
+    once, _ = train_clients([8, 8, 8, 8])
+    # 1 + 4 + 8 = (1 + 4 + 8 + 8) - (8 + 8 + 8 + 8) / 4
+    expected = jax.tree.map(lambda a, b: a - b / 4, without, once)
+    assert_same(with_it, expected, atol=1e-5 * float(expected.shared))
+
+
+def test_a_round_goes_on_without_a_broken_client():
+    parts, round_step, *_ = base()
+    state, metrics = round_step(parts.state, parts.federation, parts.hyper)
+    cohort = np.flatnonzero(np.array(state.align.times_held).any(1))
+    broken = cohort[1]
+    federation = replicate(poison(parts.federation, broken), parts.setup.mesh)
+    state, metrics = round_step(parts.state, federation, parts.hyper)
+    assert int(metrics["nonfinite_clients"]) == 1
+    assert all_finite(state) and all_finite(metrics)
+    held = np.array(state.align.times_held)
+    old, new = (np.array(s.align.fitness) for s in (parts.state, state))
+    np.testing.assert_array_equal(
+        new[broken][held[broken] > 0], old[broken][held[broken] > 0]
+    )
+    trained = np.delete(held, broken, axis=0).sum(0)
+    np.testing.assert_array_equal(metrics["expert_load"], T * B * trained)
+    assert min(float(jnp.abs(a - b).max()) for a, b in stems(state, parts.state)) > 0
+
+
+def test_params_stay_where_every_client_is_broken():
+    parts, round_step, *_ = base()
+    rate = jnp.inf * parts.hyper.client_learning_rate
+    hyper = parts.hyper.replace(client_learning_rate=rate)
+    state, metrics = round_step(parts.state, parts.federation, hyper)
+    assert int(metrics["nonfinite_clients"]) == C
+    assert_same(state.params, parts.state.params)
+    assert all_finite(state) and int(state.round) == 1
+    assert metrics["expert_load"].sum() == 0
+    assert math.isnan(metrics["train_loss"]) and math.isnan(metrics["train_accuracy"])
+    # The run goes on: the next round, with a sane rate, trains.
+    state, metrics = round_step(state, parts.federation, parts.hyper)
+    assert int(metrics["nonfinite_clients"]) == 0
+    assert min(float(jnp.abs(a - b).max()) for a, b in stems(state, parts.state)) > 0
+
+
+@pytest.mark.parametrize(
+    ("idle", "slope", "offset"),
+    [("keep", 1.0, 0.0), ("decay", 0.8, 0.0), ("prior", 0.8, 0.2 * 0.4)],
+)
+def test_idle_rules_move_the_fitness_of_unheld_pairs(idle, slope, offset):
+    parts, round_step, *_ = base()
+    config = tiny_config(
+        **{"fitness.idle": idle, "fitness.idle_decay": 0.8, "fitness.prior": 0.4}
+    )
+    hyper = replicate(experiment.make_hyper(config), parts.setup.mesh)
+    state, _ = round_step(parts.state, parts.federation, hyper)
+    old, new = (np.array(s.align.fitness) for s in (parts.state, state))
+    held = np.array(state.align.times_held) > 0
+    np.testing.assert_allclose(new[~held], slope * old[~held] + offset, atol=1e-6)
+    moved = new[held] - (1 - config.fitness.rate) * old[held]
+    accuracy = moved / config.fitness.rate
+    assert ((accuracy > -1e-5) & (accuracy < 1 + 1e-5)).all()
+    assert len(np.unique(accuracy.round(4))) > 1
