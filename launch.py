@@ -50,21 +50,18 @@ def parse_flags(argv: list[str]) -> list[str]:
             f"\nconfig fields, their defaults and meanings:\n\n{describe_fields()}\n"
         )
         sys.modules["__main__"].__doc__ += fields
-    given = [word for word in argv[1:] if word.lstrip("-").split("=")[0] == "config"]
-    if not given:
+    if not re.search(r" --?config[ =]", " ".join(["", *argv[1:], ""])):
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
-    elif "=" in given[-1]:
-        path = given[-1].split("=", 1)[1].split(":")[0]
-        if not Path(path).is_file():
-            sys.exit(refuse(f"--config={path!r} is no file; allowed: configs/*.py"))
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.to_dict()  # a config that could not be loaded fails here
+        return rest
     except AttributeError as error:  # how ml_collections tells an unknown field
         text = " ".join(str(getattr(error.args[0], "args", error.args)[0]).split())
         sys.exit(refuse(f"unknown config field {text} --help lists all fields"))
-    except flags.Error as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        sys.exit(refuse(lines[-1]))
+    except (OSError, flags.Error) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        sys.exit(refuse(f"{lines[-1]}; see --help"))
 
 
 class Stop:
@@ -85,7 +82,7 @@ class Stop:
 
 
 def set_cpu_devices(config: ConfigDict) -> None:
-    """Makes the CPU as many devices as it has cores, unless told otherwise.
+    """Makes the CPU as many devices as it has cores, or as the config asks, if fewer.
 
     Clients on several devices are faster than cores inside each operator. It must
     happen before JAX looks at its devices.
@@ -100,11 +97,16 @@ def set_cpu_devices(config: ConfigDict) -> None:
 
 
 def run(config: ConfigDict, workdir: Path, command: str) -> bool:
-    """Runs the config and writes its report; returns whether it is finished."""
+    """Runs the config and writes its report, also when it was stopped early.
+
+    Returns:
+      Whether it is finished.
+    """
     from fedmoe_jax.compare import compare
+    from fedmoe_jax.files import write_atomically
     from fedmoe_jax.report import write_report
     from fedmoe_jax.runs import load_run
-    from fedmoe_jax.tables import write_runs_csv
+    from fedmoe_jax.tables import markdown_table, write_runs_csv
     from fedmoe_jax.train import train
 
     stop, start = Stop(), time.monotonic()
@@ -113,10 +115,11 @@ def run(config: ConfigDict, workdir: Path, command: str) -> bool:
     else:
         finished = train(config, workdir, stop=stop, label=config.strategy)
         folders = [workdir]
-    if finished:
-        runs = [load_run(folder) for folder in folders]
-        if "compare" in config:
-            write_runs_csv(workdir / "runs.csv", runs)
+    runs = [load_run(folder) for folder in folders]
+    if runs and "compare" in config:
+        write_runs_csv(workdir / "runs.csv", runs)
+        write_atomically(workdir / "table.md", markdown_table(runs))
+    if runs:
         page = write_report(workdir, runs, command)
         print(f"report: {page}  ({time.monotonic() - start:.0f} s)")
     return finished
@@ -127,7 +130,12 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}; see --help")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
-    command = shlex.join(["python", *sys.argv])
+    python = os.path.relpath(
+        sys.executable
+    )  # packages may live in a virtual environment
+    if python.startswith(os.pardir):
+        python = "python"
+    command = shlex.join([python, *sys.argv])
     set_cpu_devices(_CONFIG.value)
     from fedmoe_jax.types import UserError
 

@@ -1,10 +1,14 @@
-"""What decides the comparison: one factor at a time around its default.
+"""What decides the comparison: a few factors around their defaults.
 
     python launch.py --config=configs/causes.py:idle --workdir=runs/idle
     python launch.py --config=configs/causes.py:gate --workdir=runs/gate
+    python launch.py --config=configs/causes.py:personal --workdir=runs/personal
 
-`idle` varies what becomes of the fitness of unheld pairs, `gate` how gates are merged
-and whether they are calibrated. `digits` and `smoke` can be added, as in `compare.py`.
+`idle` varies what becomes of the fitness of unheld pairs (a prior of 1 is optimistic:
+what was not tried looks better than what was), `gate` crosses how gates are merged with
+whether they are calibrated, `personal` keeps gates on the clients. The reference point
+of all three is `compare.py` with the same seeds. `digits` and `smoke` can be added, as
+in `compare.py`.
 """
 
 from ml_collections import ConfigDict
@@ -14,12 +18,17 @@ from configs import compare
 FACTORS = {
     "idle": (
         ("greedy", "load_balanced"),
-        ("fitness.idle=keep", "fitness.idle=decay"),
+        ("fitness.idle=keep", "fitness.idle=decay", "fitness.prior=1.0"),
     ),
     "gate": (
         ("random", "greedy", "load_balanced"),
-        ("gate.mode=holder_rows", "gate.mode=personal", "loss.calibration=0.0"),
+        (
+            "loss.calibration=0.0",
+            "gate.mode=holder_rows",
+            "gate.mode=holder_rows,loss.calibration=0.0",
+        ),
     ),
+    "personal": (("greedy", "load_balanced"), ("gate.mode=personal",)),
 }
 
 

@@ -31,6 +31,7 @@ def get_config(argument: str = "") -> ConfigDict:
             f"config argument {min(unknown)!r} is unknown; allowed: digits, smoke"
         )
     config = default.get_config() if "digits" in words else cifar10.get_config()
+    del config.strategy, config.seed  # every run has its own
     config.compare = ConfigDict()
     config.compare.strategies = STRATEGIES
     config.compare.changes = ("",)  # one-factor changes, such as "fitness.idle=keep"

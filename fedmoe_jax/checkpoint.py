@@ -24,7 +24,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from fedmoe_jax.config import flatten
-from fedmoe_jax.metrics import plain, write_atomically
+from fedmoe_jax.files import plain
 from fedmoe_jax.types import Array, PyTree, SimState, UserError
 
 # name of the leaf -> [dtype and shape, sha256 of the values]
@@ -160,11 +160,6 @@ def check_config(saved: dict, current: dict, free: frozenset[str]) -> None:
             f"the config differs from that of the run to be resumed: "
             f"{', '.join(wrong)}; give the old values or another workdir"
         )
-
-
-def write_json_atomically(path: Path, tree: Any) -> None:
-    """Writes `config.json` and the like, whole or not at all; see `metrics.plain`."""
-    write_atomically(path, json.dumps(plain(tree), indent=2, allow_nan=False) + "\n")
 
 
 def _differences(saved: dict, given: dict) -> list[str]:

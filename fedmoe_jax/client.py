@@ -132,16 +132,16 @@ def local_loss(
     outputs = apply_experts(model, submodel["experts"], features)  # [B, K, O]
     mixed = jnp.einsum("bk,bko->bo", gates, outputs)
     predictions = model.head(submodel["head"], mixed)
-    entropy = optax.softmax_cross_entropy_with_integer_labels(predictions, y)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(predictions, y)
     mask = jnp.zeros(logits.shape[1], bool).at[task.held].max(task.slot)
     loss = (
-        entropy.mean()
+        cross_entropy.mean()
         + hyper.calibration * calibration_loss(logits, mask)
         + hyper.load_loss * load_loss(logits, mask)
         + hyper.z_loss * z_loss(logits, mask)
     )
     correct = (predictions.argmax(-1) == y).astype(jnp.float32)
-    return loss, (entropy, correct, gates)
+    return loss, (cross_entropy, correct, gates)
 
 
 def add_prox(grads: PyTree, submodel: PyTree, received: PyTree, prox: Array) -> PyTree:
@@ -152,7 +152,7 @@ def add_prox(grads: PyTree, submodel: PyTree, received: PyTree, prox: Array) -> 
     return jax.tree.map(lambda g, w, r: g + prox * (w - r), grads, submodel, received)
 
 
-def summarise_feedback(entropy: Array, correct: Array, gates: Array) -> Feedback:
+def summarise_feedback(cross_entropy: Array, correct: Array, gates: Array) -> Feedback:
     """Per-slot feedback from everything a client saw in a round.
 
     An example counts for an expert with its gate, so that with A = 1 `accuracy` is the
@@ -160,7 +160,7 @@ def summarise_feedback(entropy: Array, correct: Array, gates: Array) -> Feedback
     can still differ.
 
     Args:
-      entropy: [T, B] cross-entropy, nats.
+      cross_entropy: [T, B] cross-entropy, nats.
       correct: [T, B] 1 where the prediction was right.
       gates: [T, B, K].
     """
@@ -168,7 +168,7 @@ def summarise_feedback(entropy: Array, correct: Array, gates: Array) -> Feedback
     share = 1.0 / jnp.maximum(mass, 1e-6)
     return Feedback(
         accuracy=jnp.einsum("tbk,tb->k", gates, correct) * share,
-        loss=jnp.einsum("tbk,tb->k", gates, entropy) * share,
+        loss=jnp.einsum("tbk,tb->k", gates, cross_entropy) * share,
         frequency=mass / jnp.maximum(mass.sum(), 1e-6),
         load=(gates > 0).sum((0, 1)).astype(jnp.float32),
     )
@@ -214,17 +214,17 @@ def build_client_update(
         batches = draw_batches(
             key, federation.index[task.client], federation.size[task.client], sizes
         )
-        (trained, _), (entropy, correct, gates) = jax.lax.scan(
+        (trained, _), (cross_entropy, correct, gates) = jax.lax.scan(
             local_step, (received, tx.init(received)), batches
         )
         delta = optax.tree.sub(trained, received)
         chex.assert_trees_all_equal_shapes(delta, received)
         return ClientUpdate(
             delta=delta,
-            feedback=summarise_feedback(entropy, correct, gates),
-            loss=entropy.mean(),
+            feedback=summarise_feedback(cross_entropy, correct, gates),
+            loss=cross_entropy.mean(),
             accuracy=correct.mean(),
-            finite=all_finite(delta) & jnp.isfinite(entropy).all(),
+            finite=all_finite(delta) & jnp.isfinite(cross_entropy).all(),
         )
 
     return client_update

@@ -66,6 +66,63 @@ def make_report(update: ClientUpdate, task: ClientTask, gate_mode: str) -> Repor
     )
 
 
+def chunk_size(cohort_size: int, num_devices: int, client_chunk: int) -> int:
+    """Clients vmapped at once on a device, at most its share of the cohort."""
+    return min(client_chunk, -(-cohort_size // num_devices))
+
+
+def train_share(
+    params: PyTree,
+    chunks: ClientTask,
+    federation: Federation,
+    hyper: Hyper,
+    key: Array,
+    *,
+    client_update: Callable[..., ClientUpdate],
+    gate_mode: str,
+    weight: str,
+) -> tuple[Sums, Report]:
+    """What ONE device does: streams its chunks of tasks through `client_update`.
+
+    Args:
+      params: the server's params.
+      chunks: tasks with leading axes [chunks, clients of a chunk].
+      federation: data and sizes.
+      hyper: hyperparameters.
+      key: the round's training key; each client folds its id into it.
+      client_update: for ONE client.
+      gate_mode: see `merge.gate_weights`.
+      weight: see `merge.accumulate`.
+
+    Returns:
+      Sums over this device's clients, and their reports with one leading axis.
+    """
+
+    def one_client(task: ClientTask) -> ClientUpdate:
+        client_key = jax.random.fold_in(key, task.client)
+        return client_update(params, task, federation, hyper, client_key)
+
+    def add_client(sums: Sums, sent_and_returned) -> tuple[Sums, None]:
+        task, update = sent_and_returned
+        size = federation.size[task.client]
+        return accumulate(
+            sums, task, update, size, gate_mode=gate_mode, weight=weight
+        ), None
+
+    def one_chunk(sums: Sums, chunk: ClientTask) -> tuple[Sums, Report]:
+        if chunk.client.shape[0] == 1:  # vmapping one client would group convolutions
+            update = one_client(jax.tree.map(lambda leaf: leaf[0], chunk))
+            updates = jax.tree.map(lambda leaf: leaf[None], update)
+        else:
+            updates = jax.vmap(one_client)(chunk)
+        sums, _ = jax.lax.scan(add_client, sums, (chunk, updates))
+        report = functools.partial(make_report, gate_mode=gate_mode)
+        return sums, jax.vmap(report)(updates, chunk)
+
+    sums, reports = jax.lax.scan(one_chunk, zero_sums(params), chunks)
+    return sums, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
+
+
 def build_train_cohort(
     client_update: Callable[..., ClientUpdate],
     mesh: Mesh,
@@ -79,7 +136,7 @@ def build_train_cohort(
     Args:
       client_update: for ONE client, see `client.build_client_update`.
       mesh: devices along `clients`.
-      client_chunk: clients vmapped at once on each device.
+      client_chunk: clients vmapped at once on each device, see `chunk_size`.
       gate_mode: `global`, `holder_rows` or `personal`.
       weight: `examples` or `routed`, see `merge.accumulate`.
 
@@ -87,41 +144,16 @@ def build_train_cohort(
       A function of params, tasks [C], the federation, hyperparameters and the round's
       training key; sums are replicated, reports have a leading C axis.
     """
+    one_device = functools.partial(
+        train_share, client_update=client_update, gate_mode=gate_mode, weight=weight
+    )
 
-    def train_share(params, tasks, federation, hyper, key):
-        def one_client(task: ClientTask) -> ClientUpdate:
-            client_key = jax.random.fold_in(key, task.client)
-            return client_update(params, task, federation, hyper, client_key)
-
-        def add_client(sums: Sums, sent_and_returned) -> tuple[Sums, None]:
-            task, update = sent_and_returned
-            size = federation.size[task.client]
-            added = accumulate(
-                sums, task, update, size, gate_mode=gate_mode, weight=weight
-            )
-            return added, None
-
-        def one_chunk(sums: Sums, chunk: ClientTask) -> tuple[Sums, Report]:
-            if client_chunk == 1:  # vmapping a single client would group convolutions
-                updates = jax.tree.map(
-                    lambda leaf: leaf[None],
-                    one_client(jax.tree.map(lambda leaf: leaf[0], chunk)),
-                )
-            else:
-                updates = jax.vmap(one_client)(chunk)
-            sums, _ = jax.lax.scan(add_client, sums, (chunk, updates))
-            report = functools.partial(make_report, gate_mode=gate_mode)
-            return sums, jax.vmap(report)(updates, chunk)
-
-        chunks = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, client_chunk, *leaf.shape[1:]), tasks
-        )
-        sums, reports = jax.lax.scan(one_chunk, zero_sums(params), chunks)
-        reports = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
+    def all_devices(params, chunks, federation, hyper, key):
+        sums, reports = one_device(params, chunks, federation, hyper, key)
         return jax.lax.psum(sums, CLIENTS), reports
 
     sharded = jax.shard_map(
-        train_share,
+        all_devices,
         mesh=mesh,
         in_specs=(P(), P(CLIENTS), P(), P(), P()),
         out_specs=(P(), P(CLIENTS)),
@@ -136,8 +168,12 @@ def build_train_cohort(
         key: Array,
     ) -> tuple[Sums, Report]:
         count = tasks.client.shape[0]
-        padded = pad_tasks(tasks, mesh.size * client_chunk)
-        sums, reports = sharded(params, padded, federation, hyper, key)
+        chunk = chunk_size(count, mesh.size, client_chunk)
+        padded = pad_tasks(tasks, mesh.size * chunk)
+        chunks = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), padded
+        )
+        sums, reports = sharded(params, chunks, federation, hyper, key)
         return sums, jax.tree.map(lambda leaf: leaf[:count], reports)
 
     return train_cohort

@@ -1,15 +1,14 @@
 """Several runs side by side: strategies x changes x seeds, a folder for each."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.checkpoint import check_config
-from fedmoe_jax.config import FREE_FIELDS, flatten, validate
-from fedmoe_jax.train import build_parts, claim_workdir, train
+from fedmoe_jax.config import flatten, validate
+from fedmoe_jax.files import read_json
+from fedmoe_jax.train import build_parts, check_same_run, claim_workdir, train
 from fedmoe_jax.types import UserError
 
 
@@ -53,18 +52,16 @@ def make_member(
     Raises:
       UserError: it is not allowed.
     """
-    fields = config.to_dict()
-    del fields["compare"]
-    member = ConfigDict(fields)
-    try:
-        member.strategy, member.seed = strategy, seed
-    except TypeError:
+    if not isinstance(strategy, str) or type(seed) is not int:
         raise UserError(
             f"compare.strategies and compare.seeds have {strategy!r} and {seed!r}; "
             "allowed: names and whole numbers"
-        ) from None
-    if change:
-        apply_change(member, change)
+        )
+    fields = config.to_dict() | {"strategy": strategy, "seed": seed}
+    del fields["compare"]
+    member = ConfigDict(fields)
+    for part in filter(None, change.split(",")):
+        apply_change(member, part)
     validate(member)
     return member
 
@@ -73,8 +70,8 @@ def list_members(config: ConfigDict) -> list[Member]:
     """Every run of a comparison, seeds innermost so that programs are shared.
 
     Args:
-      config: with `compare.strategies`, `compare.changes` (`""` changes nothing) and
-        `compare.seeds`.
+      config: with `compare.strategies`, `compare.changes` (`field=value`, several
+        joined by commas; `""` changes nothing) and `compare.seeds`.
 
     Raises:
       UserError: a member's config is not allowed, or a name occurs twice.
@@ -134,7 +131,5 @@ def is_finished(folder: Path, config: ConfigDict) -> bool:
     """
     if not (folder / "summary.json").exists():
         return False
-    saved = json.loads((folder / "config.json").read_text())
-    check_config(saved, config.to_dict(), FREE_FIELDS)
-    summary = json.loads((folder / "summary.json").read_text())
-    return summary["num_rounds"] >= config.num_rounds
+    check_same_run(read_json(folder / "config.json"), config)
+    return read_json(folder / "summary.json")["num_rounds"] >= config.num_rounds

@@ -107,6 +107,9 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "run.memory_limit_gb": POSITIVE,
 }
 
+# Checked where they are used: by TFDS, `draw_devices`, and nowhere (true or false).
+UNCHECKED = {"data.dir", "devices.tiers", "devices.shares", "run.tensorboard"}
+
 # (field, other): field <= other
 AT_MOST = (
     ("cohort_size", "num_clients"),
@@ -148,6 +151,10 @@ def validate(config: ConfigDict) -> None:
       UserError: one line with the field, its value and what is allowed.
     """
     values = flatten(config.to_dict())
+    known = UNCHECKED | set(ALLOWED)
+    for name in sorted(known ^ set(values)):
+        what = "is missing" if name in known else "is unknown"
+        raise UserError(f"config field {name!r} {what}; allowed: those of default.py")
     for name, allowed in ALLOWED.items():
         check(name, values[name], allowed)
     for name, other in AT_MOST:

@@ -7,8 +7,9 @@ Test images are dealt over the devices and walked in batches. From the gate logi
 * personal: each client's held experts, the test set weighted to its own label mix.
 * expert: one expert alone.
 
-Where gates are personal the server has none: global then means the average over clients
-of the accuracy with the client's own gate over all E experts.
+Where gates are personal the server has none: global then means the average, over the
+clients that have taken part, of the accuracy with the client's own gate over all E
+experts.
 """
 
 import functools
@@ -100,7 +101,12 @@ def count_batch(
     held = state.align.held | ~state.align.held.any(axis=1, keepdims=True)  # [N, E]
     if personal_gate:
         counts = jax.lax.map(lambda client: ask(*client), (state.personal_gate, held))
-        shared = {k: counts[k].mean(0) for k in ("global", "soft", "routed")}
+        took_part = state.align.held.any(axis=1).astype(jnp.float32)  # [N]
+        share = took_part / jnp.maximum(took_part.sum(), 1.0)
+        shared = {
+            name: jnp.tensordot(share, counts[name], 1)
+            for name in ("global", "soft", "routed")
+        }
         counts = counts | shared
     else:
         gate = state.params["gate"]

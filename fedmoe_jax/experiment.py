@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: the one place where library code reads it."""
+"""From a config to the parts of a run."""
 
 import functools
 
@@ -121,7 +121,7 @@ def count_activation_bytes(
 
     jaxpr = jax.make_jaxpr(forward)(params["stem"], held, image)
     values = [var.aval for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
-    marked = [value for value in values if value.shape[:1] == (batch,)]
+    marked = [value for value in values if batch in value.shape]
     return 2.0 * sum(value.size * value.dtype.itemsize for value in marked) / batch
 
 

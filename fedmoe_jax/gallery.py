@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedmoe_jax import plots
-from fedmoe_jax.runs import ACCURACIES, NAN, Run, interval, num_experts, numbers
+from fedmoe_jax.metrics import ACCURACIES
+from fedmoe_jax.runs import NAN, Run, interval, num_experts, numbers
 
 
 class Picture(NamedTuple):

@@ -4,6 +4,7 @@ import math
 
 import jax
 
+from fedmoe_jax.cohort import chunk_size
 from fedmoe_jax.setup import Setup
 from fedmoe_jax.types import Federation, PyTree, SimState, UserError
 
@@ -41,13 +42,13 @@ def estimate_memory(
         + setup.costs.gate_bytes
         + sizes.max_held * setup.costs.expert_bytes
     )
-    at_once = min(sizes.cohort_size, devices * setup.rules.client_chunk)
+    chunk = chunk_size(sizes.cohort_size, devices, setup.rules.client_chunk)
     activations = sizes.batch_size * activation_bytes
     return {
         "data": devices * count_bytes(federation),
         # the donated state, its successor and the running sums
         "state": devices * (2 * count_bytes(state) + count_bytes(state.params)),
-        "clients": at_once * (CLIENT_COPIES * submodel + activations),
+        "clients": devices * chunk * (CLIENT_COPIES * submodel + activations),
     }
 
 

@@ -122,6 +122,16 @@ def scale_rows(weight: Array, leaf: Array) -> Array:
     return weight.reshape(weight.shape + (1,) * (leaf.ndim - 1)) * leaf
 
 
+def part_weights(sums: Sums) -> dict[str, Array]:
+    """The summed weight of every part of the params: [] or, per row, [E]."""
+    return {
+        "stem": sums.shared,
+        "gate": sums.gate,
+        "experts": sums.experts,
+        "head": sums.shared,
+    }
+
+
 def mean_delta(sums: Sums) -> PyTree:
     """Weighted mean deltas, zero where nobody contributed (never 0/0)."""
 
@@ -129,12 +139,7 @@ def mean_delta(sums: Sums) -> PyTree:
         inverse = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
         return scale_rows(inverse, total) if inverse.ndim else inverse * total
 
-    weights = {
-        "stem": sums.shared,
-        "gate": sums.gate,
-        "experts": sums.experts,
-        "head": sums.shared,
-    }
+    weights = part_weights(sums)
     return {
         part: jax.tree.map(lambda leaf, w=weight: divide(leaf, w), sums.delta[part])
         for part, weight in weights.items()
@@ -159,12 +164,7 @@ def keep_untrained(new: PyTree, old: PyTree, sums: Sums) -> PyTree:
     Optimiser states mirror the params, so their leaves lie under the same part names;
     leaves under no part (step counts) always advance.
     """
-    weights = {
-        "stem": sums.shared,
-        "gate": sums.gate,
-        "experts": sums.experts,
-        "head": sums.shared,
-    }
+    weights = part_weights(sums)
 
     def choose(path, new_leaf, old_leaf):
         parts = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]

@@ -5,8 +5,6 @@ A row is a flat dict with the key `round`, the number of rounds done (the first 
 """
 
 import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,37 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
+from fedmoe_jax.files import plain, write_atomically
 from fedmoe_jax.types import UserError
 
 Row = dict[str, Any]
 
 FINAL_ROUNDS = 10
-
-
-def plain(value: Any) -> Any:
-    """`value` as strict JSON knows it.
-
-    Arrays and tuples become lists, keys become strings, non-finite floats become None.
-    """
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # NumPy and JAX arrays, NumPy scalars
-        return plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a reader sees the old file or all of the new one."""
-    part = Path(f"{path}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+TARGETS = (0.35, 0.40, 0.45, 0.50)
+ACCURACIES = {  # field of an evaluation row: what it is called
+    "global_accuracy": "Global",
+    "global_soft_accuracy": "Global soft",
+    "personal_accuracy": "Personal",
+    "worst_decile_accuracy": "Worst decile",
+}
 
 
 def read_metrics(path: Path) -> list[Row]:

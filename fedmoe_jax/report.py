@@ -11,6 +11,7 @@ import numpy as np
 
 from fedmoe_jax import plots, signatures
 from fedmoe_jax.config import flatten
+from fedmoe_jax.files import write_atomically
 from fedmoe_jax.gallery import (
     Picture,
     curve_pictures,
@@ -18,7 +19,6 @@ from fedmoe_jax.gallery import (
     population_pictures,
     run_pictures,
 )
-from fedmoe_jax.metrics import write_atomically
 from fedmoe_jax.runs import (
     Run,
     group_runs,

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from fedmoe_jax.align.learn import count_load, learn
 from fedmoe_jax.client import ClientTask, build_client_update
 from fedmoe_jax.cohort import build_train_cohort
-from fedmoe_jax.measure import measure
 from fedmoe_jax.merge import merge, server_optimizer
 from fedmoe_jax.profile import profile
+from fedmoe_jax.round_metrics import measure
 from fedmoe_jax.setup import Setup
 from fedmoe_jax.types import (
     Array,

@@ -1,6 +1,5 @@
 """Run folders and their numbers."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ import numpy as np
 from scipy import stats
 
 from fedmoe_jax.config import flatten
-from fedmoe_jax.metrics import own_final, read_metrics
+from fedmoe_jax.files import read_json
+from fedmoe_jax.metrics import ACCURACIES, own_final, read_metrics
 from fedmoe_jax.types import UserError
 
 NAN = float("nan")
@@ -47,7 +47,7 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"report: {folder} is no run folder: it has no config.json")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     summary, arrays = folder / "summary.json", {}
     if (folder / "final.npz").is_file():
         with np.load(folder / "final.npz") as stored:
@@ -55,7 +55,7 @@ def load_run(folder: str | Path) -> Run:
     return Run(
         config=config,
         rows=read_metrics(folder / "metrics.jsonl"),
-        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        summary=read_json(summary) if summary.is_file() else {},
         arrays=arrays,
         folder=folder,
         label=config["strategy"],
@@ -93,14 +93,6 @@ def name_runs(runs: Sequence[Run]) -> list[Run]:
     return named
 
 
-ACCURACIES = {  # field of an evaluation row: what it is called
-    "global_accuracy": "Global",
-    "global_soft_accuracy": "Global soft",
-    "personal_accuracy": "Personal",
-    "worst_decile_accuracy": "Worst decile",
-}
-
-
 def num_experts(run: Run) -> int:
     """Experts of the trained model, 0 before the first round."""
     return len(run.rows[0].get("expert_load", ())) if run.rows else 0
@@ -123,6 +115,8 @@ def numbers(run: Run) -> dict[str, float]:
         if isinstance(value, int | float | None):
             missing = math.inf if name.startswith("rounds_to") else NAN
             found[name] = missing if value is None else float(value)
+    for name in ("late_clients", "simulated_seconds"):
+        found[f"mean_{name}"] = _mean_of(run, name)
     for way in ("up", "down"):
         found[f"megabytes_{way}"] = found[f"total_bytes_{way}"] / done / 1e6
     if num_experts(run) == 1:

@@ -36,7 +36,7 @@ NO_GAIN = 0.01
 # Half of the fair share 1 / E of the load; below it an expert is starved.
 STARVED_SHARE = 0.5
 # Strategies whose assignment reads the field that a knob turns.
-FITNESS_READERS = ("greedy", "load_balanced", "load_balanced_running", "flex_moe")
+FITNESS_READERS = ("greedy", "load_balanced", "load_balanced_running")
 USAGE_READERS = ("load_balanced", "load_balanced_running")
 TOO_EARLY = "too early to tell"  # how the evidence begins where data is missing
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedmoe_jax.config import flatten
+from fedmoe_jax.metrics import ACCURACIES
 from fedmoe_jax.runs import (
-    ACCURACIES,
     NAN,
     Run,
     group_runs,
@@ -78,6 +78,7 @@ def _columns(measured: Sequence[Mapping[str, float]]) -> list[Column]:
         Column("Load CV", "mean_load_cv", -1, plain),
         Column("Load entropy", "mean_load_entropy", 1, plain),
         Column("Starved experts", "starved_experts", -1, tenths),
+        Column("Late clients a round", "mean_late_clients", -1, tenths),
         Column("MB up a round", "megabytes_up", -1, tenths),
         Column("MB down a round", "megabytes_down", -1, tenths),
     ]

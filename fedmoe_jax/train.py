@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import sys
 import time
@@ -18,28 +17,20 @@ from fedmoe_jax import checkpoint, experiment, memory
 from fedmoe_jax.config import FREE_FIELDS, validate
 from fedmoe_jax.data import load_dataset
 from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.files import read_json, write_json
 from fedmoe_jax.metrics import (
+    ACCURACIES,
     Row,
     open_metrics,
     open_progress,
-    own_final,
     read_metrics,
-    rounds_to_share,
-    rounds_to_targets,
 )
-from fedmoe_jax.partition import save_partition
+from fedmoe_jax.partition import load_partition, save_partition
 from fedmoe_jax.round import believe_capacity, build_run_rounds
 from fedmoe_jax.setup import Setup, init_state
 from fedmoe_jax.sharding import build_mesh, replicate
+from fedmoe_jax.summary import make_summary
 from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, SimState, UserError
-
-TARGETS = (0.35, 0.40, 0.45, 0.50)
-ACCURACIES = (
-    "global_accuracy",
-    "global_soft_accuracy",
-    "personal_accuracy",
-    "worst_decile_accuracy",
-)
 
 
 class Parts(NamedTuple):
@@ -108,8 +99,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if recorded.exists():
-            saved = json.loads(recorded.read_text())
-            checkpoint.check_config(saved, config.to_dict(), FREE_FIELDS)
+            check_same_run(read_json(recorded), config)
         elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
             raise UserError(
                 f"workdir={workdir} holds a run without its config.json; "
@@ -117,14 +107,43 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
             )
         if not os.access(workdir, os.W_OK):
             raise PermissionError("not writable")
-        checkpoint.write_json_atomically(recorded, config.to_dict())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{recorded} is damaged ({error}); restore it") from None
+        write_json(recorded, config.to_dict())
     except OSError as error:
         raise UserError(
             f"workdir={workdir} cannot be used ({error.strerror or error}); "
             "allowed: a folder that can be written"
         ) from None
+
+
+def check_same_run(saved: dict[str, Any], config: ConfigDict) -> None:
+    """Checks that `config` continues the run whose `config.json` was read.
+
+    Raises:
+      UserError: a field differs that may not, or the run would become shorter.
+    """
+    checkpoint.check_config(saved, config.to_dict(), FREE_FIELDS)
+    if config.num_rounds < saved["num_rounds"]:
+        raise UserError(
+            f"num_rounds={config.num_rounds} is not allowed; allowed: at least "
+            f"{saved['num_rounds']}, what the run in this folder was started with"
+        )
+
+
+def keep_partition(path: Path, partition: Partition) -> None:
+    """Saves who owns what, or checks that it is what the run was started with.
+
+    Raises:
+      UserError: the run in this folder was started with another partition.
+    """
+    if not path.exists():
+        save_partition(path, partition)
+        return
+    saved = load_partition(path)
+    if not all(map(np.array_equal, saved, partition)):
+        raise UserError(
+            f"{path} is not the partition that this config and data give; allowed: the "
+            "data and NumPy version that the run was started with, or a new workdir"
+        )
 
 
 def make_rows(
@@ -146,36 +165,6 @@ def make_rows(
     ]
     rows[-1] |= accuracies
     return rows
-
-
-def make_summary(config: ConfigDict, note: str, rows: list[Row]) -> dict[str, Any]:
-    """The numbers of a whole run.
-
-    Final accuracies are means over the last ten rounds' evaluations; `rounds_to` counts
-    rounds until the global accuracy reaches a target for the first time.
-    """
-
-    def total(name: str) -> float:
-        return float(sum(row.get(name) or 0.0 for row in rows))
-
-    reached = rounds_to_targets(rows, "global_accuracy", TARGETS)
-    share = rounds_to_share(rows, "global_accuracy", 0.95)
-    return {
-        "strategy": config.strategy,
-        "seed": config.seed,
-        "num_rounds": len(rows),
-        "note": note,
-        **{f"final_{name}": own_final(rows, name) for name in ACCURACIES},
-        "rounds_to": {f"{target:.2f}": reached[target] for target in TARGETS},
-        "rounds_to_95_percent_of_final": share,
-        "mean_load_cv": total("load_cv") / len(rows),
-        "mean_load_entropy": total("load_entropy") / len(rows),
-        "starved_experts": total("starved_experts") / len(rows),
-        "total_bytes_up": total("bytes_up"),
-        "total_bytes_down": total("bytes_down"),
-        "nonfinite_clients": int(total("nonfinite_clients")),
-        "wall_seconds": total("seconds") + total("evaluation_seconds"),
-    }
 
 
 def save_arrays(
@@ -215,7 +204,7 @@ def train(
     parts = build_parts(config)
     setup = parts.setup
     claim_workdir(workdir, config)
-    save_partition(workdir / "partition.npz", parts.partition)
+    keep_partition(workdir / "partition.npz", parts.partition)
     evaluate = build_evaluate(
         model=setup.model,
         sizes=setup.sizes,
@@ -259,6 +248,8 @@ def run_to_end(
             open_progress(total, label, done=done, stream=sys.stdout)
         )
         stopping = False
+        if done < total:  # what a shorter run has left behind holds no longer
+            (workdir / "summary.json").unlink(missing_ok=True)
         while done < total and not stopping:
             state, rows = advance(state, parts, run_rounds, evaluate, config, done)
             done = rows[-1]["round"]
@@ -307,6 +298,5 @@ def finish(
     rows = read_metrics(workdir / "metrics.jsonl")
     save_arrays(workdir / "final.npz", parts, state, results["specialisation"])
     note = parts.setup.strategy.note
-    checkpoint.write_json_atomically(
-        workdir / "summary.json", make_summary(config, note, rows)
-    )
+    summary = make_summary(config.strategy, config.seed, note, rows)
+    write_json(workdir / "summary.json", summary)

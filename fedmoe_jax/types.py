@@ -289,15 +289,20 @@ AssignFn = Callable[[Evidence, Hyper, Sizes, Array], Assignment]
 ResizeFn = Callable[[Sizes], Sizes]
 
 
+def keep_sizes(sizes: Sizes) -> Sizes:
+    """The configured mixture as it is."""
+    return sizes
+
+
 class Strategy(NamedTuple):
     """One published system or control, as a record of pure functions.
 
     Attributes:
       assign: decides which experts each cohort client holds.
-      resize: the sizes of the model this strategy trains.
       note: what it decides and what it needs beyond the shared rules, one sentence.
+      resize: the sizes of the model this strategy trains.
     """
 
     assign: AssignFn
-    resize: ResizeFn
     note: str
+    resize: ResizeFn = keep_sizes

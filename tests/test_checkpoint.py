@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fedmoe_jax import checkpoint
+from fedmoe_jax import checkpoint, files
 from fedmoe_jax.types import AlignState, SimState, UserError
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
@@ -318,7 +318,7 @@ CONFIG = {"seed": 0, "data": {"name": "digits"}, "devices": {"shares": (0.4, 0.6
 
 
 def test_same_config_passes_also_through_json(tmp_path):
-    checkpoint.write_json_atomically(tmp_path / "config.json", CONFIG)
+    files.write_json(tmp_path / "config.json", CONFIG)
     saved = json.loads((tmp_path / "config.json").read_text())
     checkpoint.check_config(saved, CONFIG, frozenset())
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -337,14 +337,3 @@ def test_config_mismatch_lists_every_field():
 def test_free_fields_may_differ():
     given = {**CONFIG, "seed": 5}
     checkpoint.check_config(CONFIG, given, frozenset({"seed"}))
-
-
-def test_json_is_strict_and_whole(tmp_path):
-    path = tmp_path / "summary.json"
-    checkpoint.write_json_atomically(
-        path, {"loss": np.float32("nan"), "load": jnp.ones(2)}
-    )
-    assert json.loads(path.read_text()) == {"loss": None, "load": [1.0, 1.0]}
-    with pytest.raises(TypeError):
-        checkpoint.write_json_atomically(path, {"bad": object()})
-    assert json.loads(path.read_text())["load"] == [1.0, 1.0]

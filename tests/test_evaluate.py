@@ -139,6 +139,7 @@ def slow_evaluate(state):
         return right, gates
 
     askers = range(SIZES.num_clients) if personal else range(1)
+    askers = [c for c in askers if not (personal and c == IDLE)]
     active = SIZES.num_active
     top = [ask(c, lambda row: slow_gates(row, everyone, active)) for c in askers]
     soft = [ask(c, lambda row: np.exp(row) / np.exp(row).sum())[0] for c in askers]

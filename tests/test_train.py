@@ -287,7 +287,7 @@ def test_a_folder_with_a_run_of_unknown_config_is_refused(tmp_path, name):
 
 def test_a_damaged_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
-    with pytest.raises(UserError, match="config.json is damaged"):
+    with pytest.raises(UserError, match="config.json cannot be read"):
         run(tmp_path)
     assert (tmp_path / "config.json").read_text() == '{"seed": '
 

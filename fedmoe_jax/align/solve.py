@@ -48,21 +48,6 @@ def to_mask(assignment: Assignment, num_experts: int) -> Array:
     return mask.at[row, expert].set(True, mode="drop")
 
 
-def from_mask(mask: Array, max_held: int) -> Assignment:
-    """The assignment of a mask.
-
-    Args:
-      mask: [C, E] bool.
-      max_held: K, at most E; of a row with more experts the lowest K ids stay.
-
-    Returns:
-      Slots in the order of the expert ids; an empty row has no valid slot.
-    """
-    chex.assert_rank(mask, 2)
-    held = _rank(mask.astype(jnp.float32), max_held)
-    return Assignment(held, jnp.take_along_axis(mask, held, axis=1))
-
-
 def expected_load(load: Array, held: Array, num_active: int) -> Array:
     """Examples that each held expert of a client can expect in one round.
 

@@ -13,6 +13,5 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 
 GREEDY = Strategy(
     assign=assign,
-    resize=lambda sizes: sizes,
     note="Gives each client its fittest experts; needs the clients' feedback.",
 )

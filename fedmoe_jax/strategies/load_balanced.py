@@ -40,7 +40,6 @@ def assign_running(
 
 LOAD_BALANCED = Strategy(
     assign=assign,
-    resize=lambda sizes: sizes,
     note=(
         "Gives each client the experts of highest desirability (fitness less usage), "
         "clients deciding independently; needs feedback and load."
@@ -49,7 +48,6 @@ LOAD_BALANCED = Strategy(
 
 LOAD_BALANCED_RUNNING = Strategy(
     assign=assign_running,
-    resize=lambda sizes: sizes,
     note=(
         "As load_balanced, but clients pick in a random order and each sees the load "
         "of earlier picks; needs feedback, load and a loop over the cohort."

@@ -37,6 +37,5 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 
 RANDOM = Strategy(
     assign=assign,
-    resize=lambda sizes: sizes,
     note="Draws each client's experts uniformly every round and uses no feedback.",
 )

@@ -22,6 +22,5 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 
 ROUND_ROBIN = Strategy(
     assign=assign,
-    resize=lambda sizes: sizes,
     note="Deals consecutive experts to the clients in turn and uses no feedback.",
 )

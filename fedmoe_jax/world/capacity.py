@@ -87,7 +87,8 @@ def _check(tiers: tuple[str, ...], shares: tuple[float, ...], spread: float) -> 
             f"devices.shares={tuple(shares)} needs one share for each of the "
             f"{len(tiers)} devices.tiers"
         )
-    if not all(share >= 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+    numbers = all(isinstance(share, int | float) and share >= 0 for share in shares)
+    if not numbers or abs(sum(shares) - 1) > 1e-6:
         raise UserError(
             f"devices.shares={tuple(shares)} is not allowed; shares are >= 0, sum to 1"
         )
