@@ -4,10 +4,11 @@ import importlib
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import default
-from fedmoe_jax import experiment
+from fedmoe_jax import experiment, train
 from fedmoe_jax.compare import list_members
 from fedmoe_jax.config import (
     ALLOWED,
@@ -19,8 +20,9 @@ from fedmoe_jax.config import (
     validate,
 )
 from fedmoe_jax.data import load_dataset
+from fedmoe_jax.metrics import read_metrics
 from fedmoe_jax.sharding import build_mesh
-from fedmoe_jax.types import UserError
+from fedmoe_jax.types import Dataset, UserError
 
 FILES = sorted(
     path.stem
@@ -31,7 +33,7 @@ FILES = sorted(
 CHECKED_ELSEWHERE = {"data.dir", "devices.tiers", "devices.shares", "run.tensorboard"}
 ARGUMENTS = {
     "compare": ("", "digits", "smoke", "digits,smoke"),
-    "causes": ("idle", "gate", "idle,digits", "gate,digits,smoke", "smoke"),
+    "causes": ("idle", "gate", "personal", "gate,digits,smoke", "smoke"),
 }
 STUDIES = [(file, a) for file in FILES for a in ARGUMENTS.get(file, ("", "smoke"))]
 
@@ -228,3 +230,25 @@ def test_hyperparameters_are_read_from_their_fields():
         "exploration": 0.875,
         "buffer": 0.3125,
     }
+
+
+def draw_images(name, data_dir):
+    """As many random images of CIFAR-10's shape as 20 clients need."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (400, 32, 32, 3), np.uint8)
+    y = np.arange(400, dtype=np.int32) % 10
+    names = tuple(str(label) for label in range(10))
+    return Dataset(x[:300], y[:300], x[300:], y[300:], names)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_study_runs(file, tmp_path, monkeypatch):
+    config = runs_of(get_config(file, "smoke"))[0]
+    if config.data.name == "cifar10":
+        monkeypatch.setattr(train, "load_dataset_once", draw_images)
+    with config.unlocked():
+        config.run.tensorboard = False
+    finished = train.train(config, tmp_path, stop=lambda: True, label=file)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert not finished and len(rows) == config.chunk_rounds
+    assert 0 <= rows[-1]["global_accuracy"] <= 1

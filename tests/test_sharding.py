@@ -49,8 +49,8 @@ def run_on(num_devices, client_chunk):
     return jax.device_get((state.params, state.align, metrics))
 
 
-def assert_close(left, right):
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+def assert_close(left, right, rtol):
+    close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-5)
     jax.tree.map(close, left, right)
 
 
@@ -62,10 +62,10 @@ def test_enough_devices():
 def test_devices_and_chunks_change_nothing(num_devices, client_chunk):
     params, align, metrics = run_on(num_devices, client_chunk)
     params_1, align_1, metrics_1 = run_on(1, 1)
-    assert_close(params, params_1)
-    assert_close(align.fitness, align_1.fitness)
+    assert_close(params, params_1, rtol=0)
+    assert_close(align.fitness, align_1.fitness, rtol=0)
     np.testing.assert_array_equal(align.times_held, align_1.times_held)
-    assert_close(metrics, metrics_1)
+    assert_close(metrics, metrics_1, rtol=1e-5)  # bytes and losses are larger than 1
 
 
 @pytest.mark.parametrize("num_devices", [-1, DEVICES + 1])
