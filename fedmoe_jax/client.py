@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from fedmoe_jax.align.solve import held_mask
 from fedmoe_jax.models import Model, apply_experts
 from fedmoe_jax.routing import calibration_loss, gate_logits, load_loss, route, z_loss
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree, Sizes
@@ -133,7 +134,7 @@ def local_loss(
     mixed = jnp.einsum("bk,bko->bo", gates, outputs)
     predictions = model.head(submodel["head"], mixed)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(predictions, y)
-    mask = jnp.zeros(logits.shape[1], bool).at[task.held].max(task.slot)
+    mask = held_mask(task.held, task.slot, logits.shape[1])
     loss = (
         cross_entropy.mean()
         + hyper.calibration * calibration_loss(logits, mask)

@@ -44,9 +44,14 @@ class Costs(NamedTuple):
     expert_flops: float
 
 
-def _count_bytes(tree: PyTree) -> float:
-    leaves = jax.tree.leaves(tree)
-    return float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
+def count_bytes(tree: PyTree) -> float:
+    """Bytes of all leaves, arrays or their shapes; a JAX key counts as 8."""
+    return float(
+        sum(
+            math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8)
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
 
 
 def count_costs(params: PyTree, forward_shared: float, forward_expert: float) -> Costs:
@@ -59,9 +64,9 @@ def count_costs(params: PyTree, forward_shared: float, forward_expert: float) ->
     """
     num_experts = jax.tree.leaves(params["experts"])[0].shape[0]
     return Costs(
-        shared_bytes=_count_bytes((params["stem"], params["head"])),
-        gate_bytes=_count_bytes(params["gate"]),
-        expert_bytes=_count_bytes(params["experts"]) / num_experts,
+        shared_bytes=count_bytes((params["stem"], params["head"])),
+        gate_bytes=count_bytes(params["gate"]),
+        expert_bytes=count_bytes(params["experts"]) / num_experts,
         shared_flops=float(TRAINING_PASSES * forward_shared),
         expert_flops=float(TRAINING_PASSES * forward_expert),
     )

@@ -2,27 +2,16 @@
 
 import math
 
-import jax
-
 from fedmoe_jax.cohort import chunk_size
+from fedmoe_jax.costs import count_bytes
 from fedmoe_jax.setup import Setup
-from fedmoe_jax.types import Federation, PyTree, SimState, UserError
+from fedmoe_jax.types import Federation, SimState, UserError
 
 # One client holds its sub-model, the received copy, gradients, momentum (two moments
 # for adam) and the delta at once.
 CLIENT_COPIES = 6
 
 GIGABYTE = 1e9
-
-
-def count_bytes(tree: PyTree) -> float:
-    """Bytes of all leaves; arrays, NumPy arrays or shapes, keys counted as 8 bytes."""
-    return float(
-        sum(
-            math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8)
-            for leaf in jax.tree.leaves(tree)
-        )
-    )
 
 
 def estimate_memory(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from fedmoe_jax.align.solve import held_mask
 from fedmoe_jax.client import ClientTask, ClientUpdate
 from fedmoe_jax.types import Array, PyTree
 
@@ -56,7 +57,7 @@ def gate_weights(mode: str, weight: Array, task: ClientTask, num_experts: int) -
       task: the client's task.
       num_experts: E.
     """
-    held = jnp.zeros(num_experts).at[task.held].max(task.slot.astype(jnp.float32))
+    held = held_mask(task.held, task.slot, num_experts).astype(jnp.float32)
     table = {
         "global": lambda: jnp.full((num_experts,), weight),
         "holder_rows": lambda: weight * held,

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedmoe_jax.strategies import STRATEGIES
+
 Row = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
 Config = Mapping[str, Any]
@@ -35,9 +37,6 @@ MIN_ROUNDS = 5
 NO_GAIN = 0.01
 # Half of the fair share 1 / E of the load; below it an expert is starved.
 STARVED_SHARE = 0.5
-# Strategies whose assignment reads the field that a knob turns.
-FITNESS_READERS = ("greedy", "load_balanced", "load_balanced_running")
-USAGE_READERS = ("load_balanced", "load_balanced_running")
 TOO_EARLY = "too early to tell"  # how the evidence begins where data is missing
 
 
@@ -77,7 +76,7 @@ def plateau(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
         never = 100 * np.mean(np.asarray(arrays["times_held"]) == 0)
         evidence += f"; {never:.0f} % of client-expert pairs never met"
     present = gain < PLATEAU_GAIN and uneven > UNEVEN_LOAD_CV
-    knob = _knob(config, "weights.usage", "raise", USAGE_READERS)
+    knob = _knob(config, "weights.usage", "raise", "usage")
     return Signature(name, bool(present), evidence, knob if present else "")
 
 
@@ -100,7 +99,7 @@ def volatile(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
     if len(switches):
         evidence += f"; {100 * switches.mean():.0f} % of held pairs are new"
     present = swing > ACCURACY_SWING and change.mean() > FITNESS_CHANGE
-    knob = _knob(config, "fitness.rate", "lower", FITNESS_READERS)
+    knob = _knob(config, "fitness.rate", "lower", "fitness")
     return Signature(name, bool(present), evidence, knob if present else "")
 
 
@@ -158,7 +157,7 @@ def stuck_expert(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signatu
     if (still & ~stuck).any():
         fair = ", ".join(map(str, np.flatnonzero(still & ~stuck)))
         evidence += f"; no gain in spite of enough load: {fair} (specialised?)"
-    knob = _knob(config, "weights.usage", "raise", USAGE_READERS)
+    knob = _knob(config, "weights.usage", "raise", "usage")
     knob += '; fitness.idle: "prior"; ' + _knob(config, "fitness.exploration", "raise")
     present = bool(stuck.any())
     return Signature(name, present, evidence, knob if present else "")
@@ -193,12 +192,11 @@ def _too_little(name: str, what: str, found: int, needed: int = MIN_EVALUATIONS)
     return Signature(name, False, evidence, "")
 
 
-def _knob(config: Config, field: str, turn: str, readers: tuple[str, ...] = ()) -> str:
-    """`field: turn (now value)`; says so where the strategy may not read the field."""
+def _knob(config: Config, field: str, turn: str, evidence: str = "") -> str:
+    """`field: turn (now value)`; says so where the strategy ignores that evidence."""
     group, leaf = field.split(".")
-    now = config.get(group, {}).get(leaf, "unset")
-    strategy = config.get("strategy", "this strategy")
-    known = not readers or strategy in readers
-    return f"{field}: {turn} (now {now})" + (
-        "" if known else f"; if {strategy} ignores it, choose a strategy that reads it"
-    )
+    strategy = config["strategy"]
+    text = f"{field}: {turn} (now {config[group][leaf]})"
+    if evidence and evidence not in STRATEGIES[strategy].reads:
+        text += f"; {strategy} ignores {evidence}, choose a strategy that reads it"
+    return text

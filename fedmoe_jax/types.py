@@ -300,9 +300,11 @@ class Strategy(NamedTuple):
     Attributes:
       assign: decides which experts each cohort client holds.
       note: what it decides and what it needs beyond the shared rules, one sentence.
+      reads: which learnt evidence it decides from, of `fitness` and `usage`.
       resize: the sizes of the model this strategy trains.
     """
 
     assign: AssignFn
     note: str
+    reads: tuple[str, ...] = ()
     resize: ResizeFn = keep_sizes

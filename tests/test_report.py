@@ -18,6 +18,7 @@ from fedmoe_jax.types import UserError
 NAMES = [f"class{i}" for i in range(5)]
 N, L = 6, len(NAMES)
 CONFIG = {
+    "strategy": "load_balanced",
     "num_rounds": 8,
     "num_clients": N,
     "cohort_size": N,
@@ -339,7 +340,7 @@ def test_stuck_expert(alone, load, present):
     found = signatures.stuck_expert(rows, {}, CONFIG | {"strategy": "greedy"})
     assert found.present == present
     assert "expert 1" in found.evidence
-    assert ("greedy ignores it" in found.knob) == present
+    assert ("greedy ignores usage" in found.knob) == present
     assert ("specialised?" in found.evidence) == (load[1] == 500)
 
 

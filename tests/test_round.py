@@ -227,7 +227,7 @@ def test_experts_converge_to_the_label_frequencies_of_their_holders():
         # One step on 6 examples sees every example of every client equally often, so
         # that a round is exactly one step of gradient descent.
         sizes=Sizes(3, 3, 3, 1, 1, 1, 6, 1, 3),
-        strategy=Strategy(fixed_assignment, lambda sizes: sizes, ""),
+        strategy=Strategy(fixed_assignment, note=""),
         rules=experiment.make_rules(config),
         costs=costs,
         device_costs=costs,

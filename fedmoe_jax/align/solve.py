@@ -1,5 +1,7 @@
 """The decision: from scores and capacities to held experts (paper III-B-4)."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -38,14 +40,16 @@ def top_k(scores: Array, capacity: Array, max_held: int) -> Assignment:
     return Assignment(_rank(scores, max_held), fill_slots(capacity, max_held))
 
 
+def held_mask(held: Array, slot: Array, num_experts: int) -> Array:
+    """Which experts ONE client holds, [E] bool, from its slots [K]."""
+    chex.assert_equal_shape([held, slot])
+    return jnp.zeros(num_experts, bool).at[held].max(slot)
+
+
 def to_mask(assignment: Assignment, num_experts: int) -> Array:
     """The assignment as [C, E] bool: does the client hold the expert?"""
-    chex.assert_equal_shape([assignment.held, assignment.slot])
-    # An id of E is out of bounds, so the writes of empty slots are dropped.
-    expert = jnp.where(assignment.slot, assignment.held, num_experts)
-    row = jnp.arange(expert.shape[0])[:, None]
-    mask = jnp.zeros((expert.shape[0], num_experts), bool)
-    return mask.at[row, expert].set(True, mode="drop")
+    one_client = functools.partial(held_mask, num_experts=num_experts)
+    return jax.vmap(one_client)(assignment.held, assignment.slot)
 
 
 def expected_load(load: Array, held: Array, num_active: int) -> Array:

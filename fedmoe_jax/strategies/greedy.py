@@ -14,4 +14,5 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 GREEDY = Strategy(
     assign=assign,
     note="Gives each client its fittest experts; needs the clients' feedback.",
+    reads=("fitness",),
 )

@@ -44,6 +44,7 @@ LOAD_BALANCED = Strategy(
         "Gives each client the experts of highest desirability (fitness less usage), "
         "clients deciding independently; needs feedback and load."
     ),
+    reads=("fitness", "usage"),
 )
 
 LOAD_BALANCED_RUNNING = Strategy(
@@ -52,4 +53,5 @@ LOAD_BALANCED_RUNNING = Strategy(
         "As load_balanced, but clients pick in a random order and each sees the load "
         "of earlier picks; needs feedback, load and a loop over the cohort."
     ),
+    reads=("fitness", "usage"),
 )
