@@ -14,6 +14,7 @@ experts.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
@@ -30,10 +31,59 @@ from fedmoe_jax.types import Array, Federation, PyTree, SimState, Sizes
 TEST_BATCH = 250
 
 
-def mix(gates: Array, expert_logits: Array, y: Array) -> Array:
-    """[B] float, 1 where the mixture `gates` [B, E] of [B, E, L] predicts `y` [B]."""
-    predicted = jnp.einsum("be,bel->bl", gates, expert_logits).argmax(-1)
-    return (predicted == y).astype(jnp.float32)
+class Answers(NamedTuple):
+    """What the stem and every expert alone say about one batch of test images.
+
+    Attributes:
+      features: [B, ...] float.
+      expert_logits: [B, E, L] float.
+      y: [B] int32 labels, -1 for padding.
+      label: [B, L] float, one-hot labels, zero rows for padding.
+    """
+
+    features: Array
+    expert_logits: Array
+    y: Array
+    label: Array
+
+
+def answer(
+    state: SimState, federation: Federation, x: Array, y: Array, *, model: Model
+) -> Answers:
+    """Runs stem, all E experts and head once on a batch [B, H, W, F] uint8."""
+    images = normalise(x, federation.mean, federation.std)
+    features = model.stem(state.params["stem"], images)
+    outputs = apply_experts(model, state.params["experts"], features)  # [B, E, O]
+    return Answers(
+        features=features,
+        expert_logits=model.head(state.params["head"], outputs),
+        y=y,
+        label=jax.nn.one_hot(y, federation.label_mix.shape[1]),
+    )
+
+
+def count_right(gates: Array, answers: Answers) -> Array:
+    """[L] float, images of each class that the mixture `gates` [B, E] gets right."""
+    mixed = jnp.einsum("be,bel->bl", gates, answers.expert_logits)
+    right = (mixed.argmax(-1) == answers.y).astype(jnp.float32)
+    return right @ answers.label
+
+
+def ask_server(gate: PyTree, answers: Answers, num_active: int) -> dict[str, Array]:
+    """Counts of one gate over all E experts: `global`, `soft` [L], `routed` [E, L]."""
+    logits = gate_logits(gate, answers.features)
+    routed = route(logits, jnp.ones(logits.shape[1], bool), num_active)
+    return {
+        "global": count_right(routed, answers),
+        "soft": count_right(jax.nn.softmax(logits, axis=-1), answers),
+        "routed": jnp.einsum("be,bl->el", routed, answers.label),
+    }
+
+
+def ask_client(gate: PyTree, held: Array, answers: Answers, num_active: int) -> Array:
+    """[L] counts of ONE client that routes among its held experts, [E] bool."""
+    logits = gate_logits(gate, answers.features)
+    return count_right(route(logits, held, num_active), answers)
 
 
 def deal_test_images(federation: Federation, devices: int) -> tuple[Array, Array]:
@@ -75,49 +125,29 @@ def count_batch(
       correct predictions; `routed` [E, L] gate mass. With personal gates `global`,
       `soft` and `routed` are averages over clients.
     """
-    label = jax.nn.one_hot(y, sizes.num_classes)  # [B, L], zero rows for padding
-    features = model.stem(
-        state.params["stem"], normalise(x, federation.mean, federation.std)
-    )
-    outputs = apply_experts(model, state.params["experts"], features)  # [B, E, O]
-    expert_logits = model.head(state.params["head"], outputs)  # [B, E, L]
-    everyone = jnp.ones(sizes.num_experts, bool)
-
-    def by_label(gates: Array) -> Array:
-        return mix(gates, expert_logits, y) @ label
-
-    def ask(gate: PyTree, held: Array) -> dict[str, Array]:
-        """Global, soft and personal counts [L] of one gate and one client's experts."""
-        logits = gate_logits(gate, features)
-        routed = route(logits, everyone, sizes.num_active)
-        return {
-            "global": by_label(routed),
-            "soft": by_label(jax.nn.softmax(logits, axis=-1)),
-            "routed": jnp.einsum("be,bl->el", routed, label),
-            "personal": by_label(route(logits, held, sizes.num_active)),
-        }
-
+    answers = answer(state, federation, x, y, model=model)
+    active = sizes.num_active
+    took_part = state.align.held.any(axis=1)  # [N]
     # A client that never took part holds nothing yet; it is left out afterwards.
-    held = state.align.held | ~state.align.held.any(axis=1, keepdims=True)  # [N, E]
+    held = state.align.held | ~took_part[:, None]
+
+    def ask(client) -> dict[str, Array]:
+        gate, mask = client
+        own = ask_server(gate, answers, active) if personal_gate else {}
+        return own | {"personal": ask_client(gate, mask, answers, active)}
+
     if personal_gate:
-        counts = jax.lax.map(lambda client: ask(*client), (state.personal_gate, held))
-        took_part = state.align.held.any(axis=1).astype(jnp.float32)  # [N]
+        counts = jax.lax.map(ask, (state.personal_gate, held))
         share = took_part / jnp.maximum(took_part.sum(), 1.0)
-        shared = {
-            name: jnp.tensordot(share, counts[name], 1)
-            for name in ("global", "soft", "routed")
-        }
-        counts = counts | shared
+        for name in ("global", "soft", "routed"):
+            counts[name] = jnp.tensordot(share, counts[name], 1)
     else:
         gate = state.params["gate"]
-        counts = ask(gate, everyone)
-        logits = gate_logits(gate, features)
-        counts["personal"] = jax.lax.map(
-            lambda mask: by_label(route(logits, mask, sizes.num_active)), held
-        )
-    alone = expert_logits.argmax(-1) == y[:, None]  # [B, E]
-    counts["expert"] = jnp.einsum("be,bl->el", alone.astype(jnp.float32), label)
-    return counts | {"total": label.sum(0)}
+        counts = jax.lax.map(lambda mask: ask((gate, mask)), held)
+        counts |= ask_server(gate, answers, active)
+    alone = answers.expert_logits.argmax(-1) == y[:, None]  # [B, E]
+    counts["expert"] = jnp.einsum("be,bl->el", alone * 1.0, answers.label)
+    return counts | {"total": answers.label.sum(0)}
 
 
 def worst_decile(accuracy: Array, counted: Array) -> Array:

@@ -227,8 +227,14 @@ def test_worst_decile_by_hand():
         np.testing.assert_allclose(value, worst.mean() if count else 0, rtol=1e-6)
 
 
-def test_mix_by_hand():
+def test_count_right_by_hand():
     gates = jnp.array([[0.5, 0.5], [1.0, 0.0], [0.9, 0.1]])
-    answers = jnp.array([[[4.0, 0.0], [0.0, 3.0]]] * 3)
-    right = evaluate.mix(gates, answers, jnp.array([0, 1, -1]))
-    assert right.tolist() == [1, 0, 0]  # a label of -1 is never right
+    y = jnp.array([0, 1, -1])
+    answers = evaluate.Answers(
+        features=jnp.zeros((3, 1)),
+        expert_logits=jnp.array([[[4.0, 0.0], [0.0, 3.0]]] * 3),
+        y=y,
+        label=jax.nn.one_hot(y, 2),
+    )
+    # The first is right (2.0 against 1.5), the second wrong, the third is padding.
+    assert evaluate.count_right(gates, answers).tolist() == [1.0, 0.0]
