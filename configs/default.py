@@ -14,14 +14,14 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of data split, devices, initial weights and every draw
     config.num_rounds = 40  # federated rounds
-    config.eval_every = 5  # rounds; divides num_rounds
-    config.chunk_rounds = 5  # rounds in one compiled call; divides eval_every
+    config.eval_every = 2  # rounds; divides num_rounds
+    config.chunk_rounds = 2  # rounds in one compiled call; divides eval_every
     config.num_clients = 20  # population
     config.cohort_size = 20  # clients per round, at most num_clients
     config.num_experts = 8  # experts in the server's model
     config.max_held = 4  # expert slots of the largest client, at most num_experts
     config.num_active = 2  # experts per example, at most max_held
-    config.local_steps = 10  # optimiser steps per client and round
+    config.local_steps = 5  # optimiser steps per client and round
     config.batch_size = 32  # examples per local step
     config.strategy = "load_balanced"  # see the README's table of strategies
 
@@ -52,7 +52,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.client = ConfigDict()
     config.client.optimizer = "sgd"  # sgd | adam
-    config.client.learning_rate = 0.05  # > 0
+    config.client.learning_rate = 0.02  # > 0
     config.client.momentum = 0.9  # of sgd
     config.client.prox = 0.0  # FedProx coefficient
 

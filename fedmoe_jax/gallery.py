@@ -102,6 +102,7 @@ def curve_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
 
 
 def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
+    """Final accuracies of every strategy, seed by seed."""
     panels = []
     for name, title in ACCURACIES.items():
         points = [
@@ -122,6 +123,7 @@ def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
 
 
 def population_pictures(run: Run) -> Iterator[Picture]:
+    """The clients of one run: what they own and what they can hold."""
     arrays, names = run.arrays, run.arrays["label_names"]
     yield Picture(
         "partition",

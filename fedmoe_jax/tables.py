@@ -110,6 +110,7 @@ def table(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Cell]]]:
 
 
 def note_of(group: Sequence[Run]) -> str:
+    """The strategy's sentence, empty while its first run is in progress."""
     return group[0].summary.get("note", "")
 
 

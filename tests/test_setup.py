@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fedmoe_jax.strategies import STRATEGIES
+
 ROOT = Path(__file__).parent.parent
 CPU = "requirements-cpu.txt"
 OWN = {"fedmoe_jax", "configs", "launch"}
@@ -113,3 +115,23 @@ def test_old_python_gets_one_line(tmp_path):
     assert ran.returncode == 2 and ran.stdout == ""
     assert len(ran.stderr.splitlines()) == 1 and "Python 3.11" in ran.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_readme_lists_every_field_with_its_default():
+    text = (ROOT / "configs" / "default.py").read_text()
+    fields = re.findall(r"^    config\.(\S+) = (?!ConfigDict)(.*?)  # ", text, re.M)
+    assigned = re.findall(r"^    config\.\S+ = (?!ConfigDict)", text, re.M)
+    assert len(fields) == len(assigned) > 50  # every field has its comment
+    listed = (ROOT / "README.md").read_text()
+    for name, default in fields:
+        assert f"| `{name}` | `{default}` |" in listed
+
+
+def test_readme_lists_every_strategy_and_file():
+    listed = (ROOT / "README.md").read_text()
+    for name in STRATEGIES:
+        assert f"| `{name}` |" in listed
+    for file in (ROOT / "fedmoe_jax").glob("*.py"):
+        assert file.name == "__init__.py" or f"`{file.name}`" in listed.replace(
+            "fedmoe_jax/", ""
+        )
