@@ -141,7 +141,7 @@ def write_runs_csv(path: str | Path, runs: Sequence[Run]) -> None:
         record |= {field: flat.get(field) for field in varied}
         for name, value in numbers(run).items():
             record.setdefault(name, f"{value:.10g}" if math.isfinite(value) else "")
-        records.append(record | {"folder": str(run.folder)})
+        records.append(record | {"folder": run.folder.name})
     fields = list(dict.fromkeys(field for record in records for field in record))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields)

@@ -164,9 +164,9 @@ def test_ends_of_ranges_are_allowed(name, value):
         ("cohort_size", 21, "1 to num_clients=20"),
         ("max_held", 9, "1 to num_experts=8"),
         ("num_active", 5, "1 to max_held=4"),
-        ("num_rounds", 42, "multiples of eval_every=5"),
-        ("chunk_rounds", 2, "multiples of chunk_rounds=2"),
-        ("checkpoint.every", 3, "multiples of chunk_rounds=5"),
+        ("num_rounds", 41, "multiples of eval_every=2"),
+        ("chunk_rounds", 4, "multiples of chunk_rounds=4"),
+        ("checkpoint.every", 3, "multiples of chunk_rounds=2"),
     ],
 )
 def test_fields_that_contradict_each_other(name, value, told):

@@ -101,7 +101,10 @@ BAD = {
     "too little data": (["--config.partition.min_size=999"], "partition.min_size=999"),
     "memory": (["--config.run.memory_limit_gb=1e-3"], "memory_limit_gb=0.001 .* GB"),
     "devices": (["--config.run.num_devices=9"], "run.num_devices=9 .* 0 .all. to 8"),
-    "no file": (["--config=configs/none.py"], "'configs/none.py' is no file"),
+    "no file": (
+        ["--config=configs/none.py"],
+        "No such file or directory: 'configs/none.py'",
+    ),
     "argument": ([f"{SMOKE}y"], "'smokey' is unknown; allowed: smoke"),
     "no value": (["--config"], "--config"),
     "unknown flag": (["--rounds=3"], "'rounds'"),

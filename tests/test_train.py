@@ -243,7 +243,7 @@ def test_another_config_is_refused_and_nothing_changes(finished):
     with pytest.raises(UserError) as caught:
         run(finished, **{"seed": 3, "client.learning_rate": 0.5, "num_rounds": 8})
     text = str(caught.value)
-    assert "client.learning_rate: 0.05 -> 0.5" in text and "seed: 0 -> 3" in text
+    assert "client.learning_rate: 0.02 -> 0.5" in text and "seed: 0 -> 3" in text
     assert "num_rounds" not in text and "\n" not in text
     assert snapshot(finished) == before
 
