@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.learn import count_load, learn
 from fedmoe_jax.client import ClientTask, build_client_update
-from fedmoe_jax.cohort import build_train_cohort
-from fedmoe_jax.merge import merge, server_optimizer
+from fedmoe_jax.cohort import Report, build_train_cohort
+from fedmoe_jax.merge import Sums, merge, server_optimizer
 from fedmoe_jax.profile import profile
 from fedmoe_jax.round_metrics import measure
 from fedmoe_jax.setup import Setup
@@ -83,80 +83,86 @@ def make_tasks(
     )
 
 
+def round_step(
+    state: SimState,
+    federation: Federation,
+    hyper: Hyper,
+    *,
+    setup: Setup,
+    train_cohort: Callable[..., tuple[Sums, Report]],
+) -> tuple[SimState, dict[str, Array]]:
+    """One federated round.
+
+    Args:
+      state: the simulation before the round.
+      federation: data and devices.
+      hyper: traced hyperparameters.
+      setup: the static parts.
+      train_cohort: see `cohort.build_train_cohort`.
+
+    Returns:
+      The state after the round, shaped as before, and the round's metrics.
+    """
+    sizes, rules, align = setup.sizes, setup.rules, state.align
+    round_key = jax.random.fold_in(state.key, state.round)
+    world_key, align_key, train_key = jax.random.split(round_key, 3)
+
+    # 1 world
+    cohort = sample_cohort(world_key, sizes.num_clients, sizes.cohort_size)
+    # 2 profile
+    capacity = believe_capacity(federation, hyper, setup)
+    # 3 align
+    evidence = gather_evidence(state, cohort, capacity, sizes)
+    assignment = setup.strategy.assign(evidence, hyper, sizes, align_key)
+    slots = (sizes.cohort_size, sizes.max_held)
+    chex.assert_shape([assignment.held, assignment.slot], slots)
+    # 4 train
+    tasks = make_tasks(state, cohort, assignment, rules.gate_mode)
+    sums, report = train_cohort(state.params, tasks, federation, hyper, train_key)
+    # 5 merge
+    tx = server_optimizer(rules.server_optimizer, hyper.server_learning_rate)
+    params, server_opt = merge(state.params, state.server_opt, sums, tx)
+    # 6 learn
+    load = count_load(report, assignment, sizes.num_experts)
+    learnt = learn(align, cohort, assignment, report, load, hyper, rules.feedback)
+
+    new_state = SimState(
+        round=state.round + 1,
+        key=state.key,
+        params=params,
+        server_opt=server_opt,
+        align=learnt,
+        personal_gate=jax.tree.map(
+            lambda gates, new: gates.at[cohort].set(new),
+            state.personal_gate,
+            report.gate,
+        ),
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    devices = federation.devices
+    return new_state, measure(
+        align, learnt, cohort, assignment, report, load, devices, setup
+    )
+
+
 def build_round(
     setup: Setup,
 ) -> Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]:
-    """Builds `round_step(state, federation, hyper) -> (state, metrics)`."""
-    sizes, rules = setup.sizes, setup.rules
+    """Builds `round_step(state, federation, hyper) -> (state, metrics)` of a setup."""
     client_update = build_client_update(
         model=setup.model,
-        sizes=sizes,
-        optimizer=rules.client_optimizer,
-        momentum=rules.momentum,
+        sizes=setup.sizes,
+        optimizer=setup.rules.client_optimizer,
+        momentum=setup.rules.momentum,
     )
     train_cohort = build_train_cohort(
         client_update,
         setup.mesh,
-        client_chunk=rules.client_chunk,
-        gate_mode=rules.gate_mode,
-        weight=rules.merge_weight,
+        client_chunk=setup.rules.client_chunk,
+        gate_mode=setup.rules.gate_mode,
+        weight=setup.rules.merge_weight,
     )
-
-    def round_step(
-        state: SimState, federation: Federation, hyper: Hyper
-    ) -> tuple[SimState, dict[str, Array]]:
-        round_key = jax.random.fold_in(state.key, state.round)
-        world_key, align_key, train_key = jax.random.split(round_key, 3)
-
-        # 1 world
-        cohort = sample_cohort(world_key, sizes.num_clients, sizes.cohort_size)
-        # 2 profile
-        capacity = believe_capacity(federation, hyper, setup)
-        # 3 align
-        evidence = gather_evidence(state, cohort, capacity, sizes)
-        assignment = setup.strategy.assign(evidence, hyper, sizes, align_key)
-        chex.assert_shape(
-            [assignment.held, assignment.slot], (sizes.cohort_size, sizes.max_held)
-        )
-        # 4 train
-        tasks = make_tasks(state, cohort, assignment, rules.gate_mode)
-        sums, report = train_cohort(state.params, tasks, federation, hyper, train_key)
-        # 5 merge
-        tx = server_optimizer(rules.server_optimizer, hyper.server_learning_rate)
-        params, server_opt = merge(state.params, state.server_opt, sums, tx)
-        # 6 learn
-        load = count_load(report, assignment, sizes.num_experts)
-        align = learn(
-            state.align, cohort, assignment, report, load, hyper, rules.feedback
-        )
-
-        personal_gate = jax.tree.map(
-            lambda gates, new: gates.at[cohort].set(new),
-            state.personal_gate,
-            report.gate,
-        )
-        metrics = measure(
-            state.align,
-            align,
-            cohort,
-            assignment,
-            report,
-            load,
-            federation.devices,
-            setup,
-        )
-        new_state = SimState(
-            round=state.round + 1,
-            key=state.key,
-            params=params,
-            server_opt=server_opt,
-            align=align,
-            personal_gate=personal_gate,
-        )
-        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
-        return new_state, metrics
-
-    return round_step
+    return functools.partial(round_step, setup=setup, train_cohort=train_cohort)
 
 
 @functools.cache
@@ -168,14 +174,14 @@ def build_run_rounds(
     One jitted program; every metric gains a leading R axis. The state is donated, so
     the caller must rebind it. Equal setups share one program.
     """
-    round_step = build_round(setup)
+    one_round = build_round(setup)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run_rounds(
         state: SimState, federation: Federation, hyper: Hyper
     ) -> tuple[SimState, dict[str, Array]]:
         return jax.lax.scan(
-            lambda carry, _: round_step(carry, federation, hyper),
+            lambda carry, _: one_round(carry, federation, hyper),
             state,
             length=setup.rules.chunk_rounds,
         )
