@@ -57,8 +57,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         _CONFIG.value.to_dict()  # a config that could not be loaded fails here
         return rest
     except AttributeError as error:  # how ml_collections tells an unknown field
-        text = " ".join(str(getattr(error.args[0], "args", error.args)[0]).split())
-        sys.exit(refuse(f"unknown config field {text} --help lists all fields"))
+        text = str(getattr(error.args[0], "args", error.args)[0])
+        text = text.strip().replace("\n", "; ")
+        sys.exit(refuse(f"unknown config field {text}; --help lists all fields"))
     except (OSError, flags.Error) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         sys.exit(refuse(f"{lines[-1]}; see --help"))
@@ -74,7 +75,8 @@ class Stop:
 
     def _wish(self, number: int, _frame) -> None:
         self.wished = True
-        print("stopping after the current rounds; again to stop at once", flush=True)
+        # Not print, which fails where the signal has interrupted another print.
+        os.write(1, b"stopping after the current rounds; again to stop at once\n")
         signal.signal(number, signal.SIG_DFL)
 
     def __call__(self) -> bool:
@@ -96,7 +98,7 @@ def set_cpu_devices(config: ConfigDict) -> None:
     jax.config.update("jax_num_cpu_devices", max(wished, 1))
 
 
-def run(config: ConfigDict, workdir: Path, command: str) -> bool:
+def run(config: ConfigDict, workdir: Path, command: str, stop: Stop) -> bool:
     """Runs the config and writes its report, also when it was stopped early.
 
     Returns:
@@ -109,7 +111,7 @@ def run(config: ConfigDict, workdir: Path, command: str) -> bool:
     from fedmoe_jax.tables import markdown_table, write_runs_csv
     from fedmoe_jax.train import train
 
-    stop, start = Stop(), time.monotonic()
+    start = time.monotonic()
     if "compare" in config:
         folders, finished = compare(config, workdir, stop=stop)
     else:
@@ -129,10 +131,9 @@ def main(argv: list[str]) -> int:
     """Parses nothing more: flags are absl's. Returns the exit code."""
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}; see --help")
+    stop = Stop()  # before JAX is imported, which an interrupt would break off
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
-    python = os.path.relpath(
-        sys.executable
-    )  # packages may live in a virtual environment
+    python = os.path.relpath(sys.executable)  # where packages are, maybe a venv
     if python.startswith(os.pardir):
         python = "python"
     command = shlex.join([python, *sys.argv])
@@ -140,7 +141,7 @@ def main(argv: list[str]) -> int:
     from fedmoe_jax.types import UserError
 
     try:
-        if run(_CONFIG.value, Path(_WORKDIR.value), command):
+        if run(_CONFIG.value, Path(_WORKDIR.value), command, stop):
             return 0
     except UserError as error:
         return refuse(str(error))

@@ -174,7 +174,8 @@ def _alignment_pictures(run: Run) -> Iterator[Picture]:
     yield Picture(
         "specialisation",
         "Where the gate sends each class's test images; columns sum to 100 %. One "
-        "bright cell per column is specialisation, an even column is none.",
+        "bright cell per column, in different rows, is specialisation; an even column "
+        "is none, and a bright row is one expert that takes everything.",
         plots.specialisation_map(arrays["specialisation"], arrays["label_names"]),
     )
     yield Picture(

@@ -84,6 +84,7 @@ def command(monkeypatch, tmp_path, capsys):
     return run
 
 
+set_handler = signal.signal
 SMOKE = f"--config={CONFIGS / 'default.py'}:smoke"
 DIGITS = f"--config={CONFIGS / 'compare.py'}:digits,smoke"
 BAD = {
@@ -214,3 +215,21 @@ def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
     same = lambda a, b: a.tobytes() == b.tobytes()
     assert jax.tree.all(jax.tree.map(same, *states))
     assert rows[0] == rows[1]
+
+
+def test_an_interrupt_before_the_first_round_is_a_wish_to_stop(command, monkeypatch):
+    def interrupted(config, workdir, text, stop):
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        return not stop()
+
+    monkeypatch.setattr(signal, "signal", set_handler)
+    monkeypatch.setattr(launch, "run", interrupted)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code, out, _ = command(SMOKE)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends it
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert code == 3 and "stopped and saved; to resume: " in out
