@@ -46,6 +46,9 @@ pre { background: #f6f6f6; padding: .7em; overflow-x: auto; font-size: 12px }
 """
 
 
+BANDS = "<p>Curves: mean over seeds; the band is the lowest to the highest seed.</p>"
+
+
 def _figure_html(picture: Picture, folder: Path, prefix: str) -> str:
     """Saves the PNG and returns it inline, at 110 pixels per inch of paper."""
     buffer = io.BytesIO()
@@ -115,7 +118,12 @@ def _overview_html(groups: Mapping[str, Sequence[Run]]) -> str:
         rows += "</tr>"
     names = [found.name for found in _check(next(iter(groups.values()))[0])]
     head = "".join(f"<th>{name}</th>" for name in ["Strategy", *names])
-    return f"<table><tr>{head}</tr>{rows}</table>"
+    return (
+        f"<table><tr>{head}</tr>{rows}</table><p>Stragglers count where the slowest "
+        f"client takes over {signatures.SLOWEST_TO_MEDIAN:g} times the median's time, "
+        f"or where over {100 * signatures.LATE_ROUNDS:g} % of the rounds have a client "
+        "past the deadline.</p>"
+    )
 
 
 def _section_html(label: str, run: Run, figures: str, opened: bool) -> str:
@@ -178,7 +186,8 @@ def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
     parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
     gallery = show(final_picture(groups)) if len(groups) > 1 else ""
     gallery += show(curve_pictures(groups))
-    parts.append(f'<h2>Over rounds</h2><div class="pictures">{gallery}</div>')
+    bands = "" if len(runs) == len(groups) else BANDS
+    parts.append(f'<h2>Over rounds</h2>{bands}<div class="pictures">{gallery}</div>')
     if len(groups) > 1:
         parts += ["<h2>Failure signatures by seeds</h2>", _overview_html(groups)]
     if first.arrays:
