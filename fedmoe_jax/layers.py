@@ -6,6 +6,9 @@ inside `scan` they fall to a naive kernel, up to 80 times slower (jax-ml/jax iss
 12868). `canonical_conv` therefore spells both gradients as forward convolutions.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,67 +19,70 @@ from fedmoe_jax.types import Array
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def native_conv(x: Array, kernel: Array) -> Array:
-    """Stride-1 convolution that keeps height and width, as XLA provides it.
+def native_conv(
+    x: Array, kernel: Array, padding: tuple[int, int], stride: int
+) -> Array:
+    """Convolution as XLA provides it.
 
     Args:
       x: [B, H, W, I] float.
-      kernel: [h, w, I, O] float, h and w odd.
+      kernel: [h, w, I, O] float.
+      padding: zeros before and after, of height and width alike; below 0 it crops.
+      stride: of height and width alike.
 
     Returns:
-      [B, H, W, O].
+      [B, H', W', O] with H' = (H + sum(padding) - h) // stride + 1.
     """
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT
+        x, kernel, (stride,) * 2, (padding,) * 2, dimension_numbers=_LAYOUT
     )
 
 
-@jax.custom_vjp
-def canonical_conv(x: Array, kernel: Array) -> Array:
-    """`native_conv` whose gradients are forward convolutions in canonical layout."""
-    return native_conv(x, kernel)
+def _stable_conv(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
+    """`native_conv` of stride 1 that XLA leaves in its layout.
+
+    XLA swaps images and kernel where the kernel is the larger, unless the zeros are
+    part of the images.
+    """
+    if math.prod(kernel.shape[:2]) > math.prod(x.shape[1:3]):
+        inside = (*padding, 0)
+        padded = lax.pad(
+            x, jnp.zeros((), x.dtype), [(0, 0, 0), inside, inside, (0, 0, 0)]
+        )
+        x, padding = lax.optimization_barrier(padded), (0, 0)
+    return native_conv(x, kernel, padding, 1)
 
 
-def _canonical_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return native_conv(x, kernel), (x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def canonical_conv(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
+    """`native_conv` of stride 1, the gradients forward convolutions like itself.
+
+    The kernel must be square.
+    """
+    return _stable_conv(x, kernel, padding)
 
 
-def _canonical_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+def _canonical_forward(
+    x: Array, kernel: Array, padding: tuple[int, int]
+) -> tuple[Array, tuple[Array, Array]]:
+    return _stable_conv(x, kernel, padding), (x, kernel)
+
+
+def _canonical_backward(
+    padding: tuple[int, int], saved: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array]:
     x, kernel = saved
-    height, width = kernel.shape[:2]
     # The barriers keep XLA from folding the transposes into the convolution's layout.
     flipped = lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
-    grad_x = native_conv(grad, flipped)
+    low, high = (kernel.shape[0] - 1 - zeros for zeros in padding)
+    grad_x = _stable_conv(grad, flipped, (low, high))
     images = lax.optimization_barrier(x.transpose(3, 1, 2, 0))  # [I, H, W, B]
     window = lax.optimization_barrier(grad.transpose(1, 2, 0, 3))  # [H, W, B, O]
-    padding = ((height // 2, height // 2), (width // 2, width // 2))
-    grad_kernel = lax.optimization_barrier(
-        lax.conv_general_dilated(
-            images, window, (1, 1), padding, dimension_numbers=_LAYOUT
-        )
-    )  # [I, h, w, O]
-    return grad_x, grad_kernel.transpose(1, 2, 0, 3)
+    grad_kernel = lax.optimization_barrier(_stable_conv(images, window, padding))
+    return grad_x, grad_kernel.transpose(1, 2, 0, 3)  # [I, h, w, O] -> [h, w, I, O]
 
 
 canonical_conv.defvjp(_canonical_forward, _canonical_backward)
-
-
-def conv(x: Array, kernel: Array) -> Array:
-    """The convolution that is fast on this backend; arguments of `native_conv`."""
-    on_cpu = jax.default_backend() == "cpu"
-    return canonical_conv(x, kernel) if on_cpu else native_conv(x, kernel)
-
-
-class Conv(nn.Module):
-    """A 3x3 stride-1 convolution without bias: [B, H, W, I] -> [B, H, W, features]."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = (3, 3, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        return conv(x, kernel)
 
 
 def space_to_depth(x: Array) -> Array:
@@ -87,11 +93,86 @@ def space_to_depth(x: Array) -> Array:
     return blocks.reshape(batch, height // 2, width // 2, 4 * channels)
 
 
-def max_pool(x: Array) -> Array:
-    """2x2 max pooling: [B, H, W, F] -> [B, H/2, W/2, F]."""
+def strided_conv(x: Array, kernel: Array) -> Array:
+    """`native_conv` of padding (0, 1) and stride 2, on 2x2 blocks with stride 1.
+
+    That is XLA's SAME for even sides: [B, H, W, I] with a kernel [3, 3, I, O] gives
+    [B, H/2, W/2, O].
+    """
+    inputs, outputs = kernel.shape[2:]
+    even = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+    blocks = even.reshape(2, 2, 2, 2, inputs, outputs).transpose(0, 2, 1, 3, 4, 5)
+    blocks = blocks.reshape(2, 2, 4 * inputs, outputs)
+    return canonical_conv(space_to_depth(x), blocks, (0, 1))
+
+
+# Zeros before and after that a 3x3 kernel needs on even sides, by padding and stride.
+_SIDES = {("SAME", 1): (1, 1), ("SAME", 2): (0, 1), ("VALID", 1): (0, 0)}
+
+
+def conv(x: Array, kernel: Array, padding: str, stride: int) -> Array:
+    """A 3x3 convolution in the form that is fast on this backend.
+
+    Args:
+      x: [B, H, W, I] float; H and W even where the stride is 2.
+      kernel: [3, 3, I, O] float.
+      padding: `SAME` gives [B, H / stride, W / stride, O], `VALID` (stride 1 only)
+        [B, H - 2, W - 2, O].
+      stride: 1 or 2.
+    """
+    sides = _SIDES[padding, stride]
+    if jax.default_backend() != "cpu":
+        return native_conv(x, kernel, sides, stride)
+    return strided_conv(x, kernel) if stride == 2 else canonical_conv(x, kernel, sides)
+
+
+class Conv(nn.Module):
+    """A 3x3 convolution: [B, H, W, I] -> [B, H', W', features], see `conv`."""
+
+    features: int
+    padding: str = "SAME"
+    stride: int = 1
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        x = conv(x, kernel, self.padding, self.stride)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            x = x + bias[None, None, None]
+        return x
+
+
+def _blocks(x: Array) -> Array:
     batch, height, width, channels = x.shape
-    blocks = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return jnp.max(blocks, axis=(2, 4))
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+
+
+@jax.custom_vjp
+def max_pool(x: Array) -> Array:
+    """2x2 max pooling: [B, H, W, F] -> [B, H/2, W/2, F].
+
+    Equal maxima share the gradient, as by default, but it takes two passes, not five.
+    """
+    return jnp.max(_blocks(x), axis=(2, 4))
+
+
+def _pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    largest = max_pool(x)
+    return largest, (x, largest)
+
+
+def _pool_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
+    x, largest = saved
+    equal = _blocks(x) == largest[:, :, None, :, None]
+    corners = [equal[:, :, i, :, j] for i in (0, 1) for j in (0, 1)]
+    share = grad / sum(corner.astype(grad.dtype) for corner in corners)
+    return (jnp.where(equal, share[:, :, None, :, None], 0.0).reshape(x.shape),)
+
+
+max_pool.defvjp(_pool_forward, _pool_backward)
 
 
 def group_norm(x: Array, name: str) -> Array:
@@ -100,3 +181,26 @@ def group_norm(x: Array, name: str) -> Array:
     while x.shape[-1] % groups:  # 28 channels are two groups, not three
         groups -= 1
     return nn.GroupNorm(num_groups=groups, name=name)(x)
+
+
+def random_bytes(key: Array, shape: tuple[int, ...]) -> Array:
+    """Uniform uint8 of any shape, four from each word: `jax.random.bits` takes one."""
+    count = math.prod(shape)
+    words = jax.random.bits(key, (-(-count // 4),), jnp.uint32)
+    return lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:count].reshape(shape)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zeroes entries at random and scales up the others; nothing where key is None.
+
+    Args:
+      x: float array.
+      rate: share in [0, 1) of entries to drop, rounded to 1/256, as one random byte
+        decides on each entry.
+      key: a JAX key, consumed.
+    """
+    dropped = round(256 * rate)
+    if key is None or dropped == 0:
+        return x
+    kept = random_bytes(key, x.shape) >= dropped
+    return jnp.where(kept, x * (256 / (256 - dropped)), 0.0)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedmoe_jax.layers import Conv, group_norm, max_pool, space_to_depth
+from fedmoe_jax.layers import Conv, dropout, group_norm, max_pool, space_to_depth
 from fedmoe_jax.types import Array, PyTree, UserError
 
 
@@ -24,15 +24,27 @@ class Model(NamedTuple):
 
     Attributes:
       init: key -> params; every leaf under `gate` and `experts` has a leading E axis.
-      stem: (stem params, images [B, H, W, F] float) -> features [B, ...].
-      expert: (ONE expert's params, features [B, ...]) -> outputs [B, O].
+      stem: (stem params, images [B, H, W, F] float, key) -> features [B, ...].
+      expert: (ONE expert's params, features [B, ...], key) -> outputs [B, O].
       head: (head params, outputs [..., O]) -> logits [..., L].
+
+    Stem and expert drop outputs at random with the key, and none where it is None.
     """
 
     init: Callable[[Array], PyTree]
-    stem: Callable[[PyTree, Array], Array]
-    expert: Callable[[PyTree, Array], Array]
+    stem: Callable[[PyTree, Array, Array | None], Array]
+    expert: Callable[[PyTree, Array, Array | None], Array]
     head: Callable[[PyTree, Array], Array]
+
+
+class FlatStem(nn.Module):
+    """No stem: [B, H, W, F] -> [B, H * W * F]. It has no width."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return x.reshape(x.shape[0], -1)
 
 
 class MlpStem(nn.Module):
@@ -61,6 +73,23 @@ class CnnStem(nn.Module):
         return max_pool(nn.relu(group_norm(Conv(2 * self.width)(x), "norm2")))
 
 
+class SimpleCnnStem(nn.Module):
+    """Two valid convolutions and a pooling: [B, 32, 32, 3] -> [B, 14, 14, 2 * width].
+
+    At width 32, with a `dense` expert of width 128, dropout 0.25 after the stem and 0.5
+    after the expert, it is the network of pfl-research's CIFAR-10 benchmark (arXiv
+    2404.06430) and, with other classes, of the LEAF and FedJAX EMNIST baselines.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for width in (self.width, 2 * self.width):
+            x = nn.relu(Conv(width, padding="VALID", use_bias=True)(x))
+        return max_pool(x)
+
+
 class ResNet8Stem(nn.Module):
     """ResNet-8 with GroupNorm: [B, H, W, F] -> [B, H/4, W/4, 4 * width]."""
 
@@ -70,12 +99,13 @@ class ResNet8Stem(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = nn.relu(group_norm(Conv(self.width)(x), "norm"))
         for block, width in enumerate((self.width, 2 * self.width, 4 * self.width)):
-            if block > 0:
-                x = max_pool(x)
-            y = nn.relu(group_norm(Conv(width)(x), f"norm{block}a"))
+            stride = 1 if block == 0 else 2
+            y = nn.relu(group_norm(Conv(width, stride=stride)(x), f"norm{block}a"))
             y = group_norm(Conv(width)(y), f"norm{block}b")
-            if x.shape[-1] != width:
-                x = nn.Dense(width, use_bias=False, name=f"shortcut{block}")(x)
+            if block > 0:
+                x = nn.Dense(width, use_bias=False, name=f"shortcut{block}")(
+                    x[:, ::2, ::2]
+                )
             x = nn.relu(x + y)
         return x
 
@@ -92,6 +122,17 @@ class MlpExpert(nn.Module):
         return nn.Dense(self.features)(nn.relu(nn.Dense(self.width)(x)))
 
 
+class DenseExpert(nn.Module):
+    """One layer on flattened features: [B, ...] -> [B, width]; `features` is unused."""
+
+    width: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.relu(nn.Dense(self.width)(x.reshape(x.shape[0], -1)))
+
+
 class ConvExpert(nn.Module):
     """A convolution, pooling and a linear map: [B, h, w, c] -> [B, features]."""
 
@@ -104,8 +145,14 @@ class ConvExpert(nn.Module):
         return nn.Dense(self.features)(max_pool(x).reshape(x.shape[0], -1))
 
 
-STEMS = {"mlp": MlpStem, "cnn": CnnStem, "resnet8": ResNet8Stem}
-EXPERTS = {"mlp": MlpExpert, "conv": ConvExpert}
+STEMS = {
+    "flat": FlatStem,
+    "mlp": MlpStem,
+    "cnn": CnnStem,
+    "simple_cnn": SimpleCnnStem,
+    "resnet8": ResNet8Stem,
+}
+EXPERTS = {"dense": DenseExpert, "mlp": MlpExpert, "conv": ConvExpert}
 
 
 def pool(features: Array) -> Array:
@@ -113,42 +160,51 @@ def pool(features: Array) -> Array:
     return features.mean(axis=tuple(range(1, features.ndim - 1)))
 
 
-def apply_experts(model: Model, experts: PyTree, features: Array) -> Array:
+def apply_experts(
+    model: Model, experts: PyTree, features: Array, key: Array | None
+) -> Array:
     """Runs several experts on the same features.
 
     Args:
       model: the model.
       experts: params with a leading axis of n experts.
       features: [B, ...] float.
+      key: of dropout, or None for none.
 
     Returns:
       outputs [B, n, O].
     """
-    if jax.default_backend() != "cpu":
-        return jax.vmap(model.expert, in_axes=(0, None), out_axes=1)(experts, features)
-    # On CPU a loop is faster: vmapping batches small products and groups convolutions.
     count = jax.tree.leaves(experts)[0].shape[0]
-    rows = [jax.tree.map(lambda leaf, i=i: leaf[i], experts) for i in range(count)]
-    return jnp.stack([model.expert(row, features) for row in rows], axis=1)
+    keys = None if key is None else jax.random.split(key, count)
+    if jax.default_backend() != "cpu":
+        axes = (0, None, None if key is None else 0)
+        return jax.vmap(model.expert, axes, out_axes=1)(experts, features, keys)
+    # On CPU a loop is faster: vmapping batches small products and groups convolutions.
+    outputs = []
+    for i in range(count):
+        row = jax.tree.map(lambda leaf, i=i: leaf[i], experts)
+        outputs.append(model.expert(row, features, None if key is None else keys[i]))
+    return jnp.stack(outputs, axis=1)
 
 
 def check_fit(stem: str, expert: str, image_shape: tuple[int, int, int]) -> None:
     """Raises UserError unless images, stem and expert fit each other."""
     height, width, _ = image_shape
-    if stem != "mlp" and (height % 8 or width % 8):
+    flat = ("flat", "mlp")
+    if stem not in flat and (height % 8 or width % 8):
         raise UserError(
             f"model.stem={stem!r} needs images whose sides are multiples of 8, "
-            f"this data has {height}x{width}; allowed: 'mlp'"
+            f"this data has {height}x{width}; allowed: {', '.join(flat)}"
         )
-    if stem == "mlp" and expert == "conv":
+    if stem in flat and expert == "conv":
         raise UserError(
             "model.expert='conv' needs a stem that keeps positions; "
-            "allowed with model.stem='mlp': 'mlp'"
+            f"allowed with model.stem={stem!r}: dense, mlp"
         )
     if stem == "cnn" and expert == "conv" and (height % 16 or width % 16):
         raise UserError(
             "model.expert='conv' with model.stem='cnn' needs images whose sides are "
-            f"multiples of 16, this data has {height}x{width}; allowed: 'mlp'"
+            f"multiples of 16, this data has {height}x{width}; allowed: dense, mlp"
         )
 
 
@@ -160,6 +216,8 @@ def build_model(
     expert: str,
     expert_width: int,
     feature_width: int,
+    stem_dropout: float,
+    expert_dropout: float,
     num_experts: int,
     num_classes: int,
     image_shape: tuple[int, int, int],
@@ -167,11 +225,13 @@ def build_model(
     """Builds the four functions of a model; equal arguments give the same functions.
 
     Args:
-      stem: `mlp`, `cnn` or `resnet8`.
+      stem: a name in `STEMS`.
       stem_width: hidden units or channels of the stem.
-      expert: `mlp` or `conv`.
+      expert: a name in `EXPERTS`.
       expert_width: hidden units or channels of one expert.
-      feature_width: O, outputs of one expert.
+      feature_width: O, outputs of one expert (`dense` has `expert_width` outputs).
+      stem_dropout: rate in [0, 1) at which the stem's outputs are dropped in training.
+      expert_dropout: rate in [0, 1) at which each expert's outputs are dropped.
       num_experts: E.
       num_classes: L.
       image_shape: H, W, F.
@@ -187,23 +247,31 @@ def build_model(
     def init(key: Array) -> PyTree:
         stem_key, gate_key, expert_key, head_key = jax.random.split(key, 4)
         images = jnp.zeros((1, *image_shape))
-        stem_params = stem_module.init(stem_key, images)["params"]
+        stem_params = stem_module.init(stem_key, images).get("params", {})
         features = stem_module.apply({"params": stem_params}, images)
         expert_keys = jax.random.split(expert_key, num_experts)
         experts = jax.vmap(lambda k: expert_module.init(k, features)["params"])(
             expert_keys
         )
+        one_expert = jax.tree.map(lambda leaf: leaf[0], experts)
+        output = expert_module.apply({"params": one_expert}, features)
         gate_shape = (num_experts, features.shape[-1])
         gate = {
             "kernel": 0.1 * jax.random.normal(gate_key, gate_shape),
             "bias": jnp.zeros((num_experts,)),
         }
-        head = head_module.init(head_key, jnp.zeros((1, feature_width)))["params"]
+        head = head_module.init(head_key, output)["params"]
         return {"stem": stem_params, "gate": gate, "experts": experts, "head": head}
+
+    def run_stem(params: PyTree, x: Array, key: Array | None) -> Array:
+        return dropout(stem_module.apply({"params": params}, x), stem_dropout, key)
+
+    def run_expert(params: PyTree, x: Array, key: Array | None) -> Array:
+        return dropout(expert_module.apply({"params": params}, x), expert_dropout, key)
 
     return Model(
         init=init,
-        stem=lambda params, x: stem_module.apply({"params": params}, x),
-        expert=lambda params, x: expert_module.apply({"params": params}, x),
+        stem=run_stem,
+        expert=run_expert,
         head=lambda params, x: head_module.apply({"params": params}, x),
     )

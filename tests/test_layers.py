@@ -1,4 +1,6 @@
-"""The convolution that stays fast in loops against XLA's own; reshapes by hand."""
+"""The convolution that stays fast in loops against XLA's own; the others by hand."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,38 +12,113 @@ from fedmoe_jax.layers import (
     Conv,
     canonical_conv,
     conv,
+    dropout,
     group_norm,
     max_pool,
     native_conv,
+    random_bytes,
     space_to_depth,
+    strided_conv,
 )
 
 STEPS = 3
 CANONICAL = "dim_labels=b01f_01io->b01f"
 
 
-def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+def draw(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def slow_conv(x, kernel):
+def slow_conv(x, kernel, padding, stride):
     """Zero-padded correlation, one window at a time, in float64."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
-    height, width = kernel.shape[:2]
-    rows, columns = height // 2, width // 2
-    padded = np.pad(x, ((0, 0), (rows, rows), (columns, columns), (0, 0)))
-    out = np.zeros((*x.shape[:3], kernel.shape[3]))
-    for i in range(x.shape[1]):
-        for j in range(x.shape[2]):
-            window = padded[:, i : i + height, j : j + width]
+    padded = np.pad(x, ((0, 0), padding, padding, (0, 0)))
+    size = kernel.shape[0]
+    rows, columns = ((n - size) // stride + 1 for n in padded.shape[1:3])
+    out = np.zeros((len(x), rows, columns, kernel.shape[3]))
+    for i in range(rows):
+        for j in range(columns):
+            top, left = i * stride, j * stride
+            window = padded[:, top : top + size, left : left + size]
             out[:, i, j] = np.einsum("bhwi,hwio->bo", window, kernel)
     return out
 
 
+# (ours, XLA's, kernel size, padding, stride): all that `canonical_conv` can do here.
+FORMS = [
+    (
+        functools.partial(canonical_conv, padding=(padding, padding)),
+        functools.partial(native_conv, padding=(padding, padding), stride=1),
+        size,
+        (padding, padding),
+        1,
+    )
+    for size, padding in [(1, 0), (1, 2), (3, 0), (3, 1), (3, 2), (5, 0), (5, 2)]
+]
+FORMS += [
+    (
+        strided_conv,
+        functools.partial(native_conv, padding=(0, 1), stride=2),
+        3,
+        (0, 1),
+        2,
+    )
+]
+NAMES = [f"{size}x{size} pad {pad} stride {step}" for _, _, size, pad, step in FORMS]
+every_form = pytest.mark.parametrize(
+    ("ours", "native", "size", "padding", "stride"), FORMS, ids=NAMES
+)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def pull_back(function, x, kernel, grad):
     """The output and both gradients."""
     out, pull = jax.vjp(function, x, kernel)
     return out, *pull(grad)
+
+
+some_forms = pytest.mark.parametrize(
+    "form", [FORMS[3], FORMS[-1]], ids=["stride 1", "stride 2"]
+)
+
+
+def assert_close(ours, theirs, tolerance):
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale)
+
+
+def assert_pulls_back_as_native(form, shape, dtype=jnp.float32, tolerance=1e-5):
+    ours, native, size, padding, stride = form
+    batch, height, width, inputs, outputs = shape
+    x = draw(batch, height, width, inputs, dtype=dtype)
+    kernel = draw(size, size, inputs, outputs, seed=1, dtype=dtype)
+    expected = slow_conv(x, kernel, padding, stride)
+    grad = draw(*expected.shape, seed=2, dtype=dtype)
+    out = pull_back(ours, x, kernel, grad)
+    assert_close(out, pull_back(native, x, kernel, grad), tolerance)
+    assert_close(out[:1], [jnp.asarray(expected, dtype)], tolerance)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8, 2, 5), (1, 8, 6, 3, 1)])
+@every_form
+def test_values_and_gradients_equal_native(ours, native, size, padding, stride, shape):
+    assert_pulls_back_as_native((ours, native, size, padding, stride), shape)
+
+
+@some_forms
+def test_values_and_gradients_in_bfloat16_equal_native(form):
+    assert_pulls_back_as_native(form, (4, 6, 8, 2, 5), jnp.bfloat16, 2e-2)
+
+
+def test_strided_conv_is_same_padding_of_even_sides():
+    x, kernel = draw(2, 6, 8, 3), draw(3, 3, 3, 4, seed=1)
+    same = jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(strided_conv(x, kernel), same, rtol=1e-5, atol=1e-5)
 
 
 def train(function, kernel, images):
@@ -52,81 +129,122 @@ def train(function, kernel, images):
             return jnp.square(function(jnp.tanh(function(x, kernel)), kernel)).mean()
 
         value, grad = jax.value_and_grad(loss)(kernel)
-        return kernel - 0.1 * grad, value
+        return kernel - grad, value
 
     return jax.lax.scan(step, kernel, images)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "inputs", "outputs"),
-    [(3, 3, 2, 5), (1, 1, 3, 2), (5, 3, 1, 4)],
-)
-def test_canonical_conv_equals_native(height, width, inputs, outputs):
-    x = draw(4, 6, 7, inputs)
-    kernel = draw(height, width, inputs, outputs, seed=1)
-    grad = draw(4, 6, 7, outputs, seed=2)
-    native = jax.jit(pull_back, static_argnums=0)(native_conv, x, kernel, grad)
-    canonical = jax.jit(pull_back, static_argnums=0)(canonical_conv, x, kernel, grad)
-    np.testing.assert_allclose(canonical[0], slow_conv(x, kernel), atol=1e-5)
-    for ours, theirs in zip(canonical, native, strict=True):
-        assert ours.shape == theirs.shape
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def training():
+@functools.cache
+def training(size, dtype, side=12):
     """Arguments of `train` with [T, B, H, W, F] images."""
-    return draw(3, 3, 4, 4, seed=1) / 6, draw(STEPS, 5, 8, 8, 4)
+    kernel = draw(size, size, 4, 4, seed=1, dtype=dtype) / (2 * size)
+    return kernel, draw(STEPS, 5, side, side, 4, dtype=dtype)
 
 
-@pytest.fixture(scope="module")
-def compiled(training):
-    return jax.jit(train, static_argnums=0).lower(canonical_conv, *training).compile()
+@functools.cache
+def compiled(function, size, dtype=jnp.float32, side=12):
+    run = jax.jit(train, static_argnums=0)
+    return run.lower(function, *training(size, dtype, side)).compile()
 
 
-def test_canonical_conv_inside_scan_equals_native(training, compiled):
-    kernel, losses = compiled(*training)
-    expected = jax.jit(train, static_argnums=0)(native_conv, *training)
-    np.testing.assert_allclose(kernel, expected[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(losses, expected[1], rtol=1e-5)
-    assert len(set(losses.tolist())) == STEPS  # the kernel did move
+def assert_trains_as_native(form, dtype, tolerance, side=12):
+    ours, native, size, *_ = form
+    kernel, images = training(size, dtype, side)
+    found = compiled(ours, size, dtype, side)(kernel, images)
+    expected = jax.jit(train, static_argnums=0)(native, kernel, images)
+    assert_close(found, expected, tolerance)
+    moved = jnp.abs(found[0] - kernel).max() / jnp.abs(kernel).max()
+    assert moved > 3 * tolerance  # nothing is equal because nothing moved
 
 
-def test_every_convolution_of_a_scan_is_canonical(compiled):
-    lines = [line for line in compiled.as_text().splitlines() if "convolution(" in line]
-    assert len(lines) >= 5  # two forward, two weight and one input gradient
+@every_form
+def test_training_inside_scan_equals_native(ours, native, size, padding, stride):
+    form = ours, native, size, padding, stride
+    assert_trains_as_native(form, jnp.float32, 1e-5)
+
+
+@some_forms
+def test_training_in_bfloat16_inside_scan_equals_native(form):
+    assert_trains_as_native(form, jnp.bfloat16, 3e-2)
+
+
+def convolutions(program):
+    return [line for line in program.as_text().splitlines() if "convolution(" in line]
+
+
+def assert_canonical(lines):
     for line in lines:
         assert CANONICAL in line
         assert "lhs_dilate" not in line and "rhs_reversal" not in line
 
 
-def test_canonical_conv_under_vmap_over_kernels_equals_one_by_one():
-    x, grad = draw(3, 4, 6, 6, 2), draw(3, 4, 6, 6, 5, seed=2)
-    kernels = draw(3, 3, 3, 2, 5, seed=1)
+@every_form
+def test_every_convolution_of_a_scan_is_canonical(ours, native, size, padding, stride):
+    lines = convolutions(compiled(ours, size))
+    # Two forward, two weight and one input gradient; XLA makes products of some 1x1.
+    assert len(lines) >= (5 if size > 1 else 2)
+    assert_canonical(lines)
 
-    def one(x, kernel, grad):
-        return pull_back(canonical_conv, x, kernel, grad)
 
+@pytest.mark.parametrize(("form", "side"), [(FORMS[3], 2), (FORMS[6], 3)])
+def test_kernels_larger_than_the_images_stay_canonical(form, side):
+    assert_trains_as_native(form, jnp.float32, 1e-5, side)
+    lines = convolutions(compiled(form[0], form[2], side=side))
+    assert len(lines) >= 5
+    assert_canonical(lines)
+
+
+def test_native_gradients_would_not_be_canonical():
+    with pytest.raises(AssertionError):
+        assert_canonical(convolutions(compiled(FORMS[-1][1], 3)))
+
+
+@some_forms
+def test_under_vmap_over_kernels_equals_one_by_one(form):
+    ours, _, size, padding, stride = form
+    x, kernels = draw(3, 4, 6, 6, 2), draw(3, size, size, 2, 5, seed=1)
+    grad = draw(3, 4, 6 // stride, 6 // stride, 5, seed=2)
+    one = lambda *arguments: pull_back(ours, *arguments)
     together = jax.jit(jax.vmap(one))(x, kernels, grad)
-    single = jax.jit(one)
     for client in range(3):
-        alone = single(x[client], kernels[client], grad[client])
-        for ours, theirs in zip(together, alone, strict=True):
-            np.testing.assert_allclose(ours[client], theirs, rtol=1e-5, atol=1e-5)
+        alone = one(x[client], kernels[client], grad[client])
+        assert_close([leaf[client] for leaf in together], alone, 1e-5)
 
 
-def test_conv_is_the_canonical_one_on_cpu():
-    x, kernel = draw(1, 4, 4, 1), draw(3, 3, 1, 1)
-    names = [e.primitive.name for e in jax.make_jaxpr(conv)(x, kernel).eqns]
-    assert names == ["custom_vjp_call"]
+CONVS = [("SAME", 1, (1, 1)), ("VALID", 1, (0, 0)), ("SAME", 2, (0, 1))]
 
 
-def test_conv_module_has_one_kernel_and_no_bias():
-    module, x, kernel = Conv(features=5), draw(2, 4, 6, 3), draw(3, 3, 3, 5, seed=1)
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize(("padding", "stride", "sides"), CONVS)
+def test_conv_is_native_but_on_cpu(monkeypatch, padding, stride, sides, backend):
+    x, kernel = draw(2, 4, 6, 3), draw(3, 3, 3, 5, seed=1)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    run = functools.partial(conv, padding=padding, stride=stride)
+    names = [e.primitive.name for e in jax.make_jaxpr(run)(x, kernel).eqns]
+    on_cpu = backend == "cpu"
+    assert names[-1] == ("custom_vjp_call" if on_cpu else "conv_general_dilated")
+    assert on_cpu or len(names) == 1
+    expected = slow_conv(x, kernel, sides, stride)
+    np.testing.assert_allclose(run(x, kernel), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("padding", "stride", "sides"), CONVS)
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_conv_module_has_one_kernel_and_perhaps_a_bias(
+    padding, stride, sides, use_bias
+):
+    module = Conv(features=5, padding=padding, stride=stride, use_bias=use_bias)
+    x, params = draw(2, 4, 6, 3), {"kernel": draw(3, 3, 3, 5, seed=1)}
+    if use_bias:
+        params["bias"] = draw(5, seed=2)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
-    assert jax.tree.map(jnp.shape, variables) == {"params": {"kernel": kernel.shape}}
-    out = jax.jit(module.apply)({"params": {"kernel": kernel}}, x)
-    np.testing.assert_allclose(out, slow_conv(x, kernel), atol=1e-5)
+    shapes = jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(jnp.shape, variables) == {"params": shapes}
+    out = jax.jit(module.apply)({"params": params}, x)
+    expected = slow_conv(x, params["kernel"], sides, stride)
+    if use_bias:
+        expected += np.asarray(params["bias"])
+    np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_space_to_depth_by_hand():
@@ -165,3 +283,52 @@ def test_group_norm_normalises_groups_of_about_eight(channels, groups):
     deviation = parts.std(axis=(1, 3), keepdims=True)
     expected = ((parts - mean) / deviation).reshape(x.shape)
     np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+# ---- dropout
+
+
+def test_random_bytes_are_uniform():
+    values = np.asarray(random_bytes(jax.random.key(0), (200, 1, 513)))
+    assert values.dtype == np.uint8 and values.shape == (200, 1, 513)
+    counts = np.bincount(values.ravel(), minlength=256)
+    expected = values.size / 256  # about 400
+    # chi-squared of 255 degrees of freedom: mean 255, deviation 23
+    assert 150 < ((counts - expected) ** 2 / expected).sum() < 360
+    bits = np.unpackbits(values.reshape(-1, 1), axis=1) - 0.5
+    correlation = bits[:-1].T @ bits[1:] / len(bits) * 4  # of neighbouring bytes
+    assert np.abs(correlation).max() < 5 / np.sqrt(len(bits))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4, 1), (5, 7)])
+def test_random_bytes_of_any_shape(shape):
+    values = random_bytes(jax.random.key(1), shape)
+    assert values.shape == shape and values.dtype == jnp.uint8
+    again, other = (random_bytes(jax.random.key(i), shape) for i in (1, 2))
+    np.testing.assert_array_equal(values, again)
+    assert values.size < 4 or np.any(np.asarray(values) != np.asarray(other))
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_the_mean(rate):
+    x = 1 + jnp.arange(4.0)[None] * jnp.ones((50_000, 1))
+    out = np.asarray(jax.jit(dropout, static_argnums=1)(x, rate, jax.random.key(0)))
+    share = (out != 0).mean(0)
+    exact = 1 - round(256 * rate) / 256
+    deviation = np.sqrt(exact * (1 - exact) / len(x))
+    np.testing.assert_allclose(share, exact, atol=4 * deviation)
+    kept = np.where(out != 0, out, np.asarray(x) / exact)
+    np.testing.assert_allclose(kept, np.asarray(x) / exact, rtol=1e-6)
+    np.testing.assert_allclose(out.mean(0), x[0], rtol=4 * deviation / exact)
+
+
+def test_dropout_of_nothing_is_the_identity():
+    x = draw(3, 4)
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_gradients_pass_what_was_kept():
+    x, key = 1 + jnp.abs(draw(8, 8)), jax.random.key(3)
+    out, grad = dropout(x, 0.5, key), jax.grad(lambda x: dropout(x, 0.5, key).sum())(x)
+    np.testing.assert_array_equal(grad, 2.0 * (np.asarray(out) != 0))

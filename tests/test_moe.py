@@ -25,6 +25,8 @@ def build(stem="mlp", expert="mlp", image_shape=(8, 8, 1), **changes):
         "stem_width": 8,
         "expert_width": 8,
         "feature_width": FEATURES,
+        "stem_dropout": 0.0,
+        "expert_dropout": 0.0,
         "num_experts": EXPERTS,
         "num_classes": LABELS,
     }
@@ -55,6 +57,13 @@ def softmax(logits):
 ALLOWED = [
     ("mlp", "mlp", (8, 8, 1), (8,)),
     ("mlp", "mlp", (5, 7, 2), (8,)),
+    ("flat", "mlp", (5, 7, 2), (70,)),
+    ("flat", "dense", (5, 7, 2), (70,)),
+    ("mlp", "dense", (8, 8, 1), (8,)),
+    ("simple_cnn", "dense", (32, 32, 3), (14, 14, 16)),
+    ("simple_cnn", "conv", (8, 8, 1), (2, 2, 16)),
+    ("cnn", "dense", (8, 8, 1), (1, 1, 16)),
+    ("resnet8", "dense", (8, 8, 1), (2, 2, 32)),
     ("cnn", "mlp", (8, 8, 1), (1, 1, 16)),
     ("cnn", "mlp", (32, 32, 3), (4, 4, 16)),
     ("cnn", "conv", (32, 32, 3), (4, 4, 16)),
@@ -74,19 +83,22 @@ def test_every_allowed_combination_has_the_promised_shapes(
         assert leaf.shape[0] == EXPERTS
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     images = jax.ShapeDtypeStruct((BATCH, *image_shape), jnp.float32)
-    features = jax.eval_shape(model.stem, params["stem"], images)
+    features = jax.eval_shape(model.stem, params["stem"], images, None)
     assert features.shape == (BATCH, *feature_shape)
     logits = jax.eval_shape(gate_logits, params["gate"], features)
     assert logits.shape == (BATCH, EXPERTS)
     outputs = jax.eval_shape(
-        lambda experts, x: apply_experts(model, experts, x), params["experts"], features
+        lambda experts, x: apply_experts(model, experts, x, None),
+        params["experts"],
+        features,
     )
-    assert outputs.shape == (BATCH, EXPERTS, FEATURES)
+    width = 8 if expert == "dense" else FEATURES
+    assert outputs.shape == (BATCH, EXPERTS, width)
     predictions = jax.eval_shape(model.head, params["head"], outputs)
     assert predictions.shape == (BATCH, EXPERTS, LABELS)
 
 
-@pytest.mark.parametrize("stem", ["cnn", "resnet8"])
+@pytest.mark.parametrize("stem", ["cnn", "simple_cnn", "resnet8"])
 def test_widths_that_are_no_multiple_of_a_group_are_allowed(stem):
     model = build(stem, "conv", (16, 16, 1), stem_width=28, expert_width=44)
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -94,20 +106,143 @@ def test_widths_that_are_no_multiple_of_a_group_are_allowed(stem):
 
 
 @pytest.mark.parametrize(
-    ("stem", "expert", "image_shape", "field"),
+    ("stem", "expert", "image_shape", "field", "allowed"),
     [
-        ("mlp", "conv", (8, 8, 1), "model.expert='conv'"),
-        ("cnn", "mlp", (12, 8, 1), "model.stem='cnn'"),
-        ("resnet8", "mlp", (8, 10, 1), "model.stem='resnet8'"),
-        ("cnn", "conv", (8, 8, 1), "model.expert='conv'"),
-        ("cnn", "conv", (24, 32, 3), "model.expert='conv'"),
+        ("mlp", "conv", (8, 8, 1), "model.expert='conv'", "dense, mlp"),
+        ("flat", "conv", (8, 8, 1), "model.expert='conv'", "dense, mlp"),
+        ("cnn", "mlp", (12, 8, 1), "model.stem='cnn'", "flat, mlp"),
+        ("simple_cnn", "mlp", (8, 12, 1), "model.stem='simple_cnn'", "flat, mlp"),
+        ("resnet8", "mlp", (8, 10, 1), "model.stem='resnet8'", "flat, mlp"),
+        ("cnn", "conv", (8, 8, 1), "model.expert='conv'", "dense, mlp"),
+        ("cnn", "conv", (24, 32, 3), "model.expert='conv'", "dense, mlp"),
     ],
 )
-def test_combinations_that_do_not_fit_are_refused(stem, expert, image_shape, field):
+def test_combinations_that_do_not_fit_are_refused(
+    stem, expert, image_shape, field, allowed
+):
     with pytest.raises(UserError) as error:
         build(stem, expert, image_shape)
     message = str(error.value)
-    assert field in message and message.endswith(": 'mlp'") and "\n" not in message
+    assert field in message and message.endswith(f": {allowed}")
+    assert "\n" not in message
+
+
+def test_simple_cnn_has_the_params_of_the_benchmark():
+    """Without the gate: McMahan's CIFAR-10 network of two convolutions."""
+    model = build(
+        "simple_cnn",
+        "dense",
+        (32, 32, 3),
+        stem_width=32,
+        expert_width=128,
+        num_experts=1,
+        num_classes=10,
+    )
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert count(params["stem"]) == 9 * 3 * 32 + 32 + 9 * 32 * 64 + 64
+    assert count(params["experts"]) == 14 * 14 * 64 * 128 + 128
+    assert count(params["head"]) == 128 * 10 + 10
+    assert count(params["gate"]) == 64 + 1
+    assert count(params) == 1_626_442 + 65
+
+
+def test_flat_stem_and_dense_expert_by_hand():
+    model = build("flat", "dense", (2, 3, 2), expert_width=4, num_experts=1)
+    images = draw(BATCH, 2, 3, 2)
+    features = model.stem({}, images, None)
+    np.testing.assert_array_equal(features, images.reshape(BATCH, 12))
+    params = fill(jax.eval_shape(model.init, jax.random.key(0)))
+    assert params["stem"] == {}
+    row = jax.tree.map(lambda leaf: leaf[0], params["experts"])
+    linear = (
+        np.asarray(features @ row["Dense_0"]["kernel"]) + row["Dense_0"]["bias"][None]
+    )
+    out = model.expert(row, features, None)
+    np.testing.assert_allclose(out, np.maximum(linear, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_resnet_shortcuts_subsample():
+    """With zero branches a block is relu(Dense(x[::2, ::2]))."""
+    model = build("resnet8", "mlp", (8, 8, 1), stem_width=2)
+    params = fill(jax.eval_shape(model.init, jax.random.key(0))["stem"])
+    for block in range(3):
+        norm = params[f"norm{block}b"]
+        params[f"norm{block}b"] = jax.tree.map(jnp.zeros_like, norm)
+    x = draw(BATCH, 8, 8, 1)
+    out = model.stem(params, x, None)
+    first = jax.lax.conv_general_dilated(
+        x,
+        params["Conv_0"]["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    flat = np.asarray(first).reshape(BATCH, -1)
+    normed = (flat - flat.mean(1)[:, None]) / flat.std(1)[:, None]
+    normed = normed.reshape(BATCH, 8, 8, 2)
+    scale, bias = (np.asarray(params["norm"][name]) for name in ("scale", "bias"))
+    y = np.maximum(normed * scale + bias, 0)
+    for block in (1, 2):
+        kernel = np.asarray(params[f"shortcut{block}"]["kernel"])
+        y = np.maximum(y[:, ::2, ::2] @ kernel, 0)
+    np.testing.assert_allclose(out, y, rtol=1e-3, atol=1e-4)
+
+
+# ---- dropout
+
+
+@pytest.fixture(scope="module")
+def dropping():
+    """A model that drops, one that does not, and params and features for both."""
+    changes = {"stem_dropout": 0.25, "expert_dropout": 0.5, "expert_width": 256}
+    model = build("flat", "dense", (16, 16, 1), **changes)
+    whole = build("flat", "dense", (16, 16, 1), expert_width=256)
+    params = fill(jax.eval_shape(model.init, jax.random.key(0)))
+    return model, whole, params, jnp.abs(draw(64, 16, 16, 1)) + 0.1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_experts_and_stem_drop_their_rates(monkeypatch, dropping, backend):
+    model, whole, params, images = dropping
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    key = jax.random.key(1)
+    features = model.stem(params["stem"], images, key)
+    kept = np.asarray(features) != 0
+    np.testing.assert_allclose(kept.mean(), 0.75, atol=0.02)
+    before = whole.stem(params["stem"], images, None)
+    np.testing.assert_allclose(
+        np.asarray(features)[kept], np.asarray(before)[kept] / 0.75, rtol=1e-5
+    )
+    dropped = apply_experts(model, params["experts"], features, key)
+    outputs = np.asarray(apply_experts(whole, params["experts"], features, None))
+    kept = (np.asarray(dropped) != 0)[outputs != 0]
+    np.testing.assert_allclose(kept.mean(), 0.5, atol=0.02)
+    # Every expert draws a mask of its own.
+    masks = (np.asarray(dropped) != 0) | (outputs == 0)
+    both = (outputs[:, 0] != 0) & (outputs[:, 1] != 0)
+    np.testing.assert_allclose(
+        (masks[:, 0] == masks[:, 1])[both].mean(), 0.5, atol=0.05
+    )
+
+
+def test_no_key_means_no_dropout(dropping):
+    model, whole, params, images = dropping
+    features = model.stem(params["stem"], images, None)
+    np.testing.assert_array_equal(features, whole.stem(params["stem"], images, None))
+    outputs = apply_experts(model, params["experts"], features, None)
+    expected = apply_experts(whole, params["experts"], features, jax.random.key(0))
+    np.testing.assert_array_equal(outputs, expected)
+
+
+def test_loop_and_vmap_over_experts_draw_the_same_masks(monkeypatch, dropping):
+    model, _, params, images = dropping
+    features, found = model.stem(params["stem"], images, None), []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda b=backend: b)
+        key = jax.random.key(2)
+        found.append(apply_experts(model, params["experts"], features, key))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_equal_arguments_give_the_same_functions():
@@ -137,8 +272,8 @@ def test_apply_experts_equals_one_by_one(monkeypatch, expert, backend):
     features = draw(BATCH, 2, 2, 8, seed=9)
     # The loop of one backend and the vmap of the other must be the same function.
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    outputs = jax.jit(lambda e, x: apply_experts(model, e, x))(experts, features)
-    one = jax.jit(lambda e, x: model.expert(e, x))
+    outputs = jax.jit(lambda e, x: apply_experts(model, e, x, None))(experts, features)
+    one = jax.jit(lambda e, x: model.expert(e, x, None))
     for i in range(EXPERTS):
         alone = one(jax.tree.map(lambda leaf, i=i: leaf[i], experts), features)
         np.testing.assert_allclose(outputs[:, i], alone, rtol=1e-5, atol=1e-5)
@@ -209,13 +344,13 @@ def test_all_experts_active_is_the_dense_softmax_mixture(params):
     model = build()
     features = draw(BATCH, 8)
     logits = gate_logits(params["gate"], features)
-    outputs = apply_experts(model, params["experts"], features)
+    outputs = apply_experts(model, params["experts"], features, None)
     gates = ROUTE(logits, jnp.ones(EXPERTS, bool), EXPERTS)
     mixed = jnp.einsum("be,beo->bo", gates, outputs)
     dense = np.zeros((BATCH, FEATURES))
     for e in range(EXPERTS):
         row = jax.tree.map(lambda leaf, e=e: leaf[e], params["experts"])
-        dense += softmax(logits)[:, [e]] * np.asarray(model.expert(row, features))
+        dense += softmax(logits)[:, [e]] * np.asarray(model.expert(row, features, None))
     np.testing.assert_allclose(mixed, dense, rtol=1e-5, atol=1e-6)
 
 
