@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from fedmoe_jax import evaluate
+from fedmoe_jax import evaluate, questions
 from fedmoe_jax.models import build_model
-from fedmoe_jax.sharding import build_mesh
+from fedmoe_jax.sharding import RUNS, build_mesh, spread
 from fedmoe_jax.types import AlignState, Federation, SimState, Sizes
 
 SIZES = Sizes(
@@ -25,46 +26,50 @@ SIZES = Sizes(
 )
 IMAGES, IMAGE = 21, (4, 4, 1)  # 21 is no multiple of 8 devices nor of batches of 4
 IDLE = 5  # this client never took part
-MODEL = build_model(
-    stem="mlp",
-    stem_width=6,
-    expert="mlp",
-    expert_width=SIZES.expert_width,
-    feature_width=5,
-    num_experts=SIZES.num_experts,
-    num_classes=SIZES.num_classes,
-    image_shape=IMAGE,
-)
+LEFT_OUT = {"global_soft_accuracy", "expert_accuracy"}  # they need every expert
 
 
-def make_params(rng):
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
-    return jax.tree.map(draw, shapes)
+def make_model(sizes, expert="mlp", stem="mlp", image=IMAGE):
+    return build_model(
+        stem=stem,
+        stem_width=6,
+        expert=expert,
+        expert_width=sizes.expert_width,
+        feature_width=5,
+        stem_dropout=0.0,
+        expert_dropout=0.0,
+        num_experts=sizes.num_experts,
+        num_classes=sizes.num_classes,
+        image_shape=image,
+    )
 
 
-def make_held(rng):
-    held = np.zeros((SIZES.num_clients, SIZES.num_experts), bool)
-    for client in range(SIZES.num_clients):
-        count = 1 + client % SIZES.max_held  # some hold fewer than A experts
-        held[client, rng.permutation(SIZES.num_experts)[:count]] = True
+MODEL = make_model(SIZES)
+
+
+def make_held(rng, sizes):
+    held = np.zeros((sizes.num_clients, sizes.num_experts), bool)
+    for client in range(sizes.num_clients):
+        count = 1 + client % sizes.max_held  # some hold fewer than A experts
+        held[client, rng.permutation(sizes.num_experts)[:count]] = True
     held[IDLE] = False
     return held
 
 
-def make_state(personal):
-    rng = np.random.default_rng(0)
-    params = make_params(rng)
+def make_state(personal, model=MODEL, sizes=SIZES, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+    params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
     params["gate"] = jax.tree.map(lambda leaf: 0.4 * leaf, params["gate"])
     gate = {}
     if personal:
-        draw = lambda leaf: 0.4 * rng.normal(size=(SIZES.num_clients, *leaf.shape))
+        draw = lambda leaf: 0.4 * rng.normal(size=(sizes.num_clients, *leaf.shape))
         gate = jax.tree.map(lambda leaf: jnp.float32(draw(leaf)), params["gate"])
-    shape = (SIZES.num_clients, SIZES.num_experts)
+    shape = (sizes.num_clients, sizes.num_experts)
     align = AlignState(
         fitness=jnp.zeros(shape),
-        usage=jnp.zeros(SIZES.num_experts),
-        held=jnp.asarray(make_held(rng)),
+        usage=jnp.zeros(sizes.num_experts),
+        held=jnp.asarray(make_held(rng, sizes)),
         times_held=jnp.zeros(shape, jnp.int32),
     )
     return SimState(
@@ -77,13 +82,21 @@ def make_state(personal):
     )
 
 
-def make_federation():
-    rng = np.random.default_rng(1)
+def make_mix(seed):
+    """Label mixes, [N, L]; every second client lacks a label."""
+    rng = np.random.default_rng(seed)
     mix = rng.dirichlet(np.ones(SIZES.num_classes), SIZES.num_clients)
+    odd = np.arange(1, SIZES.num_clients, 2)
+    mix[odd, rng.integers(0, SIZES.num_classes, odd.size)] = 0.0
+    return jnp.asarray(mix / mix.sum(1, keepdims=True), jnp.float32)
+
+
+def make_federation(image=IMAGE):
+    rng = np.random.default_rng(1)
     fields = dict.fromkeys(Federation.__dataclass_fields__)
     fields |= {
-        "label_mix": mix.astype(np.float32),
-        "test_x": rng.integers(0, 256, (IMAGES, *IMAGE), np.uint8),
+        "label_mix": make_mix(3),
+        "test_x": rng.integers(0, 256, (IMAGES, *image), np.uint8),
         "test_y": rng.integers(0, SIZES.num_classes, IMAGES, np.int32),
         "mean": np.array([0.5], np.float32),
         "std": np.array([0.3], np.float32),
@@ -108,11 +121,11 @@ def slow_gates(logits, allowed, num_active):
 def look(state):
     """Features [X', D] and every expert's logits [X', E, L] of the test images."""
     x = (np.asarray(FEDERATION.test_x, np.float32) / 255 - 0.5) / np.float32(0.3)
-    features = MODEL.stem(state.params["stem"], x)
+    features = MODEL.stem(state.params["stem"], x, None)
     answers = []
     for e in range(SIZES.num_experts):
         row = jax.tree.map(lambda leaf, e=e: leaf[e], state.params["experts"])
-        outputs = MODEL.expert(row, features)
+        outputs = MODEL.expert(row, features, None)
         answers.append(MODEL.head(state.params["head"], outputs))
     return np.asarray(features), np.stack(answers, axis=1)
 
@@ -179,20 +192,80 @@ def expected(gate_mode):
     return slow_evaluate(make_state(gate_mode == "personal"))
 
 
-@pytest.mark.parametrize(("devices", "batch"), [(1, 4), (8, 250)])
+@pytest.mark.parametrize(
+    ("devices", "batch", "every_expert"),
+    [(1, 4, True), (8, 500, True), (8, 2, False)],
+)
 def test_evaluation_equals_the_slow_loop(
-    monkeypatch, gate_mode, expected, devices, batch
+    monkeypatch, gate_mode, expected, devices, batch, every_expert
 ):
     monkeypatch.setattr(evaluate, "TEST_BATCH", batch)
+    evaluate.build_evaluate.cache_clear()
     run = evaluate.build_evaluate(
-        model=MODEL, sizes=SIZES, gate_mode=gate_mode, mesh=build_mesh(devices)
+        model=MODEL,
+        sizes=SIZES,
+        gate_mode=gate_mode,
+        every_expert=every_expert,
+        mesh=build_mesh(devices),
     )
     result = run(make_state(gate_mode == "personal"), FEDERATION)
-    assert result.keys() == expected.keys()
-    for name, value in expected.items():
-        assert result[name].shape == np.shape(value)
-        np.testing.assert_allclose(result[name], value, atol=1e-5, err_msg=name)
+    assert result.keys() == expected.keys() - (set() if every_expert else LEFT_OUT)
+    for name, value in result.items():
+        assert value.shape == np.shape(expected[name])
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
     np.testing.assert_allclose(result["specialisation"].sum(0), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("experts", "held", "active", "mode", "expert"),
+    [
+        (16, 4, 2, "global", "mlp"),
+        (9, 3, 1, "personal", "mlp"),
+        (6, 6, 3, "global", "conv"),
+    ],
+)
+def test_dispatch_changes_nothing(experts, held, active, mode, expert):
+    sizes = SIZES._replace(num_experts=experts, max_held=held, num_active=active)
+    stem, image = ("cnn", (16, 16, 1)) if expert == "conv" else ("mlp", IMAGE)
+    model = make_model(sizes, expert, stem, image)
+    build = lambda every_expert: evaluate.build_evaluate(
+        model=model,
+        sizes=sizes,
+        gate_mode=mode,
+        every_expert=every_expert,
+        mesh=build_mesh(1),
+    )
+    state = make_state(mode == "personal", model, sizes)
+    federation = make_federation(image)
+    dense, dispatched = (build(each)(state, federation) for each in (True, False))
+    assert dense.keys() - dispatched.keys() == LEFT_OUT
+    for name, value in dispatched.items():
+        np.testing.assert_allclose(value, dense[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("walk", "every_expert"), [("map", True), ("map", False), ("vmap", False)]
+)
+def test_many_runs_equal_one_at_a_time(walk, every_expert):
+    """Runs spread over one mesh axis and walked on each device, test images over
+    the other; states and label mixes differ, the test set is shared."""
+    asked = {"gate_mode": "global", "every_expert": every_expert}
+    states = [make_state(False, seed=seed) for seed in range(4)]
+    mixes = [make_mix(seed) for seed in range(4)]
+    share = evaluate.build_evaluate_share(model=MODEL, sizes=SIZES, **asked)
+    one = lambda run: share(run[0], FEDERATION.replace(label_mix=run[1]))
+    over = {"map": lambda runs: jax.lax.map(one, runs), "vmap": jax.vmap(one)}[walk]
+    sweep = jax.jit(spread(over, build_mesh(4, num_runs=2), (P(RUNS),), P(RUNS)))
+    stack = lambda *leaves: jnp.stack(leaves)
+    results = sweep((jax.tree.map(stack, *states), jnp.stack(mixes)))
+
+    alone = evaluate.build_evaluate(
+        model=MODEL, sizes=SIZES, mesh=build_mesh(1), **asked
+    )
+    for i, (state, mix) in enumerate(zip(states, mixes, strict=True)):
+        wanted = alone(state, FEDERATION.replace(label_mix=mix))
+        for name, value in wanted.items():
+            np.testing.assert_allclose(results[name][i], value, atol=1e-6, err_msg=name)
 
 
 def test_the_questions_have_different_answers(expected):
@@ -205,16 +278,24 @@ def test_the_questions_have_different_answers(expected):
 
 
 @pytest.mark.parametrize(
-    ("devices", "batches", "size"), [(1, 1, 21), (2, 2, 11), (8, 8, 3)]
+    ("devices", "most", "batches", "size"),
+    [(1, 500, 1, 21), (2, 500, 1, 11), (8, 2, 2, 2), (1, 10, 3, 7)],
 )
-def test_test_images_are_dealt_once(devices, batches, size):
-    x, y = evaluate.deal_test_images(FEDERATION, devices)
-    assert x.shape == (batches, size, *IMAGE) and y.shape == (batches, size)
-    flat = np.asarray(y).ravel()
-    np.testing.assert_array_equal(flat[:IMAGES], FEDERATION.test_y)
-    assert np.all(flat[IMAGES:] == -1)
-    images = np.asarray(x).reshape(-1, *IMAGE)[:IMAGES]
-    np.testing.assert_array_equal(images, FEDERATION.test_x)
+def test_test_images_are_dealt_once(devices, most, batches, size):
+    shares = [evaluate.deal_images(21, most, d, devices) for d in range(devices)]
+    assert np.shape(shares) == (devices, batches, size)
+    position = np.sort(np.ravel(shares))
+    np.testing.assert_array_equal(position, np.arange(len(position)))
+
+
+def test_padding_takes_no_image():
+    position = jnp.array([IMAGES - 1, IMAGES])
+    state = make_state(False)
+    images = evaluate.look(
+        state, FEDERATION, position, model=MODEL, personal_gate=False
+    )
+    assert images.y.tolist() == [FEDERATION.test_y[-1], -1]
+    assert images.label.sum(1).tolist() == [1.0, 0.0]
 
 
 def test_worst_decile_by_hand():
@@ -227,14 +308,29 @@ def test_worst_decile_by_hand():
         np.testing.assert_allclose(value, worst.mean() if count else 0, rtol=1e-6)
 
 
+def make_images(logits, y):
+    """Images of two classes as the server's gate sees them."""
+    y = jnp.array(y)
+    label = jax.nn.one_hot(y, 2)
+    return questions.Images(jnp.zeros((len(y), 1)), jnp.array(logits), y, label)
+
+
 def test_count_right_by_hand():
     gates = jnp.array([[0.5, 0.5], [1.0, 0.0], [0.9, 0.1]])
-    y = jnp.array([0, 1, -1])
-    answers = evaluate.Answers(
-        features=jnp.zeros((3, 1)),
-        expert_logits=jnp.array([[[4.0, 0.0], [0.0, 3.0]]] * 3),
-        y=y,
-        label=jax.nn.one_hot(y, 2),
-    )
+    answers = jnp.array([[[4.0, 0.0], [0.0, 3.0]]] * 3)
+    images = make_images(gates, [0, 1, -1])
     # The first is right (2.0 against 1.5), the second wrong, the third is padding.
-    assert evaluate.count_right(gates, answers).tolist() == [1.0, 0.0]
+    assert questions.count_right(gates, answers, images).tolist() == [1.0, 0.0]
+
+
+def test_needed_pairs_by_hand():
+    logits = [[3.0, 2.0, 1.0, 0.0]] * 3
+    askers = questions.Asker(
+        gate=None,
+        held=jnp.array([[0, 0, 1, 1], [0, 1, 0, 0]], bool),
+        wanted=jnp.array([[1.0, 0.0], [0.0, 1.0]]),
+    )
+    need = questions.find_needed(make_images(logits, [0, 1, -1]), askers, 1)
+    # Expert 0 is the server's choice, 2 the first client's for its label 0, 1 the
+    # second's for its label 1; expert 3 and padding are never needed.
+    assert need.astype(int).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
