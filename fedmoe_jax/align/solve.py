@@ -1,13 +1,25 @@
-"""The decision: from scores and capacities to held experts (paper III-B-4)."""
+"""The decision: from scores and capacities to held experts (paper III-B-4).
+
+XLA's `top_k` sorts every row on CPU. For large cohorts and few slots, K rounds of
+maximum and first arg-maximum are several times faster there, if a block of clients
+stays in the cache and its experts lie along the first axis, so that reductions over
+experts become elementwise vector operations over clients.
+"""
 
 import functools
+from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fedmoe_jax.align.usage import normalise_usage
-from fedmoe_jax.types import Array, Assignment
+from fedmoe_jax.types import Array, Assignment, Evidence, PyTree
+
+MAX_ROUNDS = 16  # beyond, the program grows too long; sorting wins only later
+RANK_BLOCK = 8_192  # scores ranked at once, 32 kB: the first-level cache
+DECIDE_BLOCK = 131_072  # scores decided on at once, 512 kB: the second-level cache
 
 
 def fill_slots(capacity: Array, max_held: int) -> Array:
@@ -16,12 +28,96 @@ def fill_slots(capacity: Array, max_held: int) -> Array:
     return jnp.arange(max_held)[None] < capacity[:, None]
 
 
-def _rank(scores: Array, max_held: int) -> Array:
-    """Ids [..., K] of the K best scores [..., E], ties to the lowest id, NaN last."""
+def _map_blocks(decide: Callable, rows: PyTree, size: int) -> PyTree:
+    """`decide` on every `size` rows, results stacked; the last block may overlap.
+
+    `dynamic_slice` moves a block that would run over the end back until it fits.
+    """
+
+    def block(start: Array) -> PyTree:
+        take = lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size)
+        return decide(jax.tree.map(take, rows))
+
+    count = jax.tree.leaves(rows)[0].shape[0]
+    return lax.map(block, jnp.arange(0, count, size))
+
+
+def _join_blocks(blocks: Array, count: int) -> Array:
+    """Rows [count, ...] from the stacked results [blocks, size, ...]."""
+    size = blocks.shape[1]
+    rows = blocks.reshape(-1, *blocks.shape[2:])
+    return jnp.concatenate([rows[: count - size], rows[-size:]])
+
+
+def in_blocks(
+    decide: Callable[[Evidence], Assignment], evidence: Evidence
+) -> Assignment:
+    """`decide(evidence)`, on CPU one block of clients after the other.
+
+    No intermediate result is larger than a block, and blocks stay in the cache.
+
+    Args:
+      decide: decides for every client by itself.
+      evidence: of the whole cohort.
+    """
+    count, num_experts = evidence.fitness.shape
+    size = max(64, DECIDE_BLOCK // num_experts)
+    if jax.default_backend() != "cpu" or count <= size:
+        return decide(evidence)
+
+    def decide_block(rows: tuple) -> Assignment:
+        client, fitness, capacity, load = rows
+        return decide(
+            evidence.replace(
+                client=client, fitness=fitness, capacity=capacity, load=load
+            )
+        )
+
+    rows = evidence.client, evidence.fitness, evidence.capacity, evidence.load
+    blocks = _map_blocks(decide_block, rows, size)
+    return jax.tree.map(lambda leaf: _join_blocks(leaf, count), blocks)
+
+
+def _rank_by_sort(scores: Array, max_held: int) -> Array:
     # `lax.top_k` orders by bit pattern, so NaN and minus zero need one spelling.
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     scores = jnp.where(scores == 0, 0.0, scores)
-    return jax.lax.top_k(scores, max_held)[1].astype(jnp.int32)
+    return lax.top_k(scores, max_held)[1].astype(jnp.int32)
+
+
+def _sort_key(scores: Array) -> Array:
+    """int32 in the order of float32 scores; zeros are equal, NaN is -inf."""
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
+    size, infinity = bits & 0x7FFFFFFF, 0x7F800000
+    return jnp.where(size > infinity, -infinity, jnp.where(bits < 0, -size, size))
+
+
+def _rank_block(scores: Array, max_held: int) -> Array:
+    """Ids [K, B] of the K best scores of each row of a block [B, E]."""
+    key = _sort_key(scores.T)
+    expert = lax.broadcasted_iota(jnp.int32, key.shape, 0)
+    held = []
+    for _ in range(max_held):
+        best = key == key.max(axis=0)[None]
+        held.append(jnp.where(best, expert, key.shape[0]).min(axis=0))
+        key = jnp.where(expert == held[-1][None], jnp.iinfo(jnp.int32).min, key)
+    return jnp.stack(held)
+
+
+def _rank_by_rounds(scores: Array, max_held: int, size: int) -> Array:
+    rank = functools.partial(_rank_block, max_held=max_held)
+    blocks = _map_blocks(rank, scores, size)  # [blocks, K, size]
+    return _join_blocks(blocks.swapaxes(1, 2), scores.shape[0])
+
+
+def _rank(scores: Array, max_held: int) -> Array:
+    """Ids [C, K] of the K best scores [C, E], ties to the lowest id, NaN last."""
+    count, num_experts = scores.shape
+    size = max(64, RANK_BLOCK // num_experts)
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and max_held <= MAX_ROUNDS and count >= size:
+        return _rank_by_rounds(scores, max_held, size)
+    return _rank_by_sort(scores, max_held)
 
 
 def top_k(scores: Array, capacity: Array, max_held: int) -> Assignment:
@@ -102,9 +198,9 @@ def running_top_k(
 
     def pick(usage: Array, row: tuple) -> tuple[Array, Array]:
         scores, weight, share, slot = row
-        held = _rank(scores - weight * normalise_usage(usage), max_held)
+        held = _rank_by_sort(scores - weight * normalise_usage(usage), max_held)
         return usage.at[held].add(jnp.where(slot, share, 0.0)), held
 
     rows = jax.tree.map(lambda x: x[order], (scores, usage_weight, share, slot))
-    held = jax.lax.scan(pick, usage, rows)[1]
+    held = lax.scan(pick, usage, rows)[1]
     return Assignment(jnp.zeros_like(held).at[order].set(held), slot)

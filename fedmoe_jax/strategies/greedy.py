@@ -1,14 +1,18 @@
 """Greedy: every client takes the experts that fit it best."""
 
-from fedmoe_jax.align.solve import top_k
+from fedmoe_jax.align.solve import in_blocks, top_k
 from fedmoe_jax.strategies.random import explore
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
     """Top k_c of the fitness (the paper's greedy baseline), usage ignored."""
-    scores = explore(evidence.fitness, evidence, hyper, key)
-    return top_k(scores, evidence.capacity, sizes.max_held)
+
+    def decide(evidence: Evidence) -> Assignment:
+        scores = explore(evidence.fitness, evidence, hyper, key)
+        return top_k(scores, evidence.capacity, sizes.max_held)
+
+    return in_blocks(decide, evidence)
 
 
 GREEDY = Strategy(

@@ -3,16 +3,20 @@
 import jax.numpy as jnp
 
 from fedmoe_jax.align.desirability import desirability, normalise_fitness
-from fedmoe_jax.align.solve import running_top_k, top_k
+from fedmoe_jax.align.solve import in_blocks, running_top_k, top_k
 from fedmoe_jax.strategies.random import explore, uniform_scores
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
     """Top k_c of the desirability, each client by itself, as the paper words it."""
-    scores = desirability(evidence.fitness, evidence.usage, hyper)
-    scores = explore(scores, evidence, hyper, key)
-    return top_k(scores, evidence.capacity, sizes.max_held)
+
+    def decide(evidence: Evidence) -> Assignment:
+        scores = desirability(evidence.fitness, evidence.usage, hyper)
+        scores = explore(scores, evidence, hyper, key)
+        return top_k(scores, evidence.capacity, sizes.max_held)
+
+    return in_blocks(decide, evidence)
 
 
 def assign_running(

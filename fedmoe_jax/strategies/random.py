@@ -24,9 +24,14 @@ def uniform_scores(key: Array, client: Array, count: int) -> Array:
 
 def explore(scores: Array, evidence: Evidence, hyper: Hyper, key: Array) -> Array:
     """Scores [C, E], each row replaced by uniform ones at a chance of `exploration`."""
-    drawn = uniform_scores(key, evidence.client, 1 + scores.shape[1])
-    explorer = drawn[:, :1] < hyper.exploration
-    return jnp.where(explorer, drawn[:, 1:], scores)
+
+    def draw() -> Array:
+        drawn = uniform_scores(key, evidence.client, 1 + scores.shape[1])
+        explorer = drawn[:, :1] < hyper.exploration
+        return jnp.where(explorer, drawn[:, 1:], scores)
+
+    # For large populations drawing costs more than deciding.
+    return jax.lax.cond(hyper.exploration > 0, draw, lambda: scores)
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
