@@ -22,6 +22,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.max_held = 4  # expert slots of the largest client, at most num_experts
     config.num_active = 2  # experts per example, at most max_held
     config.local_steps = 5  # optimiser steps per client and round
+    config.local_epochs = 0.0  # passes over the client's data instead; 0: local_steps
     config.batch_size = 32  # examples per local step
     config.strategy = "load_balanced"  # see the README's table of strategies
 
@@ -36,11 +37,13 @@ def get_config(argument: str = "") -> ConfigDict:
     config.partition.min_size = 10  # examples every client gets at least
 
     config.model = ConfigDict()
-    config.model.stem = "mlp"  # mlp | cnn | resnet8
+    config.model.stem = "mlp"  # flat | mlp | cnn | simple_cnn | resnet8
     config.model.stem_width = 64  # hidden units or channels
-    config.model.expert = "mlp"  # mlp | conv
+    config.model.expert = "mlp"  # dense | mlp | conv
     config.model.expert_width = 64  # hidden units or channels
-    config.model.feature_width = 64  # outputs of an expert
+    config.model.feature_width = 64  # outputs of an expert; dense has expert_width
+    config.model.stem_dropout = 0.0  # share of the stem's outputs dropped in training
+    config.model.expert_dropout = 0.0  # share of each expert's outputs dropped
 
     config.gate = ConfigDict()
     config.gate.mode = "global"  # global | holder_rows | personal
@@ -90,13 +93,16 @@ def get_config(argument: str = "") -> ConfigDict:
     config.devices.communication_share = 0.5  # of the deadline
     config.devices.buffer = 0.1  # share of every resource kept in reserve
 
+    config.evaluation = ConfigDict()
+    config.evaluation.dense_experts = 16  # up to so many, all see every test image
+
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20  # rounds; a multiple of chunk_rounds
     config.checkpoint.keep = 2  # newest checkpoints that stay on disk
 
     config.run = ConfigDict()
     config.run.client_chunk = 1  # clients vmapped at once on each device
-    config.run.num_devices = 0  # 0: all devices
+    config.run.num_devices = 0  # of all processes together; 0: all there are
     config.run.memory_limit_gb = 8.0  # estimated memory beyond which a run is refused
     config.run.tensorboard = True  # write TensorBoard events
 

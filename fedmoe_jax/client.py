@@ -9,6 +9,7 @@ import optax
 from flax import struct
 
 from fedmoe_jax.align.solve import held_mask
+from fedmoe_jax.feedback import Seen, nothing_seen, see_batch, summarise_feedback
 from fedmoe_jax.models import Model, apply_experts
 from fedmoe_jax.routing import calibration_loss, gate_logits, load_loss, route, z_loss
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree, Sizes
@@ -20,14 +21,14 @@ class ClientTask:
 
     Attributes:
       client: [] int32, client id.
-      valid: [] bool, false for slots that only pad the cohort.
+      steps: [] int32, local steps to take; 0 for what only pads the cohort.
       held: [K] int32, ids of the held experts.
       slot: [K] bool, which of them count.
-      gate: gate params with leading E axis, the server's or the client's own.
+      gate: the client's own gate with leading E axis, {} where it has the server's.
     """
 
     client: Array
-    valid: Array
+    steps: Array
     held: Array
     slot: Array
     gate: PyTree
@@ -101,19 +102,30 @@ def draw_batches(key: Array, index: Array, size: Array, sizes: Sizes) -> Array:
     return shuffled[draws].reshape(sizes.local_steps, sizes.batch_size)
 
 
+def sum_gate_losses(logits: Array, task: ClientTask, hyper: Hyper) -> Array:
+    """Calibration, load and z losses of gate logits [B, E], each with its weight."""
+    mask = held_mask(task.held, task.slot, logits.shape[1])
+    return (
+        hyper.calibration * calibration_loss(logits, mask)
+        + hyper.load_loss * load_loss(logits, mask)
+        + hyper.z_loss * z_loss(logits, mask)
+    )
+
+
 def local_loss(
     submodel: PyTree,
     x: Array,
     y: Array,
     task: ClientTask,
     hyper: Hyper,
+    key: Array,
     *,
     model: Model,
     sizes: Sizes,
-) -> tuple[Array, tuple[Array, Array, Array]]:
+) -> tuple[Array, Seen]:
     """The objective of one local step.
 
-    Cross-entropy + calibration, load and z losses, each with its weight.
+    Cross-entropy and, where there is more than one expert, the losses of the gate.
 
     Args:
       submodel: params of one client.
@@ -121,28 +133,27 @@ def local_loss(
       y: [B] int32 labels.
       task: the client's task.
       hyper: weights of the terms.
+      key: of the step; dropout draws from it.
       model: the model.
       sizes: static sizes.
 
     Returns:
-      loss [], and (cross-entropy [B], correct [B] float, gates [B, K]).
+      loss [], and what the batch adds to the feedback.
     """
-    features = model.stem(submodel["stem"], x)
-    logits = gate_logits(submodel["gate"], features)  # [B, E]
-    gates = route(logits[:, task.held], task.slot, sizes.num_active)  # [B, K]
-    outputs = apply_experts(model, submodel["experts"], features)  # [B, K, O]
+    stem_key, expert_key = jax.random.split(key)
+    features = model.stem(submodel["stem"], x, stem_key)
+    gates, gate_loss = jnp.ones((x.shape[0], 1)), 0.0
+    if sizes.num_experts > 1:  # a dense control has nothing to route
+        logits = gate_logits(submodel["gate"], features)  # [B, E]
+        gates = route(logits[:, task.held], task.slot, sizes.num_active)  # [B, K]
+        gate_loss = sum_gate_losses(logits, task, hyper)
+    outputs = apply_experts(model, submodel["experts"], features, expert_key)
     mixed = jnp.einsum("bk,bko->bo", gates, outputs)
     predictions = model.head(submodel["head"], mixed)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(predictions, y)
-    mask = held_mask(task.held, task.slot, logits.shape[1])
-    loss = (
-        cross_entropy.mean()
-        + hyper.calibration * calibration_loss(logits, mask)
-        + hyper.load_loss * load_loss(logits, mask)
-        + hyper.z_loss * z_loss(logits, mask)
-    )
     correct = (predictions.argmax(-1) == y).astype(jnp.float32)
-    return loss, (cross_entropy, correct, gates)
+    loss = cross_entropy.mean() + gate_loss
+    return loss, see_batch(cross_entropy, correct, gates)
 
 
 def add_prox(grads: PyTree, submodel: PyTree, received: PyTree, prox: Array) -> PyTree:
@@ -153,28 +164,6 @@ def add_prox(grads: PyTree, submodel: PyTree, received: PyTree, prox: Array) -> 
     return jax.tree.map(lambda g, w, r: g + prox * (w - r), grads, submodel, received)
 
 
-def summarise_feedback(cross_entropy: Array, correct: Array, gates: Array) -> Feedback:
-    """Per-slot feedback from everything a client saw in a round.
-
-    An example counts for an expert with its gate, so that with A = 1 `accuracy` is the
-    accuracy on the examples routed to the expert, and experts that share every example
-    can still differ.
-
-    Args:
-      cross_entropy: [T, B] cross-entropy, nats.
-      correct: [T, B] 1 where the prediction was right.
-      gates: [T, B, K].
-    """
-    mass = gates.sum((0, 1))  # [K]
-    share = 1.0 / jnp.maximum(mass, 1e-6)
-    return Feedback(
-        accuracy=jnp.einsum("tbk,tb->k", gates, correct) * share,
-        loss=jnp.einsum("tbk,tb->k", gates, cross_entropy) * share,
-        frequency=mass / jnp.maximum(mass.sum(), 1e-6),
-        load=(gates > 0).sum((0, 1)).astype(jnp.float32),
-    )
-
-
 def all_finite(tree: PyTree) -> Array:
     """[] bool, whether every number of a pytree is finite."""
     return jnp.all(
@@ -183,12 +172,20 @@ def all_finite(tree: PyTree) -> Array:
 
 
 def build_client_update(
-    *, model: Model, sizes: Sizes, optimizer: str, momentum: float
+    *,
+    model: Model,
+    sizes: Sizes,
+    optimizer: str,
+    momentum: float,
+    prox: bool,
+    ragged: bool,
 ) -> Callable[..., ClientUpdate]:
     """Builds `client_update(params, task, federation, hyper, key) -> ClientUpdate`.
 
     The returned function is written for ONE client; `key` is that client's key of the
-    round. Cost and memory follow K, never E.
+    round. Cost and memory follow K, never E. Ragged clients take `task.steps` steps,
+    others all T; a trip count known beforehand is faster on accelerators. Without
+    `prox` a step does not read the received params, which would not fit in cache.
     """
 
     def client_update(
@@ -199,33 +196,46 @@ def build_client_update(
         key: Array,
     ) -> ClientUpdate:
         chex.assert_shape([task.held, task.slot], (sizes.max_held,))
-        received = take_submodel(params, task.gate, task.held)
+        gate = task.gate or params["gate"]
+        received = take_submodel(params, gate, task.held)
         tx = client_optimizer(optimizer, hyper.client_learning_rate, momentum)
-
-        def local_step(carry, ids):
-            submodel, opt_state = carry
-            x = normalise(federation.x[ids], federation.mean, federation.std)
-            grads, seen = jax.grad(local_loss, has_aux=True)(
-                submodel, x, federation.y[ids], task, hyper, model=model, sizes=sizes
-            )
-            grads = add_prox(grads, submodel, received, hyper.prox)
-            updates, opt_state = tx.update(grads, opt_state, submodel)
-            return (optax.apply_updates(submodel, updates), opt_state), seen
-
+        draw_key, dropout_key = jax.random.split(key)
         batches = draw_batches(
-            key, federation.index[task.client], federation.size[task.client], sizes
+            draw_key, federation.index[task.client], federation.size[task.client], sizes
         )
-        (trained, _), (cross_entropy, correct, gates) = jax.lax.scan(
-            local_step, (received, tx.init(received)), batches
-        )
+
+        def local_step(step, carry):
+            submodel, opt_state, seen = carry
+            ids = batches[step]
+            x = normalise(federation.x[ids], federation.mean, federation.std)
+            grads, seen_now = jax.grad(local_loss, has_aux=True)(
+                submodel,
+                x,
+                federation.y[ids],
+                task,
+                hyper,
+                jax.random.fold_in(dropout_key, step),
+                model=model,
+                sizes=sizes,
+            )
+            if prox:
+                grads = add_prox(grads, submodel, received, hyper.prox)
+            updates, opt_state = tx.update(grads, opt_state, submodel)
+            submodel = optax.apply_updates(submodel, updates)
+            return submodel, opt_state, jax.tree.map(jnp.add, seen, seen_now)
+
+        steps = task.steps if ragged else sizes.local_steps
+        start = received, tx.init(received), nothing_seen(sizes.max_held)
+        trained, _, seen = jax.lax.fori_loop(0, steps, local_step, start)
         delta = optax.tree.sub(trained, received)
         chex.assert_trees_all_equal_shapes(delta, received)
+        examples = jnp.maximum(steps * sizes.batch_size, 1)
         return ClientUpdate(
             delta=delta,
-            feedback=summarise_feedback(cross_entropy, correct, gates),
-            loss=cross_entropy.mean(),
-            accuracy=correct.mean(),
-            finite=all_finite(delta) & jnp.isfinite(cross_entropy).all(),
+            feedback=summarise_feedback(seen),
+            loss=seen.total_loss / examples,
+            accuracy=seen.total_right / examples,
+            finite=all_finite(delta) & jnp.isfinite(seen.total_loss),
         )
 
     return client_update

@@ -1,8 +1,8 @@
 """Step 4 of a round: the cohort trains, spread over devices and streamed through each.
 
-The tasks are sharded over the mesh axis `clients`. Every device walks its share in
-chunks, vmaps `client_update` over a chunk and adds the results to running sums; one
-psum at the end joins the devices. Padding tasks have weight zero.
+Every device walks its share of the clients in chunks, vmaps `client_update` over a
+chunk and adds the results to running sums, so that memory does not grow with the
+cohort. One psum at the end joins the devices.
 """
 
 import functools
@@ -11,10 +11,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from fedmoe_jax.client import ClientTask, ClientUpdate
+from fedmoe_jax.dealing import chunk_size, deal
 from fedmoe_jax.merge import Sums, accumulate, zero_sums
 from fedmoe_jax.sharding import CLIENTS
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree
@@ -39,15 +38,6 @@ class Report:
     gate: PyTree
 
 
-def pad_tasks(tasks: ClientTask, multiple: int) -> ClientTask:
-    """Pads the leading axis to a multiple with invalid copies of the first task."""
-    count = tasks.client.shape[0]
-    padding = -count % multiple
-    source = jnp.concatenate([jnp.arange(count), jnp.zeros(padding, int)])
-    padded = jax.tree.map(lambda leaf: leaf[source], tasks)
-    return padded.replace(valid=jnp.arange(count + padding) < count)
-
-
 def make_report(update: ClientUpdate, task: ClientTask, gate_mode: str) -> Report:
     """The report of ONE client; a non-finite personal gate is left as it was."""
     gate = {}
@@ -66,9 +56,21 @@ def make_report(update: ClientUpdate, task: ClientTask, gate_mode: str) -> Repor
     )
 
 
-def chunk_size(cohort_size: int, num_devices: int, client_chunk: int) -> int:
-    """Clients vmapped at once on a device, at most its share of the cohort."""
-    return min(client_chunk, -(-cohort_size // num_devices))
+def take_tasks(tasks: ClientTask, position: Array) -> ClientTask:
+    """Tasks at positions of any shape; positions beyond the cohort get zero steps."""
+    count = tasks.client.shape[0]
+    taken = jax.tree.map(lambda leaf: leaf[jnp.minimum(position, count - 1)], tasks)
+    return taken.replace(steps=jnp.where(position < count, taken.steps, 0))
+
+
+def place_reports(reports: Report, position: Array, count: int) -> Report:
+    """This device's reports at their places in the cohort [C], zeros elsewhere."""
+
+    def place(leaf: Array) -> Array:
+        empty = jnp.zeros((count, *leaf.shape[1:]), leaf.dtype)
+        return empty.at[position].set(leaf, mode="drop")
+
+    return jax.tree.map(place, reports)
 
 
 def train_share(
@@ -125,7 +127,6 @@ def train_share(
 
 def build_train_cohort(
     client_update: Callable[..., ClientUpdate],
-    mesh: Mesh,
     *,
     client_chunk: int,
     gate_mode: str,
@@ -133,32 +134,18 @@ def build_train_cohort(
 ) -> Callable[..., tuple[Sums, Report]]:
     """Builds `train_cohort(params, tasks, federation, hyper, key) -> (Sums, Report)`.
 
+    It is written for one device and joins the devices of the mesh axis `clients`.
+
     Args:
       client_update: for ONE client, see `client.build_client_update`.
-      mesh: devices along `clients`.
       client_chunk: clients vmapped at once on each device, see `chunk_size`.
       gate_mode: `global`, `holder_rows` or `personal`.
       weight: `examples` or `routed`, see `merge.accumulate`.
 
     Returns:
       A function of params, tasks [C], the federation, hyperparameters and the round's
-      training key; sums are replicated, reports have a leading C axis.
+      training key; sums and reports [C] are the same on all devices.
     """
-    one_device = functools.partial(
-        train_share, client_update=client_update, gate_mode=gate_mode, weight=weight
-    )
-
-    def all_devices(params, chunks, federation, hyper, key):
-        sums, reports = one_device(params, chunks, federation, hyper, key)
-        return jax.lax.psum(sums, CLIENTS), reports
-
-    sharded = jax.shard_map(
-        all_devices,
-        mesh=mesh,
-        in_specs=(P(), P(CLIENTS), P(), P(), P()),
-        out_specs=(P(), P(CLIENTS)),
-        check_vma=False,
-    )
 
     def train_cohort(
         params: PyTree,
@@ -167,13 +154,24 @@ def build_train_cohort(
         hyper: Hyper,
         key: Array,
     ) -> tuple[Sums, Report]:
-        count = tasks.client.shape[0]
-        chunk = chunk_size(count, mesh.size, client_chunk)
-        padded = pad_tasks(tasks, mesh.size * chunk)
-        chunks = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), padded
+        count, num_devices = tasks.client.shape[0], jax.lax.axis_size(CLIENTS)
+        chunk = chunk_size(count, num_devices, client_chunk)
+        position = deal(tasks.steps, num_devices, chunk)
+        position = position[jax.lax.axis_index(CLIENTS)]  # [chunks, clients of a chunk]
+        sums, reports = train_share(
+            params,
+            take_tasks(tasks, position),
+            federation,
+            hyper,
+            key,
+            client_update=client_update,
+            gate_mode=gate_mode,
+            weight=weight,
         )
-        sums, reports = sharded(params, chunks, federation, hyper, key)
-        return sums, jax.tree.map(lambda leaf: leaf[:count], reports)
+        placed = place_reports(reports, position.reshape(-1), count)
+        # With a single dtype the devices are joined by a single collective.
+        placed = placed.replace(finite=placed.finite.astype(jnp.float32))
+        sums, report = jax.lax.psum((sums, placed), CLIENTS)
+        return sums, report.replace(finite=report.finite > 0)
 
     return train_cohort

@@ -42,6 +42,12 @@ from fedmoe_jax.types import Array, Federation, SimState, Sizes
 TEST_BATCH = 500
 
 
+def divide_images(count: int, most: int, num_devices: int) -> tuple[int, int]:
+    """Batches of each device and images in each; arguments as in `deal_images`."""
+    batches = -(-count // (num_devices * most))
+    return batches, -(-count // (num_devices * batches))
+
+
 def deal_images(count: int, most: int, device: Array, num_devices: int) -> Array:
     """Positions in the test set of one device's batches, equally many on each.
 
@@ -54,8 +60,7 @@ def deal_images(count: int, most: int, device: Array, num_devices: int) -> Array
     Returns:
       [G, B] int32; positions from X' on are padding.
     """
-    batches = -(-count // (num_devices * most))
-    size = -(-count // (num_devices * batches))
+    batches, size = divide_images(count, most, num_devices)
     share = jnp.arange(batches * size).reshape(batches, size)
     return device * batches * size + share
 

@@ -1,6 +1,7 @@
 """From a config to the parts of a run."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +21,20 @@ from fedmoe_jax.world.capacity import draw_devices
 
 
 def make_hyper(config: ConfigDict) -> Hyper:
-    """The traced hyperparameters, float32 scalars."""
+    """The traced hyperparameters, of a program with one strategy."""
     idle_decay, idle_target = idle_rule(
         config.fitness.idle, config.fitness.idle_decay, config.fitness.prior
     )
     values = Hyper(
+        strategy=0,
         client_learning_rate=config.client.learning_rate,
         server_learning_rate=config.server.learning_rate,
         prox=config.client.prox,
         calibration=config.loss.calibration,
         load_loss=config.loss.load,
         z_loss=config.loss.z,
+        prior=config.fitness.prior,
+        noise=config.fitness.noise,
         fitness_rate=config.fitness.rate,
         idle_decay=idle_decay,
         idle_target=idle_target,
@@ -42,37 +46,66 @@ def make_hyper(config: ConfigDict) -> Hyper:
         exploration=config.fitness.exploration,
         buffer=config.devices.buffer,
     )
-    return jax.tree.map(jnp.float32, values)
+    return jax.tree.map(np.float32, values).replace(strategy=np.int32(0))
 
 
-def make_sizes(config: ConfigDict, num_classes: int) -> Sizes:
-    """The sizes of the configured mixture, before a strategy resizes them."""
+def count_steps(config: ConfigDict, size: np.ndarray) -> np.ndarray:
+    """Local steps of every client in a round, [N] int32 >= 1, from its examples [N].
+
+    Passes over its own data where `local_epochs` is set, the last batch filled up
+    from the start of the pass; else `local_steps` for everyone.
+    """
+    if not config.local_epochs:
+        return np.full(size.shape, config.local_steps, np.int32)
+    batches = np.ceil(config.local_epochs * size / config.batch_size - 1e-6)
+    return np.maximum(batches, 1).astype(np.int32)
+
+
+def longest(steps: np.ndarray, ragged: bool) -> int:
+    """T: the most steps of any client.
+
+    Where they differ it is rounded up to a power of two, so that most seeds share one
+    compiled program; no client takes more steps for it.
+    """
+    most = int(steps.max())
+    return 2 ** math.ceil(math.log2(most)) if ragged else most
+
+
+def make_sizes(config: ConfigDict, num_classes: int, local_steps: int) -> Sizes:
+    """The sizes of the configured mixture, before a strategy resizes them.
+
+    Args:
+      config: a validated config.
+      num_classes: L.
+      local_steps: T.
+    """
     return Sizes(
         num_clients=config.num_clients,
         cohort_size=config.cohort_size,
         num_experts=config.num_experts,
         max_held=config.max_held,
         num_active=config.num_active,
-        local_steps=config.local_steps,
+        local_steps=local_steps,
         batch_size=config.batch_size,
         expert_width=config.model.expert_width,
         num_classes=num_classes,
     )
 
 
-def make_rules(config: ConfigDict) -> Rules:
-    """The static choices of a run."""
+def make_rules(config: ConfigDict, num_experts: int) -> Rules:
+    """The static choices of a run whose model has E experts."""
     return Rules(
         gate_mode=config.gate.mode,
         merge_weight=config.merge.weight,
         feedback=config.fitness.feedback,
         client_optimizer=config.client.optimizer,
         momentum=config.client.momentum,
+        prox=config.client.prox > 0,
         server_optimizer=config.server.optimizer,
-        prior=config.fitness.prior,
-        noise=config.fitness.noise,
         deadline=config.devices.deadline,
         communication_share=config.devices.communication_share,
+        every_expert=num_experts <= config.evaluation.dense_experts,
+        ragged=config.local_epochs > 0,
         client_chunk=config.run.client_chunk,
         chunk_rounds=config.chunk_rounds,
     )
@@ -88,47 +121,48 @@ def count_forward_flops(
 
     def flops(function, *arguments) -> float:
         analysis = jax.jit(function).lower(*arguments).cost_analysis()
-        return float(analysis["flops"])
+        return float(analysis.get("flops", 0.0))  # a flat stem has none
 
-    features = jax.eval_shape(model.stem, params["stem"], image)
+    features = jax.eval_shape(model.stem, params["stem"], image, None)
     expert = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["experts"]
     )
-    output = jax.eval_shape(model.expert, expert, features)
+    output = jax.eval_shape(model.expert, expert, features, None)
     shared = (
-        flops(model.stem, params["stem"], image)
+        flops(model.stem, params["stem"], image, None)
         + flops(gate_logits, params["gate"], features)
         + flops(model.head, params["head"], output)
     )
-    return shared, flops(model.expert, expert, features)
+    return shared, flops(model.expert, expert, features, None)
 
 
 @functools.cache
 def count_activation_bytes(
-    model: Model, image_shape: tuple[int, int, int], max_held: int
+    model: Model, image_shape: tuple[int, int, int], experts: int
 ) -> float:
-    """Bytes of all intermediate values of one example, forward and backward."""
+    """Bytes of all intermediate values of one example, forward, through n experts."""
     params = jax.eval_shape(model.init, jax.random.key(0))
     batch = 9973  # a prime that no axis of the params has, so it marks activations
     image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
     held = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((max_held, *leaf.shape[1:]), leaf.dtype),
+        lambda leaf: jax.ShapeDtypeStruct((experts, *leaf.shape[1:]), leaf.dtype),
         params["experts"],
     )
 
     def forward(stem, experts, x):
-        return apply_experts(model, experts, model.stem(stem, x))
+        return apply_experts(model, experts, model.stem(stem, x, None), None)
 
     jaxpr = jax.make_jaxpr(forward)(params["stem"], held, image)
     values = [var.aval for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
     marked = [value for value in values if batch in value.shape]
-    return 2.0 * sum(value.size * value.dtype.itemsize for value in marked) / batch
+    return float(sum(value.size * value.dtype.itemsize for value in marked)) / batch
 
 
 def build_setup(
     config: ConfigDict,
     num_classes: int,
     image_shape: tuple[int, int, int],
+    local_steps: int,
     mesh: Mesh,
 ) -> Setup:
     """Everything static of one run.
@@ -137,19 +171,22 @@ def build_setup(
       config: a validated config.
       num_classes: L.
       image_shape: H, W, F.
+      local_steps: T.
       mesh: the devices.
 
     Raises:
       UserError: model parts that do not fit each other or the images.
     """
     strategy = find_strategy(config.strategy)
-    sizes = strategy.resize(make_sizes(config, num_classes))
+    sizes = strategy.resize(make_sizes(config, num_classes, local_steps))
     model = build_model(
         stem=config.model.stem,
         stem_width=config.model.stem_width,
         expert=config.model.expert,
         expert_width=sizes.expert_width,
         feature_width=config.model.feature_width,
+        stem_dropout=config.model.stem_dropout,
+        expert_dropout=config.model.expert_dropout,
         num_experts=sizes.num_experts,
         num_classes=num_classes,
         image_shape=image_shape,
@@ -160,7 +197,7 @@ def build_setup(
         model=model,
         sizes=sizes,
         strategy=strategy,
-        rules=make_rules(config),
+        rules=make_rules(config, sizes.num_experts),
         costs=costs,
         device_costs=scale_costs(costs, config.devices.model_scale),
         mesh=mesh,
@@ -195,7 +232,7 @@ def make_federation(
     """
     mean, std = measure_channels(data)
     devices = draw_devices(
-        np.random.default_rng(config.seed),
+        np.random.default_rng([config.seed, 1]),  # not the stream of the partition
         config.num_clients,
         tuple(config.devices.tiers),
         tuple(config.devices.shares),
@@ -207,6 +244,7 @@ def make_federation(
         y=data.train_y,
         index=partition.index,
         size=partition.size,
+        steps=count_steps(config, partition.size),
         label_mix=counts / counts.sum(axis=1, keepdims=True),
         test_x=data.test_x,
         test_y=data.test_y,

@@ -195,11 +195,11 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
     Args:
       x: float array.
-      rate: share in [0, 1) of entries to drop, rounded to 1/256, as one random byte
-        decides on each entry.
+      rate: share in [0, 1) of entries to drop, rounded to 1/256 and at most 255/256, as
+        one random byte decides on each entry.
       key: a JAX key, consumed.
     """
-    dropped = round(256 * rate)
+    dropped = min(round(256 * rate), 255)
     if key is None or dropped == 0:
         return x
     kept = random_bytes(key, x.shape) >= dropped

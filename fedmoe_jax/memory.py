@@ -2,10 +2,14 @@
 
 import math
 
-from fedmoe_jax.cohort import chunk_size
+import jax
+
 from fedmoe_jax.costs import count_bytes
+from fedmoe_jax.dealing import chunk_size
+from fedmoe_jax.evaluate import TEST_BATCH, divide_images
 from fedmoe_jax.setup import Setup
-from fedmoe_jax.types import Federation, SimState, UserError
+from fedmoe_jax.sharding import CLIENTS, runs_at_once
+from fedmoe_jax.types import OWN, Federation, SimState, UserError
 
 # One client holds its sub-model, the received copy, gradients, momentum (two moments
 # for adam) and the delta at once.
@@ -15,30 +19,52 @@ GIGABYTE = 1e9
 
 
 def estimate_memory(
-    state: SimState, federation: Federation, setup: Setup, activation_bytes: float
+    state: SimState,
+    federation: Federation,
+    setup: Setup,
+    training_bytes: float,
+    evaluation_bytes: float,
+    num_runs: int,
 ) -> dict[str, float]:
     """Bytes over all devices of the simulation, by what needs them.
 
     Args:
-      state: the state, or its shapes.
-      federation: the federation, or host arrays of the same shapes.
-      setup: the static parts.
-      activation_bytes: activations of one example, forward and backward.
+      state: the state of one run, or its shapes.
+      federation: of one run, arrays on the host or their shapes.
+      setup: the static parts; its mesh says how many devices a run has.
+      training_bytes: activations of one example through K experts, both ways.
+      evaluation_bytes: activations of one image, forward, as evaluation runs it.
+      num_runs: runs that advance together, a multiple of the mesh's `runs`.
     """
     sizes, devices = setup.sizes, setup.mesh.size
+    per_run = setup.mesh.shape[CLIENTS]
     submodel = (
         setup.costs.shared_bytes
         + setup.costs.gate_bytes
         + sizes.max_held * setup.costs.expert_bytes
     )
-    chunk = chunk_size(sizes.cohort_size, devices, setup.rules.client_chunk)
-    activations = sizes.batch_size * activation_bytes
+    chunk = chunk_size(sizes.cohort_size, per_run, setup.rules.client_chunk)
+    training = chunk * (CLIENT_COPIES * submodel + sizes.batch_size * training_bytes)
+    images = divide_images(federation.test_y.shape[0], TEST_BATCH, per_run)[1]
+    evaluating = images * evaluation_bytes
+    at_once = runs_at_once(num_runs, setup.mesh)
+    own = count_bytes([getattr(federation, name) for name in OWN])
+    shared = count_bytes(federation) - own
+    shared_copies, own_copies = devices, per_run
+    if jax.default_backend() == "cpu":  # devices of a process share the host's copy
+        shared_copies = own_copies = jax.process_count()
     return {
-        "data": devices * count_bytes(federation),
-        # the donated state, its successor and the running sums
-        "state": devices * (2 * count_bytes(state) + count_bytes(state.params)),
-        "clients": devices * chunk * (CLIENT_COPIES * submodel + activations),
+        "data": shared_copies * shared + own_copies * num_runs * own,
+        # the donated state and its successor; the running sums of the runs at work
+        "state": num_runs * per_run * 2 * count_bytes(state)
+        + devices * at_once * count_bytes(state.params),
+        "compute": devices * at_once * max(training, evaluating),
     }
+
+
+def fits(parts: dict[str, float], limit_gb: float) -> bool:
+    """Whether an estimate is within the limit."""
+    return sum(parts.values()) / GIGABYTE <= limit_gb
 
 
 def check_memory(parts: dict[str, float], limit_gb: float) -> None:
@@ -47,8 +73,8 @@ def check_memory(parts: dict[str, float], limit_gb: float) -> None:
     Raises:
       UserError: with the numbers of every part.
     """
-    total = sum(parts.values()) / GIGABYTE
-    if total > limit_gb:
+    if not fits(parts, limit_gb):
+        total = sum(parts.values()) / GIGABYTE
         detail = " + ".join(f"{name} {b / GIGABYTE:.2f}" for name, b in parts.items())
         raise UserError(
             f"run.memory_limit_gb={limit_gb:g} is too low: this run needs about "

@@ -86,7 +86,7 @@ def accumulate(
       weight: experts are weighted by the client's `examples`, or by the examples
         `routed` through each expert in the round.
     """
-    counts = task.valid & update.finite
+    counts = (task.steps > 0) & update.finite
     client_weight = jnp.where(counts, size.astype(jnp.float32), 0.0)
     by_slot = {"examples": client_weight, "routed": update.feedback.load}[weight]
     expert_weight = jnp.where(task.slot & counts, by_slot, 0.0)  # [K]

@@ -22,6 +22,7 @@ from fedmoe_jax.merge import Sums, merge, server_optimizer
 from fedmoe_jax.profile import profile
 from fedmoe_jax.round_metrics import measure
 from fedmoe_jax.setup import Setup
+from fedmoe_jax.sharding import spread
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -34,6 +35,11 @@ from fedmoe_jax.types import (
 from fedmoe_jax.world.availability import sample_cohort
 
 
+def count_examples(federation: Federation, sizes: Sizes) -> Array:
+    """Examples every client trains in a round, repeats included: [N] float32."""
+    return (federation.steps * sizes.batch_size).astype(jnp.float32)
+
+
 def believe_capacity(federation: Federation, hyper: Hyper, setup: Setup) -> Array:
     """Experts every client can hold, as the server believes: [N] int32 in [1, K]."""
     sizes = setup.sizes
@@ -41,7 +47,7 @@ def believe_capacity(federation: Federation, hyper: Hyper, setup: Setup) -> Arra
         federation.devices,
         setup.device_costs,
         hyper,
-        examples=jnp.float32(sizes.local_steps * sizes.batch_size),
+        examples=count_examples(federation, sizes),
         deadline=setup.rules.deadline,
         communication_share=setup.rules.communication_share,
         max_held=sizes.max_held,
@@ -49,37 +55,36 @@ def believe_capacity(federation: Federation, hyper: Hyper, setup: Setup) -> Arra
 
 
 def gather_evidence(
-    state: SimState, cohort: Array, capacity: Array, sizes: Sizes
+    state: SimState,
+    federation: Federation,
+    cohort: Array,
+    capacity: Array,
+    sizes: Sizes,
 ) -> Evidence:
     """What a strategy sees of the cohort [C]; `capacity` is [N]."""
-    examples = float(sizes.local_steps * sizes.batch_size)
     return Evidence(
         round=state.round,
         client=cohort,
         fitness=state.align.fitness[cohort],
         usage=state.align.usage,
         capacity=capacity[cohort],
-        load=jnp.full(cohort.shape, examples),
+        load=count_examples(federation, sizes)[cohort],
     )
 
 
 def make_tasks(
-    state: SimState, cohort: Array, assignment: Assignment, gate_mode: str
+    state: SimState,
+    federation: Federation,
+    cohort: Array,
+    assignment: Assignment,
 ) -> ClientTask:
     """What every cohort client is sent, with a leading C axis."""
-    if gate_mode == "personal":
-        gate = jax.tree.map(lambda leaf: leaf[cohort], state.personal_gate)
-    else:
-        gate = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf[None], cohort.shape + leaf.shape),
-            state.params["gate"],
-        )
     return ClientTask(
         client=cohort,
-        valid=jnp.ones(cohort.shape, bool),
+        steps=federation.steps[cohort],
         held=assignment.held,
         slot=assignment.slot,
-        gate=gate,
+        gate=jax.tree.map(lambda leaf: leaf[cohort], state.personal_gate),
     )
 
 
@@ -112,12 +117,12 @@ def round_step(
     # 2 profile
     capacity = believe_capacity(federation, hyper, setup)
     # 3 align
-    evidence = gather_evidence(state, cohort, capacity, sizes)
+    evidence = gather_evidence(state, federation, cohort, capacity, sizes)
     assignment = setup.strategy.assign(evidence, hyper, sizes, align_key)
     slots = (sizes.cohort_size, sizes.max_held)
     chex.assert_shape([assignment.held, assignment.slot], slots)
     # 4 train
-    tasks = make_tasks(state, cohort, assignment, rules.gate_mode)
+    tasks = make_tasks(state, federation, cohort, assignment)
     sums, report = train_cohort(state.params, tasks, federation, hyper, train_key)
     # 5 merge
     tx = server_optimizer(rules.server_optimizer, hyper.server_learning_rate)
@@ -139,30 +144,51 @@ def round_step(
         ),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
-    devices = federation.devices
     return new_state, measure(
-        align, learnt, cohort, assignment, report, load, devices, setup
+        align, learnt, cohort, assignment, report, load, federation, setup
     )
 
 
 def build_round(
     setup: Setup,
 ) -> Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]:
-    """Builds `round_step(state, federation, hyper) -> (state, metrics)` of a setup."""
+    """Builds `round_step(state, federation, hyper) -> (state, metrics)` of a setup.
+
+    It is written for one device of the mesh, see `sharding.spread`.
+    """
     client_update = build_client_update(
         model=setup.model,
         sizes=setup.sizes,
         optimizer=setup.rules.client_optimizer,
         momentum=setup.rules.momentum,
+        prox=setup.rules.prox,
+        ragged=setup.rules.ragged,
     )
     train_cohort = build_train_cohort(
         client_update,
-        setup.mesh,
         client_chunk=setup.rules.client_chunk,
         gate_mode=setup.rules.gate_mode,
         weight=setup.rules.merge_weight,
     )
     return functools.partial(round_step, setup=setup, train_cohort=train_cohort)
+
+
+def scan_rounds(
+    setup: Setup,
+) -> Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]:
+    """R rounds of ONE run, written for one device; metrics gain a leading R axis."""
+    one_round = build_round(setup)
+
+    def run_rounds(
+        state: SimState, federation: Federation, hyper: Hyper
+    ) -> tuple[SimState, dict[str, Array]]:
+        return jax.lax.scan(
+            lambda carry, _: one_round(carry, federation, hyper),
+            state,
+            length=setup.rules.chunk_rounds,
+        )
+
+    return run_rounds
 
 
 @functools.cache
@@ -174,16 +200,4 @@ def build_run_rounds(
     One jitted program; every metric gains a leading R axis. The state is donated, so
     the caller must rebind it. Equal setups share one program.
     """
-    one_round = build_round(setup)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def run_rounds(
-        state: SimState, federation: Federation, hyper: Hyper
-    ) -> tuple[SimState, dict[str, Array]]:
-        return jax.lax.scan(
-            lambda carry, _: one_round(carry, federation, hyper),
-            state,
-            length=setup.rules.chunk_rounds,
-        )
-
-    return run_rounds
+    return jax.jit(spread(scan_rounds(setup), setup.mesh), donate_argnums=0)

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from fedmoe_jax.align.usage import load_cv, load_entropy, starved
 from fedmoe_jax.cohort import Report
 from fedmoe_jax.costs import client_bytes, client_seconds
+from fedmoe_jax.dealing import chunk_size, wasted_share
 from fedmoe_jax.setup import Setup
-from fedmoe_jax.types import AlignState, Array, Assignment, Devices
+from fedmoe_jax.sharding import CLIENTS
+from fedmoe_jax.types import AlignState, Array, Assignment, Federation
 
 
 def measure(
@@ -17,18 +19,21 @@ def measure(
     assignment: Assignment,
     report: Report,
     load: Array,
-    devices: Devices,
+    federation: Federation,
     setup: Setup,
 ) -> dict[str, Array]:
     """The metrics of one round; means over clients are taken here, once."""
     sizes, personal = setup.sizes, setup.rules.gate_mode == "personal"
     slots = assignment.slot.sum(1)
     bytes_up, bytes_down = client_bytes(setup.costs, slots, personal_gate=personal)
+    steps = federation.steps[cohort]
+    num_devices = setup.mesh.shape[CLIENTS]
+    chunk = chunk_size(sizes.cohort_size, num_devices, setup.rules.client_chunk)
     seconds = client_seconds(
-        jax.tree.map(lambda leaf: leaf[cohort], devices),
+        jax.tree.map(lambda leaf: leaf[cohort], federation.devices),
         setup.device_costs,
         slots,
-        jnp.float32(sizes.local_steps * sizes.batch_size),
+        (steps * sizes.batch_size).astype(jnp.float32),
         personal_gate=personal,
     )
     held = after.held[cohort]
@@ -48,5 +53,7 @@ def measure(
         "assignment_change": (held & ~before.held[cohort]).sum() / held.sum(),
         "simulated_seconds": seconds.max(),
         "simulated_median_seconds": jnp.median(seconds),
+        "examples": steps.sum() * sizes.batch_size,
+        "wasted_share": wasted_share(steps, num_devices, chunk),
         "late_clients": (seconds > setup.rules.deadline).sum(),
     }

@@ -22,11 +22,12 @@ class Rules(NamedTuple):
       feedback: `accuracy`, `loss` or `mixed`.
       client_optimizer: `sgd` or `adam`.
       momentum: of the local sgd, in [0, 1).
+      prox: whether the FedProx term is in the local objective.
       server_optimizer: `sgd`, `momentum`, `adam`, `yogi` or `adagrad`.
-      prior: fitness before any feedback.
-      noise: spread of the initial fitness about the prior.
       deadline: seconds a round may take on a device.
       communication_share: share of the deadline for the network.
+      every_expert: whether evaluation computes all E experts for every image.
+      ragged: whether clients take different numbers of local steps.
       client_chunk: clients vmapped at once on each device.
       chunk_rounds: R.
     """
@@ -36,11 +37,12 @@ class Rules(NamedTuple):
     feedback: str
     client_optimizer: str
     momentum: float
+    prox: bool
     server_optimizer: str
-    prior: float
-    noise: float
     deadline: float
     communication_share: float
+    every_expert: bool
+    ragged: bool
     client_chunk: int
     chunk_rounds: int
 
@@ -71,13 +73,13 @@ def init_state(key: Array, hyper: Hyper, setup: Setup) -> SimState:
     """The state before the first round.
 
     Args:
-      key: the seed's key; kept in the state.
-      hyper: hyperparameters (the server optimiser's state may depend on them).
+      key: the seed's key, consumed.
+      hyper: hyperparameters.
       setup: the static parts.
     """
     sizes, rules = setup.sizes, setup.rules
     shape = (sizes.num_clients, sizes.num_experts)
-    params_key, fitness_key = jax.random.split(key)
+    params_key, fitness_key, run_key = jax.random.split(key, 3)
     params = setup.model.init(params_key)
     tx = server_optimizer(rules.server_optimizer, hyper.server_learning_rate)
     personal_gate = {}
@@ -87,14 +89,14 @@ def init_state(key: Array, hyper: Hyper, setup: Setup) -> SimState:
             params["gate"],
         )
     align = AlignState(
-        fitness=init_fitness(fitness_key, *shape, prior=rules.prior, noise=rules.noise),
+        fitness=init_fitness(fitness_key, *shape, prior=hyper.prior, noise=hyper.noise),
         usage=jnp.zeros(sizes.num_experts),
         held=jnp.zeros(shape, bool),
         times_held=jnp.zeros(shape, jnp.int32),
     )
     return SimState(
         round=jnp.zeros((), jnp.int32),
-        key=key,
+        key=run_key,
         params=params,
         server_opt=tx.init(params),
         align=align,

@@ -16,6 +16,7 @@ Axis letters, used in every docstring, comment and einsum of this package:
 | A | experts active per example |
 | L | label classes |
 | R | rounds in one compiled chunk |
+| S | runs of a sweep |
 | X | examples of a data set |
 
 Words: `mask` is bool, `weight` >= 0, `size` counts examples, `load` counts examples
@@ -51,7 +52,7 @@ class Sizes(NamedTuple):
       num_experts: E.
       max_held: K, at most E.
       num_active: A, at most K.
-      local_steps: T.
+      local_steps: T, the most that any client takes.
       batch_size: B.
       expert_width: hidden units (MLP) or channels (convolution) of one expert.
       num_classes: L.
@@ -72,15 +73,20 @@ class Sizes(NamedTuple):
 class Hyper:
     """Hyperparameters that are traced: varying one does not compile anything anew.
 
-    Every field is a float32 scalar.
+    Every field but `strategy` is a float32 scalar.
 
     Attributes:
+      strategy: [] int32, which of the program's strategies decides, see
+        `strategies.either`.
       client_learning_rate: step size of the local optimiser, > 0.
       server_learning_rate: step size of the server optimiser, > 0.
-      prox: FedProx coefficient mu >= 0 of `mu / 2 * |params - received|^2`.
+      prox: FedProx coefficient mu >= 0 of `mu / 2 * |params - received|^2`; read only
+        where `Rules.prox` says that the term is there.
       calibration: weight >= 0 of the gate calibration loss.
       load_loss: weight >= 0 of the Switch load loss.
       z_loss: weight >= 0 of the router z-loss.
+      prior: fitness in [0, 1] before any feedback.
+      noise: spread >= 0 of the initial fitness about the prior.
       fitness_rate: beta in (0, 1], weight of the newest feedback in the fitness EMA.
       idle_decay: rho in [0, 1], what an unheld pair keeps of its distance to
         `idle_target` (1 keeps the fitness as it is).
@@ -94,12 +100,15 @@ class Hyper:
       buffer: share in [0, 1) of every resource that the profile keeps in reserve.
     """
 
+    strategy: Array
     client_learning_rate: Array
     server_learning_rate: Array
     prox: Array
     calibration: Array
     load_loss: Array
     z_loss: Array
+    prior: Array
+    noise: Array
     fitness_rate: Array
     idle_decay: Array
     idle_target: Array
@@ -172,6 +181,7 @@ class Federation:
       y: [X] int32 labels.
       index: [N, M] int32, examples of each client, zeros beyond `size`.
       size: [N] int32, examples of each client, >= 1.
+      steps: [N] int32, local steps of each client in a round, 1 to T.
       label_mix: [N, L] float32, each client's label histogram, rows sum to 1.
       test_x: [X', H, W, F] uint8.
       test_y: [X'] int32.
@@ -184,12 +194,17 @@ class Federation:
     y: Array
     index: Array
     size: Array
+    steps: Array
     label_mix: Array
     test_x: Array
     test_y: Array
     mean: Array
     std: Array
     devices: Devices
+
+
+# Fields of the federation that every run of a sweep has for itself; it shares the rest.
+OWN = ("index", "size", "steps", "label_mix", "devices")
 
 
 @struct.dataclass
@@ -215,7 +230,7 @@ class SimState:
 
     Attributes:
       round: [] int32, rounds done so far.
-      key: [] the seed's key; it never changes, uses fold the round into it.
+      key: [] the run's key; it never changes, uses fold the round into it.
       params: `{"stem", "gate", "experts", "head"}`; every leaf under `gate` and
         `experts` has a leading E axis.
       server_opt: state of the server's optax transformation.

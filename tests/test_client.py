@@ -9,22 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax import client
+from configs import default
+from fedmoe_jax import client, experiment
 from fedmoe_jax.client import (
     ClientTask,
     add_prox,
     all_finite,
     build_client_update,
     normalise,
-    summarise_feedback,
     take_submodel,
 )
+from fedmoe_jax.cohort import build_train_cohort
+from fedmoe_jax.feedback import nothing_seen, see_batch, summarise_feedback
 from fedmoe_jax.models import build_model
+from fedmoe_jax.sharding import build_mesh, spread
 from fedmoe_jax.types import Federation, Hyper, Sizes
 
 SIZES = Sizes(
-    num_clients=3,
-    cohort_size=3,
+    num_clients=5,
+    cohort_size=5,
     num_experts=5,
     max_held=3,
     num_active=2,
@@ -37,13 +40,15 @@ CLIENT, PADDED = 1, 9  # the second client owns 7 of the 9 places of its row
 IMAGE, MOMENTUM = (4, 4, 1), 0.9
 
 
-def make_model(sizes):
+def make_model(sizes, dropout=0.0):
     return build_model(
         stem="mlp",
         stem_width=8,
         expert="mlp",
         expert_width=sizes.expert_width,
         feature_width=6,
+        stem_dropout=dropout,
+        expert_dropout=dropout,
         num_experts=sizes.num_experts,
         num_classes=sizes.num_classes,
         image_shape=IMAGE,
@@ -64,21 +69,23 @@ def make_params(sizes, seed=0):
 def make_hyper(**changes):
     fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.0)
     fields |= {"client_learning_rate": 0.1} | changes
-    return Hyper(**{name: jnp.float32(value) for name, value in fields.items()})
+    hyper = {name: jnp.float32(value) for name, value in fields.items()}
+    return Hyper(**hyper | {"strategy": jnp.int32(0)})
 
 
 def make_federation():
     rng = np.random.default_rng(0)
-    size = np.array([9, 7, 5], np.int32)
-    index = np.zeros((3, PADDED), np.int32)
-    for row, (start, count) in enumerate(zip([0, 9, 16], size, strict=True)):
-        index[row, :count] = start + np.arange(count)
+    size = np.array([9, 7, 5, 2, 1], np.int32)
+    index = np.zeros((5, PADDED), np.int32)
+    for row, (end, count) in enumerate(zip(size.cumsum(), size, strict=True)):
+        index[row, :count] = end - count + np.arange(count)
     arrays = Federation(
-        x=rng.integers(0, 256, (21, *IMAGE), np.uint8),
-        y=rng.integers(0, 3, 21, np.int32),
+        x=rng.integers(0, 256, (24, *IMAGE), np.uint8),
+        y=rng.integers(0, 3, 24, np.int32),
         index=index,
         size=size,
-        label_mix=np.full((3, 3), 1 / 3, np.float32),
+        steps=np.full(5, SIZES.local_steps, np.int32),
+        label_mix=np.full((5, 3), 1 / 3, np.float32),
         test_x=np.zeros((1, *IMAGE), np.uint8),
         test_y=np.zeros(1, np.int32),
         mean=np.array([0.4], np.float32),
@@ -92,7 +99,7 @@ def make_task(params, held=(4, 1, 4), slot=(True, True, False)):
     """The last slot is invalid and repeats an expert that is held."""
     return ClientTask(
         client=jnp.int32(CLIENT),
-        valid=jnp.array(True),
+        steps=jnp.int32(SIZES.local_steps),
         held=jnp.array(held, jnp.int32),
         slot=jnp.array(slot),
         gate=params["gate"],
@@ -112,12 +119,12 @@ draw_batches = jax.jit(client.draw_batches, static_argnums=3)
 def twin_example(submodel, x, y, hyper):
     """Cross-entropy + calibration + z of ONE example, and what was seen."""
     model = make_model(SIZES)
-    features = model.stem(submodel["stem"], (x[None] / 255 - 0.4) / 0.3)
+    features = model.stem(submodel["stem"], (x[None] / 255 - 0.4) / 0.3, None)
     scores = submodel["gate"]["kernel"] @ features[0] + submodel["gate"]["bias"]
     own = jnp.exp(jnp.stack([scores[4], scores[1]]))
     gates = own / own.sum()
     rows = [jax.tree.map(lambda w, k=k: w[k], submodel["experts"]) for k in (0, 1)]
-    mixed = sum(gates[k] * model.expert(rows[k], features)[0] for k in (0, 1))
+    mixed = sum(gates[k] * model.expert(rows[k], features, None)[0] for k in (0, 1))
     odds = jnp.exp(mixed @ submodel["head"]["kernel"] + submodel["head"]["bias"])
     entropy = jnp.log(odds.sum() / odds[y])
     calibration = jnp.log(jnp.exp(scores).sum() / own.sum())
@@ -146,9 +153,12 @@ def twin_received():
     return PARAMS | {"experts": experts}
 
 
-def twin_batches():
-    index, size = FEDERATION.index[CLIENT], FEDERATION.size[CLIENT]
-    return np.asarray(draw_batches(KEY, index, size, SIZES))
+def twin_batches(client, steps, key):
+    """Example ids of the client's own number of steps."""
+    index, size = FEDERATION.index[client], FEDERATION.size[client]
+    sizes = SIZES._replace(local_steps=max(steps, 1))
+    draw_key = jax.random.split(key)[0]
+    return np.asarray(draw_batches(draw_key, index, size, sizes))[:steps]
 
 
 def twin_step(submodel, ids, hyper):
@@ -156,12 +166,12 @@ def twin_step(submodel, ids, hyper):
     return jax.tree.map(np.asarray, twin_gradient(submodel, ids, hyper))
 
 
-def twin_update(hyper):
-    """Deltas after all local steps of momentum SGD, and everything seen."""
+def twin_update(hyper, client=CLIENT, steps=SIZES.local_steps, key=KEY):
+    """Deltas after the client's steps of momentum SGD, and everything seen."""
     rate, prox = float(hyper.client_learning_rate), float(hyper.prox)
     received = submodel = twin_received()
     velocity, seen = jax.tree.map(np.zeros_like, received), []
-    for ids in twin_batches():
+    for ids in twin_batches(client, steps, key):
         grads, step_seen = twin_step(submodel, ids, hyper)
         grads = jax.tree.map(
             lambda g, w, r: g + prox * (w - r), grads, submodel, received
@@ -175,7 +185,12 @@ def twin_update(hyper):
 
 UPDATE = jax.jit(
     build_client_update(
-        model=make_model(SIZES), sizes=SIZES, optimizer="sgd", momentum=MOMENTUM
+        model=make_model(SIZES),
+        sizes=SIZES,
+        optimizer="sgd",
+        momentum=MOMENTUM,
+        prox=True,
+        ragged=False,
     )
 )
 
@@ -240,7 +255,12 @@ def test_a_client_pays_for_the_experts_it_holds_only():
         model = make_model(sizes)
         params = jax.eval_shape(model.init, jax.random.key(0))
         update = build_client_update(
-            model=model, sizes=sizes, optimizer="sgd", momentum=0.9
+            model=model,
+            sizes=sizes,
+            optimizer="sgd",
+            momentum=0.9,
+            prox=True,
+            ragged=False,
         )
         task = make_task(params)
         arguments = (params, task, FEDERATION, make_hyper(), KEY)
@@ -252,6 +272,187 @@ def test_a_client_pays_for_the_experts_it_holds_only():
     assert few == many
     assert {leaf.shape[0] for leaf in jax.tree.leaves(few)} == {SIZES.max_held}
     assert many_flops < 1.5 * few_flops  # only the gate grew
+
+
+# ---- ragged clients
+
+
+def ragged_steps():
+    """One and a half passes over 9, 7, 5, 2 and 1 examples in batches of four."""
+    config = default.get_config()
+    config.local_epochs, config.batch_size = 1.5, SIZES.batch_size
+    return experiment.count_steps(config, np.asarray(FEDERATION.size))
+
+
+STEPS = ragged_steps()
+RAGGED = SIZES._replace(local_steps=experiment.longest(STEPS, ragged=True))
+FULL_HYPER = dict(prox=0.7, calibration=0.2, load_loss=0.3, z_loss=0.1)
+
+
+def build_ragged(model, ragged=True, gate_mode="global", client_chunk=1):
+    update = build_client_update(
+        model=model,
+        sizes=RAGGED,
+        optimizer="sgd",
+        momentum=MOMENTUM,
+        prox=True,
+        ragged=ragged,
+    )
+    return build_train_cohort(
+        update, client_chunk=client_chunk, gate_mode=gate_mode, weight="examples"
+    )
+
+
+def make_cohort(clients, steps):
+    tasks = [make_task(PARAMS).replace(client=jnp.int32(c)) for c in clients]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+    return stacked.replace(steps=jnp.asarray(steps, jnp.int32))
+
+
+@functools.cache
+def train_on(num_devices, client_chunk, dropout=0.0):
+    """Sums and reports of everyone on a mesh."""
+    train = build_ragged(make_model(RAGGED, dropout), client_chunk=client_chunk)
+    train = jax.jit(spread(train, build_mesh(num_devices)))
+    hyper, tasks = make_hyper(**FULL_HYPER), make_cohort(range(5), STEPS)
+    return jax.device_get(train(PARAMS, tasks, FEDERATION, hyper, KEY))
+
+
+def test_steps_are_counted_from_the_examples():
+    assert STEPS.tolist() == [4, 3, 2, 1, 1]  # 13.5, 10.5, 7.5, 3 and 1.5 by four
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """Deltas and what was seen of every client, by the slow twin."""
+    hyper = make_hyper(**FULL_HYPER)
+    return [
+        twin_update(hyper, client, int(steps), jax.random.fold_in(KEY, client))
+        for client, steps in enumerate(STEPS)
+    ]
+
+
+def test_ragged_clients_equal_their_twins(twins):
+    sums, report = train_on(1, 1)
+    for c, (_, (entropy, correct, gates)) in enumerate(twins):
+        assert entropy.shape == (STEPS[c], SIZES.batch_size)
+        np.testing.assert_allclose(report.loss[c], entropy.mean(), rtol=1e-4)
+        np.testing.assert_allclose(report.accuracy[c], correct.mean(), rtol=1e-5)
+        load = (gates > 0).sum((0, 1))
+        np.testing.assert_array_equal(report.feedback.load[c, :2], load)
+    size = np.asarray(FEDERATION.size, np.float64)
+    weigh = lambda *deltas: sum(w * d for w, d in zip(size, deltas, strict=True))
+    expected = jax.tree.map(weigh, *[delta for delta, _ in twins])
+    experts = jax.tree.map(np.zeros_like, PARAMS["experts"])
+    for whole, rows in zip(
+        jax.tree.leaves(experts), jax.tree.leaves(expected["experts"]), strict=True
+    ):
+        whole[[4, 1]] = rows
+    assert_close(sums.delta, expected | {"experts": experts})
+    assert sums.shared == size.sum() and report.finite.all()
+
+
+MESHES = [(1, 3), (1, 5), (2, 3), (8, 1)]
+
+
+def assert_same_sums(found, expected):
+    weight = expected[0].shared
+    for one, other in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(one / weight, other / weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_devices", "client_chunk"), MESHES)
+def test_devices_and_chunks_do_not_change_ragged_clients(num_devices, client_chunk):
+    assert_same_sums(train_on(num_devices, client_chunk), train_on(1, 1))
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_a_client_without_steps_adds_nothing(ragged):
+    """Whoever it is; the cohort of 4 is padded to two chunks of 3 as well."""
+    train = build_ragged(make_model(RAGGED), ragged, "personal", client_chunk=3)
+    train = jax.jit(spread(train, build_mesh(1)))
+    hyper, most = make_hyper(**FULL_HYPER), RAGGED.local_steps
+    run = lambda *cohort: train(PARAMS, make_cohort(*cohort), FEDERATION, hyper, KEY)
+    sums, report = run((0, 1, 2, 4), (most, most, most, 0))
+    with_idle, longer = run((0, 3, 1, 2), (most, 0, most, most))
+    assert_same_sums((with_idle,), (sums,))
+    assert sums.shared == 9 + 7 + 5
+    first = jax.tree.map(lambda leaf: leaf[:3], report)
+    others = jax.tree.map(lambda leaf: leaf[np.array([0, 2, 3])], longer)
+    for one, other in zip(jax.tree.leaves(others), jax.tree.leaves(first), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    if ragged:
+        assert longer.loss[1] == 0 and longer.finite[1]
+        assert not np.any(longer.feedback.load[1])
+        for name, leaf in longer.gate.items():
+            np.testing.assert_array_equal(leaf[1], PARAMS["gate"][name])
+
+
+def test_equal_steps_are_the_same_ragged_or_not():
+    hyper = make_hyper(**FULL_HYPER)
+    ragged = build_client_update(
+        model=make_model(SIZES),
+        sizes=SIZES,
+        optimizer="sgd",
+        momentum=MOMENTUM,
+        prox=True,
+        ragged=True,
+    )
+    found = jax.jit(ragged)(PARAMS, TASK, FEDERATION, hyper, KEY)
+    expected = UPDATE(PARAMS, TASK, FEDERATION, hyper, KEY)
+    assert_close(found, expected)
+
+
+# ---- dropout
+
+
+def test_devices_and_chunks_do_not_change_dropout():
+    expected = train_on(1, 1, dropout=0.5)
+    assert_same_sums(train_on(2, 3, dropout=0.5), expected)
+    with pytest.raises(AssertionError):
+        assert_same_sums(train_on(1, 1), expected)
+
+
+def test_every_client_step_and_expert_draws_its_own_mask():
+    model, stems, experts = make_model(RAGGED), [], []
+
+    def spy(function, keys):
+        def spied(params, x, key):
+            data = jax.random.key_data(key)
+            jax.debug.callback(lambda d: keys.append(tuple(d.tolist())), data)
+            return function(params, x, key)
+
+        return spied
+
+    model = model._replace(
+        stem=spy(model.stem, stems), expert=spy(model.expert, experts)
+    )
+    train = jax.jit(spread(build_ragged(model), build_mesh(2)))
+    tasks = make_cohort(range(5), STEPS)
+    jax.block_until_ready(train(PARAMS, tasks, FEDERATION, make_hyper(), KEY))
+    jax.effects_barrier()
+    assert len(stems) == STEPS.sum() and len(experts) == SIZES.max_held * STEPS.sum()
+    assert len(set(stems + experts)) == len(stems) + len(experts)
+
+
+def test_a_program_without_prox_is_one_with_coefficient_zero():
+    update = build_client_update(
+        model=make_model(SIZES),
+        sizes=SIZES,
+        optimizer="sgd",
+        momentum=MOMENTUM,
+        prox=False,
+        ragged=False,
+    )
+    hyper = make_hyper(prox=0.7)
+    without = jax.jit(update)(PARAMS, TASK, FEDERATION, hyper, KEY)
+    zero = UPDATE(PARAMS, TASK, FEDERATION, make_hyper(prox=0.0), KEY)
+    assert_close(without, zero)
+    with pytest.raises(AssertionError):
+        some = UPDATE(PARAMS, TASK, FEDERATION, make_hyper(prox=0.7), KEY)
+        assert_close(some, zero)
 
 
 # ---- the parts
@@ -324,14 +525,30 @@ def test_adam_steps_by_its_rate_and_leaves_what_has_no_gradient():
 
 
 def test_feedback_by_hand():
-    gates = jnp.array([[[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]])  # [T=1, B=2, K=3]
-    entropy = jnp.array([[2.0, 4.0]])
-    correct = jnp.array([[1.0, 0.0]])
-    feedback = summarise_feedback(entropy, correct, gates)
+    gates = jnp.array([[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]])  # [B=2, K=3]
+    seen = see_batch(jnp.array([2.0, 4.0]), jnp.array([1.0, 0.0]), gates)
+    assert (seen.total_loss, seen.total_right) == (6, 1)
+    feedback = summarise_feedback(seen)
     np.testing.assert_allclose(feedback.accuracy, [1 / 1.25, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(feedback.loss, [3 / 1.25, 4, 0], rtol=1e-6)
     np.testing.assert_allclose(feedback.frequency, [0.625, 0.375, 0], rtol=1e-6)
     np.testing.assert_array_equal(feedback.load, [2, 1, 0])
+
+
+def test_what_was_seen_adds_up_over_batches():
+    rng = np.random.default_rng(0)
+    parts = rng.random(8), rng.integers(0, 2, 8), rng.random((8, 3))
+    entropy, correct, gates = (jnp.asarray(part, jnp.float32) for part in parts)
+    seen = nothing_seen(3)
+    for start in (0, 2, 4, 6):
+        batch = (part[start : start + 2] for part in (entropy, correct, gates))
+        seen = jax.tree.map(jnp.add, seen, see_batch(*batch))
+    assert_close(seen, see_batch(entropy, correct, gates))
+
+
+def test_nothing_seen_is_no_feedback_and_no_nan():
+    for part in jax.tree.leaves(summarise_feedback(nothing_seen(3))):
+        np.testing.assert_array_equal(part, np.zeros(3))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -29,8 +29,10 @@ FILES = sorted(
     for path in (Path(__file__).parent.parent / "configs").glob("*.py")
     if path.stem != "__init__"
 )
-# Checked where they are used: a path by the loader, a pair of lists by `draw_devices`.
-CHECKED_ELSEWHERE = {"data.dir", "devices.tiers", "devices.shares", "run.tensorboard"}
+# Checked where they are used: a path by the loader, a pair of lists by `draw_devices`;
+# flags by ConfigDict, which keeps their type.
+CHECKED_ELSEWHERE = {"data.dir", "devices.tiers", "devices.shares"}
+CHECKED_ELSEWHERE |= {"run.tensorboard"}
 ARGUMENTS = {
     "compare": ("", "digits", "smoke", "digits,smoke"),
     "causes": ("idle", "gate", "personal", "gate,digits,smoke", "smoke"),
@@ -76,7 +78,9 @@ def test_every_study_builds(name, argument):
         if config.seed == 0:
             cifar = config.data.name == "cifar10"
             shape = (32, 32, 3) if cifar else (8, 8, 1)
-            setup = experiment.build_setup(config, 10, shape, build_mesh(1))
+            setup = experiment.build_setup(
+                config, 10, shape, local_steps=1, mesh=build_mesh(1)
+            )
             assert setup.costs.expert_bytes > 0
             if not cifar:
                 data = load_dataset(config.data.name, config.data.dir)
@@ -150,6 +154,10 @@ def test_numbers_must_be_finite(name, value):
         ("usage.decay", 1.0),
         ("fitness.rate", 1.0),
         ("client.momentum", 0.0),
+        ("local_epochs", 0.0),
+        ("local_epochs", 0.5),
+        ("model.stem_dropout", 0.0),
+        ("model.expert_dropout", 0.99),
         ("devices.buffer", 0.0),
         ("seed", 2**31 - 1),
     ],
@@ -198,6 +206,8 @@ def test_hyperparameters_are_read_from_their_fields():
                 "loss.calibration": 0.0625,
                 "loss.load": 2.0,
                 "loss.z": 3.0,
+                "fitness.prior": 0.6875,
+                "fitness.noise": 0.03125,
                 "fitness.rate": 0.75,
                 "fitness.idle": "decay",
                 "fitness.idle_decay": 0.375,
@@ -213,12 +223,15 @@ def test_hyperparameters_are_read_from_their_fields():
     )
     values = {name: float(value) for name, value in vars(hyper).items()}
     assert values == {
+        "strategy": 0,
         "client_learning_rate": 0.125,
         "server_learning_rate": 0.5,
         "prox": 0.25,
         "calibration": 0.0625,
         "load_loss": 2.0,
         "z_loss": 3.0,
+        "prior": 0.6875,
+        "noise": 0.03125,
         "fitness_rate": 0.75,
         "idle_decay": 0.375,
         "idle_target": 0.0,
@@ -248,7 +261,9 @@ def test_every_study_runs(file, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "load_dataset_once", draw_images)
     with config.unlocked():
         config.run.tensorboard = False
-    finished = train.train(config, tmp_path, stop=lambda: True, label=file)
+    finished = train.train(
+        config, tmp_path, stop=lambda: True, label=file, profile=False
+    )
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert not finished and len(rows) == config.chunk_rounds
     assert 0 <= rows[-1]["global_accuracy"] <= 1

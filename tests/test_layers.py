@@ -332,3 +332,9 @@ def test_gradients_pass_what_was_kept():
     x, key = 1 + jnp.abs(draw(8, 8)), jax.random.key(3)
     out, grad = dropout(x, 0.5, key), jax.grad(lambda x: dropout(x, 0.5, key).sum())(x)
     np.testing.assert_array_equal(grad, 2.0 * (np.asarray(out) != 0))
+
+
+def test_dropout_near_one_keeps_a_little():
+    kept = dropout(jnp.ones(100_000), 0.999, jax.random.key(0))
+    assert set(np.unique(kept)) == {0.0, 256.0}
+    np.testing.assert_allclose(kept.mean(), 1, atol=0.2)

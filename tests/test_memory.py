@@ -1,5 +1,7 @@
 """The memory estimate by hand, and the refusal that it leads to."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,17 @@ import pytest
 
 from configs import default
 from fedmoe_jax import experiment, memory, train
+from fedmoe_jax.setup import Setup, init_state
 from fedmoe_jax.sharding import build_mesh
-from fedmoe_jax.types import UserError
+from fedmoe_jax.types import Federation, SimState, UserError
+
+
+class Parts(NamedTuple):
+    """A run and the shapes of its state."""
+
+    setup: Setup
+    federation: Federation
+    state: SimState
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +37,23 @@ def parts():
             "model.expert_width": 6,
             "model.feature_width": 3,
             "client.optimizer": "sgd",
-            "run.num_devices": 2,
         }
     )
-    return train.build_parts(config)
+    plan = train.plan_run(config, build_mesh(2))
+    key = jax.random.key(0)
+    state = jax.eval_shape(lambda k: init_state(k, plan.hyper, plan.setup), key)
+    return Parts(plan.setup, plan.federation, state)
+
+
+def estimate(parts, activations, num_runs=1, setup=None):
+    return memory.estimate_memory(
+        parts.state,
+        parts.federation,
+        setup or parts.setup,
+        training_bytes=activations,
+        evaluation_bytes=activations / 2,
+        num_runs=num_runs,
+    )
 
 
 # digits: 64 pixels, 10 classes. Stem: Dense 64 -> 8 and a LayerNorm; expert: 8 -> 6
@@ -41,38 +65,57 @@ HEAD = 4 * (3 * 10 + 10)
 PARAMS = STEM + 4 * EXPERT + GATE + HEAD
 
 
-def test_estimate_by_hand(parts):
-    needed = memory.estimate_memory(parts.state, parts.federation, parts.setup, 1000.0)
-    # 1437 examples on 4 clients: up to 360 each, padded to 512.
-    train_bytes = 1437 * (64 + 4) + 360 * (64 + 4)
-    client_bytes = 4 * 4 * (512 + 1 + 10 + 5)  # index, size, label mix, device
-    data = train_bytes + client_bytes + 4 * 2  # mean and standard deviation
-    # fitness, times held: 4 bytes, held: 1 byte for each of 4 x 4; usage; round; key
-    state = PARAMS + 16 * (4 + 4 + 1) + 4 * 4 + 4 + 8
-    submodel = STEM + 2 * EXPERT + GATE + HEAD
-    clients = 2 * (memory.CLIENT_COPIES * submodel + 5 * 1000)  # one on each device
+SUBMODEL = STEM + 2 * EXPERT + GATE + HEAD
+# 1437 training and 360 test images with labels, mean and standard deviation.
+IMAGES = (1437 + 360) * (64 + 4) + 2 * 4
+# 1437 examples on 4 clients: up to 360 each, padded to 512; size, steps, label mix of
+# 10 classes, 5 numbers of the device.
+OWN = 4 * 4 * (512 + 1 + 1 + 10 + 5)
+# Fitness, times held: 4 bytes, held: 1 byte for each of 4 x 4; usage; round; key.
+STATE = PARAMS + 16 * (4 + 4 + 1) + 4 * 4 + 4 + 8
+
+
+@pytest.mark.parametrize(
+    ("activations", "compute"),
+    [
+        (10.0, memory.CLIENT_COPIES * SUBMODEL + 5 * 10),  # training needs more
+        (10000.0, 180 * 10000 / 2),  # evaluation does: 360 images on two devices
+    ],
+)
+def test_estimate_by_hand(parts, activations, compute):
     expected = {
-        "data": 2 * data,
-        "state": 2 * (2 * state + PARAMS),
-        "clients": clients,
+        "data": IMAGES + OWN,  # both CPU devices share the host's copy
+        "state": 2 * (2 * STATE + PARAMS),
+        "compute": 2 * compute,  # one client on each device
     }
-    assert needed == expected
+    assert estimate(parts, activations) == expected
+
+
+@pytest.mark.parametrize(("backend", "at_once"), [("cpu", 1), ("gpu", 3)])
+def test_runs_of_a_sweep_by_hand(monkeypatch, parts, backend, at_once):
+    """Six runs on 2 x 2 devices, three on each; on CPU one after the other."""
+    setup = parts.setup._replace(mesh=build_mesh(4, num_runs=2))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    expected = {
+        "data": IMAGES + 6 * OWN if backend == "cpu" else 4 * IMAGES + 6 * 2 * OWN,
+        "state": 6 * 2 * 2 * STATE + 4 * at_once * PARAMS,
+        "compute": 4 * at_once * (memory.CLIENT_COPIES * SUBMODEL + 5 * 10),
+    }
+    assert estimate(parts, 10.0, num_runs=6, setup=setup) == expected
 
 
 def test_cohort_limits_the_clients_at_once(parts):
     rules = parts.setup.rules._replace(client_chunk=50)
-    wide = parts.setup._replace(rules=rules)
-    of = lambda setup: memory.estimate_memory(
-        parts.state, parts.federation, setup, 1000.0
-    )
+    wide = estimate(parts, 10.0, setup=parts.setup._replace(rules=rules))
     # Three clients on two devices: two on each, one of them padding.
-    assert of(wide)["clients"] == 2 * of(parts.setup)["clients"]
+    assert wide["compute"] == 2 * estimate(parts, 10.0)["compute"]
 
 
 def test_shapes_will_do_for_arrays(parts):
-    shapes = jax.eval_shape(lambda: (parts.state, parts.federation))
-    assert memory.count_bytes(shapes[0]) == memory.count_bytes(parts.state)
-    assert memory.count_bytes(shapes[1]) == memory.count_bytes(parts.federation)
+    arrays = jax.tree.map(jnp.asarray, parts.federation)
+    shapes = jax.eval_shape(lambda: arrays)
+    assert memory.count_bytes(shapes) == memory.count_bytes(parts.federation)
+    assert memory.count_bytes(shapes) == IMAGES + OWN
 
 
 def test_count_bytes_by_hand():
@@ -86,28 +129,34 @@ def test_activations_by_hand(parts):
         parts.setup.model, (8, 8, 1), held
     )
     # One more expert adds its hidden units before and after bias and relu, and its
-    # outputs before and after bias, and a row of the stack; forward and backward.
+    # outputs before and after bias, and a row of the stack.
     more = count(2) - count(1)
-    assert more >= 2 * 4 * (3 * 6 + 2 * 3)
-    assert more <= 2 * 4 * (3 * 6 + 4 * 3)
+    assert more >= 4 * (3 * 6 + 2 * 3)
+    assert more <= 4 * (3 * 6 + 4 * 3)
     assert count(3) - count(2) == more
 
 
 def test_refusal_tells_the_numbers():
-    needed = {"data": 1.5e9, "state": 0.25e9, "clients": 4e9}
+    needed = {"data": 1.5e9, "state": 0.25e9, "compute": 4e9}
     memory.check_memory(needed, 5.75)
     with pytest.raises(UserError) as caught:
         memory.check_memory(needed, 5.0)
     text = str(caught.value)
     for part in ("memory_limit_gb=5 ", "5.75 GB", "data 1.50", "state 0.25", "least 6"):
         assert part in text
-    assert "clients 4.00" in text and "\n" not in text
+    assert "compute 4.00" in text and "\n" not in text
 
 
-def test_run_beyond_the_limit_is_refused_before_it_is_built():
+def test_what_fits_is_not_refused():
+    assert memory.fits({"data": 1e9, "state": 1e9}, 2.0)
+    assert not memory.fits({"data": 1e9, "state": 1.1e9}, 2.0)
+
+
+def test_run_beyond_the_limit_is_refused_before_it_is_built(tmp_path):
     config = default.get_config("smoke")
     config.run.num_devices = 1
     config.model.expert_width = 10**7  # tens of gigabytes of experts
+    folder = tmp_path / "run"
     with pytest.raises(UserError, match="run.memory_limit_gb=8 is too low"):
-        train.build_parts(config)
-    assert build_mesh(1).size == 1
+        train.train(config, folder, stop=lambda: True, label="", profile=False)
+    assert not folder.exists()

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from fedmoe_jax.client import ClientTask, ClientUpdate
-from fedmoe_jax.cohort import build_train_cohort, pad_tasks
+from fedmoe_jax.cohort import (
+    Report,
+    build_train_cohort,
+    place_reports,
+    take_tasks,
+)
 from fedmoe_jax.merge import (
     Sums,
     accumulate,
@@ -17,7 +22,7 @@ from fedmoe_jax.merge import (
     server_optimizer,
     zero_sums,
 )
-from fedmoe_jax.sharding import build_mesh
+from fedmoe_jax.sharding import build_mesh, spread
 from fedmoe_jax.types import Federation, Feedback
 
 EXPERTS, SLOTS = 4, 2
@@ -28,7 +33,7 @@ PARTS = ("stem", "gate", "experts", "head")
 # Expert 3 is held only by the padding client 3 and in an invalid slot of client 1.
 HELD = np.array([[0, 1], [2, 3], [1, 0], [3, 0], [0, 2], [2, 0]], np.int32)
 SLOT = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]], bool)
-VALID = np.array([1, 1, 1, 0, 1, 1], bool)
+STEPS = np.array([2, 1, 7, 0, 3, 1], np.int32)  # client 3 only pads
 FINITE = np.array([1, 1, 1, 1, 0, 1], bool)  # client 4 diverged
 SIZE = np.array([10, 20, 30, 40, 50, 60], np.int32)
 LOAD = np.array([[3, 5], [7, 9], [0, 2], [4, 4], [6, 6], [8, 1]], np.float32)
@@ -74,12 +79,15 @@ def make_deltas(seed=10):
 DELTAS = make_deltas()
 
 
-def make_tasks(held=HELD, slot=SLOT, valid=VALID):
+EVERYONE = np.ones(CLIENTS, np.int32)
+
+
+def make_tasks(held=HELD, slot=SLOT, steps=STEPS):
     count = len(held)
     gate = jax.tree.map(lambda leaf: np.stack([leaf] * count), PARAMS["gate"])
     task = ClientTask(
         client=np.arange(count, dtype=np.int32),
-        valid=valid,
+        steps=steps,
         held=held,
         slot=slot,
         gate=gate,
@@ -127,7 +135,7 @@ def slow_mean(gate_mode, weight):
     sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape), PARAMS)
     shared, rows, experts = 0.0, np.zeros(EXPERTS), np.zeros(EXPERTS)
     for c in range(CLIENTS):
-        if not VALID[c] or not FINITE[c]:
+        if not STEPS[c] or not FINITE[c]:
             continue
         delta = jax.tree.map(lambda leaf, c=c: leaf[c].astype(np.float64), DELTAS)
         held = {HELD[c, k] for k in range(SLOTS) if SLOT[c, k]}
@@ -193,7 +201,7 @@ def test_order_of_clients_does_not_matter():
 
 def test_nobody_counts_nothing_changes():
     rules = {"gate_mode": "global", "weight": "examples"}
-    tasks = make_tasks(valid=np.zeros(CLIENTS, bool))
+    tasks = make_tasks(steps=np.zeros(CLIENTS, np.int32))
     sums = sum_up(PARAMS, tasks, make_updates(), SIZE, **rules)
     params, opt_state = init_server("adam", PARAMS)
     new, new_opt = server_step("adam", params, opt_state, sums, 1.0)
@@ -211,10 +219,9 @@ def test_equal_clients_give_that_clients_params():
     held = np.array([[0, 1], [2, 3], [3, 1], [2, 0], [0, 3], [1, 2]], np.int32)
     deltas = jax.tree.map(lambda leaf: np.stack([leaf] * CLIENTS), step)
     deltas["experts"] = {"kernel": step["experts"]["kernel"][held]}
-    everyone = np.ones(CLIENTS, bool)
-    tasks = make_tasks(held, np.ones((CLIENTS, SLOTS), bool), everyone)
+    tasks = make_tasks(held, np.ones((CLIENTS, SLOTS), bool), EVERYONE)
     rules = {"gate_mode": "holder_rows", "weight": "examples"}
-    sums = sum_up(PARAMS, tasks, make_updates(deltas, everyone), SIZE, **rules)
+    sums = sum_up(PARAMS, tasks, make_updates(deltas, EVERYONE > 0), SIZE, **rules)
     new, _ = server_step("sgd", *init_server("sgd", PARAMS), sums, 1.0)
     assert_close(new, client)
 
@@ -238,7 +245,9 @@ def test_dense_fedavg_is_the_weighted_mean_of_the_clients(gate_mode):
     deltas = [jax.tree.map(np.subtract, client, params) for client in clients]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *deltas)
     everyone, size = np.ones(3, bool), np.array([1, 2, 5], np.int32)
-    tasks = make_tasks(np.zeros((3, 1), np.int32), np.ones((3, 1), bool), everyone)
+    tasks = make_tasks(
+        np.zeros((3, 1), np.int32), np.ones((3, 1), bool), np.ones(3, np.int32)
+    )
     updates = make_updates(stacked, everyone, np.ones((3, 1), np.float32))
     rules = {"gate_mode": gate_mode, "weight": "examples"}
     sums = sum_up(params, tasks, updates, size, **rules)
@@ -317,14 +326,49 @@ def test_server_steps_by_hand():
     assert_close(new, expected)
 
 
+def test_streamed_sums_equal_stacked_sums():
+    """np.average over all deltas at once, with the weights of every part."""
+    finite = np.ones(CLIENTS, bool)
+    deltas = jax.tree.map(np.copy, DELTAS)
+    for leaf in jax.tree.leaves(deltas):
+        leaf[4] = 1.5
+    tasks, updates = make_tasks(), make_updates(deltas, finite)
+    rules = {"gate_mode": "holder_rows", "weight": "routed"}
+    mean = jax.jit(mean_delta)(sum_up(PARAMS, tasks, updates, SIZE, **rules))
+    weight = SIZE * (STEPS > 0)
+    average = functools.partial(np.average, axis=0)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    for part, name in (("stem", "kernel"), ("head", "bias")):
+        close(mean[part][name], average(deltas[part][name], weights=weight))
+    for expert in range(3):  # nobody holds expert 3
+        holds = (expert == HELD) & SLOT & (STEPS > 0)[:, None]
+        rows = weight * holds.any(1)
+        for name, delta in deltas["gate"].items():
+            close(mean["gate"][name][expert], average(delta[:, expert], weights=rows))
+        slots = deltas["experts"]["kernel"][holds]
+        found = mean["experts"]["kernel"][expert]
+        close(found, average(slots, weights=LOAD[holds]))
+
+
 # ---- the cohort
 
 
-def test_padding_tasks_are_invalid_copies():
-    padded = pad_tasks(make_tasks(valid=np.ones(CLIENTS, bool)), 4)
-    assert padded.valid.tolist() == [True] * CLIENTS + [False] * 2
-    np.testing.assert_array_equal(padded.held[CLIENTS:], HELD[[0, 0]])
-    assert pad_tasks(make_tasks(), 3).client.shape == (CLIENTS,)
+def test_positions_beyond_the_cohort_get_no_steps():
+    tasks = make_tasks(steps=EVERYONE)
+    taken = take_tasks(tasks, jnp.array([[5, 0], [6, 2], [7, 9]]))
+    assert taken.steps.tolist() == [[1, 1], [0, 1], [0, 0]]
+    np.testing.assert_array_equal(taken.held[0], HELD[[5, 0]])
+    np.testing.assert_array_equal(taken.client[1, 1], 2)
+    for leaf in jax.tree.leaves(taken.gate):
+        assert leaf.shape[:2] == (3, 2)
+
+
+def test_reports_return_to_their_places():
+    loss = jnp.array([10.0, 20.0, 30.0])
+    report = Report(feedback={}, loss=loss, accuracy=loss, finite=loss > 15, gate={})
+    placed = place_reports(report, jnp.array([3, 5, 1]), 4)  # position 5 pads
+    assert placed.loss.tolist() == [0, 30, 0, 10]
+    assert placed.finite.tolist() == [False, True, False, False]
 
 
 def make_federation():
@@ -342,20 +386,21 @@ def fake_update(params, task, federation, hyper, key):
 def test_devices_and_chunks_do_not_change_the_sums(devices, chunk):
     train = build_train_cohort(
         fake_update,
-        build_mesh(devices),
         client_chunk=chunk,
         gate_mode="personal",
         weight="examples",
     )
-    tasks = make_tasks(valid=np.ones(CLIENTS, bool))
+    steps = np.array([3, 1, 4, 1, 5, 9], np.int32)  # dealt in another order
+    tasks = make_tasks(steps=steps)
     params = jax.tree.map(jnp.asarray, PARAMS)
-    run = jax.jit(train)
+    run = jax.jit(spread(train, build_mesh(devices)))
     sums, report = run(params, tasks, make_federation(), {}, jax.random.key(0))
     rules = {"gate_mode": "personal", "weight": "examples"}
     expected = sum_up(PARAMS, tasks, make_updates(), SIZE, **rules)
     assert_close(sums, expected, atol=1e-4)
     np.testing.assert_array_equal(report.feedback.load, LOAD)
     np.testing.assert_array_equal(report.finite, FINITE)
+    assert report.finite.dtype == bool
     for name, leaf in report.gate.items():  # the diverged client keeps its old gate
         step = np.where(np.isnan(DELTAS["gate"][name]), 0, DELTAS["gate"][name])
         np.testing.assert_allclose(leaf, tasks.gate[name] + step, rtol=1e-6)

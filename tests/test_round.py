@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,17 +12,26 @@ import numpy as np
 import pytest
 
 import fedmoe_jax.round as round_file
+import fedmoe_jax.setup as setup_file
 from configs import default
 from fedmoe_jax import experiment, train
 from fedmoe_jax.client import ClientUpdate, build_client_update
 from fedmoe_jax.cohort import build_train_cohort
-from fedmoe_jax.costs import Costs, count_costs
+from fedmoe_jax.costs import Costs, count_bytes, count_costs
 from fedmoe_jax.models import Model
 from fedmoe_jax.round import build_round, build_run_rounds, make_tasks
 from fedmoe_jax.setup import Setup, init_state
-from fedmoe_jax.sharding import build_mesh, replicate
+from fedmoe_jax.sharding import build_mesh, replicate, spread
 from fedmoe_jax.strategies import STRATEGIES
-from fedmoe_jax.types import Assignment, Devices, Federation, Sizes, Strategy
+from fedmoe_jax.types import (
+    Assignment,
+    Devices,
+    Federation,
+    Hyper,
+    SimState,
+    Sizes,
+    Strategy,
+)
 
 N, C, E, K, A, T, B, R = 10, 4, 4, 2, 2, 2, 4, 2
 NO_CLASS = 999
@@ -65,20 +75,43 @@ def breakable(**kwargs):
     return client_update
 
 
-def make_setup(parts, strategy):
-    """The setup of a config with the linear model, which compiles faster."""
-    sizes = strategy.resize(parts.setup.sizes)
+class Parts(NamedTuple):
+    """A run on the devices, before its first round."""
+
+    setup: Setup
+    state: SimState
+    federation: Federation
+    hyper: Hyper
+
+
+def plan_run(**changes):
+    config = tiny_config(**changes)
+    return train.plan_run(config, build_mesh(config.run.num_devices))
+
+
+def make_parts(plan, setup):
+    state = init_state(jax.random.key(plan.config.seed), plan.hyper, setup)
+    return Parts(
+        setup, *replicate((state, plan.federation, plan.hyper), plan.setup.mesh)
+    )
+
+
+def make_setup(setup, strategy):
+    """The setup with another strategy and the linear model, which compiles faster."""
+    sizes = strategy.resize(setup.sizes)
     model = make_linear_model(sizes.num_experts)
     costs = count_costs(jax.eval_shape(model.init, jax.random.key(0)), 1.0, 1.0)
-    return parts.setup._replace(
-        model=model, sizes=sizes, strategy=strategy, costs=costs
-    )
+    return setup._replace(model=model, sizes=sizes, strategy=strategy, costs=costs)
+
+
+def compile_round(setup):
+    return jax.jit(spread(build_round(setup), setup.mesh))
 
 
 class Base(NamedTuple):
     """A load-balanced run: its round and a chunk as compiled programs."""
 
-    parts: train.Parts
+    parts: Parts
     round_step: Callable
     run_rounds: Callable
     traces: list
@@ -92,16 +125,13 @@ def base():
         traces.append(1)
         return STRATEGIES["load_balanced"].assign(*args)
 
-    parts = train.build_parts(tiny_config())
+    plan = plan_run()
     strategy = STRATEGIES["load_balanced"]._replace(assign=counting)
-    setup = make_setup(parts, strategy)
+    setup = make_setup(plan.setup, strategy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(round_file, "build_client_update", breakable)
-        round_step, run_rounds = jax.jit(build_round(setup)), build_run_rounds(setup)
-    state = replicate(init_state(parts.state.key, parts.hyper, setup), setup.mesh)
-    return Base(
-        parts._replace(setup=setup, state=state), round_step, run_rounds, traces
-    )
+        round_step, run_rounds = compile_round(setup), build_run_rounds(setup)
+    return Base(make_parts(plan, setup), round_step, run_rounds, traces)
 
 
 def copy(tree):
@@ -131,7 +161,7 @@ def all_finite(tree):
 @functools.cache
 def make_linear_model(num_experts):
     """Linear stem, experts and head: the least model in which every part learns."""
-    product = lambda params, x: x @ params["kernel"]
+    product = lambda params, x, key=None: x @ params["kernel"]
 
     def init(key):
         stem, gate, expert, head = jax.random.split(key, 4)
@@ -148,7 +178,7 @@ def make_linear_model(num_experts):
 
     return Model(
         init=init,
-        stem=lambda params, x: product(params, x.reshape(x.shape[0], -1)),
+        stem=lambda params, x, key: product(params, x.reshape(x.shape[0], -1)),
         expert=product,
         head=product,
     )
@@ -173,8 +203,8 @@ def make_logit_model(num_experts, num_classes):
 
     return Model(
         init=init,
-        stem=lambda params, x: x.reshape(x.shape[0], -1)[:, :1],
-        expert=lambda params, x: jnp.broadcast_to(
+        stem=lambda params, x, key: x.reshape(x.shape[0], -1)[:, :1],
+        expert=lambda params, x, key: jnp.broadcast_to(
             params["logits"][None], (x.shape[0], num_classes)
         ),
         head=lambda params, outputs: outputs,
@@ -195,6 +225,7 @@ def make_label_federation(counts):
         y=jnp.asarray(y, jnp.int32),
         index=jnp.asarray(index),
         size=jnp.asarray(size, jnp.int32),
+        steps=jnp.ones(len(counts), jnp.int32),
         label_mix=jnp.asarray(counts / size[:, None], jnp.float32),
         test_x=jnp.zeros((1, 2, 2, 1), jnp.uint8),
         test_y=jnp.zeros(1, jnp.int32),
@@ -228,7 +259,7 @@ def test_experts_converge_to_the_label_frequencies_of_their_holders():
         # that a round is exactly one step of gradient descent.
         sizes=Sizes(3, 3, 3, 1, 1, 1, 6, 1, 3),
         strategy=Strategy(fixed_assignment, note=""),
-        rules=experiment.make_rules(config),
+        rules=experiment.make_rules(config, 3),
         costs=costs,
         device_costs=costs,
         mesh=build_mesh(1),
@@ -280,13 +311,11 @@ def test_every_round_draws_a_cohort_of_its_own():
 
 def test_one_trace_serves_all_rounds_seeds_and_hyperparameters():
     parts, _, run_rounds, traces = base()
-    other = train.build_parts(tiny_config(seed=1))
-    state = init_state(other.state.key, parts.hyper, parts.setup)
-    state = replicate(state, parts.setup.mesh)
+    other = make_parts(plan_run(seed=1), parts.setup)
     before, kernels = len(traces), []
     for start, federation in (
         (copy(parts.state), parts.federation),
-        (state, other.federation),
+        (other.state, other.federation),
     ):
         state, _ = run_rounds(start, federation, parts.hyper)
         rate = 2 * parts.hyper.client_learning_rate
@@ -300,7 +329,7 @@ def test_one_trace_serves_all_rounds_seeds_and_hyperparameters():
 
 
 def test_equal_setups_share_one_program():
-    setups = [train.build_parts(tiny_config(seed=seed)).setup for seed in (0, 1)]
+    setups = [plan_run(seed=seed).setup for seed in (0, 1)]
     assert build_run_rounds(setups[0]) is build_run_rounds(setups[1])
 
 
@@ -310,7 +339,8 @@ def test_rounds_of_several_seeds_vmap():
     states = [init_state(key, parts.hyper, parts.setup) for key in keys]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     round_of_all = jax.vmap(build_round(parts.setup), in_axes=(0, None, None))
-    together = jax.jit(round_of_all)(stacked, parts.federation, parts.hyper)
+    together = jax.jit(spread(round_of_all, parts.setup.mesh))
+    together = together(stacked, parts.federation, parts.hyper)
     for seed, state in enumerate(states):
         found = jax.tree.map(lambda leaf, s=seed: leaf[s], together)
         state = replicate(state, parts.setup.mesh)
@@ -330,25 +360,25 @@ CASES += [("greedy", "holder_rows"), ("greedy", "personal")]
 def traced_chunk(strategy, gate_mode):
     """A chunk of rounds that also returns who has held what after every round."""
     parts, *_ = base()
-    setup = make_setup(parts, STRATEGIES[strategy])
+    setup = make_setup(parts.setup, STRATEGIES[strategy])
     setup = setup._replace(rules=setup.rules._replace(gate_mode=gate_mode))
-    state = init_state(parts.state.key, parts.hyper, setup)
+    state = init_state(jax.random.key(0), parts.hyper, setup)
     # Expert 0 is everyone's first choice of greedy, expert 3 is nobody's.
     preference = jnp.array([0.04, 0.02, 0.0, -0.04])[None, : setup.sizes.num_experts]
     fitness = state.align.fitness + preference
     state = state.replace(align=state.align.replace(fitness=fitness))
     round_step = build_round(setup)
 
-    @jax.jit
-    def chunk(state):
+    def chunk(state, federation, hyper):
         def step(carry, _):
-            carry, metrics = round_step(carry, parts.federation, parts.hyper)
+            carry, metrics = round_step(carry, federation, hyper)
             return carry, (metrics, carry.align.times_held)
 
         return jax.lax.scan(step, state, length=R)
 
     parts = parts._replace(setup=setup, state=state)
-    state, (metrics, times_held) = chunk(state)
+    chunk = jax.jit(spread(chunk, setup.mesh))
+    state, (metrics, times_held) = chunk(state, parts.federation, parts.hyper)
     before = np.zeros_like(times_held[:1])
     held = np.diff(np.concatenate([before, times_held]), axis=0)  # [R, N, E]
     return parts, state, jax.device_get(metrics), held
@@ -440,16 +470,17 @@ def test_experts_nobody_held_keep_their_values():
 def cohort_function():
     parts, *_ = base()
     update = breakable(
-        model=parts.setup.model, sizes=parts.setup.sizes, optimizer="sgd", momentum=0.9
+        model=parts.setup.model,
+        sizes=parts.setup.sizes,
+        optimizer="sgd",
+        momentum=0.9,
+        prox=True,
+        ragged=False,
     )
     train_cohort = build_train_cohort(
-        update,
-        parts.setup.mesh,
-        client_chunk=1,
-        gate_mode="personal",
-        weight="examples",
+        update, client_chunk=1, gate_mode="personal", weight="examples"
     )
-    return jax.jit(train_cohort)
+    return jax.jit(spread(train_cohort, parts.setup.mesh))
 
 
 def train_clients(clients, federation=None):
@@ -458,7 +489,11 @@ def train_clients(clients, federation=None):
     cohort = jnp.array(clients, jnp.int32)
     held = (cohort[:, None] + jnp.arange(K)[None]) % E
     assignment = Assignment(held.astype(jnp.int32), jnp.ones((len(clients), K), bool))
-    tasks = make_tasks(parts.state, cohort, assignment, "global")
+    tasks = make_tasks(parts.state, parts.federation, cohort, assignment).replace(
+        gate=jax.tree.map(
+            lambda leaf: jnp.stack([leaf] * len(clients)), parts.state.params["gate"]
+        )
+    )
     data = parts.federation if federation is None else federation
     return cohort_function()(
         parts.state.params, tasks, data, parts.hyper, jax.random.key(3)
@@ -548,12 +583,214 @@ def test_idle_rules_move_the_fitness_of_unheld_pairs(idle, slope, offset):
     config = tiny_config(
         **{"fitness.idle": idle, "fitness.idle_decay": 0.8, "fitness.prior": 0.4}
     )
-    hyper = replicate(experiment.make_hyper(config), parts.setup.mesh)
-    state, _ = round_step(parts.state, parts.federation, hyper)
-    old, new = (np.array(s.align.fitness) for s in (parts.state, state))
-    held = np.array(state.align.times_held) > 0
+    hyper = experiment.make_hyper(config).replace(client_learning_rate=jnp.float32(0.3))
+    hyper = replicate(hyper, parts.setup.mesh)
+    before, state = None, parts.state
+    for _ in range(4):  # so long that some experts are right now and then
+        before = state
+        state, _ = round_step(state, parts.federation, hyper)
+    old, new = (np.array(s.align.fitness) for s in (before, state))
+    held = np.array(state.align.times_held != before.align.times_held)
     np.testing.assert_allclose(new[~held], slope * old[~held] + offset, atol=1e-6)
     moved = new[held] - (1 - config.fitness.rate) * old[held]
     accuracy = moved / config.fitness.rate
     assert ((accuracy > -1e-5) & (accuracy < 1 + 1e-5)).all()
     assert len(np.unique(accuracy.round(4))) > 1
+
+
+# ---- ragged rounds
+
+
+@functools.cache
+def ragged_round():
+    """One round in which clients pass once over their own data, and its parts."""
+    plan = plan_run(
+        **{"local_epochs": 1.0, "partition.kind": "dirichlet", "partition.alpha": 0.3}
+    )
+    setup = make_setup(plan.setup, STRATEGIES["load_balanced"])
+    parts = make_parts(plan, setup)
+    state, metrics = compile_round(setup)(parts.state, parts.federation, parts.hyper)
+    cohort = np.flatnonzero(np.array(state.align.times_held).any(1))
+    return plan, parts, cohort, state, jax.device_get(metrics)
+
+
+def test_every_client_has_its_own_steps():
+    plan, parts, *_ = ragged_round()
+    size, steps = np.asarray(plan.partition.size), np.asarray(plan.federation.steps)
+    np.testing.assert_array_equal(steps, -(-size // B))
+    assert len(set(steps.tolist())) > 2
+    most = parts.setup.sizes.local_steps
+    assert most == 2 ** math.ceil(math.log2(steps.max())) and parts.setup.rules.ragged
+
+
+def test_ragged_load_and_examples_are_counted_by_hand():
+    _, parts, cohort, state, metrics = ragged_round()
+    steps = np.asarray(parts.federation.steps)[cohort]
+    held = np.array(state.align.times_held)[cohort]
+    assert metrics["examples"] == B * steps.sum()
+    # Clients hold at most A experts, so each sees all examples of its holders.
+    np.testing.assert_array_equal(metrics["expert_load"], B * steps @ held)
+    assert metrics["wasted_share"] == 0  # one device, one client at a time
+    seconds = metrics["simulated_seconds"] / metrics["simulated_median_seconds"]
+    assert seconds > 1
+    assert metrics["nonfinite_clients"] == 0 and all_finite(state)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"),
+    [
+        (0.0, [5, 5, 5, 5, 5]),
+        (1.0, [1, 1, 1, 2, 3]),
+        (2.0, [1, 2, 2, 3, 5]),
+        (0.1, [1, 1, 1, 1, 1]),
+        (2.5, [1, 2, 3, 3, 6]),
+    ],
+)
+def test_steps_are_counted_by_hand(epochs, steps):
+    config = tiny_config(local_epochs=epochs, local_steps=5, batch_size=32)
+    size = np.array([1, 20, 32, 33, 65])
+    found = experiment.count_steps(config, size)
+    assert found.tolist() == steps and found.dtype == np.int32
+
+
+def test_thirds_of_an_epoch_do_not_round_up():
+    config = tiny_config(local_epochs=1 / 3, batch_size=10)
+    assert experiment.count_steps(config, np.array([30, 90, 91])).tolist() == [1, 3, 4]
+
+
+def test_longest_is_a_power_of_two_where_clients_differ():
+    steps = np.array([3, 5, 4])
+    assert [experiment.longest(steps, ragged) for ragged in (False, True)] == [5, 8]
+    assert experiment.longest(np.array([8, 1]), True) == 8
+    assert experiment.longest(np.array([1, 1]), True) == 1
+
+
+# ---- keys
+
+
+def key_data(key):
+    return tuple(np.asarray(jax.random.key_data(key)).tolist())
+
+
+def with_children(keys, count=8):
+    """The keys and what splits of them and numbers folded into them give."""
+    data = jnp.array(sorted(keys), jnp.uint32)
+    children = jax.vmap(lambda key: jax.random.split(key, count))(
+        jax.random.wrap_key_data(data)
+    )
+    folded = jax.vmap(
+        lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    )(jax.random.wrap_key_data(data))
+    return set(keys) | {
+        tuple(row)
+        for part in (children, folded)
+        for row in np.asarray(jax.random.key_data(part)).reshape(-1, 2).tolist()
+    }
+
+
+def test_no_key_of_a_round_is_one_of_the_start(monkeypatch):
+    parts, *_ = base()
+    start, rounds = [], []
+
+    def spy(function, place):
+        def spied(*args, **kwargs):
+            keys = [
+                a for a in args if getattr(a, "dtype", None) == parts.state.key.dtype
+            ]
+            (key,) = keys
+            data = jax.random.key_data(key)
+            jax.debug.callback(lambda d: start_or_round(d, place), data)
+            return function(*args, **kwargs)
+
+        return spied
+
+    start_or_round = lambda data, place: place.append(tuple(data.tolist()))
+    strategy = STRATEGIES["random"]
+    strategy = strategy._replace(assign=spy(strategy.assign, rounds))
+    setup = make_setup(parts.setup, strategy)
+    setup = setup._replace(
+        model=setup.model._replace(init=spy(setup.model.init, start))
+    )
+    update = lambda **kwargs: spy(build_client_update(**kwargs), rounds)
+    monkeypatch.setattr(setup_file, "init_fitness", spy(setup_file.init_fitness, start))
+    world = spy(round_file.sample_cohort, rounds)
+    monkeypatch.setattr(round_file, "sample_cohort", world)
+    monkeypatch.setattr(round_file, "build_client_update", update)
+    state = init_state(jax.random.key(0), parts.hyper, setup)
+    round_step = compile_round(setup)
+    state = replicate(state, setup.mesh)
+    for _ in range(4):
+        state, _ = round_step(state, parts.federation, parts.hyper)
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    assert len(start) == 2 and len(rounds) == 4 * (2 + C)
+    assert len(set(start + rounds)) == len(start + rounds)
+    assert not with_children(start) & with_children(rounds)
+    assert key_data(state.key) not in with_children(start)
+
+
+# ---- collectives
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter"
+    r"|collective-permute|collective-broadcast)(?:-start)?\("
+)
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "u8": 1, "s8": 1, "f64": 8}
+
+
+def count_text_bytes(shapes):
+    """Bytes of the arrays in `(f32[3,4]{1,0}, s32[])`."""
+    found = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    return sum(
+        BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims in found
+    )
+
+
+def split_computations(text):
+    """The lines of every computation of a compiled program, by name."""
+    parts, name = {}, ""
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        name = head[1] if head else name
+        parts.setdefault(name, []).append(line)
+    return parts
+
+
+def find_called(parts, names):
+    """The computations `names` and all that they call."""
+    seen, left = set(), list(names)
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            for line in parts[name]:
+                left += [n for n in re.findall(r"%([\w.\-]+)", line) if n in parts]
+    return seen
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_one_collective_joins_the_devices(num_devices):
+    """What is sent is one copy of the params and the reports, once a round."""
+    plan = plan_run(**{"run.num_devices": num_devices, "local_epochs": 1.0})
+    parts = make_parts(plan, plan.setup)
+    program = compile_round(parts.setup).lower(*parts[1:]).compile()
+    computations = split_computations(program.as_text())
+    bodies = [
+        body
+        for lines in computations.values()
+        for line in lines
+        for body in re.findall(r"body=%([\w.\-]+)", line)
+    ]
+    assert len(bodies) >= 2  # over the chunks and over the local steps
+    inside = find_called(computations, bodies)
+    sent = []
+    for name, lines in computations.items():
+        for match in filter(None, map(COLLECTIVE.search, lines)):
+            assert name not in inside, "a collective in a loop"
+            sent.append(count_text_bytes(match[1]))
+    params = count_bytes(parts.state.params)
+    report = C * (4 * K + 3) * 4  # feedback; loss, accuracy, finite
+    weights = (2 * E + 1) * 4
+    assert params <= sum(sent) <= params + report + weights
+    assert len(sent) == 1

@@ -10,7 +10,7 @@ import pytest
 from fedmoe_jax.align.fitness import idle_rule, update_fitness
 from fedmoe_jax.align.solve import expected_load, to_mask
 from fedmoe_jax.align.usage import load_cv
-from fedmoe_jax.strategies import STRATEGIES, find_strategy
+from fedmoe_jax.strategies import STRATEGIES, either, find_strategy
 from fedmoe_jax.types import Evidence, Hyper, Sizes, UserError
 
 SIZES = Sizes(
@@ -30,7 +30,8 @@ every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 def make_hyper(**changes):
     fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.5) | changes
-    return Hyper(**{name: jnp.float32(value) for name, value in fields.items()})
+    hyper = {name: jnp.float32(value) for name, value in fields.items()}
+    return Hyper(**hyper | {"strategy": jnp.int32(changes.get("strategy", 0))})
 
 
 def make_evidence(sizes, fitness=None, usage=None, round=0):
@@ -266,3 +267,26 @@ def test_dense_controls_match_the_mixture_in_size():
 @pytest.mark.parametrize("name", sorted(set(STRATEGIES) - set(DENSE)))
 def test_mixtures_train_the_configured_model(name):
     assert find_strategy(name).resize(SIZES) == SIZES
+
+
+# --- several strategies in one program
+
+
+def test_either_decides_as_the_strategy_that_is_counted_to():
+    names = tuple(name for name in STRATEGIES if name not in DENSE)
+    evidence, key = make_evidence(SIZES), jax.random.key(3)
+    assign = jax.jit(partial(either(names).assign, sizes=SIZES))
+    found = []
+    for number, name in enumerate(names):
+        both = make_hyper(strategy=number, exploration=0.0)
+        got = assign(evidence, both, key=key)
+        expected = compiled(name)(evidence, both, key=key)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+        found.append(np.asarray(to_mask(got, SIZES.num_experts)).tobytes())
+    assert len(set(found)) >= 4  # they do not all decide the same
+    assert assign._cache_size() == 1
+
+
+def test_either_of_one_strategy_is_that_strategy():
+    assert either(("greedy",)) is STRATEGIES["greedy"]
+    assert either(("greedy", "random")) is either(("greedy", "random"))

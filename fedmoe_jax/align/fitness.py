@@ -10,7 +10,7 @@ from fedmoe_jax.types import Array, Assignment, Feedback, Hyper, UserError
 
 
 def init_fitness(
-    key: Array, num_clients: int, num_experts: int, prior: float, noise: float
+    key: Array, num_clients: int, num_experts: int, prior: Array, noise: Array
 ) -> Array:
     """The scores before any round: the prior plus uniform noise that breaks ties.
 
