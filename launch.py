@@ -4,8 +4,10 @@
     python launch.py --config=configs/compare.py:digits --workdir=runs/digits
     python launch.py --workdir=runs/try --config.strategy=greedy --config.seed=3
 
-A second call with the same arguments resumes. Exit code 0: finished; 2: a mistake in
-the flags, config, data or work folder, told in one line; 3: stopped early, resumable.
+A second call with the same arguments resumes. On several hosts the same call is made
+on each, with --coordinator_address, --num_processes and --process_id. Exit code 0:
+finished; 1: another process died; 2: a mistake in the flags, config, data or work
+folder, told in one line; 3: stopped early, resumable.
 """
 
 import os
@@ -14,6 +16,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -23,6 +26,21 @@ DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "default.py")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an argument after a colon."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where several run together."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several processes that JAX finds (TPU pods, Slurm, ...)."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes run together."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0; process 0 writes and prints."
+)
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, "Trace a few rounds into WORKDIR/profile for TensorBoard."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/default", "Folder of the run; an existing run there is resumed."
@@ -83,48 +101,67 @@ class Stop:
         return self.wished
 
 
-def set_cpu_devices(config: ConfigDict) -> None:
-    """Makes the CPU as many devices as it has cores, or as the config asks, if fewer.
-
-    Clients on several devices are faster than cores inside each operator. It must
-    happen before JAX looks at its devices.
-    """
-    import jax
-
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    wished = min(cores, config.run.num_devices or config.cohort_size)
-    jax.config.update("jax_num_cpu_devices", max(wished, 1))
-
-
-def run(config: ConfigDict, workdir: Path, command: str, stop: Stop) -> bool:
-    """Runs the config and writes its report, also when it was stopped early.
+def run(
+    config: ConfigDict, workdir: Path, command: str, stop: Stop, profile: bool
+) -> bool:
+    """Runs the config and reports it, also when it was stopped early.
 
     Returns:
       Whether it is finished.
     """
     from fedmoe_jax.compare import compare
+    from fedmoe_jax.hosts import any_process, is_leader
+    from fedmoe_jax.train import train
+
+    start = time.monotonic()
+    wished = lambda: any_process(stop())
+    profile = profile and is_leader()
+    if "compare" in config:
+        folders, finished = compare(config, workdir, stop=wished, profile=profile)
+    else:
+        name = config.strategy
+        finished = train(config, workdir, stop=wished, label=name, profile=profile)
+        folders = [workdir]
+    if folders and is_leader():
+        page = report(folders, workdir, command, tables="compare" in config)
+        print(f"report: {page}  ({time.monotonic() - start:.0f} s)")
+    return finished
+
+
+def report(folders: list[Path], workdir: Path, command: str, tables: bool) -> Path:
+    """Writes the report of these runs, and its tables as files; returns the page."""
     from fedmoe_jax.files import write_atomically
     from fedmoe_jax.report import write_report
     from fedmoe_jax.runs import load_run
     from fedmoe_jax.tables import markdown_table, write_runs_csv
-    from fedmoe_jax.train import train
 
-    start = time.monotonic()
-    if "compare" in config:
-        folders, finished = compare(config, workdir, stop=stop)
-    else:
-        finished = train(config, workdir, stop=stop, label=config.strategy)
-        folders = [workdir]
     runs = [load_run(folder) for folder in folders]
-    if runs and "compare" in config:
+    if tables:
         write_runs_csv(workdir / "runs.csv", runs)
         write_atomically(workdir / "table.md", markdown_table(runs))
-    if runs:
-        page = write_report(workdir, runs, command)
-        print(f"report: {page}  ({time.monotonic() - start:.0f} s)")
-    return finished
+    return write_report(workdir, runs, command)
+
+
+def join_hosts(config: ConfigDict, request: str) -> None:
+    """Joins the other processes, if there are any, and sets JAX up.
+
+    Args:
+      config: for `run.num_devices`.
+      request: what this process was asked to do, to be the same on all.
+
+    Raises:
+      UserError: a mistake in the flags, or processes that do not fit together.
+    """
+    from fedmoe_jax import hosts
+    from fedmoe_jax.machine import keep_programs, set_cpu_devices
+
+    local_processes = hosts.join(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
+    )
+    per_process = -(-config.run.num_devices // (_NUM_PROCESSES.value or 1))
+    set_cpu_devices(per_process, local_processes)
+    keep_programs()
+    hosts.meet(request)
 
 
 def main(argv: list[str]) -> int:
@@ -137,14 +174,19 @@ def main(argv: list[str]) -> int:
     if python.startswith(os.pardir):
         python = "python"
     command = shlex.join([python, *sys.argv])
-    set_cpu_devices(_CONFIG.value)
+    from fedmoe_jax import hosts
     from fedmoe_jax.types import UserError
 
+    config, workdir, profile = _CONFIG.value, Path(_WORKDIR.value), _PROFILE.value
     try:
-        if run(_CONFIG.value, Path(_WORKDIR.value), command, stop):
+        join_hosts(config, f"{config} {workdir} {profile}")
+        if run(config, workdir, command, stop, profile):
             return 0
     except UserError as error:
-        return refuse(str(error))
+        return hosts.leave(refuse(str(error)))
+    except Exception:
+        traceback.print_exc()
+        return hosts.leave(1)
     print(f"stopped and saved; to resume: {command}")
     return 3
 

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from fedmoe_jax import hosts
 from fedmoe_jax.config import flatten
 from fedmoe_jax.files import plain
 from fedmoe_jax.types import Array, PyTree, SimState, UserError
@@ -83,6 +84,7 @@ def restore_latest(
     """
     damaged = {}
     for step in sorted(store.all_steps(), reverse=True):
+        state = None
         try:
             state = _read(store, step, like)
         except UserError:
@@ -90,9 +92,10 @@ def restore_latest(
         except Exception as error:  # Orbax has no common class for damaged files
             damaged[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             logging.warning("checkpoint %d is damaged: %s", step, damaged[step])
-        else:
+        if not hosts.any_process(state is None):
             _set_aside(store, damaged, step)
             return state, step
+        damaged.setdefault(step, "another process cannot read it")
     if damaged:
         reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
         raise UserError(
@@ -122,7 +125,7 @@ def _set_aside(store: ocp.CheckpointManager, damaged: dict, step: int) -> None:
     if not damaged:
         return
     logging.warning("falling back to checkpoint %d in %s", step, store.directory)
-    if jax.process_index() == 0:
+    if hosts.is_leader():
         for number in damaged:
             folder = Path(store.directory) / str(number)
             names = (f"{folder}.damaged{n or ''}" for n in itertools.count())

@@ -1,22 +1,16 @@
-"""Several runs side by side: strategies x changes x seeds, a folder for each."""
+"""A comparison is a sweep over strategies x changes x seeds."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from fedmoe_jax import hosts
 from fedmoe_jax.config import flatten, validate
-from fedmoe_jax.files import read_json
-from fedmoe_jax.train import build_parts, check_same_run, claim_workdir, train
+from fedmoe_jax.sweep import Member, plan_waves, sweep
+from fedmoe_jax.train import load_data
 from fedmoe_jax.types import UserError
-
-
-class Member(NamedTuple):
-    """One run of a comparison: its folder's name and its config."""
-
-    name: str
-    config: ConfigDict
+from fedmoe_jax.workdir import claim_workdir
 
 
 def apply_change(config: ConfigDict, change: str) -> None:
@@ -93,9 +87,9 @@ def list_members(config: ConfigDict) -> list[Member]:
 
 
 def compare(
-    config: ConfigDict, workdir: Path, *, stop: Callable[[], bool]
+    config: ConfigDict, workdir: Path, *, stop: Callable[[], bool], profile: bool
 ) -> tuple[list[Path], bool]:
-    """Runs or resumes every member in turn.
+    """Runs or resumes all members, those that can share a program together.
 
     Returns:
       The folders of the finished members, and whether all are finished.
@@ -103,33 +97,9 @@ def compare(
     Raises:
       UserError: as `train`, before anything is written where the config is at fault.
     """
-    members = list_members(config)
-    if not (workdir / "config.json").exists():
-        for member in members:
-            if member.config.seed == members[0].config.seed:
-                build_parts(member.config)  # refuses what data or machine do not allow
-    claim_workdir(workdir, config)
-    finished = []
-    for number, member in enumerate(members, start=1):
-        folder = workdir / "runs" / member.name
-        label = f"[{number}/{len(members)}] {member.name}"
-        if not is_finished(folder, member.config):
-            print(label, flush=True)
-            if not train(member.config, folder, stop=stop, label=member.name):
-                return finished, False
-        finished.append(folder)
-        if stop() and number < len(members):
-            return finished, False
-    return finished, True
-
-
-def is_finished(folder: Path, config: ConfigDict) -> bool:
-    """Whether a member's folder holds the whole run that `config` describes.
-
-    Raises:
-      UserError: it holds another run.
-    """
-    if not (folder / "summary.json").exists():
-        return False
-    check_same_run(read_json(folder / "config.json"), config)
-    return read_json(folder / "summary.json")["num_rounds"] >= config.num_rounds
+    members = hosts.together(list_members, config)
+    for member in members:
+        hosts.on_leader(load_data, member.config)  # alone, it may have to be prepared
+    waves = hosts.together(plan_waves, members)
+    hosts.on_leader(claim_workdir, workdir, config)
+    return sweep(members, workdir, waves, stop=stop, profile=profile)

@@ -158,30 +158,58 @@ def rounds_to_share(rows: Iterable[Row], key: str, share: float) -> int | None:
 
 @contextmanager
 def open_progress(
-    total: int, label: str, *, done: int, stream: TextIO
-) -> Iterator[Callable[[Row], None]]:
-    """Yields `update(row)`: a live bar on a terminal, else a line per evaluation.
+    total: int, names: list[str], *, done: int, stream: TextIO
+) -> Iterator[Callable[[list[Row]], None]]:
+    """Yields `update(rows)`, one row per run: live bars on a terminal, else lines.
 
     The time left counts what this process did: a resumed run does not look faster.
 
     Args:
       total: rounds of the whole run.
-      label: what the bar calls the run.
+      names: of the runs that advance together.
       done: rounds done before this process.
       stream: where to show it, `sys.stdout` as a rule.
     """
     start = time.monotonic()
     console = Console(file=stream)
 
-    def pace(row: Row) -> float:
-        return (time.monotonic() - start) / max(row["round"] - done, 1)
+    def pace(rows: list[Row]) -> float:
+        return (time.monotonic() - start) / max(rows[0]["round"] - done, 1)
 
     if stream.isatty() and not console.is_dumb_terminal:
         with _bar(console) as bar:
-            task = bar.add_task(label, total=total, completed=done, **_shown({}, 0, 0))
-            yield lambda row: _advance(bar, task, row, pace(row), total)
+            tasks = [
+                bar.add_task(name, total=total, completed=done, **_shown({}, 0, 0))
+                for name in names
+            ]
+            yield lambda rows: [
+                _advance(bar, task, row, pace(rows), total)
+                for task, row in zip(tasks, rows, strict=True)
+            ]
     else:
-        yield lambda row: _print_row(row, pace(row), total, stream)
+        yield _line_printer(total, names, done, pace, stream)
+
+
+def _line_printer(
+    total: int, names: list[str], done: int, pace: Callable, stream: TextIO
+) -> Callable[[list[Row]], None]:
+    """Prints evaluations; of several runs about ten each, with their names."""
+    several = len(names) > 1
+    wait = total / 10 if several else 0
+    width = max(map(len, names)) if several else 0
+    last = done
+
+    def update(rows: list[Row]) -> None:
+        nonlocal last
+        at = rows[0]["round"]
+        if rows[0].get("global_accuracy") is None or last + wait > at < total:
+            return
+        last = at
+        for name, row in zip(names, rows, strict=True):
+            label = f"{name:{width}}  " if several else ""
+            _print_row(label, row, pace(rows), total, stream)
+
+    return update
 
 
 def _bar(console: Console) -> Progress:
@@ -202,13 +230,12 @@ def _advance(bar: Progress, task: Any, row: Row, pace: float, total: int) -> Non
     bar.update(task, completed=row["round"], **shown)
 
 
-def _print_row(row: Row, pace: float, total: int, stream: TextIO) -> None:
-    if row.get("global_accuracy") is None:
-        return
+def _print_row(label: str, row: Row, pace: float, total: int, stream: TextIO) -> None:
     shown = _shown(row, pace, total)
-    line = "round {}/{}  global {world}  personal {personal}  load CV {cv}  "
+    line = "{}round {}/{}  global {world}  personal {personal}  load CV {cv}  "
     line += "{pace:.2g} s/round  left {left}"
-    print(line.format(row["round"], total, pace=pace, **shown), file=stream, flush=True)
+    text = line.format(label, row["round"], total, pace=pace, **shown)
+    print(text, file=stream, flush=True)
 
 
 def _shown(row: Row, pace: float, total: int) -> dict[str, str]:

@@ -11,9 +11,50 @@ from fedmoe_jax.metrics import (
     rounds_to_targets,
 )
 
+# Fields of the rows that hold wall time: what they are called as a share.
+SPENT = {
+    "seconds": "train_share",
+    "evaluation_seconds": "evaluate_share",
+    "save_seconds": "save_share",
+    "compile_seconds": "compile_share",
+}
+
+
+def measure_speed(spent: dict[str, float], rows: list[Row]) -> dict[str, float]:
+    """Rates of training and what took the time of a run.
+
+    Args:
+      spent: seconds by the fields of `SPENT`.
+      rows: one per round.
+    """
+    wall = sum(spent.values())
+    examples = sum(row["examples"] for row in rows)
+    return {
+        "rounds_per_second": len(rows) / spent["seconds"],
+        "examples_per_second": examples / spent["seconds"],
+        "mean_wasted_share": sum(row["wasted_share"] for row in rows) / len(rows),
+        "wall_seconds": wall,
+        **{share: spent[field] / wall for field, share in SPENT.items()},
+    }
+
+
+def describe_speed(summary: dict[str, Any]) -> str:
+    """Rates of training and shares of the time, on one line.
+
+    Of runs that advance together any summary will do: each has its share of the time.
+    """
+    shares = "  ".join(
+        f"{name.removesuffix('_share')} {summary[name]:.0%}" for name in SPENT.values()
+    )
+    rate = summary["examples_per_second"]
+    return (
+        f"{summary['rounds_per_second']:.3g} rounds/s  {rate:,.0f} examples/s  "
+        f"wasted {summary['mean_wasted_share']:.1%}  time: {shares}"
+    )
+
 
 def make_summary(
-    strategy: str, seed: int, note: str, rows: list[Row]
+    strategy: str, seed: int, note: str, rows: list[Row], spent: Row
 ) -> dict[str, Any]:
     """The numbers of a whole run.
 
@@ -25,10 +66,11 @@ def make_summary(
       seed: of the run.
       note: the strategy's sentence.
       rows: one per round, at least one.
+      spent: seconds that are in no row.
     """
 
     def total(name: str) -> float:
-        return float(sum(row.get(name) or 0.0 for row in rows))
+        return float(sum(row.get(name) or 0.0 for row in (*rows, spent)))
 
     reached = rounds_to_targets(rows, "global_accuracy", TARGETS)
     share = rounds_to_share(rows, "global_accuracy", 0.95)
@@ -48,5 +90,5 @@ def make_summary(
         "total_bytes_up": total("bytes_up"),
         "total_bytes_down": total("bytes_down"),
         "nonfinite_clients": int(total("nonfinite_clients")),
-        "wall_seconds": total("seconds") + total("evaluation_seconds"),
+        **measure_speed({name: total(name) for name in SPENT}, rows),
     }

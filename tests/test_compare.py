@@ -1,11 +1,10 @@
-"""A comparison is its members: named, independent, run in turn and resumed."""
+"""A comparison is its members: named, independent, run together and resumed."""
 
 import json
 
 import pytest
 
 from configs import compare as study
-from fedmoe_jax import compare as compare_file
 from fedmoe_jax.compare import apply_change, compare, list_members
 from fedmoe_jax.config import flatten
 from fedmoe_jax.types import UserError
@@ -162,7 +161,9 @@ def test_changes_apply_in_place():
 def test_a_refused_comparison_leaves_no_trace(tmp_path, field, value):
     told = "strategy" if field.startswith("compare") else field
     with pytest.raises(UserError, match=told):
-        compare(tiny_config(**{field: value}), tmp_path / "new", stop=never)
+        compare(
+            tiny_config(**{field: value}), tmp_path / "new", stop=never, profile=False
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,53 +171,53 @@ def snapshot(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_comparison_resumes_where_it_stopped(tmp_path, capsys, monkeypatch):
-    config = tiny_config(**{"compare.seeds": (0, 1, 2)})
-    names = [f"load_balanced-seed{seed}" for seed in (0, 1, 2)]
+def test_a_comparison_resumes_where_it_stopped(tmp_path, capsys):
+    fields = {
+        "compare.strategies": ("random", "greedy", "fedavg"),
+        "compare.seeds": (0, 1),
+    }
+    config = tiny_config(**fields)
+    names = [f"{s}-seed{i}" for s in ("random", "greedy", "fedavg") for i in (0, 1)]
     folders = [tmp_path / "runs" / name for name in names]
 
-    # Stop within the second member.
+    # Mixtures share a program, dense controls have their own: stop within the second.
     finished, whole = compare(
-        config, tmp_path, stop=(folders[1] / "metrics.jsonl").exists
+        config,
+        tmp_path,
+        stop=(folders[4] / "metrics.jsonl").exists,
+        profile=False,
     )
-    assert (finished, whole) == (folders[:1], False)
-    assert (folders[0] / "summary.json").exists()
-    assert not (folders[1] / "summary.json").exists() and not folders[2].exists()
+    assert (finished, whole) == (folders[:4], False)
+    assert not (folders[4] / "summary.json").exists()
     told = capsys.readouterr().out
-    assert f"[1/3] {names[0]}" in told and f"[2/3] {names[1]}" in told
+    assert "[1/2] 4 runs as one program on 1 x 1 devices" in told
+    assert "[2/2] 2 runs as one program" in told and f"{names[3]}  round 4/4" in told
 
-    # The finished member is neither run nor touched again.
-    trained, before = [], snapshot(folders[0])
-    real = compare_file.train
-    monkeypatch.setattr(
-        compare_file,
-        "train",
-        lambda config, folder, **kw: (
-            trained.append(folder) or real(config, folder, **kw)
-        ),
-    )
-    assert compare(config, tmp_path, stop=never) == (folders, True)
-    assert trained == folders[1:]
-    assert snapshot(folders[0]) == before
+    # The finished members are neither run nor touched again.
+    before = [snapshot(folder) for folder in folders[:4]]
+    assert compare(config, tmp_path, stop=never, profile=False) == (folders, True)
+    assert "[1/1] 2 runs as one program" in capsys.readouterr().out
+    assert [snapshot(folder) for folder in folders[:4]] == before
 
     seeds = [json.loads((f / "config.json").read_text())["seed"] for f in folders]
-    assert seeds == [0, 1, 2]
+    assert seeds == [0, 1] * 3
     summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
-    assert [summary["num_rounds"] for summary in summaries] == [4, 4, 4]
+    assert [summary["num_rounds"] for summary in summaries] == [4] * 6
+    assert [s["strategy"] for s in summaries] == [name.split("-")[0] for name in names]
     assert len({s["final_global_accuracy"] for s in summaries}) > 1
 
     # More rounds are run on top of the finished ones.
-    longer = tiny_config(**{"compare.seeds": (0, 1, 2), "num_rounds": 6})
-    trained.clear()
-    assert compare(longer, tmp_path, stop=never) == (folders, True)
-    assert trained == folders
+    longer = tiny_config(**fields, num_rounds=6)
+    rows = (folders[0] / "metrics.jsonl").read_text()
+    assert compare(longer, tmp_path, stop=never, profile=False) == (folders, True)
     assert json.loads((folders[0] / "summary.json").read_text())["num_rounds"] == 6
+    assert (folders[0] / "metrics.jsonl").read_text().startswith(rows)
 
 
 def test_another_comparison_in_the_folder_is_refused(tmp_path):
-    compare(tiny_config(), tmp_path, stop=never)
+    compare(tiny_config(), tmp_path, stop=never, profile=False)
     before = snapshot(tmp_path)
     other = tiny_config(**{"compare.seeds": (0, 1), "batch_size": 5})
     with pytest.raises(UserError, match=r"batch_size: 4 -> 5, compare.seeds: \[0\] ->"):
-        compare(other, tmp_path, stop=never)
+        compare(other, tmp_path, stop=never, profile=False)
     assert snapshot(tmp_path) == before

@@ -51,7 +51,7 @@ module = importlib.import_module(module)
 real = getattr(module, name)
 def interrupted(*args):
     result = real(*args)
-    done = args[1] if name == "save" else result[1][-1]["round"]
+    done = args[1]
     if done == int(last):
         os.kill(os.getpid(), int(number))
     return result
@@ -166,7 +166,9 @@ def interrupted(tmp_path_factory):
     cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("run")
     script = [ROOT / "launch.py", f"--workdir={folder}", *TINY]
     driver = lambda *what: ["-c", INTERRUPT, *map(str, what), *script]
-    results = [start(cache, *driver("fedmoe_jax.train", "advance", signal.SIGTERM, 3))]
+    results = [
+        start(cache, *driver("fedmoe_jax.driver", "list_rows", signal.SIGTERM, 3))
+    ]
     results[0] += (read_metrics(folder / "metrics.jsonl"),)
     kill = driver("fedmoe_jax.checkpoint", "save", signal.SIGKILL, 4)
     results += [start(cache, *kill), start(cache, *script)]
@@ -200,8 +202,8 @@ def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
     folder, _ = interrupted
     config = default.get_config("smoke")
     config.update_from_flattened_dict(SIZES)
-    train.train(config, tmp_path, stop=lambda: False, label="whole")
-    like = train.build_parts(config).state
+    train.train(config, tmp_path, stop=lambda: False, label="whole", profile=False)
+    like = train.build_job(train.plan_one(config), tmp_path, "whole").state
     states, rows = [], []
     for run in (folder, tmp_path):
         with checkpoint.open_checkpoints(run / "checkpoints", 9) as store:
@@ -209,7 +211,7 @@ def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
         assert done == 6
         state = state.replace(key=jax.random.key_data(state.key))
         states.append(jax.device_get(state))
-        clock = ("seconds", "evaluation_seconds")
+        clock = ("seconds", "evaluation_seconds", "save_seconds", "compile_seconds")
         found = read_metrics(run / "metrics.jsonl")
         rows.append([{k: v for k, v in r.items() if k not in clock} for r in found])
     same = lambda a, b: a.tobytes() == b.tobytes()
@@ -218,7 +220,7 @@ def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
 
 
 def test_an_interrupt_before_the_first_round_is_a_wish_to_stop(command, monkeypatch):
-    def interrupted(config, workdir, text, stop):
+    def interrupted(config, workdir, text, stop, profile):
         assert not stop()
         os.kill(os.getpid(), signal.SIGINT)
         return not stop()

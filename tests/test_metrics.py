@@ -196,30 +196,41 @@ def evaluated(number: int, **more):
 
 def test_plain_lines_where_there_is_no_terminal(clock):
     stream = io.StringIO()
-    with metrics.open_progress(40, "run", done=0, stream=stream) as update:
+    with metrics.open_progress(40, ["run"], done=0, stream=stream) as update:
         for number in range(1, 10):
-            update(row(number))
+            update([row(number)])
         clock[0] += 13.0
-        update(evaluated(10))
+        update([evaluated(10)])
     assert stream.getvalue() == (
         "round 10/40  global 0.412  personal 0.803  load CV 0.12  "
         "1.3 s/round  left 0:39\n"
     )
 
 
+def test_several_runs_have_their_names_and_about_ten_lines_each(clock):
+    stream = io.StringIO()
+    with metrics.open_progress(40, ["a", "run"], done=0, stream=stream) as update:
+        for number in range(1, 41):
+            update([evaluated(number), evaluated(number)])
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 * 10
+    assert lines[0].startswith("a    round 4/40") and lines[1].startswith("run  round")
+    assert lines[-1].startswith("run  round 40/40")
+
+
 def test_time_left_of_a_resumed_run_counts_its_own_rounds(clock):
     stream = io.StringIO()
-    with metrics.open_progress(1020, "run", done=10, stream=stream) as update:
+    with metrics.open_progress(1020, ["run"], done=10, stream=stream) as update:
         clock[0] += 40.0
-        update(evaluated(20))
+        update([evaluated(20)])
     assert "round 20/1020" in stream.getvalue()
     assert stream.getvalue().endswith("4 s/round  left 1:06:40\n")
 
 
 def test_unmeasured_values_are_dashes(clock):
     stream = io.StringIO()
-    with metrics.open_progress(4, "run", done=0, stream=stream) as update:
-        update(row(4, global_accuracy=0.5, load_cv=None))
+    with metrics.open_progress(4, ["run"], done=0, stream=stream) as update:
+        update([row(4, global_accuracy=0.5, load_cv=None)])
     assert "personal -  load CV -  " in stream.getvalue()
 
 
@@ -232,9 +243,9 @@ def test_bar_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "140")
     stream = Terminal()
-    with metrics.open_progress(40, "my run", done=8, stream=stream) as update:
-        update(evaluated(10))
-        update(row(11, load_cv=0.5))
+    with metrics.open_progress(40, ["my run"], done=8, stream=stream) as update:
+        update([evaluated(10)])
+        update([row(11, load_cv=0.5)])
     last = stream.getvalue().split("my run")[-1]
     assert "11/40" in last and "load CV 0.50" in last
     assert "global 0.412  personal 0.803" in last  # still that of round 10
@@ -244,8 +255,8 @@ def test_bar_on_a_terminal(monkeypatch):
 def test_a_terminal_without_control_sequences_gets_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
-    with metrics.open_progress(40, "my run", done=0, stream=stream) as update:
-        update(evaluated(40))
+    with metrics.open_progress(40, ["my run"], done=0, stream=stream) as update:
+        update([evaluated(40)])
     assert (
         stream.getvalue().startswith("round 40/40") and "\x1b" not in stream.getvalue()
     )

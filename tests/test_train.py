@@ -1,7 +1,9 @@
 """A run from its config to its folder: what is written, and how it goes on."""
 
 import gc
+import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,9 +12,13 @@ import numpy as np
 import pytest
 
 from configs import default
-from fedmoe_jax import checkpoint, train
+from fedmoe_jax import checkpoint, driver, train
 from fedmoe_jax.metrics import read_metrics
 from fedmoe_jax.partition import load_partition
+from fedmoe_jax.report import write_report
+from fedmoe_jax.runs import load_run
+from fedmoe_jax.sharding import build_mesh
+from fedmoe_jax.summary import SPENT
 from fedmoe_jax.types import UserError
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
@@ -61,19 +67,21 @@ def tiny_config(**changes):
 
 
 def run(folder, stop=lambda: False, **changes):
-    return train.train(tiny_config(**changes), folder, stop=stop, label="tiny")
+    config = tiny_config(**changes)
+    return train.train(config, folder, stop=stop, label="tiny", profile=False)
 
 
 def rows_of(folder):
     """The rows without what depends on the clock."""
     rows = read_metrics(folder / "metrics.jsonl")
-    clock = ("seconds", "evaluation_seconds")
-    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+    return [{k: v for k, v in row.items() if k not in SPENT} for row in rows]
 
 
 def state_of(folder, **changes):
     """The newest state on disk, as NumPy arrays, and its round."""
-    like = train.build_parts(tiny_config(**changes)).state
+    config = tiny_config(**changes)
+    plan = train.plan_run(config, build_mesh(config.run.num_devices))
+    like = train.build_job(plan, folder, "tiny").state
     with checkpoint.open_checkpoints(folder / "checkpoints", 9) as store:
         state, done = checkpoint.restore_latest(store, like)
     state = state.replace(key=jax.random.key_data(state.key))
@@ -95,7 +103,10 @@ def assert_same_run(folder, other, **changes):
 
 def read_summary(folder):
     summary = json.loads((folder / "summary.json").read_text())
-    return {k: v for k, v in summary.items() if k != "wall_seconds"}
+    clock = {*SPENT.values(), "wall_seconds"}
+    return {
+        k: v for k, v in summary.items() if k not in clock and "per_second" not in k
+    }
 
 
 def snapshot(folder):
@@ -189,7 +200,9 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "first"), [({}, 1), ({}, 3), (OTHER, 2)], ids=["one", "odd", "other"]
+    ("changes", "first"),
+    [({}, 1), ({}, 3), (OTHER, 2), ({"run.num_devices": 2, "local_epochs": 0.1}, 2)],
+    ids=["one", "odd", "other", "ragged on two devices"],
 )
 def test_a_stopped_run_resumes_bitwise(finished, tmp_path, changes, first):
     whole = finished
@@ -203,6 +216,34 @@ def test_a_stopped_run_resumes_bitwise(finished, tmp_path, changes, first):
     assert not (parts / "summary.json").exists()
     assert run(parts, **changes) is True
     assert_same_run(parts, whole, **changes)
+
+
+def test_a_profile_is_one_trace_of_a_few_chunks(tmp_path):
+    config = tiny_config(num_rounds=6)
+    assert train.train(config, tmp_path, stop=lambda: False, label="tiny", profile=True)
+    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    text = gzip.decompress(trace.read_bytes()).decode()
+    assert len(re.findall(r'"PjitFunction|jit_|ThunkExecutor', text)) > 0
+
+
+def test_many_experts_are_evaluated_where_they_are_asked(tmp_path):
+    fields = {"num_experts": 5, "evaluation.dense_experts": 4}
+    assert run(tmp_path, **fields)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert "global_accuracy" in last and "personal_accuracy" in last
+    assert "global_soft_accuracy" not in last and "expert_accuracy" not in last
+    assert read_summary(tmp_path)["final_global_soft_accuracy"] is None
+    page = write_report(tmp_path, [load_run(tmp_path)], "command")
+    assert page.exists()
+
+
+def test_a_run_compiles_its_two_programs_once(tmp_path):
+    before = len(driver._compiled)
+    changes = {"batch_size": 3, "num_rounds": 4}  # sizes of no other test
+    assert run(tmp_path / "a", **changes)
+    assert len(driver._compiled) == before + 2
+    assert run(tmp_path / "b", **changes, seed=1)
+    assert len(driver._compiled) == before + 2
 
 
 def test_more_rounds_continue_the_same_run(finished, six_rounds, tmp_path):
