@@ -16,7 +16,8 @@ from fedmoe_jax.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 CPU = "requirements-cpu.txt"
-OWN = {"fedmoe_jax", "configs", "launch"}
+OWN = {"fedmoe_jax", "configs", "launch", "benchmarks"}
+OWN |= {path.stem for path in (ROOT / "benchmarks" / "runners").glob("*.py")}
 
 
 def _lines(name):
@@ -43,6 +44,7 @@ def _imports():
     files = [ROOT / "launch.py"]
     for folder in ("fedmoe_jax", "configs", "tests"):
         files += (ROOT / folder).rglob("*.py")
+    files += (ROOT / "benchmarks").glob("*.py")  # runners have packages of their own
     names = set()
     for file in filter(Path.exists, files):
         for node in ast.walk(ast.parse(file.read_text())):

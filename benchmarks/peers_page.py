@@ -1,0 +1,146 @@
+"""What a comparison of peers leaves: a CSV file, a picture and a page section."""
+
+import csv
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from benchmarks import page
+from benchmarks.works import WORKS
+from fedmoe_jax.files import write_atomically
+
+COLUMNS = {  # CSV name: heading of the page's tables
+    "seconds": "s/round",
+    "seconds_min": "min",
+    "seconds_max": "max",
+    "updates_per_s": "client updates/s",
+    "examples_per_s": "examples/s",
+    "cpu_seconds": "CPU s/round",
+    "peak_mb": "peak MB",
+    "startup_s": "start-up s",
+    "dense_share": "share of dense limit",
+    "ratio": "ours / peer",
+}
+COUNTS = ("rounds",)
+FIELDS = ("work", "peer", "kind", *COLUMNS, *COUNTS, "note")
+ABOUT = """Times are medians over all timed rounds; min and max are over the launches'
+medians. The share of the dense limit is the model's operations (forward and backward)
+over those of a 4096 x 4096 float32 matrix product on all cores. Start-up lasts from the
+launch of the process to the end of its first round, so it includes imports, data and
+compilation. Peak memory is the sum over a peer's processes of each one's peak resident
+size. A, B and P give every client examples of its own; in C the clients share a pool of
+50,000 images. No peer evaluates inside a timed round."""
+
+
+def read_rows(text: str) -> list[dict]:
+    """Rows of a CSV file that `format_rows` wrote."""
+    rows = []
+    for line in csv.DictReader(io.StringIO(text)):
+        row = {name: line[name] for name in ("work", "peer", "kind", "note")}
+        numbers = {n: float(line[n]) for n in (*COLUMNS, *COUNTS) if line[n]}
+        rows.append(row | numbers)
+    return rows
+
+
+def format_rows(rows: list[dict]) -> str:
+    """Rows as CSV; a number that is missing is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        digits = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, (int, float))}
+        writer.writerow(row | digits)
+    return text.getvalue()
+
+
+def fastest(rows: list[dict], work: str, kind: str) -> dict | None:
+    """The row of a kind with the shortest rounds."""
+    timed = [
+        r for r in rows if (r["work"], r["kind"]) == (work, kind) and "seconds" in r
+    ]
+    return min(timed, key=lambda row: row["seconds"], default=None)
+
+
+def ratio_table(rows: list[dict], names: list[str]) -> str:
+    """Ours against the fastest PyTorch peer and the fastest JAX peer."""
+    lines = []
+    for name in names:
+        line = [f"{name}: {WORKS[name].title}"]
+        for kind in ("pytorch", "jax"):
+            best = fastest(rows, name, kind)
+            line.append(best["peer"] if best else "none")
+            known = best and "ratio" in best
+            line.append(f"**{best['ratio']:.2f}**" if known else "unknown")
+        lines.append(tuple(line))
+    header = ("work", "fastest PyTorch peer", "ours / it", "fastest JAX peer")
+    return page.table((*header, "ours / it"), lines)
+
+
+def format_number(value: float) -> str:
+    """Three digits, or whole thousands apart."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def work_table(rows: list[dict], name: str) -> str:
+    """All peers of a work, the fastest first, failures last."""
+    mine = [row for row in rows if row["work"] == name]
+    mine.sort(key=lambda row: row.get("seconds", float("inf")))
+    lines = [
+        (
+            r["peer"],
+            *(format_number(r[c]) if c in r else "" for c in COLUMNS),
+            r["note"],
+        )
+        for r in mine
+    ]
+    return page.table(("peer", *COLUMNS.values(), "note"), lines)
+
+
+def render(rows: list[dict]) -> str:
+    """The section: ratios first, then one table per work."""
+    names = [name for name in WORKS if any(row["work"] == name for row in rows)]
+    parts = ["Examples per second, ours divided by the peer's:"]
+    parts += [ratio_table(rows, names), ABOUT, "![Peers](peers.png)"]
+    for name in names:
+        parts += [f"**{name}: {WORKS[name].title}**", work_table(rows, name)]
+    return "\n\n".join(parts)
+
+
+def draw(rows: list[dict]) -> plt.Figure:
+    """Examples per second, a panel for each work, ours in colour."""
+    names = [name for name in WORKS if any(row["work"] == name for row in rows)]
+    figure, axes = plt.subplots(
+        len(names), 1, figsize=(8, 0.8 + 2.6 * len(names)), squeeze=False
+    )
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        mine = [row for row in rows if row["work"] == name and "seconds" in row]
+        mine.sort(key=lambda row: -row["seconds"])
+        rates = [row["examples_per_s"] for row in mine]
+        colours = ["tab:orange" if r["kind"] == "ours" else "silver" for r in mine]
+        bars = axis.barh([row["peer"] for row in mine], rates, color=colours)
+        axis.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
+        axis.set_title(f"{name}: {WORKS[name].title}", loc="left", fontsize=10)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("examples per second")
+    figure.tight_layout()
+    return figure
+
+
+def write(rows: list[dict], arguments: str) -> None:
+    """Writes all three; works that `rows` lacks keep what the CSV file has of them."""
+    path = page.RESULTS / "peers.csv"
+    done = {row["work"] for row in rows}
+    kept = read_rows(path.read_text()) if path.exists() else []
+    rows = [row for row in kept if row["work"] not in done] + rows
+    rows.sort(key=lambda row: row["work"])
+    write_atomically(path, format_rows(rows))
+    figure = draw(rows)
+    figure.savefig(page.RESULTS / "peers.png", dpi=120)
+    plt.close(figure)
+    command = f"python -m benchmarks.peers {arguments}".strip()
+    page.write_section("peers", "Peers on CPU", command, render(rows))

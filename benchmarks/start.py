@@ -1,0 +1,101 @@
+"""A run on synthetic images, started without a work folder: what benchmarks time."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import default
+from fedmoe_jax import experiment
+from fedmoe_jax.driver import compile_once
+from fedmoe_jax.round import build_run_rounds
+from fedmoe_jax.setup import Setup, init_state
+from fedmoe_jax.sharding import build_mesh, replicate
+from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, SimState
+
+
+class Started(NamedTuple):
+    """A run ready to be timed; `run_rounds` is compiled and donates the state."""
+
+    setup: Setup
+    federation: Federation
+    hyper: Hyper
+    state: SimState
+    run_rounds: Callable
+    compile_seconds: float
+
+
+def make_config(**fields) -> ConfigDict:
+    """The default config with other values, by dotted names."""
+    config = default.get_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def make_images(count: int, shape: tuple[int, int, int], classes: int) -> Dataset:
+    """Uniform noise with random labels, the first 2,000 images as test set."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+    y = rng.integers(0, classes, count, dtype=np.int32)
+    names = tuple(str(label) for label in range(classes))
+    return Dataset(x, y, x[:2000], y[:2000], names)
+
+
+def share_out(clients: int, examples: int, count: int, classes: int) -> Partition:
+    """Gives every client as many examples, one after the other, round and round."""
+    index = np.arange(clients * examples, dtype=np.int32) % count
+    return Partition(
+        index=index.reshape(clients, examples),
+        size=np.full(clients, examples, np.int32),
+        label_counts=np.ones((clients, classes), np.int32),
+    )
+
+
+def start(
+    config: ConfigDict, data: Dataset, partition: Partition, devices: int
+) -> Started:
+    """Puts the run on its devices and compiles its rounds."""
+    mesh = build_mesh(devices)
+    federation = experiment.make_federation(config, data, partition)
+    setup = experiment.build_setup(
+        config,
+        len(data.label_names),
+        data.train_x.shape[1:],
+        local_steps=experiment.longest(federation.steps, config.local_epochs > 0),
+        mesh=mesh,
+    )
+    hyper = replicate(experiment.make_hyper(config), mesh)
+    state = replicate(init_state(jax.random.key(0), hyper, setup), mesh)
+    federation = replicate(federation, mesh)
+    run_rounds, seconds = compile_once(
+        build_run_rounds(setup), state, federation, hyper
+    )
+    return Started(setup, federation, hyper, state, run_rounds, seconds)
+
+
+def time_interleaved(
+    calls: dict[str, Callable[[], object]], repetitions: int
+) -> dict[str, list[float]]:
+    """Seconds of each call, all of them in turn in every repetition."""
+    seconds = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def keep_running(started: Started) -> Callable[[], SimState]:
+    """A call that advances the run by its R rounds and remembers the state."""
+    state = started.state
+
+    def advance() -> SimState:
+        nonlocal state
+        state, _ = started.run_rounds(state, started.federation, started.hyper)
+        return state
+
+    return advance

@@ -1,0 +1,124 @@
+"""The comparison with peers, without any peer and without the network."""
+
+import json
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+
+from benchmarks import launches, page, peers, peers_page, works
+
+
+def say(**fields) -> str:
+    return f"print({json.dumps(fields)!r}, flush=True)"
+
+
+def run_script(*lines: str, timeout: float = 60) -> launches.Launch:
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return launches.launch(command, launches.child_variables(""), timeout)
+
+
+ROUNDS = [say(event="round", seconds=s, cpu_seconds=2 * s) for s in (9, 8, 1, 3)]
+CHECK = say(event="check", before=2.5, value=2.0)
+DONE = say(event="done", peak_mb=7)
+
+
+def test_flops_by_hand():
+    # 3 x 3 x 3 -> 32 on 30 x 30, 3 x 3 x 32 -> 64 on 28 x 28, 12544 -> 128 -> 10.
+    macs = [777_600, 14_450_688, 1_605_632, 1_280]
+    assert works.layer_macs("cnn") == macs
+    assert works.flops_per_example("cnn") == 6 * sum(macs) - 2 * 777_600
+    assert works.flops_per_example("mlp") == 4 * 196_608 + 6 * 640
+
+
+@pytest.mark.parametrize("name", works.WORKS)
+def test_clients_own_images_that_exist(name):
+    work = works.WORKS[name]
+    ids = works.load_ids(work)
+    assert ids.shape == (work.clients, work.examples)
+    assert ids.min() >= 0 and ids.max() < works.num_images(work)
+    if work.pool is None:
+        assert len(np.unique(ids)) == ids.size
+    cohort = works.sample_cohort(work, 3)
+    assert len(np.unique(cohort)) == work.cohort
+    assert not np.array_equal(cohort, works.sample_cohort(work, 4))
+
+
+def test_normalised_images_have_unit_variance():
+    images, labels = works.load_images(works.WORKS["P"])
+    values = works.normalise(images)
+    assert images.dtype == np.uint8 and values.dtype == np.float32
+    np.testing.assert_allclose([values.mean(), values.std()], [0, 1], atol=0.01)
+    assert set(labels) == set(range(works.CLASSES))
+
+
+@pytest.mark.parametrize("line", ["", "Metrics at iteration 3", "7", '{"a": 1}', "{"])
+def test_other_lines_are_no_events(line):
+    assert launches.parse_event(line) is None
+
+
+def test_launch_drops_warm_up_and_other_lines():
+    found = run_script("print('hello')", *ROUNDS, CHECK, DONE)
+    assert found[:3] == ([1, 3], [2, 6], 7)
+    assert found.startup > 0
+
+
+@pytest.mark.parametrize(
+    "lines, reason",
+    [
+        (["raise ValueError('no such thing')"], "ValueError: no such thing"),
+        ([*ROUNDS, "raise SystemExit(3)"], "exit status 3"),
+        (ROUNDS, "before its last round"),
+        ([*ROUNDS[:2], CHECK, DONE], "before its last round"),
+        ([*ROUNDS, CHECK.replace("2.0", "NaN"), DONE], "did not train"),
+        ([*ROUNDS, CHECK.replace("2.0", "2.5"), DONE], "did not train"),
+    ],
+)
+def test_failures_have_a_reason(lines, reason):
+    with pytest.raises(launches.PeerError, match=reason):
+        run_script(*lines)
+
+
+def test_a_launch_that_hangs_is_ended():
+    with pytest.raises(launches.PeerError, match="longer than"):
+        run_script("import time; time.sleep(600)", timeout=0.5)
+
+
+def fake_rows() -> list[dict]:
+    launch = lambda seconds: launches.Launch(seconds, seconds, 5.0, 3.0)
+    torch = iter([6.0, 10.0, 7.0])
+
+    def run(name: str) -> launches.Launch:
+        if name == "fedjax":
+            raise launches.PeerError("does not install: no wheel")
+        return launch({"fedmoe": [1.0, 2.0], "pfl": [4.0]}.get(name) or [next(torch)])
+
+    found, failures = peers.repeat(["fedmoe", "pfl", "fedjax", "torch"], 3, run)
+    return peers.build_rows("A", found, failures, 100.0, 2)
+
+
+def test_rows_by_hand():
+    ours, pfl, fedjax, torch = fake_rows()
+    assert (ours["seconds"], ours["seconds_min"], ours["rounds"]) == (1.5, 1.5, 6)
+    assert [torch[f"seconds{end}"] for end in ("", "_min", "_max")] == [7, 6, 10]
+    assert ours["ratio"] == 1 and pfl["ratio"] == pytest.approx(4 / 1.5)
+    assert pfl["updates_per_s"] == 5 and pfl["examples_per_s"] == 1250
+    share = 1250 * works.flops_per_example("cnn") / 100e9
+    assert pfl["dense_share"] == pytest.approx(share)
+    assert "no wheel" in fedjax["note"] and "seconds" not in fedjax
+
+
+def test_page_and_csv(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    rows = fake_rows()
+    peers_page.write([row | {"work": "B"} for row in rows], "--works=B")
+    peers_page.write(rows, "--works=A")
+    text = (tmp_path / "performance.md").read_text()
+    assert "x 250 | pfl-research, 2 processes | **2.67**" in text
+    assert "none | unknown" in text and "no wheel" in text
+    kept = peers_page.read_rows((tmp_path / "peers.csv").read_text())
+    assert [row["work"] for row in kept] == ["A"] * 4 + ["B"] * 4
+    assert kept[1]["ratio"] == pytest.approx(4 / 1.5, rel=1e-5)
+    assert (tmp_path / "peers.png").stat().st_size > 1000
+    assert matplotlib.get_backend().lower() == "agg"
