@@ -11,6 +11,11 @@ from pathlib import Path
 from fedmoe_jax.files import write_atomically
 
 RESULTS = Path(__file__).parent.parent / "results"
+HEAD = """# Performance
+
+Every section is written by its command, on the machine and date that it names. Only
+ratios within one run carry over to other machines.
+"""
 PACKAGES = ("jax", "flax", "optax", "numpy")
 
 
@@ -45,7 +50,7 @@ def write_section(name: str, title: str, command: str, body: str) -> None:
       body: Markdown, ratios first.
     """
     path = RESULTS / "performance.md"
-    page = path.read_text() if path.exists() else "# Performance\n"
+    page = path.read_text() if path.exists() else HEAD
     text = f"## {title}\n\n`{command}`  \n{describe_machine()}\n\n{body.strip()}"
     section = f"<!-- {name} -->\n{text}\n<!-- /{name} -->\n"
     pattern = re.compile(f"<!-- {name} -->.*<!-- /{name} -->\n", re.S)

@@ -29,6 +29,7 @@ from fedmoe_jax.types import (
     Evidence,
     Federation,
     Hyper,
+    RoundFn,
     SimState,
     Sizes,
 )
@@ -149,9 +150,7 @@ def round_step(
     )
 
 
-def build_round(
-    setup: Setup,
-) -> Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]:
+def build_round(setup: Setup) -> RoundFn:
     """Builds `round_step(state, federation, hyper) -> (state, metrics)` of a setup.
 
     It is written for one device of the mesh, see `sharding.spread`.
@@ -173,28 +172,21 @@ def build_round(
     return functools.partial(round_step, setup=setup, train_cohort=train_cohort)
 
 
-def scan_rounds(
-    setup: Setup,
-) -> Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]:
+def scan_rounds(setup: Setup) -> RoundFn:
     """R rounds of ONE run, written for one device; metrics gain a leading R axis."""
     one_round = build_round(setup)
 
     def run_rounds(
         state: SimState, federation: Federation, hyper: Hyper
     ) -> tuple[SimState, dict[str, Array]]:
-        return jax.lax.scan(
-            lambda carry, _: one_round(carry, federation, hyper),
-            state,
-            length=setup.rules.chunk_rounds,
-        )
+        next_round = lambda carry, _: one_round(carry, federation, hyper)
+        return jax.lax.scan(next_round, state, length=setup.rules.chunk_rounds)
 
     return run_rounds
 
 
 @functools.cache
-def build_run_rounds(
-    setup: Setup,
-) -> Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]:
+def build_run_rounds(setup: Setup) -> RoundFn:
     """Builds `run_rounds(state, federation, hyper) -> (state, metrics)`, R rounds.
 
     One jitted program; every metric gains a leading R axis. The state is donated, so

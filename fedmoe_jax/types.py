@@ -300,6 +300,8 @@ class Feedback:
 
 # (evidence, hyper, sizes, key) -> Assignment
 AssignFn = Callable[[Evidence, Hyper, Sizes, Array], Assignment]
+# (state, federation, hyper) -> (state, metrics), of one round or of R
+RoundFn = Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]
 # Sizes -> Sizes, for strategies whose model differs from the configured one.
 ResizeFn = Callable[[Sizes], Sizes]
 

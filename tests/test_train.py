@@ -237,6 +237,18 @@ def test_many_experts_are_evaluated_where_they_are_asked(tmp_path):
     assert page.exists()
 
 
+def test_scratch_memory_does_not_grow_with_the_cohort(tmp_path):
+    def scratch(cohort_size):
+        widths = {f"model.{part}_width": 64 for part in ("stem", "expert", "feature")}
+        changes = {"num_clients": 64, "cohort_size": cohort_size} | widths
+        plan = train.plan_run(tiny_config(**changes), build_mesh(1))
+        job = train.build_job(plan, tmp_path, "tiny")
+        program, _ = driver.compile_once(job.run_rounds, job.state, *job.inputs)
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert scratch(64) < 1.1 * scratch(4)
+
+
 def test_a_run_compiles_its_two_programs_once(tmp_path):
     before = len(driver._compiled)
     changes = {"batch_size": 3, "num_rounds": 4}  # sizes of no other test
