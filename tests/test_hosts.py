@@ -84,7 +84,7 @@ def launch(tmp_path_factory):
 
     `struck` maps a process to the signal that it sends itself and in which round;
     `extra` are further flags of the second process. Returns exit codes, stdouts,
-    stderrs and the seconds between both ends.
+    stderrs.
     """
     cache = tmp_path_factory.mktemp("cache")
     env = os.environ | {
@@ -112,28 +112,26 @@ def launch(tmp_path_factory):
                         command, env=env, cwd=cache, stdout=out, stderr=err
                     )
                 )
-            seconds = wait_for(started)
+            wait_for(started)
         outs, errs = zip(
             *[[path.read_text() for path in pair] for pair in paths], strict=True
         )
-        return [process.returncode for process in started], outs, errs, seconds
+        return [process.returncode for process in started], outs, errs
 
     return run
 
 
 def wait_for(started):
-    """Seconds from the first end to the last; kills those that do not end."""
-    ends, deadline = {}, time.monotonic() + PATIENCE
-    while len(ends) < len(started) and time.monotonic() < deadline:
+    """Waits until all have ended; kills those that do not."""
+    ended = lambda: all(process.poll() is not None for process in started)
+    deadline = time.monotonic() + PATIENCE
+    while not ended() and time.monotonic() < deadline:
         time.sleep(0.05)
-        for number, process in enumerate(started):
-            if process.poll() is not None:
-                ends.setdefault(number, time.monotonic())
+    hanging = not ended()
     for process in started:
         process.kill()
         process.wait()
-    assert len(ends) == len(started), "a process hangs"
-    return max(ends.values()) - min(ends.values())
+    assert not hanging, "a process hangs"
 
 
 def rows_of(folder):
@@ -174,7 +172,7 @@ def interrupted(launch, tmp_path_factory):
 
 
 def test_a_signal_to_one_process_stops_all(interrupted):
-    codes, outs, errs, _ = interrupted[1]["stopped"]
+    codes, outs, errs = interrupted[1]["stopped"]
     assert codes == [3, 3], errs
     assert "stopped and saved; to resume: python " in outs[0].splitlines()[-1]
     assert outs[1] == ""
@@ -182,7 +180,7 @@ def test_a_signal_to_one_process_stops_all(interrupted):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_without_one_process_the_other_ends_with_an_error(interrupted, killed):
-    codes, outs, errs, _ = interrupted[1][f"{killed} killed"]
+    codes, outs, errs = interrupted[1][f"{killed} killed"]
     assert codes[killed] == -signal.SIGKILL
     assert codes[1 - killed] not in (0, 2, 3) and errs[1 - killed] != ""
     assert outs[1] == ""
@@ -190,7 +188,7 @@ def test_without_one_process_the_other_ends_with_an_error(interrupted, killed):
 
 def test_started_again_they_finish_the_same_run(interrupted, tmp_path):
     folder, results = interrupted
-    codes, outs, errs, _ = results["finished"]
+    codes, outs, errs = results["finished"]
     assert codes == [0, 0], errs
     assert outs[1] == ""
     config = default.get_config("smoke")
@@ -211,7 +209,7 @@ def test_there_is_one_set_of_outputs(interrupted):
 
 def test_a_comparison_is_the_one_of_a_single_process(launch, tmp_path):
     folder = tmp_path / "two"
-    codes, outs, errs, _ = launch(*PAIR, f"--workdir={folder}")
+    codes, outs, errs = launch(*PAIR, f"--workdir={folder}")
     assert codes == [0, 0], errs
     assert "[1/1] 4 runs as one program on 1 x 2 devices" in outs[0]
     assert outs[1] == ""
@@ -229,7 +227,7 @@ def test_a_comparison_is_the_one_of_a_single_process(launch, tmp_path):
 
 def test_a_mistake_that_only_process_0_can_see_ends_both(launch, tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    codes, outs, errs, _ = launch(*TINY, f"--workdir={tmp_path}")
+    codes, outs, errs = launch(*TINY, f"--workdir={tmp_path}")
     assert codes == [2, 2] and outs[1] == "" and errs[1] == ""
     assert errs[0].startswith("error: ") and len(errs[0].splitlines()) == 1
     assert "without its config.json" in errs[0]
@@ -237,7 +235,7 @@ def test_a_mistake_that_only_process_0_can_see_ends_both(launch, tmp_path):
 
 def test_different_requests_end_both(launch, tmp_path):
     words = [*TINY, f"--workdir={tmp_path / 'new'}"]
-    codes, _, errs, _ = launch(*words, extra=["--config.seed=1"])
+    codes, _, errs = launch(*words, extra=["--config.seed=1"])
     assert codes == [2, 2] and errs[1] == ""
     assert errs[0].startswith("error: config, workdir and profile differ")
     assert list(tmp_path.iterdir()) == []
