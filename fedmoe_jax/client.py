@@ -66,9 +66,11 @@ def client_optimizer(
 
 
 def normalise(x: Array, mean: Array, std: Array) -> Array:
-    """uint8 images [B, H, W, F] -> float32 with zero mean and unit variance per F."""
-    scaled = x.astype(jnp.float32) / 255.0
-    return (scaled - mean[None, None, None]) / std[None, None, None]
+    """uint8 images [B, H, W, F] -> float32 with zero mean and unit variance per F.
+
+    `mean` and `std` [H, W, F] are read like the images, so that the loop vectorises.
+    """
+    return (x.astype(jnp.float32) / 255.0 - mean[None]) / std[None]
 
 
 def take_submodel(params: PyTree, gate: PyTree, held: Array) -> PyTree:

@@ -248,8 +248,8 @@ def make_federation(
         label_mix=counts / counts.sum(axis=1, keepdims=True),
         test_x=data.test_x,
         test_y=data.test_y,
-        mean=mean,
-        std=std,
+        mean=np.broadcast_to(mean, data.train_x.shape[1:]),
+        std=np.broadcast_to(std, data.train_x.shape[1:]),
         devices=devices,
     )
 

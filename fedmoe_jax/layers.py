@@ -167,8 +167,7 @@ def _pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
 def _pool_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
     x, largest = saved
     equal = _blocks(x) == largest[:, :, None, :, None]
-    corners = [equal[:, :, i, :, j] for i in (0, 1) for j in (0, 1)]
-    share = grad / sum(corner.astype(grad.dtype) for corner in corners)
+    share = grad / equal.sum((2, 4), dtype=grad.dtype)
     return (jnp.where(equal, share[:, :, None, :, None], 0.0).reshape(x.shape),)
 
 
@@ -184,10 +183,14 @@ def group_norm(x: Array, name: str) -> Array:
 
 
 def random_bytes(key: Array, shape: tuple[int, ...]) -> Array:
-    """Uniform uint8 of any shape, four from each word: `jax.random.bits` takes one."""
-    count = math.prod(shape)
-    words = jax.random.bits(key, (-(-count // 4),), jnp.uint32)
-    return lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:count].reshape(shape)
+    """Uniform uint8 of a shape with at least one axis, four from each random word.
+
+    The bytes of a word lie far apart along the last axis, so that loops vectorise.
+    """
+    *leading, last = shape
+    words = jax.random.bits(key, (*leading, -(-last // 4)), jnp.uint32)
+    parts = [(words >> shift).astype(jnp.uint8) for shift in (0, 8, 16, 24)]
+    return jnp.concatenate(parts, axis=-1)[..., :last]
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

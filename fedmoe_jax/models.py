@@ -69,8 +69,8 @@ class CnnStem(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = space_to_depth(x)
-        x = max_pool(nn.relu(group_norm(Conv(self.width)(x), "norm1")))
-        return max_pool(nn.relu(group_norm(Conv(2 * self.width)(x), "norm2")))
+        x = nn.relu(max_pool(group_norm(Conv(self.width)(x), "norm1")))
+        return nn.relu(max_pool(group_norm(Conv(2 * self.width)(x), "norm2")))
 
 
 class SimpleCnnStem(nn.Module):
@@ -85,9 +85,9 @@ class SimpleCnnStem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        for width in (self.width, 2 * self.width):
-            x = nn.relu(Conv(width, padding="VALID", use_bias=True)(x))
-        return max_pool(x)
+        x = nn.relu(Conv(self.width, padding="VALID", use_bias=True)(x))
+        x = Conv(2 * self.width, padding="VALID", use_bias=True)(x)
+        return nn.relu(max_pool(x))
 
 
 class ResNet8Stem(nn.Module):
@@ -141,8 +141,8 @@ class ConvExpert(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.relu(group_norm(Conv(self.width)(x), "norm"))
-        return nn.Dense(self.features)(max_pool(x).reshape(x.shape[0], -1))
+        x = nn.relu(max_pool(group_norm(Conv(self.width)(x), "norm")))
+        return nn.Dense(self.features)(x.reshape(x.shape[0], -1))
 
 
 STEMS = {

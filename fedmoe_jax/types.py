@@ -185,8 +185,8 @@ class Federation:
       label_mix: [N, L] float32, each client's label histogram, rows sum to 1.
       test_x: [X', H, W, F] uint8.
       test_y: [X'] int32.
-      mean: [F] float32 channel means of `x` as fractions of 255.
-      std: [F] float32 channel standard deviations, likewise, > 0.
+      mean: [H, W, F] float32 channel means of `x` as fractions of 255, at every pixel.
+      std: [H, W, F] float32 channel standard deviations, likewise, > 0.
       devices: the clients' devices.
     """
 

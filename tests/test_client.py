@@ -88,8 +88,8 @@ def make_federation():
         label_mix=np.full((5, 3), 1 / 3, np.float32),
         test_x=np.zeros((1, *IMAGE), np.uint8),
         test_y=np.zeros(1, np.int32),
-        mean=np.array([0.4], np.float32),
-        std=np.array([0.3], np.float32),
+        mean=np.full(IMAGE, 0.4, np.float32),
+        std=np.full(IMAGE, 0.3, np.float32),
         devices=None,
     )
     return jax.tree.map(jnp.asarray, arrays)
@@ -469,7 +469,8 @@ def test_take_submodel_gathers_rows():
 
 def test_normalise_by_hand():
     x = jnp.array([0, 51, 255, 102], jnp.uint8).reshape(1, 2, 1, 2)
-    out = normalise(x, jnp.array([0.5, 0.2]), jnp.array([0.25, 0.1]))
+    mean, std = jnp.array([[[0.5, 0.2]]] * 2), jnp.array([[[0.25, 0.1]]] * 2)
+    out = normalise(x, mean, std)
     np.testing.assert_allclose(out.reshape(-1), [-2, 0, 2, 2], atol=1e-5)
 
 

@@ -98,8 +98,8 @@ def make_federation(image=IMAGE):
         "label_mix": make_mix(3),
         "test_x": rng.integers(0, 256, (IMAGES, *image), np.uint8),
         "test_y": rng.integers(0, SIZES.num_classes, IMAGES, np.int32),
-        "mean": np.array([0.5], np.float32),
-        "std": np.array([0.3], np.float32),
+        "mean": np.full(image, 0.5, np.float32),
+        "std": np.full(image, 0.3, np.float32),
     }
     return jax.tree.map(jnp.asarray, Federation(**fields))
 

@@ -67,7 +67,7 @@ PARAMS = STEM + 4 * EXPERT + GATE + HEAD
 
 SUBMODEL = STEM + 2 * EXPERT + GATE + HEAD
 # 1437 training and 360 test images with labels, mean and standard deviation.
-IMAGES = (1437 + 360) * (64 + 4) + 2 * 4
+IMAGES = (1437 + 360) * (64 + 4) + 2 * 64 * 4
 # 1437 examples on 4 clients: up to 360 each, padded to 512; size, steps, label mix of
 # 10 classes, 5 numbers of the device.
 OWN = 4 * 4 * (512 + 1 + 1 + 10 + 5)

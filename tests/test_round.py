@@ -229,8 +229,8 @@ def make_label_federation(counts):
         label_mix=jnp.asarray(counts / size[:, None], jnp.float32),
         test_x=jnp.zeros((1, 2, 2, 1), jnp.uint8),
         test_y=jnp.zeros(1, jnp.int32),
-        mean=jnp.zeros(1),
-        std=jnp.ones(1),
+        mean=jnp.zeros((2, 2, 1)),
+        std=jnp.ones((2, 2, 1)),
         devices=Devices(
             memory=1e12 * ones,
             flops=1e12 * ones,
