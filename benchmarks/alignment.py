@@ -10,7 +10,7 @@ the fitness matrix is the limit for a program that keeps it in memory.
 
 import functools
 import os
-import time
+import statistics
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +22,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import page
+from benchmarks.start import make_config, time_interleaved
 from fedmoe_jax.align.learn import count_load
 from fedmoe_jax.align.solve import expected_load, running_top_k
 from fedmoe_jax.align.usage import update_usage
 from fedmoe_jax.cohort import Report
+from fedmoe_jax.experiment import build_setup
+from fedmoe_jax.setup import init_state
 from fedmoe_jax.sharding import CLIENTS, build_mesh, spread
 from fedmoe_jax.strategies import LOAD_BALANCED
-from fedmoe_jax.types import AlignState, Assignment, Evidence, Feedback, Hyper, Sizes
+from fedmoe_jax.types import Assignment, Evidence, Feedback, Hyper, Sizes
 
 CASES = [(1_000_000, 64, 4), (1_000_000, 64, 8), (100_000, 256, 4), (100_000, 256, 8)]
 PICKS = (100_000, 64, 4)
@@ -111,15 +114,10 @@ def numpy_in_blocks(
     return np.concatenate(held), DECAY * host["usage"] + sum(load)
 
 
-def measure(forms: dict[str, Callable], repeats: int) -> dict[str, float]:
+def measure(forms: dict[str, Callable]) -> dict[str, float]:
     """Median seconds of each form, all forms in turn; the first turn warms up."""
-    seconds = {name: [] for name in forms}
-    for _ in range(repeats + 1):
-        for name, form in forms.items():
-            start = time.perf_counter()
-            jax.block_until_ready(form())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
+    seconds = time_interleaved(forms, REPEATS + 1)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def numpy_peak(form: Callable) -> int:
@@ -160,7 +158,7 @@ def run_case(case: tuple[int, int, int], pool: ThreadPoolExecutor) -> tuple:
         "numpy": lambda: decide_numpy(host, max_held),
         "blocks": lambda: numpy_in_blocks(host, max_held, pool),
     }
-    seconds = measure(forms, REPEATS)
+    seconds = measure(forms)
     memory = program.memory_analysis()
     scratch = mesh.size * memory.temp_size_in_bytes / 1e6
     return (
@@ -188,21 +186,17 @@ def seconds_per_pick() -> float:
         "order": np.arange(count, dtype=np.int32),
     }
     program, args = jax.jit(solve), jax.device_put(args)
-    return measure({"pick": lambda: program(**args)}, REPEATS)["pick"] / count
+    return measure({"pick": lambda: program(**args)})["pick"] / count
 
 
 def state_bytes(num_clients: int, num_experts: int) -> int:
-    """Bytes of the alignment state; nothing is allocated."""
-    pairs = num_clients, num_experts
-    shapes = jax.eval_shape(
-        lambda: AlignState(
-            fitness=jnp.zeros(pairs),
-            usage=jnp.zeros(num_experts),
-            held=jnp.zeros(pairs, bool),
-            times_held=jnp.zeros(pairs, jnp.int32),
-        )
-    )
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    """Bytes of the alignment state that a run starts with; nothing is allocated."""
+    config = make_config(num_clients=num_clients, num_experts=num_experts)
+    setup = build_setup(config, 10, (8, 8, 1), local_steps=1, mesh=build_mesh(1))
+    start = functools.partial(init_state, setup=setup)
+    state = jax.eval_shape(start, jax.random.key(0), make_hyper())
+    leaves = jax.tree.leaves(state.align)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 HEADER = (

@@ -1,36 +1,31 @@
 """One device against all, and what ragged clients waste.
 
-python -m benchmarks.devices
+    python -m benchmarks.devices
+
+One device is timed twice: pinned to one core, and with all cores inside operators.
 """
 
 import json
 import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import page
+from benchmarks.processes import run_python
 from fedmoe_jax.dealing import chunk_size, wasted_share
-from fedmoe_jax.machine import count_cores
 from fedmoe_jax.partition import split
 
 RUNNER = Path(__file__).parent / "runners" / "fedmoe.py"
 REPETITIONS, ROUNDS, WARM_UP = 3, 5, 2
 
 
-def time_rounds(work: str, devices: int) -> list[float]:
+def time_rounds(work: str, devices: int, cores: set[int]) -> list[float]:
     """Seconds of each timed round of a new process on so many devices."""
-    command = [sys.executable, RUNNER, f"--work={work}", f"--processes={devices}"]
-    rounds = f"--rounds={WARM_UP + ROUNDS}"
-    environment = os.environ | {"PYTHONPATH": str(RUNNER.parent.parent.parent)}
-    environment.pop("XLA_FLAGS", None)
-    done = subprocess.run(
-        [*command, rounds], env=environment, check=True, capture_output=True, text=True
-    )
-    events = [json.loads(line) for line in done.stdout.splitlines() if "{" in line]
+    flags = (f"--work={work}", f"--processes={devices}", f"--rounds={WARM_UP + ROUNDS}")
+    output = run_python(str(RUNNER), *flags, cores=cores)
+    events = [json.loads(line) for line in output.splitlines() if "{" in line]
     return [e["seconds"] for e in events if e["event"] == "round"][WARM_UP:]
 
 
@@ -69,22 +64,26 @@ def waste_table() -> str:
 
 
 def main() -> None:
-    cores = count_cores()
-    seconds = {(w, d): [] for w in "AB" for d in (1, cores)}
+    cores = os.sched_getaffinity(0)
+    ways = {  # devices and the cores that they may use
+        "one, on one core": (1, {min(cores)}),
+        "one, on all cores": (1, cores),
+        f"{len(cores)}, on all cores": (len(cores), cores),
+    }
+    seconds = {(work, way): [] for work in "AB" for way in ways}
     for _ in range(REPETITIONS):
-        for work, devices in seconds:
-            seconds[work, devices] += time_rounds(work, devices)
-    median = {key: statistics.median(values) for key, values in seconds.items()}
-    gain = {work: median[work, 1] / median[work, cores] for work in "AB"}
+        for work, way in seconds:
+            seconds[work, way] += time_rounds(work, *ways[way])
+    rows = []
+    for (work, way), values in seconds.items():
+        slowest = statistics.median(seconds[work, next(iter(ways))])
+        gain = slowest / statistics.median(values)
+        rows.append((work, way, page.spread(values), gain))
     body = "\n\n".join(
         [
-            f"{cores} devices are **{gain['A']:.2f}** times as fast as one on Work A "
-            f"(the CNN) and {gain['B']:.2f} times on Work B (the MLP). One device may "
-            "use all cores inside each operator.",
-            page.table(
-                ("work", "devices", "seconds a round"),
-                [(*key, page.spread(values)) for key, values in seconds.items()],
-            ),
+            "By default every core is a device. One device on all cores shares out each"
+            " operator instead.",
+            page.table(("work", "devices", "seconds a round", "faster than one"), rows),
             "Ragged clients: one local epoch, batch 10, 1000 clients of 50,000 "
             "examples under Dirichlet(0.1), cohorts of 100; share of the devices' "
             "local steps in which they wait or compute for nothing (`wasted_share` in "

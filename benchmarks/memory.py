@@ -6,9 +6,7 @@ Every figure comes from a process of its own.
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 from absl import app, flags
 
 from benchmarks import page
+from benchmarks.processes import run_python
 from benchmarks.start import keep_running, make_images, share_out, start
 from configs import cifar10
 from fedmoe_jax.machine import count_cores, keep_programs, set_cpu_devices
@@ -53,10 +52,8 @@ def compile_round() -> dict[str, float]:
 
 def ask(flag: str, cache: str) -> float:
     """The figure that a process of its own measures."""
-    command = [sys.executable, "-m", "benchmarks.memory", flag]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True)
-    (value,) = json.loads(done.stdout.splitlines()[-1]).values()
+    output = run_python("-m", "benchmarks.memory", flag, cache=cache)
+    (value,) = json.loads(output.splitlines()[-1]).values()
     return value
 
 

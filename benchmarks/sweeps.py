@@ -7,10 +7,7 @@ running them: `compare` as one program, fifteen calls of `launch.py`, and fiftee
 of `train` in one process. Caches of compiled programs are empty at the start of each.
 """
 
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,10 +15,10 @@ from pathlib import Path
 from absl import app, flags
 
 from benchmarks import page
+from benchmarks.processes import run_python
 
 _LOOP = flags.DEFINE_string("loop", None, "Only run all members in turn, into here.")
 
-ROOT = Path(__file__).parent.parent
 STRATEGIES = ("random", "greedy", "load_balanced")
 SEEDS = (0, 1, 2, 3, 4)
 REPETITIONS = 3
@@ -52,18 +49,8 @@ def loop(folder: Path) -> None:
     write_report(folder, [load_run(each) for each in folders], "loop")
 
 
-def launch(*arguments: str, cache: str) -> None:
-    """One process; its output only if it fails."""
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.decode()[-2000:])
-
-
 def run_sweep(folder: str, cache: str) -> None:
-    launch(
+    run_python(
         *("launch.py", "--config=configs/compare.py:digits", f"--workdir={folder}"),
         f"--config.compare.strategies={STRATEGIES}",
         f"--config.compare.seeds={SEEDS}",
@@ -74,7 +61,7 @@ def run_sweep(folder: str, cache: str) -> None:
 def run_launches(folder: str, cache: str) -> None:
     for strategy in STRATEGIES:
         for seed in SEEDS:
-            launch(
+            run_python(
                 *("launch.py", f"--workdir={folder}/{strategy}-{seed}"),
                 *(f"--config.strategy={strategy}", f"--config.seed={seed}"),
                 cache=cache,
@@ -82,7 +69,7 @@ def run_launches(folder: str, cache: str) -> None:
 
 
 def run_loop(folder: str, cache: str) -> None:
-    launch("-m", "benchmarks.sweeps", f"--loop={folder}", cache=cache)
+    run_python("-m", "benchmarks.sweeps", f"--loop={folder}", cache=cache)
 
 
 WAYS = {
