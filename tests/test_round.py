@@ -14,7 +14,7 @@ import pytest
 import fedmoe_jax.round as round_file
 import fedmoe_jax.setup as setup_file
 from configs import default
-from fedmoe_jax import experiment, train
+from fedmoe_jax import experiment, sweep, train
 from fedmoe_jax.client import ClientUpdate, build_client_update
 from fedmoe_jax.cohort import build_train_cohort
 from fedmoe_jax.costs import Costs, count_bytes, count_costs
@@ -769,10 +769,20 @@ def find_called(parts, names):
     return seen
 
 
-@pytest.mark.parametrize("num_devices", [2, 8])
-def test_one_collective_joins_the_devices(num_devices):
+def list_collectives(program):
+    """Bytes that each collective of a compiled program sends, and its computation."""
+    return [
+        (count_text_bytes(match[1]), name)
+        for name, lines in split_computations(program.as_text()).items()
+        for match in filter(None, map(COLLECTIVE.search, lines))
+    ]
+
+
+@pytest.mark.parametrize(("num_devices", "gate_mode"), [(2, "global"), (8, "personal")])
+def test_one_collective_joins_the_devices(num_devices, gate_mode):
     """What is sent is one copy of the params and the reports, once a round."""
-    plan = plan_run(**{"run.num_devices": num_devices, "local_epochs": 1.0})
+    changes = {"run.num_devices": num_devices, "gate.mode": gate_mode}
+    plan = plan_run(**changes, local_epochs=1.0)
     parts = make_parts(plan, plan.setup)
     program = compile_round(parts.setup).lower(*parts[1:]).compile()
     computations = split_computations(program.as_text())
@@ -783,14 +793,27 @@ def test_one_collective_joins_the_devices(num_devices):
         for body in re.findall(r"body=%([\w.\-]+)", line)
     ]
     assert len(bodies) >= 2  # over the chunks and over the local steps
-    inside = find_called(computations, bodies)
-    sent = []
-    for name, lines in computations.items():
-        for match in filter(None, map(COLLECTIVE.search, lines)):
-            assert name not in inside, "a collective in a loop"
-            sent.append(count_text_bytes(match[1]))
+    ((sent, place),) = list_collectives(program)
+    assert place not in find_called(computations, bodies), "a collective in a loop"
     params = count_bytes(parts.state.params)
     report = C * (4 * K + 3) * 4  # feedback; loss, accuracy, finite
+    if gate_mode == "personal":
+        report += C * count_bytes(parts.state.params["gate"])
     weights = (2 * E + 1) * 4
-    assert params <= sum(sent) <= params + report + weights
-    assert len(sent) == 1
+    assert params <= sent <= params + report + weights
+
+
+def test_runs_of_a_sweep_do_not_talk_to_each_other(tmp_path):
+    """One collective a round, over the devices of one run, of one run's size."""
+    changes = {"run.num_devices": 8, "chunk_rounds": 1}
+    (wave,) = sweep.plan_waves(
+        [sweep.Member(f"seed{s}", tiny_config(seed=s, **changes)) for s in (0, 1)]
+    )
+    assert dict(wave.setup.mesh.shape) == {"runs": 2, "clients": 4}
+    job = sweep.build_wave_job(wave, [tmp_path / name for name in wave.names])
+    program = job.run_rounds.lower(job.state, *job.inputs).compile()
+    ((sent, _),) = list_collectives(program)
+    one_run = count_bytes(job.state.params) / 2
+    assert one_run <= sent < 1.5 * one_run
+    (groups,) = re.findall(r"all-reduce\(.*replica_groups=(\S+),", program.as_text())
+    assert groups in ("[2,4]<=[8]", "{{0,1,2,3},{4,5,6,7}}")
