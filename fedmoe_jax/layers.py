@@ -1,4 +1,4 @@
-"""Layers that stay fast inside compiled loops: convolution, pooling, normalisation.
+"""Layers that stay fast inside compiled loops: convolution, pooling, dense layers.
 
 XLA's CPU backend runs a convolution fast only in its canonical layout. The rewriting
 pass that would bring the two gradient convolutions there does not visit loop bodies, so
@@ -143,6 +143,44 @@ class Conv(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             x = x + bias[None, None, None]
         return x
+
+
+@jax.custom_vjp
+def canonical_product(x: Array, kernel: Array) -> Array:
+    """`x @ kernel`; [B, I] and [I, O] give [B, O].
+
+    XLA's CPU backend forms the kernel's gradient, a product over the short batch, up to
+    twice as fast where the images are transposed first.
+    """
+    return x @ kernel
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    # Without the barrier XLA would fold the transpose into the product again.
+    return grad @ kernel.T, lax.optimization_barrier(x.T) @ grad
+
+
+canonical_product.defvjp(_product_forward, _product_backward)
+
+
+class Dense(nn.Module):
+    """An affine map with the parameters of `nn.Dense`: [B, I] -> [B, features]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        on_cpu = jax.default_backend() == "cpu"
+        product = canonical_product(x, kernel) if on_cpu else x @ kernel
+        return product + bias[None]
 
 
 def _blocks(x: Array) -> Array:

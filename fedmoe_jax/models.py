@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedmoe_jax.layers import Conv, dropout, group_norm, max_pool, space_to_depth
+from fedmoe_jax.layers import Conv, Dense, dropout, group_norm, max_pool, space_to_depth
 from fedmoe_jax.types import Array, PyTree, UserError
 
 
@@ -55,7 +55,7 @@ class MlpStem(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = x.reshape(x.shape[0], -1)
-        return nn.LayerNorm()(nn.relu(nn.Dense(self.width)(x)))
+        return nn.LayerNorm()(nn.relu(Dense(self.width)(x)))
 
 
 class CnnStem(nn.Module):
@@ -119,7 +119,7 @@ class MlpExpert(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = x.reshape(x.shape[0], -1)
-        return nn.Dense(self.features)(nn.relu(nn.Dense(self.width)(x)))
+        return Dense(self.features)(nn.relu(Dense(self.width)(x)))
 
 
 class DenseExpert(nn.Module):
@@ -130,7 +130,7 @@ class DenseExpert(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return nn.relu(nn.Dense(self.width)(x.reshape(x.shape[0], -1)))
+        return nn.relu(Dense(self.width)(x.reshape(x.shape[0], -1)))
 
 
 class ConvExpert(nn.Module):
@@ -142,7 +142,7 @@ class ConvExpert(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = nn.relu(max_pool(group_norm(Conv(self.width)(x), "norm")))
-        return nn.Dense(self.features)(x.reshape(x.shape[0], -1))
+        return Dense(self.features)(x.reshape(x.shape[0], -1))
 
 
 STEMS = {

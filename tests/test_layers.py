@@ -10,7 +10,9 @@ from flax import linen as nn
 
 from fedmoe_jax.layers import (
     Conv,
+    Dense,
     canonical_conv,
+    canonical_product,
     conv,
     dropout,
     group_norm,
@@ -338,3 +340,38 @@ def test_dropout_near_one_keeps_a_little():
     kept = dropout(jnp.ones(100_000), 0.999, jax.random.key(0))
     assert set(np.unique(kept)) == {0.0, 256.0}
     np.testing.assert_allclose(kept.mean(), 1, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("batch", "inputs", "outputs"), [(10, 33, 7), (1, 4, 1)])
+def test_canonical_product_is_the_product_in_values_and_gradients(
+    dtype, batch, inputs, outputs
+):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=(3, *shape)), dtype)
+    arrays = draw(batch, inputs), draw(inputs, outputs), draw(batch, outputs)
+
+    def run(product):
+        def one(x, kernel, weight):
+            loss = lambda x, kernel: (product(x, kernel) * weight).sum()
+            return product(x, kernel), jax.grad(loss, (0, 1))(x, kernel)
+
+        step = lambda _, rows: (None, one(*rows))
+        scanned = jax.jit(lambda: jax.lax.scan(step, None, arrays)[1])()
+        return scanned, jax.jit(jax.vmap(one))(*arrays)
+
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.02}
+    close = lambda a, b: np.testing.assert_allclose(
+        np.float32(a), np.float32(b), **tolerance
+    )
+    jax.tree.map(close, run(canonical_product), run(jnp.matmul))
+
+
+def test_dense_has_the_parameters_of_flax():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+    ours, theirs = Dense(5), nn.Dense(5)
+    params = theirs.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x), params)
+    np.testing.assert_allclose(
+        ours.apply(params, x), theirs.apply(params, x), rtol=1e-6
+    )
