@@ -21,7 +21,7 @@ _LOOP = flags.DEFINE_string("loop", None, "Only run all members in turn, into he
 
 STRATEGIES = ("random", "greedy", "load_balanced")
 SEEDS = (0, 1, 2, 3, 4)
-REPETITIONS = 3
+REPETITIONS = 2
 
 
 def study():
