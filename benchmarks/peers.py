@@ -213,7 +213,7 @@ def main() -> None:
         if not flags.quick:
             peers_page.write(rows, shlex.join(sys.argv[1:]))
     if flags.quick:
-        print(peers_page.render(rows))
+        print(peers_page.render([row | {"measured": "quick"} for row in rows]))
 
 
 if __name__ == "__main__":

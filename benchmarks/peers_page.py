@@ -1,6 +1,7 @@
 """What a comparison of peers leaves: a CSV file, a picture and a page section."""
 
 import csv
+import datetime
 import io
 
 import matplotlib
@@ -26,7 +27,8 @@ COLUMNS = {  # CSV name: heading of the page's tables
     "ratio": "ours / peer",
 }
 COUNTS = ("rounds",)
-FIELDS = ("work", "peer", "kind", *COLUMNS, *COUNTS, "note")
+TEXTS = ("work", "peer", "kind", "note", "measured")
+FIELDS = ("work", "peer", "kind", *COLUMNS, *COUNTS, "note", "measured")
 ABOUT = """Times are medians over all timed rounds; min and max are over the launches'
 medians. The share of the dense limit is the model's operations (forward and backward)
 over those of a 4096 x 4096 float32 matrix product on all cores. Start-up lasts from the
@@ -40,7 +42,7 @@ def read_rows(text: str) -> list[dict]:
     """Rows of a CSV file that `format_rows` wrote."""
     rows = []
     for line in csv.DictReader(io.StringIO(text)):
-        row = {name: line[name] for name in ("work", "peer", "kind", "note")}
+        row = {name: line[name] for name in TEXTS}
         numbers = {n: float(line[n]) for n in (*COLUMNS, *COUNTS) if line[n]}
         rows.append(row | numbers)
     return rows
@@ -106,7 +108,9 @@ def render(rows: list[dict]) -> str:
     parts = ["Examples per second, ours divided by the peer's:"]
     parts += [ratio_table(rows, names), ABOUT, "![Peers](peers.png)"]
     for name in names:
-        parts += [f"**{name}: {WORKS[name].title}**", work_table(rows, name)]
+        measured = next(row["measured"] for row in rows if row["work"] == name)
+        title = f"**{name}: {WORKS[name].title}** ({measured})"
+        parts += [title, work_table(rows, name)]
     return "\n\n".join(parts)
 
 
@@ -133,6 +137,9 @@ def draw(rows: list[dict]) -> plt.Figure:
 
 def write(rows: list[dict], arguments: str) -> None:
     """Writes all three; works that `rows` lacks keep what the CSV file has of them."""
+    command = f"python -m benchmarks.peers {arguments}".strip()
+    measured = f"`{command}`, {datetime.date.today().isoformat()}"
+    rows = [row | {"measured": measured} for row in rows]
     path = page.RESULTS / "peers.csv"
     done = {row["work"] for row in rows}
     kept = read_rows(path.read_text()) if path.exists() else []
@@ -142,5 +149,4 @@ def write(rows: list[dict], arguments: str) -> None:
     figure = draw(rows)
     figure.savefig(page.RESULTS / "peers.png", dpi=120)
     plt.close(figure)
-    command = f"python -m benchmarks.peers {arguments}".strip()
     page.write_section("peers", "Peers on CPU", command, render(rows))

@@ -117,6 +117,7 @@ def test_page_and_csv(tmp_path, monkeypatch):
     text = (tmp_path / "performance.md").read_text()
     assert "x 250 | pfl-research, 2 processes | **2.67**" in text
     assert "none | unknown" in text and "no wheel" in text
+    assert "peers --works=A`, 20" in text and "peers --works=B`, 20" in text
     kept = peers_page.read_rows((tmp_path / "peers.csv").read_text())
     assert [row["work"] for row in kept] == ["A"] * 4 + ["B"] * 4
     assert kept[1]["ratio"] == pytest.approx(4 / 1.5, rel=1e-5)
