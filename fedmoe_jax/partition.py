@@ -5,7 +5,6 @@ Every rule gives an owner to every example, so each example is used exactly once
 
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -188,14 +187,13 @@ def _pack(owner: np.ndarray, y: np.ndarray, options: Options) -> Partition:
 
 def save_partition(path: str | Path, partition: Partition) -> None:
     """Writes a partition as .npz; `path` is whole or as it was before."""
-    path = Path(path)
-    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False)
+    part = Path(f"{path}.part")
     try:
-        with file:
+        with part.open("wb") as file:
             np.savez(file, **partition._asdict())
-        os.replace(file.name, path)
+        os.replace(part, path)
     except BaseException:
-        os.unlink(file.name)
+        part.unlink(missing_ok=True)
         raise
 
 

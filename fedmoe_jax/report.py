@@ -153,7 +153,7 @@ def _header_html(runs: Sequence[Run], command: str) -> str:
         f"{config['num_experts']} experts",
         f"{max(len(run.rows) for run in runs)} rounds",
         f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
-        f"wall time {np.median(seconds):.0f} s (median run)",
+        f"wall time {np.sum(seconds):.0f} s" + (" in all" if len(runs) > 1 else ""),
     ]
     if running:
         facts.append(f"{running} still in progress")
