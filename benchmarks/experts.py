@@ -73,7 +73,9 @@ def main() -> None:
     time_interleaved(rounds, 2)
     seconds = time_interleaved(rounds, REPETITIONS)
     scratch = {
-        f"{num} experts": run.run_rounds.memory_analysis().temp_size_in_bytes / 1e6
+        f"{num} experts": count_cores()
+        * run.run_rounds.memory_analysis().temp_size_in_bytes
+        / 1e6
         for num, run in runs.items()
     }
     evaluated = time_interleaved(evaluations, REPETITIONS)

@@ -31,11 +31,12 @@ TEXTS = ("work", "peer", "kind", "note", "measured")
 FIELDS = ("work", "peer", "kind", *COLUMNS, *COUNTS, "note", "measured")
 ABOUT = """Times are medians over all timed rounds; min and max are over the launches'
 medians. The share of the dense limit is the model's operations (forward and backward)
-over those of a 4096 x 4096 float32 matrix product on all cores. Start-up lasts from the
-launch of the process to the end of its first round, so it includes imports, data and
-compilation. Peak memory is the sum over a peer's processes of each one's peak resident
-size. A, B and P give every client examples of its own; in C the clients share a pool of
-50,000 images. No peer evaluates inside a timed round."""
+over those of a 4096 x 4096 float32 matrix product on all cores (best of five before and
+after the work's launches; it varies by a third on a shared machine). Start-up lasts
+from the launch of the process to the end of its first round, so it includes imports,
+data and compilation. Peak memory is the sum over a peer's processes of each one's peak
+resident size. A, B and P give every client examples of its own; in C the clients share
+a pool of 50,000 images. No peer evaluates inside a timed round."""
 
 
 def read_rows(text: str) -> list[dict]:

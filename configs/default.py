@@ -102,7 +102,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.run = ConfigDict()
     config.run.client_chunk = 1  # clients vmapped at once on each device
-    config.run.num_devices = 0  # of all processes together; 0: all there are
+    config.run.num_devices = 0  # of all processes; 0: all, one per client at most
     config.run.memory_limit_gb = 8.0  # estimated memory beyond which a run is refused
     config.run.tensorboard = True  # write TensorBoard events
 

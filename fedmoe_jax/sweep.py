@@ -146,7 +146,7 @@ def program_key(plan: Plan) -> tuple:
 
 
 def cut(group: list[tuple[str, Plan]]) -> list[Wave]:
-    """As few waves, as equal in size, as the memory limit allows.
+    """As few waves as the memory limit allows; the last may be smaller.
 
     Raises:
       UserError: one run alone needs too much memory.

@@ -343,6 +343,25 @@ def test_dropout_near_one_keeps_a_little():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pooling_shares_the_gradient_among_equal_maxima(dtype):
+    """As `jnp.max` does, in a loop; whole numbers make ties of two, three and four."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 3, (4, 2, 6, 8, 5)), dtype)
+    weight = jnp.asarray(rng.integers(1, 9, (4, 2, 3, 4, 5)), dtype)
+
+    def gradients(pooled):
+        one = jax.grad(lambda x, weight: (pooled(x) * weight).sum())
+        step = lambda _, rows: (None, one(*rows))
+        return jax.jit(lambda: jax.lax.scan(step, None, (x, weight))[1])()
+
+    blocks = lambda x: x.reshape(2, 3, 2, 4, 2, 5).max((2, 4))
+    found, expected = gradients(max_pool), gradients(blocks)
+    tied = {float(share) for share in np.unique(np.float32(found / weight.max()))}
+    assert len(tied) > 3
+    np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("batch", "inputs", "outputs"), [(10, 33, 7), (1, 4, 1)])
 def test_canonical_product_is_the_product_in_values_and_gradients(
     dtype, batch, inputs, outputs
