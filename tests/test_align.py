@@ -76,7 +76,7 @@ def test_init_fitness_is_the_prior_plus_bounded_noise():
 )
 def test_score_by_hand(kind, expected):
     leaf = lambda value: jnp.full((1, 1), value)
-    feedback = Feedback(leaf(0.8), leaf(0.5), leaf(0.4), leaf(7.0))
+    feedback = Feedback(leaf(0.8), leaf(0.5), leaf(0.4), leaf(7.0), leaf(0.6), None)
     got = score(kind, feedback, make_hyper(loss_scale=2.0, frequency_share=0.25))
     np.testing.assert_allclose(got, [[expected]], rtol=1e-6)
 

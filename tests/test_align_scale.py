@@ -116,8 +116,11 @@ def make_case(num_clients, num_experts, max_held, seed):
         usage=jnp.asarray(rng.integers(0, 9, num_experts), jnp.float32),
         capacity=jnp.asarray(rng.integers(1, max_held + 1, num_clients), jnp.int32),
         load=jnp.full(num_clients, 64.0),
+        held=jnp.zeros((num_clients, num_experts), bool),
     )
-    sizes = Sizes(num_clients, num_clients, num_experts, max_held, 1, 1, 1, 1, 2)
+    sizes = Sizes(
+        num_clients, num_clients, num_experts, max_held, 1, 1, 1, 1, 2, max_held
+    )
     return evidence, sizes
 
 
@@ -160,8 +163,8 @@ def test_load_is_counted_as_numpy_counts(seed):
     ids, slot = rng.integers(0, 7, (150, 4)), rng.random((150, 4)) < 0.7
     load = rng.integers(0, 100, (150, 4)).astype(np.float32)
     finite = rng.random(150) < 0.9
-    feedback = Feedback(load, load, load, jnp.asarray(load))
-    report = Report(feedback, None, None, jnp.asarray(finite), {})
+    feedback = Feedback(load, load, load, jnp.asarray(load), load, None)
+    report = Report(feedback, None, None, jnp.asarray(finite), None, {}, {})
     got = count_load(report, Assignment(jnp.asarray(ids), jnp.asarray(slot)), 7)
     expected = np.zeros(7, np.float32)
     counted = slot & finite[:, None]
@@ -188,7 +191,7 @@ def test_the_decision_needs_no_second_matrix(monkeypatch):
         tuple(clients if size == 8 else size for size in leaf.shape), leaf.dtype
     )
     evidence = jax.tree.map(grow, evidence)
-    sizes = Sizes(clients, clients, experts, max_held, 1, 1, 1, 1, 2)
+    sizes = Sizes(clients, clients, experts, max_held, 1, 1, 1, 1, 2, max_held)
     assign = jax.jit(LOAD_BALANCED.assign, static_argnums=2)
     key = jax.eval_shape(jax.random.key, 0)
     memory = assign.lower(evidence, hyper, sizes, key).compile().memory_analysis()

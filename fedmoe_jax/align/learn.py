@@ -38,7 +38,7 @@ def learn(
     """
     mask = to_mask(assignment, align.usage.shape[0])
     counted = assignment.slot & report.finite[:, None] & (report.feedback.load > 0)
-    return AlignState(
+    return align.replace(
         fitness=update_fitness(
             align.fitness,
             cohort,

@@ -65,15 +65,11 @@ def in_blocks(
     if jax.default_backend() != "cpu" or count <= size:
         return decide(evidence)
 
-    def decide_block(rows: tuple) -> Assignment:
-        client, fitness, capacity, load = rows
-        return decide(
-            evidence.replace(
-                client=client, fitness=fitness, capacity=capacity, load=load
-            )
-        )
+    def decide_block(rows: dict[str, Array]) -> Assignment:
+        return decide(evidence.replace(**rows))
 
-    rows = evidence.client, evidence.fitness, evidence.capacity, evidence.load
+    names = ("client", "fitness", "capacity", "load", "held")
+    rows = {name: getattr(evidence, name) for name in names}
     blocks = _map_blocks(decide_block, rows, size)
     return jax.tree.map(lambda leaf: _join_blocks(leaf, count), blocks)
 
