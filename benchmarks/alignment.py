@@ -61,7 +61,10 @@ def make_host(num_clients: int, num_experts: int, max_held: int) -> dict:
 def decide(host: dict, hyper: Hyper, max_held: int) -> tuple[Assignment, jax.Array]:
     """One device's clients; the usage [E] is joined over the devices."""
     evidence = Evidence(
-        round=jnp.int32(0), client=jnp.arange(host["load"].shape[0]), **host
+        round=jnp.int32(0),
+        client=jnp.arange(host["load"].shape[0]),
+        held=None,
+        **host,
     )
 
     sizes = Sizes(*[1] * len(Sizes._fields))._replace(max_held=max_held)
@@ -69,11 +72,20 @@ def decide(host: dict, hyper: Hyper, max_held: int) -> tuple[Assignment, jax.Arr
     share = expected_load(evidence.load, assignment.slot.sum(axis=1), NUM_ACTIVE)
     share = jnp.broadcast_to(share[:, None], assignment.slot.shape)
     report = Report(
-        feedback=Feedback(accuracy=share, loss=share, frequency=share, load=share),
+        feedback=Feedback(
+            accuracy=share,
+            loss=share,
+            frequency=share,
+            load=share,
+            peak=share,
+            mass=None,
+        ),
         loss=share,
         accuracy=share,
         finite=jnp.ones(len(share), bool),
-        gate={},
+        sent=share,
+        own={},
+        variate={},
     )
     load = count_load(report, assignment, evidence.usage.shape[0])
     load = jax.lax.psum(load, CLIENTS)

@@ -47,13 +47,8 @@ def start_with(num_experts: int, devices: int):
 def evaluation(started, every_expert: bool):
     """A call that evaluates the state after one round."""
     setup = started.setup
-    evaluate = build_evaluate(
-        model=setup.model,
-        sizes=setup.sizes,
-        gate_mode=setup.rules.gate_mode,
-        every_expert=every_expert,
-        mesh=setup.mesh,
-    )
+    rules = setup.rules._replace(every_expert=every_expert)
+    evaluate = build_evaluate(setup.model, setup.sizes, rules, setup.mesh)
     state = jax.tree.map(lambda leaf: leaf.copy(), started.state)
     state, _ = started.run_rounds(state, started.federation, started.hyper)
     call = functools.partial(evaluate, state, started.federation)

@@ -51,6 +51,7 @@ def share_out(clients: int, examples: int, count: int, classes: int) -> Partitio
         index=index.reshape(clients, examples),
         size=np.full(clients, examples, np.int32),
         label_counts=np.ones((clients, classes), np.int32),
+        public=np.zeros(0, np.int32),
     )
 
 

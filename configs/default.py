@@ -28,6 +28,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "digits"  # digits | synthetic | cifar10
+    config.data.public = 0  # training examples of the server, drawn at random
     config.data.dir = ""  # TFDS folder; empty: TFDS_DATA_DIR or ~/tensorflow_datasets
 
     config.partition = ConfigDict()
@@ -84,6 +85,39 @@ def get_config(argument: str = "") -> ConfigDict:
     config.weights.fitness = 0.5  # of normalised fitness in the desirability
     config.weights.usage = 0.5  # of normalised usage, subtracted
 
+    config.flex_moe = ConfigDict()
+    config.flex_moe.low = 0.8  # least load of an expert, as a share of the mean
+    config.flex_moe.high = 1.2  # largest load
+    config.flex_moe.deficit = 0.1  # weight of what an expert has lacked, in mean loads
+
+    config.hfedmoe = ConfigDict()
+    config.hfedmoe.share = 0.5  # of the mean gate in an expert's importance
+    config.hfedmoe.beta = 0.1  # weight of the information in the choice of an expert
+    config.hfedmoe.threshold = 0.05  # mean gate from which an expert is merged
+
+    config.fedmoe = ConfigDict()
+    config.fedmoe.warm_up = 2  # rounds in which everyone trains all experts
+    config.fedmoe.coverage = 0.8  # share of its routing that a sub-model answers
+    config.fedmoe.period = 5  # rounds from one recommendation to the next
+
+    config.fedmoe_da = ConfigDict()
+    config.fedmoe_da.neighbours = 5  # experts that each is mixed with
+    config.fedmoe_da.temperature = 1.0  # > 0, of the softmax of similarities
+    config.fedmoe_da.period = 5  # rounds from one renewal of the weights to the next
+
+    config.fedmix = ConfigDict()
+    config.fedmix.threshold = 0.05  # mean gate below which an expert is not asked for
+    config.fedmix.sparsity = 0.1  # weight of the mean entropy of the gates
+    config.fedmix.variety = 0.1  # weight of the entropy of the mean gate, subtracted
+
+    config.fedjets = ConfigDict()
+    config.fedjets.steps = 200  # local steps on data.public that train the stem
+
+    config.fedprox = ConfigDict()
+    config.fedprox.coefficient = 0.1  # mu of the proximal term
+    config.fedadam = ConfigDict()
+    config.fedadam.server_learning_rate = 0.01  # > 0
+
     config.devices = ConfigDict()
     config.devices.tiers = ("phone", "laptop", "workstation")  # kinds of device
     config.devices.shares = (0.4, 0.4, 0.2)  # of the population, sum to 1
@@ -118,3 +152,5 @@ def shrink(config: ConfigDict) -> None:
     with config.unlocked():
         config.num_rounds, config.eval_every, config.chunk_rounds = 4, 2, 2
         config.local_steps, config.checkpoint.every = 2, 4
+        config.fedmoe.warm_up, config.fedmoe.period = 1, 2
+        config.fedjets.steps = 5

@@ -12,6 +12,7 @@ from fedmoe_jax.align.solve import held_mask
 from fedmoe_jax.feedback import Seen, nothing_seen, see_batch, summarise_feedback
 from fedmoe_jax.models import Model, apply_experts
 from fedmoe_jax.routing import calibration_loss, gate_logits, load_loss, route, z_loss
+from fedmoe_jax.rules import Rules
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree, Sizes
 
 
@@ -22,16 +23,24 @@ class ClientTask:
     Attributes:
       client: [] int32, client id.
       steps: [] int32, local steps to take; 0 for what only pads the cohort.
+      budget: [] int32 >= 1, experts that the client has room to train.
+      scale: [] float32, factor of its delta in the averages, 1 for most.
       held: [K] int32, ids of the held experts.
       slot: [K] bool, which of them count.
-      gate: the client's own gate with leading E axis, {} where it has the server's.
+      calibration: [] float32 >= 0, factor of the calibration loss, 1 for most.
+      correction: what control variates add to its gradients, like params; {} for none.
+      own: the client's personal parts, by name like params; {} where there are none.
     """
 
     client: Array
     steps: Array
+    budget: Array
+    scale: Array
     held: Array
     slot: Array
-    gate: PyTree
+    calibration: Array
+    correction: PyTree
+    own: PyTree
 
 
 @struct.dataclass
@@ -73,15 +82,33 @@ def normalise(x: Array, mean: Array, std: Array) -> Array:
     return (x.astype(jnp.float32) / 255.0 - mean[None]) / std[None]
 
 
-def take_submodel(params: PyTree, gate: PyTree, held: Array) -> PyTree:
-    """One client's sub-model: stem, head, all gate rows, the held experts [K, ...]."""
+def is_local(held: Array, num_experts: int, local_experts: int) -> Array:
+    """Which of the held experts [K] never leave the client: the last ones of E."""
+    return held >= num_experts - local_experts
+
+
+def take_submodel(
+    params: PyTree, own: PyTree, held: Array, local_experts: int
+) -> PyTree:
+    """One client's sub-model: stem, head, all gate rows, the held experts [K, ...].
+
+    Args:
+      params: the server's.
+      own: the client's personal parts, instead of the server's.
+      held: [K] int32, expert ids.
+      local_experts: how many experts, the last ones, are the client's own.
+    """
+    parts = {part: own.get(part, params[part]) for part in ("stem", "gate", "head")}
     experts = jax.tree.map(lambda leaf: leaf[held], params["experts"])
-    return {
-        "stem": params["stem"],
-        "gate": gate,
-        "experts": experts,
-        "head": params["head"],
-    }
+    if "experts" in own:
+
+        def choose(mine: Array, sent: Array) -> Array:
+            local = is_local(held, mine.shape[0], local_experts)
+            shape = local.shape + (1,) * (sent.ndim - 1)
+            return jnp.where(local.reshape(shape), mine[held], sent)
+
+        experts = jax.tree.map(choose, own["experts"], experts)
+    return parts | {"experts": experts}
 
 
 def draw_batches(key: Array, index: Array, size: Array, sizes: Sizes) -> Array:
@@ -107,11 +134,35 @@ def draw_batches(key: Array, index: Array, size: Array, sizes: Sizes) -> Array:
 def sum_gate_losses(logits: Array, task: ClientTask, hyper: Hyper) -> Array:
     """Calibration, load and z losses of gate logits [B, E], each with its weight."""
     mask = held_mask(task.held, task.slot, logits.shape[1])
+    calibration = hyper.calibration * task.calibration
     return (
-        hyper.calibration * calibration_loss(logits, mask)
+        calibration * calibration_loss(logits, mask)
         + hyper.load_loss * load_loss(logits, mask)
         + hyper.z_loss * z_loss(logits, mask)
     )
+
+
+def freeze_others(
+    outputs: Array, gates: Array, task: ClientTask, hyper: Hyper, rules: Rules
+) -> Array:
+    """Experts' outputs [B, K, O]; gradients pass the `budget` most valuable only."""
+    value = jax.lax.stop_gradient(rules.focus(gates, hyper))
+    rank = jnp.argsort(jnp.argsort(jnp.where(task.slot, -value, jnp.inf)))
+    chosen = (rank < task.budget)[None, :, None]
+    return jnp.where(chosen, outputs, jax.lax.stop_gradient(outputs))
+
+
+def mix_outputs(model: Model, head: PyTree, outputs: Array, gates: Array) -> Array:
+    """Logits [B, L] of the mixture of the experts' outputs [B, K, O]."""
+    return model.head(head, jnp.einsum("bk,bko->bo", gates, outputs))
+
+
+def mix_probabilities(
+    model: Model, head: PyTree, outputs: Array, gates: Array
+) -> Array:
+    """Logits [B, L] of the mixture of the experts' own class probabilities."""
+    answers = jax.nn.softmax(model.head(head, outputs))  # [B, K, L]
+    return jnp.log(jnp.maximum(jnp.einsum("bk,bkl->bl", gates, answers), 1e-12))
 
 
 def local_loss(
@@ -124,6 +175,7 @@ def local_loss(
     *,
     model: Model,
     sizes: Sizes,
+    rules: Rules,
 ) -> tuple[Array, Seen]:
     """The objective of one local step.
 
@@ -138,24 +190,32 @@ def local_loss(
       key: of the step; dropout draws from it.
       model: the model.
       sizes: static sizes.
+      rules: what the objective is.
 
     Returns:
       loss [], and what the batch adds to the feedback.
     """
     stem_key, expert_key = jax.random.split(key)
+    frozen = {part: jax.lax.stop_gradient(submodel[part]) for part in rules.frozen}
+    submodel = submodel | frozen
     features = model.stem(submodel["stem"], x, stem_key)
     gates, gate_loss = jnp.ones((x.shape[0], 1)), 0.0
+    mass = jnp.ones(1) if rules.report_mass else jnp.ones(0)
     if sizes.num_experts > 1:  # a dense control has nothing to route
         logits = gate_logits(submodel["gate"], features)  # [B, E]
         gates = route(logits[:, task.held], task.slot, sizes.num_active)  # [B, K]
-        gate_loss = sum_gate_losses(logits, task, hyper)
+        gate_loss = rules.gate_loss(logits, task, hyper)
+        if rules.report_mass:
+            mass = jax.nn.softmax(logits).mean(0)
     outputs = apply_experts(model, submodel["experts"], features, expert_key)
-    mixed = jnp.einsum("bk,bko->bo", gates, outputs)
-    predictions = model.head(submodel["head"], mixed)
+    if rules.focus:
+        outputs = freeze_others(outputs, gates, task, hyper, rules)
+    mix = mix_probabilities if rules.probabilities else mix_outputs
+    predictions = mix(model, submodel["head"], outputs, gates)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(predictions, y)
     correct = (predictions.argmax(-1) == y).astype(jnp.float32)
     loss = cross_entropy.mean() + gate_loss
-    return loss, see_batch(cross_entropy, correct, gates)
+    return loss, see_batch(cross_entropy, correct, gates, mass)
 
 
 def add_prox(grads: PyTree, submodel: PyTree, received: PyTree, prox: Array) -> PyTree:
@@ -166,6 +226,23 @@ def add_prox(grads: PyTree, submodel: PyTree, received: PyTree, prox: Array) -> 
     return jax.tree.map(lambda g, w, r: g + prox * (w - r), grads, submodel, received)
 
 
+def step_weights(steps: Array, momentum: float) -> Array:
+    """How often, in sum over its steps, a gradient of local SGD ends up in the delta.
+
+    The gradient of a step is in the momentum of all later ones; without momentum each
+    counts once. FedNova's |a|_1 (arXiv 2007.07481, section 4).
+
+    Args:
+      steps: [...] int32 or float32, local steps.
+      momentum: in [0, 1).
+    """
+    steps = steps.astype(jnp.float32)
+    if momentum == 0:
+        return steps
+    tail = momentum * (1 - momentum**steps) / (1 - momentum)
+    return (steps - tail) / (1 - momentum)
+
+
 def all_finite(tree: PyTree) -> Array:
     """[] bool, whether every number of a pytree is finite."""
     return jnp.all(
@@ -174,13 +251,7 @@ def all_finite(tree: PyTree) -> Array:
 
 
 def build_client_update(
-    *,
-    model: Model,
-    sizes: Sizes,
-    optimizer: str,
-    momentum: float,
-    prox: bool,
-    ragged: bool,
+    model: Model, sizes: Sizes, rules: Rules
 ) -> Callable[..., ClientUpdate]:
     """Builds `client_update(params, task, federation, hyper, key) -> ClientUpdate`.
 
@@ -198,9 +269,10 @@ def build_client_update(
         key: Array,
     ) -> ClientUpdate:
         chex.assert_shape([task.held, task.slot], (sizes.max_held,))
-        gate = task.gate or params["gate"]
-        received = take_submodel(params, gate, task.held)
-        tx = client_optimizer(optimizer, hyper.client_learning_rate, momentum)
+        received = take_submodel(params, task.own, task.held, rules.local_experts)
+        tx = client_optimizer(
+            rules.client_optimizer, hyper.client_learning_rate, rules.momentum
+        )
         draw_key, dropout_key = jax.random.split(key)
         batches = draw_batches(
             draw_key, federation.index[task.client], federation.size[task.client], sizes
@@ -219,15 +291,20 @@ def build_client_update(
                 jax.random.fold_in(dropout_key, step),
                 model=model,
                 sizes=sizes,
+                rules=rules,
             )
-            if prox:
+            if rules.prox:
                 grads = add_prox(grads, submodel, received, hyper.prox)
+            if task.correction:
+                grads = optax.tree.add(grads, task.correction)
             updates, opt_state = tx.update(grads, opt_state, submodel)
             submodel = optax.apply_updates(submodel, updates)
             return submodel, opt_state, jax.tree.map(jnp.add, seen, seen_now)
 
-        steps = task.steps if ragged else sizes.local_steps
-        start = received, tx.init(received), nothing_seen(sizes.max_held)
+        steps = task.steps if rules.ragged else sizes.local_steps
+        num_mass = sizes.num_experts if rules.report_mass else 0
+        seen = nothing_seen(sizes.max_held, num_mass)
+        start = received, tx.init(received), seen
         trained, _, seen = jax.lax.fori_loop(0, steps, local_step, start)
         delta = optax.tree.sub(trained, received)
         chex.assert_trees_all_equal_shapes(delta, received)

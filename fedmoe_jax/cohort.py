@@ -5,16 +5,16 @@ chunk and adds the results to running sums, so that memory does not grow with th
 cohort. One psum at the end joins the devices.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.client import ClientTask, ClientUpdate
+from fedmoe_jax.client import ClientTask, ClientUpdate, is_local, step_weights
 from fedmoe_jax.dealing import chunk_size, deal
-from fedmoe_jax.merge import Sums, accumulate, zero_sums
+from fedmoe_jax.merge import Sums, accumulate, weigh, zero_sums
+from fedmoe_jax.rules import Rules
 from fedmoe_jax.sharding import CLIENTS
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree
 
@@ -28,31 +28,75 @@ class Report:
       loss: [C] float32 nats.
       accuracy: [C] float32.
       finite: [C] bool.
-      gate: trained gates with leading C, E axes where gates are personal, else {}.
+      sent: [C] float32, experts whose update enters the average.
+      own: trained personal parts, by name like params; {} where there are none.
+      variate: new control variates, like params; {} where there are none.
     """
 
     feedback: Feedback
     loss: Array
     accuracy: Array
     finite: Array
-    gate: PyTree
+    sent: Array
+    own: PyTree
+    variate: PyTree
 
 
-def make_report(update: ClientUpdate, task: ClientTask, gate_mode: str) -> Report:
-    """The report of ONE client; a non-finite personal gate is left as it was."""
-    gate = {}
-    if gate_mode == "personal":
-        gate = jax.tree.map(
-            lambda old, step: jnp.where(update.finite, old + step, old),
-            task.gate,
-            update.delta["gate"],
-        )
+def train_own(task: ClientTask, update: ClientUpdate, local_experts: int) -> PyTree:
+    """ONE client's personal parts after training."""
+
+    def add_rows(old: Array, delta: Array) -> Array:
+        local = is_local(task.held, old.shape[0], local_experts)
+        kept = (task.slot & local).reshape((-1,) + (1,) * (delta.ndim - 1))
+        return old.at[task.held].add(jnp.where(kept, delta, 0.0))
+
+    def add_part(part: str) -> PyTree:
+        add = add_rows if part == "experts" else jnp.add
+        return jax.tree.map(add, task.own[part], update.delta[part])
+
+    return {part: add_part(part) for part in task.own}
+
+
+def renew_variate(
+    task: ClientTask, update: ClientUpdate, hyper: Hyper, momentum: float
+) -> PyTree:
+    """ONE client's new control variate: its mean gradient (SCAFFOLD, option II).
+
+    `c_i <- c_i - c - delta / (a lr)` with `c - c_i` the task's correction and `a` how
+    often a gradient ends up in the delta, which is the number of steps in the paper,
+    where there is no momentum.
+    """
+    if not task.correction:
+        return {}
+    rate = 1.0 / (step_weights(task.steps, momentum) * hyper.client_learning_rate)
+    renew = lambda correction, delta: -correction - rate * delta
+    return jax.tree.map(renew, task.correction, update.delta)
+
+
+def make_report(
+    update: ClientUpdate,
+    task: ClientTask,
+    weights: dict[str, Array],
+    hyper: Hyper,
+    rules: Rules,
+) -> Report:
+    """The report of ONE client.
+
+    Args:
+      update: what the client returned.
+      task: what it was sent.
+      weights: what it weighs in the averages, see `merge.weigh`.
+      hyper: hyperparameters.
+      rules: what stays with the client.
+    """
     return Report(
         feedback=update.feedback,
         loss=update.loss,
         accuracy=update.accuracy,
         finite=update.finite,
-        gate=gate,
+        sent=(weights["experts"] > 0).sum().astype(jnp.float32),
+        own=train_own(task, update, rules.local_experts),
+        variate=renew_variate(task, update, hyper, rules.momentum),
     )
 
 
@@ -81,8 +125,7 @@ def train_share(
     key: Array,
     *,
     client_update: Callable[..., ClientUpdate],
-    gate_mode: str,
-    weight: str,
+    rules: Rules,
 ) -> tuple[Sums, Report]:
     """What ONE device does: streams its chunks of tasks through `client_update`.
 
@@ -93,8 +136,7 @@ def train_share(
       hyper: hyperparameters.
       key: the round's training key; each client folds its id into it.
       client_update: for ONE client.
-      gate_mode: see `merge.gate_weights`.
-      weight: see `merge.accumulate`.
+      rules: how clients are weighted, and what stays with them.
 
     Returns:
       Sums over this device's clients, and their reports with one leading axis.
@@ -104,12 +146,12 @@ def train_share(
         client_key = jax.random.fold_in(key, task.client)
         return client_update(params, task, federation, hyper, client_key)
 
-    def add_client(sums: Sums, sent_and_returned) -> tuple[Sums, None]:
+    def add_client(sums: Sums, sent_and_returned) -> tuple[Sums, Report]:
         task, update = sent_and_returned
         size = federation.size[task.client]
-        return accumulate(
-            sums, task, update, size, gate_mode=gate_mode, weight=weight
-        ), None
+        weights = weigh(task, update, size, hyper, rules)
+        report = make_report(update, task, weights, hyper, rules)
+        return accumulate(sums, task, update, weights), report
 
     def one_chunk(sums: Sums, chunk: ClientTask) -> tuple[Sums, Report]:
         if chunk.client.shape[0] == 1:  # vmapping one client would group convolutions
@@ -117,20 +159,16 @@ def train_share(
             updates = jax.tree.map(lambda leaf: leaf[None], update)
         else:
             updates = jax.vmap(one_client)(chunk)
-        sums, _ = jax.lax.scan(add_client, sums, (chunk, updates))
-        report = functools.partial(make_report, gate_mode=gate_mode)
-        return sums, jax.vmap(report)(updates, chunk)
+        return jax.lax.scan(add_client, sums, (chunk, updates))
 
     sums, reports = jax.lax.scan(one_chunk, zero_sums(params), chunks)
-    return sums, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
+    clients = chunks.client.size  # not -1: reports may have leaves without numbers
+    join = lambda leaf: leaf.reshape(clients, *leaf.shape[2:])
+    return sums, jax.tree.map(join, reports)
 
 
 def build_train_cohort(
-    client_update: Callable[..., ClientUpdate],
-    *,
-    client_chunk: int,
-    gate_mode: str,
-    weight: str,
+    client_update: Callable[..., ClientUpdate], rules: Rules
 ) -> Callable[..., tuple[Sums, Report]]:
     """Builds `train_cohort(params, tasks, federation, hyper, key) -> (Sums, Report)`.
 
@@ -138,9 +176,7 @@ def build_train_cohort(
 
     Args:
       client_update: for ONE client, see `client.build_client_update`.
-      client_chunk: clients vmapped at once on each device, see `chunk_size`.
-      gate_mode: `global`, `holder_rows` or `personal`.
-      weight: `examples` or `routed`, see `merge.accumulate`.
+      rules: clients vmapped at once, see `chunk_size`; weights; what stays with them.
 
     Returns:
       A function of params, tasks [C], the federation, hyperparameters and the round's
@@ -155,7 +191,7 @@ def build_train_cohort(
         key: Array,
     ) -> tuple[Sums, Report]:
         count, num_devices = tasks.client.shape[0], jax.lax.axis_size(CLIENTS)
-        chunk = chunk_size(count, num_devices, client_chunk)
+        chunk = chunk_size(count, num_devices, rules.client_chunk)
         position = deal(tasks.steps, num_devices, chunk)
         position = position[jax.lax.axis_index(CLIENTS)]  # [chunks, clients of a chunk]
         sums, reports = train_share(
@@ -165,8 +201,7 @@ def build_train_cohort(
             hyper,
             key,
             client_update=client_update,
-            gate_mode=gate_mode,
-            weight=weight,
+            rules=rules,
         )
         placed = place_reports(reports, position.reshape(-1), count)
         # With a single dtype the devices are joined by a single collective.

@@ -1,41 +1,15 @@
 """What a config may say: every field's allowed values, checked before anything runs."""
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from fedmoe_jax.data import DATASETS
 from fedmoe_jax.models import EXPERTS, STEMS
 from fedmoe_jax.partition import KINDS
-from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.ranges import COUNT, NON_NEGATIVE, POSITIVE, SHARE, Range
+from fedmoe_jax.strategies import STRATEGIES, find_strategy
 from fedmoe_jax.types import UserError
-
-
-class Range(NamedTuple):
-    """Numbers from `low` to `high`; `open_low` and `open_high` leave an end out."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, value: Any) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"{'>' if self.open_low else '>='} {self.low:g}"
-        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"{left}{self.low:g}, {self.high:g}{right}"
-
-
-COUNT = Range(1)
-SHARE = Range(0, 1)
-NON_NEGATIVE = Range(0)
-POSITIVE = Range(0, open_low=True)
 
 # Fields that may change between the calls that run and resume one simulation.
 FREE_FIELDS = frozenset(
@@ -62,7 +36,7 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "local_steps": COUNT,
     "local_epochs": NON_NEGATIVE,
     "batch_size": COUNT,
-    "strategy": tuple(STRATEGIES),
+    "data.public": NON_NEGATIVE,
     "data.name": tuple(DATASETS),
     "partition.kind": tuple(KINDS),
     "partition.alpha": POSITIVE,
@@ -111,8 +85,15 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "run.memory_limit_gb": POSITIVE,
 }
 
-# Checked where they are used: by TFDS, `draw_devices`, and nowhere (true or false).
-UNCHECKED = {"data.dir", "devices.tiers", "devices.shares", "run.tensorboard"}
+# Checked where they are used: by `find_strategy`, TFDS, `draw_devices`, and nowhere
+# (true or false).
+UNCHECKED = {
+    "strategy",
+    "data.dir",
+    "devices.tiers",
+    "devices.shares",
+    "run.tensorboard",
+}
 
 # (field, other): field <= other
 AT_MOST = (
@@ -138,11 +119,19 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check(name: str, value: Any, allowed: Range | tuple[str, ...]) -> None:
+def check(
+    name: str, value: Any, allowed: Range | tuple[str, ...], where: str = ""
+) -> None:
     """Raises UserError unless `value` is allowed in the field `name`."""
     if value not in allowed:
         text = str(allowed) if isinstance(allowed, Range) else ", ".join(allowed)
-        raise UserError(f"{name}={value!r} is not allowed; allowed: {text}")
+        raise UserError(f"{name}={value!r} is not allowed{where}; allowed: {text}")
+
+
+def list_allowed() -> dict[str, Range | tuple[str, ...]]:
+    """Every checked field: the shared ones and the options of all strategies."""
+    options = [field for strategy in STRATEGIES.values() for field in strategy.allowed]
+    return dict(options) | ALLOWED
 
 
 def validate(config: ConfigDict) -> None:
@@ -155,16 +144,22 @@ def validate(config: ConfigDict) -> None:
       UserError: one line with the field, its value and what is allowed.
     """
     values = flatten(config.to_dict())
-    known = UNCHECKED | set(ALLOWED)
+    allowed_in = list_allowed()
+    known = UNCHECKED | set(allowed_in)
     for name in sorted(known ^ set(values)):
         what = "is missing" if name in known else "is unknown"
         raise UserError(f"config field {name!r} {what}; allowed: those of default.py")
-    for name, allowed in ALLOWED.items():
+    for name, allowed in allowed_in.items():
         check(name, values[name], allowed)
-    for name, other in AT_MOST:
+    strategy = find_strategy(values["strategy"])
+    where = f" with strategy={values['strategy']!r}"
+    for name, allowed in strategy.allowed:
+        check(name, values[name], allowed, where)
+    for name, other in (*AT_MOST, *strategy.at_most):
         if values[name] > values[other]:
             raise UserError(
-                f"{name}={values[name]} is not allowed; "
+                f"{name}={values[name]} is not allowed"
+                f"{where if (name, other) in strategy.at_most else ''}; "
                 f"allowed: 1 to {other}={values[other]}"
             )
     for name, other in MULTIPLE:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import chex
 import jax
-import jax.numpy as jnp
+from flax import struct
 
 from fedmoe_jax.types import Array, Devices, PyTree
 
@@ -22,26 +22,35 @@ TRAINING_COPIES = 4
 # work as the forward pass.
 TRAINING_PASSES = 3
 
-# Accuracy, loss, frequency and load of one held expert, as float32.
-FEEDBACK_BYTES = 16
+NUMBER_BYTES = 4  # of a float32
+FEEDBACK_NUMBERS = 5  # accuracy, loss, frequency, load and peak of one held expert
 
 
 class Costs(NamedTuple):
     """The costs of a model's parts, as Python floats: integers overflow int32 in JAX.
 
     Attributes:
-      shared_bytes: stem and head.
+      stem_bytes: the stem.
+      head_bytes: the head.
       gate_bytes: all E rows of the gate.
       expert_bytes: one expert.
+      stem_flops: the stem, forward and backward of one example.
       shared_flops: stem, gate and head, forward and backward of one example.
       expert_flops: one expert, forward and backward of one example.
     """
 
-    shared_bytes: float
+    stem_bytes: float
+    head_bytes: float
     gate_bytes: float
     expert_bytes: float
+    stem_flops: float
     shared_flops: float
     expert_flops: float
+
+    @property
+    def shared_bytes(self) -> float:
+        """Stem and head."""
+        return self.stem_bytes + self.head_bytes
 
 
 def count_bytes(tree: PyTree) -> float:
@@ -54,19 +63,24 @@ def count_bytes(tree: PyTree) -> float:
     )
 
 
-def count_costs(params: PyTree, forward_shared: float, forward_expert: float) -> Costs:
+def count_costs(
+    params: PyTree, forward_stem: float, forward_shared: float, forward_expert: float
+) -> Costs:
     """The costs of the simulated model.
 
     Args:
       params: `{"stem", "gate", "experts", "head"}`, arrays or their shapes.
+      forward_stem: FLOPs of the stem, forward, one example.
       forward_shared: FLOPs of stem, gate and head, forward, one example.
       forward_expert: FLOPs of one expert, forward, one example.
     """
     num_experts = jax.tree.leaves(params["experts"])[0].shape[0]
     return Costs(
-        shared_bytes=count_bytes((params["stem"], params["head"])),
+        stem_bytes=count_bytes(params["stem"]),
+        head_bytes=count_bytes(params["head"]),
         gate_bytes=count_bytes(params["gate"]),
         expert_bytes=count_bytes(params["experts"]) / num_experts,
+        stem_flops=float(TRAINING_PASSES * forward_stem),
         shared_flops=float(TRAINING_PASSES * forward_shared),
         expert_flops=float(TRAINING_PASSES * forward_expert),
     )
@@ -77,70 +91,129 @@ def scale_costs(costs: Costs, scale: float) -> Costs:
     return Costs(*(float(scale * cost) for cost in costs))
 
 
-def client_bytes(
-    costs: Costs, slots: Array, *, personal_gate: bool
-) -> tuple[Array, Array]:
+@struct.dataclass
+class Traffic:
+    """What each client of a cohort holds, trains, sends and receives, as [C] float32.
+
+    Attributes:
+      held: experts.
+      trained: experts with a backward pass.
+      sent: experts whose update enters the average, and what goes to other clients.
+      received: experts.
+      told: numbers of feedback.
+      shown: 1 where the client shows its personal gate, else 0.
+      new: 1 where the client gets frozen parts, in its first round, else 0.
+    """
+
+    held: Array
+    trained: Array
+    sent: Array
+    received: Array
+    told: Array
+    shown: Array
+    new: Array
+
+
+class Ways(NamedTuple):
+    """How the parts of a run's model travel.
+
+    Attributes:
+      personal: parts that never do, but for experts, which `Traffic` counts.
+      frozen: parts that are sent once.
+      copies: 2 where control variates travel beside the model, else 1.
+    """
+
+    personal: tuple[str, ...]
+    frozen: tuple[str, ...]
+    copies: int
+
+
+def client_bytes(costs: Costs, traffic: Traffic, ways: Ways) -> tuple[Array, Array]:
     """Bytes that each client sends and receives in one round.
 
-    Both ways go stem, head and the held experts, and the whole gate unless clients
-    keep their own. Upwards goes the feedback as well.
+    Both ways go stem, gate and head, but for what stays, and some experts. Upwards go
+    the feedback and what a client shows, downwards once what is frozen.
 
     Args:
       costs: of the model that travels.
-      slots: [C] int32, experts each client holds.
-      personal_gate: whether gates stay with the clients.
+      traffic: what travels.
+      ways: how parts travel.
 
     Returns:
       `(up, down)`, each [C] float32 bytes. Not int32, which ends at 2 GiB; float32
       rounds beyond 16 MiB, by less than one part in ten million.
     """
-    chex.assert_rank(slots, 1)
-    slots = slots.astype(jnp.float32)
-    always = costs.shared_bytes + (0 if personal_gate else costs.gate_bytes)
-    down = always + costs.expert_bytes * slots
-    return down + FEEDBACK_BYTES * slots, down
+    parts = {
+        "stem": costs.stem_bytes,
+        "gate": costs.gate_bytes,
+        "head": costs.head_bytes,
+    }
+    stay = ways.personal + ways.frozen
+    always = sum(size for part, size in parts.items() if part not in stay)
+    once = sum(parts[part] for part in ways.frozen)
+    up = ways.copies * (always + costs.expert_bytes * traffic.sent)
+    up += NUMBER_BYTES * traffic.told + costs.gate_bytes * traffic.shown
+    down = ways.copies * (always + costs.expert_bytes * traffic.received)
+    return up, down + once * traffic.new
 
 
-def client_flops(costs: Costs, slots: Array, examples: Array) -> Array:
-    """FLOPs of each client's local training.
-
-    Every held expert is counted for every example. That is what training without
-    sparse dispatch does, and the most that routing can ask for.
+def client_parameters(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
+    """Parameters that each client has while it trains: [C] float32.
 
     Args:
       costs: of the model that is trained.
-      slots: [C] int32, experts each client holds.
+      traffic: experts held.
+      ways: where control variates travel, a client has its own and their mean.
+    """
+    held = costs.shared_bytes + costs.gate_bytes + costs.expert_bytes * traffic.held
+    return (1 + 2 * (ways.copies - 1)) * held / NUMBER_BYTES
+
+
+def client_flops(costs: Costs, traffic: Traffic, ways: Ways, examples: Array) -> Array:
+    """FLOPs of each client's local training.
+
+    Every expert is counted for every example. That is what training without sparse
+    dispatch does, and the most that routing can ask for.
+
+    Args:
+      costs: of the model that is trained.
+      traffic: experts held, all forward, and trained, those backward.
+      ways: a frozen stem has no backward pass.
       examples: [] or [C] float32, examples each client trains, repeats included.
 
     Returns:
       [C] float32.
     """
-    chex.assert_rank(slots, 1)
-    per_example = costs.shared_flops + costs.expert_flops * slots.astype(jnp.float32)
+    backward = (TRAINING_PASSES - 1) / TRAINING_PASSES
+    untrained = traffic.held - traffic.trained
+    per_example = costs.shared_flops + costs.expert_flops * (
+        traffic.held - backward * untrained
+    )
+    if "stem" in ways.frozen:
+        per_example -= backward * costs.stem_flops
     return per_example * examples
 
 
 def client_seconds(
     devices: Devices,
     costs: Costs,
-    slots: Array,
+    traffic: Traffic,
+    ways: Ways,
     examples: Array,
-    *,
-    personal_gate: bool,
 ) -> Array:
     """Seconds that each client needs for one round: download, training, upload.
 
     Args:
       devices: rows [C] of the cohort.
       costs: scaled, what the devices feel.
-      slots: [C] int32, experts each client holds.
+      traffic: what is trained and travels.
+      ways: how parts travel.
       examples: [] or [C] float32, examples each client trains, repeats included.
-      personal_gate: whether gates stay with the clients.
 
     Returns:
       [C] float32, one part after the other, without overlap.
     """
-    chex.assert_equal_shape([devices.flops, slots])
-    up, down = client_bytes(costs, slots, personal_gate=personal_gate)
-    training = client_flops(costs, slots, examples) / devices.flops
+    chex.assert_equal_shape([devices.flops, traffic.held])
+    up, down = client_bytes(costs, traffic, ways)
+    training = client_flops(costs, traffic, ways, examples) / devices.flops
     return down / devices.download + training + up / devices.upload

@@ -11,9 +11,9 @@ Test images are dealt over the devices and walked in batches. From the gate logi
 The soft and the expert question need every expert of every image. Without them only
 the pairs of image and expert that some gate chooses are computed (see `dispatch`).
 
-Where gates are personal the server has none: global then means the average, over the
-clients that have taken part, of the accuracy with the client's own gate over all E
-experts.
+Where the gate or more is personal the server has none: global then means the average,
+over the clients that have taken part, of the accuracy with the client's own gate over
+all E experts.
 """
 
 import functools
@@ -29,13 +29,17 @@ from fedmoe_jax.dispatch import dispatch
 from fedmoe_jax.models import Model, apply_experts
 from fedmoe_jax.questions import (
     Images,
+    answer_alone,
+    answer_with,
     ask_alone,
     ask_clients,
     ask_gate,
     find_needed,
     list_askers,
+    own_logits,
 )
 from fedmoe_jax.routing import gate_logits
+from fedmoe_jax.rules import Rules
 from fedmoe_jax.sharding import CLIENTS, spread
 from fedmoe_jax.types import Array, Federation, SimState, Sizes
 
@@ -71,7 +75,7 @@ def look(
     position: Array,
     *,
     model: Model,
-    personal_gate: bool,
+    personal: tuple[str, ...],
 ) -> Images:
     """Takes the images at `position` [B] and runs the stem and the server's gate."""
     count = federation.test_y.shape[0]
@@ -80,8 +84,9 @@ def look(
     y = jnp.where(position < count, federation.test_y[index], -1)
     features = model.stem(state.params["stem"], x, None)
     return Images(
+        x=x,
         features=features,
-        logits=None if personal_gate else gate_logits(state.params["gate"], features),
+        logits=None if personal else gate_logits(state.params["gate"], features),
         y=y,
         label=jax.nn.one_hot(y, federation.label_mix.shape[1]),
     )
@@ -103,8 +108,7 @@ def count_batch(
     *,
     model: Model,
     sizes: Sizes,
-    personal_gate: bool,
-    every_expert: bool,
+    rules: Rules,
 ) -> dict[str, Array]:
     """Correct predictions of one batch by label, for every question asked.
 
@@ -114,29 +118,36 @@ def count_batch(
       position: [B] int32 positions in the test set, see `deal_images`.
       model: the model.
       sizes: static sizes.
-      personal_gate: whether each client has a gate of its own.
-      every_expert: whether to compute all experts and to ask `soft` and `expert`.
+      rules: parts of the model of which each client has its own; whether to compute
+        all experts and to ask `soft` and `expert`; what is mixed.
 
     Returns:
       `total` [L] images; `global`, `soft` [L], `expert` [E, L], `personal` [N, L]
       correct predictions; `routed` [E, L] gate mass. Without `every_expert`, `personal`
       holds only for labels that the client has.
     """
-    images = look(state, federation, position, model=model, personal_gate=personal_gate)
-    askers, active = list_askers(state, federation, personal_gate), sizes.num_active
-    if every_expert:
-        outputs = apply_experts(model, state.params["experts"], images.features, None)
-        answers = model.head(state.params["head"], outputs)  # [B, E, L]
+    personal, every_expert = rules.personal, rules.every_expert
+    images = look(state, federation, position, model=model, personal=personal)
+    askers, active = list_askers(state, federation), sizes.num_active
+    active = rules.test_active or active
+    if set(personal) - {"gate"}:
+        answer = lambda asker: answer_alone(asker, images, state.params, model, rules)
     else:
-        need = find_needed(images, askers, active)
-        answers = dispatch(model, state.params, images.features, need, sizes)
-    counts = ask_clients(askers, answers, images, active, every_expert)
-    if personal_gate:
+        if every_expert:
+            experts = state.params["experts"]
+            outputs = apply_experts(model, experts, images.features, None)
+            answers = answer_with(model, state.params["head"], outputs, rules)
+        else:
+            need = find_needed(images, askers, active)
+            answers = dispatch(model, state.params, images.features, need, sizes)
+            answers = jax.nn.softmax(answers) if rules.probabilities else answers
+        answer = lambda asker: (own_logits(asker, images), answers)
+    counts = ask_clients(askers, answer, images, active, every_expert)
+    if personal:
         counts = average_clients(counts, state.align.held.any(axis=1))
     else:
         counts |= ask_gate(images.logits, answers, images, active, every_expert)
-    if every_expert:
-        counts |= ask_alone(answers, images)
+        counts |= ask_alone(answers, images) if every_expert else {}
     return counts | {"total": images.label.sum(0)}
 
 
@@ -162,14 +173,16 @@ def summarise_counts(
     """Accuracies in [0, 1] from counts over the whole test set.
 
     Args:
-      counts: see `count_batch`.
-      held: [N, E] bool; clients that hold nothing are left out of personal accuracy.
+      counts: see `count_batch`; the rows of all clients are alike where the data are
+        pooled, and there is one of them only.
+      held: [N, E] bool, likewise; clients that hold nothing are left out of personal
+        accuracy.
       label_mix: [N, L] float32, rows sum to 1.
     """
     total = counts["total"]  # [L]
     share = 1.0 / jnp.maximum(total, 1.0)
     client_accuracy = (counts["personal"] * share[None] * label_mix).sum(1)  # [N]
-    took_part = held.any(axis=1)
+    took_part = jnp.broadcast_to(held.any(axis=1), client_accuracy.shape)
     accuracies = {
         "global_accuracy": counts["global"].sum() / total.sum(),
         "personal_accuracy": jnp.where(took_part, client_accuracy, 0.0).sum()
@@ -185,7 +198,7 @@ def summarise_counts(
 
 
 def build_evaluate_share(
-    *, model: Model, sizes: Sizes, gate_mode: str, every_expert: bool
+    model: Model, sizes: Sizes, rules: Rules
 ) -> Callable[[SimState, Federation], dict[str, Array]]:
     """Builds `evaluate_share(state, federation) -> accuracies`, to be spread.
 
@@ -195,8 +208,7 @@ def build_evaluate_share(
     Args:
       model: the model.
       sizes: static sizes.
-      gate_mode: `global`, `holder_rows` or `personal`.
-      every_expert: whether to compute every expert for every image, for
+      rules: as in `count_batch`; with `every_expert` there are also
         `global_soft_accuracy` and `expert_accuracy`.
 
     Returns:
@@ -209,8 +221,7 @@ def build_evaluate_share(
         count_batch,
         model=model,
         sizes=sizes,
-        personal_gate=gate_mode == "personal",
-        every_expert=every_expert,
+        rules=rules,
     )
 
     def evaluate_share(state: SimState, federation: Federation) -> dict[str, Array]:
@@ -233,10 +244,7 @@ def build_evaluate_share(
 
 @functools.cache
 def build_evaluate(
-    *, model: Model, sizes: Sizes, gate_mode: str, every_expert: bool, mesh: Mesh
+    model: Model, sizes: Sizes, rules: Rules, mesh: Mesh
 ) -> Callable[[SimState, Federation], dict[str, Array]]:
     """Compiles `build_evaluate_share` for one run on all devices of the mesh."""
-    evaluate_share = build_evaluate_share(
-        model=model, sizes=sizes, gate_mode=gate_mode, every_expert=every_expert
-    )
-    return jax.jit(spread(evaluate_share, mesh))
+    return jax.jit(spread(build_evaluate_share(model, sizes, rules), mesh))

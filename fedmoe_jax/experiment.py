@@ -10,14 +10,23 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fedmoe_jax.align.fitness import idle_rule
+from fedmoe_jax.client import sum_gate_losses
 from fedmoe_jax.costs import count_costs, scale_costs
+from fedmoe_jax.merge import EXPERT_WEIGHTS, GATE_WEIGHTS
 from fedmoe_jax.models import Model, apply_experts, build_model
-from fedmoe_jax.partition import split
+from fedmoe_jax.partition import pool, split
 from fedmoe_jax.routing import gate_logits
-from fedmoe_jax.setup import Rules, Setup
+from fedmoe_jax.rules import Rules
+from fedmoe_jax.setup import Setup
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, Sizes
-from fedmoe_jax.world.capacity import draw_devices
+from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, Sizes, UserError
+from fedmoe_jax.world.capacity import draw_devices, unlimited_device
+
+
+def find_options(config: ConfigDict) -> dict[str, float]:
+    """The group of the config that only the run's strategy reads."""
+    group = find_strategy(config.strategy).options
+    return config[group].to_dict() if group else {}
 
 
 def make_hyper(config: ConfigDict) -> Hyper:
@@ -25,6 +34,7 @@ def make_hyper(config: ConfigDict) -> Hyper:
     idle_decay, idle_target = idle_rule(
         config.fitness.idle, config.fitness.idle_decay, config.fitness.prior
     )
+    strategy = find_strategy(config.strategy)
     values = Hyper(
         strategy=0,
         client_learning_rate=config.client.learning_rate,
@@ -45,18 +55,24 @@ def make_hyper(config: ConfigDict) -> Hyper:
         usage_weight=config.weights.usage,
         exploration=config.fitness.exploration,
         buffer=config.devices.buffer,
+        own=find_options(config),
     )
-    return jax.tree.map(np.float32, values).replace(strategy=np.int32(0))
+    values = jax.tree.map(np.float32, strategy.tune(values))
+    return values.replace(strategy=np.int32(0))
 
 
 def count_steps(config: ConfigDict, size: np.ndarray) -> np.ndarray:
     """Local steps of every client in a round, [N] int32 >= 1, from its examples [N].
 
     Passes over its own data where `local_epochs` is set, the last batch filled up
-    from the start of the pass; else `local_steps` for everyone.
+    from the start of the pass; else `local_steps` for everyone. Who owns the pooled
+    data takes the steps of a whole cohort.
     """
     if not config.local_epochs:
-        return np.full(size.shape, config.local_steps, np.int32)
+        each = config.cohort_size if find_strategy(config.strategy).pooled else 1
+        return np.full(size.shape, each * config.local_steps, np.int32)
+    if find_strategy(config.strategy).pooled:
+        size = size * (config.cohort_size / config.num_clients)
     batches = np.ceil(config.local_epochs * size / config.batch_size - 1e-6)
     return np.maximum(batches, 1).astype(np.int32)
 
@@ -89,21 +105,35 @@ def make_sizes(config: ConfigDict, num_classes: int, local_steps: int) -> Sizes:
         batch_size=config.batch_size,
         expert_width=config.model.expert_width,
         num_classes=num_classes,
+        max_capacity=config.max_held,
     )
 
 
 def make_rules(config: ConfigDict, num_experts: int) -> Rules:
     """The static choices of a run whose model has E experts."""
     return Rules(
-        gate_mode=config.gate.mode,
-        merge_weight=config.merge.weight,
+        personal=("gate",) if config.gate.mode == "personal" else (),
+        local_experts=0,
+        frozen=(),
+        exchanged=0,
+        gate_period=0,
+        silent=False,
+        gate_weight=GATE_WEIGHTS[config.gate.mode],
+        expert_weight=EXPERT_WEIGHTS[config.merge.weight],
         feedback=config.fitness.feedback,
         client_optimizer=config.client.optimizer,
         momentum=config.client.momentum,
         prox=config.client.prox > 0,
+        focus=None,
+        gate_loss=sum_gate_losses,
+        probabilities=False,
+        report_mass=False,
+        variates=False,
+        step_scale=None,
         server_optimizer=config.server.optimizer,
         deadline=config.devices.deadline,
         communication_share=config.devices.communication_share,
+        test_active=0,
         every_expert=num_experts <= config.evaluation.dense_experts,
         ragged=config.local_epochs > 0,
         client_chunk=config.run.client_chunk,
@@ -114,8 +144,12 @@ def make_rules(config: ConfigDict, num_experts: int) -> Rules:
 @functools.cache
 def count_forward_flops(
     model: Model, image_shape: tuple[int, int, int]
-) -> tuple[float, float]:
-    """FLOPs of one example forward, as XLA counts them: shared parts, one expert."""
+) -> tuple[float, float, float]:
+    """FLOPs of one example forward, as XLA counts them.
+
+    Returns:
+      Of the stem; of stem, gate and head; of one expert.
+    """
     params = jax.eval_shape(model.init, jax.random.key(0))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
@@ -128,12 +162,13 @@ def count_forward_flops(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["experts"]
     )
     output = jax.eval_shape(model.expert, expert, features, None)
+    stem = flops(model.stem, params["stem"], image, None)
     shared = (
-        flops(model.stem, params["stem"], image, None)
+        stem
         + flops(gate_logits, params["gate"], features)
         + flops(model.head, params["head"], output)
     )
-    return shared, flops(model.expert, expert, features, None)
+    return stem, shared, flops(model.expert, expert, features, None)
 
 
 @functools.cache
@@ -197,7 +232,9 @@ def build_setup(
         model=model,
         sizes=sizes,
         strategy=strategy,
-        rules=make_rules(config, sizes.num_experts),
+        rules=strategy.adapt(
+            make_rules(config, sizes.num_experts), sizes, find_options(config)
+        ),
         costs=costs,
         device_costs=scale_costs(costs, config.devices.model_scale),
         mesh=mesh,
@@ -205,14 +242,23 @@ def build_setup(
 
 
 def make_partition(config: ConfigDict, data: Dataset) -> Partition:
-    """Divides the training examples as the config says.
+    """Divides the training examples among the clients and the server's public slice.
 
     Raises:
       UserError: the data cannot be divided so.
     """
-    return split(
+    total, public = len(data.train_y), config.data.public
+    if public >= total:
+        raise UserError(
+            f"data.public={public} is not allowed; allowed: 0 to {total - 1}, fewer "
+            "than the training examples"
+        )
+    rng = np.random.default_rng([config.seed, 2])
+    order = rng.permutation(total).astype(np.int32)
+    aside, rest = np.sort(order[:public]), np.sort(order[public:])
+    partition = split(
         config.partition.kind,
-        data.train_y,
+        data.train_y[rest],
         num_clients=config.num_clients,
         num_classes=len(data.label_names),
         alpha=config.partition.alpha,
@@ -220,6 +266,9 @@ def make_partition(config: ConfigDict, data: Dataset) -> Partition:
         min_size=config.partition.min_size,
         seed=config.seed,
     )
+    counts = np.arange(partition.index.shape[1])[None] < partition.size[:, None]
+    index = np.where(counts, rest[partition.index], 0)
+    return partition._replace(index=index, public=aside)
 
 
 def make_federation(
@@ -227,18 +276,23 @@ def make_federation(
 ) -> Federation:
     """Everything a round reads, still on the host; `replicate` puts it on devices.
 
+    Where a strategy pools the data, one client owns all of it, on a device without
+    limits; `label_mix` is still of those who own it otherwise.
+
     Raises:
       UserError: device tiers or shares that are not allowed.
     """
     mean, std = measure_channels(data)
+    counts = partition.label_counts.astype(np.float32)
     devices = draw_devices(
         np.random.default_rng([config.seed, 1]),  # not the stream of the partition
-        config.num_clients,
+        len(partition.size),
         tuple(config.devices.tiers),
         tuple(config.devices.shares),
         config.devices.spread,
     )
-    counts = partition.label_counts.astype(np.float32)
+    if find_strategy(config.strategy).pooled:
+        partition, devices = pool(partition), unlimited_device()
     return Federation(
         x=data.train_x,
         y=data.train_y,
@@ -246,6 +300,7 @@ def make_federation(
         size=partition.size,
         steps=count_steps(config, partition.size),
         label_mix=counts / counts.sum(axis=1, keepdims=True),
+        public=partition.public,
         test_x=data.test_x,
         test_y=data.test_y,
         mean=np.broadcast_to(mean, data.train_x.shape[1:]),

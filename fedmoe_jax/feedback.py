@@ -15,6 +15,9 @@ class Seen:
       right: [K] float32, gate mass on examples that were predicted right.
       loss: [K] float32 nats, gate-weighted cross-entropy.
       load: [K] float32, examples whose gates include the slot.
+      peak: [K] float32, the largest gate of each batch, summed.
+      mass: [E] or [0] float32, mean gate of each batch over all experts, summed.
+      batches: [] float32.
       total_loss: [] float32 nats.
       total_right: [] float32.
     """
@@ -23,23 +26,36 @@ class Seen:
     right: Array
     loss: Array
     load: Array
+    peak: Array
+    mass: Array
+    batches: Array
     total_loss: Array
     total_right: Array
 
 
-def nothing_seen(max_held: int) -> Seen:
-    """Zero sums for K slots."""
-    slots, total = jnp.zeros(max_held), jnp.zeros(())
-    return Seen(slots, slots, slots, slots, total, total)
+def nothing_seen(max_held: int, num_mass: int) -> Seen:
+    """Zero sums for K slots, and for E experts if their mass is asked for (else 0)."""
+    slots, total, mass = jnp.zeros(max_held), jnp.zeros(()), jnp.zeros(num_mass)
+    return Seen(slots, slots, slots, slots, slots, mass, total, total, total)
 
 
-def see_batch(cross_entropy: Array, correct: Array, gates: Array) -> Seen:
-    """What one batch adds, from cross-entropy [B], correct [B] and gates [B, K]."""
+def see_batch(cross_entropy: Array, correct: Array, gates: Array, mass: Array) -> Seen:
+    """What one batch adds.
+
+    Args:
+      cross_entropy: [B] float, nats.
+      correct: [B] float, 1 where the prediction is right.
+      gates: [B, K] float.
+      mass: [E] or [0] float, mean gate over all experts.
+    """
     return Seen(
         gates=gates.sum(0),
         right=jnp.einsum("bk,b->k", gates, correct),
         loss=jnp.einsum("bk,b->k", gates, cross_entropy),
         load=(gates > 0).sum(0).astype(jnp.float32),
+        peak=gates.max(0),
+        mass=mass,
+        batches=jnp.ones(()),
         total_loss=cross_entropy.sum(),
         total_right=correct.sum(),
     )
@@ -58,4 +74,6 @@ def summarise_feedback(seen: Seen) -> Feedback:
         loss=seen.loss * share,
         frequency=seen.gates / jnp.maximum(seen.gates.sum(), 1e-6),
         load=seen.load,
+        peak=seen.peak / jnp.maximum(seen.batches, 1.0),
+        mass=seen.mass / jnp.maximum(seen.batches, 1.0),
     )

@@ -39,8 +39,9 @@ CURVES = {  # field of a row: scale, axis label, what to look for
     "global_accuracy": (
         100,
         "Global accuracy (%)",
-        "Global accuracy: top-A routing over all experts, on the whole test set. Look "
-        "for who climbs first, who ends highest, and who stops early.",
+        "Global accuracy: top-A routing over all experts, on the whole test set; where "
+        "gates are personal, the mean over the clients' models. Look for who climbs "
+        "first, who ends highest, and who stops early.",
     ),
     "global_soft_accuracy": (
         100,

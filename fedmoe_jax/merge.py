@@ -8,6 +8,8 @@ Sums are accumulated chunk by chunk, so memory does not grow with the cohort. Wh
 nobody trained keeps its value and its optimiser moments.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,9 @@ import optax
 from flax import struct
 
 from fedmoe_jax.align.solve import held_mask
-from fedmoe_jax.client import ClientTask, ClientUpdate
-from fedmoe_jax.types import Array, PyTree
+from fedmoe_jax.client import ClientTask, ClientUpdate, is_local
+from fedmoe_jax.rules import PARTS, Rules
+from fedmoe_jax.types import Array, Hyper, PyTree
 
 
 @struct.dataclass
@@ -25,112 +28,132 @@ class Sums:
 
     Attributes:
       delta: like params, `sum_c w_c delta_c`.
-      shared: [] sum of the weights of stem and head.
-      gate: [E] sum of the weights of each gate row.
-      experts: [E] sum of the weights of each expert.
+      weight: of every part of params the sum of the weights: [] of stem and head, [E]
+        of gate rows and experts.
     """
 
     delta: PyTree
-    shared: Array
-    gate: Array
-    experts: Array
+    weight: dict[str, Array]
 
 
 def zero_sums(params: PyTree) -> Sums:
     """Sums before any client."""
     num_experts = params["gate"]["bias"].shape[0]
+    shapes = {"stem": (), "gate": (num_experts,), "experts": (num_experts,), "head": ()}
     return Sums(
         delta=jax.tree.map(jnp.zeros_like, params),
-        shared=jnp.zeros(()),
-        gate=jnp.zeros((num_experts,)),
-        experts=jnp.zeros((num_experts,)),
+        weight={part: jnp.zeros(shape) for part, shape in shapes.items()},
     )
 
 
-def gate_weights(mode: str, weight: Array, task: ClientTask, num_experts: int) -> Array:
-    """[E] weights with which ONE client's gate rows enter the average.
-
-    Args:
-      mode: `global` (all rows of every client), `holder_rows` (only rows of experts
-        that the client held) or `personal` (none; the gate never leaves the client).
-      weight: [] the client's weight.
-      task: the client's task.
-      num_experts: E.
-    """
-    held = held_mask(task.held, task.slot, num_experts).astype(jnp.float32)
-    table = {
-        "global": lambda: jnp.full((num_experts,), weight),
-        "holder_rows": lambda: weight * held,
-        "personal": lambda: jnp.zeros((num_experts,)),
-    }
-    return table[mode]()
+def count_rows(update: ClientUpdate) -> int:
+    """E, rows of a client's gate."""
+    return update.delta["gate"]["bias"].shape[0]
 
 
-def accumulate(
-    sums: Sums,
+def all_rows(
+    task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper
+) -> Array:
+    """All gate rows of every client, by its examples."""
+    return jnp.full((count_rows(update),), size.astype(jnp.float32))
+
+
+def held_rows(
+    task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper
+) -> Array:
+    """Only the gate rows of experts that the client held, by its examples."""
+    held = held_mask(task.held, task.slot, count_rows(update))
+    return jnp.where(held, size.astype(jnp.float32), 0.0)
+
+
+def no_rows(task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper) -> Array:
+    """None: the gate never leaves the client."""
+    return jnp.zeros((count_rows(update),))
+
+
+def by_examples(
+    task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper
+) -> Array:
+    """Experts by the examples that the client owns."""
+    return jnp.full(task.slot.shape, size.astype(jnp.float32))
+
+
+def by_routed(
+    task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper
+) -> Array:
+    """Experts by the examples that were routed through them in the round."""
+    return update.feedback.load
+
+
+GATE_WEIGHTS = {"global": all_rows, "holder_rows": held_rows, "personal": no_rows}
+EXPERT_WEIGHTS = {"examples": by_examples, "routed": by_routed}
+
+
+def counts(task: ClientTask, update: ClientUpdate) -> Array:
+    """[] bool, whether ONE client is in the averages: finite, and no mere padding."""
+    return (task.steps > 0) & update.finite
+
+
+def weigh(
     task: ClientTask,
     update: ClientUpdate,
     size: Array,
-    *,
-    gate_mode: str,
-    weight: str,
-) -> Sums:
-    """Adds ONE client to the sums; a non-finite or padding client adds nothing.
+    hyper: Hyper,
+    rules: Rules,
+) -> dict[str, Array]:
+    """What ONE client weighs in the average of every part of the params.
 
     Args:
-      sums: sums so far.
       task: what the client was sent.
       update: what it returned.
       size: [] examples the client owns.
-      gate_mode: see `gate_weights`.
-      weight: experts are weighted by the client's `examples`, or by the examples
-        `routed` through each expert in the round.
-    """
-    counts = (task.steps > 0) & update.finite
-    client_weight = jnp.where(counts, size.astype(jnp.float32), 0.0)
-    by_slot = {"examples": client_weight, "routed": update.feedback.load}[weight]
-    expert_weight = jnp.where(task.slot & counts, by_slot, 0.0)  # [K]
-    row_weight = gate_weights(gate_mode, client_weight, task, sums.gate.shape[0])  # [E]
-    # Multiplying a NaN by a zero weight would still poison the sum.
-    delta = jax.tree.map(lambda leaf: jnp.where(counts, leaf, 0.0), update.delta)
+      hyper: hyperparameters.
+      rules: how rows and experts are weighted, and what stays with the client.
 
-    def add(total: PyTree, part: PyTree) -> PyTree:
-        return jax.tree.map(lambda s, d: s + client_weight * d, total, part)
+    Returns:
+      `stem` and `head` [], `gate` [E], `experts` [K]; 0 for what does not count.
+    """
+    client = (task, update, size, hyper)
+    local = is_local(task.held, count_rows(update), rules.local_experts)
+    weights = {
+        "stem": size.astype(jnp.float32),
+        "gate": rules.gate_weight(*client),
+        "experts": jnp.where(task.slot & ~local, rules.expert_weight(*client), 0.0),
+        "head": size.astype(jnp.float32),
+    }
+    for part in set(rules.personal) - {"experts"}:
+        weights[part] = jnp.zeros_like(weights[part])
+    zero = lambda weight: jnp.where(counts(task, update), weight, 0.0)
+    return jax.tree.map(zero, weights)
+
+
+def accumulate(
+    sums: Sums, task: ClientTask, update: ClientUpdate, weights: dict[str, Array]
+) -> Sums:
+    """Adds ONE client to the sums, each part of its delta with its weight."""
+    counted = counts(task, update)
+
+    def add(part: str, total: Array, row: Array) -> Array:
+        return total.at[task.held].add(row) if part == "experts" else total + row
+
+    def add_delta(part: str, total: Array, delta: Array) -> Array:
+        # Multiplying a NaN by a zero weight would still poison the sum.
+        delta = jnp.where(counted, delta, 0.0)
+        return add(part, total, scale_rows(task.scale * weights[part], delta))
+
+    def add_part(part: str) -> PyTree:
+        add_leaf = functools.partial(add_delta, part)
+        return jax.tree.map(add_leaf, sums.delta[part], update.delta[part])
 
     return Sums(
-        delta={
-            "stem": add(sums.delta["stem"], delta["stem"]),
-            "gate": jax.tree.map(
-                lambda s, d: s + scale_rows(row_weight, d),
-                sums.delta["gate"],
-                delta["gate"],
-            ),
-            "experts": jax.tree.map(
-                lambda s, d: s.at[task.held].add(scale_rows(expert_weight, d)),
-                sums.delta["experts"],
-                delta["experts"],
-            ),
-            "head": add(sums.delta["head"], delta["head"]),
-        },
-        shared=sums.shared + client_weight,
-        gate=sums.gate + row_weight,
-        experts=sums.experts.at[task.held].add(expert_weight),
+        delta={part: add_part(part) for part in PARTS},
+        weight={part: add(part, sums.weight[part], weights[part]) for part in PARTS},
     )
 
 
 def scale_rows(weight: Array, leaf: Array) -> Array:
-    """`weight` [n] times `leaf` [n, ...], row by row."""
-    return weight.reshape(weight.shape + (1,) * (leaf.ndim - 1)) * leaf
-
-
-def part_weights(sums: Sums) -> dict[str, Array]:
-    """The summed weight of every part of the params: [] or, per row, [E]."""
-    return {
-        "stem": sums.shared,
-        "gate": sums.gate,
-        "experts": sums.experts,
-        "head": sums.shared,
-    }
+    """`weight` [] or [n] times `leaf` [n, ...], row by row."""
+    return weight.reshape(weight.shape + (1,) * (leaf.ndim - weight.ndim)) * leaf
 
 
 def mean_delta(sums: Sums) -> PyTree:
@@ -138,12 +161,11 @@ def mean_delta(sums: Sums) -> PyTree:
 
     def divide(total: Array, weight: Array) -> Array:
         inverse = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
-        return scale_rows(inverse, total) if inverse.ndim else inverse * total
+        return scale_rows(inverse, total)
 
-    weights = part_weights(sums)
     return {
         part: jax.tree.map(lambda leaf, w=weight: divide(leaf, w), sums.delta[part])
-        for part, weight in weights.items()
+        for part, weight in sums.weight.items()
     }
 
 
@@ -165,7 +187,7 @@ def keep_untrained(new: PyTree, old: PyTree, sums: Sums) -> PyTree:
     Optimiser states mirror the params, so their leaves lie under the same part names;
     leaves under no part (step counts) always advance.
     """
-    weights = part_weights(sums)
+    weights = sums.weight
 
     def choose(path, new_leaf, old_leaf):
         parts = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]

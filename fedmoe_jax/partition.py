@@ -182,7 +182,19 @@ def _pack(owner: np.ndarray, y: np.ndarray, options: Options) -> Partition:
     index[owner[order], np.arange(len(y)) - np.repeat(start, size)] = order
     label_counts = np.zeros((options.num_clients, options.num_classes), np.int32)
     np.add.at(label_counts, (owner, y), 1)
-    return Partition(index, size.astype(np.int32), label_counts)
+    public = np.zeros(0, np.int32)
+    return Partition(index, size.astype(np.int32), label_counts, public)
+
+
+def pool(partition: Partition) -> Partition:
+    """One client that owns what all clients own."""
+    owned = np.arange(partition.index.shape[1])[None] < partition.size[:, None]
+    index = np.sort(partition.index[owned])[None]
+    return partition._replace(
+        index=index,
+        size=np.array([index.size], np.int32),
+        label_counts=partition.label_counts.sum(axis=0, keepdims=True),
+    )
 
 
 def save_partition(path: str | Path, partition: Partition) -> None:
@@ -217,8 +229,9 @@ def load_partition(path: str | Path) -> Partition:
 
 
 def _check_whole(partition: Partition) -> None:
-    """Raises unless every example is owned once and the counts agree."""
-    index, size, label_counts = partition
+    """Raises unless every example is owned or public once, and the counts agree."""
+    index, size, label_counts, public = partition
     owned = index[np.arange(index.shape[1]) < size[:, None]]
-    np.testing.assert_array_equal(np.sort(owned), np.arange(size.sum()))
+    everything = np.sort(np.concatenate([owned, public]))
+    np.testing.assert_array_equal(everything, np.arange(len(everything)))
     np.testing.assert_array_equal(label_counts.sum(1), size)

@@ -13,7 +13,7 @@ def profile(
     examples: Array,
     deadline: float,
     communication_share: float,
-    max_held: int,
+    max_capacity: int,
 ) -> Array:
     """Capacity in experts of every client, from honest reports less a safety margin.
 
@@ -24,7 +24,7 @@ def profile(
       examples: [] or [N] float32, examples a client trains in a round, > 0.
       deadline: seconds a round may take, > 0.
       communication_share: share in (0, 1) of the deadline for the network.
-      max_held: K.
+      max_capacity: the most experts that any client has room for.
 
     Returns:
       [N] int32 in [1, K].
@@ -36,5 +36,5 @@ def profile(
         examples=examples,
         deadline=deadline,
         communication_share=communication_share,
-        max_held=max_held,
+        max_capacity=max_capacity,
     )

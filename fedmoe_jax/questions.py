@@ -3,16 +3,20 @@
 * global: the top-A of all E experts; also softly over all E.
 * personal: the top-A of each client's held experts.
 
-Where gates are personal the server has none, and each client's own gate is asked the
-global questions as well.
+Where parts of the model are personal the server has none of them, and each client's own
+model is asked the global questions as well.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.client import take_submodel
+from fedmoe_jax.models import Model, apply_experts
 from fedmoe_jax.routing import gate_logits, route
+from fedmoe_jax.rules import Rules
 from fedmoe_jax.types import Array, Federation, PyTree, SimState
 
 
@@ -20,12 +24,14 @@ class Images(NamedTuple):
     """One batch of test images as gates see it.
 
     Attributes:
-      features: [B, ...] float, output of the stem.
+      x: [B, H, W, F] float, the images.
+      features: [B, ...] float, output of the server's stem.
       logits: [B, E] float of the server's gate, None where gates are personal.
       y: [B] int32 labels, -1 for padding.
       label: [B, L] float, one-hot labels, zero rows for padding.
     """
 
+    x: Array
     features: Array
     logits: Array | None
     y: Array
@@ -36,31 +42,35 @@ class Asker(NamedTuple):
     """ONE client that is asked (a leading N axis for all of them).
 
     Attributes:
-      gate: the client's own gate, None where the server's serves all.
+      own: the client's personal parts, {} where the server's serve all.
       held: [E] bool, the experts it routes among.
       wanted: [L] float, 1 for labels that the client has, else 0.
     """
 
-    gate: PyTree
+    own: PyTree
     held: Array
     wanted: Array
 
 
-def list_askers(state: SimState, federation: Federation, personal_gate: bool) -> Asker:
-    """All clients [N]; one that never took part holds nothing and may use all."""
+def list_askers(state: SimState, federation: Federation) -> Asker:
+    """All clients [N]; one that never took part holds nothing and may use all.
+
+    Where the data are pooled it is one, with the labels of all.
+    """
     held = state.align.held
+    mix = federation.label_mix.reshape(len(held), -1, federation.label_mix.shape[1])
     return Asker(
-        gate=state.personal_gate if personal_gate else None,
+        own=state.personal,
         held=held | ~held.any(axis=1, keepdims=True),
-        wanted=(federation.label_mix > 0).astype(jnp.float32),
+        wanted=(mix.sum(axis=1) > 0).astype(jnp.float32),
     )
 
 
 def own_logits(asker: Asker, images: Images) -> Array:
     """[B, E] gate logits of ONE client: the server's, unless gates are personal."""
-    if asker.gate is None:
+    if "gate" not in asker.own:
         return images.logits
-    return gate_logits(asker.gate, images.features)
+    return gate_logits(asker.own["gate"], images.features)
 
 
 def route_all(logits: Array, num_active: int) -> Array:
@@ -85,7 +95,7 @@ def find_needed(images: Images, askers: Asker, num_active: int) -> Array:
         logits = own_logits(asker, images)
         wanted = (images.label @ asker.wanted)[:, None] > 0
         need |= wanted & (route(logits, asker.held, num_active) > 0)
-        if asker.gate is not None:
+        if asker.own:
             need |= real & (route_all(logits, num_active) > 0)
         return need, None
 
@@ -136,17 +146,49 @@ def ask_alone(answers: Array, images: Images) -> dict[str, Array]:
     return {"expert": jnp.einsum("be,bl->el", right, images.label)}
 
 
+def answer_with(model: Model, head: PyTree, outputs: Array, rules: Rules) -> Array:
+    """Every expert's class logits [B, E, L], or probabilities where they are mixed."""
+    answers = model.head(head, outputs)
+    return jax.nn.softmax(answers) if rules.probabilities else answers
+
+
+def answer_alone(
+    asker: Asker, images: Images, params: PyTree, model: Model, rules: Rules
+) -> tuple[Array, Array]:
+    """Gate logits [B, E] and answers [B, E, L] of ONE client's own whole model."""
+    num_experts = asker.held.shape[0]
+    everything = jnp.arange(num_experts)
+    mine = take_submodel(params, asker.own, everything, rules.local_experts)
+    features = model.stem(mine["stem"], images.x, None)
+    outputs = apply_experts(model, mine["experts"], features, None)
+    answers = answer_with(model, mine["head"], outputs, rules)
+    return gate_logits(mine["gate"], features), answers
+
+
 def ask_clients(
-    askers: Asker, answers: Array, images: Images, num_active: int, every_expert: bool
+    askers: Asker,
+    answer: Callable[[Asker], tuple[Array, Array]],
+    images: Images,
+    num_active: int,
+    every_expert: bool,
 ) -> dict[str, Array]:
-    """Counts [N, L] `personal`; with own gates also those of the global questions."""
+    """Counts [N, L] `personal`; with personal parts also those of the global questions.
+
+    Args:
+      askers: all clients [N].
+      answer: ONE client -> its gate logits [B, E] and answers [B, E, L].
+      images: the batch.
+      num_active: A.
+      every_expert: whether all experts have answered, so that more can be asked.
+    """
 
     def ask(asker: Asker) -> dict[str, Array]:
-        logits = own_logits(asker, images)
+        logits, answers = answer(asker)
         gates = route(logits, asker.held, num_active)
         counts = {"personal": count_right(gates, answers, images)}
-        if asker.gate is not None:
+        if asker.own:
             counts |= ask_gate(logits, answers, images, num_active, every_expert)
+            counts |= ask_alone(answers, images) if every_expert else {}
         return counts
 
     return jax.lax.map(ask, askers)

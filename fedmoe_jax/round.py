@@ -21,6 +21,7 @@ from fedmoe_jax.cohort import Report, build_train_cohort
 from fedmoe_jax.merge import Sums, merge, server_optimizer
 from fedmoe_jax.profile import profile
 from fedmoe_jax.round_metrics import measure
+from fedmoe_jax.rules import Rules
 from fedmoe_jax.setup import Setup
 from fedmoe_jax.sharding import spread
 from fedmoe_jax.types import (
@@ -42,7 +43,7 @@ def count_examples(federation: Federation, sizes: Sizes) -> Array:
 
 
 def believe_capacity(federation: Federation, hyper: Hyper, setup: Setup) -> Array:
-    """Experts every client can hold, as the server believes: [N] int32 in [1, K]."""
+    """Experts every client can hold, as the server believes: [N] int32 >= 1."""
     sizes = setup.sizes
     return profile(
         federation.devices,
@@ -51,7 +52,7 @@ def believe_capacity(federation: Federation, hyper: Hyper, setup: Setup) -> Arra
         examples=count_examples(federation, sizes),
         deadline=setup.rules.deadline,
         communication_share=setup.rules.communication_share,
-        max_held=sizes.max_held,
+        max_capacity=sizes.max_capacity,
     )
 
 
@@ -70,22 +71,38 @@ def gather_evidence(
         usage=state.align.usage,
         capacity=capacity[cohort],
         load=count_examples(federation, sizes)[cohort],
+        held=state.align.held[cohort],
+        memory=state.align.memory,
     )
 
 
 def make_tasks(
     state: SimState,
     federation: Federation,
-    cohort: Array,
+    evidence: Evidence,
     assignment: Assignment,
+    rules: Rules,
 ) -> ClientTask:
     """What every cohort client is sent, with a leading C axis."""
+    cohort = evidence.client
+    steps, size = federation.steps[cohort], federation.size[cohort]
+    scale, calibration = jnp.ones(cohort.shape), assignment.calibration
+    if calibration is None:
+        calibration = jnp.ones(cohort.shape)
+    share = federation.size / federation.size.sum()
+    correct = lambda rows: jnp.tensordot(share, rows, axes=1)[None] - rows[cohort]
+    if rules.step_scale:
+        scale = rules.step_scale(steps, size, rules.momentum)
     return ClientTask(
         client=cohort,
-        steps=federation.steps[cohort],
+        steps=steps,
+        scale=scale,
+        budget=evidence.capacity,
         held=assignment.held,
         slot=assignment.slot,
-        gate=jax.tree.map(lambda leaf: leaf[cohort], state.personal_gate),
+        calibration=calibration,
+        correction=jax.tree.map(correct, state.variate),
+        own=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
     )
 
 
@@ -123,14 +140,23 @@ def round_step(
     slots = (sizes.cohort_size, sizes.max_held)
     chex.assert_shape([assignment.held, assignment.slot], slots)
     # 4 train
-    tasks = make_tasks(state, federation, cohort, assignment)
+    tasks = make_tasks(state, federation, evidence, assignment, rules)
     sums, report = train_cohort(state.params, tasks, federation, hyper, train_key)
     # 5 merge
     tx = server_optimizer(rules.server_optimizer, hyper.server_learning_rate)
     params, server_opt = merge(state.params, state.server_opt, sums, tx)
+    trained = jnp.where(report.finite, cohort, sizes.num_clients)  # others keep theirs
+    renew = lambda rows, new: rows.at[trained].set(new, mode="drop")
+    personal = jax.tree.map(renew, state.personal, report.own)
+    variate = jax.tree.map(renew, state.variate, report.variate)
     # 6 learn
     load = count_load(report, assignment, sizes.num_experts)
     learnt = learn(align, cohort, assignment, report, load, hyper, rules.feedback)
+    known = lambda leaf: jnp.where(report.finite[:, None], leaf, 0.0)
+    feedback = jax.tree.map(known, report.feedback)
+    memory = setup.strategy.learn(evidence, assignment, feedback, hyper)
+    personal, memory = setup.strategy.exchange(personal, memory, evidence, hyper)
+    learnt = learnt.replace(memory=memory)
 
     new_state = SimState(
         round=state.round + 1,
@@ -138,15 +164,12 @@ def round_step(
         params=params,
         server_opt=server_opt,
         align=learnt,
-        personal_gate=jax.tree.map(
-            lambda gates, new: gates.at[cohort].set(new),
-            state.personal_gate,
-            report.gate,
-        ),
+        personal=personal,
+        variate=variate,
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     return new_state, measure(
-        align, learnt, cohort, assignment, report, load, federation, setup
+        align, learnt, evidence, assignment, report, load, federation, setup
     )
 
 
@@ -155,20 +178,8 @@ def build_round(setup: Setup) -> RoundFn:
 
     It is written for one device of the mesh, see `sharding.spread`.
     """
-    client_update = build_client_update(
-        model=setup.model,
-        sizes=setup.sizes,
-        optimizer=setup.rules.client_optimizer,
-        momentum=setup.rules.momentum,
-        prox=setup.rules.prox,
-        ragged=setup.rules.ragged,
-    )
-    train_cohort = build_train_cohort(
-        client_update,
-        client_chunk=setup.rules.client_chunk,
-        gate_mode=setup.rules.gate_mode,
-        weight=setup.rules.merge_weight,
-    )
+    client_update = build_client_update(setup.model, setup.sizes, setup.rules)
+    train_cohort = build_train_cohort(client_update, setup.rules)
     return functools.partial(round_step, setup=setup, train_cohort=train_cohort)
 
 

@@ -109,7 +109,7 @@ def numbers(run: Run) -> dict[str, float]:
     found = {f"final_{k}": NAN if v is None else v for k, v in finals.items()}
     for name in ("load_cv", "load_entropy"):
         found[f"mean_{name}"] = _mean_of(run, name)
-    for name in ("bytes_up", "bytes_down"):
+    for name in ("bytes_up", "bytes_down", "client_flops"):
         found[f"total_{name}"] = done * _mean_of(run, name)
     for name, value in flatten(run.summary).items():
         if isinstance(value, int | float | None):
@@ -119,6 +119,10 @@ def numbers(run: Run) -> dict[str, float]:
         found[f"mean_{name}"] = _mean_of(run, name)
     for way in ("up", "down"):
         found[f"megabytes_{way}"] = found[f"total_bytes_{way}"] / done / 1e6
+    found["peak_client_parameters"] = max(
+        (row.get("peak_client_parameters", NAN) for row in run.rows), default=NAN
+    )
+    found["gigaflops"] = found["total_client_flops"] / done / 1e9
     if num_experts(run) == 1:
         found |= {"mean_load_cv": NAN, "mean_load_entropy": NAN, "starved_experts": NAN}
     return found

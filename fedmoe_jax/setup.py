@@ -10,41 +10,18 @@ from fedmoe_jax.align.fitness import init_fitness
 from fedmoe_jax.costs import Costs
 from fedmoe_jax.merge import server_optimizer
 from fedmoe_jax.models import Model
-from fedmoe_jax.types import AlignState, Array, Hyper, SimState, Sizes, Strategy
+from fedmoe_jax.rules import Rules
+from fedmoe_jax.types import (
+    AlignState,
+    Array,
+    Federation,
+    Hyper,
+    SimState,
+    Sizes,
+    Strategy,
+)
 
-
-class Rules(NamedTuple):
-    """The static choices of a run beside its sizes; each names a pure function.
-
-    Attributes:
-      gate_mode: `global`, `holder_rows` or `personal`.
-      merge_weight: `examples` or `routed`.
-      feedback: `accuracy`, `loss` or `mixed`.
-      client_optimizer: `sgd` or `adam`.
-      momentum: of the local sgd, in [0, 1).
-      prox: whether the FedProx term is in the local objective.
-      server_optimizer: `sgd`, `momentum`, `adam`, `yogi` or `adagrad`.
-      deadline: seconds a round may take on a device.
-      communication_share: share of the deadline for the network.
-      every_expert: whether evaluation computes all E experts for every image.
-      ragged: whether clients take different numbers of local steps.
-      client_chunk: clients vmapped at once on each device.
-      chunk_rounds: R.
-    """
-
-    gate_mode: str
-    merge_weight: str
-    feedback: str
-    client_optimizer: str
-    momentum: float
-    prox: bool
-    server_optimizer: str
-    deadline: float
-    communication_share: float
-    every_expert: bool
-    ragged: bool
-    client_chunk: int
-    chunk_rounds: int
+BEFORE_ROUNDS = 2**32 - 1  # folded into the run's key where rounds fold their number
 
 
 class Setup(NamedTuple):
@@ -81,18 +58,15 @@ def init_state(key: Array, hyper: Hyper, setup: Setup) -> SimState:
     shape = (sizes.num_clients, sizes.num_experts)
     params_key, fitness_key, run_key = jax.random.split(key, 3)
     params = setup.model.init(params_key)
+    zeros = lambda leaf: jnp.zeros((sizes.num_clients, *leaf.shape), leaf.dtype)
     tx = server_optimizer(rules.server_optimizer, hyper.server_learning_rate)
-    personal_gate = {}
-    if rules.gate_mode == "personal":
-        personal_gate = jax.tree.map(
-            lambda leaf: jnp.tile(leaf[None], (sizes.num_clients,) + (1,) * leaf.ndim),
-            params["gate"],
-        )
+    copies = lambda leaf: jnp.tile(leaf[None], (sizes.num_clients,) + (1,) * leaf.ndim)
     align = AlignState(
         fitness=init_fitness(fitness_key, *shape, prior=hyper.prior, noise=hyper.noise),
         usage=jnp.zeros(sizes.num_experts),
         held=jnp.zeros(shape, bool),
         times_held=jnp.zeros(shape, jnp.int32),
+        memory=setup.strategy.remember(sizes),
     )
     return SimState(
         round=jnp.zeros((), jnp.int32),
@@ -100,5 +74,21 @@ def init_state(key: Array, hyper: Hyper, setup: Setup) -> SimState:
         params=params,
         server_opt=tx.init(params),
         align=align,
-        personal_gate=personal_gate,
+        personal={part: jax.tree.map(copies, params[part]) for part in rules.personal},
+        variate=jax.tree.map(zeros, params) if rules.variates else {},
     )
+
+
+def prepare_state(
+    state: SimState, federation: Federation, hyper: Hyper, setup: Setup
+) -> SimState:
+    """The state after what the strategy does before the first round, if anything."""
+    if setup.strategy.prepare is None:
+        return state
+    key = jax.random.fold_in(state.key, BEFORE_ROUNDS)
+    params, memory = setup.strategy.prepare(
+        *(key, state.params, state.align.memory, federation, hyper),
+        model=setup.model,
+        sizes=setup.sizes,
+    )
+    return state.replace(params=params, align=state.align.replace(memory=memory))

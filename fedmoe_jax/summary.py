@@ -54,7 +54,7 @@ def describe_speed(summary: dict[str, Any]) -> str:
 
 
 def make_summary(
-    strategy: str, seed: int, note: str, rows: list[Row], spent: Row
+    strategy: str, seed: int, note: str, needs: str, rows: list[Row], spent: Row
 ) -> dict[str, Any]:
     """The numbers of a whole run.
 
@@ -65,6 +65,7 @@ def make_summary(
       strategy: its name.
       seed: of the run.
       note: the strategy's sentence.
+      needs: what it gets beyond the shared rules.
       rows: one per round, at least one.
       spent: seconds that are in no row.
     """
@@ -79,6 +80,7 @@ def make_summary(
         "seed": seed,
         "num_rounds": len(rows),
         "note": note,
+        "needs": needs,
         **{f"final_{name}": own_final(rows, name) for name in ACCURACIES},
         "rounds_to": {f"{target:.2f}": reached[target] for target in TARGETS},
         "rounds_to_95_percent_of_final": share,
@@ -89,6 +91,10 @@ def make_summary(
         "mean_simulated_seconds": total("simulated_seconds") / len(rows),
         "total_bytes_up": total("bytes_up"),
         "total_bytes_down": total("bytes_down"),
+        "total_client_flops": total("client_flops"),
+        "peak_client_parameters": max(
+            row.get("peak_client_parameters") or 0.0 for row in rows
+        ),
         "nonfinite_clients": int(total("nonfinite_clients")),
         **measure_speed({name: total(name) for name in SPENT}, rows),
     }

@@ -25,9 +25,9 @@ from fedmoe_jax import hosts, memory
 from fedmoe_jax.driver import Job
 from fedmoe_jax.evaluate import build_evaluate_share
 from fedmoe_jax.round import scan_rounds
-from fedmoe_jax.setup import Setup, init_state
+from fedmoe_jax.setup import Setup, init_state, prepare_state
 from fedmoe_jax.sharding import RUNS, build_mesh, map_runs, place, spread
-from fedmoe_jax.strategies import either
+from fedmoe_jax.strategies import either, traits
 from fedmoe_jax.train import (
     Plan,
     choose_devices,
@@ -36,7 +36,7 @@ from fedmoe_jax.train import (
     plan_run,
     run_job,
 )
-from fedmoe_jax.types import OWN, Federation, PyTree
+from fedmoe_jax.types import OWN, Array, Federation, Hyper, PyTree, SimState
 from fedmoe_jax.workdir import is_finished
 
 # Fields of the config outside `Setup` in which the runs of one wave must agree.
@@ -140,7 +140,7 @@ def plan_waves(members: list[Member]) -> list[Wave]:
 
 def program_key(plan: Plan) -> tuple:
     """Equal for plans that one compiled program can run together."""
-    static = plan.setup._replace(strategy=None)
+    static = plan.setup._replace(strategy=traits(plan.setup.strategy))
     schedule = tuple(str(plan.config[name]) for name in SCHEDULE)
     return static, schedule
 
@@ -219,11 +219,12 @@ def build_wave_job(wave: Wave, folders: list[Path]) -> Job:
     hypers = place(hypers, mesh, P(RUNS))
     seeds = np.array([plan.config.seed for plan in wave.plans])
     init, run_rounds, evaluate = build_programs(setup)
+    federation = stack_federations([p.federation for p in wave.plans], mesh)
     return Job(
         names=wave.names,
         folders=folders,
-        state=init(place(seeds, mesh, P(RUNS)), hypers),
-        inputs=(stack_federations([p.federation for p in wave.plans], mesh), hypers),
+        state=init(place(seeds, mesh, P(RUNS)), federation, hypers),
+        inputs=(federation, hypers),
         run_rounds=run_rounds,
         evaluate=evaluate,
         split=split_runs,
@@ -265,20 +266,15 @@ def build_programs(setup: Setup) -> tuple[Callable, Callable, Callable]:
     All have a leading S axis on state, hyperparameters, the federation's `OWN` fields
     and their results.
     """
-    evaluate_share = build_evaluate_share(
-        model=setup.model,
-        sizes=setup.sizes,
-        gate_mode=setup.rules.gate_mode,
-        every_expert=setup.rules.every_expert,
-    )
+    evaluate_share = build_evaluate_share(setup.model, setup.sizes, setup.rules)
     runs, mesh = P(RUNS), setup.mesh
 
-    def init_runs(seeds: PyTree, hypers: PyTree) -> PyTree:
-        one_run = lambda run: init_state(jax.random.key(run[0]), run[1], setup)
-        return jax.lax.map(one_run, (seeds, hypers))
+    def init_run(seed: Array, federation: Federation, hyper: Hyper) -> SimState:
+        state = init_state(jax.random.key(seed), hyper, setup)
+        return prepare_state(state, federation, hyper, setup)
 
     return (
-        jax.jit(spread(init_runs, mesh, (runs, runs), runs)),
+        jax.jit(spread(map_runs(init_run), mesh, (runs, FEDERATION_SPEC, runs), runs)),
         jax.jit(
             spread(
                 map_runs(scan_rounds(setup)), mesh, (runs, FEDERATION_SPEC, runs), runs

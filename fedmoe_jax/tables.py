@@ -64,6 +64,7 @@ def _columns(measured: Sequence[Mapping[str, float]]) -> list[Column]:
     percent = lambda values: mean_cell(values, 100, 1)
     plain = lambda values: mean_cell(values, 1, 2)
     tenths = lambda values: mean_cell(values, 1, 1)
+    thousand = lambda values: mean_cell(values, 1e-3, 1)
     targets = {key for found in measured for key in found if key[:10] == "rounds_to."}
     columns = [
         Column(f"{title} %", f"final_{name}", 1, percent)
@@ -81,6 +82,8 @@ def _columns(measured: Sequence[Mapping[str, float]]) -> list[Column]:
         Column("Late clients a round", "mean_late_clients", -1, tenths),
         Column("MB up a round", "megabytes_up", -1, tenths),
         Column("MB down a round", "megabytes_down", -1, tenths),
+        Column("GFLOP a round", "gigaflops", -1, tenths),
+        Column("Peak client parameters, 1,000", "peak_client_parameters", -1, thousand),
     ]
 
 
@@ -110,8 +113,10 @@ def table(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Cell]]]:
 
 
 def note_of(group: Sequence[Run]) -> str:
-    """The strategy's sentence, empty while its first run is in progress."""
-    return group[0].summary.get("note", "")
+    """The strategy's sentence and what it needs; empty until its first run is done."""
+    summary = group[0].summary
+    needs = summary.get("needs", "")
+    return summary.get("note", "") + (f" Needs {needs}." if needs else "")
 
 
 def markdown_table(runs: Sequence[Run]) -> str:

@@ -18,7 +18,7 @@ from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.files import write_json
 from fedmoe_jax.metrics import Row, read_metrics
 from fedmoe_jax.round import believe_capacity, build_run_rounds
-from fedmoe_jax.setup import Setup, init_state
+from fedmoe_jax.setup import Setup, init_state, prepare_state
 from fedmoe_jax.sharding import build_mesh, replicate
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.summary import describe_speed, make_summary
@@ -48,6 +48,7 @@ class Plan(NamedTuple):
 
 load_dataset_once = functools.cache(load_dataset)
 init_state_compiled = jax.jit(init_state, static_argnums=2)
+prepare_compiled = jax.jit(prepare_state, static_argnums=3)
 
 
 def load_data(config: ConfigDict) -> None:
@@ -126,19 +127,15 @@ def build_job(plan: Plan, workdir: Path, label: str) -> Job:
     setup, mesh = plan.setup, plan.setup.mesh
     hyper = replicate(plan.hyper, mesh)
     state = init_state_compiled(jax.random.key(plan.config.seed), hyper, setup)
+    federation = replicate(plan.federation, mesh)
+    state = prepare_compiled(replicate(state, mesh), federation, hyper, setup)
     return Job(
         names=[label],
         folders=[workdir],
-        state=replicate(state, mesh),
-        inputs=(replicate(plan.federation, mesh), hyper),
+        state=state,
+        inputs=(federation, hyper),
         run_rounds=build_run_rounds(setup),
-        evaluate=build_evaluate(
-            model=setup.model,
-            sizes=setup.sizes,
-            gate_mode=setup.rules.gate_mode,
-            every_expert=setup.rules.every_expert,
-            mesh=mesh,
-        ),
+        evaluate=build_evaluate(setup.model, setup.sizes, setup.rules, mesh),
         split=lambda metrics: [metrics],
     )
 
@@ -232,8 +229,10 @@ def finish(
     """Writes `summary.json` and `final.npz` of a finished run; returns the summary."""
     save_arrays(workdir / "final.npz", plan, align, results["specialisation"])
     config, rows = plan.config, read_metrics(workdir / "metrics.jsonl")
-    note = find_strategy(config.strategy).note
-    summary = make_summary(config.strategy, config.seed, note, rows, spent)
+    strategy = find_strategy(config.strategy)
+    summary = make_summary(
+        *(config.strategy, config.seed, strategy.note, strategy.needs, rows, spent)
+    )
     write_json(workdir / "summary.json", summary)
     return summary
 

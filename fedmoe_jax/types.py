@@ -56,6 +56,8 @@ class Sizes(NamedTuple):
       batch_size: B.
       expert_width: hidden units (MLP) or channels (convolution) of one expert.
       num_classes: L.
+      max_capacity: the most experts that any client has room for; K, unless the
+        strategy has changed K.
     """
 
     num_clients: int
@@ -67,13 +69,14 @@ class Sizes(NamedTuple):
     batch_size: int
     expert_width: int
     num_classes: int
+    max_capacity: int
 
 
 @struct.dataclass
 class Hyper:
     """Hyperparameters that are traced: varying one does not compile anything anew.
 
-    Every field but `strategy` is a float32 scalar.
+    Every field but `strategy` and `own` is a float32 scalar.
 
     Attributes:
       strategy: [] int32, which of the program's strategies decides, see
@@ -98,6 +101,7 @@ class Hyper:
       usage_weight: weight of the normalised usage, subtracted in the desirability.
       exploration: probability in [0, 1] that a client's scores are drawn at random.
       buffer: share in [0, 1) of every resource that the profile keeps in reserve.
+      own: numbers that only the run's strategy reads, by name; see `Strategy.options`.
     """
 
     strategy: Array
@@ -119,6 +123,7 @@ class Hyper:
     usage_weight: Array
     exploration: Array
     buffer: Array
+    own: dict[str, Array] = struct.field(default_factory=dict)
 
 
 class Dataset(NamedTuple):
@@ -146,11 +151,13 @@ class Partition(NamedTuple):
       index: [N, M] int32, row c lists the examples of client c and then zeros.
       size: [N] int32, how many entries of each row count.
       label_counts: [N, L] int32, examples of each class that each client owns.
+      public: [Q] int32, examples that the server has and no client owns.
     """
 
     index: Any
     size: Any
     label_counts: Any
+    public: Any
 
 
 @struct.dataclass
@@ -182,7 +189,9 @@ class Federation:
       index: [N, M] int32, examples of each client, zeros beyond `size`.
       size: [N] int32, examples of each client, >= 1.
       steps: [N] int32, local steps of each client in a round, 1 to T.
-      label_mix: [N, L] float32, each client's label histogram, rows sum to 1.
+      label_mix: [N, L] float32, each client's label histogram, rows sum to 1. Where the
+        data are pooled, N is 1 in the other fields, and these are the clients' still.
+      public: [Q] int32, examples that the server has and no client owns.
       test_x: [X', H, W, F] uint8.
       test_y: [X'] int32.
       mean: [H, W, F] float32 channel means of `x` as fractions of 255, at every pixel.
@@ -196,6 +205,7 @@ class Federation:
     size: Array
     steps: Array
     label_mix: Array
+    public: Array
     test_x: Array
     test_y: Array
     mean: Array
@@ -204,7 +214,7 @@ class Federation:
 
 
 # Fields of the federation that every run of a sweep has for itself; it shares the rest.
-OWN = ("index", "size", "steps", "label_mix", "devices")
+OWN = ("index", "size", "steps", "label_mix", "public", "devices")
 
 
 @struct.dataclass
@@ -216,12 +226,14 @@ class AlignState:
       usage: [E] float32, decayed count of examples trained (section III-B-2).
       held: [N, E] bool, what each client held when it was last in a cohort.
       times_held: [N, E] int32, rounds in which the client held the expert.
+      memory: what the strategy keeps in mind for itself, {} for most.
     """
 
     fitness: Array
     usage: Array
     held: Array
     times_held: Array
+    memory: PyTree = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -235,8 +247,9 @@ class SimState:
         `experts` has a leading E axis.
       server_opt: state of the server's optax transformation.
       align: the alignment state.
-      personal_gate: like `params["gate"]` with a leading N axis where gates are
-        personal, else an empty dict.
+      personal: the parts of the model that stay with the clients, by name like
+        params, every leaf with a leading N axis; {} where the server has all.
+      variate: control variates of SCAFFOLD, like params with a leading N axis, else {}.
     """
 
     round: Array
@@ -244,7 +257,8 @@ class SimState:
     params: PyTree
     server_opt: PyTree
     align: AlignState
-    personal_gate: PyTree
+    personal: PyTree
+    variate: PyTree
 
 
 @struct.dataclass
@@ -254,10 +268,12 @@ class Assignment:
     Attributes:
       held: [C, K] int32, expert ids; distinct among the valid slots of a row.
       slot: [C, K] bool, which slots are valid; the first k_c of each row.
+      calibration: [C] float32, a factor of each client's calibration loss; None for 1.
     """
 
     held: Array
     slot: Array
+    calibration: Array | None = None
 
 
 @struct.dataclass
@@ -271,6 +287,8 @@ class Evidence:
       usage: [E] float32.
       capacity: [C] int32 in [1, K], experts each client can hold.
       load: [C] float32, examples each client trains in one round.
+      held: [C, E] bool, what each client held when it was last in a cohort.
+      memory: the strategy's own memory, see `Strategy.remember`.
     """
 
     round: Array
@@ -279,6 +297,8 @@ class Evidence:
     usage: Array
     capacity: Array
     load: Array
+    held: Array
+    memory: PyTree = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -290,12 +310,17 @@ class Feedback:
       loss: [K] float32 >= 0 nats, gate-weighted mean cross-entropy.
       frequency: [K] float32, share of the gate mass, sums to 1 over valid slots.
       load: [K] float32, examples whose top-A includes the slot's expert.
+      peak: [K] float32 in [0, 1], largest gate of a batch, mean over the batches.
+      mass: [E] float32 in [0, 1], mean gate over all experts, held or not, where
+        `Rules.report_mass` asks for it, else [0].
     """
 
     accuracy: Array
     loss: Array
     frequency: Array
     load: Array
+    peak: Array
+    mass: Array
 
 
 # (evidence, hyper, sizes, key) -> Assignment
@@ -304,11 +329,47 @@ AssignFn = Callable[[Evidence, Hyper, Sizes, Array], Assignment]
 RoundFn = Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]
 # Sizes -> Sizes, for strategies whose model differs from the configured one.
 ResizeFn = Callable[[Sizes], Sizes]
+# Sizes -> memory before the first round.
+RememberFn = Callable[[Sizes], PyTree]
+# (key, params, memory, federation, hyper, model=, sizes=) -> params, memory.
+PrepareFn = Callable[..., tuple[PyTree, PyTree]]
+# (evidence, assignment, feedback, hyper) -> memory after a round.
+LearnFn = Callable[[Evidence, Assignment, Feedback, Hyper], PyTree]
+# (personal parts [N, ...], memory, evidence, hyper) -> personal parts, memory.
+ExchangeFn = Callable[[PyTree, PyTree, Evidence, Hyper], tuple[PyTree, PyTree]]
+# (rules, sizes, options) -> the `rules.Rules` that the strategy needs.
+AdaptFn = Callable[[Any, Sizes, dict[str, float]], Any]
+# Hyperparameters as configured -> as the strategy needs them.
+TuneFn = Callable[[Hyper], Hyper]
 
 
-def keep_sizes(sizes: Sizes) -> Sizes:
-    """The configured mixture as it is."""
-    return sizes
+def as_it_is(value: Any) -> Any:
+    """The configured sizes or hyperparameters unchanged."""
+    return value
+
+
+def same_rules(rules: Any, sizes: Sizes, options: dict[str, float]) -> Any:
+    """The configured rules unchanged."""
+    return rules
+
+
+def no_memory(sizes: Sizes) -> PyTree:
+    """For strategies that remember nothing but what all learn."""
+    return {}
+
+
+def same_memory(
+    evidence: Evidence, assignment: Assignment, feedback: Feedback, hyper: Hyper
+) -> PyTree:
+    """The memory as it was."""
+    return evidence.memory
+
+
+def no_exchange(
+    personal: PyTree, memory: PyTree, evidence: Evidence, hyper: Hyper
+) -> tuple[PyTree, PyTree]:
+    """Clients keep their parts for themselves."""
+    return personal, memory
 
 
 class Strategy(NamedTuple):
@@ -318,10 +379,35 @@ class Strategy(NamedTuple):
       assign: decides which experts each cohort client holds.
       note: what it decides and what it needs beyond the shared rules, one sentence.
       reads: which learnt evidence it decides from, of `fitness` and `usage`.
-      resize: the sizes of the model this strategy trains.
+      needs: what it gets beyond the shared rules, "" for nothing; the report prints it.
+      options: the config group whose numbers `adapt` gets and that are in `hyper.own`,
+        "" for none.
+      allowed: (field, what is allowed in it) of all its options, and of other fields
+        of the config in which it allows less than others.
+      at_most: (field, other field) of the config: the one may not exceed the other.
+      pooled: whether one client owns all data and takes the steps of a whole cohort.
+      resize: the sizes of the model it trains.
+      adapt: the static rules that it trains and merges by, from the configured ones.
+      tune: likewise its traced hyperparameters.
+      remember: its own memory before the first round.
+      prepare: params and memory after what the server does alone, before the first
+        round; None for nothing.
+      learn: its own memory after a round.
+      exchange: the personal parts after clients have exchanged them, and its memory.
     """
 
     assign: AssignFn
     note: str
     reads: tuple[str, ...] = ()
-    resize: ResizeFn = keep_sizes
+    needs: str = ""
+    options: str = ""
+    allowed: tuple[tuple[str, Any], ...] = ()
+    at_most: tuple[tuple[str, str], ...] = ()
+    pooled: bool = False
+    resize: ResizeFn = as_it_is
+    adapt: AdaptFn = same_rules
+    tune: TuneFn = as_it_is
+    remember: RememberFn = no_memory
+    prepare: PrepareFn | None = None
+    learn: LearnFn = same_memory
+    exchange: ExchangeFn = no_exchange

@@ -53,6 +53,7 @@ def load(work: works.Work) -> tuple[Dataset, Partition]:
         index=ids,
         size=np.full(work.clients, work.examples, np.int32),
         label_counts=np.ones((work.clients, works.CLASSES), np.int32),
+        public=np.zeros(0, np.int32),
     )
     return Dataset(x, y, *test, names), partition
 

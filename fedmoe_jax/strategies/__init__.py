@@ -4,10 +4,32 @@ import functools
 
 import jax
 
-from fedmoe_jax.strategies.fedavg import FEDAVG, FEDAVG_ACTIVE
+from fedmoe_jax.strategies.fedavg import (
+    CENTRALISED,
+    CENTRALISED_ACTIVE,
+    FEDADAM,
+    FEDADAM_ACTIVE,
+    FEDAVG,
+    FEDAVG_ACTIVE,
+    FEDNOVA,
+    FEDNOVA_ACTIVE,
+    FEDPROX,
+    FEDPROX_ACTIVE,
+    LOCAL,
+    LOCAL_ACTIVE,
+    SCAFFOLD,
+    SCAFFOLD_ACTIVE,
+)
+from fedmoe_jax.strategies.fedjets import FEDJETS, FEDJETS_NO_ANCHORS
+from fedmoe_jax.strategies.fedmix import FEDMIX, FEDMIX_ALL
+from fedmoe_jax.strategies.fedmoe import FEDMOE
+from fedmoe_jax.strategies.fedmoe_da import FEDMOE_DA
+from fedmoe_jax.strategies.flex_moe import FLEX_MOE, FLEX_MOE_EXAMPLES
 from fedmoe_jax.strategies.greedy import GREEDY
+from fedmoe_jax.strategies.hfedmoe import HFEDMOE
 from fedmoe_jax.strategies.load_balanced import LOAD_BALANCED, LOAD_BALANCED_RUNNING
-from fedmoe_jax.strategies.random import RANDOM
+from fedmoe_jax.strategies.pfedmoe import PFEDMOE
+from fedmoe_jax.strategies.random import FIXED_RANDOM, RANDOM
 from fedmoe_jax.strategies.round_robin import ROUND_ROBIN
 from fedmoe_jax.types import (
     Array,
@@ -21,12 +43,35 @@ from fedmoe_jax.types import (
 
 STRATEGIES: dict[str, Strategy] = {
     "random": RANDOM,
+    "fixed_random": FIXED_RANDOM,
     "round_robin": ROUND_ROBIN,
     "greedy": GREEDY,
     "load_balanced": LOAD_BALANCED,
     "load_balanced_running": LOAD_BALANCED_RUNNING,
+    "flex_moe": FLEX_MOE,
+    "flex_moe_examples": FLEX_MOE_EXAMPLES,
+    "hfedmoe": HFEDMOE,
+    "fedmoe": FEDMOE,
+    "fedmoe_da": FEDMOE_DA,
+    "pfedmoe": PFEDMOE,
+    "fedjets": FEDJETS,
+    "fedjets_no_anchors": FEDJETS_NO_ANCHORS,
+    "fedmix": FEDMIX,
+    "fedmix_all": FEDMIX_ALL,
     "fedavg": FEDAVG,
     "fedavg_active": FEDAVG_ACTIVE,
+    "fedprox": FEDPROX,
+    "fedprox_active": FEDPROX_ACTIVE,
+    "fednova": FEDNOVA,
+    "fednova_active": FEDNOVA_ACTIVE,
+    "scaffold": SCAFFOLD,
+    "scaffold_active": SCAFFOLD_ACTIVE,
+    "fedadam": FEDADAM,
+    "fedadam_active": FEDADAM_ACTIVE,
+    "centralised": CENTRALISED,
+    "centralised_active": CENTRALISED_ACTIVE,
+    "local": LOCAL,
+    "local_active": LOCAL_ACTIVE,
 }
 
 
@@ -46,7 +91,7 @@ def find_strategy(name: str) -> Strategy:
 def either(names: tuple[str, ...]) -> Strategy:
     """One strategy that decides as the one that `hyper.strategy` counts to.
 
-    So runs of several strategies, of equal sizes, share one compiled program.
+    So runs of several strategies of equal traits share one compiled program.
     """
     strategies = [find_strategy(name) for name in names]
     if len(strategies) == 1:
@@ -60,4 +105,10 @@ def either(names: tuple[str, ...]) -> Strategy:
 
         return jax.lax.switch(hyper.strategy, [branch(s) for s in strategies])
 
-    return Strategy(assign=assign, note=f"One of {', '.join(names)}.")
+    return strategies[0]._replace(assign=assign, note=f"One of {', '.join(names)}.")
+
+
+def traits(strategy: Strategy) -> Strategy:
+    """All but the decision: strategies with equal traits can share a program."""
+    told = {"note": "", "reads": (), "needs": "", "allowed": (), "at_most": ()}
+    return strategy._replace(assign=None, **told)

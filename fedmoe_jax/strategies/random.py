@@ -40,7 +40,20 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     return top_k(scores, evidence.capacity, sizes.max_held)
 
 
+def assign_once(
+    evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array
+) -> Assignment:
+    """Every client keeps the k_c experts that it drew when it first took part."""
+    scores = uniform_scores(key, evidence.client, sizes.num_experts)
+    return top_k(scores + evidence.held, evidence.capacity, sizes.max_held)
+
+
 RANDOM = Strategy(
     assign=assign,
     note="Draws each client's experts uniformly every round and uses no feedback.",
+)
+
+FIXED_RANDOM = Strategy(
+    assign=assign_once,
+    note="Draws each client's experts uniformly once and keeps them; uses no feedback.",
 )

@@ -75,6 +75,12 @@ def draw_devices(
     )
 
 
+def unlimited_device() -> Devices:
+    """One device that can do everything at once, [1]."""
+    endless = jnp.full(1, jnp.inf)
+    return Devices(endless, endless, endless, endless, jnp.zeros(1, jnp.int32))
+
+
 def _check(tiers: tuple[str, ...], shares: tuple[float, ...], spread: float) -> None:
     for name in tiers:
         if name not in TIERS:
@@ -114,7 +120,7 @@ def true_capacity(
     examples: Array,
     deadline: float,
     communication_share: float,
-    max_held: int,
+    max_capacity: int,
 ) -> Array:
     """How many experts each device can hold: the least of three limits.
 
@@ -131,7 +137,7 @@ def true_capacity(
       examples: [] or [N] float32, examples a client trains in a round, > 0.
       deadline: seconds a round may take, > 0.
       communication_share: share in (0, 1) of the deadline for the network.
-      max_held: K.
+      max_capacity: the most experts that any client has room for.
 
     Returns:
       [N] int32 in [1, K].
@@ -147,4 +153,4 @@ def true_capacity(
     work = (1 - communication_share) * deadline * usable * devices.flops / examples
     by_compute = (work - costs.shared_flops) / costs.expert_flops
     least = jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)
-    return jnp.clip(jnp.floor(least), 1, max_held).astype(jnp.int32)
+    return jnp.clip(jnp.floor(least), 1, max_capacity).astype(jnp.int32)

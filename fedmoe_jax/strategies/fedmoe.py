@@ -1,0 +1,141 @@
+"""FedMoE (arXiv 2408.11304): each client's sub-model from what it activates.
+
+From the published description; the thresholds of its search and the formula of its
+recommendations could not be read. Chosen here: in its first `warm_up` rounds a client
+trains all experts; then it keeps the smallest set of experts that answers a share
+`coverage` of its routing, as far as it has room; after every `period` further rounds it
+swaps its least used expert for the one that similar clients of the cohort hold most.
+An expert that nobody holds stays, one that one client holds is copied from it, others
+are averaged; gate rows alike.
+"""
+
+import jax.numpy as jnp
+
+from fedmoe_jax.align.solve import top_k
+from fedmoe_jax.merge import held_rows
+from fedmoe_jax.ranges import COUNT, SHARE
+from fedmoe_jax.rules import Rules
+from fedmoe_jax.strategies.hfedmoe import hold_all
+from fedmoe_jax.types import (
+    Array,
+    Assignment,
+    Evidence,
+    Feedback,
+    Hyper,
+    PyTree,
+    Sizes,
+    Strategy,
+)
+
+
+def cover(frequency: Array, coverage: Array) -> Array:
+    """How many of the most used experts reach the share `coverage`: [C] int32 >= 1.
+
+    Args:
+      frequency: [C, E] float32, shares of each client's routing.
+      coverage: [] float32 in [0, 1].
+    """
+    descending = -jnp.sort(-frequency, axis=1)
+    before = jnp.cumsum(descending, axis=1) - descending
+    return jnp.maximum((before < coverage * descending.sum(1)[:, None]).sum(1), 1)
+
+
+def vote(frequency: Array, held: Array) -> Array:
+    """Votes [C, E] of the other clients for what they hold, by cosine similarity."""
+    length = jnp.linalg.norm(frequency, axis=1, keepdims=True)
+    unit = frequency / jnp.maximum(length, 1e-9)
+    similar = jnp.einsum("ce,de->cd", unit, unit)
+    similar = jnp.where(jnp.eye(len(held), dtype=bool), 0.0, similar)
+    return jnp.einsum("cd,de->ce", similar, held.astype(jnp.float32))
+
+
+def recommend(frequency: Array, held: Array) -> Array:
+    """Swaps each client's least used expert for the most voted one: [C, E] bool.
+
+    A client keeps what it has where it holds only one, or others hold nothing else.
+    """
+    votes = jnp.where(held, -1.0, vote(frequency, held))
+    new = votes.argmax(axis=1)
+    least = jnp.where(held, frequency, jnp.inf).argmin(axis=1)
+    row = jnp.arange(len(held))
+    swapped = held.at[row, least].set(False).at[row, new].set(True)
+    useful = (votes.max(axis=1) > 0) & (held.sum(axis=1) > 1)
+    return jnp.where(useful[:, None], swapped, held)
+
+
+def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
+    """All experts in a client's warm-up, then its own sub-model."""
+    num_experts = sizes.num_experts
+    frequency = evidence.memory["frequency"][evidence.client]
+    since = evidence.memory["rounds"][evidence.client] - hyper.own["warm_up"]  # [C]
+    room = jnp.minimum(cover(frequency, hyper.own["coverage"]), evidence.capacity)
+    due = (since > 0) & (since % hyper.own["period"] == 0)
+    swapped = recommend(frequency, evidence.held)
+    kept = jnp.where(due[:, None], swapped, evidence.held).astype(jnp.float32)
+    scores = jnp.where((since > 0)[:, None], kept, frequency)
+    count = jnp.where(since > 0, evidence.held.sum(axis=1), room)
+    return top_k(scores, jnp.where(since < 0, num_experts, count), num_experts)
+
+
+def remember(sizes: Sizes) -> PyTree:
+    """Nothing is known of any client's routing before its first round."""
+    return {
+        "frequency": jnp.zeros((sizes.num_clients, sizes.num_experts)),
+        "rounds": jnp.zeros(sizes.num_clients, jnp.int32),
+    }
+
+
+def learn(
+    evidence: Evidence, assignment: Assignment, feedback: Feedback, hyper: Hyper
+) -> PyTree:
+    """Moves the routing shares of held experts towards the newest ones.
+
+    What a sub-model routes is taken for the share that its experts had in all routing.
+    """
+    memory, client = evidence.memory, evidence.client
+    frequency = memory["frequency"]
+    old = frequency[client[:, None], assignment.held]
+    old = jnp.where(assignment.slot, old, 0.0)
+    known = old.sum(axis=1, keepdims=True)
+    rate = jnp.where(known > 0, hyper.fitness_rate, 1.0)
+    newest = jnp.where(known > 0, known, 1.0) * feedback.frequency
+    told = feedback.load.sum(axis=1) > 0
+    filled = assignment.slot & told[:, None]
+    expert = jnp.where(filled, assignment.held, frequency.shape[1])
+    new = old + rate * (newest - old)
+    return {
+        "frequency": frequency.at[client[:, None], expert].set(new, mode="drop"),
+        "rounds": memory["rounds"].at[client].add(told.astype(jnp.int32)),
+    }
+
+
+def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
+    """Experts and gate rows alike are averaged over those who hold them."""
+    return rules._replace(gate_weight=held_rows)
+
+
+def tune(hyper: Hyper) -> Hyper:
+    """The loss is the cross-entropy alone."""
+    return hyper.replace(calibration=0.0)
+
+
+FEDMOE = Strategy(
+    assign=assign,
+    note=(
+        "Gives each client the experts that it used most in a warm-up with all of "
+        "them, and lets similar clients recommend others."
+    ),
+    needs="all experts on every client during the warm-up",
+    options="fedmoe",
+    resize=hold_all,
+    allowed=(
+        ("fedmoe.warm_up", COUNT),
+        ("fedmoe.coverage", SHARE),
+        ("fedmoe.period", COUNT),
+    ),
+    at_most=(("fedmoe.warm_up", "num_rounds"),),
+    adapt=adapt,
+    tune=tune,
+    remember=remember,
+    learn=learn,
+)

@@ -1,0 +1,103 @@
+"""FedMoE-DA (arXiv 2411.02115): clients mix their experts with the most similar ones.
+
+From the published description and a port that cites its equations 8 to 11. The row of a
+client's gate stands for its expert; experts travel between clients, not by the server.
+Chosen here: the clients of a cohort mix with each other, stem and head are averaged.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.ranges import COUNT, POSITIVE, Range
+from fedmoe_jax.rules import Rules
+from fedmoe_jax.strategies.hfedmoe import assign, hold_all
+from fedmoe_jax.types import Array, Evidence, Hyper, PyTree, Sizes, Strategy
+
+UNKNOWN = -2.0  # less than any cosine
+
+
+def find_similar(rows: Array) -> Array:
+    """Cosine similarity [n, n] of gate rows [n, D] of experts."""
+    unit = rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return jnp.einsum("id,jd->ij", unit, unit)
+
+
+def mixing_weights(similar: Array, neighbours: Array, temperature: Array) -> Array:
+    """What every expert takes of every other: [n, n] float32, rows sum to 1.
+
+    A softmax of similarities over the expert itself and the most similar others.
+
+    Args:
+      similar: [n, n] float32 cosines, `UNKNOWN` where rows have not been shown.
+      neighbours: [] how many others each expert is mixed with, at most.
+      temperature: [] > 0.
+    """
+    itself = jnp.eye(len(similar), dtype=bool)
+    order = jnp.argsort(-jnp.where(itself, jnp.inf, similar), axis=1)
+    kept = jnp.argsort(order, axis=1) <= neighbours  # itself comes first
+    kept &= similar > UNKNOWN
+    scaled = jnp.where(kept, similar / temperature, -jnp.inf)
+    return jax.nn.softmax(scaled, axis=1)
+
+
+def remember(sizes: Sizes) -> PyTree:
+    """Before the first round every expert is known to be like itself only."""
+    itself = jnp.eye(sizes.num_clients * sizes.num_experts, dtype=bool)
+    return {"similar": jnp.where(itself, jnp.float32(1), UNKNOWN)}
+
+
+def exchange(
+    personal: PyTree, memory: PyTree, evidence: Evidence, hyper: Hyper
+) -> tuple[PyTree, PyTree]:
+    """Mixes the experts of the cohort; its similarities are renewed every `period`."""
+    rows = personal["gate"]["kernel"]  # [N, E, D]
+    num_experts, own = rows.shape[1], hyper.own
+    mine = evidence.client[:, None] * num_experts + jnp.arange(num_experts)[None]
+    mine = mine.reshape(-1)  # [C * E], of all N * E experts
+    block = mine[:, None], mine[None]
+    fresh = find_similar(rows.reshape(-1, rows.shape[-1])[mine])
+    due = evidence.round % own["period"] == 0
+    similar = jnp.where(due, fresh, memory["similar"][block])
+    mixing = mixing_weights(similar, own["neighbours"], own["temperature"])
+
+    def mix(leaf: Array) -> Array:
+        flat = leaf.reshape(-1, *leaf.shape[2:])
+        mixed = jnp.tensordot(mixing, flat[mine], axes=1)
+        return flat.at[mine].set(mixed).reshape(leaf.shape)
+
+    experts = jax.tree.map(mix, personal["experts"])
+    renewed = memory["similar"].at[block].set(similar)
+    return personal | {"experts": experts}, {"similar": renewed}
+
+
+def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
+    """Stem and head are shared; a client gets so many experts for each of its own."""
+    others = sizes.cohort_size * sizes.num_experts - 1
+    return rules._replace(
+        personal=("gate", "experts"),
+        local_experts=sizes.num_experts,
+        exchanged=min(options["neighbours"], others),
+        gate_period=options["period"],
+        every_expert=True,
+    )
+
+
+FEDMOE_DA = Strategy(
+    assign=assign,
+    note=(
+        "Every client has all experts for itself and mixes each with the most similar "
+        "ones of all clients, judged by gate rows."
+    ),
+    needs="all experts on every client, and links between clients",
+    options="fedmoe_da",
+    allowed=(
+        ("fedmoe_da.neighbours", COUNT),
+        ("fedmoe_da.temperature", POSITIVE),
+        ("fedmoe_da.period", COUNT),
+        ("num_experts", Range(2)),  # the gate of a single expert is never trained
+    ),
+    resize=hold_all,
+    adapt=adapt,
+    remember=remember,
+    exchange=exchange,
+)
