@@ -4,8 +4,13 @@ import os
 
 # JAX reads these once, when it is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # Most of the suite's time is spent compiling programs that run once.
+        "--xla_backend_optimization_level=0",
+    ]
 )
 
 import hypothesis

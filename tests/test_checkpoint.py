@@ -45,10 +45,10 @@ def make_state(number: int, optimizer: str = "adam", personal: bool = False):
         held=jnp.array([[True, False]] * 3),
         times_held=jnp.arange(6, dtype=jnp.int32).reshape(3, 2),
     )
-    gate = {"kernel": jnp.ones((3, 2, 5))} if personal else {}
+    own = {"gate": {"kernel": jnp.ones((3, 2, 5))}} if personal else {}
     server = OPTIMIZERS[optimizer].init(params)
     return SimState(
-        jnp.int32(number), jax.random.key(number), params, server, align, gate
+        jnp.int32(number), jax.random.key(number), params, server, align, own, {}
     )
 
 
@@ -300,7 +300,8 @@ with checkpoint.open_checkpoints(sys.argv[1], 5) as store:
 def test_kill_in_the_middle_of_a_save(tmp_path):
     tests, product = Path(__file__).parent, Path(checkpoint.__file__).parent.parent
     command = [sys.executable, "-c", KILLED, tmp_path, product, tests]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    flags = "--xla_backend_optimization_level=0"  # as here, or other bits come out
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     killed = subprocess.run(command, env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     names = sorted(path.name for path in tmp_path.iterdir())

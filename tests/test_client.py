@@ -16,11 +16,14 @@ from fedmoe_jax.client import (
     add_prox,
     all_finite,
     build_client_update,
+    freeze_others,
     normalise,
+    step_weights,
     take_submodel,
 )
-from fedmoe_jax.cohort import build_train_cohort
+from fedmoe_jax.cohort import build_train_cohort, renew_variate, train_own
 from fedmoe_jax.feedback import nothing_seen, see_batch, summarise_feedback
+from fedmoe_jax.merge import GATE_WEIGHTS, weigh
 from fedmoe_jax.models import build_model
 from fedmoe_jax.sharding import build_mesh, spread
 from fedmoe_jax.types import Federation, Hyper, Sizes
@@ -35,6 +38,7 @@ SIZES = Sizes(
     batch_size=4,
     expert_width=6,
     num_classes=3,
+    max_capacity=3,
 )
 CLIENT, PADDED = 1, 9  # the second client owns 7 of the 9 places of its row
 IMAGE, MOMENTUM = (4, 4, 1), 0.9
@@ -73,6 +77,11 @@ def make_hyper(**changes):
     return Hyper(**hyper | {"strategy": jnp.int32(0)})
 
 
+def make_rules(**changes):
+    rules = experiment.make_rules(default.get_config(), SIZES.num_experts)
+    return rules._replace(**{"prox": True, "momentum": MOMENTUM} | changes)
+
+
 def make_federation():
     rng = np.random.default_rng(0)
     size = np.array([9, 7, 5, 2, 1], np.int32)
@@ -86,6 +95,7 @@ def make_federation():
         size=size,
         steps=np.full(5, SIZES.local_steps, np.int32),
         label_mix=np.full((5, 3), 1 / 3, np.float32),
+        public=np.zeros(0, np.int32),
         test_x=np.zeros((1, *IMAGE), np.uint8),
         test_y=np.zeros(1, np.int32),
         mean=np.full(IMAGE, 0.4, np.float32),
@@ -100,9 +110,13 @@ def make_task(params, held=(4, 1, 4), slot=(True, True, False)):
     return ClientTask(
         client=jnp.int32(CLIENT),
         steps=jnp.int32(SIZES.local_steps),
+        budget=jnp.int32(sum(slot)),
+        scale=jnp.float32(1),
         held=jnp.array(held, jnp.int32),
         slot=jnp.array(slot),
-        gate=params["gate"],
+        calibration=jnp.float32(1),
+        correction={},
+        own={"gate": params["gate"]},
     )
 
 
@@ -110,6 +124,7 @@ FEDERATION = make_federation()
 PARAMS = make_params(SIZES)
 TASK = make_task(PARAMS)
 KEY = jax.random.key(5)
+HYPER = make_hyper()
 draw_batches = jax.jit(client.draw_batches, static_argnums=3)
 
 
@@ -183,16 +198,7 @@ def twin_update(hyper, client=CLIENT, steps=SIZES.local_steps, key=KEY):
     return delta, [np.stack(part) for part in zip(*seen, strict=True)]
 
 
-UPDATE = jax.jit(
-    build_client_update(
-        model=make_model(SIZES),
-        sizes=SIZES,
-        optimizer="sgd",
-        momentum=MOMENTUM,
-        prox=True,
-        ragged=False,
-    )
-)
+UPDATE = jax.jit(build_client_update(make_model(SIZES), SIZES, make_rules()))
 
 
 def assert_close(tree, expected):
@@ -239,7 +245,7 @@ def test_invalid_slots_have_exactly_zero_delta_and_feedback(full_run):
     for leaf in jax.tree.leaves(update.delta["experts"]):
         moved = np.abs(np.asarray(leaf)).reshape(3, -1).max(1)
         assert moved[2] == 0 and np.all(moved[:2] > 0)
-    for part in jax.tree.leaves(update.feedback):
+    for part in jax.tree.leaves(update.feedback.replace(mass=None)):
         assert part.shape == (3,) and part[2] == 0 and np.all(np.isfinite(part))
 
 
@@ -254,14 +260,7 @@ def test_a_client_pays_for_the_experts_it_holds_only():
         sizes = SIZES._replace(num_experts=num_experts, expert_width=64)
         model = make_model(sizes)
         params = jax.eval_shape(model.init, jax.random.key(0))
-        update = build_client_update(
-            model=model,
-            sizes=sizes,
-            optimizer="sgd",
-            momentum=0.9,
-            prox=True,
-            ragged=False,
-        )
+        update = build_client_update(model, sizes, make_rules())
         task = make_task(params)
         arguments = (params, task, FEDERATION, make_hyper(), KEY)
         delta = jax.eval_shape(update, *arguments).delta
@@ -290,17 +289,13 @@ FULL_HYPER = dict(prox=0.7, calibration=0.2, load_loss=0.3, z_loss=0.1)
 
 
 def build_ragged(model, ragged=True, gate_mode="global", client_chunk=1):
-    update = build_client_update(
-        model=model,
-        sizes=RAGGED,
-        optimizer="sgd",
-        momentum=MOMENTUM,
-        prox=True,
-        ragged=ragged,
+    update = build_client_update(model, RAGGED, make_rules(ragged=ragged))
+    rules = make_rules(
+        client_chunk=client_chunk,
+        personal=("gate",) if gate_mode == "personal" else (),
+        gate_weight=GATE_WEIGHTS[gate_mode],
     )
-    return build_train_cohort(
-        update, client_chunk=client_chunk, gate_mode=gate_mode, weight="examples"
-    )
+    return build_train_cohort(update, rules)
 
 
 def make_cohort(clients, steps):
@@ -349,14 +344,14 @@ def test_ragged_clients_equal_their_twins(twins):
     ):
         whole[[4, 1]] = rows
     assert_close(sums.delta, expected | {"experts": experts})
-    assert sums.shared == size.sum() and report.finite.all()
+    assert sums.weight["stem"] == size.sum() and report.finite.all()
 
 
 MESHES = [(1, 3), (1, 5), (2, 3), (8, 1)]
 
 
 def assert_same_sums(found, expected):
-    weight = expected[0].shared
+    weight = expected[0].weight["stem"]
     for one, other in zip(
         jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
     ):
@@ -378,7 +373,7 @@ def test_a_client_without_steps_adds_nothing(ragged):
     sums, report = run((0, 1, 2, 4), (most, most, most, 0))
     with_idle, longer = run((0, 3, 1, 2), (most, 0, most, most))
     assert_same_sums((with_idle,), (sums,))
-    assert sums.shared == 9 + 7 + 5
+    assert sums.weight["stem"] == 9 + 7 + 5
     first = jax.tree.map(lambda leaf: leaf[:3], report)
     others = jax.tree.map(lambda leaf: leaf[np.array([0, 2, 3])], longer)
     for one, other in zip(jax.tree.leaves(others), jax.tree.leaves(first), strict=True):
@@ -386,20 +381,13 @@ def test_a_client_without_steps_adds_nothing(ragged):
     if ragged:
         assert longer.loss[1] == 0 and longer.finite[1]
         assert not np.any(longer.feedback.load[1])
-        for name, leaf in longer.gate.items():
+        for name, leaf in longer.own["gate"].items():
             np.testing.assert_array_equal(leaf[1], PARAMS["gate"][name])
 
 
 def test_equal_steps_are_the_same_ragged_or_not():
     hyper = make_hyper(**FULL_HYPER)
-    ragged = build_client_update(
-        model=make_model(SIZES),
-        sizes=SIZES,
-        optimizer="sgd",
-        momentum=MOMENTUM,
-        prox=True,
-        ragged=True,
-    )
+    ragged = build_client_update(make_model(SIZES), SIZES, make_rules(ragged=True))
     found = jax.jit(ragged)(PARAMS, TASK, FEDERATION, hyper, KEY)
     expected = UPDATE(PARAMS, TASK, FEDERATION, hyper, KEY)
     assert_close(found, expected)
@@ -439,12 +427,9 @@ def test_every_client_step_and_expert_draws_its_own_mask():
 
 def test_a_program_without_prox_is_one_with_coefficient_zero():
     update = build_client_update(
-        model=make_model(SIZES),
-        sizes=SIZES,
-        optimizer="sgd",
-        momentum=MOMENTUM,
-        prox=False,
-        ragged=False,
+        make_model(SIZES),
+        SIZES,
+        make_rules(prox=False),
     )
     hyper = make_hyper(prox=0.7)
     without = jax.jit(update)(PARAMS, TASK, FEDERATION, hyper, KEY)
@@ -459,7 +444,9 @@ def test_a_program_without_prox_is_one_with_coefficient_zero():
 
 
 def test_take_submodel_gathers_rows():
-    submodel = take_submodel(PARAMS, {"kernel": jnp.ones(2)}, jnp.array([3, 0, 3]))
+    submodel = take_submodel(
+        PARAMS, {"gate": {"kernel": jnp.ones(2)}}, jnp.array([3, 0, 3]), 0
+    )
     for name, leaf in submodel["experts"]["Dense_0"].items():
         whole = np.asarray(PARAMS["experts"]["Dense_0"][name])
         np.testing.assert_array_equal(leaf, whole[[3, 0, 3]])
@@ -527,7 +514,9 @@ def test_adam_steps_by_its_rate_and_leaves_what_has_no_gradient():
 
 def test_feedback_by_hand():
     gates = jnp.array([[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]])  # [B=2, K=3]
-    seen = see_batch(jnp.array([2.0, 4.0]), jnp.array([1.0, 0.0]), gates)
+    seen = see_batch(
+        jnp.array([2.0, 4.0]), jnp.array([1.0, 0.0]), gates, jnp.array([0.25, 0.75])
+    )
     assert (seen.total_loss, seen.total_right) == (6, 1)
     feedback = summarise_feedback(seen)
     np.testing.assert_allclose(feedback.accuracy, [1 / 1.25, 0, 0], rtol=1e-6)
@@ -540,16 +529,23 @@ def test_what_was_seen_adds_up_over_batches():
     rng = np.random.default_rng(0)
     parts = rng.random(8), rng.integers(0, 2, 8), rng.random((8, 3))
     entropy, correct, gates = (jnp.asarray(part, jnp.float32) for part in parts)
-    seen = nothing_seen(3)
+    seen = nothing_seen(3, 2)
     for start in (0, 2, 4, 6):
         batch = (part[start : start + 2] for part in (entropy, correct, gates))
-        seen = jax.tree.map(jnp.add, seen, see_batch(*batch))
-    assert_close(seen, see_batch(entropy, correct, gates))
+        mass = jnp.array([start / 6, 1 - start / 6])
+        seen = jax.tree.map(jnp.add, seen, see_batch(*batch, mass))
+    whole = see_batch(entropy, correct, gates, mass)
+    apart = {"peak": seen.peak, "mass": seen.mass, "batches": seen.batches}
+    assert_close(seen, whole.replace(**apart))
+    feedback = summarise_feedback(seen)
+    peaks = np.asarray(gates).reshape(4, 2, 3).max(1)
+    np.testing.assert_allclose(feedback.peak, peaks.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(feedback.mass, [0.5, 0.5], rtol=1e-6)
 
 
 def test_nothing_seen_is_no_feedback_and_no_nan():
-    for part in jax.tree.leaves(summarise_feedback(nothing_seen(3))):
-        np.testing.assert_array_equal(part, np.zeros(3))
+    for part in jax.tree.leaves(summarise_feedback(nothing_seen(3, 2))):
+        np.testing.assert_array_equal(part, np.zeros(part.shape))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -599,3 +595,88 @@ def test_batches_depend_on_the_key_and_all_orders_occur():
         orders.append(np.asarray(draw_batches(key, index, 3, SIZES)).ravel()[:3])
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert counts.size == 6 and counts.min() > 15  # 33 expected of each
+
+
+# ---- what stays with the client, and what corrects it
+
+
+def test_personal_parts_replace_the_servers():
+    own = jax.tree.map(lambda leaf: leaf + 100, {k: PARAMS[k] for k in PARAMS})
+    held = jnp.array([4, 1, 2])  # of five experts, the last two are local
+    submodel = take_submodel(PARAMS, own, held, 2)
+    assert submodel["stem"] is own["stem"] and submodel["head"] is own["head"]
+    for name, leaf in submodel["experts"]["Dense_0"].items():
+        server = np.asarray(PARAMS["experts"]["Dense_0"][name])
+        np.testing.assert_array_equal(leaf[0], server[4] + 100)
+        np.testing.assert_array_equal(leaf[1:], server[[1, 2]])
+
+
+def test_local_experts_are_trained_on_the_client_only():
+    rules = make_rules(personal=("experts",), local_experts=2)
+    update = jax.tree.map(jnp.asarray, UPDATE(PARAMS, TASK, FEDERATION, HYPER, KEY))
+    own = {"experts": jax.tree.map(jnp.asarray, PARAMS["experts"])}
+    task = make_task(PARAMS, held=(4, 1, 4)).replace(own=own)
+    trained = train_own(task, update, rules.local_experts)["experts"]["Dense_0"]
+    before, delta = PARAMS["experts"]["Dense_0"], update.delta["experts"]["Dense_0"]
+    for name, leaf in trained.items():
+        np.testing.assert_allclose(leaf[4], before[name][4] + delta[name][0], rtol=1e-6)
+        np.testing.assert_array_equal(leaf[:4], before[name][:4])
+    weights = weigh(task, update, jnp.int32(7), HYPER, rules)
+    assert weights["experts"].tolist() == [0, 7, 0]  # the second is shared
+    assert weights["stem"] == 7 and weights["head"] == 7
+
+
+def test_focus_trains_the_most_valuable_experts_only():
+    """Of the held experts 4 and 1 there is room for one."""
+    for value, still in (([1.0, 2.0, 9.0], 0), ([2.0, 1.0, 9.0], 1)):
+        rules = make_rules(prox=False, focus=lambda gates, _, v=value: jnp.array(v))
+        update = jax.jit(build_client_update(make_model(SIZES), SIZES, rules))
+        task = make_task(PARAMS).replace(budget=jnp.int32(1))
+        delta = update(PARAMS, task, FEDERATION, HYPER, KEY).delta
+        for leaf in jax.tree.leaves(delta["experts"]):
+            moved = np.abs(leaf).reshape(3, -1).max(1)
+            assert moved[still] == 0 and moved[1 - still] > 0
+        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(delta["stem"]))
+
+
+def test_no_gradient_passes_through_experts_without_focus():
+    outputs = jnp.arange(12.0).reshape(2, 3, 2)  # [B, K, O]
+    rules = make_rules(focus=lambda gates, hyper: jnp.array([1.0, 3.0, 2.0]))
+    task = make_task(PARAMS).replace(
+        slot=jnp.array([True, True, True]), budget=jnp.int32(2)
+    )
+    total = lambda outputs: freeze_others(outputs, None, task, HYPER, rules).sum()
+    value, grads = jax.value_and_grad(total)(outputs)
+    assert value == outputs.sum()
+    np.testing.assert_array_equal(grads[:, 0], 0)
+    np.testing.assert_array_equal(grads[:, 1:], 1)
+
+
+def test_frozen_parts_stay_as_they_are():
+    update = build_client_update(make_model(SIZES), SIZES, make_rules(frozen=("stem",)))
+    delta = jax.jit(update)(PARAMS, TASK, FEDERATION, HYPER, KEY).delta
+    assert not any(np.abs(leaf).max() for leaf in jax.tree.leaves(delta["stem"]))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(delta["head"]))
+
+
+def test_a_correction_is_added_to_every_gradient():
+    sizes = SIZES._replace(local_steps=1)
+    rules = make_rules(prox=False, momentum=0.0)
+    update = jax.jit(build_client_update(make_model(sizes), sizes, rules))
+    plain = update(PARAMS, TASK, FEDERATION, HYPER, KEY)
+    correction = fill(plain.delta, 5)
+    task = TASK.replace(correction=correction)
+    corrected = update(PARAMS, task, FEDERATION, HYPER, KEY)
+    rate = float(HYPER.client_learning_rate)
+    expected = jax.tree.map(lambda d, c: d - rate * c, plain.delta, correction)
+    assert_close(corrected.delta, expected)
+    # From no correction the new variate is the gradient; corrected, it is so again.
+    gradient = jax.tree.map(lambda d: -d / rate, plain.delta)
+    zero = jax.tree.map(jnp.zeros_like, correction)
+    for used, result in ((zero, plain), (correction, corrected)):
+        sent = TASK.replace(correction=used, steps=jnp.int32(1))
+        assert_close(renew_variate(sent, result, HYPER, 0.0), gradient)
+    scaled = renew_variate(sent.replace(steps=jnp.int32(4)), corrected, HYPER, 0.9)
+    uses = step_weights(jnp.int32(4), 0.9)
+    wanted = lambda c, d: -c - d / (rate * uses)
+    assert_close(scaled, jax.tree.map(wanted, correction, corrected.delta))

@@ -1,6 +1,7 @@
 """Every file in configs/ is a valid study; every bad value is refused by its name."""
 
 import importlib
+import itertools
 import math
 from pathlib import Path
 
@@ -11,17 +12,18 @@ from configs import default
 from fedmoe_jax import experiment, train
 from fedmoe_jax.compare import list_members
 from fedmoe_jax.config import (
-    ALLOWED,
     AT_MOST,
     FREE_FIELDS,
     MULTIPLE,
-    Range,
     flatten,
+    list_allowed,
     validate,
 )
 from fedmoe_jax.data import load_dataset
 from fedmoe_jax.metrics import read_metrics
+from fedmoe_jax.ranges import Range
 from fedmoe_jax.sharding import build_mesh
+from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.types import Dataset, UserError
 
 FILES = sorted(
@@ -29,9 +31,9 @@ FILES = sorted(
     for path in (Path(__file__).parent.parent / "configs").glob("*.py")
     if path.stem != "__init__"
 )
-# Checked where they are used: a path by the loader, a pair of lists by `draw_devices`;
-# flags by ConfigDict, which keeps their type.
-CHECKED_ELSEWHERE = {"data.dir", "devices.tiers", "devices.shares"}
+# Checked where they are used: a name by `find_strategy`, a path by the loader, a pair
+# of lists by `draw_devices`; flags by ConfigDict, which keeps their type.
+CHECKED_ELSEWHERE = {"strategy", "data.dir", "devices.tiers", "devices.shares"}
 CHECKED_ELSEWHERE |= {"run.tensorboard"}
 ARGUMENTS = {
     "compare": ("", "digits", "smoke", "digits,smoke"),
@@ -94,6 +96,7 @@ def test_smoke_is_the_same_study_but_shorter(name):
     assert short.keys() == long.keys()
     counts = {"num_rounds", "eval_every", "chunk_rounds", "local_steps"}
     differing = {field for field in long if long[field] != short[field]}
+    counts |= {"fedmoe.warm_up", "fedmoe.period", "fedjets.steps"}
     assert differing <= counts | {"checkpoint.every", "compare.seeds"}
     assert short["num_rounds"] < long["num_rounds"]
 
@@ -106,11 +109,37 @@ def test_unknown_argument_is_refused(name):
 
 def test_every_field_is_checked():
     fields = set(DEFAULTS)
-    assert set(ALLOWED) <= fields
-    assert fields - set(ALLOWED) == CHECKED_ELSEWHERE
+    checked = set(list_allowed())
+    assert checked <= fields
+    assert fields - checked == CHECKED_ELSEWHERE
     assert FREE_FIELDS <= fields
-    related = {name for pair in (*AT_MOST, *MULTIPLE) for name in pair}
-    assert related <= set(ALLOWED)
+    of_strategies = (strategy.at_most for strategy in STRATEGIES.values())
+    pairs = (*AT_MOST, *MULTIPLE, *itertools.chain(*of_strategies))
+    related = {name for pair in pairs for name in pair}
+    assert related <= checked
+
+
+SIZES = ("num_experts", "max_held", "num_active")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fields", "text"),
+    [
+        ("fedmoe", {"fedmoe.warm_up": 41, "num_rounds": 40}, "fedmoe.warm_up=41"),
+        ("fedjets", {"data.public": 9, "num_clients": 4}, "num_experts=8"),
+        ("fedjets_no_anchors", {"data.public": 0}, "data.public=0"),
+        ("scaffold", {"client.optimizer": "adam"}, "client.optimizer='adam'"),
+        ("fednova_active", {"client.optimizer": "adam"}, "client.optimizer='adam'"),
+        ("fedmoe_da", dict.fromkeys(SIZES, 1), "num_experts=1"),
+        ("random", {"flex_moe.low": 1.2}, "flex_moe.low=1.2"),
+    ],
+)
+def test_a_strategy_refuses_what_it_cannot_work_with(strategy, fields, text):
+    fields |= {"cohort_size": 4}
+    if strategy != "random":  # some values no strategy can work with
+        validate(changed(**{"strategy": "random", **fields}))
+    with pytest.raises(UserError, match=f"{text} is not allowed.*; allowed: "):
+        validate(changed(**{"strategy": strategy, **fields}))
 
 
 def outside(allowed):
@@ -123,7 +152,7 @@ def outside(allowed):
     return [low, allowed.high if allowed.open_high else allowed.high + 1]
 
 
-BAD = [(name, value) for name, rule in ALLOWED.items() for value in outside(rule)]
+BAD = [(n, value) for n, rule in list_allowed().items() for value in outside(rule)]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
@@ -221,7 +250,8 @@ def test_hyperparameters_are_read_from_their_fields():
             }
         )
     )
-    values = {name: float(value) for name, value in vars(hyper).items()}
+    assert hyper.own == {}
+    values = {n: float(value) for n, value in vars(hyper).items() if n != "own"}
     assert values == {
         "strategy": 0,
         "client_learning_rate": 0.125,
@@ -261,6 +291,7 @@ def test_every_study_runs(file, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "load_dataset_once", draw_images)
     with config.unlocked():
         config.run.tensorboard = False
+        config.data.public = min(config.data.public, 50)
     finished = train.train(
         config, tmp_path, stop=lambda: True, label=file, profile=False
     )

@@ -24,6 +24,7 @@ SIZES = Sizes(
     batch_size=1,
     expert_width=6,
     num_classes=3,
+    max_capacity=2,
 )
 plan_blocks = jax.jit(dispatch.plan_blocks, static_argnums=1)
 STEM_OF = {"mlp": "mlp", "conv": "cnn"}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from fedmoe_jax import evaluate, questions
+from configs import default
+from fedmoe_jax import evaluate, experiment, questions
 from fedmoe_jax.models import build_model
 from fedmoe_jax.sharding import RUNS, build_mesh, spread
 from fedmoe_jax.types import AlignState, Federation, SimState, Sizes
@@ -23,6 +24,7 @@ SIZES = Sizes(
     batch_size=1,
     expert_width=5,
     num_classes=3,
+    max_capacity=3,
 )
 IMAGES, IMAGE = 21, (4, 4, 1)  # 21 is no multiple of 8 devices nor of batches of 4
 IDLE = 5  # this client never took part
@@ -56,15 +58,22 @@ def make_held(rng, sizes):
     return held
 
 
+def make_rules(personal, every_expert):
+    rules = experiment.make_rules(default.get_config(), SIZES.num_experts)
+    own = ("gate",) if personal else ()
+    return rules._replace(personal=own, every_expert=every_expert)
+
+
 def make_state(personal, model=MODEL, sizes=SIZES, seed=0):
     rng = np.random.default_rng(seed)
     draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
     params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
     params["gate"] = jax.tree.map(lambda leaf: 0.4 * leaf, params["gate"])
-    gate = {}
+    own = {}
     if personal:
         draw = lambda leaf: 0.4 * rng.normal(size=(sizes.num_clients, *leaf.shape))
         gate = jax.tree.map(lambda leaf: jnp.float32(draw(leaf)), params["gate"])
+        own = {"gate": gate}
     shape = (sizes.num_clients, sizes.num_experts)
     align = AlignState(
         fitness=jnp.zeros(shape),
@@ -78,7 +87,8 @@ def make_state(personal, model=MODEL, sizes=SIZES, seed=0):
         params=params,
         server_opt={},
         align=align,
-        personal_gate=gate,
+        personal=own,
+        variate={},
     )
 
 
@@ -135,8 +145,8 @@ def slow_evaluate(state):
     features, answers = look(state)
     labels = np.asarray(FEDERATION.test_y)
     everyone = np.ones(SIZES.num_experts, bool)
-    personal = bool(state.personal_gate)
-    gates_of = state.personal_gate or jax.tree.map(
+    personal = bool(state.personal)
+    gates_of = state.personal.get("gate") or jax.tree.map(
         lambda leaf: leaf[None], state.params["gate"]
     )
 
@@ -202,10 +212,9 @@ def test_evaluation_equals_the_slow_loop(
     monkeypatch.setattr(evaluate, "TEST_BATCH", batch)
     evaluate.build_evaluate.cache_clear()
     run = evaluate.build_evaluate(
-        model=MODEL,
-        sizes=SIZES,
-        gate_mode=gate_mode,
-        every_expert=every_expert,
+        MODEL,
+        SIZES,
+        make_rules(gate_mode == "personal", every_expert),
         mesh=build_mesh(devices),
     )
     result = run(make_state(gate_mode == "personal"), FEDERATION)
@@ -229,11 +238,7 @@ def test_dispatch_changes_nothing(experts, held, active, mode, expert):
     stem, image = ("cnn", (16, 16, 1)) if expert == "conv" else ("mlp", IMAGE)
     model = make_model(sizes, expert, stem, image)
     build = lambda every_expert: evaluate.build_evaluate(
-        model=model,
-        sizes=sizes,
-        gate_mode=mode,
-        every_expert=every_expert,
-        mesh=build_mesh(1),
+        model, sizes, make_rules(mode == "personal", every_expert), build_mesh(1)
     )
     state = make_state(mode == "personal", model, sizes)
     federation = make_federation(image)
@@ -249,19 +254,17 @@ def test_dispatch_changes_nothing(experts, held, active, mode, expert):
 def test_many_runs_equal_one_at_a_time(walk, every_expert):
     """Runs spread over one mesh axis and walked on each device, test images over
     the other; states and label mixes differ, the test set is shared."""
-    asked = {"gate_mode": "global", "every_expert": every_expert}
+    asked = MODEL, SIZES, make_rules(False, every_expert)
     states = [make_state(False, seed=seed) for seed in range(4)]
     mixes = [make_mix(seed) for seed in range(4)]
-    share = evaluate.build_evaluate_share(model=MODEL, sizes=SIZES, **asked)
+    share = evaluate.build_evaluate_share(*asked)
     one = lambda run: share(run[0], FEDERATION.replace(label_mix=run[1]))
     over = {"map": lambda runs: jax.lax.map(one, runs), "vmap": jax.vmap(one)}[walk]
     sweep = jax.jit(spread(over, build_mesh(4, num_runs=2), (P(RUNS),), P(RUNS)))
     stack = lambda *leaves: jnp.stack(leaves)
     results = sweep((jax.tree.map(stack, *states), jnp.stack(mixes)))
 
-    alone = evaluate.build_evaluate(
-        model=MODEL, sizes=SIZES, mesh=build_mesh(1), **asked
-    )
+    alone = evaluate.build_evaluate(*asked, build_mesh(1))
     for i, (state, mix) in enumerate(zip(states, mixes, strict=True)):
         wanted = alone(state, FEDERATION.replace(label_mix=mix))
         for name, value in wanted.items():
@@ -291,9 +294,7 @@ def test_test_images_are_dealt_once(devices, most, batches, size):
 def test_padding_takes_no_image():
     position = jnp.array([IMAGES - 1, IMAGES])
     state = make_state(False)
-    images = evaluate.look(
-        state, FEDERATION, position, model=MODEL, personal_gate=False
-    )
+    images = evaluate.look(state, FEDERATION, position, model=MODEL, personal=())
     assert images.y.tolist() == [FEDERATION.test_y[-1], -1]
     assert images.label.sum(1).tolist() == [1.0, 0.0]
 
@@ -312,7 +313,7 @@ def make_images(logits, y):
     """Images of two classes as the server's gate sees them."""
     y = jnp.array(y)
     label = jax.nn.one_hot(y, 2)
-    return questions.Images(jnp.zeros((len(y), 1)), jnp.array(logits), y, label)
+    return questions.Images(None, jnp.zeros((len(y), 1)), jnp.array(logits), y, label)
 
 
 def test_count_right_by_hand():
@@ -326,7 +327,7 @@ def test_count_right_by_hand():
 def test_needed_pairs_by_hand():
     logits = [[3.0, 2.0, 1.0, 0.0]] * 3
     askers = questions.Asker(
-        gate=None,
+        own={},
         held=jnp.array([[0, 0, 1, 1], [0, 1, 0, 0]], bool),
         wanted=jnp.array([[1.0, 0.0], [0.0, 1.0]]),
     )

@@ -97,7 +97,7 @@ BAD = {
     "no cohort": (["--config.cohort_size=0"], "cohort_size=0 .* >= 1"),
     "alpha": (["--config.partition.alpha=0"], "partition.alpha=0.0 .* > 0"),
     "not a number": (["--config.partition.alpha=nan"], "partition.alpha=nan .* > 0"),
-    "strategy": (["--config.strategy=best"], "strategy='best' .* random, round_robin"),
+    "strategy": (["--config.strategy=best"], "strategy='best' .* random, fixed_random"),
     "data": (["--config.data.name=mnist"], "data.name='mnist' .* digits"),
     "too little data": (["--config.partition.min_size=999"], "partition.min_size=999"),
     "memory": (["--config.run.memory_limit_gb=1e-3"], "memory_limit_gb=0.001 .* GB"),

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import default
+from fedmoe_jax import experiment
 from fedmoe_jax.client import ClientTask, ClientUpdate
 from fedmoe_jax.cohort import (
     Report,
@@ -20,6 +22,7 @@ from fedmoe_jax.merge import (
     mean_delta,
     merge,
     server_optimizer,
+    weigh,
     zero_sums,
 )
 from fedmoe_jax.sharding import build_mesh, spread
@@ -88,9 +91,13 @@ def make_tasks(held=HELD, slot=SLOT, steps=STEPS):
     task = ClientTask(
         client=np.arange(count, dtype=np.int32),
         steps=steps,
+        budget=slot.sum(1, dtype=np.int32),
+        scale=np.ones(count, np.float32),
         held=held,
         slot=slot,
-        gate=gate,
+        calibration=np.ones(count, np.float32),
+        correction={},
+        own={"gate": gate},
     )
     return jax.tree.map(jnp.asarray, task)
 
@@ -99,7 +106,7 @@ def make_updates(deltas=DELTAS, finite=FINITE, load=LOAD):
     count = len(finite)
     update = ClientUpdate(
         delta=deltas,
-        feedback=Feedback(accuracy=load, loss=load, frequency=load, load=load),
+        feedback=Feedback(load, load, load, load, load, load[:, :0]),
         loss=np.zeros(count, np.float32),
         accuracy=np.zeros(count, np.float32),
         finite=finite,
@@ -107,12 +114,20 @@ def make_updates(deltas=DELTAS, finite=FINITE, load=LOAD):
     return jax.tree.map(jnp.asarray, update)
 
 
+def make_rules(gate_mode, weight):
+    fields = {"gate.mode": gate_mode, "merge.weight": weight}
+    config = default.get_config()
+    config.update_from_flattened_dict(fields)
+    return experiment.make_rules(config, EXPERTS)
+
+
 @functools.partial(jax.jit, static_argnames=("gate_mode", "weight"))
 def sum_up(params, tasks, updates, size, *, gate_mode, weight):
     """Streams all clients into the sums."""
 
     def add(sums, client):
-        return accumulate(sums, *client, gate_mode=gate_mode, weight=weight), None
+        weights = weigh(*client, None, make_rules(gate_mode, weight))
+        return accumulate(sums, *client[:2], weights), None
 
     return jax.lax.scan(add, zero_sums(params), (tasks, updates, size))[0]
 
@@ -177,9 +192,9 @@ def test_mean_equals_the_loop_over_clients(gate_mode, weight):
     rules = {"gate_mode": gate_mode, "weight": weight}
     sums = sum_up(PARAMS, make_tasks(), make_updates(), SIZE, **rules)
     expected, shared, rows, experts = slow_mean(gate_mode, weight)
-    np.testing.assert_allclose(sums.shared, shared)
-    np.testing.assert_allclose(sums.gate, rows)
-    np.testing.assert_allclose(sums.experts, experts)
+    np.testing.assert_allclose(sums.weight["stem"], shared)
+    np.testing.assert_allclose(sums.weight["gate"], rows)
+    np.testing.assert_allclose(sums.weight["experts"], experts)
     assert_close(jax.jit(mean_delta)(sums), expected)
     params, opt_state = init_server("sgd", PARAMS)
     new, _ = server_step("sgd", params, opt_state, sums, 1.0)
@@ -266,7 +281,9 @@ def make_sums(seed, trained):
     delta["gate"]["kernel"] *= trained[:, None]
     delta["gate"]["bias"] *= trained
     delta["experts"]["kernel"] *= trained[:, None, None]
-    sums = Sums(delta=delta, shared=np.float32(1), gate=trained, experts=trained)
+    one = np.float32(1)
+    weight = {"stem": one, "gate": trained, "experts": trained, "head": one}
+    sums = Sums(delta=delta, weight=weight)
     return jax.tree.map(jnp.asarray, sums)
 
 
@@ -359,13 +376,15 @@ def test_positions_beyond_the_cohort_get_no_steps():
     assert taken.steps.tolist() == [[1, 1], [0, 1], [0, 0]]
     np.testing.assert_array_equal(taken.held[0], HELD[[5, 0]])
     np.testing.assert_array_equal(taken.client[1, 1], 2)
-    for leaf in jax.tree.leaves(taken.gate):
+    for leaf in jax.tree.leaves(taken.own):
         assert leaf.shape[:2] == (3, 2)
 
 
 def test_reports_return_to_their_places():
     loss = jnp.array([10.0, 20.0, 30.0])
-    report = Report(feedback={}, loss=loss, accuracy=loss, finite=loss > 15, gate={})
+    report = Report(
+        {}, loss, accuracy=loss, finite=loss > 15, sent=loss, own={}, variate={}
+    )
     placed = place_reports(report, jnp.array([3, 5, 1]), 4)  # position 5 pads
     assert placed.loss.tolist() == [0, 30, 0, 10]
     assert placed.finite.tolist() == [False, True, False, False]
@@ -386,9 +405,7 @@ def fake_update(params, task, federation, hyper, key):
 def test_devices_and_chunks_do_not_change_the_sums(devices, chunk):
     train = build_train_cohort(
         fake_update,
-        client_chunk=chunk,
-        gate_mode="personal",
-        weight="examples",
+        make_rules("personal", "examples")._replace(client_chunk=chunk),
     )
     steps = np.array([3, 1, 4, 1, 5, 9], np.int32)  # dealt in another order
     tasks = make_tasks(steps=steps)
@@ -401,6 +418,6 @@ def test_devices_and_chunks_do_not_change_the_sums(devices, chunk):
     np.testing.assert_array_equal(report.feedback.load, LOAD)
     np.testing.assert_array_equal(report.finite, FINITE)
     assert report.finite.dtype == bool
-    for name, leaf in report.gate.items():  # the diverged client keeps its old gate
-        step = np.where(np.isnan(DELTAS["gate"][name]), 0, DELTAS["gate"][name])
-        np.testing.assert_allclose(leaf, tasks.gate[name] + step, rtol=1e-6)
+    for name, leaf in report.own["gate"].items():
+        trained = tasks.own["gate"][name] + DELTAS["gate"][name]
+        np.testing.assert_allclose(leaf, trained, rtol=1e-6)

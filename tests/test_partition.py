@@ -226,3 +226,10 @@ def test_missing_and_inconsistent_files_are_refused(tmp_path):
     partition.save_partition(path, drawn._replace(index=twice))
     with pytest.raises(UserError, match="AssertionError"):
         partition.load_partition(path)
+
+
+def test_pooled_data_have_one_owner():
+    pooled = partition.pool(split("dirichlet"))
+    assert pooled.index.shape == (1, 200) and pooled.size.tolist() == [200]
+    np.testing.assert_array_equal(pooled.index[0], np.arange(200))
+    np.testing.assert_array_equal(pooled.label_counts, [[50] * 4])

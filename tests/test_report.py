@@ -74,6 +74,9 @@ def fake_summary(strategy, seed, rows):
         "starved_experts": 0.0,
         "total_bytes_up": 16e6,
         "total_bytes_down": 24e6,
+        "total_client_flops": 32e9,
+        "peak_client_parameters": 5e4,
+        "needs": "luck" if strategy == "greedy" else "",
         "nonfinite_clients": 0,
         "wall_seconds": 4.5,
     }

@@ -153,7 +153,9 @@ def test_every_run_has_its_own_clients_and_shares_the_images(monkeypatch, backen
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     states, rates = jnp.array([0.0, 10, 20, 30]), jnp.array([1.0, 1, 2, 0])
     found = jax.jit(map_runs(one_run))(states, federation, rates)
-    # 5 fields of run s hold s twice; the images of all add 0 + 1 + 2.
-    np.testing.assert_allclose(found, [0 + 3, 10 + 10 + 3, 20 + 40 + 3, 30 + 3])
+    # Each field of run s holds s twice; the images of all add 0 + 1 + 2.
+    twice = 2 * len(OWN)
+    expected = [3, 10 + twice + 3, 20 + 2 * 2 * twice + 3, 30 + 3]
+    np.testing.assert_allclose(found, expected)
     mesh = build_mesh(0, num_runs=2)
     assert runs_at_once(6, mesh) == (1 if backend == "cpu" else 3)

@@ -99,16 +99,18 @@ def test_bad_device_settings_are_refused(tiers, shares, spread, message):
 # --- capacity
 
 COSTS = Costs(
-    shared_bytes=400.0,
+    stem_bytes=300.0,
+    head_bytes=100.0,
     gate_bytes=100.0,
     expert_bytes=1000.0,
+    stem_flops=4.0,
     shared_flops=10.0,
     expert_flops=20.0,
 )
 # Deadline 100 s, half of it for the network, 5 examples, no buffer:
 # memory m: (m / 4 - 500) / 1000; network both ways at r: (50 r / 2 - 500) / 1000;
 # compute f: (50 f / 5 - 10) / 20.
-SETTING = dict(deadline=100.0, communication_share=0.5, examples=5.0, max_held=4)
+SETTING = dict(deadline=100.0, communication_share=0.5, examples=5.0, max_capacity=4)
 PLENTY = dict(memory=1e9, flops=1e9, rate=1e9)
 
 
