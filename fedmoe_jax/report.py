@@ -24,7 +24,7 @@ from fedmoe_jax.runs import (
     group_runs,
     name_runs,
 )
-from fedmoe_jax.tables import note_of, table
+from fedmoe_jax.tables import needs_of, note_of, table
 from fedmoe_jax.types import UserError
 
 STYLE = """
@@ -35,7 +35,7 @@ table { border-collapse: collapse; font-size: 12px; margin: 1em 0 }
 th, td { padding: .3em .4em; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top } th { font-weight: 600; border-bottom-color: #888 }
 td.number { text-align: right; white-space: nowrap }
-.wide { overflow-x: auto } .note { color: #666; max-width: 14em }
+.wide { overflow-x: auto } .note { color: #666; max-width: 18em }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5em; align-items: flex-start }
 figure { margin: 0 } figure img { display: block }
 figcaption { font-size: 13px; color: #444; margin-top: .3em }
@@ -70,8 +70,8 @@ def _numbers_html(runs: Sequence[Run]) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in ["Seeds", *titles])
     body = ""
     for label, cells in rows.items():
-        note = escape(note_of(groups[label]))
-        body += f'<tr><td><b>{escape(label)}</b><div class="note">{note}</div></td>'
+        needs = escape(needs_of(groups[label]))
+        body += f'<tr><td><b>{escape(label)}</b><div class="note">{needs}</div></td>'
         body += f'<td class="number">{len(groups[label])}</td>'
         for cell in cells:
             text = f"<b>{cell.text}</b>" if cell.best else cell.text
@@ -83,8 +83,17 @@ def _numbers_html(runs: Sequence[Run]) -> str:
         "half-width of the 95 % t-interval over seeds (not written where all seeds "
         "agree). Rounds to a target: median over seeds (never counts as later than any "
         "round; – where that is the median), then how many of the seeds reached it. "
-        "Bold: best of its column. MB: 10<sup>6</sup> bytes over all clients.</p>"
+        "Bold: best of its column. MB: 10<sup>6</sup> bytes over all clients. Grey: "
+        "what a strategy gets beyond what all share.</p>" + _notes_html(groups)
     )
+
+
+def _notes_html(groups: Mapping[str, Sequence[Run]]) -> str:
+    """What each strategy decides, one sentence each."""
+    items = ""
+    for label, group in groups.items():
+        items += f"<li><b>{escape(label)}</b> {escape(note_of(group))}</li>"
+    return f"<details><summary>What each decides</summary><ul>{items}</ul></details>"
 
 
 def _check(run: Run) -> list[signatures.Signature]:

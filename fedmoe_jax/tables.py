@@ -113,10 +113,14 @@ def table(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Cell]]]:
 
 
 def note_of(group: Sequence[Run]) -> str:
-    """The strategy's sentence and what it needs; empty until its first run is done."""
-    summary = group[0].summary
-    needs = summary.get("needs", "")
-    return summary.get("note", "") + (f" Needs {needs}." if needs else "")
+    """The strategy's sentence; empty until its first run is done."""
+    return group[0].summary.get("note", "")
+
+
+def needs_of(group: Sequence[Run]) -> str:
+    """What the strategy gets beyond the shared rules, as a sentence or nothing."""
+    needs = group[0].summary.get("needs", "")
+    return f"Needs {needs}." if needs else ""
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
@@ -127,9 +131,8 @@ def markdown_table(runs: Sequence[Run]) -> str:
     for label, cells in rows.items():
         shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
         group = groups[label]
-        lines.append(
-            [f"`{label}`", str(len(group)), *shown, note_of(group).replace("|", "\\|")]
-        )
+        told = f"{note_of(group)} {needs_of(group)}".strip()
+        lines.append([f"`{label}`", str(len(group)), *shown, told.replace("|", "\\|")])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
