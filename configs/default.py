@@ -96,7 +96,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.hfedmoe.threshold = 0.05  # mean gate from which an expert is merged
 
     config.fedmoe = ConfigDict()
-    config.fedmoe.warm_up = 2  # rounds in which everyone trains all experts
+    config.fedmoe.warm_up = 2  # first rounds of each client, with all experts
     config.fedmoe.coverage = 0.8  # share of its routing that a sub-model answers
     config.fedmoe.period = 5  # rounds from one recommendation to the next
 

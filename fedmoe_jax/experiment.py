@@ -115,7 +115,6 @@ def make_rules(config: ConfigDict, num_experts: int) -> Rules:
         personal=("gate",) if config.gate.mode == "personal" else (),
         local_experts=0,
         frozen=(),
-        exchanged=0,
         gate_period=0,
         silent=False,
         gate_weight=GATE_WEIGHTS[config.gate.mode],

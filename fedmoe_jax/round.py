@@ -155,7 +155,9 @@ def round_step(
     known = lambda leaf: jnp.where(report.finite[:, None], leaf, 0.0)
     feedback = jax.tree.map(known, report.feedback)
     memory = setup.strategy.learn(evidence, assignment, feedback, hyper)
-    personal, memory = setup.strategy.exchange(personal, memory, evidence, hyper)
+    personal, memory, *exchanged = setup.strategy.exchange(
+        personal, memory, evidence, hyper
+    )
     learnt = learnt.replace(memory=memory)
 
     new_state = SimState(
@@ -169,7 +171,7 @@ def round_step(
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     return new_state, measure(
-        align, learnt, evidence, assignment, report, load, federation, setup
+        align, learnt, evidence, assignment, report, exchanged, load, federation, setup
     )
 
 

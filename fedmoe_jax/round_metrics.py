@@ -35,18 +35,18 @@ def count_traffic(
     evidence: Evidence,
     assignment: Assignment,
     report: Report,
+    exchanged: tuple[Array, Array],
     sizes: Sizes,
     rules: Rules,
 ) -> Traffic:
     """What the cohort holds, trains, sends and receives.
 
-    What clients exchange with each other is both sent and received.
+    `exchanged` are the experts that each client sent to others and received from them.
     """
     held = assignment.slot.sum(1)
     local = is_local(assignment.held, sizes.num_experts, rules.local_experts)
     local = (assignment.slot & local).sum(1)
     trained = jnp.minimum(held, evidence.capacity) if rules.focus else held
-    exchanged = rules.exchanged * local
     told = FEEDBACK_NUMBERS * held + sizes.num_experts * rules.report_mass
     shown = jnp.zeros(held.shape)
     if rules.gate_period:
@@ -55,8 +55,8 @@ def count_traffic(
     return Traffic(
         held=held.astype(jnp.float32),
         trained=trained.astype(jnp.float32),
-        sent=talks * (report.sent + exchanged),
-        received=talks * (held - local + exchanged),
+        sent=talks * (report.sent + exchanged[0]),
+        received=talks * (held - local + exchanged[1]),
         told=talks * told,
         shown=shown,
         new=(~evidence.held.any(1)).astype(jnp.float32),
@@ -69,6 +69,7 @@ def measure(
     evidence: Evidence,
     assignment: Assignment,
     report: Report,
+    exchanged: tuple[Array, Array],
     load: Array,
     federation: Federation,
     setup: Setup,
@@ -79,7 +80,7 @@ def measure(
     """
     sizes, rules, cohort = setup.sizes, setup.rules, evidence.client
     examples, steps = evidence.load, federation.steps[cohort]
-    traffic = count_traffic(evidence, assignment, report, sizes, rules)
+    traffic = count_traffic(evidence, assignment, report, exchanged, sizes, rules)
     ways = find_ways(rules)
     bytes_up, bytes_down = client_bytes(setup.costs, traffic, ways)
     flops = client_flops(setup.costs, traffic, ways, examples)

@@ -17,7 +17,6 @@ class Rules(NamedTuple):
       local_experts: how many experts, the last ones, stay with the clients, 0 unless
         `experts` is personal.
       frozen: parts that nobody trains; every client has them from the start.
-      exchanged: experts that a client gets from others for each of its own in a round.
       gate_period: rounds from one showing of personal gates to the next, 0 for never.
       silent: whether nothing travels between clients and server.
       gate_weight: (task, update, examples [], hyper) of ONE client -> what each of its
@@ -50,7 +49,6 @@ class Rules(NamedTuple):
     personal: tuple[str, ...]
     local_experts: int
     frozen: tuple[str, ...]
-    exchanged: int
     gate_period: int
     silent: bool
     gate_weight: Callable[..., Array]

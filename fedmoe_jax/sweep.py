@@ -175,7 +175,7 @@ def make_wave(group: list[tuple[str, Plan]]) -> Wave:
     if along == 1:
         devices = choose_devices(plans[0].config)
     else:
-        devices = along * min(devices // along, plans[0].config.cohort_size)
+        devices = along * min(devices // along, plans[0].setup.sizes.cohort_size)
     strategies = tuple(dict.fromkeys(plan.config.strategy for plan in plans))
     setup = plans[0].setup._replace(
         strategy=either(strategies), mesh=build_mesh(devices, along)

@@ -106,7 +106,8 @@ def estimate(plans: list[Plan], setup: Setup) -> dict[str, float]:
 def choose_devices(config: ConfigDict) -> int:
     """Devices of a run alone: as configured, else as many as have a client to train."""
     processes = jax.process_count()
-    most = -(-config.cohort_size // processes)
+    pooled = find_strategy(config.strategy).pooled
+    most = 1 if pooled else -(-config.cohort_size // processes)
     return config.run.num_devices or processes * min(jax.local_device_count(), most)
 
 

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 Array = jax.Array
@@ -335,8 +336,11 @@ RememberFn = Callable[[Sizes], PyTree]
 PrepareFn = Callable[..., tuple[PyTree, PyTree]]
 # (evidence, assignment, feedback, hyper) -> memory after a round.
 LearnFn = Callable[[Evidence, Assignment, Feedback, Hyper], PyTree]
-# (personal parts [N, ...], memory, evidence, hyper) -> personal parts, memory.
-ExchangeFn = Callable[[PyTree, PyTree, Evidence, Hyper], tuple[PyTree, PyTree]]
+# (personal parts [N, ...], memory, evidence, hyper) -> personal parts, memory, and how
+# many experts each client of the cohort has sent to and received from others, [C] each.
+ExchangeFn = Callable[
+    [PyTree, PyTree, Evidence, Hyper], tuple[PyTree, PyTree, Array, Array]
+]
 # (rules, sizes, options) -> the `rules.Rules` that the strategy needs.
 AdaptFn = Callable[[Any, Sizes, dict[str, float]], Any]
 # Hyperparameters as configured -> as the strategy needs them.
@@ -367,9 +371,10 @@ def same_memory(
 
 def no_exchange(
     personal: PyTree, memory: PyTree, evidence: Evidence, hyper: Hyper
-) -> tuple[PyTree, PyTree]:
+) -> tuple[PyTree, PyTree, Array, Array]:
     """Clients keep their parts for themselves."""
-    return personal, memory
+    nothing = jnp.zeros(evidence.client.shape)
+    return personal, memory, nothing, nothing
 
 
 class Strategy(NamedTuple):
@@ -377,7 +382,7 @@ class Strategy(NamedTuple):
 
     Attributes:
       assign: decides which experts each cohort client holds.
-      note: what it decides and what it needs beyond the shared rules, one sentence.
+      note: what it decides, one sentence.
       reads: which learnt evidence it decides from, of `fitness` and `usage`.
       needs: what it gets beyond the shared rules, "" for nothing; the report prints it.
       options: the config group whose numbers `adapt` gets and that are in `hyper.own`,
@@ -393,7 +398,8 @@ class Strategy(NamedTuple):
       prepare: params and memory after what the server does alone, before the first
         round; None for nothing.
       learn: its own memory after a round.
-      exchange: the personal parts after clients have exchanged them, and its memory.
+      exchange: the personal parts after clients have exchanged them, its memory, and
+        what travelled.
     """
 
     assign: AssignFn

@@ -119,9 +119,6 @@ def test_every_field_is_checked():
     assert related <= checked
 
 
-SIZES = ("num_experts", "max_held", "num_active")
-
-
 @pytest.mark.parametrize(
     ("strategy", "fields", "text"),
     [
@@ -130,12 +127,19 @@ SIZES = ("num_experts", "max_held", "num_active")
         ("fedjets_no_anchors", {"data.public": 0}, "data.public=0"),
         ("scaffold", {"client.optimizer": "adam"}, "client.optimizer='adam'"),
         ("fednova_active", {"client.optimizer": "adam"}, "client.optimizer='adam'"),
-        ("fedmoe_da", dict.fromkeys(SIZES, 1), "num_experts=1"),
+        ("fedmoe_da", {"num_active": 1}, "num_active=1"),
+        (
+            "fedjets",
+            {"data.public": 9, "gate.mode": "personal"},
+            "gate.mode='personal'",
+        ),
+        ("hfedmoe", {"gate.mode": "holder_rows"}, "gate.mode='holder_rows'"),
+        ("fedmoe", {"gate.mode": "personal"}, "gate.mode='personal'"),
         ("random", {"flex_moe.low": 1.2}, "flex_moe.low=1.2"),
     ],
 )
 def test_a_strategy_refuses_what_it_cannot_work_with(strategy, fields, text):
-    fields |= {"cohort_size": 4}
+    fields = {"cohort_size": 4} | fields
     if strategy != "random":  # some values no strategy can work with
         validate(changed(**{"strategy": "random", **fields}))
     with pytest.raises(UserError, match=f"{text} is not allowed.*; allowed: "):

@@ -642,7 +642,7 @@ def test_fedmoe_da_mixes_the_cohort_and_renews_its_weights_every_period():
         evidence = SimpleNamespace(
             round=jnp.int32(number), client=jnp.array([2, 0], jnp.int32)
         )
-        mixed, memory = fedmoe_da.exchange(personal, memory, evidence, hyper)
+        mixed, memory, *moved = fedmoe_da.exchange(personal, memory, evidence, hyper)
         rows = personal["gate"]["kernel"].reshape(6, 3)[mine]
         similar = fedmoe_da.find_similar(rows)
         weights = fedmoe_da.mixing_weights(similar, jnp.float32(5), jnp.float32(1))
@@ -653,12 +653,22 @@ def test_fedmoe_da_mixes_the_cohort_and_renews_its_weights_every_period():
             mixed["experts"]["w"].reshape(6, 5), expected, rtol=1e-5, atol=1e-6
         )
         assert mixed["gate"] is personal["gate"]
+        both = [2.0, 2.0] if fresh else [0.0, 0.0]  # each gets the other's two experts
+        assert [count.tolist() for count in moved] == [both, both]
         if number == 5:  # from then on other rows change nothing until the next renewal
             old = personal["gate"]["kernel"]
             frozen = {"gate": {"kernel": -old[::-1]}, "experts": personal["experts"]}
             later = SimpleNamespace(round=jnp.int32(6), client=evidence.client)
-            again, _ = fedmoe_da.exchange(frozen, memory, later, hyper)
+            again, *_ = fedmoe_da.exchange(frozen, memory, later, hyper)
             assert_trees_close(again["experts"], mixed["experts"])
+
+
+def test_fedmoe_da_counts_what_travels_once():
+    mixing = np.eye(6)  # three clients of two experts
+    mixing[0, [1, 2, 5]] = mixing[1, 2] = 0.1
+    sent, received = fedmoe_da.count_sent(jnp.asarray(mixing), 2)
+    assert received.tolist() == [2, 0, 0]  # its own second expert travels nowhere
+    assert sent.tolist() == [0, 1, 1]
 
 
 def assert_trees_close(left, right):

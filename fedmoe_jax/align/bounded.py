@@ -7,7 +7,8 @@ Where every weight is 1 this is a transportation problem, whose linear program h
 integral solutions, and the result is optimal: prices bring the loads near their bounds
 and least-cost chains of moves through the experts do the rest. With other weights (a
 generalised assignment problem, NP-hard) single moves repair and improve what the prices
-give. Bounds that cannot hold are missed by the least number of slots.
+give; nothing proves that they end within bounds that can hold. Where weights are 1,
+bounds that cannot hold are missed by the least number of slots.
 """
 
 import functools

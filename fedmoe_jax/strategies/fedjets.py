@@ -189,7 +189,11 @@ def make(anchors: bool, note: str, needs: str) -> Strategy:
         note=note,
         needs=needs,
         options="fedjets",
-        allowed=(("fedjets.steps", COUNT), ("data.public", COUNT)),
+        allowed=(
+            ("fedjets.steps", COUNT),
+            ("data.public", COUNT),
+            ("gate.mode", ("global",)),
+        ),
         at_most=(("num_experts", "num_clients"),) if anchors else (),
         resize=resize,
         adapt=adapt,

@@ -132,6 +132,7 @@ FEDMOE = Strategy(
         ("fedmoe.warm_up", COUNT),
         ("fedmoe.coverage", SHARE),
         ("fedmoe.period", COUNT),
+        ("gate.mode", ("global", "holder_rows")),
     ),
     at_most=(("fedmoe.warm_up", "num_rounds"),),
     adapt=adapt,

@@ -3,6 +3,8 @@
 From the published description and a port that cites its equations 8 to 11. The row of a
 client's gate stands for its expert; experts travel between clients, not by the server.
 Chosen here: the clients of a cohort mix with each other, stem and head are averaged.
+Clients that have not met when weights were renewed mix from the next renewal on, so
+that the system needs cohorts that meet again, at best all clients in every round.
 """
 
 import jax
@@ -48,7 +50,7 @@ def remember(sizes: Sizes) -> PyTree:
 
 def exchange(
     personal: PyTree, memory: PyTree, evidence: Evidence, hyper: Hyper
-) -> tuple[PyTree, PyTree]:
+) -> tuple[PyTree, PyTree, Array, Array]:
     """Mixes the experts of the cohort; its similarities are renewed every `period`."""
     rows = personal["gate"]["kernel"]  # [N, E, D]
     num_experts, own = rows.shape[1], hyper.own
@@ -67,16 +69,27 @@ def exchange(
 
     experts = jax.tree.map(mix, personal["experts"])
     renewed = memory["similar"].at[block].set(similar)
-    return personal | {"experts": experts}, {"similar": renewed}
+    mixed = personal | {"experts": experts}
+    return mixed, {"similar": renewed}, *count_sent(mixing, num_experts)
+
+
+def count_sent(mixing: Array, num_experts: int) -> tuple[Array, Array]:
+    """Experts that each client sends to and receives from others, [C] float32 each.
+
+    An expert that several of another client's are mixed with goes to it once.
+    """
+    count = len(mixing) // num_experts
+    used = (mixing > 0).reshape(count, num_experts, count, num_experts)
+    taken = used.any(axis=1).sum(axis=2)  # [C, C], by whom and from whom
+    taken = jnp.where(jnp.eye(count, dtype=bool), 0, taken).astype(jnp.float32)
+    return taken.sum(axis=0), taken.sum(axis=1)
 
 
 def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """Stem and head are shared; a client gets so many experts for each of its own."""
-    others = sizes.cohort_size * sizes.num_experts - 1
+    """Stem and head are shared, gates and experts are not."""
     return rules._replace(
         personal=("gate", "experts"),
         local_experts=sizes.num_experts,
-        exchanged=min(options["neighbours"], others),
         gate_period=options["period"],
         every_expert=True,
     )
@@ -86,7 +99,7 @@ FEDMOE_DA = Strategy(
     assign=assign,
     note=(
         "Every client has all experts for itself and mixes each with the most similar "
-        "ones of all clients, judged by gate rows."
+        "ones of the cohort, judged by gate rows."
     ),
     needs="all experts on every client, and links between clients",
     options="fedmoe_da",
@@ -94,7 +107,7 @@ FEDMOE_DA = Strategy(
         ("fedmoe_da.neighbours", COUNT),
         ("fedmoe_da.temperature", POSITIVE),
         ("fedmoe_da.period", COUNT),
-        ("num_experts", Range(2)),  # the gate of a single expert is never trained
+        ("num_active", Range(2)),  # else nothing trains the gate
     ),
     resize=hold_all,
     adapt=adapt,

@@ -3,7 +3,8 @@
 From the published description; equation numbers are the paper's. Clients get all
 experts and route freely, but only as many as they have room for are trained on a batch
 (15). Chosen here: `G` is the gate over the A experts that an example is routed to, and
-the largest gate in (19) is the mean of the batches' largest. Two repairs are ours: the
+the largest gate in (19) is the mean of the batches' largest; momentum still moves an
+expert on batches that do not train it. Two repairs are ours: the
 weights of the gates are divided by their sum, which (21) needs to be an average, and
 (18), which nothing uses, is left out.
 """
@@ -85,6 +86,7 @@ HFEDMOE = Strategy(
         ("hfedmoe.share", SHARE),
         ("hfedmoe.beta", NON_NEGATIVE),
         ("hfedmoe.threshold", SHARE),
+        ("gate.mode", ("global",)),
     ),
     resize=hold_all,
     adapt=adapt,

@@ -46,7 +46,7 @@ LOAD_BALANCED = Strategy(
     assign=assign,
     note=(
         "Gives each client the experts of highest desirability (fitness less usage), "
-        "clients deciding independently; needs feedback and load."
+        "clients deciding independently."
     ),
     reads=("fitness", "usage"),
 )
@@ -55,7 +55,7 @@ LOAD_BALANCED_RUNNING = Strategy(
     assign=assign_running,
     note=(
         "As load_balanced, but clients pick in a random order and each sees the load "
-        "of earlier picks; needs feedback, load and a loop over the cohort."
+        "of earlier picks."
     ),
     reads=("fitness", "usage"),
 )
