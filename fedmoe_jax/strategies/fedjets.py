@@ -169,6 +169,7 @@ def resize(sizes: Sizes) -> Sizes:
 
 
 def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
+    """A frozen stem, plain averages, one expert an image at test time."""
     return rules._replace(
         frozen=("stem",),
         test_active=1,
@@ -184,6 +185,7 @@ def tune(hyper: Hyper) -> Hyper:
 
 
 def make(anchors: bool, note: str, needs: str) -> Strategy:
+    """FedJETs with or without anchor clients."""
     return Strategy(
         assign=assign,
         note=note,

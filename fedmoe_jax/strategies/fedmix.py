@@ -89,6 +89,7 @@ def adapt_all(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
 
 
 def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
+    """Personal gates, mixed predictions, averages by responsibility."""
     return rules._replace(
         personal=("gate",),
         gate_weight=no_rows,

@@ -108,6 +108,7 @@ def tune(hyper: Hyper) -> Hyper:
 
 
 def make(weigh, whole: bool, note: str) -> Strategy:
+    """FLEX-MoE with loads counted by `weigh` (evidence -> [C])."""
     return Strategy(
         assign=functools.partial(assign, weigh=weigh, whole=whole),
         note=note,

@@ -69,6 +69,7 @@ def weigh_gate(
 
 
 def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
+    """Training by value, experts and gates averaged by their use."""
     return rules._replace(
         focus=focus, gate_weight=weigh_gate, expert_weight=weigh_experts
     )

@@ -25,6 +25,7 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 
 
 def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
+    """The last expert, the gate and the head stay with the clients."""
     return rules._replace(personal=("gate", "experts", "head"), local_experts=1)
 
 
