@@ -119,13 +119,78 @@ def get_config(argument: str = "") -> ConfigDict:
     config.fedadam.server_learning_rate = 0.01  # > 0
 
     config.devices = ConfigDict()
+    config.devices.csv = ""  # file of one's own devices instead of tiers; see README
     config.devices.tiers = ("phone", "laptop", "workstation")  # kinds of device
     config.devices.shares = (0.4, 0.4, 0.2)  # of the population, sum to 1
     config.devices.spread = 0.4  # standard deviation of the log within a tier
+    config.devices.free_memory = 1.0  # share of the memory that training gets
     config.devices.model_scale = 1500.0  # one simulated byte or FLOP stands for so many
     config.devices.deadline = 60.0  # seconds a round may take
     config.devices.communication_share = 0.5  # of the deadline
     config.devices.buffer = 0.1  # share of every resource kept in reserve
+    config.devices.overload = "ignore"  # ignore | lose (whoever holds too much)
+
+    config.late = ConfigDict()
+    config.late.kind = "wait"  # wait | drop | stale (merged a round later)
+    config.late.discount = 0.5  # weight of a stale update
+
+    config.profile = ConfigDict()
+    config.profile.kind = "oracle"  # oracle | self_reported | estimated
+    config.profile.refresh = 1  # rounds from one profile to the next
+    config.profile.deviation = 0.3  # largest relative error of a report
+    config.profile.fixed = 0.5  # share of the error that is each client's bias
+    config.profile.rate = 0.3  # weight of the newest observation in the estimates
+    config.profile.exploration = 0.1  # chance per client and round of one expert more
+    config.profile.tolerance = 0.2  # share of failures that an estimate accepts
+
+    config.pressure = ConfigDict()
+    config.pressure.share = 0.0  # of the time that other apps press on memory
+    config.pressure.persistence = 0.5  # correlation from round to round
+    config.pressure.left = 0.5  # share of the memory that is left under pressure
+
+    config.background = ConfigDict()
+    config.background.most = 0.0  # largest share of compute that other work takes
+    config.background.persistence = 0.5  # correlation from round to round
+
+    config.bandwidth = ConfigDict()
+    config.bandwidth.spread = 0.0  # standard deviation of the log of a link's speed
+    config.bandwidth.persistence = 0.5  # correlation from round to round
+
+    config.availability = ConfigDict()
+    config.availability.share = 1.0  # of the time that a client can be reached
+    config.availability.persistence = 0.0  # correlation from round to round
+    config.availability.swing = 0.0  # by how much the share rises and falls in a day
+    config.availability.day = 24.0  # rounds
+    config.availability.sampling = "uniform"  # uniform | size | reachable
+    config.availability.dropout = 0.0  # chance per client and round of being lost
+    config.availability.early = 0.5  # share of the lost that never start training
+
+    config.channel = ConfigDict()
+    config.channel.kind = "wired"  # wired | wireless
+    config.channel.radius = 0.5  # km, of the cell
+    config.channel.shadowing = 8.0  # dB, standard deviation
+    config.channel.persistence = 0.9  # correlation of the fading from round to round
+    config.channel.csi = 1.0  # correlation of the known and the true fading
+    config.channel.backoff = 1.0  # share of the known channel's rate that is used
+    config.channel.min_snr = -6.0  # dB, below it there is no link
+    config.channel.bandwidth = 5e6  # Hz for each client
+    config.channel.power_up = 23.0  # dBm, of a client
+    config.channel.power_down = 43.0  # dBm, of the station
+
+    config.drift = ConfigDict()
+    config.drift.labels = 0.0  # share of their examples that clients hand on
+    config.drift.images = "none"  # none | rotate | blur | contrast
+    config.drift.strength = 30.0  # degrees, pixels, or share of the contrast
+    config.drift.share = 1.0  # of the clients
+    config.drift.start = 20  # first round with drift, counted from 0
+    config.drift.rounds = 10  # until it is complete; 1 is abrupt
+
+    config.reaction = ConfigDict()
+    config.reaction.kind = "none"  # none | reset | hasten, when fitness falls short
+    config.reaction.slack = 0.05  # shortfall of fitness that is tolerated
+    config.reaction.threshold = 0.3  # accumulated shortfall that is an alarm
+    config.reaction.haste = 3.0  # rounds of learning in one, of hasten
+    config.reaction.rounds = 5  # of haste after an alarm
 
     config.evaluation = ConfigDict()
     config.evaluation.dense_experts = 16  # up to so many, all see every test image
@@ -154,3 +219,4 @@ def shrink(config: ConfigDict) -> None:
         config.local_steps, config.checkpoint.every = 2, 4
         config.fedmoe.warm_up, config.fedmoe.period = 1, 2
         config.fedjets.steps = 5
+        config.drift.start, config.drift.rounds = 1, 2

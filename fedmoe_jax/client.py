@@ -11,9 +11,11 @@ from flax import struct
 from fedmoe_jax.align.solve import held_mask
 from fedmoe_jax.feedback import Seen, nothing_seen, see_batch, summarise_feedback
 from fedmoe_jax.models import Model, apply_experts
+from fedmoe_jax.outcome import Conditions
 from fedmoe_jax.routing import calibration_loss, gate_logits, load_loss, route, z_loss
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree, Sizes
+from fedmoe_jax.world.drift import distort
 
 
 @struct.dataclass
@@ -30,6 +32,8 @@ class ClientTask:
       calibration: [] float32 >= 0, factor of the calibration loss, 1 for most.
       correction: what control variates add to its gradients, like params; {} for none.
       own: the client's personal parts, by name like params; {} where there are none.
+      distortion: [] float32, how far its images have drifted; None where none do.
+      conditions: under which it works; read where its outcome is judged.
     """
 
     client: Array
@@ -41,6 +45,8 @@ class ClientTask:
     calibration: Array
     correction: PyTree
     own: PyTree
+    distortion: Array | None = None
+    conditions: Conditions | None = None
 
 
 @struct.dataclass
@@ -75,11 +81,17 @@ def client_optimizer(
 
 
 def normalise(x: Array, mean: Array, std: Array) -> Array:
-    """uint8 images [B, H, W, F] -> float32 with zero mean and unit variance per F.
+    """Images [B, H, W, F] -> float32 with zero mean and unit variance per F.
 
+    Pixels are uint8, or floats in [0, 255].
     `mean` and `std` [H, W, F] are read like the images, so that the loop vectorises.
     """
     return (x.astype(jnp.float32) / 255.0 - mean[None]) / std[None]
+
+
+def see(x: Array, distortion: Array | None, kind: str) -> Array:
+    """Images [B, H, W, F] as a client sees them: distorted where images drift."""
+    return distort(x.astype(jnp.float32), kind, distortion) if kind else x
 
 
 def is_local(held: Array, num_experts: int, local_experts: int) -> Array:
@@ -281,7 +293,8 @@ def build_client_update(
         def local_step(step, carry):
             submodel, opt_state, seen = carry
             ids = batches[step]
-            x = normalise(federation.x[ids], federation.mean, federation.std)
+            x = see(federation.x[ids], task.distortion, rules.world.images)
+            x = normalise(x, federation.mean, federation.std)
             grads, seen_now = jax.grad(local_loss, has_aux=True)(
                 submodel,
                 x,

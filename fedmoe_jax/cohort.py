@@ -14,9 +14,13 @@ from flax import struct
 from fedmoe_jax.client import ClientTask, ClientUpdate, is_local, step_weights
 from fedmoe_jax.dealing import chunk_size, deal
 from fedmoe_jax.merge import Sums, accumulate, weigh, zero_sums
+from fedmoe_jax.outcome import MERGED, STALE, Outcome
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.sharding import CLIENTS
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree
+
+# (task, experts that it sends [], whether its update is finite []) -> outcome, of ONE
+JudgeFn = Callable[[ClientTask, Array, Array], Outcome]
 
 
 @struct.dataclass
@@ -27,8 +31,8 @@ class Report:
       feedback: per-slot feedback [C, K].
       loss: [C] float32 nats.
       accuracy: [C] float32.
-      finite: [C] bool.
-      sent: [C] float32, experts whose update enters the average.
+      outcome: what became of the client's round.
+      sent: [C] float32, experts whose update it sends.
       own: trained personal parts, by name like params; {} where there are none.
       variate: new control variates, like params; {} where there are none.
     """
@@ -36,10 +40,15 @@ class Report:
     feedback: Feedback
     loss: Array
     accuracy: Array
-    finite: Array
+    outcome: Outcome
     sent: Array
     own: PyTree
     variate: PyTree
+
+    @property
+    def arrived(self) -> Array:
+        """[C] bool, whether the client's update counts."""
+        return self.outcome.arrived
 
 
 def train_own(task: ClientTask, update: ClientUpdate, local_experts: int) -> PyTree:
@@ -76,7 +85,8 @@ def renew_variate(
 def make_report(
     update: ClientUpdate,
     task: ClientTask,
-    weights: dict[str, Array],
+    sent: Array,
+    outcome: Outcome,
     hyper: Hyper,
     rules: Rules,
 ) -> Report:
@@ -85,7 +95,8 @@ def make_report(
     Args:
       update: what the client returned.
       task: what it was sent.
-      weights: what it weighs in the averages, see `merge.weigh`.
+      sent: [] float32, experts that it sends.
+      outcome: what became of its round.
       hyper: hyperparameters.
       rules: what stays with the client.
     """
@@ -93,11 +104,22 @@ def make_report(
         feedback=update.feedback,
         loss=update.loss,
         accuracy=update.accuracy,
-        finite=update.finite,
-        sent=(weights["experts"] > 0).sum().astype(jnp.float32),
+        outcome=outcome,
+        sent=sent,
         own=train_own(task, update, rules.local_experts),
         variate=renew_variate(task, update, hyper, rules.momentum),
     )
+
+
+def keep_if(condition: Array, weights: dict[str, Array]) -> dict[str, Array]:
+    """The weights of ONE client, or zeros."""
+    return jax.tree.map(lambda weight: jnp.where(condition, weight, 0.0), weights)
+
+
+def cast_code(report: Report, dtype: jnp.dtype) -> Report:
+    """The report with outcomes' codes in another dtype."""
+    code = report.outcome.code.astype(dtype)
+    return report.replace(outcome=report.outcome.replace(code=code))
 
 
 def take_tasks(tasks: ClientTask, position: Array) -> ClientTask:
@@ -125,8 +147,9 @@ def train_share(
     key: Array,
     *,
     client_update: Callable[..., ClientUpdate],
+    judge: JudgeFn,
     rules: Rules,
-) -> tuple[Sums, Report]:
+) -> tuple[tuple[Sums, ...], Report]:
     """What ONE device does: streams its chunks of tasks through `client_update`.
 
     Args:
@@ -136,51 +159,63 @@ def train_share(
       hyper: hyperparameters.
       key: the round's training key; each client folds its id into it.
       client_update: for ONE client.
+      judge: what becomes of ONE client's round.
       rules: how clients are weighted, and what stays with them.
 
     Returns:
-      Sums over this device's clients, and their reports with one leading axis.
+      Sums over this device's clients, see `build_train_cohort`, and their reports with
+      one leading axis.
     """
+    codes = (MERGED, STALE) if rules.world.late == "stale" else (MERGED,)
 
     def one_client(task: ClientTask) -> ClientUpdate:
         client_key = jax.random.fold_in(key, task.client)
         return client_update(params, task, federation, hyper, client_key)
 
-    def add_client(sums: Sums, sent_and_returned) -> tuple[Sums, Report]:
+    def add_client(totals: tuple, sent_and_returned) -> tuple[tuple, Report]:
         task, update = sent_and_returned
         size = federation.size[task.client]
         weights = weigh(task, update, size, hyper, rules)
-        report = make_report(update, task, weights, hyper, rules)
-        return accumulate(sums, task, update, weights), report
+        sent = (weights["experts"] > 0).sum().astype(jnp.float32)
+        outcome = judge(task, sent, update.finite)
+        totals = tuple(
+            accumulate(sums, task, update, keep_if(outcome.code == code, weights))
+            for sums, code in zip(totals, codes, strict=True)
+        )
+        return totals, make_report(update, task, sent, outcome, hyper, rules)
 
-    def one_chunk(sums: Sums, chunk: ClientTask) -> tuple[Sums, Report]:
+    def one_chunk(totals: tuple, chunk: ClientTask) -> tuple[tuple, Report]:
         if chunk.client.shape[0] == 1:  # vmapping one client would group convolutions
             update = one_client(jax.tree.map(lambda leaf: leaf[0], chunk))
             updates = jax.tree.map(lambda leaf: leaf[None], update)
         else:
             updates = jax.vmap(one_client)(chunk)
-        return jax.lax.scan(add_client, sums, (chunk, updates))
+        return jax.lax.scan(add_client, totals, (chunk, updates))
 
-    sums, reports = jax.lax.scan(one_chunk, zero_sums(params), chunks)
+    start = tuple(zero_sums(params) for _ in codes)
+    totals, reports = jax.lax.scan(one_chunk, start, chunks)
     clients = chunks.client.size  # not -1: reports may have leaves without numbers
     join = lambda leaf: leaf.reshape(clients, *leaf.shape[2:])
-    return sums, jax.tree.map(join, reports)
+    return totals, jax.tree.map(join, reports)
 
 
 def build_train_cohort(
-    client_update: Callable[..., ClientUpdate], rules: Rules
-) -> Callable[..., tuple[Sums, Report]]:
-    """Builds `train_cohort(params, tasks, federation, hyper, key) -> (Sums, Report)`.
+    client_update: Callable[..., ClientUpdate], judge: JudgeFn, rules: Rules
+) -> Callable[..., tuple[tuple[Sums, ...], Report]]:
+    """Builds `train_cohort(params, tasks, federation, hyper, key) -> (sums, Report)`.
 
     It is written for one device and joins the devices of the mesh axis `clients`.
 
     Args:
       client_update: for ONE client, see `client.build_client_update`.
+      judge: what becomes of ONE client's round.
       rules: clients vmapped at once, see `chunk_size`; weights; what stays with them.
 
     Returns:
       A function of params, tasks [C], the federation, hyperparameters and the round's
-      training key; sums and reports [C] are the same on all devices.
+      training key; sums and reports [C] are the same on all devices. There are the sums
+      of what is merged now and, with `late="stale"`, of what is merged in the next
+      round.
     """
 
     def train_cohort(
@@ -189,7 +224,7 @@ def build_train_cohort(
         federation: Federation,
         hyper: Hyper,
         key: Array,
-    ) -> tuple[Sums, Report]:
+    ) -> tuple[tuple[Sums, ...], Report]:
         count, num_devices = tasks.client.shape[0], jax.lax.axis_size(CLIENTS)
         chunk = chunk_size(count, num_devices, rules.client_chunk)
         position = deal(tasks.steps, num_devices, chunk)
@@ -201,12 +236,12 @@ def build_train_cohort(
             hyper,
             key,
             client_update=client_update,
+            judge=judge,
             rules=rules,
         )
         placed = place_reports(reports, position.reshape(-1), count)
         # With a single dtype the devices are joined by a single collective.
-        placed = placed.replace(finite=placed.finite.astype(jnp.float32))
-        sums, report = jax.lax.psum((sums, placed), CLIENTS)
-        return sums, report.replace(finite=report.finite > 0)
+        sums, report = jax.lax.psum((sums, cast_code(placed, jnp.float32)), CLIENTS)
+        return sums, cast_code(report, jnp.int32)
 
     return train_cohort

@@ -10,6 +10,8 @@ from fedmoe_jax.partition import KINDS
 from fedmoe_jax.ranges import COUNT, NON_NEGATIVE, POSITIVE, SHARE, Range
 from fedmoe_jax.strategies import STRATEGIES, find_strategy
 from fedmoe_jax.types import UserError
+from fedmoe_jax.world.channel import NEAREST
+from fedmoe_jax.world.drift import DISTORTIONS
 
 # Fields that may change between the calls that run and resume one simulation.
 FREE_FIELDS = frozenset(
@@ -73,6 +75,52 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "weights.fitness": NON_NEGATIVE,
     "weights.usage": NON_NEGATIVE,
     "devices.spread": NON_NEGATIVE,
+    "devices.free_memory": Range(0, 1, open_low=True),
+    "devices.overload": ("ignore", "lose"),
+    "late.kind": ("wait", "drop", "stale"),
+    "late.discount": SHARE,
+    "profile.kind": ("oracle", "self_reported", "estimated"),
+    "profile.refresh": COUNT,
+    "profile.deviation": Range(0, 1, open_high=True),
+    "profile.fixed": SHARE,
+    "profile.rate": Range(0, 1, open_low=True),
+    "profile.exploration": SHARE,
+    "profile.tolerance": Range(0, 1, open_low=True),
+    "pressure.share": SHARE,
+    "pressure.persistence": SHARE,
+    "pressure.left": Range(0, 1, open_low=True),
+    "background.most": Range(0, 1, open_high=True),
+    "background.persistence": SHARE,
+    "bandwidth.spread": NON_NEGATIVE,
+    "bandwidth.persistence": SHARE,
+    "availability.share": SHARE,
+    "availability.persistence": SHARE,
+    "availability.swing": SHARE,
+    "availability.day": COUNT,
+    "availability.sampling": ("uniform", "size", "reachable"),
+    "availability.dropout": SHARE,
+    "availability.early": SHARE,
+    "channel.kind": ("wired", "wireless"),
+    "channel.radius": Range(NEAREST, open_low=True),
+    "channel.shadowing": NON_NEGATIVE,
+    "channel.persistence": SHARE,
+    "channel.csi": SHARE,
+    "channel.backoff": Range(0, 1, open_low=True),
+    "channel.min_snr": Range(-100, 100),
+    "channel.bandwidth": POSITIVE,
+    "channel.power_up": Range(-100, 100),
+    "channel.power_down": Range(-100, 100),
+    "drift.labels": SHARE,
+    "drift.images": ("none", *DISTORTIONS),
+    "drift.strength": NON_NEGATIVE,
+    "drift.share": SHARE,
+    "drift.start": NON_NEGATIVE,
+    "drift.rounds": COUNT,
+    "reaction.kind": ("none", "reset", "hasten"),
+    "reaction.slack": NON_NEGATIVE,
+    "reaction.threshold": POSITIVE,
+    "reaction.haste": Range(1),
+    "reaction.rounds": NON_NEGATIVE,
     "devices.model_scale": POSITIVE,
     "devices.deadline": POSITIVE,
     "devices.communication_share": Range(0, 1, open_low=True, open_high=True),
@@ -85,11 +133,12 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "run.memory_limit_gb": POSITIVE,
 }
 
-# Checked where they are used: by `find_strategy`, TFDS, `draw_devices`, and nowhere
-# (true or false).
+# Checked where they are used: by `find_strategy`, TFDS, `read_devices`,
+# `draw_devices`, and nowhere (true or false).
 UNCHECKED = {
     "strategy",
     "data.dir",
+    "devices.csv",
     "devices.tiers",
     "devices.shares",
     "run.tensorboard",
@@ -134,6 +183,22 @@ def list_allowed() -> dict[str, Range | tuple[str, ...]]:
     return dict(options) | ALLOWED
 
 
+def check_drift(values: dict[str, Any]) -> None:
+    """Raises UserError unless drift, where there is any, is complete within the run."""
+    on = values["drift.labels"] > 0 or values["drift.images"] != "none"
+    last = values["num_rounds"] - values["drift.rounds"]
+    if on and values["drift.start"] > last:
+        raise UserError(
+            f"drift.start={values['drift.start']} is not allowed; allowed: 0 to "
+            f"num_rounds - drift.rounds = {last}, so that the run sees all of the drift"
+        )
+    if values["drift.images"] == "contrast" and values["drift.strength"] > 1:
+        raise UserError(
+            f"drift.strength={values['drift.strength']} is not allowed with "
+            "drift.images='contrast'; allowed: [0, 1]"
+        )
+
+
 def validate(config: ConfigDict) -> None:
     """Checks every field by itself and against the others.
 
@@ -162,6 +227,7 @@ def validate(config: ConfigDict) -> None:
                 f"{where if (name, other) in strategy.at_most else ''}; "
                 f"allowed: 1 to {other}={values[other]}"
             )
+    check_drift(values)
     for name, other in MULTIPLE:
         if values[name] % values[other]:
             raise UserError(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from fedmoe_jax.types import Array, Devices, PyTree
@@ -194,6 +195,23 @@ def client_flops(costs: Costs, traffic: Traffic, ways: Ways, examples: Array) ->
     return per_example * examples
 
 
+def client_memory(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
+    """Bytes that training takes on each client: [C] float32.
+
+    Experts that only run forward need their parameters alone.
+
+    Args:
+      costs: scaled, what the devices feel.
+      traffic: experts held and trained.
+      ways: where control variates travel, a client has its own and their mean.
+    """
+    shared = costs.shared_bytes + costs.gate_bytes
+    all_parts = shared + costs.expert_bytes * traffic.held
+    untrained = costs.expert_bytes * (traffic.held - traffic.trained)
+    variates = 2 * (ways.copies - 1) * all_parts
+    return TRAINING_COPIES * (all_parts - untrained) + untrained + variates
+
+
 def client_seconds(
     devices: Devices,
     costs: Costs,
@@ -203,6 +221,8 @@ def client_seconds(
 ) -> Array:
     """Seconds that each client needs for one round: download, training, upload.
 
+    A link's latency is added where anything travels.
+
     Args:
       devices: rows [C] of the cohort.
       costs: scaled, what the devices feel.
@@ -211,9 +231,13 @@ def client_seconds(
       examples: [] or [C] float32, examples each client trains, repeats included.
 
     Returns:
-      [C] float32, one part after the other, without overlap.
+      [C, 3] float32, one part after the other, without overlap.
     """
     chex.assert_equal_shape([devices.flops, traffic.held])
     up, down = client_bytes(costs, traffic, ways)
     training = client_flops(costs, traffic, ways, examples) / devices.flops
-    return down / devices.download + training + up / devices.upload
+    travel = lambda count, rate: jnp.where(
+        count > 0, count / rate + devices.latency, 0.0
+    )
+    phases = travel(down, devices.download), training, travel(up, devices.upload)
+    return jnp.stack(phases, axis=-1)

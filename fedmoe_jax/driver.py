@@ -17,7 +17,7 @@ from fedmoe_jax.metrics import ACCURACIES, Row, open_metrics, open_progress
 from fedmoe_jax.types import PyTree, SimState
 
 # Fields of an evaluation that become fields of its row.
-REPORTED = (*ACCURACIES, "expert_accuracy")
+REPORTED = (*ACCURACIES, "drifted_accuracy", "expert_accuracy")
 
 PROFILED_CHUNKS = 3
 

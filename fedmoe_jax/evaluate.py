@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedmoe_jax.client import normalise
+from fedmoe_jax.client import normalise, see
 from fedmoe_jax.dispatch import dispatch
 from fedmoe_jax.models import Model, apply_experts
 from fedmoe_jax.questions import (
@@ -42,6 +42,7 @@ from fedmoe_jax.routing import gate_logits
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.sharding import CLIENTS, spread
 from fedmoe_jax.types import Array, Federation, SimState, Sizes
+from fedmoe_jax.world.advance import drifted_federation
 
 TEST_BATCH = 500
 
@@ -73,20 +74,23 @@ def look(
     state: SimState,
     federation: Federation,
     position: Array,
+    distortion: Array | None,
     *,
     model: Model,
-    personal: tuple[str, ...],
+    rules: Rules,
 ) -> Images:
     """Takes the images at `position` [B] and runs the stem and the server's gate."""
     count = federation.test_y.shape[0]
     index = jnp.minimum(position, count - 1)
-    x = normalise(federation.test_x[index], federation.mean, federation.std)
+    kind = "" if distortion is None else rules.world.images
+    x = see(federation.test_x[index], distortion, kind)
+    x = normalise(x, federation.mean, federation.std)
     y = jnp.where(position < count, federation.test_y[index], -1)
     features = model.stem(state.params["stem"], x, None)
     return Images(
         x=x,
         features=features,
-        logits=None if personal else gate_logits(state.params["gate"], features),
+        logits=None if rules.personal else gate_logits(state.params["gate"], features),
         y=y,
         label=jax.nn.one_hot(y, federation.label_mix.shape[1]),
     )
@@ -110,12 +114,39 @@ def count_batch(
     sizes: Sizes,
     rules: Rules,
 ) -> dict[str, Array]:
+    """The counts of `count_images`; where images drift, each client's of what it sees.
+
+    Then there is also `drifted` [L], what the global model gets right of images that
+    have drifted.
+    """
+    static = dict(model=model, sizes=sizes, rules=rules)
+    counts = count_images(state, federation, position, None, **static)
+    if not rules.world.images:
+        return counts
+    amount = state.world["distorted"]
+    drifted = count_images(state, federation, position, amount, **static)
+    drifts = federation.heir != jnp.arange(federation.heir.shape[0])
+    personal = jnp.where(drifts[:, None], drifted["personal"], counts["personal"])
+    return counts | {"personal": personal, "drifted": drifted["global"]}
+
+
+def count_images(
+    state: SimState,
+    federation: Federation,
+    position: Array,
+    distortion: Array | None,
+    *,
+    model: Model,
+    sizes: Sizes,
+    rules: Rules,
+) -> dict[str, Array]:
     """Correct predictions of one batch by label, for every question asked.
 
     Args:
       state: the simulation.
       federation: holds the test set.
       position: [B] int32 positions in the test set, see `deal_images`.
+      distortion: [] float32, how far the images have drifted; None for not.
       model: the model.
       sizes: static sizes.
       rules: parts of the model of which each client has its own; whether to compute
@@ -127,7 +158,7 @@ def count_batch(
       holds only for labels that the client has.
     """
     personal, every_expert = rules.personal, rules.every_expert
-    images = look(state, federation, position, model=model, personal=personal)
+    images = look(state, federation, position, distortion, model=model, rules=rules)
     askers, active = list_askers(state, federation), sizes.num_active
     active = rules.test_active or active
     if set(personal) - {"gate"}:
@@ -191,6 +222,8 @@ def summarise_counts(
         "client_accuracy": client_accuracy,
         "specialisation": counts["routed"] * share[None],
     }
+    if "drifted" in counts:
+        accuracies["drifted_accuracy"] = counts["drifted"].sum() / total.sum()
     if "soft" in counts:
         accuracies["global_soft_accuracy"] = counts["soft"].sum() / total.sum()
         accuracies["expert_accuracy"] = counts["expert"].sum(1) / total.sum()
@@ -214,7 +247,8 @@ def build_evaluate_share(
     Returns:
       A function whose result holds `global_accuracy`, `personal_accuracy`,
       `worst_decile_accuracy` (all []), `client_accuracy` [N] and `specialisation`
-      [E, L] (the share of each class's gate mass per expert); with `every_expert` also
+      [E, L] (the share of each class's gate mass per expert); where images drift
+      `drifted_accuracy` [], the global one on drifted images; with `every_expert` also
       `global_soft_accuracy` [] and `expert_accuracy` [E].
     """
     one_batch = functools.partial(
@@ -226,6 +260,7 @@ def build_evaluate_share(
 
     def evaluate_share(state: SimState, federation: Federation) -> dict[str, Array]:
         chex.assert_shape(state.align.held, (sizes.num_clients, sizes.num_experts))
+        federation = drifted_federation(federation, state.world)
         device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
         count = federation.test_y.shape[0]
         position = deal_images(count, TEST_BATCH, device, num_devices)

@@ -16,17 +16,77 @@ from fedmoe_jax.merge import EXPERT_WEIGHTS, GATE_WEIGHTS
 from fedmoe_jax.models import Model, apply_experts, build_model
 from fedmoe_jax.partition import pool, split
 from fedmoe_jax.routing import gate_logits
-from fedmoe_jax.rules import Rules
+from fedmoe_jax.rules import CALM, Rules, World
 from fedmoe_jax.setup import Setup
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, Sizes, UserError
-from fedmoe_jax.world.capacity import draw_devices, unlimited_device
+from fedmoe_jax.types import (
+    Dataset,
+    Devices,
+    Federation,
+    Hyper,
+    Partition,
+    Sizes,
+    UserError,
+)
+from fedmoe_jax.world.devices import draw_devices, read_devices, unlimited_device
+from fedmoe_jax.world.drift import draw_heirs
 
 
 def find_options(config: ConfigDict) -> dict[str, float]:
     """The group of the config that only the run's strategy reads."""
     group = find_strategy(config.strategy).options
     return config[group].to_dict() if group else {}
+
+
+# Groups of the config whose numbers the world's processes read.
+WORLD = (
+    "late",
+    "profile",
+    "pressure",
+    "background",
+    "bandwidth",
+    "availability",
+    "channel",
+    "drift",
+    "reaction",
+)
+
+
+def find_numbers(config: ConfigDict) -> dict[str, dict[str, float]]:
+    """The numbers of the world's processes, by group and field."""
+    return {
+        group: {
+            name: value
+            for name, value in config[group].items()
+            if not isinstance(value, str)
+        }
+        for group in WORLD
+    }
+
+
+def make_world(config: ConfigDict) -> World:
+    """Which processes of the world are on: those that would change anything.
+
+    Who owns the pooled data does not live in that world.
+    """
+    if find_strategy(config.strategy).pooled:
+        return CALM
+    reach, images, reaction = config.availability, config.drift.images, config.reaction
+    return World(
+        pressure=config.pressure.share > 0,
+        background=config.background.most > 0,
+        bandwidth=config.bandwidth.spread > 0,
+        reach=reach.share < 1 or reach.swing > 0,
+        sampling=reach.sampling,
+        dropout=reach.dropout > 0,
+        wireless=config.channel.kind == "wireless",
+        labels=config.drift.labels > 0,
+        images="" if images == "none" else images,
+        reaction="" if reaction.kind == "none" else reaction.kind,
+        profile=config.profile.kind,
+        overload=config.devices.overload == "lose",
+        late=config.late.kind,
+    )
 
 
 def make_hyper(config: ConfigDict) -> Hyper:
@@ -56,6 +116,7 @@ def make_hyper(config: ConfigDict) -> Hyper:
         exploration=config.fitness.exploration,
         buffer=config.devices.buffer,
         own=find_options(config),
+        world=find_numbers(config),
     )
     values = jax.tree.map(np.float32, strategy.tune(values))
     return values.replace(strategy=np.int32(0))
@@ -135,6 +196,7 @@ def make_rules(config: ConfigDict, num_experts: int) -> Rules:
         test_active=0,
         every_expert=num_experts <= config.evaluation.dense_experts,
         ragged=config.local_epochs > 0,
+        world=make_world(config),
         client_chunk=config.run.client_chunk,
         chunk_rounds=config.chunk_rounds,
     )
@@ -270,6 +332,28 @@ def make_partition(config: ConfigDict, data: Dataset) -> Partition:
     return partition._replace(index=index, public=aside)
 
 
+def make_devices(config: ConfigDict) -> tuple[Devices, tuple[str, ...]]:
+    """Every client's device, from presets or the user's file; names of the tiers.
+
+    Raises:
+      UserError: device tiers or shares that are not allowed, or a file that is not.
+    """
+    options = config.devices
+    rng = np.random.default_rng([config.seed, 1])  # not the stream of the partition
+    if options.csv:
+        return read_devices(options.csv, config.num_clients, rng, options.free_memory)
+    tiers = tuple(options.tiers)
+    devices = draw_devices(
+        rng,
+        config.num_clients,
+        tiers,
+        tuple(options.shares),
+        options.spread,
+        options.free_memory,
+    )
+    return devices, tiers
+
+
 def make_federation(
     config: ConfigDict, data: Dataset, partition: Partition
 ) -> Federation:
@@ -283,15 +367,13 @@ def make_federation(
     """
     mean, std = measure_channels(data)
     counts = partition.label_counts.astype(np.float32)
-    devices = draw_devices(
-        np.random.default_rng([config.seed, 1]),  # not the stream of the partition
-        len(partition.size),
-        tuple(config.devices.tiers),
-        tuple(config.devices.shares),
-        config.devices.spread,
+    devices, _ = make_devices(config)
+    heir = draw_heirs(
+        np.random.default_rng([config.seed, 3]), config.num_clients, config.drift.share
     )
     if find_strategy(config.strategy).pooled:
         partition, devices = pool(partition), unlimited_device()
+        heir = np.zeros(1, np.int32)
     return Federation(
         x=data.train_x,
         y=data.train_y,
@@ -305,6 +387,7 @@ def make_federation(
         mean=np.broadcast_to(mean, data.train_x.shape[1:]),
         std=np.broadcast_to(std, data.train_x.shape[1:]),
         devices=devices,
+        heir=heir,
     )
 
 

@@ -46,6 +46,17 @@ def zero_sums(params: PyTree) -> Sums:
     )
 
 
+def add_stale(sums: Sums, stale: Sums, discount: Array) -> Sums:
+    """Sums with those of updates that came too late for their own round.
+
+    Args:
+      sums: of this round.
+      stale: of the round before.
+      discount: [] in [0, 1], what a stale client weighs of its usual weight.
+    """
+    return jax.tree.map(lambda now, old: now + discount * old, sums, stale)
+
+
 def count_rows(update: ClientUpdate) -> int:
     """E, rows of a client's gate."""
     return update.delta["gate"]["bias"].shape[0]

@@ -21,6 +21,17 @@ from fedmoe_jax.types import UserError
 
 Row = dict[str, Any]
 
+# Fields of a row that a run adds up.
+COSTS = (
+    "bytes_up",
+    "bytes_down",
+    "client_flops",
+    "simulated_seconds",
+    "compute_joules",
+    "radio_joules",
+    "wasted_bytes",
+    "wasted_flops",
+)
 FINAL_ROUNDS = 10
 TARGETS = (0.35, 0.40, 0.45, 0.50)
 ACCURACIES = {  # field of an evaluation row: what it is called
@@ -76,6 +87,9 @@ def open_metrics(
     A row is on disk when `write` returns. TensorBoard gets finite scalars under their
     key and vectors as `key/0`, `key/1`, ...; what has more axes is only in the JSON.
 
+    To what a run costs the row adds its sum over the rounds so far, `total_` and the
+    key.
+
     Args:
       folder: an existing folder.
       done: rounds done before; later rows and events of an earlier process are dropped.
@@ -83,17 +97,30 @@ def open_metrics(
     """
     path = Path(folder) / "metrics.jsonl"
     truncate_metrics(path, done)
+    last = read_metrics(path)[-1:]
+    totals = {key: last[0][f"total_{key}"] if last else 0.0 for key in COSTS}
     with ExitStack() as stack:
         file = stack.enter_context(path.open("a", encoding="utf-8"))
         board = stack.enter_context(_board(folder, done)) if tensorboard else None
 
         def write(row: Row) -> None:
+            row = row | add_costs(totals, row)
             file.write(_line(row))
             file.flush()
             if board is not None:
                 _write_events(board, row)
 
         yield write
+
+
+def add_costs(totals: dict[str, float], row: Row) -> Row:
+    """Adds a row's costs to the sums so far, in place; the sums as fields of the row.
+
+    In float64 on the host: the devices' float32 would lose small rounds in large sums.
+    """
+    for key in totals:
+        totals[key] += float(row.get(key) or 0.0)
+    return {f"total_{key}": value for key, value in totals.items()}
 
 
 def _line(row: Row) -> str:

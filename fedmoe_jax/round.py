@@ -1,11 +1,11 @@
 """One federated round as six pure steps, and a chunk of rounds as one program.
 
-1 world    who is reachable
-2 profile  capacity in experts
+1 world    what the devices have left, who is reachable, what the data have become
+2 profile  capacity in experts, as the server believes it
 3 align    strategy: evidence -> held experts
-4 train    client_update over the cohort
+4 train    client_update over the cohort; what becomes of each update
 5 merge    masked per-expert mean, server optimiser
-6 learn    fitness, usage
+6 learn    fitness, usage, the belief about devices
 """
 
 import functools
@@ -17,24 +17,29 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.learn import count_load, learn
 from fedmoe_jax.client import ClientTask, build_client_update
-from fedmoe_jax.cohort import Report, build_train_cohort
-from fedmoe_jax.merge import Sums, merge, server_optimizer
-from fedmoe_jax.profile import profile
+from fedmoe_jax.cohort import JudgeFn, Report, build_train_cohort
+from fedmoe_jax.costs import client_bytes, client_flops
+from fedmoe_jax.ledger import enter
+from fedmoe_jax.merge import Sums, add_stale, merge, server_optimizer
+from fedmoe_jax.outcome import STALE, Conditions, Outcome, judge_client
+from fedmoe_jax.profile import Belief, Needs, count_capacity, observe, profile
 from fedmoe_jax.round_metrics import measure
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.setup import Setup
 from fedmoe_jax.sharding import spread
+from fedmoe_jax.traffic import find_ways, plan_traffic
 from fedmoe_jax.types import (
     Array,
     Assignment,
     Evidence,
     Federation,
     Hyper,
+    PyTree,
     RoundFn,
     SimState,
     Sizes,
 )
-from fedmoe_jax.world.availability import sample_cohort
+from fedmoe_jax.world.advance import Keys, Today, advance, choose_cohort, show
 
 
 def count_examples(federation: Federation, sizes: Sizes) -> Array:
@@ -42,17 +47,14 @@ def count_examples(federation: Federation, sizes: Sizes) -> Array:
     return (federation.steps * sizes.batch_size).astype(jnp.float32)
 
 
-def believe_capacity(federation: Federation, hyper: Hyper, setup: Setup) -> Array:
-    """Experts every client can hold, as the server believes: [N] int32 >= 1."""
-    sizes = setup.sizes
-    return profile(
-        federation.devices,
-        setup.device_costs,
-        hyper,
-        examples=count_examples(federation, sizes),
+def list_needs(federation: Federation, setup: Setup) -> Needs:
+    """What the clients' capacity is counted from."""
+    return Needs(
+        costs=setup.device_costs,
+        examples=count_examples(federation, setup.sizes),
         deadline=setup.rules.deadline,
         communication_share=setup.rules.communication_share,
-        max_capacity=sizes.max_capacity,
+        max_capacity=setup.sizes.max_capacity,
     )
 
 
@@ -76,15 +78,36 @@ def gather_evidence(
     )
 
 
+def set_conditions(
+    today: Today, evidence: Evidence, assignment: Assignment, setup: Setup
+) -> Conditions:
+    """Under which every cohort client works, with a leading C axis."""
+    take = lambda leaf: leaf[evidence.client]
+    return Conditions(
+        device=jax.tree.map(take, today.links),
+        fate=jax.tree.map(take, today.fate),
+        traffic=plan_traffic(evidence, assignment, setup.sizes, setup.rules),
+        examples=evidence.load,
+    )
+
+
+def find_distortion(world: dict, heir: Array, cohort: Array) -> Array | None:
+    """How far the images of each cohort client [C] have drifted; None for no drift."""
+    if "distorted" not in world:
+        return None
+    return jnp.where(heir[cohort] != cohort, world["distorted"], 0.0)
+
+
 def make_tasks(
     state: SimState,
-    federation: Federation,
+    world: dict,
+    today: Today,
     evidence: Evidence,
     assignment: Assignment,
-    rules: Rules,
+    setup: Setup,
 ) -> ClientTask:
-    """What every cohort client is sent, with a leading C axis."""
-    cohort = evidence.client
+    """What every cohort client is sent, and how it works, with a leading C axis."""
+    rules, cohort, federation = setup.rules, evidence.client, today.federation
     steps, size = federation.steps[cohort], federation.size[cohort]
     scale, calibration = jnp.ones(cohort.shape), assignment.calibration
     if calibration is None:
@@ -103,7 +126,71 @@ def make_tasks(
         calibration=calibration,
         correction=jax.tree.map(correct, state.variate),
         own=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
+        distortion=find_distortion(world, federation.heir, cohort),
+        conditions=set_conditions(today, evidence, assignment, setup),
     )
+
+
+def build_judge(setup: Setup) -> JudgeFn:
+    """Builds `judge(task, sent, finite) -> Outcome` of ONE client's round."""
+    rules, ways = setup.rules, find_ways(setup.rules)
+
+    def judge(task: ClientTask, sent: Array, finite: Array) -> Outcome:
+        return judge_client(
+            task.conditions,
+            jnp.zeros(()) if rules.silent else sent,
+            finite,
+            costs=setup.device_costs,
+            ways=ways,
+            overload=rules.world.overload,
+            deadline=rules.deadline,
+            late=rules.world.late,
+        )
+
+    return judge
+
+
+def learn_devices(
+    belief: Belief, tasks: ClientTask, report: Report, hyper: Hyper, setup: Setup
+) -> Belief:
+    """The belief after the round; who estimates has seen times and failures."""
+    if not belief.history:
+        return belief
+    conditions, ways = tasks.conditions, find_ways(setup.rules)
+    traffic = conditions.traffic.replace(sent=report.sent)
+    up, down = client_bytes(setup.device_costs, traffic, ways)
+    flops = client_flops(setup.device_costs, traffic, ways, conditions.examples)
+    history = observe(
+        belief.history,
+        tasks.client,
+        traffic.held,
+        jnp.stack([down, flops, up], axis=-1),
+        report.outcome,
+        conditions.device.latency,
+        rate=hyper.world["profile"]["rate"],
+        tolerance=hyper.world["profile"]["tolerance"],
+        max_capacity=setup.sizes.max_capacity,
+    )
+    return belief.replace(history=history)
+
+
+def merge_round(
+    state: SimState, sums: tuple[Sums, ...], hyper: Hyper, rules: Rules
+) -> tuple[PyTree, PyTree]:
+    """Step 5: new params and server optimiser state, stale updates included."""
+    total = sums[0]
+    if state.stale:
+        total = add_stale(total, state.stale, hyper.world["late"]["discount"])
+    tx = server_optimizer(rules.server_optimizer, hyper.server_learning_rate)
+    return merge(state.params, state.server_opt, total, tx)
+
+
+def mark_busy(world: dict, cohort: Array, report: Report) -> dict:
+    """The world's state, in which late clients still work in the next round."""
+    if "busy" not in world:
+        return world
+    late = report.outcome.code == STALE
+    return world | {"busy": jnp.zeros_like(world["busy"]).at[cohort].set(late)}
 
 
 def round_step(
@@ -112,7 +199,7 @@ def round_step(
     hyper: Hyper,
     *,
     setup: Setup,
-    train_cohort: Callable[..., tuple[Sums, Report]],
+    train_cohort: Callable[..., tuple[tuple[Sums, ...], Report]],
 ) -> tuple[SimState, dict[str, Array]]:
     """One federated round.
 
@@ -128,50 +215,60 @@ def round_step(
     """
     sizes, rules, align = setup.sizes, setup.rules, state.align
     round_key = jax.random.fold_in(state.key, state.round)
+    keys = Keys(round_key, state.key)
     world_key, align_key, train_key = jax.random.split(round_key, 3)
 
     # 1 world
-    cohort = sample_cohort(world_key, sizes.num_clients, sizes.cohort_size)
+    world = advance(keys, state.world, state.round, hyper)
+    today = show(keys, world, federation, hyper, rules.world)
+    federation = today.federation
+    cohort = choose_cohort(
+        world_key, federation.size, world, sizes, rules.world.sampling
+    )
     # 2 profile
-    capacity = believe_capacity(federation, hyper, setup)
+    needs, kind = list_needs(federation, setup), rules.world.profile
+    belief = profile(state.belief, today.devices, hyper, needs, kind, state.round, keys)
     # 3 align
-    evidence = gather_evidence(state, federation, cohort, capacity, sizes)
+    evidence = gather_evidence(state, federation, cohort, belief.capacity, sizes)
     assignment = setup.strategy.assign(evidence, hyper, sizes, align_key)
     slots = (sizes.cohort_size, sizes.max_held)
     chex.assert_shape([assignment.held, assignment.slot], slots)
     # 4 train
-    tasks = make_tasks(state, federation, evidence, assignment, rules)
+    tasks = make_tasks(state, world, today, evidence, assignment, setup)
     sums, report = train_cohort(state.params, tasks, federation, hyper, train_key)
     # 5 merge
-    tx = server_optimizer(rules.server_optimizer, hyper.server_learning_rate)
-    params, server_opt = merge(state.params, state.server_opt, sums, tx)
-    trained = jnp.where(report.finite, cohort, sizes.num_clients)  # others keep theirs
-    renew = lambda rows, new: rows.at[trained].set(new, mode="drop")
+    params, server_opt = merge_round(state, sums, hyper, rules)
+    arrived = jnp.where(report.arrived, cohort, sizes.num_clients)  # others keep theirs
+    renew = lambda rows, new: rows.at[arrived].set(new, mode="drop")
     personal = jax.tree.map(renew, state.personal, report.own)
     variate = jax.tree.map(renew, state.variate, report.variate)
     # 6 learn
     load = count_load(report, assignment, sizes.num_experts)
-    learnt = learn(align, cohort, assignment, report, load, hyper, rules.feedback)
-    known = lambda leaf: jnp.where(report.finite[:, None], leaf, 0.0)
+    learnt = learn(align, cohort, assignment, report, load, hyper, rules, keys)
+    known = lambda leaf: jnp.where(report.arrived[:, None], leaf, 0.0)
     feedback = jax.tree.map(known, report.feedback)
     memory = setup.strategy.learn(evidence, assignment, feedback, hyper)
     personal, memory, *exchanged = setup.strategy.exchange(
         personal, memory, evidence, hyper
     )
-    learnt = learnt.replace(memory=memory)
+    capacity = count_capacity(today.devices, jnp.zeros(()), needs)
 
     new_state = SimState(
         round=state.round + 1,
         key=state.key,
         params=params,
         server_opt=server_opt,
-        align=learnt,
+        align=learnt.replace(memory=memory),
         personal=personal,
         variate=variate,
+        world=mark_busy(world, cohort, report),
+        belief=learn_devices(belief, tasks, report, hyper, setup),
+        stale=sums[1] if state.stale else {},
+        ledger=enter(state.ledger, cohort, capacity, report.outcome),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     return new_state, measure(
-        align, learnt, evidence, assignment, report, exchanged, load, federation, setup
+        state, new_state, federation, tasks, report, exchanged, load, setup
     )
 
 
@@ -181,7 +278,7 @@ def build_round(setup: Setup) -> RoundFn:
     It is written for one device of the mesh, see `sharding.spread`.
     """
     client_update = build_client_update(setup.model, setup.sizes, setup.rules)
-    train_cohort = build_train_cohort(client_update, setup.rules)
+    train_cohort = build_train_cohort(client_update, build_judge(setup), setup.rules)
     return functools.partial(round_step, setup=setup, train_cohort=train_cohort)
 
 

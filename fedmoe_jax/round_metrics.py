@@ -1,113 +1,173 @@
-"""The metrics of one round, measured inside the compiled program."""
+"""The metrics of one round, measured inside the compiled program.
+
+Bytes and FLOPs are those of the simulated model, and what was lost had cost what it had
+cost by then; seconds and joules are those of the devices, which feel the model that it
+stands for.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.align.usage import load_cv, load_entropy, starved
-from fedmoe_jax.client import is_local
+from fedmoe_jax.client import ClientTask
 from fedmoe_jax.cohort import Report
-from fedmoe_jax.costs import (
-    FEEDBACK_NUMBERS,
-    Traffic,
-    Ways,
-    client_bytes,
-    client_flops,
-    client_parameters,
-    client_seconds,
-)
+from fedmoe_jax.costs import client_bytes, client_flops, client_parameters
 from fedmoe_jax.dealing import chunk_size, wasted_share
-from fedmoe_jax.rules import PARTS, Rules
+from fedmoe_jax.ledger import Ledger, jain
+from fedmoe_jax.outcome import OUTCOMES, Conditions, Outcome
 from fedmoe_jax.setup import Setup
 from fedmoe_jax.sharding import CLIENTS
-from fedmoe_jax.types import AlignState, Array, Assignment, Evidence, Federation, Sizes
+from fedmoe_jax.traffic import find_ways
+from fedmoe_jax.types import AlignState, Array, Devices, Federation, SimState
 
 
-def find_ways(rules: Rules) -> Ways:
-    """How the parts of a run's model travel."""
-    return Ways(
-        personal=PARTS if rules.silent else rules.personal,
-        frozen=rules.frozen,
-        copies=2 if rules.variates else 1,
-    )
+def count_exchange(
+    exchanged: tuple[Array, Array], devices: Devices, setup: Setup
+) -> Array:
+    """[C] seconds in which clients exchange experts with others, after their round."""
+    size, (sent, received) = setup.device_costs.expert_bytes, exchanged
+    return size * (sent / devices.upload + received / devices.download)
 
 
-def count_traffic(
-    evidence: Evidence,
-    assignment: Assignment,
-    report: Report,
+def account(
+    ledger: Ledger,
+    conditions: Conditions,
+    sent: Array,
     exchanged: tuple[Array, Array],
-    sizes: Sizes,
-    rules: Rules,
-) -> Traffic:
-    """What the cohort holds, trains, sends and receives.
+    setup: Setup,
+) -> dict[str, Array]:
+    """What a round cost, as metrics.
 
-    `exchanged` are the experts that each client sent to others and received from them.
+    Args:
+      ledger: after the round.
+      conditions: under which the cohort worked, leaves [C].
+      sent: [C] experts that each client sent to the server.
+      exchanged: experts that each client sent to others and received from them, [C].
+      setup: the static parts.
     """
-    held = assignment.slot.sum(1)
-    local = is_local(assignment.held, sizes.num_experts, rules.local_experts)
-    local = (assignment.slot & local).sum(1)
-    trained = jnp.minimum(held, evidence.capacity) if rules.focus else held
-    told = FEEDBACK_NUMBERS * held + sizes.num_experts * rules.report_mass
-    shown = jnp.zeros(held.shape)
-    if rules.gate_period:
-        shown += evidence.round % rules.gate_period == 0
+    rules, outcome, cohort = setup.rules, ledger.outcome, ledger.client
+    devices, traffic = conditions.device, conditions.traffic
+    seconds = (outcome.phases * outcome.spent).sum(1)
+    seconds += count_exchange(exchanged, devices, setup)
     talks = 0.0 if rules.silent else 1.0
-    return Traffic(
-        held=held.astype(jnp.float32),
-        trained=trained.astype(jnp.float32),
-        sent=talks * (report.sent + exchanged[0]),
-        received=talks * (held - local + exchanged[1]),
-        told=talks * told,
-        shown=shown,
-        new=(~evidence.held.any(1)).astype(jnp.float32),
+    traffic = traffic.replace(
+        sent=talks * (sent + exchanged[0]),
+        received=traffic.received + talks * exchanged[1],
     )
+    ways = find_ways(rules)
+    up, down = client_bytes(setup.costs, traffic, ways)
+    flops = client_flops(setup.costs, traffic, ways, conditions.examples)
+    parameters = client_parameters(setup.costs, traffic, ways)
+    down, flops, up = outcome.spent.T * jnp.stack([down, flops, up])
+    worked = outcome.phases * outcome.spent
+    wasted = jnp.where(outcome.arrived, 0.0, 1.0)
+    longest = seconds.max()
+    if rules.world.late == "stale":  # nobody waits for them
+        longest = jnp.minimum(longest, rules.deadline)
+    return {
+        "bytes_up": up.sum(),
+        "bytes_down": down.sum(),
+        "client_flops": flops.sum(),
+        "wasted_bytes": (wasted * (up + down)).sum(),
+        "wasted_flops": (wasted * flops).sum(),
+        "compute_joules": (devices.power * worked[:, 1]).sum(),
+        "radio_joules": (devices.radio * (worked[:, 0] + worked[:, 2])).sum(),
+        "peak_client_parameters": parameters.max(),
+        "simulated_seconds": longest,
+        "simulated_median_seconds": jnp.median(seconds),
+        "late_clients": (outcome.phases.sum(1) > rules.deadline).sum(),
+        "capacity_violations": (traffic.held > ledger.capacity[cohort]).sum(),
+        "participation_jain": jain(ledger.participation),
+    }
+
+
+def count_outcomes(outcome: Outcome) -> dict[str, Array]:
+    """Clients by what became of their round; each is counted once."""
+    counts = jax.nn.one_hot(outcome.code, len(OUTCOMES)).sum(0)
+    return {
+        f"{name}_clients": count for name, count in zip(OUTCOMES, counts, strict=True)
+    }
 
 
 def measure(
-    before: AlignState,
-    after: AlignState,
-    evidence: Evidence,
-    assignment: Assignment,
+    before: SimState,
+    after: SimState,
+    federation: Federation,
+    tasks: ClientTask,
     report: Report,
     exchanged: tuple[Array, Array],
     load: Array,
-    federation: Federation,
     setup: Setup,
 ) -> dict[str, Array]:
-    """The metrics of one round; means over clients are taken here, once.
+    """The metrics of one round.
 
-    Scalars in the strategy's own memory are metrics too.
+    Args:
+      before: the state before the round.
+      after: the state after it.
+      federation: data and devices.
+      tasks: of the cohort.
+      report: of the cohort.
+      exchanged: see `account`.
+      load: [E] examples trained.
+      setup: the static parts.
     """
-    sizes, rules, cohort = setup.sizes, setup.rules, evidence.client
-    examples, steps = evidence.load, federation.steps[cohort]
-    traffic = count_traffic(evidence, assignment, report, exchanged, sizes, rules)
-    ways = find_ways(rules)
-    bytes_up, bytes_down = client_bytes(setup.costs, traffic, ways)
-    flops = client_flops(setup.costs, traffic, ways, examples)
-    num_devices = setup.mesh.shape[CLIENTS]
-    chunk = chunk_size(sizes.cohort_size, num_devices, rules.client_chunk)
-    devices = jax.tree.map(lambda leaf: leaf[cohort], federation.devices)
-    seconds = client_seconds(devices, setup.device_costs, traffic, ways, examples)
+    ledger = after.ledger
+    return (
+        measure_learning(before.align, after.align, report, tasks.client)
+        | measure_load(load)
+        | account(ledger, tasks.conditions, report.sent, exchanged, setup)
+        | count_outcomes(ledger.outcome)
+        | measure_work(federation, tasks.client, setup)
+        | measure_world(after)
+    )
+
+
+def measure_learning(
+    before: AlignState, after: AlignState, report: Report, cohort: Array
+) -> dict[str, Array]:
+    """What the cohort [C] and the server learnt; means over clients are taken here."""
     held = after.held[cohort]
-    finite = report.finite.sum()  # 0 gives NaN: a loss of 0 would look like success
+    arrived = report.arrived
+    count = arrived.sum()  # 0 gives NaN: a loss of 0 would look like success
     changed = jnp.where(held, jnp.abs(after.fitness - before.fitness)[cohort], 0.0)
+    found = {
+        "train_loss": jnp.where(arrived, report.loss, 0.0).sum() / count,
+        "train_accuracy": jnp.where(arrived, report.accuracy, 0.0).sum() / count,
+        "fitness_change": changed.sum() / held.sum(),
+        "assignment_change": (held & ~before.held[cohort]).sum() / held.sum(),
+    }
+    if after.detector:
+        found["drift_alarms"] = after.detector.alarms - before.detector.alarms
+    return found | {name: x for name, x in after.memory.items() if x.ndim == 0}
+
+
+def measure_load(load: Array) -> dict[str, Array]:
+    """How evenly the examples [E] of the round were trained."""
     return {
-        "train_loss": jnp.where(report.finite, report.loss, 0.0).sum() / finite,
-        "train_accuracy": jnp.where(report.finite, report.accuracy, 0.0).sum() / finite,
         "expert_load": load,
         "load_cv": load_cv(load),
         "load_entropy": load_entropy(load),
         "starved_experts": starved(load),
-        "bytes_up": bytes_up.sum(),
-        "bytes_down": bytes_down.sum(),
-        "client_flops": flops.sum(),
-        "peak_client_parameters": client_parameters(setup.costs, traffic, ways).max(),
-        "nonfinite_clients": (~report.finite).sum(),
-        "fitness_change": changed.sum() / held.sum(),
-        "assignment_change": (held & ~before.held[cohort]).sum() / held.sum(),
-        "simulated_seconds": seconds.max(),
-        "simulated_median_seconds": jnp.median(seconds),
+    }
+
+
+def measure_work(federation: Federation, cohort: Array, setup: Setup) -> dict:
+    """Examples trained, and how much of the simulation's devices they used."""
+    sizes, num_devices = setup.sizes, setup.mesh.shape[CLIENTS]
+    steps = federation.steps[cohort]
+    chunk = chunk_size(sizes.cohort_size, num_devices, setup.rules.client_chunk)
+    return {
         "examples": steps.sum() * sizes.batch_size,
         "wasted_share": wasted_share(steps, num_devices, chunk),
-        "late_clients": (seconds > rules.deadline).sum(),
-    } | {name: leaf for name, leaf in after.memory.items() if leaf.ndim == 0}
+    }
+
+
+def measure_world(state: SimState) -> dict[str, Array]:
+    """What the server misjudges; how far drift has come, and who can be reached."""
+    error = jnp.abs(state.belief.capacity - state.ledger.capacity).mean()
+    names = {"moved": "drift_moved", "distorted": "drift_distorted"}
+    found = {names[name]: x for name, x in state.world.items() if name in names}
+    found["capacity_error"] = error
+    if "reach" in state.world:
+        found["reachable_clients"] = state.world["reach"].sum()
+    return found

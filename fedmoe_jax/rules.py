@@ -8,6 +8,60 @@ from fedmoe_jax.types import Array, Hyper
 PARTS = ("stem", "gate", "experts", "head")  # of a model
 
 
+class World(NamedTuple):
+    """Which processes of the world are on; what is off is not in the program.
+
+    Attributes:
+      pressure: whether other apps press on the devices' memory.
+      background: whether other work takes compute.
+      bandwidth: whether the links' speed varies.
+      reach: whether clients can be out of reach.
+      sampling: how cohorts are drawn, `uniform`, `size` or `reachable`.
+      dropout: whether clients are lost before or in the middle of training.
+      wireless: whether clients share a radio cell.
+      labels: whether clients' labels drift.
+      images: how clients' images drift, a name of `drift.DISTORTIONS`; "" for not.
+      reaction: what an alarm of the drift detector does, `reset` or `hasten`; "" where
+        there is no detector.
+      profile: where the server's belief comes from, `oracle`, `self_reported` or
+        `estimated`.
+      overload: whether a client that holds more than its memory is lost.
+      late: what becomes of updates past the deadline, `wait` (the round lasts longer),
+        `drop`, or `stale` (they are merged in the next round).
+    """
+
+    pressure: bool
+    background: bool
+    bandwidth: bool
+    reach: bool
+    sampling: str
+    dropout: bool
+    wireless: bool
+    labels: bool
+    images: str
+    reaction: str
+    profile: str
+    overload: bool
+    late: str
+
+
+CALM = World(
+    pressure=False,
+    background=False,
+    bandwidth=False,
+    reach=False,
+    sampling="uniform",
+    dropout=False,
+    wireless=False,
+    labels=False,
+    images="",
+    reaction="",
+    profile="oracle",
+    overload=False,
+    late="wait",
+)  # a world without processes
+
+
 class Rules(NamedTuple):
     """The static choices of a run beside its sizes; names stand for pure functions.
 
@@ -42,6 +96,7 @@ class Rules(NamedTuple):
       test_active: experts per image in evaluation, 0 for as many as in training.
       every_expert: whether evaluation computes all E experts for every image.
       ragged: whether clients take different numbers of local steps.
+      world: which processes of the world are on.
       client_chunk: clients vmapped at once on each device.
       chunk_rounds: R.
     """
@@ -69,5 +124,6 @@ class Rules(NamedTuple):
     test_active: int
     every_expert: bool
     ragged: bool
+    world: World
     client_chunk: int
     chunk_rounds: int

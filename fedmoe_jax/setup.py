@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from fedmoe_jax.align.detect import init_detector
 from fedmoe_jax.align.fitness import init_fitness
 from fedmoe_jax.costs import Costs
-from fedmoe_jax.merge import server_optimizer
+from fedmoe_jax.ledger import init_ledger
+from fedmoe_jax.merge import server_optimizer, zero_sums
 from fedmoe_jax.models import Model
+from fedmoe_jax.profile import init_belief
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.types import (
     AlignState,
@@ -20,6 +23,7 @@ from fedmoe_jax.types import (
     Sizes,
     Strategy,
 )
+from fedmoe_jax.world.advance import init_world
 
 BEFORE_ROUNDS = 2**32 - 1  # folded into the run's key where rounds fold their number
 
@@ -67,6 +71,7 @@ def init_state(key: Array, hyper: Hyper, setup: Setup) -> SimState:
         held=jnp.zeros(shape, bool),
         times_held=jnp.zeros(shape, jnp.int32),
         memory=setup.strategy.remember(sizes),
+        detector=init_detector(sizes.num_clients) if rules.world.reaction else {},
     )
     return SimState(
         round=jnp.zeros((), jnp.int32),
@@ -76,6 +81,10 @@ def init_state(key: Array, hyper: Hyper, setup: Setup) -> SimState:
         align=align,
         personal={part: jax.tree.map(copies, params[part]) for part in rules.personal},
         variate=jax.tree.map(zeros, params) if rules.variates else {},
+        world=init_world(run_key, hyper, sizes, rules.world),
+        belief=init_belief(sizes.num_clients, sizes.max_capacity, rules.world.profile),
+        stale=zero_sums(params) if rules.world.late == "stale" else {},
+        ledger=init_ledger(sizes),
     )
 
 

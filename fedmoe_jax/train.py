@@ -16,8 +16,10 @@ from fedmoe_jax.data import load_dataset
 from fedmoe_jax.driver import Job, compile_once, drive
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.files import write_json
+from fedmoe_jax.ledger import Ledger
 from fedmoe_jax.metrics import Row, read_metrics
-from fedmoe_jax.round import believe_capacity, build_run_rounds
+from fedmoe_jax.profile import Belief
+from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.setup import Setup, init_state, prepare_state
 from fedmoe_jax.sharding import build_mesh, replicate
 from fedmoe_jax.strategies import find_strategy
@@ -212,9 +214,9 @@ def run_job(
         return False
     evaluate, _ = compile_once(job.evaluate, state, job.inputs[0])
     results = job.split(jax.device_get(evaluate(state, job.inputs[0])))
-    aligns = job.split(jax.device_get(state.align))
+    states = job.split(jax.device_get((state.align, state.belief, state.ledger)))
     if hosts.is_leader():
-        for parts in zip(plans, job.folders, aligns, results, strict=True):
+        for parts in zip(plans, job.folders, states, results, strict=True):
             summary = finish(*parts, spent)
         print(describe_speed(summary), flush=True)
     return True
@@ -223,12 +225,12 @@ def run_job(
 def finish(
     plan: Plan,
     workdir: Path,
-    align: AlignState,
+    state: tuple[AlignState, Belief, Ledger],
     results: dict[str, np.ndarray],
     spent: Row,
 ) -> dict[str, Any]:
     """Writes `summary.json` and `final.npz` of a finished run; returns the summary."""
-    save_arrays(workdir / "final.npz", plan, align, results["specialisation"])
+    save_arrays(workdir / "final.npz", plan, *state, results["specialisation"])
     config, rows = plan.config, read_metrics(workdir / "metrics.jsonl")
     strategy = find_strategy(config.strategy)
     summary = make_summary(
@@ -239,16 +241,29 @@ def finish(
 
 
 def save_arrays(
-    path: Path, plan: Plan, align: AlignState, specialisation: np.ndarray
+    path: Path,
+    plan: Plan,
+    align: AlignState,
+    belief: Belief,
+    ledger: Ledger,
+    specialisation: np.ndarray,
 ) -> None:
     """Writes `final.npz`, the arrays that the report draws."""
+    _, tier_names = experiment.make_devices(plan.config)
     part = path.with_suffix(".part.npz")
     np.savez(
         part,
         fitness=align.fitness,
         times_held=align.times_held,
-        capacity=believe_capacity(plan.federation, plan.hyper, plan.setup),
+        capacity=ledger.capacity,
+        belief=belief.capacity,
         tier=plan.federation.devices.tier,
+        tier_names=np.array(tier_names),
+        participation=ledger.participation,
+        last_client=ledger.client,
+        last_code=ledger.outcome.code,
+        last_phases=ledger.outcome.phases,
+        last_spent=ledger.outcome.spent,
         label_counts=plan.partition.label_counts,
         specialisation=specialisation,
         label_names=np.array(plan.data.label_names),

@@ -77,7 +77,7 @@ class Sizes(NamedTuple):
 class Hyper:
     """Hyperparameters that are traced: varying one does not compile anything anew.
 
-    Every field but `strategy` and `own` is a float32 scalar.
+    Every field but `strategy`, `own` and `world` is a float32 scalar.
 
     Attributes:
       strategy: [] int32, which of the program's strategies decides, see
@@ -103,6 +103,8 @@ class Hyper:
       exploration: probability in [0, 1] that a client's scores are drawn at random.
       buffer: share in [0, 1) of every resource that the profile keeps in reserve.
       own: numbers that only the run's strategy reads, by name; see `Strategy.options`.
+      world: numbers of the world's processes, by the config's groups and fields; read
+        only where `Rules.world` says that the process is on.
     """
 
     strategy: Array
@@ -125,6 +127,7 @@ class Hyper:
     exploration: Array
     buffer: Array
     own: dict[str, Array] = struct.field(default_factory=dict)
+    world: dict[str, dict[str, Array]] = struct.field(default_factory=dict)
 
 
 class Dataset(NamedTuple):
@@ -170,13 +173,19 @@ class Devices:
       flops: [N] float32, floating-point operations per second.
       upload: [N] float32, bytes per second.
       download: [N] float32, bytes per second.
-      tier: [N] int32, index into the configured tiers.
+      latency: [N] float32, seconds one way between the device and the server.
+      power: [N] float32, watts drawn by training.
+      radio: [N] float32, watts drawn while sending or receiving.
+      tier: [N] int32, index into the names of the tiers.
     """
 
     memory: Array
     flops: Array
     upload: Array
     download: Array
+    latency: Array
+    power: Array
+    radio: Array
     tier: Array
 
 
@@ -197,7 +206,9 @@ class Federation:
       test_y: [X'] int32.
       mean: [H, W, F] float32 channel means of `x` as fractions of 255, at every pixel.
       std: [H, W, F] float32 channel standard deviations, likewise, > 0.
-      devices: the clients' devices.
+      devices: the clients' devices, before anything varies over time.
+      heir: [N] int32, a permutation: towards whose data each client drifts, itself if
+        it does not; see `world.drift`.
     """
 
     x: Array
@@ -212,10 +223,11 @@ class Federation:
     mean: Array
     std: Array
     devices: Devices
+    heir: Array
 
 
 # Fields of the federation that every run of a sweep has for itself; it shares the rest.
-OWN = ("index", "size", "steps", "label_mix", "public", "devices")
+OWN = ("index", "size", "steps", "label_mix", "public", "devices", "heir")
 
 
 @struct.dataclass
@@ -228,6 +240,7 @@ class AlignState:
       held: [N, E] bool, what each client held when it was last in a cohort.
       times_held: [N, E] int32, rounds in which the client held the expert.
       memory: what the strategy keeps in mind for itself, {} for most.
+      detector: of drift, see `align.detect`; {} where nobody reacts to drift.
     """
 
     fitness: Array
@@ -235,6 +248,7 @@ class AlignState:
     held: Array
     times_held: Array
     memory: PyTree = struct.field(default_factory=dict)
+    detector: PyTree = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -251,6 +265,11 @@ class SimState:
       personal: the parts of the model that stay with the clients, by name like
         params, every leaf with a leading N axis; {} where the server has all.
       variate: control variates of SCAFFOLD, like params with a leading N axis, else {}.
+      world: the state of every process of the world that is on, see `world.advance`.
+      belief: what the server believes about the devices, see `profile`.
+      stale: sums of the updates that came too late for the last round and are merged
+        in the next, {} where no such update is merged.
+      ledger: who took part, and the last round in detail, see `ledger`.
     """
 
     round: Array
@@ -260,6 +279,10 @@ class SimState:
     align: AlignState
     personal: PyTree
     variate: PyTree
+    world: PyTree = struct.field(default_factory=dict)
+    belief: PyTree = struct.field(default_factory=dict)
+    stale: PyTree = struct.field(default_factory=dict)
+    ledger: PyTree = struct.field(default_factory=dict)
 
 
 @struct.dataclass

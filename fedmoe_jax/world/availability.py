@@ -1,9 +1,28 @@
-"""Which clients take part in a round."""
+"""Who can be reached, who is asked to take part, and who drops out."""
 
 import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.types import Array, UserError
+
+
+def reach_share(round: Array, phase: Array, *, share, swing, day) -> Array:
+    """The share of the time that each client can be reached at this time of its day.
+
+    `share + swing sin(2 pi (round / day + phase))`, within [0, 1].
+
+    Args:
+      round: [] int32.
+      phase: [N] float32 in [0, 1), where on the globe each client lives.
+      share: [] mean over a day, in [0, 1].
+      swing: [] >= 0.
+      day: [] rounds in a day, >= 1.
+
+    Returns:
+      [N] float32 in [0, 1].
+    """
+    wave = jnp.sin(2 * jnp.pi * (round / day + phase))
+    return jnp.clip(share + swing * wave, 0.0, 1.0)
 
 
 def sample_cohort(key: Array, num_clients: int, cohort_size: int) -> Array:
@@ -29,3 +48,42 @@ def sample_cohort(key: Array, num_clients: int, cohort_size: int) -> Array:
         return jnp.arange(num_clients, dtype=jnp.int32)
     chosen = jax.random.choice(key, num_clients, (cohort_size,), replace=False)
     return jnp.sort(chosen.astype(jnp.int32))
+
+
+def sample_weighted(key: Array, weight: Array, cohort_size: int) -> Array:
+    """Draws clients one after the other, each in proportion to its weight.
+
+    By the Gumbel top-k trick, which is the same as drawing without replacement. Where
+    fewer than C clients have weight, the rest of the cohort are clients without any.
+
+    Args:
+      key: a JAX key, consumed.
+      weight: [N] float32 >= 0.
+      cohort_size: C <= N.
+
+    Returns:
+      [C] int32 client ids in ascending order.
+    """
+    luck = jax.random.gumbel(key, weight.shape)
+    score = jnp.where(weight > 0, jnp.log(jnp.maximum(weight, 1e-30)) + luck, -1e9)
+    return jnp.sort(jax.lax.top_k(score, cohort_size)[1].astype(jnp.int32))
+
+
+def draw_dropout(key: Array, num_clients: int, *, rate: Array, early: Array) -> Array:
+    """After which share of its training each client would be lost in this round.
+
+    Args:
+      key: a JAX key, consumed.
+      num_clients: N.
+      rate: [] chance of being lost.
+      early: [] share of the lost that never start training; others are lost at a
+        uniform moment of it.
+
+    Returns:
+      [N] float32: 0 for before, in (0, 1) for during training, infinity for never.
+    """
+    lost, before, moment = jax.random.split(key, 3)
+    lost = jax.random.bernoulli(lost, rate, (num_clients,))
+    before = jax.random.bernoulli(before, early, (num_clients,))
+    moment = jax.random.uniform(moment, (num_clients,), minval=1e-6)
+    return jnp.where(lost, jnp.where(before, 0.0, moment), jnp.inf)

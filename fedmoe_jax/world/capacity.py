@@ -1,115 +1,39 @@
-"""What the clients' devices can do, and how many experts each can hold."""
-
-from typing import NamedTuple
+"""How many experts the devices can hold, and what varies in them over time."""
 
 import chex
 import jax.numpy as jnp
-import numpy as np
 
 from fedmoe_jax.costs import TRAINING_COPIES, Costs
-from fedmoe_jax.types import Array, Devices, UserError
+from fedmoe_jax.rules import World
+from fedmoe_jax.types import Array, Devices, Hyper
+from fedmoe_jax.world import processes
 
 
-class Tier(NamedTuple):
-    """The medians of one kind of device.
-
-    Attributes:
-      memory: bytes free for training.
-      flops: floating-point operations per second, sustained in training.
-      upload: bytes per second.
-      download: bytes per second.
-    """
-
-    memory: float
-    flops: float
-    upload: float
-    download: float
-
-
-# Round numbers of the order of magnitude of consumer devices, not measurements.
-TIERS = {
-    # 4 GB; 0.1 TFLOP/s; mobile network of 40 and 120 Mbit/s
-    "phone": Tier(memory=4e9, flops=1e11, upload=5e6, download=15e6),
-    # 8 GB; 1 TFLOP/s; home network of 120 and 400 Mbit/s
-    "laptop": Tier(memory=8e9, flops=1e12, upload=15e6, download=50e6),
-    # 24 GB; 10 TFLOP/s; wired network of 1 Gbit/s both ways
-    "workstation": Tier(memory=24e9, flops=1e13, upload=125e6, download=125e6),
-}
-
-
-def draw_devices(
-    rng: np.random.Generator,
-    num_clients: int,
-    tiers: tuple[str, ...],
-    shares: tuple[float, ...],
-    spread: float,
+def devices_now(
+    devices: Devices, state: dict[str, Array], hyper: Hyper, world: World
 ) -> Devices:
-    """Draws every client's device: a tier, and log-normal values about its medians.
+    """What the devices have left for training in one round.
 
     Args:
-      rng: NumPy generator, advanced.
-      num_clients: N.
-      tiers: names from `TIERS`.
-      shares: share >= 0 of the population in each tier, summing to 1; the counts are
-        exact up to rounding (largest remainder), only who is in which tier is drawn.
-      spread: standard deviation >= 0 of the logarithm of each value within a tier.
-
-    Returns:
-      Devices with [N] float32 leaves; the four values of a client are independent
-      given its tier.
-
-    Raises:
-      UserError: on unknown tiers, shares that do not fit or a negative spread.
+      devices: leaves [N], before anything varies.
+      state: of the world's processes, see `world.advance`.
+      hyper: gives how much each process takes.
+      world: which of them are on.
     """
-    _check(tiers, shares, spread)
-    tier = rng.permutation(np.repeat(np.arange(len(tiers)), _deal(num_clients, shares)))
-    medians = np.array([TIERS[name] for name in tiers])[tier]
-    values = medians * np.exp(spread * rng.standard_normal(medians.shape))
-    values = Tier(*values.astype(np.float32).T)
-    return Devices(
-        memory=jnp.asarray(values.memory),
-        flops=jnp.asarray(values.flops),
-        upload=jnp.asarray(values.upload),
-        download=jnp.asarray(values.download),
-        tier=jnp.asarray(tier, jnp.int32),
-    )
-
-
-def unlimited_device() -> Devices:
-    """One device that can do everything at once, [1]."""
-    endless = jnp.full(1, jnp.inf)
-    return Devices(endless, endless, endless, endless, jnp.zeros(1, jnp.int32))
-
-
-def _check(tiers: tuple[str, ...], shares: tuple[float, ...], spread: float) -> None:
-    for name in tiers:
-        if name not in TIERS:
-            allowed = ", ".join(TIERS)
-            raise UserError(
-                f"devices.tiers has {name!r}, which is unknown; allowed: {allowed}"
-            )
-    if len(shares) != len(tiers):
-        raise UserError(
-            f"devices.shares={tuple(shares)} needs one share for each of the "
-            f"{len(tiers)} devices.tiers"
+    if world.pressure:
+        left = jnp.where(state["pressure"], hyper.world["pressure"]["left"], 1.0)
+        devices = devices.replace(memory=devices.memory * left)
+    if world.background:
+        most = hyper.world["background"]["most"]
+        idle = 1 - processes.taken_share(state["background"], most)
+        devices = devices.replace(flops=devices.flops * idle)
+    if world.bandwidth:
+        spread = hyper.world["bandwidth"]["spread"]
+        speed = processes.speed_factor(state["bandwidth"], spread)
+        devices = devices.replace(
+            upload=devices.upload * speed, download=devices.download * speed
         )
-    numbers = all(isinstance(share, int | float) and share >= 0 for share in shares)
-    if not numbers or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(
-            f"devices.shares={tuple(shares)} is not allowed; shares are >= 0, sum to 1"
-        )
-    if not 0 <= spread < np.inf:
-        raise UserError(f"devices.spread={spread} is not allowed; it is finite, >= 0")
-
-
-def _deal(num_clients: int, shares: tuple[float, ...]) -> np.ndarray:
-    """Whole numbers that sum to N, as near to the shares as possible."""
-    exact = num_clients * np.asarray(shares) / np.sum(shares)
-    # A share such as 0.29 of 100 is 28.999... in binary; it must not lose a client.
-    counts = np.floor(exact + 1e-9).astype(int)
-    rest = num_clients - counts.sum()
-    counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
-    return counts
+    return devices
 
 
 def true_capacity(
@@ -148,7 +72,8 @@ def true_capacity(
     copies = usable * devices.memory / TRAINING_COPIES
     by_memory = (copies - shared_bytes) / costs.expert_bytes
     seconds_per_byte = (1 / devices.download + 1 / devices.upload) / usable
-    travelling = communication_share * deadline / seconds_per_byte
+    travelling = communication_share * deadline - 2 * devices.latency
+    travelling = travelling / seconds_per_byte
     by_network = (travelling - shared_bytes) / costs.expert_bytes
     work = (1 - communication_share) * deadline * usable * devices.flops / examples
     by_compute = (work - costs.shared_flops) / costs.expert_flops

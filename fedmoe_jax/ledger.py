@@ -1,0 +1,57 @@
+"""Who took part so far, and the last round in detail."""
+
+import jax.numpy as jnp
+from flax import struct
+
+from fedmoe_jax.outcome import Outcome
+from fedmoe_jax.types import Array, Sizes
+
+
+@struct.dataclass
+class Ledger:
+    """Who took part so far, and the last round in detail.
+
+    Attributes:
+      participation: [N] int32, rounds in which the client's update counted.
+      capacity: [N] int32, experts that its device could truly hold in the last round.
+      client: [C] int32, the last cohort.
+      outcome: [C], what became of it.
+    """
+
+    participation: Array
+    capacity: Array
+    client: Array
+    outcome: Outcome
+
+
+def init_ledger(sizes: Sizes) -> Ledger:
+    """The ledger before the first round."""
+    clients, cohort = jnp.zeros(sizes.num_clients, jnp.int32), sizes.cohort_size
+    return Ledger(
+        participation=clients,
+        capacity=clients,
+        client=jnp.zeros(cohort, jnp.int32),
+        outcome=Outcome(
+            code=jnp.zeros(cohort, jnp.int32),
+            phases=jnp.zeros((cohort, 3)),
+            spent=jnp.zeros((cohort, 3)),
+        ),
+    )
+
+
+def enter(ledger: Ledger, cohort: Array, capacity: Array, outcome: Outcome) -> Ledger:
+    """The ledger after a round; `capacity` [N] is the truth of the round."""
+    took_part = outcome.arrived.astype(jnp.int32)
+    return Ledger(
+        participation=ledger.participation.at[cohort].add(took_part),
+        capacity=capacity,
+        client=cohort,
+        outcome=outcome,
+    )
+
+
+def jain(values: Array) -> Array:
+    """Jain's index `(sum x)^2 / (n sum x^2)` in [1 / n, 1]; 1 for all zero."""
+    values = values.astype(jnp.float32)
+    squares = values.shape[0] * (values**2).sum()
+    return jnp.where(squares > 0, values.sum() ** 2 / jnp.maximum(squares, 1e-9), 1.0)

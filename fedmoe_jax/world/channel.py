@@ -1,0 +1,162 @@
+"""The radio link of every client to one base station.
+
+Path loss and shadowing stay as they are over the rounds. Rayleigh fading is a latent
+[N, 2] of standard normals, the real and imaginary part of h, which `processes.wander`
+moves: Gauss-Markov fading, in which |h|^2 is correlated by `persistence**(2 k)` over k
+rounds. Within a round the channel stands still (block fading).
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.types import Array
+from fedmoe_jax.world import processes
+
+# Macro cell at 2 GHz, distance in km: 3GPP TR 36.814, annex A.2.1.1.
+PATH_LOSS_AT_KM = 128.1  # dB
+PATH_LOSS_PER_DECADE = 37.6  # dB
+NEAREST = 0.035  # km, least distance of a client to the station
+# Thermal noise k T at 290 K.
+NOISE_DENSITY = -174.0  # dBm / Hz
+# Equal channels may differ in the last digits of their rates, a few times 1e-7.
+ROUNDING = 1e-5
+
+
+def path_loss(distance: Array) -> Array:
+    """`128.1 + 37.6 log10(d)` dB of a macro cell at 2 GHz (3GPP TR 36.814).
+
+    Args:
+      distance: [N] float32 km, at least `NEAREST`.
+
+    Returns:
+      [N] float32 dB.
+    """
+    return PATH_LOSS_AT_KM + PATH_LOSS_PER_DECADE * jnp.log10(distance)
+
+
+def place(key: Array, num_clients: int, radius: Array, shadowing: Array) -> Array:
+    """Places clients uniformly over a disk about the station; gives their mean gains.
+
+    The same key gives the same places: clients do not move from round to round.
+
+    Args:
+      key: a JAX key, consumed.
+      num_clients: N.
+      radius: [] float32 km, above `NEAREST`; nobody is nearer than that.
+      shadowing: [] float32 dB >= 0, standard deviation of the log-normal shadowing.
+
+    Returns:
+      [N] float32 dB, `-path loss + shadowing`.
+    """
+    key_where, key_shadow = jax.random.split(key)
+    share = jax.random.uniform(key_where, (num_clients,))
+    # Uniform over the area is uniform in the squared distance.
+    distance = jnp.sqrt(NEAREST**2 + share * (radius**2 - NEAREST**2))
+    shadow = shadowing * jax.random.normal(key_shadow, (num_clients,))
+    return shadow - path_loss(distance)
+
+
+def known_fading(key: Array, fading: Array, csi: Array) -> Array:
+    """What the sender knows of the fading: `csi h + sqrt(1 - csi^2) n`.
+
+    It is distributed like the fading itself.
+
+    Args:
+      key: a JAX key, consumed.
+      fading: [N, 2] float32, real and imaginary part, each N(0, 1).
+      csi: [] float32 in [0, 1], correlation with the truth; 1 is perfect channel
+        state information and returns `fading` bit by bit, 0 is none.
+
+    Returns:
+      [N, 2] float32.
+    """
+    chex.assert_shape(fading, (None, 2))
+    return processes.wander(key, fading, csi)
+
+
+def fading_power(fading: Array) -> Array:
+    """|h|^2 of Rayleigh fading: `(a^2 + b^2) / 2`, exponential of mean one.
+
+    Args:
+      fading: [N, 2] float32, a and b.
+
+    Returns:
+      [N] float32 >= 0.
+    """
+    chex.assert_shape(fading, (None, 2))
+    return jnp.sum(fading**2, axis=-1) / 2
+
+
+def snr(gain_db: Array, fading: Array, power: Array, bandwidth: Array) -> Array:
+    """Signal-to-noise ratio `P g |h|^2 / (N0 B)`, linear.
+
+    Args:
+      gain_db: [N] float32 dB, see `place`.
+      fading: [N, 2] float32.
+      power: [] float32 dBm, what the sender sends with.
+      bandwidth: [] float32 Hz > 0, what the client has for itself.
+
+    Returns:
+      [N] float32 >= 0.
+    """
+    chex.assert_shape(fading, (*gain_db.shape, 2))
+    noise = NOISE_DENSITY + 10 * jnp.log10(bandwidth)
+    return _linear(power + gain_db - noise) * fading_power(fading)
+
+
+def rate(snr: Array, bandwidth: Array) -> Array:
+    """Shannon's rate `B log2(1 + SNR)`, in bytes.
+
+    Args:
+      snr: [...] float32 >= 0, linear.
+      bandwidth: [] float32 Hz > 0.
+
+    Returns:
+      [...] float32 bytes per second.
+    """
+    # log1p keeps the digits of a weak signal.
+    return bandwidth * jnp.log1p(snr) / (8 * jnp.log(2.0))
+
+
+def link(
+    gain_db: Array,
+    fading: Array,
+    known: Array,
+    *,
+    power: Array,
+    bandwidth: Array,
+    backoff: Array,
+    min_snr: Array,
+) -> tuple[Array, Array]:
+    """The rate at which every client's link is used, and where that fails.
+
+    The sender picks `backoff` times the Shannon rate of the channel it knows, or of
+    `min_snr` where that is more, so that every time is finite. The link is in outage
+    where the true channel carries less than that or lies below `min_snr`. With perfect
+    knowledge that happens with probability `1 - exp(-min_snr / mean SNR)`, linear.
+
+    Args:
+      gain_db: [N] float32 dB, see `place`.
+      fading: [N, 2] float32, the true channel.
+      known: [N, 2] float32, what the sender knows of it, see `known_fading`.
+      power: [] float32 dBm.
+      bandwidth: [] float32 Hz > 0.
+      backoff: [] float32 in (0, 1]; less is slower and fails less often.
+      min_snr: [] float32 dB, from -100 on; the least that the link works with.
+
+    Returns:
+      Bytes per second, [N] float32 > 0, and outage, [N] bool. In outage the rate is
+      what the sender tried.
+    """
+    chex.assert_equal_shape([fading, known])
+    least = _linear(min_snr)
+    true_snr = snr(gain_db, fading, power, bandwidth)
+    known_snr = snr(gain_db, known, power, bandwidth)
+    chosen = backoff * rate(jnp.maximum(known_snr, least), bandwidth)
+    too_fast = chosen > (1 + ROUNDING) * rate(true_snr, bandwidth)
+    return chosen, too_fast | (true_snr < least)
+
+
+def _linear(decibel: Array) -> Array:
+    return 10 ** (decibel / 10)

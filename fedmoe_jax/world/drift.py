@@ -1,0 +1,182 @@
+"""How clients' data change on a schedule: labels by exchange, images by distortion."""
+
+from collections.abc import Callable
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+
+from fedmoe_jax.types import Array
+
+BLUR_RADIUS = 3  # pixels
+
+
+def draw_heirs(rng: np.random.Generator, num_clients: int, share: float) -> np.ndarray:
+    """Draws which clients drift, and towards whose data.
+
+    Args:
+      rng: NumPy generator, advanced.
+      num_clients: N.
+      share: in [0, 1]; `round(share * N)` clients drift, nobody if that is below 2.
+
+    Returns:
+      heir [N] int32, a permutation: the clients that drift form one random cycle,
+      each towards the data of another; `heir[c] = c` for all others.
+    """
+    heir = np.arange(num_clients, dtype=np.int32)
+    cycle = rng.permutation(heir)[: round(share * num_clients)]
+    heir[cycle] = np.roll(cycle, 1)
+    return heir
+
+
+def progress(round: Array, start: Array, rounds: Array) -> Array:
+    """How far the drift has come in a round.
+
+    Args:
+      round: [] int32, counted from 0.
+      start: first round that differs from the past.
+      rounds: >= 1, rounds that the drift takes; 1 is abrupt.
+
+    Returns:
+      [] float32 in [0, 1]: 0 before `start`, `1 / rounds` in it, then linear, and 1
+      from round `start + rounds - 1` on.
+    """
+    return jnp.clip((round - start + 1.0) / rounds, 0.0, 1.0)
+
+
+def move_examples(
+    index: Array, size: Array, label_mix: Array, heir: Array, moved: Array
+) -> tuple[Array, Array, Array]:
+    """Label drift: who owns which example once a share of them has moved.
+
+    With `k(n) = ceil((1 - moved) n)`, client c keeps the first `k(size_c)` examples of
+    its row and takes those after the first `k(size_s)` of the row of `s = heir[c]`. As
+    heirs are a permutation, every example has one owner at any time. The rows fit: k
+    and `n - k(n)` never fall as n grows, in float32 too, so with S the largest size,
+    `k(size_c) + size_s - k(size_s) <= k(S) + S - k(S) = S`.
+
+    Args:
+      index: [N, M] int32, examples at the start, zeros beyond `size`.
+      size: [N] int32 in [1, 2**24).
+      label_mix: [N, L] float32, label histograms at the start, rows sum to 1.
+      heir: [N] int32, a permutation, see `draw_heirs`.
+      moved: [] float32 in [0, 1]; 0 gives back the arguments, 1 everyone the row of
+        its heir.
+
+    Returns:
+      index, size and label_mix of this moment; same shapes and dtypes. label_mix is
+      the mean of the two old ones, weighted by the examples of each. That is right in
+      expectation where the order of a row is random with respect to labels.
+    """
+    chex.assert_rank([index, label_mix], 2)
+    chex.assert_equal_shape_prefix([index, size, label_mix, heir], 1)
+    keep = jnp.ceil((1 - moved) * size).astype(jnp.int32)
+    taken = (size - keep)[heir]
+    place = jnp.arange(index.shape[1], dtype=jnp.int32)[None]
+    kept = place < keep[:, None]
+    client = jnp.arange(index.shape[0], dtype=jnp.int32)
+    row = jnp.where(kept, client[:, None], heir[:, None])
+    column = jnp.where(kept, place, place + (keep[heir] - keep)[:, None])
+    examples = index.at[row, column].get(mode="clip")
+    owned = place < (keep + taken)[:, None]
+    # Written so that weights of 0 and 1 give one of the two mixes to the last bit.
+    weight = jnp.where(heir == client, 0.0, taken / (keep + taken))[:, None]
+    mix = (1 - weight) * label_mix + weight * label_mix[heir]
+    return jnp.where(owned, examples, 0), keep + taken, mix
+
+
+def rotate(x: Array, amount: Array) -> Array:
+    """Rotates images about their centre, counterclockwise as one looks at them.
+
+    Bilinear, with the edge repeated outwards.
+
+    Args:
+      x: [B, H, W, F] float32.
+      amount: [] float32 degrees.
+    """
+    height, width = x.shape[1:3]
+    pixels = x.reshape(x.shape[0], height * width, x.shape[3])
+    total = jnp.zeros_like(pixels)
+    for place, weight in _find_corners(height, width, amount):
+        corner = pixels.at[:, place].get(mode="promise_in_bounds")
+        total += weight[None, :, None] * corner
+    return total.reshape(x.shape)
+
+
+def _find_corners(height: int, width: int, amount: Array) -> list[tuple[Array, Array]]:
+    """For each target pixel four source pixels [H * W] int32 and their weights."""
+    angle = jnp.deg2rad(amount)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
+    y, x = np.mgrid[:height, :width].reshape(2, -1).astype(np.float32)
+    y, x = y - middle_y, x - middle_x
+    rows = _split_place(middle_y + cos * y + sin * x, height)
+    columns = _split_place(middle_x + cos * x - sin * y, width)
+    return [
+        (row * width + column, row_weight * column_weight)
+        for row, row_weight in rows
+        for column, column_weight in columns
+    ]
+
+
+def _split_place(place: Array, size: int) -> list[tuple[Array, Array]]:
+    """The whole numbers in [0, size) on both sides of a place, and their weights."""
+    place = jnp.clip(place, 0, size - 1)
+    low = place.astype(jnp.int32)
+    share = place - low
+    return [(low, 1 - share), (jnp.minimum(low + 1, size - 1), share)]
+
+
+def blur(x: Array, amount: Array) -> Array:
+    """Gaussian blur within 3 pixels, with the edge repeated outwards.
+
+    Args:
+      x: [B, H, W, F] float32.
+      amount: [] float32 >= 0, standard deviation in pixels.
+    """
+    offset = jnp.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+    # The bound makes the kernel of a deviation of 0 exactly 0 beside its middle.
+    density = jnp.exp(-0.5 * (offset / jnp.maximum(amount, 1e-6)) ** 2)
+    weight = density / density.sum()
+    height, width = x.shape[1:3]
+    edge = (BLUR_RADIUS, BLUR_RADIUS)
+    x = jnp.pad(x, ((0, 0), edge, (0, 0), (0, 0)), mode="edge")
+    x = sum(weight[i] * x[:, i : i + height] for i in range(offset.size))
+    x = jnp.pad(x, ((0, 0), (0, 0), edge, (0, 0)), mode="edge")
+    return sum(weight[i] * x[:, :, i : i + width] for i in range(offset.size))
+
+
+def fade(x: Array, amount: Array) -> Array:
+    """Takes contrast away: every pixel moves towards its image's mean per channel.
+
+    As in ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261).
+
+    Args:
+      x: [B, H, W, F] float32.
+      amount: [] float32 in [0, 1], share of the contrast that is lost.
+    """
+    return x + amount * (x.mean(axis=(1, 2), keepdims=True) - x)
+
+
+# (images [B, H, W, F], amount []) -> images; an amount of 0 changes no bit.
+DISTORTIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "rotate": rotate,
+    "blur": blur,
+    "contrast": fade,
+}
+
+
+def distort(x: Array, kind: str, amount: Array) -> Array:
+    """Covariate drift: distorts images.
+
+    Args:
+      x: [B, H, W, F] float32 in [0, 255].
+      kind: a name of `DISTORTIONS`.
+      amount: [] float32 >= 0, in the unit of the kind; 0 changes no bit.
+
+    Returns:
+      [B, H, W, F] float32, in [0, 255] up to rounding.
+    """
+    chex.assert_rank(x, 4)
+    chex.assert_rank(amount, 0)
+    return DISTORTIONS[kind](x, amount)
