@@ -44,7 +44,8 @@ WEIGHT, DECAY = 0.5, 0.9
 def make_hyper() -> Hyper:
     fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.0)
     fields |= {"fitness_weight": WEIGHT, "usage_weight": WEIGHT, "usage_decay": DECAY}
-    return Hyper(**{name: jnp.float32(value) for name, value in fields.items()})
+    numbers = {name: jnp.float32(value) for name, value in fields.items()}
+    return Hyper(**numbers | {"own": {}, "world": {}})
 
 
 def make_host(num_clients: int, num_experts: int, max_held: int) -> dict:

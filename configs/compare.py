@@ -22,6 +22,12 @@ STRATEGIES = (
 )
 
 
+def take_word(argument: str, word: str) -> tuple[bool, str]:
+    """Whether the comma-separated argument has the word, and the argument without."""
+    words = argument.split(",")
+    return word in words, ",".join(each for each in words if each != word)
+
+
 def get_config(argument: str = "") -> ConfigDict:
     """The comparison. `argument` joins any of `digits` and `smoke` with commas."""
     words = set(filter(None, argument.split(",")))

@@ -141,7 +141,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.profile.fixed = 0.5  # share of the error that is each client's bias
     config.profile.rate = 0.3  # weight of the newest observation in the estimates
     config.profile.exploration = 0.1  # chance per client and round of one expert more
-    config.profile.tolerance = 0.2  # share of failures that an estimate accepts
+    config.profile.caution = 2.0  # experts by which a failure lowers the aim
 
     config.pressure = ConfigDict()
     config.pressure.share = 0.0  # of the time that other apps press on memory

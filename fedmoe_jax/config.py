@@ -85,7 +85,7 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "profile.fixed": SHARE,
     "profile.rate": Range(0, 1, open_low=True),
     "profile.exploration": SHARE,
-    "profile.tolerance": Range(0, 1, open_low=True),
+    "profile.caution": Range(1),
     "pressure.share": SHARE,
     "pressure.persistence": SHARE,
     "pressure.left": Range(0, 1, open_low=True),

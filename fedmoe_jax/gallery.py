@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedmoe_jax import plots
+from fedmoe_jax.curves import Series, curves
 from fedmoe_jax.metrics import ACCURACIES
-from fedmoe_jax.runs import NAN, Run, interval, num_experts, numbers
+from fedmoe_jax.runs import NAN, Run, interval, num_experts, numbers, varies
 
 
 class Picture(NamedTuple):
@@ -19,9 +20,9 @@ class Picture(NamedTuple):
     figure: Figure
 
 
-def _series(
+def field_series(
     place: int, label: str, group: Sequence[Run], field: str, scale: float
-) -> list[plots.Series]:
+) -> list[Series]:
     """The field over rounds of a group's runs; empty where no run has it."""
     tracks = [
         {row["round"]: row[field] for row in run.rows if row.get(field) is not None}
@@ -32,7 +33,7 @@ def _series(
     seen = np.isfinite(values).any(axis=0)
     if not seen.any():
         return []
-    return [plots.Series(place, label, np.array(rounds)[seen], scale * values[:, seen])]
+    return [Series(place, label, np.array(rounds)[seen], scale * values[:, seen])]
 
 
 CURVES = {  # field of a row: scale, axis label, what to look for
@@ -61,10 +62,24 @@ CURVES = {  # field of a row: scale, axis label, what to look for
         "Coefficient of variation over experts of the examples trained in a round; 0 "
         "is perfectly even. It should stay low where the strategy counts load.",
     ),
+    "drifted_accuracy": (
+        100,
+        "Accuracy on drifted images (%)",
+        "Global accuracy on test images that have drifted as far as the clients' own. "
+        "Look for how deep it falls when drift begins, and who recovers.",
+    ),
+    "capacity_error": (
+        1,
+        "Error of capacity (experts)",
+        "How far the server is off, on average over all clients, when it says how many "
+        "experts a client can hold. It should fall where the server learns from what "
+        "becomes of the clients; what remains is news that the server has not yet.",
+    ),
 }
+OF_EXPERTS = ("load_cv", "capacity_error")  # not drawn for models with one expert
 
 
-def _chance(runs: Iterable[Run]) -> tuple[float, str] | None:
+def find_chance(runs: Iterable[Run]) -> tuple[float, str] | None:
     """Accuracy in percent of guessing, where a finished run tells the classes."""
     classes = [len(run.arrays["label_names"]) for run in runs if run.arrays]
     return (100 / classes[0], "chance") if classes else None
@@ -73,15 +88,21 @@ def _chance(runs: Iterable[Run]) -> tuple[float, str] | None:
 def _accuracy_picture(group: Sequence[Run]) -> Iterator[Picture]:
     """All accuracies of one strategy in one picture."""
     lines = []
-    for place, (name, title) in enumerate(ACCURACIES.items()):
-        lines += _series(place, title, group, name, 100)
+    titles = ACCURACIES | {"drifted_accuracy": "Global, drifted images"}
+    for place, (name, title) in enumerate(titles.items()):
+        lines += field_series(place, title, group, name, 100)
     if lines:
         caption = (
             "Test accuracy. Global: all experts on the whole test set, top-A routed or "
             "as a soft mixture; personal: each client's experts on its own classes. A "
             "wide gap between them is specialisation that the gate does not exploit."
         )
-        figure = plots.curves(lines, "Test accuracy (%)", _chance(group))
+        if any("drifted_accuracy" in row for run in group for row in run.rows):
+            caption += (
+                " Drifted: the global accuracy on test images that have drifted as far "
+                "as the clients' own."
+            )
+        figure = curves(lines, "Test accuracy (%)", find_chance(group))
         yield Picture("accuracy", caption, figure)
 
 
@@ -90,16 +111,19 @@ def curve_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
     measures = CURVES
     if len(groups) == 1:
         yield from _accuracy_picture(next(iter(groups.values())))
-        measures = {"load_cv": CURVES["load_cv"]}
-    chance = _chance(run for group in groups.values() for run in group)
+        measures = {field: CURVES[field] for field in OF_EXPERTS}
+    runs = [run for group in groups.values() for run in group]
+    chance = find_chance(runs)
+    # The reserve that a server keeps on purpose is the same in every round.
+    changes = any(varies(run, "capacity_error") for run in runs)
     for field, (scale, ylabel, caption) in measures.items():
         lines = []
         for place, (label, group) in enumerate(groups.items()):
-            if field != "load_cv" or num_experts(group[0]) != 1:
-                lines += _series(place, label, group, field, scale)
-        reference = chance if field.startswith("global") else None
-        if lines:
-            yield Picture(field, caption, plots.curves(lines, ylabel, reference))
+            if field not in OF_EXPERTS or num_experts(group[0]) != 1:
+                lines += field_series(place, label, group, field, scale)
+        reference = chance if field.startswith(("global", "drifted")) else None
+        if lines and (field != "capacity_error" or changes):
+            yield Picture(field, caption, curves(lines, ylabel, reference))
 
 
 def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
@@ -132,11 +156,14 @@ def population_pictures(run: Run) -> Iterator[Picture]:
         "mean strongly non-IID clients, which one shared model serves badly.",
         plots.partition_bubbles(arrays["label_counts"], names),
     )
-    tiers = run.config["devices"]["tiers"]
+    tiers = arrays.get("tier_names", run.config["devices"]["tiers"])
+    if len(arrays["capacity"]) < len(arrays["label_counts"]):
+        return  # all data in one place, and no devices
     yield Picture(
         "capacity",
-        "Experts that each device can hold under its memory, compute and network. "
-        "Many clients at one expert leave the server little to decide.",
+        "Experts that each device can hold under its memory, compute and network, in "
+        "the last round where they change. Many clients at one expert leave the server "
+        "little to decide.",
         plots.capacity_bars(arrays["capacity"], arrays["tier"], tiers),
     )
 
@@ -154,7 +181,7 @@ def _training_pictures(run: Run) -> Iterator[Picture]:
     alone = [row for row in run.rows if row.get("expert_accuracy")]
     if alone:
         lines = [
-            plots.Series(
+            Series(
                 e,
                 f"expert {e}",
                 np.array([row["round"] for row in alone]),
@@ -166,7 +193,7 @@ def _training_pictures(run: Run) -> Iterator[Picture]:
             "expert_accuracy",
             "Each expert alone on the whole test set. Low is fine for a specialist; a "
             "flat curve with little load is an expert that never learnt.",
-            plots.curves(lines, "Accuracy alone (%)", None),
+            curves(lines, "Accuracy alone (%)", None),
         )
 
 
@@ -193,25 +220,9 @@ def _alignment_pictures(run: Run) -> Iterator[Picture]:
     )
 
 
-def _time_picture(run: Run) -> Iterator[Picture]:
-    fields = {"simulated_seconds": "slowest", "simulated_median_seconds": "median"}
-    lines = []
-    for place, (field, name) in enumerate(fields.items()):
-        lines += _series(place, name, [run], field, 1)
-    if lines:
-        deadline = (run.config["devices"]["deadline"], "deadline")
-        yield Picture(
-            "round_time",
-            "Simulated time of a round's slowest and median client. A wide gap is "
-            "time that the other devices wait; above the deadline clients are late.",
-            plots.curves(lines, "Simulated time (s)", deadline),
-        )
-
-
 def run_pictures(run: Run) -> Iterator[Picture]:
     """Pictures of one run; alignment says nothing about a model with one expert."""
     if num_experts(run) > 1:
         yield from _training_pictures(run)
         if run.arrays:
             yield from _alignment_pictures(run)
-    yield from _time_picture(run)

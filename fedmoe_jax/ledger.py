@@ -26,10 +26,10 @@ class Ledger:
 
 def init_ledger(sizes: Sizes) -> Ledger:
     """The ledger before the first round."""
-    clients, cohort = jnp.zeros(sizes.num_clients, jnp.int32), sizes.cohort_size
+    clients, cohort = sizes.num_clients, sizes.cohort_size
     return Ledger(
-        participation=clients,
-        capacity=clients,
+        participation=jnp.zeros(clients, jnp.int32),
+        capacity=jnp.zeros(clients, jnp.int32),
         client=jnp.zeros(cohort, jnp.int32),
         outcome=Outcome(
             code=jnp.zeros(cohort, jnp.int32),

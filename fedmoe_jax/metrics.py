@@ -98,7 +98,7 @@ def open_metrics(
     path = Path(folder) / "metrics.jsonl"
     truncate_metrics(path, done)
     last = read_metrics(path)[-1:]
-    totals = {key: last[0][f"total_{key}"] if last else 0.0 for key in COSTS}
+    totals = {key: last[0].get(f"total_{key}", 0.0) if last else 0.0 for key in COSTS}
     with ExitStack() as stack:
         file = stack.enter_context(path.open("a", encoding="utf-8"))
         board = stack.enter_context(_board(folder, done)) if tensorboard else None

@@ -1,4 +1,4 @@
-"""Pictures of runs: plain arrays in, a matplotlib Figure out.
+"""Pictures of final numbers, clients and experts: arrays in, a matplotlib Figure out.
 
 Figures are built without pyplot, so there is no global state and no display. Sizes are
 those of a paper's column, so that the letters stay readable in print.
@@ -12,7 +12,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.optimize import isotonic_regression
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; without yellow,
 # and with the lighter ones darkened, because labels are written in them.
@@ -27,23 +26,6 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.fontsize": 7, "legend.title_fontsize": 7, "legend.loc": "upper left"}
 for _axis in ("xtick", "ytick"):
     STYLE |= {f"{_axis}.labelsize": 7, f"{_axis}.major.width": 0.6}
-
-
-class Series(NamedTuple):
-    """One labelled curve over rounds, with its repetitions.
-
-    Attributes:
-      place: picks the colour, so that a strategy keeps its own in every picture.
-      label: what is written at the end of the curve.
-      rounds: [P] the points' rounds.
-      values: [S, P] float, one row per seed; NaN where a seed has no value. Every
-        column has at least one number.
-    """
-
-    place: int
-    label: str
-    rounds: np.ndarray
-    values: np.ndarray
 
 
 class Dots(NamedTuple):
@@ -62,80 +44,9 @@ class Dots(NamedTuple):
     half: np.ndarray
 
 
-def spread(places: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
-    """Moves label positions apart, as little as possible in the least-squares sense.
-
-    Args:
-      places: [P] wanted positions.
-      gap: least distance between neighbours.
-      low: least position.
-      high: greatest position; it gives way where the labels do not fit.
-    Returns:
-      [P] positions in the order of `places`.
-    """
-    order = np.argsort(places, kind="stable")
-    steps = gap * np.arange(len(places))
-    packed = isotonic_regression(places[order] - steps).x
-    moved = np.empty(len(places))
-    moved[order] = np.clip(packed, low, max(high - steps[-1], low)) + steps
-    return moved
-
-
-def _ticks(most: int) -> MaxNLocator:
+def ticks(most: int) -> MaxNLocator:
     """At most so many whole-number ticks at multiples of 1, 2 or 5."""
     return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes (x, y, text, colour) to the right of the axes with a thin leader line."""
-    low, high = axes.get_ylim()
-    gap = (high - low) * LINE_INCHES / (axes.figure.get_figheight() - 0.55)
-    places = spread(np.array([end[1] for end in ends]), gap, low, high)
-    right, beside = axes.get_xlim()[1], axes.get_yaxis_transform()
-    leader = dict(lw=0.6, clip_on=False, transform=beside)
-    for (x, y, text, colour), place in zip(ends, places, strict=True):
-        axes.plot([x, right], [y, y], color=colour, lw=0.5, alpha=0.5)
-        axes.plot([1, 1.04], [y, place], color=colour, **leader)
-        letters = dict(color=colour, size=7, va="center")
-        axes.text(1.055, place, text, transform=beside, **letters)
-
-
-@rc_context(STYLE)
-def curves(
-    series: Sequence[Series], ylabel: str, reference: tuple[float, str] | None
-) -> Figure:
-    """Mean over seeds with a band from the lowest to the highest seed.
-
-    Args:
-      series: the curves, at least one.
-      ylabel: name and unit of the values.
-      reference: a level to compare with and its name, drawn as a dotted line.
-    """
-    longest = max(len(line.label) for line in series)
-    height = max(2.5, LINE_INCHES * len(series) + 0.8)
-    figure = Figure(figsize=(3.0 + 0.06 * longest, height), layout="constrained")
-    axes = figure.add_subplot(xlabel="Round", ylabel=ylabel)
-    axes.xaxis.set_major_locator(_ticks(5))
-    if reference is not None:
-        level, name = reference
-        axes.axhline(level, color=GREY, lw=0.8, ls=":")
-        at = dict(xycoords=axes.get_yaxis_transform(), textcoords="offset points")
-        axes.annotate(name, (0.02, level), (0, 2), color=GREY, size=6.5, **at)
-    ends = []
-    for place, label, rounds, values in series:
-        colour = COLOURS[place % len(COLOURS)]
-        dash = DASHES[place // len(COLOURS) % len(DASHES)]
-        mean = np.nanmean(values, axis=0)
-        axes.plot(rounds, mean, color=colour, ls=dash, lw=1.3)
-        if len(values) > 1:
-            lowest, highest = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-            axes.fill_between(rounds, lowest, highest, color=colour, alpha=0.13, lw=0)
-        ends.append((rounds[-1], mean[-1], label, colour))
-    axes.set_xlim(0, max(line.rounds[-1] for line in series))
-    low, high = axes.get_ylim()
-    axes.set_ylim(0 if low < high / 2 else low, high)
-    _label_ends(axes, ends)
-    return figure
 
 
 @rc_context(STYLE)
@@ -171,8 +82,8 @@ def _heat(
     look = dict(cmap=MAP, aspect="auto", interpolation="nearest") | look
     image = axes.imshow(values, **look)
     axes.spines[:].set_visible(False)
-    axes.xaxis.set_major_locator(_ticks(8))
-    axes.yaxis.set_major_locator(_ticks(10))
+    axes.xaxis.set_major_locator(ticks(8))
+    axes.yaxis.set_major_locator(ticks(10))
     bar = figure.colorbar(image, ax=axes, label=names[2], pad=0.02, fraction=0.06)
     bar.outline.set_visible(False)
     return figure
@@ -253,7 +164,7 @@ def partition_bubbles(label_counts: np.ndarray, label_names: Sequence[str]) -> F
         axes.scatter([], [], s=widest**2 * count / most, label=f"{count}", **look)
     axes.legend(title="Examples", bbox_to_anchor=(1, 1))
     axes.set(xlim=(-0.7, num_labels - 0.3), ylim=(num_clients - 0.3, -0.7))
-    axes.yaxis.set_major_locator(_ticks(10))
+    axes.yaxis.set_major_locator(ticks(10))
     _name_classes(axes, label_names)
     return figure
 
@@ -272,7 +183,7 @@ def capacity_bars(
         colour = COLOURS[i % len(COLOURS)]
         axes.bar(places, counts, 0.7, bottom, color=colour, label=name)
         bottom += counts
-    axes.xaxis.set_major_locator(_ticks(8))
-    axes.yaxis.set_major_locator(_ticks(5))
+    axes.xaxis.set_major_locator(ticks(8))
+    axes.yaxis.set_major_locator(ticks(5))
     axes.legend(bbox_to_anchor=(1, 1))
     return figure

@@ -29,8 +29,8 @@ class History:
     Attributes:
       pace: [N, 3] float32, seconds per byte down, per FLOP and per byte up; an EMA.
       seen: [N] int32, rounds whose times it has seen.
-      room: [N] float32 in [1, K], experts for which memory was enough; an EMA in which
-        failures count for more than successes.
+      room: [N] float32 in [1, K], experts for which memory was enough; an EMA of
+        failures.
     """
 
     pace: Array
@@ -122,7 +122,7 @@ def estimate_devices(history: History, devices: Devices) -> Devices:
 
 
 def count_capacity(devices: Devices, buffer: Array, needs: Needs) -> Array:
-    """Experts that each device can hold, [N] int32, see `true_capacity`."""
+    """Experts that each device can hold, [N] int32 from 0 on, see `true_capacity`."""
     return true_capacity(
         devices,
         needs.costs,
@@ -145,7 +145,7 @@ def estimate_capacity(
     explore = hyper.world["profile"]["exploration"]
     more = jax.random.bernoulli(key, explore, history.room.shape)
     by_room = jnp.floor((1 - hyper.buffer) * history.room + 0.5).astype(jnp.int32)
-    by_room = jnp.clip(by_room + more, 1, needs.max_capacity)
+    by_room = jnp.minimum(by_room + more, needs.max_capacity)
     return jnp.minimum(by_pace, by_room)
 
 
@@ -184,6 +184,7 @@ def profile(
                 fixed=numbers["fixed"],
             )
         capacity = count_capacity(devices, hyper.buffer, needs)
+    capacity = jnp.maximum(capacity, 1)  # the weakest still take one, and may be late
     due = round % numbers["refresh"] == 0
     return belief.replace(capacity=jnp.where(due, capacity, belief.capacity))
 
@@ -197,16 +198,14 @@ def observe(
     latency: Array,
     *,
     rate: Array,
-    tolerance: Array,
+    caution: Array,
     max_capacity: int,
 ) -> History:
     """Learns from one round's times and failures.
 
     Times are known of all who came to an end, late or not; the mean of the first few
     counts until there are enough for the EMA. Memory that failed at `held` experts
-    pulls the room towards `held - 1 / (2 tolerance)`, a success towards `held` where
-    that is more: the room settles at k experts while at most the share `tolerance` of
-    rounds with k fails.
+    pulls the room towards `held - caution`; one that did not has room for them.
 
     Args:
       history: before the round.
@@ -216,7 +215,7 @@ def observe(
       outcome: leaves with a leading C axis.
       latency: [C] seconds.
       rate: [] weight of the newest observation.
-      tolerance: [] in (0, 1].
+      caution: [] experts, >= 1.
       max_capacity: K.
     """
     code = outcome.code
@@ -230,9 +229,9 @@ def observe(
 
     room = history.room[client]
     failed = code == MEMORY
-    wanted = jnp.where(failed, held - 0.5 / tolerance, jnp.maximum(room, held))
-    moved = jnp.clip((1 - rate) * room + rate * wanted, 1.0, max_capacity)
-    room = jnp.where(ended | failed, moved, room)
+    less = jnp.maximum((1 - rate) * room + rate * (held - caution), 1.0)
+    enough = jnp.minimum(jnp.maximum(room, held), max_capacity)
+    room = jnp.where(failed, less, jnp.where(ended, enough, room))
     return History(
         pace=history.pace.at[client].set(pace),
         seen=history.seen.at[client].add(ended),

@@ -11,7 +11,9 @@ import numpy as np
 
 from fedmoe_jax import plots, signatures
 from fedmoe_jax.config import flatten
+from fedmoe_jax.efficiency import cost_pictures
 from fedmoe_jax.files import write_atomically
+from fedmoe_jax.fleet import device_pictures
 from fedmoe_jax.gallery import (
     Picture,
     curve_pictures,
@@ -24,7 +26,7 @@ from fedmoe_jax.runs import (
     group_runs,
     name_runs,
 )
-from fedmoe_jax.tables import needs_of, note_of, table
+from fedmoe_jax.tables import FIRST_COST, Cell, needs_of, note_of, table
 from fedmoe_jax.types import UserError
 
 STYLE = """
@@ -47,6 +49,22 @@ pre { background: #f6f6f6; padding: .7em; overflow-x: auto; font-size: 12px }
 
 
 BANDS = "<p>Curves: mean over seeds; the band is the lowest to the highest seed.</p>"
+SEEDS = (
+    "<p>A thin line is a seed, a thick one their mean as far as all of them reach: "
+    "seeds need more or less for the same rounds.</p>"
+)
+DEFINITIONS = {  # title of a column: what it says
+    "Lost a round": "clients whose update did not count, for whatever reason",
+    "Stale a round": "clients whose update came late and counted a round later",
+    "Capacity violations a round": "clients that held more experts than they truly can",
+    "Capacity error": "experts by which the server misjudged a client, on average",
+    "Jain of participation": "Jain's index of the rounds in which each client's update "
+    "counted; 1 is even",
+    "Wasted MB %": "of all bytes, those of clients that were lost",
+    "Simulated min": "of the whole run, each round as long as its slowest client is "
+    "waited for",
+    "kJ": "of all clients in the whole run, for training and radio",
+}
 
 
 def _figure_html(picture: Picture, folder: Path, prefix: str) -> str:
@@ -64,9 +82,11 @@ def _figure_html(picture: Picture, folder: Path, prefix: str) -> str:
     )
 
 
-def _numbers_html(runs: Sequence[Run]) -> str:
-    titles, rows = table(runs)
-    groups = group_runs(name_runs(runs))
+def _table_html(
+    titles: Sequence[str],
+    rows: Mapping[str, Sequence[Cell]],
+    groups: Mapping[str, Sequence[Run]],
+) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in ["Seeds", *titles])
     body = ""
     for label, cells in rows.items():
@@ -77,15 +97,35 @@ def _numbers_html(runs: Sequence[Run]) -> str:
             text = f"<b>{cell.text}</b>" if cell.best else cell.text
             body += f'<td class="number">{text}</td>'
         body += "</tr>"
+    table = f"<table><tr><th>Strategy</th>{head}</tr>{body}</table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _numbers_html(runs: Sequence[Run]) -> str:
+    """Two tables, so that a screen is wide enough: what was learnt, what it cost."""
+    titles, rows = table(runs)
+    groups = group_runs(name_runs(runs))
+    cut = titles.index(FIRST_COST)
+    learnt = {label: cells[:cut] for label, cells in rows.items()}
+    cost = {label: cells[cut:] for label, cells in rows.items()}
     return (
-        f'<div class="wide"><table><tr><th>Strategy</th>{head}</tr>{body}</table></div>'
-        "<p>Accuracies are means over the evaluations of the last ten rounds. Mean ± "
+        _table_html(titles[:cut], learnt, groups)
+        + _table_html(titles[cut:], cost, groups)
+        + "<p>Accuracies are means over the evaluations of the last ten rounds. Mean ± "
         "half-width of the 95 % t-interval over seeds (not written where all seeds "
         "agree). Rounds to a target: median over seeds (never counts as later than any "
         "round; – where that is the median), then how many of the seeds reached it. "
         "Bold: best of its column. MB: 10<sup>6</sup> bytes over all clients. Grey: "
-        "what a strategy gets beyond what all share.</p>" + _notes_html(groups)
+        "what a strategy gets beyond what all share.</p>"
+        + _definitions_html(titles)
+        + _notes_html(groups)
     )
+
+
+def _definitions_html(titles: Sequence[str]) -> str:
+    """What columns say that are not in every table."""
+    told = [f"<b>{t}</b>: {DEFINITIONS[t]}" for t in titles if t in DEFINITIONS]
+    return f"<p>{'. '.join(told)}.</p>" if told else ""
 
 
 def _notes_html(groups: Mapping[str, Sequence[Run]]) -> str:
@@ -191,22 +231,28 @@ def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
     show = lambda found, prefix="": "".join(
         _figure_html(picture, pictures, prefix) for picture in found
     )
-    first = runs[0]
     parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
     gallery = show(final_picture(groups)) if len(groups) > 1 else ""
     gallery += show(curve_pictures(groups))
     bands = "" if len(runs) == len(groups) else BANDS
     parts.append(f'<h2>Over rounds</h2>{bands}<div class="pictures">{gallery}</div>')
+    gallery, bands = show(cost_pictures(groups)), SEEDS if bands else ""
+    if gallery:
+        parts += ["<h2>Against time and traffic</h2>", bands]
+        parts.append(f'<div class="pictures">{gallery}</div>')
     if len(groups) > 1:
         parts += ["<h2>Failure signatures by seeds</h2>", _overview_html(groups)]
-    if first.arrays:
-        clients = show(population_pictures(first))
-        seed = f" (seed {first.config.get('seed')})" if len(runs) > 1 else ""
+    # A run with all data in one place has one device, others one for each client.
+    most = max(runs, key=lambda run: len(run.arrays.get("capacity", ())))
+    if most.arrays:
+        clients = show(population_pictures(most))
+        seed = f" (seed {most.config.get('seed')})" if len(runs) > 1 else ""
         parts.append(f'<h2>The clients{seed}</h2><div class="pictures">{clients}</div>')
     parts.append("<h2>Inside the runs</h2>")
     for label, group in groups.items():
         prefix = f"{label}-" if len(groups) > 1 else ""
         figures = show(run_pictures(group[0]), prefix)
+        figures += show(device_pictures(group[0]), prefix)
         parts.append(_section_html(label, group[0], figures, len(groups) == 1))
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title>'
     path = Path(folder) / "report.html"

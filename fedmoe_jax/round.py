@@ -17,20 +17,20 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.learn import count_load, learn
 from fedmoe_jax.client import ClientTask, build_client_update
-from fedmoe_jax.cohort import JudgeFn, Report, build_train_cohort
+from fedmoe_jax.cohort import Report, build_train_cohort
 from fedmoe_jax.costs import client_bytes, client_flops
 from fedmoe_jax.ledger import enter
 from fedmoe_jax.merge import Sums, add_stale, merge, server_optimizer
-from fedmoe_jax.outcome import STALE, Conditions, Outcome, judge_client
+from fedmoe_jax.outcome import STALE
 from fedmoe_jax.profile import Belief, Needs, count_capacity, observe, profile
 from fedmoe_jax.round_metrics import measure
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.setup import Setup
 from fedmoe_jax.sharding import spread
-from fedmoe_jax.traffic import find_ways, plan_traffic
+from fedmoe_jax.tasks import build_judge, make_tasks
+from fedmoe_jax.traffic import find_ways
 from fedmoe_jax.types import (
     Array,
-    Assignment,
     Evidence,
     Federation,
     Hyper,
@@ -39,7 +39,7 @@ from fedmoe_jax.types import (
     SimState,
     Sizes,
 )
-from fedmoe_jax.world.advance import Keys, Today, advance, choose_cohort, show
+from fedmoe_jax.world.advance import Keys, advance, choose_cohort, show
 
 
 def count_examples(federation: Federation, sizes: Sizes) -> Array:
@@ -78,78 +78,6 @@ def gather_evidence(
     )
 
 
-def set_conditions(
-    today: Today, evidence: Evidence, assignment: Assignment, setup: Setup
-) -> Conditions:
-    """Under which every cohort client works, with a leading C axis."""
-    take = lambda leaf: leaf[evidence.client]
-    return Conditions(
-        device=jax.tree.map(take, today.links),
-        fate=jax.tree.map(take, today.fate),
-        traffic=plan_traffic(evidence, assignment, setup.sizes, setup.rules),
-        examples=evidence.load,
-    )
-
-
-def find_distortion(world: dict, heir: Array, cohort: Array) -> Array | None:
-    """How far the images of each cohort client [C] have drifted; None for no drift."""
-    if "distorted" not in world:
-        return None
-    return jnp.where(heir[cohort] != cohort, world["distorted"], 0.0)
-
-
-def make_tasks(
-    state: SimState,
-    world: dict,
-    today: Today,
-    evidence: Evidence,
-    assignment: Assignment,
-    setup: Setup,
-) -> ClientTask:
-    """What every cohort client is sent, and how it works, with a leading C axis."""
-    rules, cohort, federation = setup.rules, evidence.client, today.federation
-    steps, size = federation.steps[cohort], federation.size[cohort]
-    scale, calibration = jnp.ones(cohort.shape), assignment.calibration
-    if calibration is None:
-        calibration = jnp.ones(cohort.shape)
-    share = federation.size / federation.size.sum()
-    correct = lambda rows: jnp.tensordot(share, rows, axes=1)[None] - rows[cohort]
-    if rules.step_scale:
-        scale = rules.step_scale(steps, size, rules.momentum)
-    return ClientTask(
-        client=cohort,
-        steps=steps,
-        scale=scale,
-        budget=evidence.capacity,
-        held=assignment.held,
-        slot=assignment.slot,
-        calibration=calibration,
-        correction=jax.tree.map(correct, state.variate),
-        own=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
-        distortion=find_distortion(world, federation.heir, cohort),
-        conditions=set_conditions(today, evidence, assignment, setup),
-    )
-
-
-def build_judge(setup: Setup) -> JudgeFn:
-    """Builds `judge(task, sent, finite) -> Outcome` of ONE client's round."""
-    rules, ways = setup.rules, find_ways(setup.rules)
-
-    def judge(task: ClientTask, sent: Array, finite: Array) -> Outcome:
-        return judge_client(
-            task.conditions,
-            jnp.zeros(()) if rules.silent else sent,
-            finite,
-            costs=setup.device_costs,
-            ways=ways,
-            overload=rules.world.overload,
-            deadline=rules.deadline,
-            late=rules.world.late,
-        )
-
-    return judge
-
-
 def learn_devices(
     belief: Belief, tasks: ClientTask, report: Report, hyper: Hyper, setup: Setup
 ) -> Belief:
@@ -168,7 +96,7 @@ def learn_devices(
         report.outcome,
         conditions.device.latency,
         rate=hyper.world["profile"]["rate"],
-        tolerance=hyper.world["profile"]["tolerance"],
+        caution=hyper.world["profile"]["caution"],
         max_capacity=setup.sizes.max_capacity,
     )
     return belief.replace(history=history)

@@ -14,7 +14,7 @@ from fedmoe_jax.cohort import Report
 from fedmoe_jax.costs import client_bytes, client_flops, client_parameters
 from fedmoe_jax.dealing import chunk_size, wasted_share
 from fedmoe_jax.ledger import Ledger, jain
-from fedmoe_jax.outcome import OUTCOMES, Conditions, Outcome
+from fedmoe_jax.outcome import DROPPED, OUTCOMES, Conditions, Outcome
 from fedmoe_jax.setup import Setup
 from fedmoe_jax.sharding import CLIENTS
 from fedmoe_jax.traffic import find_ways
@@ -61,7 +61,8 @@ def account(
     down, flops, up = outcome.spent.T * jnp.stack([down, flops, up])
     worked = outcome.phases * outcome.spent
     wasted = jnp.where(outcome.arrived, 0.0, 1.0)
-    longest = seconds.max()
+    longest, worked_at_all = seconds.max(), outcome.spent[:, 0] > 0
+    late = (seconds > rules.deadline) | (outcome.code == DROPPED)
     if rules.world.late == "stale":  # nobody waits for them
         longest = jnp.minimum(longest, rules.deadline)
     return {
@@ -74,8 +75,10 @@ def account(
         "radio_joules": (devices.radio * (worked[:, 0] + worked[:, 2])).sum(),
         "peak_client_parameters": parameters.max(),
         "simulated_seconds": longest,
-        "simulated_median_seconds": jnp.median(seconds),
-        "late_clients": (outcome.phases.sum(1) > rules.deadline).sum(),
+        "simulated_median_seconds": jnp.nanmedian(
+            jnp.where(worked_at_all, seconds, jnp.nan)
+        ),
+        "late_clients": late.sum(),
         "capacity_violations": (traffic.held > ledger.capacity[cohort]).sum(),
         "participation_jain": jain(ledger.participation),
     }

@@ -11,11 +11,31 @@ from scipy import stats
 from fedmoe_jax.config import flatten
 from fedmoe_jax.files import read_json
 from fedmoe_jax.metrics import ACCURACIES, own_final, read_metrics
+from fedmoe_jax.summary import BUDGETS, measure_costs
 from fedmoe_jax.types import UserError
 
 NAN = float("nan")
 # Config fields that do not change what a run computes, or that number its repetition.
 INCIDENTAL = ("seed", "run.", "checkpoint.", "data.dir", "chunk_rounds")
+# Begin the names of what is infinite where a target was not reached.
+TO_TARGETS = ("rounds_to", *BUDGETS)
+# Numbers that say nothing about a model with one expert.
+OF_EXPERTS = (
+    "mean_load_cv",
+    "mean_load_entropy",
+    "starved_experts",
+    "mean_capacity_violations",
+    "mean_capacity_error",
+)
+# Numbers that say nothing about a run that simulates no device.
+OF_DEVICES = (
+    "mean_late_clients",
+    "mean_lost_clients",
+    "mean_stale_clients",
+    "final_participation_jain",
+    "simulated_minutes",
+    "kilojoules",
+)
 
 
 class Run(NamedTuple):
@@ -98,33 +118,45 @@ def num_experts(run: Run) -> int:
     return len(run.rows[0].get("expert_load", ())) if run.rows else 0
 
 
+def varies(run: Run, name: str) -> bool:
+    """Whether a field of the rows has more than one value."""
+    return len({row[name] for row in run.rows if row.get(name) is not None}) > 1
+
+
 def numbers(run: Run) -> dict[str, float]:
     """Flat numbers of a run; NaN where unknown, infinity for a target not reached.
 
     A run in progress has no summary: its final numbers are those of the rounds so far.
-    How even the load is says nothing about a model with one expert, so it is NaN there.
+    With one expert the numbers `OF_EXPERTS` are NaN, without devices `OF_DEVICES`.
     """
     done = max(len(run.rows), 1)
     finals = {name: own_final(run.rows, name) for name in ACCURACIES}
     found = {f"final_{k}": NAN if v is None else v for k, v in finals.items()}
     for name in ("load_cv", "load_entropy"):
         found[f"mean_{name}"] = _mean_of(run, name)
-    for name in ("bytes_up", "bytes_down", "client_flops"):
-        found[f"total_{name}"] = done * _mean_of(run, name)
+    found |= measure_costs(run.rows) if run.rows else {}
     for name, value in flatten(run.summary).items():
         if isinstance(value, int | float | None):
-            missing = math.inf if name.startswith("rounds_to") else NAN
+            missing = math.inf if name.startswith(TO_TARGETS) else NAN
             found[name] = missing if value is None else float(value)
     for name in ("late_clients", "simulated_seconds"):
         found[f"mean_{name}"] = _mean_of(run, name)
-    for way in ("up", "down"):
-        found[f"megabytes_{way}"] = found[f"total_bytes_{way}"] / done / 1e6
+    units = {
+        "megabytes_up": ("total_bytes_up", done * 1e6),
+        "megabytes_down": ("total_bytes_down", done * 1e6),
+        "gigaflops": ("total_client_flops", done * 1e9),
+        "simulated_minutes": ("total_simulated_seconds", 60.0),
+        "kilojoules": ("total_joules", 1e3),
+    }
+    for name, (total, unit) in units.items():
+        found[name] = found.get(total, NAN) / unit
     found["peak_client_parameters"] = max(
         (row.get("peak_client_parameters", NAN) for row in run.rows), default=NAN
     )
-    found["gigaflops"] = found["total_client_flops"] / done / 1e9
+    if found.get("total_simulated_seconds") == 0:
+        found |= dict.fromkeys(OF_DEVICES, NAN)
     if num_experts(run) == 1:
-        found |= {"mean_load_cv": NAN, "mean_load_entropy": NAN, "starved_experts": NAN}
+        found |= dict.fromkeys(OF_EXPERTS, NAN)
     return found
 
 

@@ -18,7 +18,23 @@ from fedmoe_jax.runs import (
     name_runs,
     numbers,
     varied_fields,
+    varies,
 )
+
+Measured = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label
+JAIN = "final_participation_jain"
+FIRST_COST = "Late clients a round"  # title of the first column about devices and costs
+# Numbers that have no column where they are like this in every run, or unknown.
+TRIVIAL = {
+    "mean_lost_clients": 0.0,
+    "mean_stale_clients": 0.0,
+    "mean_capacity_violations": 0.0,
+    "mean_capacity_error": 0.0,
+    JAIN: 1.0,
+    "wasted_bytes_share": 0.0,
+    "simulated_minutes": 0.0,
+    "kilojoules": 0.0,
+}
 
 
 class Cell(NamedTuple):
@@ -30,12 +46,22 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One column; `better` is +1 where more is better and -1 where less is."""
+    """One column of a table.
+
+    Attributes:
+      title: above it.
+      key: of the numbers of a run.
+      better: +1 where more is better and -1 where less is.
+      cell: makes a cell of the numbers of all seeds.
+      silent: whether a 0 says that nothing travels at all, so that it cannot be the
+        best of those that exchange something.
+    """
 
     title: str
     key: str
     better: int
     cell: Callable[[Sequence[float]], Cell]
+    silent: bool = False
 
 
 def mean_cell(values: Sequence[float], scale: float, digits: int) -> Cell:
@@ -60,40 +86,87 @@ def median_cell(values: Sequence[float]) -> Cell:
     return Cell(f"{text} ({np.isfinite(known).sum()}/{len(known)})", median, False)
 
 
+def _percent(values: Sequence[float]) -> Cell:
+    return mean_cell(values, 100, 1)
+
+
+def _tenths(values: Sequence[float]) -> Cell:
+    return mean_cell(values, 1, 1)
+
+
+def _hundredths(values: Sequence[float]) -> Cell:
+    return mean_cell(values, 1, 2)
+
+
+def _thousands(values: Sequence[float]) -> Cell:
+    return mean_cell(values, 1e-3, 1)
+
+
+OTHER_COLUMNS = (  # after accuracies and rounds to targets
+    Column("Load CV", "mean_load_cv", -1, _hundredths),
+    Column("Load entropy", "mean_load_entropy", 1, _hundredths),
+    Column("Starved experts", "starved_experts", -1, _tenths),
+    Column(FIRST_COST, "mean_late_clients", -1, _tenths),
+    Column("Lost a round", "mean_lost_clients", -1, _tenths),
+    Column("Stale a round", "mean_stale_clients", -1, _tenths),
+    Column("Capacity violations a round", "mean_capacity_violations", -1, _tenths),
+    Column("Capacity error", "mean_capacity_error", -1, _hundredths),
+    Column("Jain of participation", JAIN, 1, _hundredths),
+    Column("MB up a round", "megabytes_up", -1, _tenths, True),
+    Column("MB down a round", "megabytes_down", -1, _tenths, True),
+    Column("Wasted MB %", "wasted_bytes_share", -1, _percent),
+    Column("GFLOP a round", "gigaflops", -1, _tenths),
+    Column("Simulated min", "simulated_minutes", -1, _tenths),
+    Column("kJ", "kilojoules", -1, _tenths),
+    Column("Peak client parameters, 1,000", "peak_client_parameters", -1, _thousands),
+)
+
+
 def _columns(measured: Sequence[Mapping[str, float]]) -> list[Column]:
-    percent = lambda values: mean_cell(values, 100, 1)
-    plain = lambda values: mean_cell(values, 1, 2)
-    tenths = lambda values: mean_cell(values, 1, 1)
-    thousand = lambda values: mean_cell(values, 1e-3, 1)
     targets = {key for found in measured for key in found if key[:10] == "rounds_to."}
     columns = [
-        Column(f"{title} %", f"final_{name}", 1, percent)
+        Column(f"{title} %", f"final_{name}", 1, _percent)
         for name, title in ACCURACIES.items()
     ]
     for key in sorted(targets, key=lambda key: float(key[10:])):
         title = f"Rounds to {100 * float(key[10:]):g} %"
         columns.append(Column(title, key, -1, median_cell))
     own = "rounds_to_95_percent_of_final"
-    return columns + [
-        Column("Rounds to 95 % of own final", own, -1, median_cell),
-        Column("Load CV", "mean_load_cv", -1, plain),
-        Column("Load entropy", "mean_load_entropy", 1, plain),
-        Column("Starved experts", "starved_experts", -1, tenths),
-        Column("Late clients a round", "mean_late_clients", -1, tenths),
-        Column("MB up a round", "megabytes_up", -1, tenths),
-        Column("MB down a round", "megabytes_down", -1, tenths),
-        Column("GFLOP a round", "gigaflops", -1, tenths),
-        Column("Peak client parameters, 1,000", "peak_client_parameters", -1, thousand),
-    ]
+    columns.append(Column("Rounds to 95 % of own final", own, -1, median_cell))
+    return [*columns, *OTHER_COLUMNS]
 
 
-def _mark_best(cells: Sequence[Cell], better: int) -> list[Cell]:
+def _dull(runs: Sequence[Run], measured: Measured) -> set[str]:
+    """Keys of numbers that are not worth a column.
+
+    They are `TRIVIAL` in every run; or they are the same for all labels because no
+    label changes who takes part, or in every round because the world stands still.
+    """
+    found = [one for each in measured.values() for one in each]
+    dull = {
+        key
+        for key, value in TRIVIAL.items()
+        if not any(abs(one.get(key, NAN) - value) > 1e-6 for one in found)
+    }
+    shares = {tuple(one.get(JAIN, NAN) for one in each) for each in measured.values()}
+    if len(measured) > 1 and len(shares) == 1:
+        dull.add(JAIN)
+    if not any(varies(run, "capacity_error") for run in runs):
+        dull.add("mean_capacity_error")
+    return dull
+
+
+def _mark_best(cells: Sequence[Cell], column: Column) -> list[Cell]:
     """Marks the best cells of a column, unless all the numbers are equal."""
-    values = [better * cell.value for cell in cells if not math.isnan(cell.value)]
-    best = max(values, default=NAN)
-    if len(set(values)) < 2:
+    values = [column.better * cell.value for cell in cells]
+    absent = [math.isnan(v) or (column.silent and v == 0) for v in values]
+    rivals = {v for v, out in zip(values, absent, strict=True) if not out}
+    if len(rivals) < 2:
         return list(cells)
-    return [cell._replace(best=better * cell.value == best) for cell in cells]
+    return [
+        cell._replace(best=value == max(rivals))
+        for cell, value in zip(cells, values, strict=True)
+    ]
 
 
 def table(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Cell]]]:
@@ -101,13 +174,15 @@ def table(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Cell]]]:
     groups = group_runs(name_runs(runs))
     measured = {label: [numbers(run) for run in g] for label, g in groups.items()}
     columns = _columns([found for each in measured.values() for found in each])
+    dull = _dull(runs, measured)
+    columns = [column for column in columns if column.key not in dull]
     by_column = []
     for column in columns:
         cells = [
             column.cell([found.get(column.key, NAN) for found in each])
             for each in measured.values()
         ]
-        by_column.append(_mark_best(cells, column.better))
+        by_column.append(_mark_best(cells, column))
     rows = dict(zip(groups, map(list, zip(*by_column, strict=True)), strict=True))
     return [column.title for column in columns], rows
 

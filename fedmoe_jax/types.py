@@ -237,8 +237,8 @@ class AlignState:
     Attributes:
       fitness: [N, E] float32, client-expert fitness score (paper section III-B-1).
       usage: [E] float32, decayed count of examples trained (section III-B-2).
-      held: [N, E] bool, what each client held when it was last in a cohort.
-      times_held: [N, E] int32, rounds in which the client held the expert.
+      held: [N, E] bool, what each client was to hold when it was last in a cohort.
+      times_held: [N, E] int32, rounds in which the client was to hold the expert.
       memory: what the strategy keeps in mind for itself, {} for most.
       detector: of drift, see `align.detect`; {} where nobody reacts to drift.
     """

@@ -30,7 +30,8 @@ C, E, K = 4, 6, 3
 
 def make_hyper(**changes):
     fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.0) | changes
-    return Hyper(**{name: jnp.float32(value) for name, value in fields.items()})
+    numbers = {name: jnp.float32(value) for name, value in fields.items()}
+    return Hyper(**numbers | {"own": {}, "world": {}})
 
 
 # Few values make ties, the free ones find signs and magnitudes. XLA on CPU reads

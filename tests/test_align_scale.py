@@ -15,6 +15,7 @@ from fedmoe_jax.align import solve
 from fedmoe_jax.align.learn import count_load
 from fedmoe_jax.align.solve import top_k
 from fedmoe_jax.cohort import Report
+from fedmoe_jax.outcome import BROKEN, MERGED, Outcome
 from fedmoe_jax.sharding import CLIENTS, build_mesh, spread
 from fedmoe_jax.strategies.greedy import GREEDY
 from fedmoe_jax.strategies.load_balanced import LOAD_BALANCED
@@ -126,7 +127,8 @@ def make_case(num_clients, num_experts, max_held, seed):
 
 def make_hyper(**changes):
     fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.0) | changes
-    return Hyper(**{name: jnp.float32(value) for name, value in fields.items()})
+    numbers = {name: jnp.float32(value) for name, value in fields.items()}
+    return Hyper(**numbers | {"own": {}, "world": {}})
 
 
 @pytest.mark.parametrize("strategy", [LOAD_BALANCED, GREEDY])
@@ -164,7 +166,8 @@ def test_load_is_counted_as_numpy_counts(seed):
     load = rng.integers(0, 100, (150, 4)).astype(np.float32)
     finite = rng.random(150) < 0.9
     feedback = Feedback(load, load, load, jnp.asarray(load), load, None)
-    report = Report(feedback, None, None, jnp.asarray(finite), None, {}, {})
+    outcome = Outcome(jnp.where(finite, MERGED, BROKEN), None, None)
+    report = Report(feedback, None, None, outcome, None, {}, {})
     got = count_load(report, Assignment(jnp.asarray(ids), jnp.asarray(slot)), 7)
     expected = np.zeros(7, np.float32)
     counted = slot & finite[:, None]

@@ -11,11 +11,13 @@ from fedmoe_jax.costs import (
     Ways,
     client_bytes,
     client_flops,
+    client_memory,
     client_parameters,
     client_seconds,
     count_costs,
     scale_costs,
 )
+from fedmoe_jax.rules import PARTS
 from fedmoe_jax.types import Devices
 
 COSTS = Costs(
@@ -125,6 +127,9 @@ def test_seconds_by_hand():
         flops=jnp.array([15.0, 70.0]),
         upload=jnp.array([1520.0, 2560.0]),
         download=jnp.array([1500.0, 7000.0]),
+        latency=jnp.array([0.0, 0.25]),
+        power=jnp.ones(2),
+        radio=jnp.ones(2),
         tier=jnp.zeros(2, jnp.int32),
     )
     traffic = TRAFFIC.replace(trained=SLOTS)
@@ -132,4 +137,21 @@ def test_seconds_by_hand():
         devices, COSTS, traffic, ways=PLAIN, examples=jnp.float32(5)
     )
     # download 1500 and 3500 bytes, train 150 and 350 FLOPs, upload 1520 and 2560 bytes
-    np.testing.assert_allclose(seconds, [1 + 10 + 1, 0.5 + 5 + 1], rtol=1e-6)
+    np.testing.assert_allclose(seconds, [[1, 10, 1], [0.75, 5, 1.25]], rtol=1e-6)
+
+
+def test_what_does_not_travel_has_no_latency():
+    devices = Devices(*(jnp.ones(2) for _ in Devices.__dataclass_fields__))
+    silent, still = Ways(PARTS, (), 1), jnp.zeros(2)
+    traffic = TRAFFIC.replace(sent=still, received=still, told=still)
+    seconds = client_seconds(devices, COSTS, traffic, silent, jnp.ones(2))
+    assert np.all(seconds[:, [0, 2]] == 0) and np.all(seconds[:, 1] > 0)
+
+
+def test_memory_by_hand():
+    # 4 copies of 500 + 1,000 an expert held, but 1 copy of what only runs forward
+    traffic = ALL.replace(held=jnp.array([1.0, 3.0]), trained=jnp.array([1.0, 1.0]))
+    bytes_needed = client_memory(COSTS, traffic, PLAIN)
+    assert bytes_needed.tolist() == [4 * 1500, 4 * 1500 + 2000]
+    variates = client_memory(COSTS, traffic, VARIATES)  # its own and their mean
+    assert variates.tolist() == [6 * 1500, 4 * 1500 + 2000 + 2 * 3500]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import default
+from fedmoe_jax import experiment
 from fedmoe_jax.align.detect import (
     hasten,
     init_detector,
@@ -14,6 +16,11 @@ from fedmoe_jax.align.detect import (
     residuals,
     watch,
 )
+from fedmoe_jax.align.learn import learn
+from fedmoe_jax.cohort import Report
+from fedmoe_jax.outcome import MERGED, Outcome
+from fedmoe_jax.types import AlignState, Assignment, Feedback, Hyper
+from fedmoe_jax.world.advance import Keys
 
 NUMBERS = {"slack": 0.25, "threshold": 1.0, "rounds": 2.0}
 
@@ -150,3 +157,55 @@ def test_runs_differ_under_vmap():
     # Steps of 0.25: alarms after 2, 4 and 8 rounds.
     alarms = jax.vmap(count)(jnp.array([0.3, 0.9, 1.8]))
     assert alarms.tolist() == [4.0, 2.0, 1.0]
+
+
+# ---- what an alarm does to the scores
+
+
+def learn_once(kind):
+    """Clients 0 and 2 of three take part; its experts fail client 0."""
+    ones, slots = jnp.ones((2, 2)), jnp.array([[0, 1], [2, 3]])
+    assignment = Assignment(slots, jnp.ones((2, 2), bool))
+    accuracy = jnp.array([[0.1, 0.1], [0.8, 0.8]])
+    feedback = Feedback(accuracy, ones, ones, ones, ones, None)
+    outcome = Outcome(jnp.array([MERGED, MERGED]), None, None)
+    report = Report(feedback, None, None, outcome, None, {}, {})
+    align = AlignState(
+        fitness=jnp.full((3, 4), 0.8),
+        usage=jnp.zeros(4),
+        held=jnp.ones((3, 4), bool),
+        times_held=jnp.ones((3, 4), jnp.int32),
+        detector=init_detector(3) if kind else {},
+    )
+    fields = dict.fromkeys(Hyper.__dataclass_fields__, jnp.float32(0))
+    numbers = dict(slack=0.1, threshold=0.5, haste=2.0, rounds=3.0)
+    world = {"reaction": {name: jnp.float32(x) for name, x in numbers.items()}}
+    known = dict(fitness_rate=0.3, idle_decay=0.9, prior=0.5, noise=0.01)
+    known = {name: jnp.float32(x) for name, x in known.items()}
+    hyper = Hyper(**fields | known | {"own": {}, "world": world})
+    config = default.get_config()
+    rules = experiment.make_rules(config, 4)
+    rules = rules._replace(world=rules.world._replace(reaction=kind))
+    keys = Keys(jax.random.key(0), jax.random.key(1))
+    load = jnp.ones(4)
+    cohort = jnp.array([0, 2])
+    return learn(align, cohort, assignment, report, load, hyper, rules, keys)
+
+
+def test_an_alarm_resets_the_clients_scores_and_nobody_elses():
+    plain, after = learn_once(""), learn_once("reset")
+    assert after.detector.alarms == 1  # 0.8 - 0.1 - 0.1 > 0.5
+    assert after.detector.haste_left.tolist() == [3, 0, 0]
+    np.testing.assert_allclose(after.fitness[0], np.full(4, 0.5), atol=0.01)
+    assert len(set(after.fitness[0].tolist())) == 4  # ties are broken
+    np.testing.assert_array_equal(after.fitness[1:], plain.fitness[1:])
+    np.testing.assert_array_equal(after.held, plain.held)
+
+
+def test_an_alarm_hastens_the_clients_scores_by_hand():
+    plain, after = learn_once(""), learn_once("hasten")
+    np.testing.assert_allclose(plain.fitness[0], [0.59, 0.59, 0.72, 0.72], rtol=1e-6)
+    # two rounds in one: 0.49 of the old score, and 0.81 of an idle one
+    held, idle = 0.49 * 0.8 + 0.51 * 0.1, 0.81 * 0.8
+    np.testing.assert_allclose(after.fitness[0], [held, held, idle, idle], rtol=1e-6)
+    np.testing.assert_allclose(after.fitness[1:], plain.fitness[1:], rtol=1e-6)

@@ -40,6 +40,8 @@ from fedmoe_jax.types import SimState, no_exchange
 CASES = [(n, "global") for n in STRATEGIES if not n.endswith("_active")]
 CASES += [("greedy", "holder_rows"), ("greedy", "personal")]
 BROKEN = 3  # a client
+# These give clients more than they have room for; `needs` says so.
+BEYOND_CAPACITY = {"hfedmoe", "fedmix_all", "fedmoe", "fedmoe_da", "pfedmoe"}
 
 
 class Trial(NamedTuple):
@@ -130,14 +132,12 @@ def test_chunk_keeps_shapes_and_stays_finite(strategy, gate_mode):
 @pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
 def test_held_experts_fit_the_clients(strategy, gate_mode):
     parts, state, _, held, _ = try_strategy(strategy, gate_mode)
-    capacity = np.array(
-        round_file.believe_capacity(parts.federation, parts.hyper, parts.setup)
-    )
+    capacity = np.array(state.belief.capacity)
     sizes = parts.setup.sizes
     assert set(capacity) == {1, 2} or sizes.num_experts == 1
     assert set(np.unique(held)) <= {0, 1}
     assert ((held.sum(2) > 0).sum(1) == sizes.cohort_size).all()
-    if "on every client" not in STRATEGIES[strategy].needs and sizes.num_experts > 1:
+    if strategy not in BEYOND_CAPACITY and sizes.num_experts > 1:
         assert (held.sum(2) <= capacity[None, : sizes.num_clients]).all()
     last = np.array(state.align.held)
     assert (last[held[-1].any(1)] == held[-1][held[-1].any(1)]).all()

@@ -19,12 +19,15 @@ from fedmoe_jax.cohort import (
 from fedmoe_jax.merge import (
     Sums,
     accumulate,
+    add_stale,
     mean_delta,
     merge,
     server_optimizer,
     weigh,
     zero_sums,
 )
+from fedmoe_jax.outcome import BROKEN, MERGED, STALE, Outcome
+from fedmoe_jax.rules import CALM
 from fedmoe_jax.sharding import build_mesh, spread
 from fedmoe_jax.types import Federation, Feedback
 
@@ -382,12 +385,13 @@ def test_positions_beyond_the_cohort_get_no_steps():
 
 def test_reports_return_to_their_places():
     loss = jnp.array([10.0, 20.0, 30.0])
+    outcome = Outcome(loss.astype(int), loss, loss)
     report = Report(
-        {}, loss, accuracy=loss, finite=loss > 15, sent=loss, own={}, variate={}
+        {}, loss, accuracy=loss, outcome=outcome, sent=loss, own={}, variate={}
     )
     placed = place_reports(report, jnp.array([3, 5, 1]), 4)  # position 5 pads
     assert placed.loss.tolist() == [0, 30, 0, 10]
-    assert placed.finite.tolist() == [False, True, False, False]
+    assert placed.outcome.code.tolist() == [0, 30, 0, 10]
 
 
 def make_federation():
@@ -401,23 +405,60 @@ def fake_update(params, task, federation, hyper, key):
     return jax.tree.map(lambda leaf: leaf[task.client], tables)
 
 
+def judge_by_numbers(task, sent, finite):
+    """Nobody is late or lost; whose numbers are broken does not count."""
+    code = jnp.where(finite, MERGED, BROKEN).astype(jnp.int32)
+    return Outcome(code, jnp.ones(3), jnp.ones(3))
+
+
+def test_late_updates_are_summed_apart():
+    def judge(task, sent, finite):
+        late = jnp.where(task.client % 2 == 1, STALE, MERGED)
+        return judge_by_numbers(task, sent, finite).replace(code=late)
+
+    rules = make_rules("personal", "examples")
+    rules = rules._replace(world=CALM._replace(late="stale"))
+    train = build_train_cohort(fake_update, judge, rules)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    run = jax.jit(spread(train, build_mesh(1)))
+    tasks = make_tasks(steps=EVERYONE)
+    (now, late), _ = run(params, tasks, make_federation(), {}, jax.random.key(0))
+    odd = np.arange(len(SIZE)) % 2 == 1
+    for sums, part in ((now, ~odd), (late, odd)):
+        steps = np.where(part, EVERYONE, 0)  # without steps nobody counts
+        expected = sum_up(
+            PARAMS,
+            make_tasks(steps=steps),
+            make_updates(),
+            SIZE,
+            gate_mode="personal",
+            weight="examples",
+        )
+        assert_close(sums, expected, atol=1e-4)
+    half = add_stale(now, late, jnp.float32(0.5))
+    np.testing.assert_allclose(
+        half.weight["stem"], now.weight["stem"] + 0.5 * late.weight["stem"]
+    )
+
+
 @pytest.mark.parametrize(("devices", "chunk"), [(1, 1), (1, 4), (8, 1), (2, 2)])
 def test_devices_and_chunks_do_not_change_the_sums(devices, chunk):
     train = build_train_cohort(
         fake_update,
+        judge_by_numbers,
         make_rules("personal", "examples")._replace(client_chunk=chunk),
     )
     steps = np.array([3, 1, 4, 1, 5, 9], np.int32)  # dealt in another order
     tasks = make_tasks(steps=steps)
     params = jax.tree.map(jnp.asarray, PARAMS)
     run = jax.jit(spread(train, build_mesh(devices)))
-    sums, report = run(params, tasks, make_federation(), {}, jax.random.key(0))
+    (sums,), report = run(params, tasks, make_federation(), {}, jax.random.key(0))
     rules = {"gate_mode": "personal", "weight": "examples"}
     expected = sum_up(PARAMS, tasks, make_updates(), SIZE, **rules)
     assert_close(sums, expected, atol=1e-4)
     np.testing.assert_array_equal(report.feedback.load, LOAD)
-    np.testing.assert_array_equal(report.finite, FINITE)
-    assert report.finite.dtype == bool
+    np.testing.assert_array_equal(report.arrived, FINITE)
+    assert report.outcome.code.dtype == jnp.int32
     for name, leaf in report.own["gate"].items():
         trained = tasks.own["gate"][name] + DELTAS["gate"][name]
         np.testing.assert_allclose(leaf, trained, rtol=1e-6)

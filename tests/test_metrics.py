@@ -25,6 +25,12 @@ def write_rows(folder, rows, done=0, tensorboard=False):
             write(one)
 
 
+def read_rows(folder):
+    """The rows as they were written, without the sums of costs."""
+    rows = metrics.read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in one.items() if k[:6] != "total_"} for one in rows]
+
+
 def read_events(folder) -> list[Event]:
     """The events of every file in `folder`, from TFRecords: length, data, two sums."""
     events = []
@@ -48,7 +54,7 @@ def test_rows_are_strict_json(tmp_path):
         "nested": {"a": (1, float("-inf"))},
     }
     write_rows(tmp_path, [row(1, **values)])
-    (read,) = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    (read,) = read_rows(tmp_path)
     assert read == {
         "round": 1,
         "train_loss": 1.0,
@@ -63,7 +69,7 @@ def test_rows_are_strict_json(tmp_path):
 def test_a_row_is_on_disk_at_once(tmp_path):
     with metrics.open_metrics(tmp_path, done=0, tensorboard=False) as write:
         write(row(1))
-        assert metrics.read_metrics(tmp_path / "metrics.jsonl") == [row(1)]
+        assert read_rows(tmp_path) == [row(1)]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -76,14 +82,32 @@ def test_no_file_is_no_rows(tmp_path):
 def test_resume_drops_later_rows(tmp_path):
     write_rows(tmp_path, [row(n) for n in range(1, 6)])
     write_rows(tmp_path, [row(4, again=True)], done=3)
-    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
-    assert rows == [row(1), row(2), row(3), row(4, again=True)]
+    assert read_rows(tmp_path) == [row(1), row(2), row(3), row(4, again=True)]
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path):
     write_rows(tmp_path, [row(1), row(2)])
     write_rows(tmp_path, [row(1, new=1)], done=0)
-    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == [row(1, new=1)]
+    assert read_rows(tmp_path) == [row(1, new=1)]
+
+
+def test_costs_add_up_over_a_resume(tmp_path):
+    costs = [row(n, bytes_up=10.0 * n, simulated_seconds=0.5) for n in (1, 2, 3, 4)]
+    write_rows(tmp_path, costs)
+    # Rounds 3 and 4 are done again, without traffic in the third.
+    write_rows(tmp_path, [row(3, simulated_seconds=2.0), costs[3]], done=2)
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert [one["total_bytes_up"] for one in rows] == [10, 30, 30, 70]
+    assert [one["total_simulated_seconds"] for one in rows] == [0.5, 1, 3, 3.5]
+    assert {one["total_wasted_flops"] for one in rows} == {0}
+
+
+def test_costs_add_up_in_double_precision(tmp_path):
+    # In float32 the second round would be lost: 2**24 + 1 is 2**24 there.
+    sizes = [jnp.float32(2**24), jnp.float32(1)]
+    write_rows(tmp_path, [row(i + 1, bytes_up=x) for i, x in enumerate(sizes)])
+    last = metrics.read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["total_bytes_up"] == 2**24 + 1
 
 
 @pytest.mark.parametrize("tail", [b'{"round": 3, "tr', b'{"round": 3}', b"\xff\xfe"])
@@ -92,7 +116,7 @@ def test_unfinished_last_line_is_dropped(tmp_path, tail):
     write_rows(tmp_path, [row(1), row(2)])
     whole = path.read_bytes()
     path.write_bytes(whole + tail)
-    assert metrics.read_metrics(path) == [row(1), row(2)]
+    assert read_rows(tmp_path) == [row(1), row(2)]
     metrics.truncate_metrics(path, 9)
     assert path.read_bytes() == whole
 
@@ -126,6 +150,7 @@ def test_tensorboard_gets_scalars_and_vectors(tmp_path):
         (value.tag, event.step): value.simple_value
         for event in read_events(tmp_path)
         for value in event.summary.value
+        if value.tag[:6] != "total_"
     }
     assert found == {
         ("train_loss", 2): 0.5,

@@ -28,7 +28,7 @@ def test_the_guides_strategy_is_a_file_and_a_row(tmp_path, monkeypatch):
     rows = read_metrics(run / "metrics.jsonl")
     assert len(rows) == config.num_rounds
     with np.load(run / "final.npz") as arrays:
-        held, capacity = arrays["times_held"], arrays["capacity"]
+        held, capacity = arrays["times_held"], arrays["belief"]
     np.testing.assert_array_equal(held.sum(1), config.num_rounds * capacity)
     assert (np.ptp(held, axis=1) <= 1).all()  # nobody holds one twice before all once
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe_jax import plots, report, signatures, tables
+from fedmoe_jax import curves, report, signatures, tables
 from fedmoe_jax import runs as runs_
 from fedmoe_jax.types import UserError
 
@@ -166,6 +166,8 @@ def test_single_page(runs, tmp_path):
     alignment = {"load", "expert_accuracy", "assignment", "fitness", "specialisation"}
     assert figures == alignment | {
         "accuracy",
+        "accuracy_time",
+        "accuracy_traffic",
         "load_cv",
         "partition",
         "capacity",
@@ -264,14 +266,14 @@ def test_varied_fields_split_labels(tmp_path):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_spread_keeps_order_and_gap(places):
     places = np.array(places)
-    moved = plots.spread(places, 0.05, 0.0, 1.0)
+    moved = curves.spread(places, 0.05, 0.0, 1.0)
     assert np.all(np.diff(np.sort(moved)) >= 0.05 - 1e-9)
     assert np.all(np.diff(moved[np.argsort(places, kind="stable")]) > 0)
     assert moved.min() >= 0 and moved.max() <= 1 + 1e-9
 
 
 def test_spread_by_hand():
-    moved = plots.spread(np.array([0.52, 0.9, 0.5]), 0.1, 0.0, 1.0)
+    moved = curves.spread(np.array([0.52, 0.9, 0.5]), 0.1, 0.0, 1.0)
     np.testing.assert_allclose(moved, [0.56, 0.9, 0.46])
 
 

@@ -151,8 +151,12 @@ def make_label_federation(counts):
             flops=1e12 * ones,
             upload=1e12 * ones,
             download=1e12 * ones,
+            latency=0 * ones,
+            power=ones,
+            radio=ones,
             tier=jnp.zeros(len(counts), jnp.int32),
         ),
+        heir=jnp.arange(len(counts)),
     )
 
 

@@ -37,6 +37,30 @@ TINY = {
     "run.num_devices": 1,
 }
 
+# A world in which everything happens.
+STORM = {
+    "devices.overload": "lose",
+    "devices.free_memory": 0.1,
+    "devices.deadline": 600.0,
+    "late.kind": "stale",
+    "profile.kind": "estimated",
+    "pressure.share": 0.3,
+    "background.most": 0.5,
+    "bandwidth.spread": 0.5,
+    "availability.share": 0.8,
+    "availability.persistence": 0.5,
+    "availability.swing": 0.2,
+    "availability.dropout": 0.2,
+    "channel.kind": "wireless",
+    "channel.csi": 0.9,
+    "channel.backoff": 0.7,
+    "drift.labels": 0.5,
+    "drift.images": "rotate",
+    "drift.start": 0,
+    "drift.rounds": 2,
+    "reaction.kind": "hasten",
+}
+
 
 def tiny_config(**changes):
     config = default.get_config("smoke")

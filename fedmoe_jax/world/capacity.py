@@ -52,7 +52,7 @@ def true_capacity(
     expert. Memory: `TRAINING_COPIES` of the parameters must fit. Network: down and up
     within `communication_share` of the deadline. Compute: every held expert on every
     example within the other part of it. The fixed split avoids a limit that depends
-    on the other. A device too weak for one expert still gets one, and is late.
+    on the other.
 
     Args:
       devices: leaves [N].
@@ -64,7 +64,7 @@ def true_capacity(
       max_capacity: the most experts that any client has room for.
 
     Returns:
-      [N] int32 in [1, K].
+      [N] int32 in [0, K].
     """
     chex.assert_equal_shape([devices.memory, devices.flops, devices.upload])
     usable = 1 - buffer
@@ -78,4 +78,4 @@ def true_capacity(
     work = (1 - communication_share) * deadline * usable * devices.flops / examples
     by_compute = (work - costs.shared_flops) / costs.expert_flops
     least = jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)
-    return jnp.clip(jnp.floor(least), 1, max_capacity).astype(jnp.int32)
+    return jnp.clip(jnp.floor(least), 0, max_capacity).astype(jnp.int32)

@@ -1,0 +1,30 @@
+"""How long scores remember, on CIFAR-10: fitness, usage and idle pairs.
+
+    python launch.py --config=configs/scores.py --workdir=runs/scores
+
+One factor at a time around the default (fitness keeps 0.7 of itself a round, usage 0.9,
+idle pairs forget towards the prior). The argument `full` is the whole grid, for
+accelerators; `digits` and `smoke` as in `compare.py`.
+"""
+
+import itertools
+
+from ml_collections import ConfigDict
+
+from configs import compare
+
+# A fitness that keeps 0.7, 0.8, 0.9 or 0.99 of itself gives the newest the rest.
+FITNESS = tuple(f"fitness.rate={rate}" for rate in (0.3, 0.2, 0.1, 0.01))
+USAGE = tuple(f"usage.decay={decay}" for decay in (0.9, 0.5, 0.99))
+IDLE = tuple(f"fitness.idle={rule}" for rule in ("prior", "keep", "decay"))
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The study. `argument` joins any of `full`, `digits` and `smoke` with commas."""
+    full, rest = compare.take_word(argument, "full")
+    config = compare.get_config(rest)
+    config.compare.strategies = ("load_balanced",)
+    one_at_a_time = ("", *FITNESS[1:], *USAGE[1:], *IDLE[1:])
+    grid = tuple(map(",".join, itertools.product(FITNESS, USAGE, IDLE)))
+    config.compare.changes = grid if full else one_at_a_time
+    return config

@@ -1,0 +1,46 @@
+"""Where alignment breaks: drop-out, wrong profiles and drift, on CIFAR-10.
+
+    python launch.py --config=configs/stress.py --workdir=runs/stress
+
+The paper's three stresses alone and together: 20 % of the clients drop out of every
+round, devices report their capacity up to 30 % wrong, and clients' labels drift
+gradually to those of others. Whoever holds too much is lost, whoever is late is
+dropped, in all conditions. The argument `full` adds the reactions to drift and runs for
+longer; `digits` and `smoke` as in `compare.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare
+
+STRATEGIES = (
+    "random",
+    "greedy",
+    "load_balanced",
+    "load_balanced_running",
+    "flex_moe",
+    "fedavg_active",
+)
+DROPOUT = "availability.dropout=0.2"
+ERROR = "profile.kind=self_reported"
+DRIFT = "drift.labels=1.0"
+STRESSES = ("", DROPOUT, ERROR, DRIFT, f"{DROPOUT},{ERROR},{DRIFT}")
+REACTIONS = tuple(f"{DRIFT},reaction.kind={kind}" for kind in ("reset", "hasten"))
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The study. `argument` joins any of `full`, `digits` and `smoke` with commas."""
+    full, rest = compare.take_word(argument, "full")
+    config = compare.get_config(rest)
+    if "smoke" not in rest:
+        config.num_rounds, config.eval_every, config.chunk_rounds = 24, 4, 1
+        config.checkpoint.every = 8
+        config.drift.start, config.drift.rounds = 8, 8
+        if full:
+            config.num_rounds = 96
+            config.drift.start, config.drift.rounds = 32, 32
+    config.devices.free_memory, config.devices.deadline = 0.2, 240.0
+    config.devices.overload, config.late.kind = "lose", "drop"
+    config.compare.strategies = STRATEGIES
+    config.compare.changes = (*STRESSES, *REACTIONS) if full else STRESSES
+    return config
