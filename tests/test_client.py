@@ -25,6 +25,7 @@ from fedmoe_jax.cohort import build_train_cohort, renew_variate, train_own
 from fedmoe_jax.feedback import nothing_seen, see_batch, summarise_feedback
 from fedmoe_jax.merge import GATE_WEIGHTS, weigh
 from fedmoe_jax.models import build_model
+from fedmoe_jax.outcome import BROKEN, MERGED, Outcome
 from fedmoe_jax.sharding import build_mesh, spread
 from fedmoe_jax.types import Federation, Hyper, Sizes
 
@@ -74,7 +75,7 @@ def make_hyper(**changes):
     fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.0)
     fields |= {"client_learning_rate": 0.1} | changes
     hyper = {name: jnp.float32(value) for name, value in fields.items()}
-    return Hyper(**hyper | {"strategy": jnp.int32(0)})
+    return Hyper(**hyper | {"strategy": jnp.int32(0), "own": {}, "world": {}})
 
 
 def make_rules(**changes):
@@ -101,6 +102,7 @@ def make_federation():
         mean=np.full(IMAGE, 0.4, np.float32),
         std=np.full(IMAGE, 0.3, np.float32),
         devices=None,
+        heir=np.arange(5),
     )
     return jax.tree.map(jnp.asarray, arrays)
 
@@ -295,7 +297,13 @@ def build_ragged(model, ragged=True, gate_mode="global", client_chunk=1):
         personal=("gate",) if gate_mode == "personal" else (),
         gate_weight=GATE_WEIGHTS[gate_mode],
     )
-    return build_train_cohort(update, rules)
+    return build_train_cohort(update, judge_by_numbers, rules)
+
+
+def judge_by_numbers(task, sent, finite):
+    """Nobody is late or lost; whose numbers are broken does not count."""
+    code = jnp.where(finite, MERGED, BROKEN).astype(jnp.int32)
+    return Outcome(code, jnp.ones(3), jnp.ones(3))
 
 
 def make_cohort(clients, steps):
@@ -310,7 +318,8 @@ def train_on(num_devices, client_chunk, dropout=0.0):
     train = build_ragged(make_model(RAGGED, dropout), client_chunk=client_chunk)
     train = jax.jit(spread(train, build_mesh(num_devices)))
     hyper, tasks = make_hyper(**FULL_HYPER), make_cohort(range(5), STEPS)
-    return jax.device_get(train(PARAMS, tasks, FEDERATION, hyper, KEY))
+    (sums,), report = train(PARAMS, tasks, FEDERATION, hyper, KEY)
+    return jax.device_get((sums, report))
 
 
 def test_steps_are_counted_from_the_examples():
@@ -344,7 +353,7 @@ def test_ragged_clients_equal_their_twins(twins):
     ):
         whole[[4, 1]] = rows
     assert_close(sums.delta, expected | {"experts": experts})
-    assert sums.weight["stem"] == size.sum() and report.finite.all()
+    assert sums.weight["stem"] == size.sum() and report.arrived.all()
 
 
 MESHES = [(1, 3), (1, 5), (2, 3), (8, 1)]
@@ -370,8 +379,8 @@ def test_a_client_without_steps_adds_nothing(ragged):
     train = jax.jit(spread(train, build_mesh(1)))
     hyper, most = make_hyper(**FULL_HYPER), RAGGED.local_steps
     run = lambda *cohort: train(PARAMS, make_cohort(*cohort), FEDERATION, hyper, KEY)
-    sums, report = run((0, 1, 2, 4), (most, most, most, 0))
-    with_idle, longer = run((0, 3, 1, 2), (most, 0, most, most))
+    (sums,), report = run((0, 1, 2, 4), (most, most, most, 0))
+    (with_idle,), longer = run((0, 3, 1, 2), (most, 0, most, most))
     assert_same_sums((with_idle,), (sums,))
     assert sums.weight["stem"] == 9 + 7 + 5
     first = jax.tree.map(lambda leaf: leaf[:3], report)
@@ -379,7 +388,7 @@ def test_a_client_without_steps_adds_nothing(ragged):
     for one, other in zip(jax.tree.leaves(others), jax.tree.leaves(first), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     if ragged:
-        assert longer.loss[1] == 0 and longer.finite[1]
+        assert longer.loss[1] == 0 and longer.arrived[1]
         assert not np.any(longer.feedback.load[1])
         for name, leaf in longer.own["gate"].items():
             np.testing.assert_array_equal(leaf[1], PARAMS["gate"][name])

@@ -31,13 +31,17 @@ FILES = sorted(
     for path in (Path(__file__).parent.parent / "configs").glob("*.py")
     if path.stem != "__init__"
 )
-# Checked where they are used: a name by `find_strategy`, a path by the loader, a pair
+# Checked where they are used: a name by `find_strategy`, paths by the loaders, a pair
 # of lists by `draw_devices`; flags by ConfigDict, which keeps their type.
 CHECKED_ELSEWHERE = {"strategy", "data.dir", "devices.tiers", "devices.shares"}
-CHECKED_ELSEWHERE |= {"run.tensorboard"}
+CHECKED_ELSEWHERE |= {"run.tensorboard", "devices.csv"}
 ARGUMENTS = {
     "compare": ("", "digits", "smoke", "digits,smoke"),
     "causes": ("idle", "gate", "personal", "gate,digits,smoke", "smoke"),
+    "weights": ("", "full", "digits,smoke", "full,digits", "smoke"),
+    "scores": ("", "full", "digits,smoke", "smoke"),
+    "capacity": ("", "full", "digits,smoke", "smoke"),
+    "stress": ("", "full", "digits", "full,digits,smoke", "smoke"),
 }
 STUDIES = [(file, a) for file in FILES for a in ARGUMENTS.get(file, ("", "smoke"))]
 
@@ -97,6 +101,7 @@ def test_smoke_is_the_same_study_but_shorter(name):
     counts = {"num_rounds", "eval_every", "chunk_rounds", "local_steps"}
     differing = {field for field in long if long[field] != short[field]}
     counts |= {"fedmoe.warm_up", "fedmoe.period", "fedjets.steps"}
+    counts |= {"drift.start", "drift.rounds"}
     assert differing <= counts | {"checkpoint.every", "compare.seeds"}
     assert short["num_rounds"] < long["num_rounds"]
 
@@ -216,6 +221,48 @@ def test_fields_that_contradict_each_other(name, value, told):
     assert str(caught.value).endswith(f"allowed: {told}")
 
 
+def test_a_drift_must_end_within_the_run():
+    fields = {"drift.labels": 0.5, "drift.rounds": 10, "num_rounds": 40}
+    validate(changed(**fields, **{"drift.start": 30}))
+    validate(changed(**{"drift.start": 400}))  # nothing drifts
+    with pytest.raises(UserError, match=r"^drift.start=31 is not allowed; .*= 30"):
+        validate(changed(**fields, **{"drift.start": 31}))
+    with pytest.raises(UserError, match="^drift.start=31 is not allowed"):
+        images = {"drift.labels": 0.0, "drift.images": "blur", "drift.start": 31}
+        validate(changed(**fields | images))
+
+
+def test_no_more_than_all_contrast_can_be_lost():
+    fields = {"drift.images": "contrast", "drift.strength": 1.5}
+    with pytest.raises(UserError, match="^drift.strength=1.5 is not allowed with"):
+        validate(changed(**fields))
+
+
+def test_devices_of_ones_own_are_read_and_checked(tmp_path):
+    path = tmp_path / "devices.csv"
+    head = "memory,flops,upload,download,latency,power,radio,tier\n"
+    rows = [f"{c + 1}e9,1e12,1e7,2e7,0.01,5,1,mine\n" for c in range(20)]
+    path.write_text(head + "".join(rows))
+    config = changed(**{"devices.csv": str(path), "devices.free_memory": 0.5})
+    devices, names = experiment.make_devices(config)
+    assert names == ("mine",) and devices.memory.shape == (20,)
+    np.testing.assert_allclose(devices.memory, 0.5e9 * np.arange(1, 21), rtol=1e-6)
+    path.write_text(head + rows[0].replace("1e7", "-1"))
+    with pytest.raises(UserError, match="devices.csv.*upload") as caught:
+        experiment.make_devices(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_the_world_are_traced_by_group_and_field():
+    config = changed(**{"pressure.left": 0.25, "profile.refresh": 7})
+    world = experiment.make_hyper(config).world
+    assert world["pressure"] == {"share": 0, "persistence": 0.5, "left": 0.25}
+    assert world["profile"]["refresh"] == 7 and "kind" not in world["profile"]
+    assert all(
+        x.dtype == np.float32 for fields in world.values() for x in fields.values()
+    )
+
+
 def test_range_spells_its_ends():
     rules = (Range(1), Range(0, open_low=True), Range(0, 1), Range(0, 1, True, True))
     assert [str(rule) for rule in rules] == [">= 1", "> 0", "[0, 1]", "(0, 1)"]
@@ -255,7 +302,8 @@ def test_hyperparameters_are_read_from_their_fields():
         )
     )
     assert hyper.own == {}
-    values = {n: float(value) for n, value in vars(hyper).items() if n != "own"}
+    groups = {"own", "world"}
+    values = {n: float(x) for n, x in vars(hyper).items() if n not in groups}
     assert values == {
         "strategy": 0,
         "client_learning_rate": 0.125,

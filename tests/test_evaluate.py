@@ -294,7 +294,8 @@ def test_test_images_are_dealt_once(devices, most, batches, size):
 def test_padding_takes_no_image():
     position = jnp.array([IMAGES - 1, IMAGES])
     state = make_state(False)
-    images = evaluate.look(state, FEDERATION, position, model=MODEL, personal=())
+    rules = make_rules(False, True)
+    images = evaluate.look(state, FEDERATION, position, None, model=MODEL, rules=rules)
     assert images.y.tolist() == [FEDERATION.test_y[-1], -1]
     assert images.label.sum(1).tolist() == [1.0, 0.0]
 

@@ -1,0 +1,97 @@
+"""What the world costs: rounds of 1,000 clients with its processes against without.
+
+    python -m benchmarks.world
+
+Drop-out and lost updates change what is averaged, not what is computed: every client of
+the cohort is trained in both.
+"""
+
+import statistics
+
+from benchmarks import page
+from benchmarks.start import (
+    Started,
+    keep_running,
+    make_config,
+    make_images,
+    share_out,
+    start,
+    time_interleaved,
+)
+from fedmoe_jax.machine import count_cores, set_cpu_devices
+
+CLIENTS, REPETITIONS = 1_000, 15
+FIELDS = {
+    "num_clients": CLIENTS,
+    "cohort_size": CLIENTS,
+    "chunk_rounds": 1,
+    "eval_every": 1,
+}
+DEVICES = {
+    "devices.overload": "lose",
+    "late.kind": "drop",
+    "profile.kind": "estimated",
+    "pressure.share": 0.3,
+    "background.most": 0.5,
+    "bandwidth.spread": 0.3,
+    "availability.share": 0.8,
+    "availability.persistence": 0.5,
+    "availability.swing": 0.2,
+    "availability.dropout": 0.2,
+    "channel.kind": "wireless",
+    "channel.csi": 0.9,
+    "channel.backoff": 0.8,
+    "reaction.kind": "hasten",
+}
+DRIFT = {"drift.start": 0, "drift.rounds": 30}
+CASES = {
+    "nothing": {},
+    "devices, availability, channel, estimates, detector": DEVICES,
+    "the same and label drift": DEVICES | DRIFT | {"drift.labels": 1.0},
+    "stale updates": {"late.kind": "stale"},
+    "images that rotate": DRIFT | {"drift.images": "rotate"},
+    "images that blur": DRIFT | {"drift.images": "blur", "drift.strength": 1.0},
+    "images that fade": DRIFT | {"drift.images": "contrast", "drift.strength": 0.5},
+}
+
+
+def start_with(changes: dict) -> Started:
+    """The default study's model on noise of the digits' shape."""
+    data = make_images(20_000, (8, 8, 1), 10)
+    partition = share_out(CLIENTS, 20, 20_000, 10)
+    return start(make_config(**FIELDS, **changes), data, partition, count_cores())
+
+
+def main() -> None:
+    set_cpu_devices(0)
+    runs = {name: keep_running(start_with(changes)) for name, changes in CASES.items()}
+    time_interleaved(runs, 2)
+    seconds = time_interleaved(runs, REPETITIONS)
+    calm = seconds["nothing"]
+    ratios = {
+        name: [a / b for a, b in zip(values, calm, strict=True)]
+        for name, values in seconds.items()
+    }
+    all_devices = statistics.median(ratios[list(CASES)[2]])
+    body = "\n\n".join(
+        [
+            f"Rounds of {CLIENTS:,} clients, all in the cohort, with the small network "
+            "of the default study, which leaves the world little to hide behind. With "
+            "everything that happens to devices, links and labels a round takes "
+            f"**{all_devices:.3f}** times as long as with nothing. Stale updates need "
+            "a second running sum, and drifting images are work for every image.",
+            page.table(
+                ("what is on", "seconds a round", "times as long, same repetition"),
+                [
+                    (name, page.spread(seconds[name]), page.spread(ratios[name]))
+                    for name in CASES
+                ],
+            ),
+        ]
+    )
+    print(body)
+    page.write_section("world", "The world", "python -m benchmarks.world", body)
+
+
+if __name__ == "__main__":
+    main()
