@@ -124,7 +124,7 @@ def run(
         folders = [workdir]
     if folders and is_leader():
         page = report(folders, workdir, command, tables="compare" in config)
-        print(f"report: {page}  ({time.monotonic() - start:.0f} s)")
+        print(f"report: {page}  ({time.monotonic() - start:.0f} s from the start)")
     return finished
 
 
@@ -133,12 +133,13 @@ def report(folders: list[Path], workdir: Path, command: str, tables: bool) -> Pa
     from fedmoe_jax.files import write_atomically
     from fedmoe_jax.report import write_report
     from fedmoe_jax.runs import load_run
-    from fedmoe_jax.tables import markdown_table, write_runs_csv
+    from fedmoe_jax.tables import markdown_table, print_table, write_runs_csv
 
     runs = [load_run(folder) for folder in folders]
     if tables:
         write_runs_csv(workdir / "runs.csv", runs)
         write_atomically(workdir / "table.md", markdown_table(runs))
+        print_table(runs, sys.stdout)
     return write_report(workdir, runs, command)
 
 

@@ -213,7 +213,10 @@ def validate(config: ConfigDict) -> None:
     known = UNCHECKED | set(allowed_in)
     for name in sorted(known ^ set(values)):
         what = "is missing" if name in known else "is unknown"
-        raise UserError(f"config field {name!r} {what}; allowed: those of default.py")
+        raise UserError(
+            f"config field {name!r} {what}; allowed: those of default.py of which "
+            "config.ALLOWED or a Strategy.allowed says what is allowed in them"
+        )
     for name, allowed in allowed_in.items():
         check(name, values[name], allowed)
     strategy = find_strategy(values["strategy"])

@@ -45,6 +45,9 @@ def estimate_memory(
     )
     chunk = chunk_size(sizes.cohort_size, per_run, setup.rules.client_chunk)
     training = chunk * (CLIENT_COPIES * submodel + sizes.batch_size * training_bytes)
+    # Rows of the cohort's clients as they are sent out and as they come back.
+    rows = count_bytes((state.personal, state.variate)) / sizes.num_clients
+    sums = count_bytes((state.params, state.stale))
     images = divide_images(federation.test_y.shape[0], TEST_BATCH, per_run)[1]
     evaluating = images * evaluation_bytes
     at_once = runs_at_once(num_runs, setup.mesh)
@@ -57,7 +60,7 @@ def estimate_memory(
         "data": shared_copies * shared + own_copies * num_runs * own,
         # the donated state and its successor; the running sums of the runs at work
         "state": num_runs * per_run * 2 * count_bytes(state)
-        + devices * at_once * count_bytes(state.params),
+        + devices * at_once * (sums + 2 * sizes.cohort_size * rows),
         "compute": devices * at_once * max(training, evaluating),
     }
 

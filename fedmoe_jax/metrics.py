@@ -32,7 +32,7 @@ COSTS = (
     "wasted_bytes",
     "wasted_flops",
 )
-FINAL_ROUNDS = 10
+FINAL_ROUNDS, FINAL_SHARE = 10, 0.25  # at most so many, and such a share of all
 TARGETS = (0.35, 0.40, 0.45, 0.50)
 ACCURACIES = {  # field of an evaluation row: what it is called
     "global_accuracy": "Global",
@@ -169,10 +169,13 @@ def own_final(rows: Iterable[Row], key: str) -> float | None:
     """A run's final value: the mean over the evaluations of its last ten rounds.
 
     Curves under strong label skew swing from round to round, so no single evaluation
-    is a fair final value. None before the first evaluation.
+    is a fair final value. Of runs below 40 rounds only the last quarter counts, for the
+    earlier ones are where they still learn. None before the first evaluation.
     """
     measured = evaluations(rows, key)
-    values = [v for at, v in measured if at > measured[-1][0] - FINAL_ROUNDS]
+    last = measured[-1][0] if measured else 0
+    window = min(FINAL_ROUNDS, FINAL_SHARE * last)
+    values = [v for at, v in measured if at > last - window]
     return sum(values) / len(values) if values else None
 
 

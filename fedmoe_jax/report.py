@@ -111,7 +111,8 @@ def _numbers_html(runs: Sequence[Run]) -> str:
     return (
         _table_html(titles[:cut], learnt, groups)
         + _table_html(titles[cut:], cost, groups)
-        + "<p>Accuracies are means over the evaluations of the last ten rounds. Mean ± "
+        + "<p>Accuracies are means over the evaluations of the last ten rounds, "
+        "in shorter runs than 40 of the last quarter. Mean ± "
         "half-width of the 95 % t-interval over seeds (not written where all seeds "
         "agree). Rounds to a target: median over seeds (never counts as later than any "
         "round; – where that is the median), then how many of the seeds reached it. "

@@ -4,9 +4,11 @@ import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from fedmoe_jax.config import flatten
 from fedmoe_jax.metrics import ACCURACIES
@@ -196,6 +198,20 @@ def needs_of(group: Sequence[Run]) -> str:
     """What the strategy gets beyond the shared rules, as a sentence or nothing."""
     needs = group[0].summary.get("needs", "")
     return f"Needs {needs}." if needs else ""
+
+
+SHOWN = 3  # columns of the table in the terminal, the accuracies
+
+
+def print_table(runs: Sequence[Run], stream: TextIO) -> None:
+    """The first columns of the table of final numbers, for a terminal."""
+    titles, rows = table(runs)
+    shown = Table("Strategy", "Seeds", *titles[:SHOWN], box=None)
+    groups = group_runs(name_runs(runs))
+    for label, cells in rows.items():
+        texts = [cell.text for cell in cells[:SHOWN]]
+        shown.add_row(label, str(len(groups[label])), *texts)
+    Console(file=stream, width=max(100, Console().width)).print(shown)
 
 
 def markdown_table(runs: Sequence[Run]) -> str:

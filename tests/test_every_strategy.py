@@ -19,6 +19,7 @@ from tiny import (
     breakable,
     make_linear_model,
     plan_run,
+    send_tasks,
     stems,
 )
 
@@ -396,9 +397,7 @@ def test_scaffold_corrects_towards_the_mean_of_the_variates():
         state, parts.federation, cohort, capacity, setup.sizes
     )
     assignment = setup.strategy.assign(evidence, parts.hyper, setup.sizes, None)
-    tasks = round_file.make_tasks(
-        state, parts.federation, evidence, assignment, setup.rules
-    )
+    tasks = send_tasks(parts, state, evidence, assignment)
     found = tasks.correction["head"]["kernel"]
     np.testing.assert_allclose(found, mean[None] - kernel[cohort], atol=1e-6)
     assert np.abs(found).max() > 1e-4

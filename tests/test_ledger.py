@@ -69,24 +69,29 @@ def play(late, overload):
         tier=np.zeros(3, np.int32),
     )
     federation = replicate(plan.federation.replace(devices=devices), setup.mesh)
-    show = round_file.show
+    advance, show = round_file.advance, round_file.show
+    now = []
+
+    def noting(keys, state, round, hyper):
+        now.append(round)
+        return advance(keys, state, round, hyper)
 
     def scripted(keys, state, federation, hyper, world):
         today = show(keys, state, federation, hyper, world)
-        script = {name: jnp.asarray(rows)[ROUND[0]] for name, rows in SCRIPT.items()}
+        script = {name: jnp.asarray(rows)[now[-1]] for name, rows in SCRIPT.items()}
         script = {k: v if k == "dropout" else v > 0 for k, v in script.items()}
         busy = state.get("busy", jnp.zeros(3, bool))
         script["reachable"] &= ~busy
         return today.replace(fate=Fate(**script))
 
-    ROUND = [0]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_file, "advance", noting)
         patch.setattr(round_file, "show", scripted)
         # A belief of two experts for everyone, whatever the devices can hold.
         patch.setattr(round_file, "profile", lambda belief, *_: belief)
         states, metrics = [init_state(jax.random.key(0), plan.hyper, setup)], []
-        for ROUND[0] in range(ROUNDS):
-            one_round = jax.jit(spread(build_round(setup), setup.mesh))
+        one_round = jax.jit(spread(build_round(setup), setup.mesh))
+        for _ in range(ROUNDS):
             state, measured = one_round(states[-1], federation, plan.hyper)
             states.append(state)
             metrics.append(jax.device_get(measured))

@@ -192,9 +192,13 @@ def test_rounds_to_targets():
 
 
 def test_own_final_is_the_mean_over_the_last_ten_rounds():
-    rows = [row(10, global_accuracy=0.2), row(11, global_accuracy=0.6)]
-    rows += [row(14), row(20, global_accuracy=0.8)]
+    rows = [row(30, global_accuracy=0.2), row(31, global_accuracy=0.6)]
+    rows += [row(34), row(40, global_accuracy=0.8)]
     assert metrics.own_final(rows, "global_accuracy") == pytest.approx(0.7)
+    # of 20 rounds only the last five
+    short = [row(15, global_accuracy=0.2), row(16, global_accuracy=0.4)]
+    short += [row(20, global_accuracy=0.8)]
+    assert metrics.own_final(short, "global_accuracy") == pytest.approx(0.6)
     assert metrics.own_final(rows[:1], "global_accuracy") == 0.2
     assert metrics.own_final(rows, "personal_accuracy") is None
 

@@ -25,6 +25,7 @@ from tiny import (
     breakable,
     make_linear_model,
     plan_run,
+    send_tasks,
     stems,
     tiny_config,
 )
@@ -37,10 +38,11 @@ from fedmoe_jax.cohort import build_train_cohort
 from fedmoe_jax.costs import Costs, count_bytes, count_costs
 from fedmoe_jax.merge import no_rows
 from fedmoe_jax.models import Model
-from fedmoe_jax.round import build_round, build_run_rounds, gather_evidence, make_tasks
+from fedmoe_jax.round import build_round, build_run_rounds, gather_evidence
 from fedmoe_jax.setup import Setup, init_state
 from fedmoe_jax.sharding import build_mesh, replicate, spread
 from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.tasks import build_judge
 from fedmoe_jax.types import (
     Assignment,
     Devices,
@@ -280,7 +282,7 @@ def cohort_function():
     setup = parts.setup
     rules = setup.rules._replace(personal=("gate",), gate_weight=no_rows)
     update = breakable(setup.model, setup.sizes, rules)
-    train_cohort = build_train_cohort(update, rules)
+    train_cohort = build_train_cohort(update, build_judge(setup), rules)
     return jax.jit(spread(train_cohort, parts.setup.mesh))
 
 
@@ -290,19 +292,20 @@ def train_clients(clients, federation=None):
     cohort = jnp.array(clients, jnp.int32)
     held = (cohort[:, None] + jnp.arange(K)[None]) % E
     assignment = Assignment(held.astype(jnp.int32), jnp.ones((len(clients), K), bool))
-    sizes, rules = parts.setup.sizes, parts.setup.rules
     state, data = parts.state, federation or parts.federation
+    parts = parts._replace(federation=data)
     capacity = jnp.full(N, K)
-    evidence = gather_evidence(state, data, cohort, capacity, sizes)
-    tasks = make_tasks(state, data, evidence, assignment, rules).replace(
+    evidence = gather_evidence(state, data, cohort, capacity, parts.setup.sizes)
+    tasks = send_tasks(parts, state, evidence, assignment).replace(
         own=jax.tree.map(
             lambda leaf: jnp.stack([leaf] * len(clients)),
             {"gate": parts.state.params["gate"]},
         )
     )
-    return cohort_function()(
+    (sums,), report = cohort_function()(
         parts.state.params, tasks, data, parts.hyper, jax.random.key(3)
     )
+    return sums, report
 
 
 def test_order_of_the_cohort_is_irrelevant():
@@ -335,7 +338,7 @@ def poison(federation, client):
 def test_a_broken_client_adds_nothing_to_the_sums():
     parts, *_ = base()
     with_it, report = train_clients([1, 4, 5, 8], poison(parts.federation, 5))
-    np.testing.assert_array_equal(report.finite, [True, True, False, True])
+    np.testing.assert_array_equal(report.arrived, [True, True, False, True])
     assert math.isnan(report.loss[2])
     without, _ = train_clients([1, 4, 8, 8])
     once, _ = train_clients([8, 8, 8, 8])
@@ -518,8 +521,8 @@ def test_no_key_of_a_round_is_one_of_the_start(monkeypatch):
     )
     update = lambda *args: spy(build_client_update(*args), rounds)
     monkeypatch.setattr(setup_file, "init_fitness", spy(setup_file.init_fitness, start))
-    world = spy(round_file.sample_cohort, rounds)
-    monkeypatch.setattr(round_file, "sample_cohort", world)
+    world = spy(round_file.choose_cohort, rounds)
+    monkeypatch.setattr(round_file, "choose_cohort", world)
     monkeypatch.setattr(round_file, "build_client_update", update)
     state = init_state(jax.random.key(0), parts.hyper, setup)
     round_step = compile_round(setup)
@@ -601,7 +604,7 @@ def test_one_collective_joins_the_devices(num_devices, gate_mode):
     ((sent, place),) = list_collectives(program)
     assert place not in find_called(computations, bodies), "a collective in a loop"
     params = count_bytes(parts.state.params)
-    report = C * (4 * K + 3) * 4  # feedback; loss, accuracy, finite
+    report = C * (4 * K + 9) * 4  # feedback; loss, accuracy; code, phases, spent
     if gate_mode == "personal":
         report += C * count_bytes(parts.state.params["gate"])
     weights = (2 * E + 1) * 4

@@ -13,7 +13,9 @@ from fedmoe_jax.client import ClientUpdate, build_client_update
 from fedmoe_jax.models import Model
 from fedmoe_jax.setup import Setup
 from fedmoe_jax.sharding import build_mesh
+from fedmoe_jax.tasks import make_tasks
 from fedmoe_jax.types import Federation, Hyper, SimState
+from fedmoe_jax.world.advance import Keys, show
 
 N, C, E, K, A, T, B, R = 10, 4, 4, 2, 2, 2, 4, 2
 NO_CLASS = 999
@@ -95,6 +97,13 @@ class Parts(NamedTuple):
 def plan_run(**changes):
     config = tiny_config(**changes)
     return train.plan_run(config, build_mesh(config.run.num_devices))
+
+
+def send_tasks(parts, state, evidence, assignment):
+    """The tasks of a cohort in a world without events."""
+    setup, keys = parts.setup, Keys(state.key, state.key)
+    today = show(keys, {}, parts.federation, parts.hyper, setup.rules.world)
+    return make_tasks(state, {}, today, evidence, assignment, setup)
 
 
 def assert_same(left, right, atol=0.0):

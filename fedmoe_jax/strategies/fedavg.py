@@ -123,7 +123,8 @@ FEDPROX, FEDPROX_ACTIVE = make(
     tune=set_prox,
 )
 FEDNOVA, FEDNOVA_ACTIVE = make(
-    "FedAvg that does not let clients with more steps count for more",
+    "FedAvg that does not let clients with more steps count for more; the same where "
+    "all take equally many",
     allowed=SGD_ONLY,
     adapt=add_normalisation,
 )
