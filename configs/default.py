@@ -191,6 +191,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.reaction.threshold = 0.3  # accumulated shortfall that is an alarm
     config.reaction.haste = 3.0  # rounds of learning in one, of hasten
     config.reaction.rounds = 5  # of haste after an alarm
+    config.reaction.evidence = 3  # scores of a pair before it raises any suspicion
 
     config.evaluation = ConfigDict()
     config.evaluation.dense_experts = 16  # up to so many, all see every test image

@@ -91,7 +91,7 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "pressure.left": Range(0, 1, open_low=True),
     "background.most": Range(0, 1, open_high=True),
     "background.persistence": SHARE,
-    "bandwidth.spread": NON_NEGATIVE,
+    "bandwidth.spread": Range(0, 5),
     "bandwidth.persistence": SHARE,
     "availability.share": SHARE,
     "availability.persistence": SHARE,
@@ -101,8 +101,8 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "availability.dropout": SHARE,
     "availability.early": SHARE,
     "channel.kind": ("wired", "wireless"),
-    "channel.radius": Range(NEAREST, open_low=True),
-    "channel.shadowing": NON_NEGATIVE,
+    "channel.radius": Range(NEAREST, 100, open_low=True),
+    "channel.shadowing": Range(0, 50),
     "channel.persistence": SHARE,
     "channel.csi": SHARE,
     "channel.backoff": Range(0, 1, open_low=True),
@@ -121,6 +121,7 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "reaction.threshold": POSITIVE,
     "reaction.haste": Range(1),
     "reaction.rounds": NON_NEGATIVE,
+    "reaction.evidence": COUNT,
     "devices.model_scale": POSITIVE,
     "devices.deadline": POSITIVE,
     "devices.communication_share": Range(0, 1, open_low=True, open_high=True),
@@ -184,13 +185,24 @@ def list_allowed() -> dict[str, Range | tuple[str, ...]]:
 
 
 def check_drift(values: dict[str, Any]) -> None:
-    """Raises UserError unless drift, where there is any, is complete within the run."""
+    """Raises UserError for a drift that the run would not see or could not have."""
     on = values["drift.labels"] > 0 or values["drift.images"] != "none"
     last = values["num_rounds"] - values["drift.rounds"]
     if on and values["drift.start"] > last:
         raise UserError(
             f"drift.start={values['drift.start']} is not allowed; allowed: 0 to "
             f"num_rounds - drift.rounds = {last}, so that the run sees all of the drift"
+        )
+    if on and round(values["drift.share"] * values["num_clients"]) < 2:
+        raise UserError(
+            f"drift.share={values['drift.share']} is not allowed; allowed: two of "
+            f"num_clients={values['num_clients']} or more, who drift to one another"
+        )
+    if values["drift.labels"] > 0 and values["local_epochs"] > 0:
+        raise UserError(
+            f"drift.labels={values['drift.labels']} is not allowed with "
+            f"local_epochs={values['local_epochs']}; allowed: 0, or local_epochs=0, as "
+            "passes over data that change hands have no fixed length"
         )
     if values["drift.images"] == "contrast" and values["drift.strength"] > 1:
         raise UserError(

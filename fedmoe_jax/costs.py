@@ -198,7 +198,7 @@ def client_flops(costs: Costs, traffic: Traffic, ways: Ways, examples: Array) ->
 def client_memory(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
     """Bytes that training takes on each client: [C] float32.
 
-    Experts that only run forward need their parameters alone.
+    What only runs forward, a frozen stem say, needs its parameters alone.
 
     Args:
       costs: scaled, what the devices feel.
@@ -208,6 +208,8 @@ def client_memory(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
     shared = costs.shared_bytes + costs.gate_bytes
     all_parts = shared + costs.expert_bytes * traffic.held
     untrained = costs.expert_bytes * (traffic.held - traffic.trained)
+    if "stem" in ways.frozen:
+        untrained += costs.stem_bytes
     variates = 2 * (ways.copies - 1) * all_parts
     return TRAINING_COPIES * (all_parts - untrained) + untrained + variates
 

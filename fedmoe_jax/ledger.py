@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.outcome import Outcome
+from fedmoe_jax.outcome import OUTAGE, Outcome
 from fedmoe_jax.types import Array, Sizes
 
 
@@ -13,12 +13,15 @@ class Ledger:
 
     Attributes:
       participation: [N] int32, rounds in which the client's update counted.
-      capacity: [N] int32, experts that its device could truly hold in the last round.
+      equipped: [N] bool, clients that have been sent all that they were to be sent.
+      capacity: [N] int32, experts up to E that its device could truly hold in the last
+        round, without any margin.
       client: [C] int32, the last cohort.
       outcome: [C], what became of it.
     """
 
     participation: Array
+    equipped: Array
     capacity: Array
     client: Array
     outcome: Outcome
@@ -29,6 +32,7 @@ def init_ledger(sizes: Sizes) -> Ledger:
     clients, cohort = sizes.num_clients, sizes.cohort_size
     return Ledger(
         participation=jnp.zeros(clients, jnp.int32),
+        equipped=jnp.zeros(clients, bool),
         capacity=jnp.zeros(clients, jnp.int32),
         client=jnp.zeros(cohort, jnp.int32),
         outcome=Outcome(
@@ -41,9 +45,11 @@ def init_ledger(sizes: Sizes) -> Ledger:
 
 def enter(ledger: Ledger, cohort: Array, capacity: Array, outcome: Outcome) -> Ledger:
     """The ledger after a round; `capacity` [N] is the truth of the round."""
+    received = (outcome.spent[:, 0] == 1) & (outcome.code != OUTAGE)
     took_part = outcome.arrived.astype(jnp.int32)
     return Ledger(
         participation=ledger.participation.at[cohort].add(took_part),
+        equipped=ledger.equipped.at[cohort].max(received),
         capacity=capacity,
         client=cohort,
         outcome=outcome,

@@ -52,9 +52,14 @@ def add_stale(sums: Sums, stale: Sums, discount: Array) -> Sums:
     Args:
       sums: of this round.
       stale: of the round before.
-      discount: [] in [0, 1], what a stale client weighs of its usual weight.
+      discount: [] in [0, 1], what counts of a stale delta. Its weight stays whole, so
+        that it is discounted where nobody else has trained as well.
     """
-    return jax.tree.map(lambda now, old: now + discount * old, sums, stale)
+    add = lambda now, old: now + discount * old
+    return Sums(
+        delta=jax.tree.map(add, sums.delta, stale.delta),
+        weight=jax.tree.map(jnp.add, sums.weight, stale.weight),
+    )
 
 
 def count_rows(update: ClientUpdate) -> int:

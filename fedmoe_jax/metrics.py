@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
 from fedmoe_jax.files import plain, write_atomically
+from fedmoe_jax.outcome import OUTCOMES
 from fedmoe_jax.types import UserError
 
 Row = dict[str, Any]
@@ -31,6 +32,8 @@ COSTS = (
     "radio_joules",
     "wasted_bytes",
     "wasted_flops",
+    "capacity_violations",
+    *(f"{name}_clients" for name in OUTCOMES),
 )
 FINAL_ROUNDS, FINAL_SHARE = 10, 0.25  # at most so many, and such a share of all
 TARGETS = (0.35, 0.40, 0.45, 0.50)

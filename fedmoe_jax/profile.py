@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from fedmoe_jax.costs import Costs
-from fedmoe_jax.outcome import DROPPED, MEMORY, MERGED, STALE, Outcome
+from fedmoe_jax.outcome import DROPOUT, MEMORY, Outcome
 from fedmoe_jax.types import Array, Devices, Hyper, PyTree
 from fedmoe_jax.world.advance import Keys
 from fedmoe_jax.world.capacity import true_capacity
@@ -139,13 +139,15 @@ def estimate_capacity(
 ) -> Array:
     """[N] int32 experts by observed paces and failures, now and then one more.
 
-    The buffer is kept of the room as of every other resource.
+    The buffer is kept of the room as of every other resource, but not when exploring.
     """
     by_pace = count_capacity(estimate_devices(history, devices), hyper.buffer, needs)
     explore = hyper.world["profile"]["exploration"]
     more = jax.random.bernoulli(key, explore, history.room.shape)
-    by_room = jnp.floor((1 - hyper.buffer) * history.room + 0.5).astype(jnp.int32)
-    by_room = jnp.minimum(by_room + more, needs.max_capacity)
+    usual = jnp.floor((1 - hyper.buffer) * history.room + 0.5)
+    # Without the margin: only more than there was room for can tell of more room.
+    by_room = jnp.where(more, jnp.floor(history.room) + 1, usual).astype(jnp.int32)
+    by_room = jnp.minimum(by_room, needs.max_capacity)
     return jnp.minimum(by_pace, by_room)
 
 
@@ -192,7 +194,7 @@ def profile(
 def observe(
     history: History,
     client: Array,
-    held: Array,
+    trained: Array,
     work: Array,
     outcome: Outcome,
     latency: Array,
@@ -203,14 +205,15 @@ def observe(
 ) -> History:
     """Learns from one round's times and failures.
 
-    Times are known of all who came to an end, late or not; the mean of the first few
-    counts until there are enough for the EMA. Memory that failed at `held` experts
-    pulls the room towards `held - caution`; one that did not has room for them.
+    Times are known of every phase that at least began, from how far it got, but not of
+    clients that dropped out, who tell nothing. The mean of the first few counts until
+    there are enough for the EMA. Memory that failed at `trained` experts pulls the room
+    towards `trained - caution`; who got to training has room for them.
 
     Args:
       history: before the round.
       client: [C] int32.
-      held: [C] float32 experts.
+      trained: [C] float32, experts with a backward pass, which is what fills memory.
       work: [C, 3] float32, bytes down, FLOPs and bytes up, as the devices feel them.
       outcome: leaves with a leading C axis.
       latency: [C] seconds.
@@ -219,21 +222,22 @@ def observe(
       max_capacity: K.
     """
     code = outcome.code
-    ended = (code == MERGED) | (code == STALE) | (code == DROPPED)
+    tells = (outcome.spent > 0) & (code != DROPOUT)[:, None]
     travel = jnp.stack([latency, jnp.zeros_like(latency), latency], axis=-1)
     pace = (outcome.phases - travel) / jnp.where(work > 0, work, 1.0)
     old, seen = history.pace[client], history.seen[client]
     weight = jnp.maximum(rate, 1 / (seen + 1.0))[:, None]
-    known = ended[:, None] & (work > 0)
+    known = tells & (work > 0)
     pace = jnp.where(known, (1 - weight) * old + weight * pace, old)
 
     room = history.room[client]
-    failed = code == MEMORY
-    less = jnp.maximum((1 - rate) * room + rate * (held - caution), 1.0)
-    enough = jnp.minimum(jnp.maximum(room, held), max_capacity)
-    room = jnp.where(failed, less, jnp.where(ended, enough, room))
+    aim = jnp.minimum(trained - caution, room)
+    less = jnp.maximum((1 - rate) * room + rate * aim, 1.0)
+    enough = jnp.minimum(jnp.maximum(room, trained), max_capacity)
+    enough = jnp.where(tells[:, 1], enough, room)
+    room = jnp.where(code == MEMORY, less, enough)
     return History(
         pace=history.pace.at[client].set(pace),
-        seen=history.seen.at[client].add(ended),
+        seen=history.seen.at[client].add(known.any(axis=1)),
         room=history.room.at[client].set(room),
     )

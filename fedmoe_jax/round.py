@@ -91,7 +91,7 @@ def learn_devices(
     history = observe(
         belief.history,
         tasks.client,
-        traffic.held,
+        traffic.trained,
         jnp.stack([down, flops, up], axis=-1),
         report.outcome,
         conditions.device.latency,
@@ -177,9 +177,11 @@ def round_step(
     feedback = jax.tree.map(known, report.feedback)
     memory = setup.strategy.learn(evidence, assignment, feedback, hyper)
     personal, memory, *exchanged = setup.strategy.exchange(
-        personal, memory, evidence, hyper
+        personal, memory, evidence, report.arrived, hyper
     )
-    capacity = count_capacity(today.devices, jnp.zeros(()), needs)
+    wide = needs._replace(max_capacity=max(sizes.num_experts, sizes.max_capacity))
+    capacity = count_capacity(today.devices, jnp.zeros(()), wide)
+    meant = jnp.maximum(count_capacity(today.devices, hyper.buffer, needs), 1)
 
     new_state = SimState(
         round=state.round + 1,
@@ -196,7 +198,7 @@ def round_step(
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     return new_state, measure(
-        state, new_state, federation, tasks, report, exchanged, load, setup
+        state, new_state, meant, federation, tasks, report, exchanged, load, setup
     )
 
 

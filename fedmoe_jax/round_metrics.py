@@ -20,6 +20,8 @@ from fedmoe_jax.sharding import CLIENTS
 from fedmoe_jax.traffic import find_ways
 from fedmoe_jax.types import AlignState, Array, Devices, Federation, SimState
 
+LISTED = 100  # clients up to which each has its numbers in every row
+
 
 def count_exchange(
     exchanged: tuple[Array, Array], devices: Devices, setup: Setup
@@ -47,8 +49,10 @@ def account(
     """
     rules, outcome, cohort = setup.rules, ledger.outcome, ledger.client
     devices, traffic = conditions.device, conditions.traffic
-    seconds = (outcome.phases * outcome.spent).sum(1)
-    seconds += count_exchange(exchanged, devices, setup)
+    worked = outcome.phases * outcome.spent
+    exchanging = count_exchange(exchanged, devices, setup)
+    seconds = worked.sum(1) + exchanging
+    on_air = worked[:, 0] + worked[:, 2] + exchanging
     talks = 0.0 if rules.silent else 1.0
     traffic = traffic.replace(
         sent=talks * (sent + exchanged[0]),
@@ -59,7 +63,6 @@ def account(
     flops = client_flops(setup.costs, traffic, ways, conditions.examples)
     parameters = client_parameters(setup.costs, traffic, ways)
     down, flops, up = outcome.spent.T * jnp.stack([down, flops, up])
-    worked = outcome.phases * outcome.spent
     wasted = jnp.where(outcome.arrived, 0.0, 1.0)
     longest, worked_at_all = seconds.max(), outcome.spent[:, 0] > 0
     late = (seconds > rules.deadline) | (outcome.code == DROPPED)
@@ -72,14 +75,14 @@ def account(
         "wasted_bytes": (wasted * (up + down)).sum(),
         "wasted_flops": (wasted * flops).sum(),
         "compute_joules": (devices.power * worked[:, 1]).sum(),
-        "radio_joules": (devices.radio * (worked[:, 0] + worked[:, 2])).sum(),
+        "radio_joules": (devices.radio * on_air).sum(),
         "peak_client_parameters": parameters.max(),
         "simulated_seconds": longest,
         "simulated_median_seconds": jnp.nanmedian(
             jnp.where(worked_at_all, seconds, jnp.nan)
         ),
         "late_clients": late.sum(),
-        "capacity_violations": (traffic.held > ledger.capacity[cohort]).sum(),
+        "capacity_violations": (traffic.trained > ledger.capacity[cohort]).sum(),
         "participation_jain": jain(ledger.participation),
     }
 
@@ -95,6 +98,7 @@ def count_outcomes(outcome: Outcome) -> dict[str, Array]:
 def measure(
     before: SimState,
     after: SimState,
+    meant: Array,
     federation: Federation,
     tasks: ClientTask,
     report: Report,
@@ -107,6 +111,7 @@ def measure(
     Args:
       before: the state before the round.
       after: the state after it.
+      meant: [N] int32, the capacity that a server without errors would believe in.
       federation: data and devices.
       tasks: of the cohort.
       report: of the cohort.
@@ -121,7 +126,7 @@ def measure(
         | account(ledger, tasks.conditions, report.sent, exchanged, setup)
         | count_outcomes(ledger.outcome)
         | measure_work(federation, tasks.client, setup)
-        | measure_world(after)
+        | measure_world(after, meant)
     )
 
 
@@ -165,12 +170,14 @@ def measure_work(federation: Federation, cohort: Array, setup: Setup) -> dict:
     }
 
 
-def measure_world(state: SimState) -> dict[str, Array]:
+def measure_world(state: SimState, meant: Array) -> dict[str, Array]:
     """What the server misjudges; how far drift has come, and who can be reached."""
-    error = jnp.abs(state.belief.capacity - state.ledger.capacity).mean()
+    error = jnp.abs(state.belief.capacity - meant).mean()
     names = {"moved": "drift_moved", "distorted": "drift_distorted"}
     found = {names[name]: x for name, x in state.world.items() if name in names}
     found["capacity_error"] = error
+    if len(meant) <= LISTED:
+        found["participation"] = state.ledger.participation
     if "reach" in state.world:
         found["reachable_clients"] = state.world["reach"].sum()
     return found

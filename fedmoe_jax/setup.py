@@ -71,7 +71,7 @@ def init_state(key: Array, hyper: Hyper, setup: Setup) -> SimState:
         held=jnp.zeros(shape, bool),
         times_held=jnp.zeros(shape, jnp.int32),
         memory=setup.strategy.remember(sizes),
-        detector=init_detector(sizes.num_clients) if rules.world.reaction else {},
+        detector=init_detector(*shape) if rules.world.reaction else {},
     )
     return SimState(
         round=jnp.zeros((), jnp.int32),

@@ -13,14 +13,27 @@ from fedmoe_jax.world.advance import Today
 
 
 def set_conditions(
-    today: Today, evidence: Evidence, assignment: Assignment, setup: Setup
+    today: Today,
+    evidence: Evidence,
+    assignment: Assignment,
+    equipped: Array,
+    setup: Setup,
 ) -> Conditions:
-    """Under which every cohort client works, with a leading C axis."""
+    """Under which every cohort client works, with a leading C axis.
+
+    `equipped` [N] bool are the clients that have the frozen parts.
+    """
     take = lambda leaf: leaf[evidence.client]
+    fate = jax.tree.map(take, today.fate)
+    if setup.rules.silent:  # nobody has to reach them
+        never = jnp.zeros_like(fate.reachable)
+        fate = fate.replace(reachable=~never, no_download=never, no_upload=never)
     return Conditions(
-        device=jax.tree.map(take, today.links),
-        fate=jax.tree.map(take, today.fate),
-        traffic=plan_traffic(evidence, assignment, setup.sizes, setup.rules),
+        device=jax.tree.map(take, today.devices),
+        fate=fate,
+        traffic=plan_traffic(
+            evidence, assignment, equipped[evidence.client], setup.sizes, setup.rules
+        ),
         examples=evidence.load,
     )
 
@@ -61,7 +74,9 @@ def make_tasks(
         correction=jax.tree.map(correct, state.variate),
         own=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
         distortion=find_distortion(world, federation.heir, cohort),
-        conditions=set_conditions(today, evidence, assignment, setup),
+        conditions=set_conditions(
+            today, evidence, assignment, state.ledger.equipped, setup
+        ),
     )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from fedmoe_jax.client import is_local
 from fedmoe_jax.costs import FEEDBACK_NUMBERS, Traffic, Ways
 from fedmoe_jax.rules import PARTS, Rules
-from fedmoe_jax.types import Assignment, Evidence, Sizes
+from fedmoe_jax.types import Array, Assignment, Evidence, Sizes
 
 
 def find_ways(rules: Rules) -> Ways:
@@ -18,9 +18,16 @@ def find_ways(rules: Rules) -> Ways:
 
 
 def plan_traffic(
-    evidence: Evidence, assignment: Assignment, sizes: Sizes, rules: Rules
+    evidence: Evidence,
+    assignment: Assignment,
+    equipped: Array,
+    sizes: Sizes,
+    rules: Rules,
 ) -> Traffic:
-    """What the cohort holds, trains and is sent; what it sends is not known yet."""
+    """What the cohort holds, trains and is sent; what it sends is not known yet.
+
+    `equipped` [C] bool are the clients that have the frozen parts.
+    """
     held = assignment.slot.sum(1)
     local = is_local(assignment.held, sizes.num_experts, rules.local_experts)
     local = (assignment.slot & local).sum(1)
@@ -37,5 +44,5 @@ def plan_traffic(
         received=talks * (held - local),
         told=talks * told,
         shown=shown,
-        new=(~evidence.held.any(1)).astype(jnp.float32),
+        new=(~equipped).astype(jnp.float32),
     )

@@ -255,7 +255,7 @@ def save_arrays(
         part,
         fitness=align.fitness,
         times_held=align.times_held,
-        capacity=ledger.capacity,
+        capacity=np.minimum(ledger.capacity, plan.setup.sizes.max_capacity),
         belief=belief.capacity,
         tier=plan.federation.devices.tier,
         tier_names=np.array(tier_names),

@@ -359,10 +359,11 @@ RememberFn = Callable[[Sizes], PyTree]
 PrepareFn = Callable[..., tuple[PyTree, PyTree]]
 # (evidence, assignment, feedback, hyper) -> memory after a round.
 LearnFn = Callable[[Evidence, Assignment, Feedback, Hyper], PyTree]
-# (personal parts [N, ...], memory, evidence, hyper) -> personal parts, memory, and how
-# many experts each client of the cohort has sent to and received from others, [C] each.
+# (personal parts [N, ...], memory, evidence, whose round counted [C], hyper) ->
+# personal parts, memory, and how many experts each client of the cohort has sent to and
+# received from others, [C] each.
 ExchangeFn = Callable[
-    [PyTree, PyTree, Evidence, Hyper], tuple[PyTree, PyTree, Array, Array]
+    [PyTree, PyTree, Evidence, Array, Hyper], tuple[PyTree, PyTree, Array, Array]
 ]
 # (rules, sizes, options) -> the `rules.Rules` that the strategy needs.
 AdaptFn = Callable[[Any, Sizes, dict[str, float]], Any]
@@ -393,7 +394,7 @@ def same_memory(
 
 
 def no_exchange(
-    personal: PyTree, memory: PyTree, evidence: Evidence, hyper: Hyper
+    personal: PyTree, memory: PyTree, evidence: Evidence, arrived: Array, hyper: Hyper
 ) -> tuple[PyTree, PyTree, Array, Array]:
     """Clients keep their parts for themselves."""
     nothing = jnp.zeros(evidence.client.shape)

@@ -56,10 +56,12 @@ def test_clients_are_drawn_in_proportion_to_their_weight():
 
 
 def test_where_too_few_have_weight_the_cohort_is_filled_up():
-    weight = jnp.array([0.0, 1.0, 0.0, 0.0, 1.0])
+    weight, rest = jnp.array([0.0, 1.0, 0.0, 0.0, 1.0]), set()
     for seed in range(20):
         cohort = sample_weighted(jax.random.key(seed), weight, 3)
         assert {1, 4} < set(cohort.tolist())
+        rest.add(next(iter(set(cohort.tolist()) - {1, 4})))
+    assert rest == {0, 2, 3}
 
 
 def test_dropouts_happen_as_often_and_when_they_should():

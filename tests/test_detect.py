@@ -34,7 +34,7 @@ def watch_all(residual, observed, *, num_clients, **numbers):
         detector, alarm = watch(detector, client, *seen, **numbers)
         return detector, (alarm, detector)
 
-    return jax.lax.scan(step, init_detector(num_clients), (residual, observed))
+    return jax.lax.scan(step, init_detector(num_clients, 1), (residual, observed))
 
 
 def watch_series(residual, **numbers):
@@ -90,7 +90,7 @@ def test_the_sum_by_hand():
 
 
 def test_who_is_not_in_the_cohort_keeps_its_suspicion_and_loses_haste():
-    detector = init_detector(5).replace(
+    detector = init_detector(5, 1).replace(
         suspicion=jnp.full(5, 0.5), haste_left=jnp.array([3.0, 0.0, 0.5, 1.0, 0.0])
     )
     client, residual = jnp.array([3, 1, 4]), jnp.array([2.0, 0.5, 1.0])
@@ -162,7 +162,7 @@ def test_runs_differ_under_vmap():
 # ---- what an alarm does to the scores
 
 
-def learn_once(kind):
+def learn_once(kind, evidence=3):
     """Clients 0 and 2 of three take part; its experts fail client 0."""
     ones, slots = jnp.ones((2, 2)), jnp.array([[0, 1], [2, 3]])
     assignment = Assignment(slots, jnp.ones((2, 2), bool))
@@ -170,15 +170,16 @@ def learn_once(kind):
     feedback = Feedback(accuracy, ones, ones, ones, ones, None)
     outcome = Outcome(jnp.array([MERGED, MERGED]), None, None)
     report = Report(feedback, None, None, outcome, None, {}, {})
+    well_known = init_detector(3, 4).replace(evidence=jnp.full((3, 4), evidence))
     align = AlignState(
         fitness=jnp.full((3, 4), 0.8),
         usage=jnp.zeros(4),
         held=jnp.ones((3, 4), bool),
         times_held=jnp.ones((3, 4), jnp.int32),
-        detector=init_detector(3) if kind else {},
+        detector=well_known if kind else {},
     )
     fields = dict.fromkeys(Hyper.__dataclass_fields__, jnp.float32(0))
-    numbers = dict(slack=0.1, threshold=0.5, haste=2.0, rounds=3.0)
+    numbers = dict(slack=0.1, threshold=0.5, haste=2.0, rounds=3.0, evidence=3.0)
     world = {"reaction": {name: jnp.float32(x) for name, x in numbers.items()}}
     known = dict(fitness_rate=0.3, idle_decay=0.9, prior=0.5, noise=0.01)
     known = {name: jnp.float32(x) for name, x in known.items()}
@@ -200,6 +201,14 @@ def test_an_alarm_resets_the_clients_scores_and_nobody_elses():
     assert len(set(after.fitness[0].tolist())) == 4  # ties are broken
     np.testing.assert_array_equal(after.fitness[1:], plain.fitness[1:])
     np.testing.assert_array_equal(after.held, plain.held)
+
+
+def test_a_pair_known_from_few_scores_raises_no_alarm():
+    after = learn_once("reset", evidence=2)
+    assert after.detector.alarms == 0 and not np.any(after.detector.suspicion)
+    assert after.detector.evidence[0].tolist() == [3, 3, 2, 2]
+    forgotten = learn_once("reset").detector.evidence
+    assert not np.any(forgotten[0]) and np.all(forgotten[2] >= 3)
 
 
 def test_an_alarm_hastens_the_clients_scores_by_hand():

@@ -187,6 +187,7 @@ def test_the_ledger_agrees_with_a_slow_one(late, overload):
         fair = took_part.sum() ** 2 / max(3 * (took_part**2).sum(), 1e-9)
         np.testing.assert_allclose(row["participation_jain"], fair, rtol=1e-6)
         assert row["capacity_violations"] == 2  # clients 1, of its network, and 2
+        assert row["participation"].tolist() == took_part.tolist()
     expected = {"wait": "merged", "drop": "dropped", "stale": "stale"}[late]
     assert {expected, "merged", "lost_outage", "lost_dropout"} <= seen
     assert "lost_unreachable" in seen and ("lost_memory" in seen) == (

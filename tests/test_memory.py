@@ -72,9 +72,17 @@ IMAGES = (1437 + 360) * (64 + 4) + 2 * 64 * 4
 # 10 classes, 8 numbers of the device, heir.
 OWN = 4 * 4 * (512 + 1 + 1 + 10 + 8 + 1)
 # Fitness, times held: 4 bytes, held: 1 byte for each of 4 x 4; usage; round; key; the
-# belief and the ledger: three numbers of 4 clients and, of 3, who, what, when and what
-# of it.
-STATE = PARAMS + 16 * (4 + 4 + 1) + 4 * 4 + 4 + 8 + 4 * 3 * 4 + 3 * 4 * (1 + 1 + 3 + 3)
+# belief and the ledger: three numbers and a bit of 4 clients and, of 3, who, what, when
+# and what of it.
+STATE = (
+    PARAMS
+    + 16 * (4 + 4 + 1)
+    + 4 * 4
+    + 4
+    + 8
+    + 4 * (3 * 4 + 1)
+    + 3 * 4 * (1 + 1 + 3 + 3)
+)
 
 
 @pytest.mark.parametrize(

@@ -436,9 +436,10 @@ def test_late_updates_are_summed_apart():
         )
         assert_close(sums, expected, atol=1e-4)
     half = add_stale(now, late, jnp.float32(0.5))
-    np.testing.assert_allclose(
-        half.weight["stem"], now.weight["stem"] + 0.5 * late.weight["stem"]
-    )
+    both = jax.tree.map(jnp.add, now.weight, late.weight)
+    jax.tree.map(np.testing.assert_allclose, half.weight, both)
+    expected = jax.tree.map(lambda a, b: a + 0.5 * b, now.delta, late.delta)
+    jax.tree.map(np.testing.assert_allclose, half.delta, expected)
 
 
 @pytest.mark.parametrize(("devices", "chunk"), [(1, 1), (1, 4), (8, 1), (2, 2)])

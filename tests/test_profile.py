@@ -156,12 +156,13 @@ def live(devices_of, hyper, rounds, belief=None):
         late = phases.sum(1) > 100
         code = jnp.where(4 * parts > devices.memory, MEMORY, MERGED)
         code = jnp.where((code == MERGED) & late, DROPPED, code)
+        spent = jnp.where((code == MEMORY)[:, None], jnp.array([[1.0, 0, 0]]), 1.0)
         history = observe(
             belief.history,
             clients,
             held,
             work,
-            Outcome(code, phases, jnp.ones((N, 3))),
+            Outcome(code, phases, spent),
             devices.latency,
             rate=numbers["rate"],
             caution=numbers["caution"],
@@ -202,13 +203,16 @@ def test_estimates_converge_to_the_truth_in_a_static_world(limit):
     assert np.all(np.median(late, axis=0) == TRUTH)
 
 
-def test_estimates_follow_a_step_in_memory_both_ways():
+@pytest.mark.parametrize(
+    ("buffer", "beliefs"), [(0.0, (2, 5, 2)), (0.25, (2, 4, 2)), (0.5, (1, 3, 1))]
+)
+def test_estimates_follow_a_step_in_memory_both_ways(buffer, beliefs):
     low, high = make_devices(memory_of(2)), make_devices(memory_of(5))
-    step = lambda round: high if 30 <= round < 60 else low
-    _, capacity = live(step, make_hyper(exploration=0.2), 120)
-    for end, truth in ((30, 2), (60, 5), (120, 2)):
-        assert np.median(capacity[end - 1]) == truth
-    assert np.mean(capacity[66:70] <= 3) > 0.9  # failures teach quickly
+    step = lambda round: high if 30 <= round < 70 else low
+    _, capacity = live(step, make_hyper(buffer, exploration=0.2), 130)
+    for end, belief in zip((30, 70, 130), beliefs, strict=True):
+        assert np.median(capacity[end - 6 : end]) == belief
+    assert np.mean(capacity[78:82] <= 3) > 0.8  # failures teach quickly
 
 
 def test_times_are_averaged_at_first_and_then_forgotten():
@@ -249,11 +253,13 @@ def test_the_room_by_hand():
         (MEMORY, 3, 3.4 - 0.3 * 2.4),  # towards 3 - 2
         (DROPOUT, 4, 2.68),  # says nothing
         (MERGED, 4, 4),
+        (MEMORY, 8, 4),  # a failure never tells of more room
         (MEMORY, 1, 4 - 0.3 * 5),
         (MEMORY, 1, 2.5 - 0.3 * 3.5),
         (MEMORY, 1, 1),  # never less
     ):
-        outcome = Outcome(jnp.array([code]), jnp.ones((1, 3)), jnp.ones((1, 3)))
+        spent = jnp.array([[1.0, 0, 0]]) if code == MEMORY else jnp.ones((1, 3))
+        outcome = Outcome(jnp.array([code]), jnp.ones((1, 3)), spent)
         history = observe(
             history,
             jnp.array([1]),
@@ -266,3 +272,22 @@ def test_the_room_by_hand():
             max_capacity=4,
         )
         np.testing.assert_allclose(history.room, [4.0, expected], rtol=1e-6)
+
+
+def test_what_was_cut_off_before_it_began_tells_nothing():
+    history = init_belief(1, 4, "estimated").history
+    outcome = Outcome(
+        jnp.array([DROPPED]), jnp.full((1, 3), 8.0), jnp.array([[0.5, 0, 0]])
+    )
+    history = observe(
+        history.replace(room=jnp.array([2.0])),
+        jnp.array([0]),
+        jnp.array([3.0]),
+        jnp.full((1, 3), 4.0),
+        outcome,
+        jnp.zeros(1),
+        rate=jnp.float32(0.3),
+        caution=jnp.float32(2.0),
+        max_capacity=4,
+    )
+    assert history.pace.tolist() == [[2, 0, 0]] and history.room.tolist() == [2]

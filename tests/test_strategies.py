@@ -638,11 +638,14 @@ def test_fedmoe_da_mixes_the_cohort_and_renews_its_weights_every_period():
     hyper = hyper_of("fedmoe_da")  # five neighbours, a period of 5
     memory = fedmoe_da.remember(SIZES._replace(num_clients=3, num_experts=2))
     mine = np.array([4, 5, 0, 1])  # the experts of clients 2 and 0
+    everyone = jnp.ones(2, bool)
     for number, fresh in ((3, False), (5, True), (6, True)):
         evidence = SimpleNamespace(
             round=jnp.int32(number), client=jnp.array([2, 0], jnp.int32)
         )
-        mixed, memory, *moved = fedmoe_da.exchange(personal, memory, evidence, hyper)
+        mixed, memory, *moved = fedmoe_da.exchange(
+            personal, memory, evidence, everyone, hyper
+        )
         rows = personal["gate"]["kernel"].reshape(6, 3)[mine]
         similar = fedmoe_da.find_similar(rows)
         weights = fedmoe_da.mixing_weights(similar, jnp.float32(5), jnp.float32(1))
@@ -659,8 +662,14 @@ def test_fedmoe_da_mixes_the_cohort_and_renews_its_weights_every_period():
             old = personal["gate"]["kernel"]
             frozen = {"gate": {"kernel": -old[::-1]}, "experts": personal["experts"]}
             later = SimpleNamespace(round=jnp.int32(6), client=evidence.client)
-            again, *_ = fedmoe_da.exchange(frozen, memory, later, hyper)
+            again, *_ = fedmoe_da.exchange(frozen, memory, later, everyone, hyper)
             assert_trees_close(again["experts"], mixed["experts"])
+            alone = jnp.array([True, False])  # the other's round did not count
+            still, _, *moved = fedmoe_da.exchange(
+                personal, memory, evidence, alone, hyper
+            )
+            assert_trees_close(still["experts"], personal["experts"])
+            assert [count.tolist() for count in moved] == [[0, 0], [0, 0]]
 
 
 def test_fedmoe_da_counts_what_travels_once():

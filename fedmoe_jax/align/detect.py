@@ -22,16 +22,23 @@ class Detector:
       suspicion: [N] float32 >= 0, the CUSUM.
       haste_left: [N] float32 >= 0, rounds for which scores still learn faster.
       alarms: [] float32, alarms so far.
+      evidence: [N, E] int32, scores of every pair since its fitness was the prior.
     """
 
     suspicion: Array
     haste_left: Array
     alarms: Array
+    evidence: Array
 
 
-def init_detector(num_clients: int) -> Detector:
-    """A detector of N clients that has seen nothing."""
-    return Detector(jnp.zeros(num_clients), jnp.zeros(num_clients), jnp.zeros(()))
+def init_detector(num_clients: int, num_experts: int) -> Detector:
+    """A detector of N clients and E experts that has seen nothing."""
+    return Detector(
+        suspicion=jnp.zeros(num_clients),
+        haste_left=jnp.zeros(num_clients),
+        alarms=jnp.zeros(()),
+        evidence=jnp.zeros((num_clients, num_experts), jnp.int32),
+    )
 
 
 def residuals(fitness: Array, score: Array, counted: Array) -> tuple[Array, Array]:
@@ -93,6 +100,7 @@ def watch(
         suspicion=jnp.where(alarm, 0.0, suspicion),
         haste_left=jnp.where(alarm, rounds, waited),
         alarms=detector.alarms + alarm.sum(),
+        evidence=detector.evidence,
     )
     return after, alarm
 

@@ -37,15 +37,18 @@ def notice(
 ) -> tuple[Detector, Array]:
     """Looks for drift in how far scores [C, K] fall short of the fitness.
 
-    A pair held for the first time says nothing, nor does a client that had an alarm a
-    few rounds ago: its scores are still on their way.
+    A pair whose fitness still comes from its prior rather than from scores says
+    nothing, nor does a client that had an alarm a few rounds ago.
 
     Returns:
       The detector after the round, and alarm [N] bool.
     """
     numbers, detector = hyper.world["reaction"], align.detector
     held = cohort[:, None], assignment.held
-    known = counted & (align.times_held[held] > 0)
+    seen = counted & jnp.isfinite(score)
+    known = seen & (detector.evidence[held] >= numbers["evidence"])
+    evidence = detector.evidence.at[held].add(seen.astype(jnp.int32))
+    detector = detector.replace(evidence=evidence)
     residual, observed = residuals(align.fitness[held], score, known)
     return watch(
         detector,
@@ -105,6 +108,8 @@ def learn(
         fitness = reset_fitness(
             keys.of(RESET), fitness, alarm, hyper.prior, hyper.noise
         )
+        forgotten = jnp.where(alarm[:, None], 0, detector.evidence)
+        detector = detector.replace(evidence=forgotten)
     return align.replace(
         fitness=fitness,
         detector=detector,

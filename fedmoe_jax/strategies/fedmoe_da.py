@@ -49,18 +49,24 @@ def remember(sizes: Sizes) -> PyTree:
 
 
 def exchange(
-    personal: PyTree, memory: PyTree, evidence: Evidence, hyper: Hyper
+    personal: PyTree, memory: PyTree, evidence: Evidence, arrived: Array, hyper: Hyper
 ) -> tuple[PyTree, PyTree, Array, Array]:
-    """Mixes the experts of the cohort; its similarities are renewed every `period`."""
+    """Mixes the experts of the cohort; its similarities are renewed every `period`.
+
+    Clients whose round did not count, `arrived` [C] false, take no part.
+    """
     rows = personal["gate"]["kernel"]  # [N, E, D]
     num_experts, own = rows.shape[1], hyper.own
     mine = evidence.client[:, None] * num_experts + jnp.arange(num_experts)[None]
     mine = mine.reshape(-1)  # [C * E], of all N * E experts
     block = mine[:, None], mine[None]
     fresh = find_similar(rows.reshape(-1, rows.shape[-1])[mine])
-    due = evidence.round % own["period"] == 0
+    there = jnp.repeat(arrived, num_experts)
+    both = there[:, None] & there[None]
+    due = (evidence.round % own["period"] == 0) & both
     similar = jnp.where(due, fresh, memory["similar"][block])
-    mixing = mixing_weights(similar, own["neighbours"], own["temperature"])
+    known = jnp.where(both | jnp.eye(len(mine), dtype=bool), similar, UNKNOWN)
+    mixing = mixing_weights(known, own["neighbours"], own["temperature"])
 
     def mix(leaf: Array) -> Array:
         flat = leaf.reshape(-1, *leaf.shape[2:])

@@ -61,14 +61,13 @@ class Today:
 
     Attributes:
       federation: with the examples that the clients own by now.
-      devices: leaves [N], what they have left for training.
-      links: the same devices behind the radio channel, where there is one.
+      devices: leaves [N], what they have left for training, their links as slow as the
+        radio channel makes them.
       fate: leaves [N], what clients meet if they are in the cohort.
     """
 
     federation: Federation
     devices: Devices
-    links: Devices
     fate: Fate
 
 
@@ -213,7 +212,7 @@ def show(
       world: which of them are on.
     """
     devices = devices_now(federation.devices, state, hyper, world)
-    count, links = devices.memory.shape[0], devices
+    count = devices.memory.shape[0]
     dropout, never = jnp.full(count, jnp.inf), jnp.zeros(count, bool)
     if world.dropout:
         numbers = hyper.world["availability"]
@@ -223,12 +222,12 @@ def show(
     fate = Fate(find_reachable(state, count), dropout, never, never)
     if world.wireless:
         (up, no_upload), (down, no_download) = open_links(keys, state, hyper)
-        links = devices.replace(
+        devices = devices.replace(
             upload=jnp.minimum(devices.upload, up),
             download=jnp.minimum(devices.download, down),
         )
         fate = fate.replace(no_download=no_download, no_upload=no_upload)
-    return Today(drifted_federation(federation, state), devices, links, fate)
+    return Today(drifted_federation(federation, state), devices, fate)
 
 
 def open_links(

@@ -65,8 +65,9 @@ def sample_weighted(key: Array, weight: Array, cohort_size: int) -> Array:
       [C] int32 client ids in ascending order.
     """
     luck = jax.random.gumbel(key, weight.shape)
-    score = jnp.where(weight > 0, jnp.log(jnp.maximum(weight, 1e-30)) + luck, -1e9)
-    return jnp.sort(jax.lax.top_k(score, cohort_size)[1].astype(jnp.int32))
+    merit = jnp.where(weight > 0, jnp.log(jnp.maximum(weight, 1e-30)), -1e4)
+    chosen = jax.lax.top_k(merit + luck, cohort_size)[1]
+    return jnp.sort(chosen.astype(jnp.int32))
 
 
 def draw_dropout(key: Array, num_clients: int, *, rate: Array, early: Array) -> Array:

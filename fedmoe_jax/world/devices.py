@@ -198,7 +198,10 @@ def _read_rows(path: str) -> list[dict]:
         ) from None
     reader = csv.DictReader(lines, skipinitialspace=True)
     _check_header(path, reader.fieldnames or [])
-    rows = [_read_row(f"{path}, line {reader.line_num}", row) for row in reader]
+    try:
+        rows = [_read_row(f"{path}, line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise _fault(path, f"cannot be read ({error}); needed: a CSV file") from None
     if not rows:
         raise _fault(path, "has no rows; allowed: one row or more below the header")
     return rows
