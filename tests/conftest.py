@@ -18,6 +18,8 @@ import jax
 
 # [N] + [N, E] is an error in tests: a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# `launch.main`, called by tests, would keep every later program in the user's cache.
+jax.config.update("jax_enable_compilation_cache", False)
 
 hypothesis.settings.register_profile(
     "fedmoe", deadline=None, derandomize=True, database=None
