@@ -175,11 +175,16 @@ def count_images(
         answer = lambda asker: (own_logits(asker, images), answers)
     counts = ask_clients(askers, answer, images, active, every_expert)
     if personal:
-        counts = average_clients(counts, state.align.held.any(axis=1))
+        counts = average_clients(counts, find_participants(state))
     else:
         counts |= ask_gate(images.logits, answers, images, active, every_expert)
         counts |= ask_alone(answers, images) if every_expert else {}
     return counts | {"total": images.label.sum(0)}
+
+
+def find_participants(state: SimState) -> Array:
+    """[N] bool, clients that hold experts and of which an update has counted."""
+    return state.align.held.any(axis=1) & (state.ledger.participation > 0)
 
 
 def worst_decile(accuracy: Array, counted: Array) -> Array:
@@ -199,21 +204,20 @@ def worst_decile(accuracy: Array, counted: Array) -> Array:
 
 
 def summarise_counts(
-    counts: dict[str, Array], held: Array, label_mix: Array
+    counts: dict[str, Array], took_part: Array, label_mix: Array
 ) -> dict[str, Array]:
     """Accuracies in [0, 1] from counts over the whole test set.
 
     Args:
       counts: see `count_batch`; the rows of all clients are alike where the data are
         pooled, and there is one of them only.
-      held: [N, E] bool, likewise; clients that hold nothing are left out of personal
-        accuracy.
+      took_part: [N] bool, likewise; who is in personal accuracy.
       label_mix: [N, L] float32, rows sum to 1.
     """
     total = counts["total"]  # [L]
     share = 1.0 / jnp.maximum(total, 1.0)
     client_accuracy = (counts["personal"] * share[None] * label_mix).sum(1)  # [N]
-    took_part = jnp.broadcast_to(held.any(axis=1), client_accuracy.shape)
+    took_part = jnp.broadcast_to(took_part, client_accuracy.shape)
     accuracies = {
         "global_accuracy": counts["global"].sum() / total.sum(),
         "personal_accuracy": jnp.where(took_part, client_accuracy, 0.0).sum()
@@ -272,7 +276,9 @@ def build_evaluate_share(
         shapes = jax.eval_shape(one_batch, state, federation, position[0])
         zero = jax.tree.map(jnp.zeros_like, shapes)
         counts = jax.lax.psum(jax.lax.scan(add, zero, position)[0], CLIENTS)
-        return summarise_counts(counts, state.align.held, federation.label_mix)
+        return summarise_counts(
+            counts, find_participants(state), federation.label_mix
+        )
 
     return evaluate_share
 

@@ -127,7 +127,8 @@ def weigh(
       rules: how rows and experts are weighted, and what stays with the client.
 
     Returns:
-      `stem` and `head` [], `gate` [E], `experts` [K]; 0 for what does not count.
+      `stem` and `head` [], `gate` [E], `experts` [K]; 0 for what does not count. A
+      broken update weighs like others: it travels, and is left out when it arrives.
     """
     client = (task, update, size, hyper)
     local = is_local(task.held, count_rows(update), rules.local_experts)
@@ -139,7 +140,7 @@ def weigh(
     }
     for part in set(rules.personal) - {"experts"}:
         weights[part] = jnp.zeros_like(weights[part])
-    zero = lambda weight: jnp.where(counts(task, update), weight, 0.0)
+    zero = lambda weight: jnp.where(task.steps > 0, weight, 0.0)
     return jax.tree.map(zero, weights)
 
 

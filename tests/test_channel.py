@@ -34,7 +34,7 @@ def gains(mean_snr_db):
     return jnp.full(CLIENTS, mean_snr_db - 104.0 - POWER)
 
 
-def use(gain_db, fading, known, backoff=1.0, min_snr=-100.0):
+def use(gain_db, fading, known, backoff=1.0, min_snr=-100.0, limit=1e12):
     numbers = {
         "power": POWER,
         "bandwidth": BANDWIDTH,
@@ -42,7 +42,8 @@ def use(gain_db, fading, known, backoff=1.0, min_snr=-100.0):
         "min_snr": min_snr,
     }
     numbers = {name: jnp.float32(value) for name, value in numbers.items()}
-    speed, outage = jax.jit(channel.link)(gain_db, fading, known, **numbers)
+    limit = jnp.full(gain_db.shape, limit)
+    speed, outage = jax.jit(channel.link)(gain_db, fading, known, limit, **numbers)
     assert speed.shape == gain_db.shape and outage.dtype == bool
     assert jnp.all(jnp.isfinite(speed)) and jnp.all(speed > 0)
     return speed, outage
@@ -155,6 +156,15 @@ def test_the_link_takes_shannons_rate_of_what_is_known():
     # below 0 dB counts as 0 dB, 1 bit per Hz.
     np.testing.assert_allclose(speed * 8 / BANDWIDTH, [1, 1, 0.5], rtol=1e-5)
     assert outage.tolist() == [False, True, False]
+
+
+def test_a_slow_device_does_not_overshoot_the_channel():
+    known, true = jnp.full((1, 2), jnp.sqrt(3.0)), jnp.full((1, 2), jnp.sqrt(0.9))
+    # SNR 0.9 carries 0.93 bits per Hz, less than the 2 of SNR 3.
+    for bits, limit, fails in ((2, 3, True), (0.95, 0.95, True), (0.9, 0.9, False)):
+        speed, outage = use(gains(0.0)[:1], true, known, limit=limit * BANDWIDTH / 8)
+        np.testing.assert_allclose(speed * 8 / BANDWIDTH, bits, rtol=1e-5)
+        assert outage.tolist() == [fails]
 
 
 def test_a_link_below_the_least_snr_fails_however_slow():

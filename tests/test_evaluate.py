@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import default
 from fedmoe_jax import evaluate, experiment, questions
+from fedmoe_jax.ledger import init_ledger
 from fedmoe_jax.models import build_model
 from fedmoe_jax.sharding import RUNS, build_mesh, spread
 from fedmoe_jax.types import AlignState, Federation, SimState, Sizes
@@ -27,7 +28,7 @@ SIZES = Sizes(
     max_capacity=3,
 )
 IMAGES, IMAGE = 21, (4, 4, 1)  # 21 is no multiple of 8 devices nor of batches of 4
-IDLE = 5  # this client never took part
+IDLE, LOST = 5, 2  # one holds nothing, no update of the other has counted
 LEFT_OUT = {"global_soft_accuracy", "expert_accuracy"}  # they need every expert
 
 
@@ -56,6 +57,12 @@ def make_held(rng, sizes):
         held[client, rng.permutation(sizes.num_experts)[:count]] = True
     held[IDLE] = False
     return held
+
+
+def make_ledger(sizes):
+    ledger = init_ledger(sizes)
+    counted = jnp.ones(sizes.num_clients, jnp.int32).at[LOST].set(0)
+    return ledger.replace(participation=counted)
 
 
 def make_rules(personal, every_expert):
@@ -89,6 +96,7 @@ def make_state(personal, model=MODEL, sizes=SIZES, seed=0):
         align=align,
         personal=own,
         variate={},
+        ledger=make_ledger(sizes),
     )
 
 
@@ -162,7 +170,7 @@ def slow_evaluate(state):
         return right, gates
 
     askers = range(SIZES.num_clients) if personal else range(1)
-    askers = [c for c in askers if not (personal and c == IDLE)]
+    askers = [c for c in askers if not (personal and c in (IDLE, LOST))]
     active = SIZES.num_active
     top = [ask(c, lambda row: slow_gates(row, everyone, active)) for c in askers]
     soft = [ask(c, lambda row: np.exp(row) / np.exp(row).sum())[0] for c in askers]
@@ -174,7 +182,7 @@ def slow_evaluate(state):
         by_label = [right[labels == label].mean() for label in range(SIZES.num_classes)]
         client_accuracy.append(np.asarray(FEDERATION.label_mix[c]) @ by_label)
     client_accuracy = np.array(client_accuracy)
-    counted = np.delete(client_accuracy, IDLE)
+    counted = np.delete(client_accuracy, [IDLE, LOST])
     routed = np.mean([gates for _, gates in top], axis=0)
     alone = answers.argmax(-1) == labels[:, None]
     return {

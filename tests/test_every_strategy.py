@@ -303,7 +303,7 @@ def test_evaluation_asks_every_clients_own_model(strategy, gate_mode):
     parts = setup.model, setup.sizes, setup.rules, setup.mesh
     found = build_evaluate(*parts)(trial.state, data)
     y = np.array(data.test_y)
-    took_part = np.flatnonzero(np.array(trial.state.align.held).any(1))
+    took_part = np.flatnonzero(np.array(trial.state.ledger.participation))
     askers = took_part if setup.rules.personal else took_part[:1]
     right = [(answer_slowly(trial, client) == y).mean() for client in askers]
     # A tie between two classes may fall either way.

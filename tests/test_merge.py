@@ -13,6 +13,7 @@ from fedmoe_jax.client import ClientTask, ClientUpdate
 from fedmoe_jax.cohort import (
     Report,
     build_train_cohort,
+    keep_if,
     place_reports,
     take_tasks,
 )
@@ -130,6 +131,7 @@ def sum_up(params, tasks, updates, size, *, gate_mode, weight):
 
     def add(sums, client):
         weights = weigh(*client, None, make_rules(gate_mode, weight))
+        weights = keep_if(client[1].finite, weights)
         return accumulate(sums, *client[:2], weights), None
 
     return jax.lax.scan(add, zero_sums(params), (tasks, updates, size))[0]
@@ -413,8 +415,9 @@ def judge_by_numbers(task, sent, finite):
 
 def test_late_updates_are_summed_apart():
     def judge(task, sent, finite):
-        late = jnp.where(task.client % 2 == 1, STALE, MERGED)
-        return judge_by_numbers(task, sent, finite).replace(code=late)
+        outcome = judge_by_numbers(task, sent, finite)
+        late = finite & (task.client % 2 == 1)
+        return outcome.replace(code=jnp.where(late, STALE, outcome.code))
 
     rules = make_rules("personal", "examples")
     rules = rules._replace(world=CALM._replace(late="stale"))

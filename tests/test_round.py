@@ -349,7 +349,7 @@ def test_a_broken_client_adds_nothing_to_the_sums():
 
 def test_a_round_goes_on_without_a_broken_client():
     parts, round_step, *_ = base()
-    state, metrics = round_step(parts.state, parts.federation, parts.hyper)
+    state, sound = round_step(parts.state, parts.federation, parts.hyper)
     cohort = np.flatnonzero(np.array(state.align.times_held).any(1))
     broken = cohort[1]
     federation = replicate(poison(parts.federation, broken), parts.setup.mesh)
@@ -364,6 +364,9 @@ def test_a_round_goes_on_without_a_broken_client():
     trained = np.delete(held, broken, axis=0).sum(0)
     np.testing.assert_array_equal(metrics["expert_load"], T * B * trained)
     assert min(float(jnp.abs(a - b).max()) for a, b in stems(state, parts.state)) > 0
+    # It sends all before the server finds it broken.
+    assert metrics["bytes_up"] == sound["bytes_up"]
+    assert metrics["wasted_bytes"] > 0
 
 
 def test_params_stay_where_every_client_is_broken():

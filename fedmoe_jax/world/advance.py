@@ -221,17 +221,14 @@ def show(
         )
     fate = Fate(find_reachable(state, count), dropout, never, never)
     if world.wireless:
-        (up, no_upload), (down, no_download) = open_links(keys, state, hyper)
-        devices = devices.replace(
-            upload=jnp.minimum(devices.upload, up),
-            download=jnp.minimum(devices.download, down),
-        )
+        (up, no_upload), (down, no_download) = open_links(keys, state, devices, hyper)
+        devices = devices.replace(upload=up, download=down)
         fate = fate.replace(no_download=no_download, no_upload=no_upload)
     return Today(drifted_federation(federation, state), devices, fate)
 
 
 def open_links(
-    keys: Keys, state: dict, hyper: Hyper
+    keys: Keys, state: dict, devices: Devices, hyper: Hyper
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """Rate [N] in bytes per second and outage [N] of the links up and down.
 
@@ -243,15 +240,17 @@ def open_links(
     )
     known = channel.known_fading(keys.of(CSI), fading, numbers["csi"])
 
-    def open_link(power: Array) -> tuple[Array, Array]:
+    def open_link(limit: Array, power: Array) -> tuple[Array, Array]:
         return channel.link(
             gain,
             fading,
             known,
+            limit,
             power=power,
             bandwidth=numbers["bandwidth"],
             backoff=numbers["backoff"],
             min_snr=numbers["min_snr"],
         )
 
-    return open_link(numbers["power_up"]), open_link(numbers["power_down"])
+    up = open_link(devices.upload, numbers["power_up"])
+    return up, open_link(devices.download, numbers["power_down"])

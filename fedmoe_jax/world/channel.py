@@ -123,6 +123,7 @@ def link(
     gain_db: Array,
     fading: Array,
     known: Array,
+    limit: Array,
     *,
     power: Array,
     bandwidth: Array,
@@ -132,14 +133,16 @@ def link(
     """The rate at which every client's link is used, and where that fails.
 
     The sender picks `backoff` times the Shannon rate of the channel it knows, or of
-    `min_snr` where that is more, so that every time is finite. The link is in outage
-    where the true channel carries less than that or lies below `min_snr`. With perfect
-    knowledge that happens with probability `1 - exp(-min_snr / mean SNR)`, linear.
+    `min_snr` where that is more, so that every time is finite, and never more than its
+    `limit`. The link is in outage where the true channel carries less than that or lies
+    below `min_snr`. With perfect knowledge that happens with probability
+    `1 - exp(-min_snr / mean SNR)`, linear.
 
     Args:
       gain_db: [N] float32 dB, see `place`.
       fading: [N, 2] float32, the true channel.
       known: [N, 2] float32, what the sender knows of it, see `known_fading`.
+      limit: [N] float32 bytes per second > 0, of the device itself.
       power: [] float32 dBm.
       bandwidth: [] float32 Hz > 0.
       backoff: [] float32 in (0, 1]; less is slower and fails less often.
@@ -150,10 +153,12 @@ def link(
       what the sender tried.
     """
     chex.assert_equal_shape([fading, known])
+    chex.assert_equal_shape([gain_db, limit])
     least = _linear(min_snr)
     true_snr = snr(gain_db, fading, power, bandwidth)
     known_snr = snr(gain_db, known, power, bandwidth)
     chosen = backoff * rate(jnp.maximum(known_snr, least), bandwidth)
+    chosen = jnp.minimum(chosen, limit)
     too_fast = chosen > (1 + ROUNDING) * rate(true_snr, bandwidth)
     return chosen, too_fast | (true_snr < least)
 
