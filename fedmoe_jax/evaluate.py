@@ -276,9 +276,7 @@ def build_evaluate_share(
         shapes = jax.eval_shape(one_batch, state, federation, position[0])
         zero = jax.tree.map(jnp.zeros_like, shapes)
         counts = jax.lax.psum(jax.lax.scan(add, zero, position)[0], CLIENTS)
-        return summarise_counts(
-            counts, find_participants(state), federation.label_mix
-        )
+        return summarise_counts(counts, find_participants(state), federation.label_mix)
 
     return evaluate_share
 

@@ -7,7 +7,7 @@ import numpy as np
 from fedmoe_jax.curves import curves
 from fedmoe_jax.gallery import Picture, field_series
 from fedmoe_jax.outcome import OUTCOMES
-from fedmoe_jax.plots import COLOURS
+from fedmoe_jax.plots import COLOURS, participation_bars
 from fedmoe_jax.runs import Run, num_experts
 from fedmoe_jax.timeline import (
     SLOWEST_ROWS,
@@ -90,6 +90,25 @@ def _outcomes(run: Run) -> Iterator[Picture]:
         )
 
 
+def _participation(run: Run) -> Iterator[Picture]:
+    """Rounds in which clients counted; none where all counted equally often."""
+    arrays = run.arrays
+    counted = arrays.get("participation", np.zeros(1))
+    if np.ptp(counted) > 0:
+        yield Picture(
+            "participation",
+            "Clients by the number of rounds in which their update counted. Clients "
+            "at zero are unknown to the model; a tier of its own on the left says "
+            "which devices are left out.",
+            participation_bars(
+                counted,
+                run.rows[-1]["round"],
+                arrays["tier"],
+                arrays.get("tier_names", run.config["devices"]["tiers"]),
+            ),
+        )
+
+
 def _belief(run: Run) -> Iterator[Picture]:
     """Truth against belief; none where the server is never wrong."""
     arrays = run.arrays
@@ -107,5 +126,5 @@ def _belief(run: Run) -> Iterator[Picture]:
 
 def device_pictures(run: Run) -> Iterator[Picture]:
     """Pictures of the devices of one run, as far as it tells of them."""
-    for pictures in (_round_time, _last_round, _outcomes, _belief):
+    for pictures in (_round_time, _last_round, _outcomes, _participation, _belief):
         yield from pictures(run)

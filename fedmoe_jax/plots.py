@@ -20,6 +20,7 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
 MAP = "cividis"  # perceptually even, the same to colour-blind readers
 GREY = "#666666"
 DPI = 200
+PARTICIPATION_BARS = 20  # at most
 LINE_INCHES = 0.125  # height of one line of the small letters
 STYLE = {"font.size": 8, "axes.linewidth": 0.6, "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
@@ -174,14 +175,39 @@ def capacity_bars(
     capacity: np.ndarray, tier: np.ndarray, tier_names: Sequence[str]
 ) -> Figure:
     """How many clients can hold how many experts, [N] each, stacked by device tier."""
+    edges = np.arange(1, capacity.max() + 2) - 0.5
+    return _tier_bars("Experts a client can hold", capacity, edges, tier, tier_names)
+
+
+def participation_bars(
+    participation: np.ndarray,
+    num_rounds: int,
+    tier: np.ndarray,
+    tier_names: Sequence[str],
+) -> Figure:
+    """How many clients counted in how many rounds, [N] each, stacked by device tier."""
+    width = -(-(num_rounds + 1) // PARTICIPATION_BARS)
+    edges = np.arange(0, num_rounds + width + 1, width) - 0.5
+    title = "Rounds in which a client's update counted"
+    return _tier_bars(title, participation, edges, tier, tier_names)
+
+
+def _tier_bars(
+    title: str,
+    values: np.ndarray,
+    edges: np.ndarray,
+    tier: np.ndarray,
+    tier_names: Sequence[str],
+) -> Figure:
+    """A histogram of clients [N], stacked by device tier."""
     figure = Figure(figsize=(2.9, 2.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="Experts a client can hold", ylabel="Clients")
-    places = np.arange(1, capacity.max() + 1)
-    bottom = np.zeros(len(places))
+    axes = figure.add_subplot(xlabel=title, ylabel="Clients")
+    width, bottom = edges[1] - edges[0], np.zeros(len(edges) - 1)
     for i, name in enumerate(tier_names):
-        counts = (capacity[tier == i][:, None] == places).sum(axis=0)
+        counts, _ = np.histogram(values[tier == i], edges)
         colour = COLOURS[i % len(COLOURS)]
-        axes.bar(places, counts, 0.7, bottom, color=colour, label=name)
+        centres = edges[:-1] + width / 2
+        axes.bar(centres, counts, 0.7 * width, bottom, color=colour, label=name)
         bottom += counts
     axes.xaxis.set_major_locator(ticks(8))
     axes.yaxis.set_major_locator(ticks(5))

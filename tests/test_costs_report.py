@@ -6,7 +6,16 @@ import math
 import numpy as np
 import pytest
 
-from fedmoe_jax import curves, efficiency, fleet, report, runs, summary, tables
+from fedmoe_jax import (
+    curves,
+    efficiency,
+    fleet,
+    plots,
+    report,
+    runs,
+    summary,
+    tables,
+)
 from fedmoe_jax import timeline as timeline_
 from fedmoe_jax.outcome import OUTCOMES
 
@@ -288,17 +297,48 @@ def test_belief_bubbles_count_clients():
     assert places == {(1, 1): "2", (2, 3): "1", (2, 1): "1"}
 
 
+def heights(axes):
+    """Left edge and height of every bar that is there, tier by tier."""
+    return [
+        [
+            (bar.get_x() + bar.get_width() / 2, bar.get_height())
+            for bar in bars
+            if bar.get_height()
+        ]
+        for bars in axes.containers
+    ]
+
+
+def test_bars_of_participation_by_hand():
+    tiers = np.array([0, 0, 1, 1]), ["phone", "desk"]
+    (axes,) = plots.participation_bars(np.array([0, 2, 2, 5]), 5, *tiers).axes
+    assert heights(axes) == [[(0, 1), (2, 1)], [(2, 1), (5, 1)]]
+    # 100 rounds in bars of six: 0 to 5, ..., 96 to 101
+    (axes,) = plots.participation_bars(np.array([5, 6, 96, 100]), 100, *tiers).axes
+    assert heights(axes) == [[(2.5, 1), (8.5, 1)], [(98.5, 2)]]
+
+
+def test_bars_of_capacity_by_hand():
+    tiers = np.array([0, 0, 1]), ["phone", "desk"]
+    (axes,) = plots.capacity_bars(np.array([1, 1, 3]), *tiers).axes
+    assert heights(axes) == [[(1, 2)], [(3, 1)]]
+
+
 def names_of(run):
     return [picture.name for picture in fleet.device_pictures(run)]
 
 
 def test_device_pictures_only_where_there_is_something_to_see(tmp_path):
     run = make_run(tmp_path)
-    assert names_of(run) == ["round_time", "timeline", "outcomes", "belief"]
+    seen = ["round_time", "timeline", "outcomes", "participation", "belief"]
+    assert names_of(run) == seen
+    even = ARRAYS | {"participation": np.array([3, 3, 3])}
+    assert names_of(run._replace(arrays=even)) == [*seen[:3], "belief"]
     calm = dict(lost_memory_clients=0.0, merged_clients=3.0, capacity_error=0.0)
     rows = [make_row(n, **calm) for n in (1, 2)]
-    assert names_of(run._replace(rows=rows)) == ["round_time", "timeline"]
-    still = ARRAYS | {"last_phases": np.zeros((3, 3))}
+    quiet = run._replace(rows=rows, arrays=even)
+    assert names_of(quiet) == ["round_time", "timeline"]
+    still = even | {"last_phases": np.zeros((3, 3))}
     rows = [make_row(1, **calm | NOTHING | {"simulated_median_seconds": 0.0})]
     assert names_of(run._replace(rows=rows, arrays=still)) == []
 
@@ -319,7 +359,8 @@ def test_captions_of_a_large_cohort(tmp_path):
 
 def test_page_with_costs(tmp_path):
     made = [make_run(tmp_path, seed=seed) for seed in (0, 1)]
-    one = {"capacity": np.array([2]), "belief": np.array([2]), "tier": np.array([0])}
+    names = ("capacity", "belief", "tier", "participation")
+    one = {name: ARRAYS[name][:1] for name in names}
     made.insert(0, make_run(tmp_path, "centralised", ROWS[:2], ARRAYS | one))
     path = report.write_report(tmp_path / "out", made, "c")
     text = path.read_text(encoding="utf-8")
