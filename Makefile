@@ -27,8 +27,7 @@ demo: $(STAMP) ## compare strategies on the digits, offline; a second call resum
 	  --config=configs/compare.py:digits --workdir=runs/digits
 
 test: $(STAMP) ## run all tests, on the CPU
-	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n logical --maxprocesses 2 --dist loadfile \
-	  --no-loadscope-reorder
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## check style and formatting
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -35,8 +35,8 @@ def get_config(argument: str = "") -> ConfigDict:
     full, rest = compare.take_word(argument, "full")
     config = compare.get_config(rest)
     if "smoke" not in rest:
-        config.num_rounds, config.eval_every, config.chunk_rounds = 24, 4, 1
-        config.checkpoint.every = 8
+        config.num_rounds, config.eval_every, config.chunk_rounds = 30, 5, 1
+        config.checkpoint.every, config.local_steps = 10, 20
     # Memory is what binds: little of it is free, and the network has time.
     config.devices.free_memory, config.devices.deadline = 0.2, 240.0
     config.devices.overload, config.late.kind = "lose", "drop"

@@ -132,7 +132,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.late = ConfigDict()
     config.late.kind = "wait"  # wait | drop | stale (merged a round later)
-    config.late.discount = 0.5  # weight of a stale update
+    config.late.discount = 0.5  # share of a stale update that is applied
 
     config.profile = ConfigDict()
     config.profile.kind = "oracle"  # oracle | self_reported | estimated

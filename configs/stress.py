@@ -22,7 +22,7 @@ STRATEGIES = (
     "fedavg_active",
 )
 DROPOUT = "availability.dropout=0.2"
-ERROR = "profile.kind=self_reported"
+ERROR = "profile.kind=self_reported,profile.fixed=0"  # another error every round
 DRIFT = "drift.labels=1.0"
 STRESSES = ("", DROPOUT, ERROR, DRIFT, f"{DROPOUT},{ERROR},{DRIFT}")
 REACTIONS = tuple(f"{DRIFT},reaction.kind={kind}" for kind in ("reset", "hasten"))
@@ -33,13 +33,15 @@ def get_config(argument: str = "") -> ConfigDict:
     full, rest = compare.take_word(argument, "full")
     config = compare.get_config(rest)
     if "smoke" not in rest:
-        config.num_rounds, config.eval_every, config.chunk_rounds = 24, 4, 1
-        config.checkpoint.every = 8
-        config.drift.start, config.drift.rounds = 8, 8
+        config.num_rounds, config.eval_every, config.chunk_rounds = 30, 5, 1
+        config.checkpoint.every, config.local_steps = 10, 20
+        config.drift.start, config.drift.rounds = 10, 10
         if full:
-            config.num_rounds = 96
-            config.drift.start, config.drift.rounds = 32, 32
-    config.devices.free_memory, config.devices.deadline = 0.2, 240.0
+            config.num_rounds = 90
+            config.drift.start, config.drift.rounds = 30, 30
+    # No margin, so that whoever reports too much is lost.
+    config.devices.free_memory, config.devices.buffer = 0.2, 0.0
+    config.devices.deadline = 240.0
     config.devices.overload, config.late.kind = "lose", "drop"
     config.compare.strategies = STRATEGIES
     config.compare.changes = (*STRESSES, *REACTIONS) if full else STRESSES

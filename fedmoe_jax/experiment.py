@@ -309,10 +309,13 @@ def make_partition(config: ConfigDict, data: Dataset) -> Partition:
       UserError: the data cannot be divided so.
     """
     total, public = len(data.train_y), config.data.public
-    if public >= total:
+    most = total - config.num_clients * config.partition.min_size
+    if public > max(most, 0):
         raise UserError(
-            f"data.public={public} is not allowed; allowed: 0 to {total - 1}, fewer "
-            "than the training examples"
+            f"data.public={public} is not allowed; allowed: 0 to {max(most, 0)}, which "
+            f"leaves num_clients={config.num_clients} clients "
+            f"partition.min_size={config.partition.min_size} of the {total} training "
+            "examples each"
         )
     rng = np.random.default_rng([config.seed, 2])
     order = rng.permutation(total).astype(np.int32)

@@ -45,7 +45,9 @@ def init_ledger(sizes: Sizes) -> Ledger:
 
 def enter(ledger: Ledger, cohort: Array, capacity: Array, outcome: Outcome) -> Ledger:
     """The ledger after a round; `capacity` [N] is the truth of the round."""
-    received = (outcome.spent[:, 0] == 1) & (outcome.code != OUTAGE)
+    # Who began to train had received all, even if its link failed on the way up.
+    no_download = (outcome.code == OUTAGE) & (outcome.spent[:, 1] == 0)
+    received = (outcome.spent[:, 0] == 1) & ~no_download
     took_part = outcome.arrived.astype(jnp.int32)
     return Ledger(
         participation=ledger.participation.at[cohort].add(took_part),

@@ -28,7 +28,7 @@ class History:
 
     Attributes:
       pace: [N, 3] float32, seconds per byte down, per FLOP and per byte up; an EMA.
-      seen: [N] int32, rounds whose times it has seen.
+      seen: [N, 3] int32, rounds in which it has seen the time of each of these.
       room: [N] float32 in [1, K], experts for which memory was enough; an EMA of
         failures.
     """
@@ -76,7 +76,7 @@ def init_belief(num_clients: int, max_capacity: int, kind: str) -> Belief:
         return Belief(capacity, {})
     history = History(
         pace=jnp.zeros((num_clients, 3)),
-        seen=jnp.zeros(num_clients, jnp.int32),
+        seen=jnp.zeros((num_clients, 3), jnp.int32),
         room=jnp.full(num_clients, float(max_capacity)),
     )
     return Belief(capacity, history)
@@ -226,7 +226,7 @@ def observe(
     travel = jnp.stack([latency, jnp.zeros_like(latency), latency], axis=-1)
     pace = (outcome.phases - travel) / jnp.where(work > 0, work, 1.0)
     old, seen = history.pace[client], history.seen[client]
-    weight = jnp.maximum(rate, 1 / (seen + 1.0))[:, None]
+    weight = jnp.maximum(rate, 1 / (seen + 1.0))
     known = tells & (work > 0)
     pace = jnp.where(known, (1 - weight) * old + weight * pace, old)
 
@@ -238,6 +238,6 @@ def observe(
     room = jnp.where(code == MEMORY, less, enough)
     return History(
         pace=history.pace.at[client].set(pace),
-        seen=history.seen.at[client].add(known.any(axis=1)),
+        seen=history.seen.at[client].add(known),
         room=history.room.at[client].set(room),
     )

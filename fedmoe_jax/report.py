@@ -56,7 +56,8 @@ SEEDS = (
 DEFINITIONS = {  # title of a column: what it says
     "Lost a round": "clients whose update did not count, for whatever reason",
     "Stale a round": "clients whose update came late and counted a round later",
-    "Capacity violations a round": "clients that trained more experts than they can",
+    "Capacity violations a round": "clients reached with more experts than they can "
+    "train",
     "Capacity error": "experts by which the server misjudged a client, on average",
     "Jain of participation": "Jain's index of the rounds in which each client's update "
     "counted; 1 is even",

@@ -66,6 +66,7 @@ def account(
     wasted = jnp.where(outcome.arrived, 0.0, 1.0)
     longest, worked_at_all = seconds.max(), outcome.spent[:, 0] > 0
     late = (seconds > rules.deadline) | (outcome.code == DROPPED)
+    too_many = traffic.trained > ledger.capacity[cohort]
     if rules.world.late == "stale":  # nobody waits for them
         longest = jnp.minimum(longest, rules.deadline)
     return {
@@ -82,7 +83,7 @@ def account(
             jnp.where(worked_at_all, seconds, jnp.nan)
         ),
         "late_clients": late.sum(),
-        "capacity_violations": (traffic.trained > ledger.capacity[cohort]).sum(),
+        "capacity_violations": (worked_at_all & too_many).sum(),
         "participation_jain": jain(ledger.participation),
     }
 

@@ -135,9 +135,9 @@ def make_summary(
 ) -> dict[str, Any]:
     """The numbers of a whole run.
 
-    Final accuracies are means over the last ten rounds' evaluations; `rounds_to` counts
-    rounds until the global accuracy reaches a target for the first time, and each of
-    `BUDGETS` tells what was spent by the end of that round.
+    Final accuracies are those of `metrics.own_final`; `rounds_to` counts rounds until
+    the global accuracy reaches a target for the first time, and each of `BUDGETS` tells
+    what was spent by the end of that round.
 
     Args:
       strategy: its name.

@@ -10,12 +10,12 @@ from tiny import STORM, assert_same, make_linear_model, plan_run
 
 import fedmoe_jax.round as round_file
 from fedmoe_jax.costs import count_costs, scale_costs
-from fedmoe_jax.ledger import jain
-from fedmoe_jax.outcome import OUTCOMES
+from fedmoe_jax.ledger import enter, init_ledger, jain
+from fedmoe_jax.outcome import OUTCOMES, Outcome
 from fedmoe_jax.round import build_round
 from fedmoe_jax.setup import init_state, prepare_state
 from fedmoe_jax.sharding import replicate, spread
-from fedmoe_jax.types import Devices
+from fedmoe_jax.types import Devices, Sizes
 from fedmoe_jax.world.advance import Fate
 
 ROUNDS = 4
@@ -39,7 +39,11 @@ MODEL_SCALE = 100.0
 
 @functools.cache
 def play(late, overload):
-    """Four rounds of three clients: the setup, the states and the rounds' metrics."""
+    """Four rounds of three clients.
+
+    Returns the setup, the federation, the states, the rounds' metrics, and the round as
+    a function of a state.
+    """
     plan = plan_run(
         **{
             "num_clients": 3,
@@ -95,7 +99,8 @@ def play(late, overload):
             state, measured = one_round(states[-1], federation, plan.hyper)
             states.append(state)
             metrics.append(jax.device_get(measured))
-    return setup, devices, states, metrics
+    again = lambda state: one_round(state, federation, plan.hyper)[0]
+    return setup, federation, states, metrics, again
 
 
 def slow_round(setup, devices, busy, number, late, overload):
@@ -160,11 +165,13 @@ def slow_round(setup, devices, busy, number, late, overload):
     ("late", "overload"), [("wait", "lose"), ("drop", "lose"), ("stale", "ignore")]
 )
 def test_the_ledger_agrees_with_a_slow_one(late, overload):
-    setup, devices, states, metrics = play(late, overload)
+    setup, federation, states, metrics, _ = play(late, overload)
     busy, seen = set(), set()
     took_part = np.zeros(3, int)
     for number, row in enumerate(metrics):
-        book, outcomes = slow_round(setup, devices, busy, number, late, overload)
+        book, outcomes = slow_round(
+            setup, federation.devices, busy, number, late, overload
+        )
         busy = {c for c in range(3) if outcomes[c] == "stale"}
         ledger = states[number + 1].ledger
         got = [OUTCOMES[code] for code in np.array(ledger.outcome.code)]
@@ -187,7 +194,9 @@ def test_the_ledger_agrees_with_a_slow_one(late, overload):
         np.testing.assert_array_equal(ledger.participation, took_part)
         fair = took_part.sum() ** 2 / max(3 * (took_part**2).sum(), 1e-9)
         np.testing.assert_allclose(row["participation_jain"], fair, rtol=1e-6)
-        assert row["capacity_violations"] == 2  # clients 1, of its network, and 2
+        reached = [outcome != "lost_unreachable" for outcome in outcomes]
+        # clients 1, whose network is too slow for two, and 2
+        assert row["capacity_violations"] == sum(reached[1:])
         assert row["participation"].tolist() == took_part.tolist()
     expected = {"wait": "merged", "drop": "dropped", "stale": "stale"}[late]
     assert {expected, "merged", "lost_outage", "lost_dropout"} <= seen
@@ -197,7 +206,7 @@ def test_the_ledger_agrees_with_a_slow_one(late, overload):
 
 
 def test_a_stale_update_is_merged_a_round_later_with_its_discount():
-    _, _, states, _ = play("stale", "ignore")
+    _, federation, states, _, again = play("stale", "ignore")
     first, second = states[1], states[2]
     assert int(first.ledger.outcome.code[1]) == OUTCOMES.index("stale")
     assert float(first.stale.weight["stem"]) > 0
@@ -205,16 +214,68 @@ def test_a_stale_update_is_merged_a_round_later_with_its_discount():
     codes = [OUTCOMES[code] for code in np.array(second.ledger.outcome.code)]
     assert codes[:2] == ["lost_unreachable", "lost_unreachable"]
     assert float(second.stale.weight["stem"]) == 0
+    # Client 2 is merged now. With its mean D / W and the stale sums d and w, the round
+    # moves the params by (D + d / 2) / (W + w).
+    assert codes[2] == "merged"
+    nothing = jax.tree.map(jnp.zeros_like, first.stale)
+    fresh = again(first.replace(stale=nothing))
+    size = float(federation.size[2])
+    weight = {"stem": size, "gate": size, "head": size}
+    held = second.align.times_held[2] - first.align.times_held[2]
+    weight["experts"] = size * np.array(held, float)
+    for part, now in weight.items():
+        stale = np.array(first.stale.weight[part])
+        for before, alone, delta, after in zip(
+            *map(
+                jax.tree.leaves,
+                (
+                    first.params[part],
+                    fresh.params[part],
+                    first.stale.delta[part],
+                    second.params[part],
+                ),
+            ),
+            strict=True,
+        ):
+            rows = lambda x, leaf=before: np.reshape(
+                np.broadcast_to(x, leaf.shape[:1]), (-1,) + (1,) * (leaf.ndim - 1)
+            )
+            both = np.maximum(rows(now) + rows(stale), 1e-9)
+            moved = (alone - before) * rows(now) + 0.5 * delta
+            np.testing.assert_allclose(after - before, moved / both, atol=1e-6)
+            assert np.abs(after - alone).max() > 1e-5
 
 
 def test_a_round_in_which_all_are_lost_changes_no_params():
-    setup, _, states, metrics = play("wait", "lose")
+    setup, _, states, metrics, _ = play("wait", "lose")
     assert metrics[2]["merged_clients"] == 0
     assert_same(states[2].params, states[3].params)
     assert np.isnan(metrics[2]["train_loss"])
     assert (
         metrics[2]["wasted_bytes"] == metrics[2]["bytes_up"] + metrics[2]["bytes_down"]
     )
+
+
+def test_who_began_to_train_has_what_it_was_sent():
+    ends = {  # how far download, training and upload got, and whether that equips
+        "merged": ([1, 1, 1], True),
+        "lost_unreachable": ([0, 0, 0], False),
+        "dropped": ([0.5, 0, 0], False),
+        "lost_memory": ([1, 0, 0], True),
+        "lost_outage": ([1, 0, 0], False),  # on the way down, found at its end
+        "lost_dropout": ([1, 0.5, 0], True),
+    }
+    ends = [*ends.items(), ("lost_outage", ([1, 1, 1], True))]  # on the way up
+    count = len(ends)
+    outcome = Outcome(
+        code=jnp.array([OUTCOMES.index(name) for name, _ in ends]),
+        phases=jnp.ones((count, 3)),
+        spent=jnp.array([spent for _, (spent, _) in ends], jnp.float32),
+    )
+    sizes = Sizes(count, count, 1, 1, 1, 1, 1, 1, 2, 1)
+    nothing = jnp.zeros(count, jnp.int32)
+    ledger = enter(init_ledger(sizes), jnp.arange(count), nothing, outcome)
+    assert ledger.equipped.tolist() == [equips for _, (_, equips) in ends]
 
 
 def test_jain_by_hand():
@@ -250,7 +311,7 @@ def weather(strategy, late):
 
     run = jax.jit(spread(eight_rounds, mesh))
     state, history = run(state, federation, plan.hyper)
-    return setup, *jax.device_get((state.params, *history))
+    return setup, *jax.device_get((federation.size, state.params, *history))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +324,7 @@ def weather(strategy, late):
     ],
 )
 def test_every_assigned_unit_ends_exactly_once(strategy, late):
-    setup, params, metrics, ledger, times_held, stale = weather(strategy, late)
+    setup, sizes, params, metrics, ledger, times_held, stale = weather(strategy, late)
     size = setup.sizes.cohort_size
     total = sum(metrics[f"{name}_clients"] for name in OUTCOMES)
     np.testing.assert_array_equal(total, np.full(8, size))
@@ -272,15 +333,20 @@ def test_every_assigned_unit_ends_exactly_once(strategy, late):
     np.testing.assert_array_equal(
         np.diff(ledger.participation.sum(1), prepend=0), arrived.sum(1)
     )
-    # Pairs of client and expert that were assigned: by what became of their client.
-    held = np.diff(times_held, axis=0, prepend=np.zeros_like(times_held[:1])).sum(2)
+    # Pairs of client and expert that were assigned: those of clients that counted were
+    # trained, those of late ones wait for the next round with the weight of their size.
+    held = np.diff(times_held, axis=0, prepend=np.zeros_like(times_held[:1]))
+    assert np.all(held.sum((1, 2)) > 0)
     for r in range(8):
-        units = held[r][ledger.client[r]]
-        by_outcome = [units[code[r] == kind].sum() for kind in range(len(OUTCOMES))]
-        assert sum(by_outcome) == held[r].sum() > 0
-    if late == "stale":
-        weight = np.asarray(stale.weight["stem"])
-        np.testing.assert_array_equal(weight > 0, (code == 1).any(1))
+        units, size = held[r][ledger.client[r]], sizes[ledger.client[r]]
+        trained = (arrived[r][:, None] * units).sum(0) > 0
+        np.testing.assert_array_equal(metrics["expert_load"][r] > 0, trained)
+        if late == "stale":
+            waits = ((code[r] == 1) * size)[:, None] * units
+            np.testing.assert_allclose(stale.weight["experts"][r], waits.sum(0))
+            np.testing.assert_allclose(
+                stale.weight["stem"][r], ((code[r] == 1) * size).sum()
+            )
     lost = (code > 2).sum()
     assert 0 < lost < code.size  # a storm, but not the end of the world
     for name, leaf in metrics.items():

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax import partition
-from fedmoe_jax.types import UserError
+from configs import default
+from fedmoe_jax import experiment, partition
+from fedmoe_jax.types import Dataset, UserError
 
 ARGUMENTS = {
     "num_clients": 5,
@@ -233,3 +234,21 @@ def test_pooled_data_have_one_owner():
     assert pooled.index.shape == (1, 200) and pooled.size.tolist() == [200]
     np.testing.assert_array_equal(pooled.index[0], np.arange(200))
     np.testing.assert_array_equal(pooled.label_counts, [[50] * 4])
+
+
+def test_a_public_slice_leaves_every_client_its_least():
+    images = np.zeros((60, 2, 2, 1), np.uint8)
+    labels = np.arange(60, dtype=np.int32) % 2
+    data = Dataset(images, labels, images, labels, ("a", "b"))
+    config = default.get_config()
+    config.num_clients, config.partition.min_size = 5, 10
+    config.data.public = 10
+    drawn = experiment.make_partition(config, data)
+    assert drawn.size.tolist() == [10] * 5 and len(drawn.public) == 10
+    config.data.public = 11
+    with pytest.raises(UserError) as error:
+        experiment.make_partition(config, data)
+    assert str(error.value) == (
+        "data.public=11 is not allowed; allowed: 0 to 10, which leaves num_clients=5 "
+        "clients partition.min_size=10 of the 60 training examples each"
+    )

@@ -241,7 +241,7 @@ def test_times_are_averaged_at_first_and_then_forgotten():
     np.testing.assert_allclose(paces[2], [0.25, 0.3, 0.25], rtol=1e-6)
     np.testing.assert_allclose(paces[3][1], 0.7 * 0.3 + 0.3 * 0.9, rtol=1e-6)
     # who dropped out told no times, and nothing about its memory
-    assert not np.any(history.pace[1]) and history.seen.tolist() == [4, 0]
+    assert not np.any(history.pace[1]) and history.seen.tolist() == [[4] * 3, [0] * 3]
     assert history.room.tolist() == [K, K]
 
 
@@ -272,6 +272,34 @@ def test_the_room_by_hand():
             max_capacity=4,
         )
         np.testing.assert_allclose(history.room, [4.0, expected], rtol=1e-6)
+
+
+def test_a_phase_is_averaged_over_the_rounds_that_reached_it():
+    history = init_belief(1, K, "estimated").history
+    work, phases = jnp.full((1, 3), 10.0), jnp.full((1, 3), 20.0)
+    for code in (MEMORY, MEMORY, MERGED):
+        spent = jnp.array([[1.0, 0, 0]]) if code == MEMORY else jnp.ones((1, 3))
+        history = observe(
+            history,
+            jnp.array([0]),
+            jnp.array([2.0]),
+            work,
+            Outcome(jnp.array([code]), phases, spent),
+            jnp.zeros(1),
+            rate=jnp.float32(0.3),
+            caution=jnp.float32(2.0),
+            max_capacity=K,
+        )
+    np.testing.assert_allclose(history.pace, [[2.0, 2.0, 2.0]], rtol=1e-6)
+    assert history.seen.tolist() == [[3, 1, 1]]
+
+
+def test_estimates_find_a_second_limit_behind_the_first():
+    # Memory for 3 experts, and time to compute 2.
+    devices = make_devices(memory_of(3), flops=(10 + 20 * 2.5) / 10)
+    _, capacity = live(lambda round: devices, make_hyper(exploration=0.0), 8)
+    assert np.all(capacity[-1] == 2)
+    assert np.all(capacity[:-1] >= 2)
 
 
 def test_what_was_cut_off_before_it_began_tells_nothing():

@@ -14,7 +14,7 @@ def reach_share(round: Array, phase: Array, *, share, swing, day) -> Array:
     Args:
       round: [] int32.
       phase: [N] float32 in [0, 1), where on the globe each client lives.
-      share: [] mean over a day, in [0, 1].
+      share: [] in [0, 1], the mean over a day where nothing is cut off.
       swing: [] >= 0.
       day: [] rounds in a day, >= 1.
 
