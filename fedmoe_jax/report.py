@@ -54,6 +54,13 @@ SEEDS = (
     "seeds need more or less for the same rounds.</p>"
 )
 DEFINITIONS = {  # title of a column: what it says
+    "Global soft %": "with all experts, weighted by the whole gate",
+    "Worst decile %": "personal accuracy of the worst tenth of the clients",
+    "Load CV": "standard deviation over mean of the examples that experts train in a "
+    "round; 0 is even",
+    "Load entropy": "of the same examples; 1 is even",
+    "Starved experts": "experts with less than a tenth of the mean, in a round",
+    FIRST_COST: "clients that needed longer than the deadline",
     "Lost a round": "clients whose update did not count, for whatever reason",
     "Stale a round": "clients whose update came late and counted a round later",
     "Capacity violations a round": "clients reached with more experts than they can "
@@ -64,7 +71,10 @@ DEFINITIONS = {  # title of a column: what it says
     "Wasted MB %": "of all bytes, those of clients that were lost",
     "Simulated min": "of the whole run, each round as long as its slowest client is "
     "waited for",
+    "GFLOP a round": "of all clients, forward and backward",
     "kJ": "of all clients in the whole run, for training and radio",
+    "Peak client parameters, 1,000": "the most that a client has in memory, without "
+    "gradients and activations",
 }
 
 
@@ -125,7 +135,7 @@ def _numbers_html(runs: Sequence[Run]) -> str:
 
 
 def _definitions_html(titles: Sequence[str]) -> str:
-    """What columns say that are not in every table."""
+    """What the columns of this table say."""
     told = [f"<b>{t}</b>: {DEFINITIONS[t]}" for t in titles if t in DEFINITIONS]
     return f"<p>{'. '.join(told)}.</p>" if told else ""
 
@@ -198,10 +208,12 @@ def _header_html(runs: Sequence[Run], command: str) -> str:
         r.summary.get("wall_seconds", s) for r, s in zip(runs, seconds, strict=True)
     ]
     running = sum(not run.summary for run in runs)
+    public = flat.get("data.public", 0)
     facts = [
         f"Data: {flat['data.name']}, {flat['partition.kind']} partition",
         f"{config['num_clients']} clients, {config['cohort_size']} a round",
         f"{config['num_experts']} experts",
+        *([f"{public} examples set aside for the server"] if public else []),
         f"{max(len(run.rows) for run in runs)} rounds",
         f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
         f"wall time {np.sum(seconds):.0f} s" + (" in all" if len(runs) > 1 else ""),
