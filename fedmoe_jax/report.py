@@ -79,13 +79,13 @@ DEFINITIONS = {  # title of a column: what it says
 
 
 def _figure_html(picture: Picture, folder: Path, prefix: str) -> str:
-    """Saves the PNG and returns it inline, at 110 pixels per inch of paper."""
+    """Saves the PNG and returns it inline, at 105 pixels per inch of paper."""
     buffer = io.BytesIO()
     picture.figure.savefig(buffer, format="png", dpi=plots.DPI)
     name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", prefix + picture.name)
     (folder / f"{name}.png").write_bytes(buffer.getvalue())
     data = base64.b64encode(buffer.getvalue()).decode()
-    width = round(110 * picture.figure.get_figwidth())
+    width = round(105 * picture.figure.get_figwidth())
     caption = escape(picture.caption)
     return (
         f'<figure style="max-width: {width}px"><img width="{width}" alt="{name}" '
