@@ -3,29 +3,15 @@
 import json
 
 import pytest
+from tiny import SMALL
 
 from configs import compare as study
 from fedmoe_jax.compare import apply_change, compare, list_members
 from fedmoe_jax.config import flatten
 from fedmoe_jax.types import UserError
 
-# The sizes of tests/test_train.py, whose compiled programs then serve here too.
-TINY = {
-    "num_rounds": 4,
-    "eval_every": 2,
-    "chunk_rounds": 1,
-    "num_clients": 4,
-    "cohort_size": 3,
-    "num_experts": 3,
-    "max_held": 2,
-    "local_steps": 2,
-    "batch_size": 4,
-    "partition.alpha": 1.0,
-    "model.stem_width": 4,
-    "model.expert_width": 4,
-    "model.feature_width": 4,
+TINY = SMALL | {
     "checkpoint.every": 1,
-    "run.num_devices": 1,
     "compare.strategies": ("load_balanced",),
     "compare.seeds": (0,),
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import SMALL
 
 from configs import compare as study
 from configs import default
@@ -27,23 +28,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 NEVER = lambda: False
 PATIENCE = 150  # seconds after which processes that should have ended are hanging
-SIZES = {
-    "num_rounds": 6,
-    "eval_every": 2,
-    "chunk_rounds": 1,
-    "num_clients": 5,
-    "cohort_size": 3,
-    "num_experts": 3,
-    "max_held": 2,
-    "local_steps": 2,
-    "batch_size": 4,
-    "partition.alpha": 1.0,
-    "model.stem_width": 4,
-    "model.expert_width": 4,
-    "model.feature_width": 4,
-    "checkpoint.every": 2,
-    "run.num_devices": 2,
-}
+SIZES = SMALL | {"num_rounds": 6, "num_clients": 5, "run.num_devices": 2}
 STUDY = {"strategies": ("greedy", "random"), "seeds": (0, 1)}
 
 # Starts launch.py, which sends itself SIGNAL in the round ROUND and draws no pictures.

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from absl import flags
+from tiny import SMALL
 
 import launch
 from configs import default
@@ -21,23 +22,7 @@ from fedmoe_jax.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
-SIZES = {
-    "num_rounds": 6,
-    "eval_every": 2,
-    "chunk_rounds": 1,
-    "num_clients": 4,
-    "cohort_size": 3,
-    "num_experts": 3,
-    "max_held": 2,
-    "local_steps": 2,
-    "batch_size": 4,
-    "partition.alpha": 1.0,
-    "model.stem_width": 4,
-    "model.expert_width": 4,
-    "model.feature_width": 4,
-    "checkpoint.every": 2,
-    "run.num_devices": 1,
-}
+SIZES = SMALL | {"num_rounds": 6}
 TINY = [f"--config={CONFIGS / 'default.py'}:smoke"]
 TINY += [f"--config.{name}={value}" for name, value in SIZES.items()]
 

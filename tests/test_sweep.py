@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from tiny import SMALL
 
 from configs import compare as study
 from fedmoe_jax import sweep as sweep_file
@@ -16,24 +17,7 @@ from fedmoe_jax.summary import SPENT
 from fedmoe_jax.sweep import plan_waves, wave_name
 from fedmoe_jax.types import OWN, Federation, UserError
 
-TINY = {
-    "num_rounds": 4,
-    "eval_every": 2,
-    "chunk_rounds": 2,
-    "num_clients": 4,
-    "cohort_size": 3,
-    "num_experts": 3,
-    "max_held": 2,
-    "local_steps": 2,
-    "batch_size": 4,
-    "partition.alpha": 1.0,
-    "model.stem_width": 4,
-    "model.expert_width": 4,
-    "model.feature_width": 4,
-    "checkpoint.every": 2,
-    "run.num_devices": 1,
-    "run.tensorboard": False,
-}
+TINY = SMALL | {"chunk_rounds": 2, "run.tensorboard": False}
 
 
 def tiny_config(strategies, changes=("",), seeds=(0, 1), **fields):

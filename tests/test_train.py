@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import SMALL
 
 from configs import default
 from fedmoe_jax import checkpoint, driver, train
@@ -26,25 +27,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
-C, E, T, B = 3, 3, 2, 4
-TINY = {
-    "num_rounds": 4,
-    "eval_every": 2,
-    "chunk_rounds": 1,
-    "num_clients": 4,
-    "cohort_size": C,
-    "num_experts": E,
-    "max_held": 2,
-    "local_steps": T,
-    "batch_size": B,
-    "partition.alpha": 1.0,
-    "model.stem_width": 4,
-    "model.expert_width": 4,
-    "model.feature_width": 4,
-    "checkpoint.every": 1,
-    "checkpoint.keep": 3,
-    "run.num_devices": 1,
-}
+TINY = SMALL | {"checkpoint.every": 1, "checkpoint.keep": 3}
+C, E, T, B = (
+    SMALL[name] for name in ("cohort_size", "num_experts", "local_steps", "batch_size")
+)
 # Everything that a checkpoint has to keep is there: personal gates, two moments.
 OTHER = {
     "strategy": "load_balanced_running",

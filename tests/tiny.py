@@ -39,6 +39,25 @@ TINY = {
     "run.num_devices": 1,
 }
 
+# Whole runs on the digits.
+SMALL = {
+    "num_rounds": 4,
+    "eval_every": 2,
+    "chunk_rounds": 1,
+    "num_clients": 4,
+    "cohort_size": 3,
+    "num_experts": 3,
+    "max_held": 2,
+    "local_steps": 2,
+    "batch_size": 4,
+    "partition.alpha": 1.0,
+    "model.stem_width": 4,
+    "model.expert_width": 4,
+    "model.feature_width": 4,
+    "checkpoint.every": 2,
+    "run.num_devices": 1,
+}
+
 # A world in which everything happens.
 STORM = {
     "devices.overload": "lose",
