@@ -118,7 +118,8 @@ def _belief(run: Run) -> Iterator[Picture]:
             "belief",
             "How many experts clients can truly hold, and how many the server believes "
             "they can, in the last round; numbers are clients. Orange, above the "
-            "diagonal: overloaded if the server uses what it believes. Blue: room left "
+            "diagonal: overloaded if the server uses what it believes, which is never "
+            "less than one. Blue: room left "
             "unused, if only as a reserve.",
             belief_bubbles(arrays["capacity"], arrays["belief"]),
         )

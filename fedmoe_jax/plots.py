@@ -175,10 +175,11 @@ def capacity_bars(
     capacity: np.ndarray, tier: np.ndarray, tier_names: Sequence[str]
 ) -> Figure:
     """How many clients can hold how many experts, [N] each, stacked by device tier."""
-    edges = np.arange(1, capacity.max() + 2) - 0.5
+    edges = np.arange(min(capacity.min(), 1), max(capacity.max(), 1) + 2) - 0.5
     return _tier_bars("Experts a client can hold", capacity, edges, tier, tier_names)
 
 
+@rc_context(STYLE)
 def participation_bars(
     participation: np.ndarray,
     num_rounds: int,
@@ -188,7 +189,7 @@ def participation_bars(
     """How many clients counted in how many rounds, [N] each, stacked by device tier."""
     width = -(-(num_rounds + 1) // PARTICIPATION_BARS)
     edges = np.arange(0, num_rounds + width + 1, width) - 0.5
-    title = "Rounds in which a client's update counted"
+    title = "Rounds in which an update counted"
     return _tier_bars(title, participation, edges, tier, tier_names)
 
 
@@ -209,7 +210,7 @@ def _tier_bars(
         centres = edges[:-1] + width / 2
         axes.bar(centres, counts, 0.7 * width, bottom, color=colour, label=name)
         bottom += counts
-    axes.xaxis.set_major_locator(ticks(8))
+    axes.xaxis.set_major_locator(ticks(6))
     axes.yaxis.set_major_locator(ticks(5))
     axes.legend(bbox_to_anchor=(1, 1))
     return figure

@@ -63,8 +63,9 @@ DEFINITIONS = {  # title of a column: what it says
     FIRST_COST: "clients that needed longer than the deadline",
     "Lost a round": "clients whose update did not count, for whatever reason",
     "Stale a round": "clients whose update came late and counted a round later",
-    "Capacity violations a round": "clients reached with more experts than they can "
-    "train",
+    "Capacity violations a round": "clients reached with more experts than fit into "
+    "their memory and their share of the deadline; everyone gets one, even where none "
+    "fits",
     "Capacity error": "experts by which the server misjudged a client, on average",
     "Jain of participation": "Jain's index of the rounds in which each client's update "
     "counted; 1 is even",
@@ -123,7 +124,8 @@ def _numbers_html(runs: Sequence[Run]) -> str:
         _table_html(titles[:cut], learnt, groups)
         + _table_html(titles[cut:], cost, groups)
         + "<p>Accuracies are means over the evaluations of the last ten rounds, "
-        "in shorter runs than 40 of the last quarter. Mean ± "
+        "in shorter runs than 40 of the last quarter. A changed field is not "
+        "written where most rows of its strategy have the same value. Mean ± "
         "half-width of the 95 % t-interval over seeds (not written where all seeds "
         "agree). Rounds to a target: median over seeds (never counts as later than any "
         "round; – where that is the median), then how many of the seeds reached it. "

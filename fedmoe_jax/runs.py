@@ -1,6 +1,7 @@
 """Run folders and their numbers."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,14 +103,36 @@ def varied_fields(runs: Sequence[Run]) -> list[str]:
     return list(varied)
 
 
+def usual_values(runs: Sequence[Run], fields: Sequence[str]) -> dict[str, Any]:
+    """The value of each field that most of the configs of some runs have, if one is."""
+    configs = [flatten(run.config) for run in runs]
+    distinct = {tuple(str(config[field]) for field in fields) for config in configs}
+    usual = {}
+    for place, field in enumerate(fields):
+        value, count = Counter(each[place] for each in distinct).most_common(1)[0]
+        if 2 * count > len(distinct):
+            usual[field] = value
+    return usual
+
+
 def name_runs(runs: Sequence[Run]) -> list[Run]:
-    """Writes varied fields into the labels, so that only repetitions share one."""
-    varied = {label: varied_fields(group) for label, group in group_runs(runs).items()}
+    """Writes varied fields into the labels, so that only repetitions share one.
+
+    A value that most configs of a strategy share is left out.
+    """
+    told = {}
+    for label, group in group_runs(runs).items():
+        varied = varied_fields(group)
+        told[label] = varied, usual_values(group, varied)
     named = []
     for run in runs:
-        flat = flatten(run.config)
-        parts = [run.label, *(f"{field}={flat[field]}" for field in varied[run.label])]
-        named.append(run._replace(label=" ".join(parts)))
+        (varied, usual), flat = told[run.label], flatten(run.config)
+        changes = [
+            f"{field}={flat[field]}"
+            for field in varied
+            if str(flat[field]) != usual.get(field)
+        ]
+        named.append(run._replace(label=" ".join([run.label, *changes])))
     return named
 
 

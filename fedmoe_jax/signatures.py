@@ -120,7 +120,7 @@ def stragglers(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature
     )
     if "capacity" in arrays:
         smallest = int(np.sum(np.asarray(arrays["capacity"]) <= 1))
-        evidence += f"; {smallest} clients can hold one expert only"
+        evidence += f"; {smallest} clients can hold one expert or none"
     if late_rounds > LATE_ROUNDS:
         knob = (
             _knob(config, "devices.buffer", "raise")

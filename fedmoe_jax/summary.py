@@ -124,9 +124,11 @@ def describe_speed(summary: dict[str, Any]) -> str:
         f"{name.removesuffix('_share')} {summary[name]:.0%}" for name in SPENT.values()
     )
     rate = summary["examples_per_second"]
+    lost = summary.get("mean_lost_clients", 0.0)
     return (
         f"{summary['rounds_per_second']:.3g} rounds/s  {rate:,.0f} examples/s  "
-        f"wasted {summary['mean_wasted_share']:.1%}  time: {shares}"
+        f"padding {summary['mean_wasted_share']:.1%}  time: {shares}"
+        + (f"  lost {lost:.1f} clients a round" if lost else "")
     )
 
 

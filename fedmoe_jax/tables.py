@@ -26,6 +26,8 @@ from fedmoe_jax.runs import (
 Measured = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label
 JAIN = "final_participation_jain"
 FIRST_COST = "Late clients a round"  # title of the first column about devices and costs
+LOST = "Lost a round"
+PRINTED = ("Global %", "Global soft %", "Personal %", LOST)  # in the terminal
 # Numbers that have no column where they are like this in every run, or unknown.
 TRIVIAL = {
     "mean_lost_clients": 0.0,
@@ -109,7 +111,7 @@ OTHER_COLUMNS = (  # after accuracies and rounds to targets
     Column("Load entropy", "mean_load_entropy", 1, _hundredths),
     Column("Starved experts", "starved_experts", -1, _tenths),
     Column(FIRST_COST, "mean_late_clients", -1, _tenths),
-    Column("Lost a round", "mean_lost_clients", -1, _tenths),
+    Column(LOST, "mean_lost_clients", -1, _tenths),
     Column("Stale a round", "mean_stale_clients", -1, _tenths),
     Column("Capacity violations a round", "mean_capacity_violations", -1, _tenths),
     Column("Capacity error", "mean_capacity_error", -1, _hundredths),
@@ -200,16 +202,14 @@ def needs_of(group: Sequence[Run]) -> str:
     return f"Needs {needs}." if needs else ""
 
 
-SHOWN = 3  # columns of the table in the terminal, the accuracies
-
-
 def print_table(runs: Sequence[Run], stream: TextIO) -> None:
-    """The first columns of the table of final numbers, for a terminal."""
+    """Accuracies, and who was lost, for a terminal."""
     titles, rows = table(runs)
-    shown = Table("Strategy", "Seeds", *titles[:SHOWN], box=None)
+    chosen = [place for place, title in enumerate(titles) if title in PRINTED]
+    shown = Table("Strategy", "Seeds", *(titles[place] for place in chosen), box=None)
     groups = group_runs(name_runs(runs))
     for label, cells in rows.items():
-        texts = [cell.text for cell in cells[:SHOWN]]
+        texts = [cells[place].text for place in chosen]
         shown.add_row(label, str(len(groups[label])), *texts)
     Console(file=stream, width=max(100, Console().width)).print(shown)
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax import checkpoint
 from fedmoe_jax.config import FREE_FIELDS
-from fedmoe_jax.files import read_json, write_json
+from fedmoe_jax.files import read_json, write_atomically, write_json
 from fedmoe_jax.partition import load_partition, save_partition
 from fedmoe_jax.types import Partition, UserError
 
@@ -71,8 +71,24 @@ def keep_partition(path: Path, partition: Partition) -> None:
         )
 
 
+def keep_devices(path: Path, csv: str) -> None:
+    """Copies the file of one's own devices, or checks that it is still the same.
+
+    Raises:
+      UserError: the run in this folder was started with other devices.
+    """
+    text = Path(csv).read_text(encoding="utf-8-sig")
+    if not path.exists():
+        write_atomically(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"devices.csv={csv} is not allowed; allowed: the file that the run was "
+            f"started with, {path}, or a new workdir"
+        )
+
+
 def claim_run(workdir: Path, config: ConfigDict, partition: Partition) -> None:
-    """Makes the work folder this run's own, with its config and its partition.
+    """Makes the work folder this run's own, with its config, partition and devices.
 
     The run is going to be driven, so a summary that is there holds no longer.
 
@@ -81,6 +97,8 @@ def claim_run(workdir: Path, config: ConfigDict, partition: Partition) -> None:
     """
     claim_workdir(workdir, config)
     keep_partition(workdir / "partition.npz", partition)
+    if config.devices.csv:
+        keep_devices(workdir / "devices.csv", config.devices.csv)
     (workdir / "summary.json").unlink(missing_ok=True)
 
 

@@ -324,6 +324,14 @@ def test_bars_of_capacity_by_hand():
     assert heights(axes) == [[(1, 2)], [(3, 1)]]
 
 
+def test_clients_that_can_hold_nothing_are_shown():
+    tiers = np.array([0, 0, 1]), ["phone", "desk"]
+    (axes,) = plots.capacity_bars(np.array([0, 0, 2]), *tiers).axes
+    assert heights(axes) == [[(0, 2)], [(2, 1)]]
+    (axes,) = plots.capacity_bars(np.zeros(3, int), *tiers).axes
+    assert heights(axes) == [[(0, 2)], [(0, 1)]]
+
+
 def names_of(run):
     return [picture.name for picture in fleet.device_pictures(run)]
 

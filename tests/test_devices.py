@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fedmoe_jax.types import Devices, UserError
+from fedmoe_jax.workdir import keep_devices
 from fedmoe_jax.world.devices import TIERS, Tier, draw_devices, read_devices
 from fedmoe_jax.world.devices import unlimited_device as unlimited
 
@@ -247,3 +248,13 @@ def test_missing_and_unreadable_files_are_refused(tmp_path):
 def test_the_share_of_the_memory_is_checked_for_files_too(write):
     with pytest.raises(UserError, match="devices.free_memory=2"):
         read_devices(write(f"{HEADER}\n{ROW}\n"), 1, rng(), 2)
+
+
+def test_a_run_goes_on_with_the_devices_it_was_started_with(write, tmp_path):
+    path, kept = write(f"{HEADER}\n{ROW}\n"), tmp_path / "run.csv"
+    keep_devices(kept, path)
+    keep_devices(kept, path)
+    write(f"{HEADER}\n{ROW}\n{ROW}\n")
+    with pytest.raises(UserError, match="devices.csv=.*started with, .*run.csv"):
+        keep_devices(kept, path)
+    assert kept.read_text() == f"{HEADER}\n{ROW}\n"
