@@ -43,7 +43,7 @@ figure { margin: 0 } figure img { display: block }
 figcaption { font-size: 13px; color: #444; margin-top: .3em }
 details { border-top: 1px solid #ddd; padding: .6em 0 }
 summary { cursor: pointer; font-weight: 600 }
-pre { background: #f6f6f6; padding: .7em; overflow-x: auto; font-size: 12px }
+pre { background: #f6f6f6; padding: .7em; white-space: pre-wrap; font-size: 12px }
 .yes { color: #b03a00; font-weight: 600 }
 """
 
