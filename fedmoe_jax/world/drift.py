@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -134,16 +135,23 @@ def blur(x: Array, amount: Array) -> Array:
       x: [B, H, W, F] float32.
       amount: [] float32 >= 0, standard deviation in pixels.
     """
-    offset = jnp.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+    # As products of matrices it takes half the time of sums of shifted images. Lower
+    # precision, the default on accelerators, would change images at an amount of 0.
+    exact = jax.lax.Precision.HIGHEST
+    rows, columns = (_blur_matrix(size, amount) for size in x.shape[1:3])
+    x = jnp.einsum("gh,bhwf->bgwf", rows, x, precision=exact)
+    return jnp.einsum("vw,bhwf->bhvf", columns, x, precision=exact)
+
+
+def _blur_matrix(size: int, amount: Array) -> Array:
+    """What each of `size` pixels in a line takes from each, rows sum to 1."""
+    offset = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
     # The bound makes the kernel of a deviation of 0 exactly 0 beside its middle.
     density = jnp.exp(-0.5 * (offset / jnp.maximum(amount, 1e-6)) ** 2)
     weight = density / density.sum()
-    height, width = x.shape[1:3]
-    edge = (BLUR_RADIUS, BLUR_RADIUS)
-    x = jnp.pad(x, ((0, 0), edge, (0, 0), (0, 0)), mode="edge")
-    x = sum(weight[i] * x[:, i : i + height] for i in range(offset.size))
-    x = jnp.pad(x, ((0, 0), (0, 0), edge, (0, 0)), mode="edge")
-    return sum(weight[i] * x[:, :, i : i + width] for i in range(offset.size))
+    place = np.clip(np.arange(size)[:, None] + offset, 0, size - 1)
+    hit = place[:, :, None] == np.arange(size)
+    return jnp.where(hit, weight[:, None], 0.0).sum(axis=1)
 
 
 def fade(x: Array, amount: Array) -> Array:
