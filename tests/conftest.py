@@ -1,6 +1,8 @@
 """Settings of every test: eight CPU devices, strict shapes, repeatable examples."""
 
+import itertools
 import os
+from pathlib import Path
 
 # JAX reads these once, when it is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,3 +27,15 @@ hypothesis.settings.register_profile(
     "fedmoe", deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("fedmoe")
+
+# Linux gives a process 65,530 memory maps; a compiled round takes a thousand of them,
+# and LLVM dies without a word where there are none left.
+MAPS, MANY_MAPS = Path("/proc/self/maps"), 40_000
+ENDED = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Forgets compiled programs before there are too many; counts now and then."""
+    if next(ENDED) % 5 == 0 and MAPS.exists():
+        if MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+            jax.clear_caches()
