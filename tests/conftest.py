@@ -1,6 +1,5 @@
 """Settings of every test: eight CPU devices, strict shapes, repeatable examples."""
 
-import itertools
 import os
 from pathlib import Path
 
@@ -30,12 +29,11 @@ hypothesis.settings.load_profile("fedmoe")
 
 # Linux gives a process 65,530 memory maps; a compiled round takes a thousand of them,
 # and LLVM dies without a word where there are none left.
-MAPS, MANY_MAPS = Path("/proc/self/maps"), 40_000
-ENDED = itertools.count(1)
+MAPS, MANY_MAPS = Path("/proc/self/maps"), 20_000
 
 
-def pytest_runtest_teardown():
-    """Forgets compiled programs before there are too many; counts now and then."""
-    if next(ENDED) % 5 == 0 and MAPS.exists():
+def pytest_runtest_teardown(item, nextitem):
+    """Between files, forgets compiled programs before there are too many."""
+    if nextitem and nextitem.path != item.path and MAPS.exists():
         if MAPS.read_bytes().count(b"\n") > MANY_MAPS:
             jax.clear_caches()
