@@ -27,6 +27,7 @@ from fedmoe_jax.types import UserError
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 NEVER = lambda: False
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 PATIENCE = 150  # seconds after which processes that should have ended are hanging
 SIZES = SMALL | {"num_rounds": 6, "num_clients": 5, "run.num_devices": 2}
 STUDY = {"strategies": ("greedy", "random"), "seeds": (0, 1)}
@@ -75,7 +76,7 @@ def launch(tmp_path_factory):
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(EIGHT_DEVICES, ""),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
