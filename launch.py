@@ -80,7 +80,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(refuse(f"unknown config field {text}; --help lists all fields"))
     except (OSError, flags.Error) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        sys.exit(refuse(f"{lines[-1]}; see --help"))
+        told = lines[-1].removeprefix("ValueError: ")  # as config files raise it
+        sys.exit(refuse(f"{told}; see --help"))
 
 
 class Stop:

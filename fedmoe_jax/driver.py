@@ -158,6 +158,8 @@ def drive(
         write = stack.enter_context(open_writers(config, job, done))
         if done >= total:
             return state, done, {}
+        if done and hosts.is_leader():
+            print(f"going on after round {done}/{total}", flush=True)
         programs, spent = compile_programs(job, state)
         update = stack.enter_context(
             open_progress(total, job.names, done=done, stream=sys.stdout)

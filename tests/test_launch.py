@@ -91,7 +91,10 @@ BAD = {
         ["--config=configs/none.py"],
         "No such file or directory: 'configs/none.py'",
     ),
-    "argument": ([f"{SMOKE}y"], "'smokey' is unknown; allowed: smoke"),
+    "argument": (
+        [f"{SMOKE}y"],
+        "error: config argument 'smokey' is unknown; allowed: smoke",
+    ),
     "no value": (["--config"], "--config"),
     "unknown flag": (["--rounds=3"], "'rounds'"),
     "unknown word": (["runs/here"], "'runs/here'"),
@@ -177,6 +180,7 @@ def test_a_killed_run_was_killed(interrupted):
 def test_the_same_call_finishes(interrupted):
     folder, (*_, (code, out, err)) = interrupted
     assert code == 0, err
+    assert "going on after round 3/6\n" in out
     assert f"report: {folder / 'report.html'}" in out
     assert (folder / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "summary.json").read_text())["num_rounds"] == 6
