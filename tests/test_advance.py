@@ -200,7 +200,7 @@ def test_a_config_without_events_has_a_calm_world():
 def test_devices_do_not_change_the_storm():
     alone, told, judged = run(**STORM)
     shared, heard, checked = run(**STORM, devices=4)
-    assert_same(alone, shared, atol=1e-5)
+    assert_same(alone, shared, atol=1e-5, rtol=1e-6)  # seconds go into the hundreds
     assert_same(told, heard, atol=1e-2)
     assert_same(judged, checked, atol=1e-2)
     assert_same(alone.ledger.outcome.code, shared.ledger.outcome.code)

@@ -125,7 +125,7 @@ def send_tasks(parts, state, evidence, assignment):
     return make_tasks(state, {}, today, evidence, assignment, setup)
 
 
-def assert_same(left, right, atol=0.0):
+def assert_same(left, right, atol=0.0, rtol=0.0):
     """Equal leaves, keys by their data; bitwise unless a tolerance is given."""
     data = lambda leaf: (
         jax.random.key_data(leaf)
@@ -133,7 +133,7 @@ def assert_same(left, right, atol=0.0):
         else leaf
     )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(data(a), data(b), rtol=0, atol=atol),
+        lambda a, b: np.testing.assert_allclose(data(a), data(b), rtol=rtol, atol=atol),
         left,
         right,
     )

@@ -97,8 +97,10 @@ def rotate(x: Array, amount: Array) -> Array:
     """
     height, width = x.shape[1:3]
     pixels = x.reshape(x.shape[0], height * width, x.shape[3])
+    # Without the barrier XLA finds the corners anew for every image and colour.
+    corners = jax.lax.optimization_barrier(_find_corners(height, width, amount))
     total = jnp.zeros_like(pixels)
-    for place, weight in _find_corners(height, width, amount):
+    for place, weight in corners:
         corner = pixels.at[:, place].get(mode="promise_in_bounds")
         total += weight[None, :, None] * corner
     return total.reshape(x.shape)
