@@ -14,7 +14,7 @@ from flax import struct
 from fedmoe_jax.client import ClientTask, ClientUpdate, is_local, step_weights
 from fedmoe_jax.dealing import chunk_size, deal
 from fedmoe_jax.merge import Sums, accumulate, weigh, zero_sums
-from fedmoe_jax.outcome import MERGED, STALE, Outcome
+from fedmoe_jax.outcome import STALE, Outcome
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.sharding import CLIENTS
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree
@@ -166,25 +166,24 @@ def train_share(
       Sums over this device's clients, see `build_train_cohort`, and their reports with
       one leading axis.
     """
-    codes = (MERGED, STALE) if rules.world.late == "stale" else (MERGED,)
+    stale = rules.world.late == "stale"  # then sums have a second row for them
 
     def one_client(task: ClientTask) -> ClientUpdate:
         client_key = jax.random.fold_in(key, task.client)
         return client_update(params, task, federation, hyper, client_key)
 
-    def add_client(totals: tuple, sent_and_returned) -> tuple[tuple, Report]:
+    def add_client(totals: Sums, sent_and_returned) -> tuple[Sums, Report]:
         task, update = sent_and_returned
         size = federation.size[task.client]
         weights = weigh(task, update, size, hyper, rules)
         sent = (weights["experts"] > 0).sum().astype(jnp.float32)
         outcome = judge(task, sent, update.finite)
-        totals = tuple(
-            accumulate(sums, task, update, keep_if(outcome.code == code, weights))
-            for sums, code in zip(totals, codes, strict=True)
-        )
+        which = (outcome.code == STALE).astype(jnp.int32) if stale else 0
+        weights = keep_if(outcome.arrived, weights)
+        totals = accumulate(totals, which, task, update, weights)
         return totals, make_report(update, task, sent, outcome, hyper, rules)
 
-    def one_chunk(totals: tuple, chunk: ClientTask) -> tuple[tuple, Report]:
+    def one_chunk(totals: Sums, chunk: ClientTask) -> tuple[Sums, Report]:
         if chunk.client.shape[0] == 1:  # vmapping one client would group convolutions
             update = one_client(jax.tree.map(lambda leaf: leaf[0], chunk))
             updates = jax.tree.map(lambda leaf: leaf[None], update)
@@ -192,11 +191,14 @@ def train_share(
             updates = jax.vmap(one_client)(chunk)
         return jax.lax.scan(add_client, totals, (chunk, updates))
 
-    start = tuple(zero_sums(params) for _ in codes)
+    rows = lambda leaf: jnp.zeros((1 + stale, *leaf.shape))
+    start = jax.tree.map(rows, zero_sums(params))
     totals, reports = jax.lax.scan(one_chunk, start, chunks)
+    take = lambda row: jax.tree.map(lambda leaf: leaf[row], totals)
+    sums = tuple(take(row) for row in range(1 + stale))
     clients = chunks.client.size  # not -1: reports may have leaves without numbers
     join = lambda leaf: leaf.reshape(clients, *leaf.shape[2:])
-    return totals, jax.tree.map(join, reports)
+    return sums, jax.tree.map(join, reports)
 
 
 def build_train_cohort(

@@ -145,13 +145,26 @@ def weigh(
 
 
 def accumulate(
-    sums: Sums, task: ClientTask, update: ClientUpdate, weights: dict[str, Array]
+    sums: Sums,
+    which: Array,
+    task: ClientTask,
+    update: ClientUpdate,
+    weights: dict[str, Array],
 ) -> Sums:
-    """Adds ONE client to the sums, each part of its delta with its weight."""
+    """Adds ONE client to one of several sums.
+
+    Args:
+      sums: leaves with a leading axis, one row for each of the sums.
+      which: [] int32, the row that the client is added to.
+      task: what the client was sent.
+      update: what it returned.
+      weights: of each part of its delta, see `weigh`.
+    """
     counted = counts(task, update)
 
     def add(part: str, total: Array, row: Array) -> Array:
-        return total.at[task.held].add(row) if part == "experts" else total + row
+        place = (which, task.held) if part == "experts" else which
+        return total.at[place].add(row)
 
     def add_delta(part: str, total: Array, delta: Array) -> Array:
         # Multiplying a NaN by a zero weight would still poison the sum.

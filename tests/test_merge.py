@@ -132,9 +132,11 @@ def sum_up(params, tasks, updates, size, *, gate_mode, weight):
     def add(sums, client):
         weights = weigh(*client, None, make_rules(gate_mode, weight))
         weights = keep_if(client[1].finite, weights)
-        return accumulate(sums, *client[:2], weights), None
+        return accumulate(sums, 0, *client[:2], weights), None
 
-    return jax.lax.scan(add, zero_sums(params), (tasks, updates, size))[0]
+    start = jax.tree.map(lambda leaf: leaf[None], zero_sums(params))
+    sums, _ = jax.lax.scan(add, start, (tasks, updates, size))
+    return jax.tree.map(lambda leaf: leaf[0], sums)
 
 
 @functools.partial(jax.jit, static_argnums=0)

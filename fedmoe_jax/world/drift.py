@@ -97,37 +97,43 @@ def rotate(x: Array, amount: Array) -> Array:
     """
     height, width = x.shape[1:3]
     pixels = x.reshape(x.shape[0], height * width, x.shape[3])
-    # Without the barrier XLA finds the corners anew for every image and colour.
-    corners = jax.lax.optimization_barrier(_find_corners(height, width, amount))
-    total = jnp.zeros_like(pixels)
-    for place, weight in corners:
-        corner = pixels.at[:, place].get(mode="promise_in_bounds")
-        total += weight[None, :, None] * corner
+
+    def add_side(total: Array, side: tuple[Array, Array]) -> tuple[Array, None]:
+        for place, weight in zip(*side, strict=True):
+            corner = pixels.at[:, place].get(mode="promise_in_bounds")
+            total += weight[None, :, None] * corner
+        return total, None
+
+    # Outside of a loop XLA finds the corners anew for every image and colour, wherever
+    # the images are used.
+    corners = _find_corners(height, width, amount)
+    total, _ = jax.lax.scan(add_side, jnp.zeros_like(pixels), corners)
     return total.reshape(x.shape)
 
 
-def _find_corners(height: int, width: int, amount: Array) -> list[tuple[Array, Array]]:
-    """For each target pixel four source pixels [H * W] int32 and their weights."""
+def _find_corners(height: int, width: int, amount: Array) -> tuple[Array, Array]:
+    """Four source pixels of each target, [2, 2, H * W] int32, and their weights."""
     angle = jnp.deg2rad(amount)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
     y, x = np.mgrid[:height, :width].reshape(2, -1).astype(np.float32)
     y, x = y - middle_y, x - middle_x
-    rows = _split_place(middle_y + cos * y + sin * x, height)
-    columns = _split_place(middle_x + cos * x - sin * y, width)
-    return [
-        (row * width + column, row_weight * column_weight)
-        for row, row_weight in rows
-        for column, column_weight in columns
-    ]
+    row, row_weight = _split_place(middle_y + cos * y + sin * x, height)
+    column, column_weight = _split_place(middle_x + cos * x - sin * y, width)
+    place = row[:, None] * width + column[None]
+    return place, row_weight[:, None] * column_weight[None]
 
 
-def _split_place(place: Array, size: int) -> list[tuple[Array, Array]]:
-    """The whole numbers in [0, size) on both sides of a place, and their weights."""
+def _split_place(place: Array, size: int) -> tuple[Array, Array]:
+    """The whole numbers in [0, size) on both sides of places [P], and their weights.
+
+    Both are [2, P].
+    """
     place = jnp.clip(place, 0, size - 1)
     low = place.astype(jnp.int32)
     share = place - low
-    return [(low, 1 - share), (jnp.minimum(low + 1, size - 1), share)]
+    sides = jnp.stack([low, jnp.minimum(low + 1, size - 1)])
+    return sides, jnp.stack([1 - share, share])
 
 
 def blur(x: Array, amount: Array) -> Array:
