@@ -155,13 +155,14 @@ def join_hosts(config: ConfigDict, request: str) -> None:
       UserError: a mistake in the flags, or processes that do not fit together.
     """
     from fedmoe_jax import hosts
-    from fedmoe_jax.machine import keep_programs, set_cpu_devices
+    from fedmoe_jax.machine import keep_host, keep_programs, set_cpu_devices
 
     local_processes = hosts.join(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
     )
     per_process = -(-config.run.num_devices // (_NUM_PROCESSES.value or 1))
     set_cpu_devices(per_process, local_processes)
+    keep_host()
     keep_programs()
     hosts.meet(request)
 

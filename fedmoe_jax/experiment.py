@@ -213,9 +213,11 @@ def count_forward_flops(
     """
     params = jax.eval_shape(model.init, jax.random.key(0))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    host = jax.local_devices(backend="cpu")[0]  # others cannot count before compiling
 
     def flops(function, *arguments) -> float:
-        analysis = jax.jit(function).lower(*arguments).cost_analysis()
+        with jax.default_device(host):
+            analysis = jax.jit(function).lower(*arguments).cost_analysis()
         return float(analysis.get("flops", 0.0))  # a flat stem has none
 
     features = jax.eval_shape(model.stem, params["stem"], image, None)

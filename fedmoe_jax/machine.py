@@ -49,6 +49,16 @@ def set_cpu_devices(num_devices: int, local_processes: int = 1) -> None:
         os.environ["XLA_FLAGS"] = " ".join(chosen)
 
 
+def keep_host() -> None:
+    """Keeps the CPU within reach where `JAX_PLATFORMS` names accelerators alone.
+
+    FLOPs are counted there.
+    """
+    platforms = jax.config.jax_platforms
+    if platforms and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")
+
+
 def keep_programs() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told where.
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import default
 from fedmoe_jax.costs import (
     Costs,
     Traffic,
@@ -17,6 +18,8 @@ from fedmoe_jax.costs import (
     count_costs,
     scale_costs,
 )
+from fedmoe_jax.experiment import count_forward_flops
+from fedmoe_jax.models import build_model
 from fedmoe_jax.rules import PARTS
 from fedmoe_jax.types import Devices
 
@@ -155,3 +158,20 @@ def test_memory_by_hand():
     assert bytes_needed.tolist() == [4 * 1500, 4 * 1500 + 2000]
     variates = client_memory(COSTS, traffic, VARIATES)  # its own and their mean
     assert variates.tolist() == [6 * 1500, 4 * 1500 + 2000 + 2 * 3500]
+
+
+def test_forward_flops_are_counted_on_the_host(monkeypatch):
+    count, host = jax.stages.Lowered.cost_analysis, jax.local_devices(backend="cpu")[0]
+
+    def as_on_accelerators(lowered):  # which count only what they have compiled
+        return count(lowered) if jax.config.jax_default_device == host else None
+
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", as_on_accelerators)
+    config = default.get_config()
+    model = build_model(
+        **config.model, num_experts=8, num_classes=10, image_shape=(8, 8, 1)
+    )
+    stem, shared, expert = count_forward_flops.__wrapped__(model, (8, 8, 1))
+    products = 2 * 64 * 64, 2 * (64 * 64 + 64 * 8 + 64 * 10), 2 * 2 * 64 * 64
+    for found, product in zip((stem, shared, expert), products, strict=True):
+        assert product < found < 1.2 * product  # biases and activations besides

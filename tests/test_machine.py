@@ -1,6 +1,7 @@
 """What JAX is told before it looks at its devices."""
 
 import os
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -55,6 +56,18 @@ def test_an_unknown_release_gets_no_flags(told, monkeypatch):
     monkeypatch.setattr(machine.importlib.metadata, "version", lambda _: "0.11.0")
     machine.set_cpu_devices(0)
     assert os.environ["XLA_FLAGS"] == ""
+
+
+@pytest.mark.parametrize(
+    ("platforms", "kept"),
+    [(None, None), ("cpu", None), ("cuda", "cuda,cpu"), ("cuda,cpu", None)],
+)
+def test_the_host_stays_within_reach(told, monkeypatch, platforms, kept):
+    monkeypatch.setattr(machine, "jax", SimpleNamespace(config=SimpleNamespace()))
+    machine.jax.config.jax_platforms = platforms
+    machine.jax.config.update = told.__setitem__
+    machine.keep_host()
+    assert told == ({"jax_platforms": kept} if kept else {})
 
 
 def test_programs_are_kept_unless_told_where(monkeypatch, tmp_path):
