@@ -168,28 +168,31 @@ def train_share(
     """
     stale = rules.world.late == "stale"  # then sums have a second row for them
 
-    def one_client(task: ClientTask) -> ClientUpdate:
+    def one_client(task: ClientTask) -> tuple[ClientUpdate, dict, Report]:
         client_key = jax.random.fold_in(key, task.client)
-        return client_update(params, task, federation, hyper, client_key)
-
-    def add_client(totals: Sums, sent_and_returned) -> tuple[Sums, Report]:
-        task, update = sent_and_returned
+        update = client_update(params, task, federation, hyper, client_key)
         size = federation.size[task.client]
         weights = weigh(task, update, size, hyper, rules)
         sent = (weights["experts"] > 0).sum().astype(jnp.float32)
         outcome = judge(task, sent, update.finite)
-        which = (outcome.code == STALE).astype(jnp.int32) if stale else 0
-        weights = keep_if(outcome.arrived, weights)
-        totals = accumulate(totals, which, task, update, weights)
-        return totals, make_report(update, task, sent, outcome, hyper, rules)
+        report = make_report(update, task, sent, outcome, hyper, rules)
+        return update, keep_if(outcome.arrived, weights), report
+
+    def add_client(totals: Sums, client: tuple) -> tuple[Sums, None]:
+        code, *client = client
+        which = (code == STALE).astype(jnp.int32) if stale else 0
+        return accumulate(totals, which, *client), None
 
     def one_chunk(totals: Sums, chunk: ClientTask) -> tuple[Sums, Report]:
         if chunk.client.shape[0] == 1:  # vmapping one client would group convolutions
-            update = one_client(jax.tree.map(lambda leaf: leaf[0], chunk))
-            updates = jax.tree.map(lambda leaf: leaf[None], update)
+            returned = one_client(jax.tree.map(lambda leaf: leaf[0], chunk))
+            returned = jax.tree.map(lambda leaf: leaf[None], returned)
         else:
-            updates = jax.vmap(one_client)(chunk)
-        return jax.lax.scan(add_client, totals, (chunk, updates))
+            returned = jax.vmap(one_client)(chunk)
+        updates, weights, reports = returned
+        clients = reports.outcome.code, chunk, updates, weights
+        totals, _ = jax.lax.scan(add_client, totals, clients)
+        return totals, reports
 
     rows = lambda leaf: jnp.zeros((1 + stale, *leaf.shape))
     start = jax.tree.map(rows, zero_sums(params))

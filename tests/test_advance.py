@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tiny import (
     STORM,
+    USERS_OPTIONS,
     C,
     N,
     R,
@@ -131,7 +133,7 @@ def test_processes_start_from_their_stationary_laws():
 
 
 @functools.cache
-def run(seed=0, rounds=2, devices=1, **changes):
+def run(seed=0, rounds=2, devices=1, as_users=False, **changes):
     """The state after two chunks of rounds, and the metrics of the last."""
     plan = plan_run(**dict(changes) | {"run.num_devices": devices})
     setup = plan.setup
@@ -141,8 +143,11 @@ def run(seed=0, rounds=2, devices=1, **changes):
     state = init_state(jax.random.key(seed), plan.hyper, setup)
     parts = replicate((state, plan.federation, plan.hyper), setup.mesh)
     state, federation, hyper = parts
+    run_rounds = build_run_rounds(setup)
+    if as_users:
+        run_rounds = run_rounds.lower(*parts).compile(compiler_options=USERS_OPTIONS)
     for _ in range(rounds):
-        state, metrics = build_run_rounds(setup)(state, federation, hyper)
+        state, metrics = run_rounds(state, federation, hyper)
     evaluate = build_evaluate(setup.model, setup.sizes, setup.rules, setup.mesh)
     return jax.device_get((state, metrics, evaluate(state, federation)))
 
@@ -172,10 +177,11 @@ IDLE = {
 }
 
 
-def test_a_world_without_events_is_bitwise_the_run_without_a_world():
-    calm = {"devices.deadline": 1e9}
-    state, metrics, accuracies = run(**calm)
-    other, told, judged = run(**IDLE)
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_world_without_events_is_bitwise_the_run_without_a_world(chunk):
+    alike = {"devices.deadline": 1e9, "run.client_chunk": chunk}
+    state, metrics, accuracies = run(as_users=True, **alike)
+    other, told, judged = run(as_users=True, **IDLE | alike)
     assert_same(state.params, other.params)
     assert_same(state.align.fitness, other.align.fitness)
     assert_same(state.align.usage, other.align.usage)

@@ -1,6 +1,7 @@
 """Tiny runs for the tests of whole rounds: sizes, a model, what tells states apart."""
 
 import functools
+from importlib.metadata import version
 from typing import NamedTuple
 
 import jax
@@ -81,6 +82,11 @@ STORM = {
     "drift.rounds": 2,
     "reaction.kind": "hasten",
 }
+
+# Compiles as without the flags of conftest, under which sums may be rounded otherwise.
+USERS_OPTIONS = {"xla_backend_optimization_level": 3}
+if version("jaxlib").startswith("0.10."):
+    USERS_OPTIONS["xla_cpu_use_fusion_emitters"] = True
 
 
 def tiny_config(**changes):
