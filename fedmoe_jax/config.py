@@ -11,6 +11,7 @@ from fedmoe_jax.ranges import COUNT, NON_NEGATIVE, POSITIVE, SHARE, Range
 from fedmoe_jax.strategies import STRATEGIES, find_strategy
 from fedmoe_jax.types import UserError
 from fedmoe_jax.world.channel import NEAREST
+from fedmoe_jax.world.devices import WIDEST
 from fedmoe_jax.world.drift import DISTORTIONS
 
 # Fields that may change between the calls that run and resume one simulation.
@@ -74,7 +75,7 @@ ALLOWED: dict[str, Range | tuple[str, ...]] = {
     "usage.decay": SHARE,
     "weights.fitness": NON_NEGATIVE,
     "weights.usage": NON_NEGATIVE,
-    "devices.spread": NON_NEGATIVE,
+    "devices.spread": Range(0, WIDEST),
     "devices.free_memory": Range(0, 1, open_low=True),
     "devices.overload": ("ignore", "lose"),
     "late.kind": ("wait", "drop", "stale"),

@@ -3,9 +3,14 @@
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`; `open_low` and `open_high` leave an end out."""
+    """Numbers from `low` to `high`; `open_low` and `open_high` leave an end out.
+
+    A number must lie there as a float32, too, which is what a run reads.
+    """
 
     low: float
     high: float = math.inf
@@ -13,9 +18,18 @@ class Range(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
+        try:
+            with np.errstate(over="ignore", under="ignore"):
+                kept, low, high = map(np.float32, (value, self.low, self.high))
+        except OverflowError:  # a whole number beyond float64
+            return False
+        lies = self._is_between(value, self.low, self.high)
+        return lies and self._is_between(kept, low, high) and bool(np.isfinite(kept))
+
+    def _is_between(self, value: Any, low: Any, high: Any) -> bool:
+        above = value > low if self.open_low else value >= low
+        below = value < high if self.open_high else value <= high
+        return bool(above and below)
 
     def __str__(self) -> str:
         if self.high == math.inf:

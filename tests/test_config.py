@@ -187,6 +187,22 @@ def test_numbers_must_be_finite(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("channel.backoff", 1e-60),  # 0 as a float32
+        ("devices.buffer", 1 - 1e-12),  # 1
+        ("channel.bandwidth", 1e300),  # infinite
+        ("num_rounds", 10**400),
+    ],
+)
+def test_numbers_must_be_allowed_as_the_float32_that_a_run_reads(name, value):
+    with pytest.raises(UserError) as caught:
+        validate(changed(**{name: value}))
+    told = str(caught.value)
+    assert told.startswith(f"{name}={value!r} is not allowed; allowed: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
         ("partition.alpha", 1e-6),
         ("usage.decay", 0.0),
         ("usage.decay", 1.0),

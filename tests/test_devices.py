@@ -98,6 +98,7 @@ def test_training_gets_a_share_of_the_memory_and_devices_repeat_with_the_seed():
         (dict(shares=(float("nan"), 0.5)), "devices.shares"),
         (dict(spread=-0.1), "devices.spread=-0.1"),
         (dict(spread=float("nan")), "devices.spread=nan"),
+        (dict(spread=5.1), "devices.spread=5.1"),
         (dict(free_memory=0.0), r"devices.free_memory=0.0.*\(0, 1\]"),
         (dict(free_memory=1.1), "devices.free_memory=1.1"),
         (dict(free_memory=float("nan")), "devices.free_memory=nan"),
@@ -240,7 +241,9 @@ def test_bad_files_are_refused(write, text, message):
 def test_missing_and_unreadable_files_are_refused(tmp_path):
     binary = tmp_path / "binary.csv"
     binary.write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "none.csv", tmp_path, binary):
+    endless = tmp_path / "endless.csv"
+    endless.write_text("a" * 200_000)  # more than a field may have
+    for path in (tmp_path / "none.csv", tmp_path, binary, endless):
         with pytest.raises(UserError, match="devices.csv=.*cannot be read"):
             read_devices(str(path), 2, rng(), 1.0)
 

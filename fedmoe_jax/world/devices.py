@@ -33,6 +33,7 @@ class Tier(NamedTuple):
 
 
 POSITIVE = Tier._fields[:4]  # a device may lack the others
+WIDEST = 5.0  # spread; half of the devices are then 29 times off the median or more
 GIB = 2**30  # memory chips come in powers of two
 # Share of the peak that training sustains, an assumption: LLM training gets 0.2 to 0.46
 # of it (PaLM, arXiv 2204.02311, table 3), small models may get less.
@@ -173,8 +174,9 @@ def _check(tiers: tuple[str, ...], shares: tuple[float, ...], spread: float) -> 
         raise UserError(
             f"devices.shares={tuple(shares)} is not allowed; shares are >= 0, sum to 1"
         )
-    if not 0 <= spread < np.inf:
-        raise UserError(f"devices.spread={spread} is not allowed; it is finite, >= 0")
+    if not 0 <= spread <= WIDEST:
+        allowed = f"it is in [0, {WIDEST}]"
+        raise UserError(f"devices.spread={spread} is not allowed; {allowed}")
 
 
 def _deal(num_clients: int, shares: tuple[float, ...]) -> np.ndarray:
@@ -197,8 +199,8 @@ def _read_rows(path: str) -> list[dict]:
             path, f"cannot be read ({type(error).__name__}); needed: a CSV file"
         ) from None
     reader = csv.DictReader(lines, skipinitialspace=True)
-    _check_header(path, reader.fieldnames or [])
     try:
+        _check_header(path, reader.fieldnames or [])
         rows = [_read_row(f"{path}, line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
         raise _fault(path, f"cannot be read ({error}); needed: a CSV file") from None
