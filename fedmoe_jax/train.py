@@ -38,6 +38,7 @@ class Plan(NamedTuple):
       partition: who owns what.
       federation: what a round reads.
       hyper: traced hyperparameters.
+      tier_names: kinds of device, in the order of their numbers.
     """
 
     config: ConfigDict
@@ -46,6 +47,7 @@ class Plan(NamedTuple):
     partition: Partition
     federation: Federation
     hyper: Hyper
+    tier_names: tuple[str, ...]
 
 
 load_dataset_once = functools.cache(load_dataset)
@@ -81,7 +83,9 @@ def plan_run(config: ConfigDict, mesh: Mesh) -> Plan:
         mesh=mesh,
     )
     hyper = experiment.make_hyper(config)
-    return Plan(config, setup, data, partition, federation, hyper)
+    # Now, as the user's file of devices may have changed when the run ends.
+    _, names = experiment.make_devices(config)
+    return Plan(config, setup, data, partition, federation, hyper, names)
 
 
 def estimate(plans: list[Plan], setup: Setup) -> dict[str, float]:
@@ -249,7 +253,6 @@ def save_arrays(
     specialisation: np.ndarray,
 ) -> None:
     """Writes `final.npz`, the arrays that the report draws."""
-    _, tier_names = experiment.make_devices(plan.config)
     part = path.with_suffix(".part.npz")
     np.savez(
         part,
@@ -258,7 +261,7 @@ def save_arrays(
         capacity=np.minimum(ledger.capacity, plan.setup.sizes.max_capacity),
         belief=belief.capacity,
         tier=plan.federation.devices.tier,
-        tier_names=np.array(tier_names),
+        tier_names=np.array(plan.tier_names),
         participation=ledger.participation,
         last_client=ledger.client,
         last_code=ledger.outcome.code,

@@ -18,6 +18,7 @@ from fedmoe_jax.metrics import read_metrics
 from fedmoe_jax.partition import load_partition
 from fedmoe_jax.report import write_report
 from fedmoe_jax.runs import load_run
+from fedmoe_jax.setup import init_state
 from fedmoe_jax.sharding import build_mesh
 from fedmoe_jax.summary import SPENT
 from fedmoe_jax.types import UserError
@@ -177,6 +178,19 @@ def test_arrays_agree_with_the_state(finished):
         # Every class spreads its gate mass over the experts.
         np.testing.assert_allclose(arrays["specialisation"].sum(0), 1, atol=1e-5)
         assert arrays["label_names"].tolist() == [str(i) for i in range(10)]
+
+
+def test_a_run_ends_without_the_file_of_devices(tmp_path):
+    file = tmp_path / "devices.csv"
+    columns = "memory,flops,upload,download,latency,power,radio,tier"
+    file.write_text(f"{columns}\n4e9,1e11,5e6,15e6,0.02,5,2,mine\n")
+    plan = train.plan_run(tiny_config(**{"devices.csv": str(file)}), build_mesh(1))
+    state = init_state(jax.random.key(0), plan.hyper, plan.setup)
+    file.unlink()
+    parts = state.align, state.belief, state.ledger
+    train.save_arrays(tmp_path / "final.npz", plan, *parts, np.zeros((3, 10)))
+    with np.load(tmp_path / "final.npz") as arrays:
+        assert arrays["tier_names"].tolist() == ["mine"]
 
 
 def test_a_finished_run_is_left_as_it_is(finished, tmp_path):
