@@ -113,11 +113,15 @@ def merge_round(
     return merge(state.params, state.server_opt, total, tx)
 
 
-def mark_busy(world: dict, cohort: Array, report: Report) -> dict:
-    """The world's state, in which late clients still work in the next round."""
+def mark_busy(world: dict, cohort: Array, report: Report, deadline: float) -> dict:
+    """The world's state, in which late clients still work in the next round.
+
+    That is who sends a stale update, and who is lost only after the deadline.
+    """
     if "busy" not in world:
         return world
-    late = report.outcome.code == STALE
+    worked = (report.outcome.phases * report.outcome.spent).sum(1)
+    late = (report.outcome.code == STALE) | (worked > deadline)
     return world | {"busy": jnp.zeros_like(world["busy"]).at[cohort].set(late)}
 
 
@@ -191,7 +195,7 @@ def round_step(
         align=learnt.replace(memory=memory),
         personal=personal,
         variate=variate,
-        world=mark_busy(world, cohort, report),
+        world=mark_busy(world, cohort, report, rules.deadline),
         belief=learn_devices(belief, tasks, report, hyper, setup),
         stale=sums[1] if state.stale else {},
         ledger=enter(state.ledger, cohort, capacity, report.outcome),

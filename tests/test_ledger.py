@@ -18,19 +18,20 @@ from fedmoe_jax.sharding import replicate, spread
 from fedmoe_jax.types import Devices, Sizes
 from fedmoe_jax.world.advance import Fate
 
-ROUNDS = 4
+ROUNDS = 5
 # What happens to the three clients in each round, and from which moment of training.
 NEVER, AT_START, HALFWAY = np.inf, 0.0, 0.5
 SCRIPT = {
-    "reachable": [[1, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]],
+    "reachable": [[1, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]],
     "dropout": [
         [NEVER, NEVER, NEVER],
         [NEVER, HALFWAY, NEVER],
         [AT_START, NEVER, HALFWAY],
         [NEVER, NEVER, NEVER],
+        [NEVER, NEVER, NEVER],
     ],
-    "no_download": [[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]],
-    "no_upload": [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 1, 0]],
+    "no_download": [[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]],
+    "no_upload": [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]],
 }
 DEADLINE = 60.0
 LATENCY, POWER, RADIO = [0.5, 0.0, 1.0], [5.0, 50.0, 10.0], [2.0, 1.0, 0.5]
@@ -39,7 +40,7 @@ MODEL_SCALE = 100.0
 
 @functools.cache
 def play(late, overload):
-    """Four rounds of three clients.
+    """Five rounds of three clients.
 
     Returns the setup, the federation, the states, the rounds' metrics, and the round as
     a function of a state.
@@ -104,7 +105,7 @@ def play(late, overload):
 
 
 def slow_round(setup, devices, busy, number, late, overload):
-    """The ledger of one round, client by client."""
+    """The ledger of one round, client by client, and who is busy in the next."""
     costs, scale = setup.costs, MODEL_SCALE
     examples = setup.sizes.local_steps * setup.sizes.batch_size
     shared = costs.shared_bytes + costs.gate_bytes
@@ -158,7 +159,9 @@ def slow_round(setup, devices, busy, number, late, overload):
         ends.append(sum(work))
     longest = max(ends)
     book["seconds"] = min(longest, DEADLINE) if late != "wait" else longest
-    return book, outcomes
+    # Who still works for this round, for its update or in vain.
+    still = {c for c in range(3) if ends[c] > DEADLINE} if late == "stale" else set()
+    return book, outcomes, still
 
 
 @pytest.mark.parametrize(
@@ -169,10 +172,9 @@ def test_the_ledger_agrees_with_a_slow_one(late, overload):
     busy, seen = set(), set()
     took_part = np.zeros(3, int)
     for number, row in enumerate(metrics):
-        book, outcomes = slow_round(
+        book, outcomes, busy = slow_round(
             setup, federation.devices, busy, number, late, overload
         )
-        busy = {c for c in range(3) if outcomes[c] == "stale"}
         ledger = states[number + 1].ledger
         got = [OUTCOMES[code] for code in np.array(ledger.outcome.code)]
         assert got == outcomes
@@ -198,6 +200,8 @@ def test_the_ledger_agrees_with_a_slow_one(late, overload):
         # clients 1, whose network is too slow for two, and 2
         assert row["capacity_violations"] == sum(reached[1:])
         assert row["participation"].tolist() == took_part.tolist()
+    # Client 1 is lost in the fourth round, after the deadline.
+    assert (outcomes[1] == "lost_unreachable") == (late == "stale")
     expected = {"wait": "merged", "drop": "dropped", "stale": "stale"}[late]
     assert {expected, "merged", "lost_outage", "lost_dropout"} <= seen
     assert "lost_unreachable" in seen and ("lost_memory" in seen) == (
