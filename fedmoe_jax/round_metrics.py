@@ -11,7 +11,12 @@ import jax.numpy as jnp
 from fedmoe_jax.align.usage import load_cv, load_entropy, starved
 from fedmoe_jax.client import ClientTask
 from fedmoe_jax.cohort import Report
-from fedmoe_jax.costs import client_bytes, client_flops, client_parameters
+from fedmoe_jax.costs import (
+    client_bytes,
+    client_flops,
+    client_memory,
+    client_parameters,
+)
 from fedmoe_jax.dealing import chunk_size, wasted_share
 from fedmoe_jax.ledger import Ledger, jain
 from fedmoe_jax.outcome import DROPPED, OUTCOMES, Conditions, Outcome
@@ -66,7 +71,9 @@ def account(
     wasted = jnp.where(outcome.arrived, 0.0, 1.0)
     longest, worked_at_all = seconds.max(), outcome.spent[:, 0] > 0
     late = (seconds > rules.deadline) | (outcome.code == DROPPED)
-    too_many = traffic.trained > ledger.capacity[cohort]
+    # Some systems take more memory than the experts that they train.
+    fits = client_memory(setup.device_costs, traffic, ways) <= devices.memory
+    too_many = (traffic.trained > ledger.capacity[cohort]) | ~fits
     if rules.world.late == "stale":  # nobody waits for them
         longest = jnp.minimum(longest, rules.deadline)
     return {

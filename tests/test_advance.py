@@ -152,7 +152,7 @@ def run(seed=0, rounds=2, devices=1, as_users=False, **changes):
     return jax.device_get((state, metrics, evaluate(state, federation)))
 
 
-# Every process in the program, none of which does anything.
+# Processes in the program, none of which does anything.
 IDLE = {
     "pressure.left": 1.0,
     "pressure.share": 0.5,
@@ -198,6 +198,15 @@ def test_a_config_without_events_has_a_calm_world():
     assert plan_run().setup.rules.world == CALM
     pooled = plan_run(**STORM | {"strategy": "centralised"})
     assert pooled.setup.rules.world == CALM
+
+
+@pytest.mark.parametrize("strategy", ["load_balanced", "hfedmoe", "scaffold"])
+def test_who_is_lost_to_memory_was_given_too_much(strategy):
+    poor = {"devices.overload": "lose", "devices.free_memory": 0.1}
+    _, metrics, _ = run(strategy=strategy, **poor, **{"devices.deadline": 1e9})
+    lost = metrics["lost_memory_clients"]
+    assert lost.min() > 0
+    np.testing.assert_array_equal(metrics["capacity_violations"], lost)
 
 
 # ---- the storm
