@@ -20,7 +20,7 @@ from benchmarks.start import (
     start,
     time_interleaved,
 )
-from fedmoe_jax.machine import set_cpu_devices
+from fedmoe_jax.machine import keep_host, set_cpu_devices
 
 CLIENTS, REPETITIONS, CNN_REPETITIONS = 1_000, 15, 5
 CHUNK = 250  # clients vmapped at once, on accelerators
@@ -109,6 +109,7 @@ def add_network(names: tuple[str, ...], network: dict) -> dict[str, dict]:
 
 def main() -> None:
     set_cpu_devices(0)
+    keep_host()
     names = NOTHING, ALL_DEVICES, ALL, BLUR
     small = time_cases(CASES, DIGITS, REPETITIONS)
     large = time_cases(add_network(names, CNN), CIFAR10, CNN_REPETITIONS)

@@ -105,9 +105,10 @@ def rotate(x: Array, amount: Array) -> Array:
         return total, None
 
     # Outside of a loop XLA finds the corners anew for every image and colour, wherever
-    # the images are used.
-    corners = _find_corners(height, width, amount)
-    total, _ = jax.lax.scan(add_side, jnp.zeros_like(pixels), corners)
+    # the images are used, which is cheaper than a loop only where they are small.
+    corners, small = _find_corners(height, width, amount), height * width <= 256
+    start = jnp.zeros_like(pixels)
+    total, _ = jax.lax.scan(add_side, start, corners, unroll=small)
     return total.reshape(x.shape)
 
 
