@@ -257,25 +257,6 @@ def test_a_stopped_storm_goes_on_bitwise(tmp_path):
 # ---- drift
 
 
-def test_personal_accuracy_follows_the_labels_that_moved():
-    changes = {"partition.kind": "shards", "partition.classes_per_client": 2}
-    drift = {"drift.labels": 1.0, "drift.start": 0, "drift.rounds": 1}
-    plan = plan_run(**changes | drift)
-    moved = advance_file.drifted_federation(
-        jax.tree.map(jnp.asarray, plan.federation), {"moved": jnp.float32(1)}
-    )
-    heir = np.asarray(plan.federation.heir)
-    assert sorted(heir) == list(range(N)) and not np.any(heir == np.arange(N))
-    np.testing.assert_array_equal(moved.label_mix, plan.federation.label_mix[heir])
-    state, _, accuracies = run(**changes | drift)
-    # the accuracies of clients that hold the same experts differ by their mixes only
-    still, _, _ = run(**changes)
-    assert state.world["moved"] == 1.0 and not still.world
-    label = np.asarray(plan.federation.y)[moved.index[0, : moved.size[0]]]
-    assert set(label) == set(np.flatnonzero(moved.label_mix[0]))
-    assert np.isfinite(accuracies["client_accuracy"]).all()
-
-
 def test_drifted_images_are_judged_apart():
     drift = {"drift.images": "rotate", "drift.start": 0, "drift.rounds": 1}
     strong = drift | {"drift.strength": 90.0, "drift.share": 0.5}
