@@ -126,7 +126,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.devices.free_memory = 1.0  # share of the memory that training gets
     config.devices.model_scale = 1500.0  # one simulated byte or FLOP stands for so many
     config.devices.deadline = 60.0  # seconds a round may take
-    config.devices.communication_share = 0.5  # of the deadline
+    config.devices.communication_share = 0.5  # of the deadline, for the links
     config.devices.buffer = 0.1  # share of every resource kept in reserve
     config.devices.overload = "ignore"  # ignore | lose (whoever holds too much)
 

@@ -189,6 +189,11 @@ def check_drift(values: dict[str, Any]) -> None:
     """Raises UserError for a drift that the run would not see or could not have."""
     on = values["drift.labels"] > 0 or values["drift.images"] != "none"
     last = values["num_rounds"] - values["drift.rounds"]
+    if on and last < 0:
+        raise UserError(
+            f"drift.rounds={values['drift.rounds']} is not allowed; allowed: 1 to "
+            f"num_rounds={values['num_rounds']}, so that the run sees all of the drift"
+        )
     if on and values["drift.start"] > last:
         raise UserError(
             f"drift.start={values['drift.start']} is not allowed; allowed: 0 to "

@@ -82,8 +82,9 @@ def keep_devices(path: Path, csv: str) -> None:
         write_atomically(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise UserError(
-            f"devices.csv={csv} is not allowed; allowed: the file that the run was "
-            f"started with, {path}, or a new workdir"
+            f"devices.csv={csv} has changed since the run was started, which is not "
+            f"allowed; allowed: what {path} has kept of it, copied back, or a new "
+            "workdir"
         )
 
 

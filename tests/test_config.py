@@ -243,6 +243,8 @@ def test_a_drift_must_end_within_the_run():
     validate(changed(**{"drift.start": 400}))  # nothing drifts
     with pytest.raises(UserError, match=r"^drift.start=31 is not allowed; .*= 30"):
         validate(changed(**fields, **{"drift.start": 31}))
+    with pytest.raises(UserError, match="^drift.rounds=41 is not allowed; .*=40"):
+        validate(changed(**fields | {"drift.rounds": 41, "drift.start": 0}))
     with pytest.raises(UserError, match="^drift.start=31 is not allowed"):
         images = {"drift.labels": 0.0, "drift.images": "blur", "drift.start": 31}
         validate(changed(**fields | images))

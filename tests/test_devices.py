@@ -258,6 +258,6 @@ def test_a_run_goes_on_with_the_devices_it_was_started_with(write, tmp_path):
     keep_devices(kept, path)
     keep_devices(kept, path)
     write(f"{HEADER}\n{ROW}\n{ROW}\n")
-    with pytest.raises(UserError, match="devices.csv=.*started with, .*run.csv"):
+    with pytest.raises(UserError, match="devices.csv=.*has changed.*run.csv"):
         keep_devices(kept, path)
     assert kept.read_text() == f"{HEADER}\n{ROW}\n"

@@ -96,24 +96,25 @@ def rotate(x: Array, amount: Array) -> Array:
       amount: [] float32 degrees.
     """
     height, width = x.shape[1:3]
-    pixels = x.reshape(x.shape[0], height * width, x.shape[3])
+    places, weights = _find_corners(height, width, amount)
 
-    def add_side(total: Array, side: tuple[Array, Array]) -> tuple[Array, None]:
-        for place, weight in zip(*side, strict=True):
-            corner = pixels.at[:, place].get(mode="promise_in_bounds")
-            total += weight[None, :, None] * corner
-        return total, None
+    def turn(image: Array) -> Array:
+        pixels = image.reshape(height * width, -1)
+        total = jnp.zeros_like(pixels)
+        for place, weight in zip(places, weights, strict=True):
+            corner = pixels.at[place].get(mode="promise_in_bounds")
+            total += weight[:, None] * corner
+        return total.reshape(image.shape)
 
     # Outside of a loop XLA finds the corners anew for every image and colour, wherever
     # the images are used, which is cheaper than a loop only where they are small.
-    corners, small = _find_corners(height, width, amount), height * width <= 256
-    start = jnp.zeros_like(pixels)
-    total, _ = jax.lax.scan(add_side, start, corners, unroll=small)
-    return total.reshape(x.shape)
+    if height * width <= 256:
+        return jax.vmap(turn)(x)
+    return jax.lax.map(turn, x, batch_size=8)
 
 
 def _find_corners(height: int, width: int, amount: Array) -> tuple[Array, Array]:
-    """Four source pixels of each target, [2, 2, H * W] int32, and their weights."""
+    """Four source pixels of each target, [4, H * W] int32, and their weights."""
     angle = jnp.deg2rad(amount)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
@@ -122,7 +123,8 @@ def _find_corners(height: int, width: int, amount: Array) -> tuple[Array, Array]
     row, row_weight = _split_place(middle_y + cos * y + sin * x, height)
     column, column_weight = _split_place(middle_x + cos * x - sin * y, width)
     place = row[:, None] * width + column[None]
-    return place, row_weight[:, None] * column_weight[None]
+    weight = row_weight[:, None] * column_weight[None]
+    return place.reshape(4, -1), weight.reshape(4, -1)
 
 
 def _split_place(place: Array, size: int) -> tuple[Array, Array]:
