@@ -63,9 +63,9 @@ DEFINITIONS = {  # title of a column: what it says
     FIRST_COST: "clients that needed longer than the deadline",
     "Lost a round": "clients whose update did not count, for whatever reason",
     "Stale a round": "clients whose update came late and counted a round later",
-    "Capacity violations a round": "clients reached with more experts than fit into "
-    "their memory and their share of the deadline; everyone gets one, even where none "
-    "fits",
+    "Capacity violations a round": "clients reached with more than fits into their "
+    "memory, or more experts than fit into their shares of the deadline; everyone gets "
+    "one, even where none fits",
     "Capacity error": "experts by which the server misjudged a client, on average",
     "Jain of participation": "Jain's index of the rounds in which each client's update "
     "counted; 1 is even",
