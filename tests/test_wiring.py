@@ -18,7 +18,14 @@ from fedmoe_jax.setup import Setup, init_state
 from fedmoe_jax.sharding import replicate, spread
 from fedmoe_jax.tasks import find_distortion
 from fedmoe_jax.types import Devices, Federation, Hyper
-from fedmoe_jax.world.advance import Keys, advance, open_links, share_now, show
+from fedmoe_jax.world.advance import (
+    Keys,
+    advance,
+    drifted_federation,
+    open_links,
+    share_now,
+    show,
+)
 from fedmoe_jax.world.capacity import devices_now
 
 KEYS = Keys(jax.random.key(1), jax.random.key(2))
@@ -270,7 +277,11 @@ SHARDS = {"partition.kind": "shards", "partition.classes_per_client": 2}
 def test_personal_accuracy_follows_the_labels_that_moved():
     start = begin(**SHARDS | {"drift.labels": 1.0})
     state, heir = start.state, np.asarray(start.federation.heir)
-    assert not np.any(heir == np.arange(N))
+    assert sorted(heir) == list(range(N)) and not np.any(heir == np.arange(N))
+    # What client 0 owns in the end has the labels of its mix and no others.
+    moved = drifted_federation(start.federation, {"moved": jnp.float32(1)})
+    label = np.asarray(moved.y)[np.asarray(moved.index[0, : moved.size[0]])]
+    assert set(label) == set(np.flatnonzero(moved.label_mix[0]))
     # Clients that hold the same experts differ by their label mixes only.
     align = state.align.replace(held=jnp.ones((N, E), bool))
     setup = start.setup
