@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
 from fedmoe_jax import checkpoint, hosts
-from fedmoe_jax.metrics import ACCURACIES, Row, open_metrics, open_progress
 from fedmoe_jax.types import PyTree, SimState
+from fedmoe_jax.writers import ACCURACIES, Row, open_metrics, open_progress
 
 # Fields of an evaluation that become fields of its row.
 REPORTED = (*ACCURACIES, "drifted_accuracy", "expert_accuracy")

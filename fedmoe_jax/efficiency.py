@@ -7,9 +7,9 @@ import numpy as np
 
 from fedmoe_jax.curves import Tracks, cost_curves
 from fedmoe_jax.gallery import CURVES, Picture, find_chance
-from fedmoe_jax.metrics import ACCURACIES
 from fedmoe_jax.runs import Run
 from fedmoe_jax.summary import TRAFFIC, spend_so_far
+from fedmoe_jax.writers import ACCURACIES
 
 
 class Cost(NamedTuple):

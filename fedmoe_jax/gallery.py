@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from fedmoe_jax import plots
 from fedmoe_jax.curves import Series, curves
-from fedmoe_jax.metrics import ACCURACIES
 from fedmoe_jax.runs import NAN, Run, interval, num_experts, numbers, varies
+from fedmoe_jax.writers import ACCURACIES
 
 
 class Picture(NamedTuple):

@@ -11,9 +11,9 @@ from scipy import stats
 
 from fedmoe_jax.config import flatten
 from fedmoe_jax.files import read_json
-from fedmoe_jax.metrics import ACCURACIES, own_final, read_metrics
 from fedmoe_jax.summary import BUDGETS, measure_costs
 from fedmoe_jax.types import UserError
+from fedmoe_jax.writers import ACCURACIES, own_final, read_metrics
 
 NAN = float("nan")
 # Config fields that do not change what a run computes, or that number its repetition.

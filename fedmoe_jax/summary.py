@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from fedmoe_jax.metrics import (
+from fedmoe_jax.outcome import OUTCOMES
+from fedmoe_jax.writers import (
     ACCURACIES,
     COSTS,
     TARGETS,
@@ -14,7 +15,6 @@ from fedmoe_jax.metrics import (
     rounds_to_share,
     rounds_to_targets,
 )
-from fedmoe_jax.outcome import OUTCOMES
 
 # Fields of the rows that hold wall time: what they are called as a share.
 SPENT = {
@@ -137,7 +137,7 @@ def make_summary(
 ) -> dict[str, Any]:
     """The numbers of a whole run.
 
-    Final accuracies are those of `metrics.own_final`; `rounds_to` counts rounds until
+    Final accuracies are those of `writers.own_final`; `rounds_to` counts rounds until
     the global accuracy reaches a target for the first time, and each of `BUDGETS` tells
     what was spent by the end of that round.
 

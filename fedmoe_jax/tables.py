@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmoe_jax.config import flatten
-from fedmoe_jax.metrics import ACCURACIES
 from fedmoe_jax.runs import (
     NAN,
     Run,
@@ -22,6 +21,7 @@ from fedmoe_jax.runs import (
     varied_fields,
     varies,
 )
+from fedmoe_jax.writers import ACCURACIES
 
 Measured = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label
 JAIN = "final_participation_jain"

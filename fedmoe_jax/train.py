@@ -17,7 +17,6 @@ from fedmoe_jax.driver import Job, compile_once, drive
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.files import write_json
 from fedmoe_jax.ledger import Ledger
-from fedmoe_jax.metrics import Row, read_metrics
 from fedmoe_jax.profile import Belief
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.setup import Setup, init_state, prepare_state
@@ -26,6 +25,7 @@ from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.summary import describe_speed, make_summary
 from fedmoe_jax.types import AlignState, Dataset, Federation, Hyper, Partition
 from fedmoe_jax.workdir import claim_run, is_finished
+from fedmoe_jax.writers import Row, read_metrics
 
 
 class Plan(NamedTuple):

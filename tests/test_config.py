@@ -20,11 +20,11 @@ from fedmoe_jax.config import (
     validate,
 )
 from fedmoe_jax.data import load_dataset
-from fedmoe_jax.metrics import read_metrics
 from fedmoe_jax.ranges import Range
 from fedmoe_jax.sharding import build_mesh
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.types import Dataset, UserError
+from fedmoe_jax.writers import read_metrics
 
 FILES = sorted(
     path.stem

@@ -19,10 +19,10 @@ from configs import compare as study
 from configs import default
 from fedmoe_jax import hosts, train
 from fedmoe_jax.compare import compare
-from fedmoe_jax.metrics import read_metrics
 from fedmoe_jax.sharding import build_mesh
 from fedmoe_jax.summary import SPENT
 from fedmoe_jax.types import UserError
+from fedmoe_jax.writers import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"

@@ -18,7 +18,7 @@ import launch
 from configs import default
 from fedmoe_jax import checkpoint, train
 from fedmoe_jax.config import flatten
-from fedmoe_jax.metrics import read_metrics
+from fedmoe_jax.writers import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"

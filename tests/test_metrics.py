@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from fedmoe_jax import metrics
+from fedmoe_jax import writers as metrics
 from fedmoe_jax.types import UserError
 
 

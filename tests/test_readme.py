@@ -7,9 +7,9 @@ import numpy as np
 
 from configs import default
 from fedmoe_jax import train
-from fedmoe_jax.metrics import read_metrics
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.types import Strategy
+from fedmoe_jax.writers import read_metrics
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -11,11 +11,11 @@ from configs import compare as study
 from fedmoe_jax import sweep as sweep_file
 from fedmoe_jax import train
 from fedmoe_jax.compare import compare, list_members
-from fedmoe_jax.metrics import read_metrics
 from fedmoe_jax.sharding import CLIENTS, RUNS
 from fedmoe_jax.summary import SPENT
 from fedmoe_jax.sweep import plan_waves, wave_name
 from fedmoe_jax.types import OWN, Federation, UserError
+from fedmoe_jax.writers import read_metrics
 
 TINY = SMALL | {"chunk_rounds": 2, "run.tensorboard": False}
 

@@ -14,7 +14,6 @@ from tiny import SMALL
 
 from configs import default
 from fedmoe_jax import checkpoint, driver, train
-from fedmoe_jax.metrics import read_metrics
 from fedmoe_jax.partition import load_partition
 from fedmoe_jax.report import write_report
 from fedmoe_jax.runs import load_run
@@ -22,6 +21,7 @@ from fedmoe_jax.setup import init_state
 from fedmoe_jax.sharding import build_mesh
 from fedmoe_jax.summary import SPENT
 from fedmoe_jax.types import UserError
+from fedmoe_jax.writers import read_metrics
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
 pytestmark = pytest.mark.filterwarnings(
