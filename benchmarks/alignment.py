@@ -27,8 +27,8 @@ from fedmoe_jax.align.learn import count_load
 from fedmoe_jax.align.solve import expected_load, running_top_k
 from fedmoe_jax.align.usage import update_usage
 from fedmoe_jax.cohort import Report
-from fedmoe_jax.experiment import build_setup
-from fedmoe_jax.setup import init_state
+from fedmoe_jax.federation import build_setup
+from fedmoe_jax.program import init_state
 from fedmoe_jax.sharding import CLIENTS, build_mesh, spread
 from fedmoe_jax.strategies import LOAD_BALANCED
 from fedmoe_jax.types import Assignment, Evidence, Feedback, Hyper, Sizes

@@ -9,10 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import default
-from fedmoe_jax import experiment
+from fedmoe_jax import federation as experiment
 from fedmoe_jax.driver import compile_once
+from fedmoe_jax.program import Setup, init_state
 from fedmoe_jax.round import build_run_rounds
-from fedmoe_jax.setup import Setup, init_state
 from fedmoe_jax.sharding import build_mesh, replicate
 from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, SimState
 

@@ -7,7 +7,7 @@ import jax
 from fedmoe_jax.costs import count_bytes
 from fedmoe_jax.dealing import chunk_size
 from fedmoe_jax.evaluate import TEST_BATCH, divide_images
-from fedmoe_jax.setup import Setup
+from fedmoe_jax.program import Setup
 from fedmoe_jax.sharding import CLIENTS, runs_at_once
 from fedmoe_jax.types import OWN, Federation, SimState, UserError
 

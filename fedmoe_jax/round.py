@@ -23,9 +23,9 @@ from fedmoe_jax.ledger import enter
 from fedmoe_jax.merge import Sums, add_stale, merge, server_optimizer
 from fedmoe_jax.outcome import STALE
 from fedmoe_jax.profile import Belief, Needs, count_capacity, observe, profile
+from fedmoe_jax.program import Setup
 from fedmoe_jax.round_metrics import measure
 from fedmoe_jax.rules import Rules
-from fedmoe_jax.setup import Setup
 from fedmoe_jax.sharding import spread
 from fedmoe_jax.tasks import build_judge, make_tasks
 from fedmoe_jax.traffic import find_ways

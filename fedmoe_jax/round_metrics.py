@@ -20,7 +20,7 @@ from fedmoe_jax.costs import (
 from fedmoe_jax.dealing import chunk_size, wasted_share
 from fedmoe_jax.ledger import Ledger, jain
 from fedmoe_jax.outcome import DROPPED, OUTCOMES, Conditions, Outcome
-from fedmoe_jax.setup import Setup
+from fedmoe_jax.program import Setup
 from fedmoe_jax.sharding import CLIENTS
 from fedmoe_jax.traffic import find_ways
 from fedmoe_jax.types import AlignState, Array, Devices, Federation, SimState

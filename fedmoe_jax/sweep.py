@@ -24,8 +24,8 @@ from ml_collections import ConfigDict
 from fedmoe_jax import hosts, memory
 from fedmoe_jax.driver import Job
 from fedmoe_jax.evaluate import build_evaluate_share
+from fedmoe_jax.program import Setup, init_state, prepare_state
 from fedmoe_jax.round import scan_rounds
-from fedmoe_jax.setup import Setup, init_state, prepare_state
 from fedmoe_jax.sharding import RUNS, build_mesh, map_runs, place, spread
 from fedmoe_jax.strategies import either, traits
 from fedmoe_jax.train import (

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from fedmoe_jax.client import ClientTask
 from fedmoe_jax.cohort import JudgeFn
 from fedmoe_jax.outcome import Conditions, Outcome, judge_client
-from fedmoe_jax.setup import Setup
+from fedmoe_jax.program import Setup
 from fedmoe_jax.traffic import find_ways, plan_traffic
 from fedmoe_jax.types import Array, Assignment, Evidence, SimState
 from fedmoe_jax.world.advance import Today

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedmoe_jax import experiment, hosts, memory
+from fedmoe_jax import federation as experiment
+from fedmoe_jax import hosts, memory
 from fedmoe_jax.config import validate
 from fedmoe_jax.data import load_dataset
 from fedmoe_jax.driver import Job, compile_once, drive
@@ -18,8 +19,8 @@ from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.files import write_json
 from fedmoe_jax.ledger import Ledger
 from fedmoe_jax.profile import Belief
+from fedmoe_jax.program import Setup, init_state, prepare_state
 from fedmoe_jax.round import build_run_rounds
-from fedmoe_jax.setup import Setup, init_state, prepare_state
 from fedmoe_jax.sharding import build_mesh, replicate
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.summary import describe_speed, make_summary

@@ -22,9 +22,9 @@ from fedmoe_jax import train
 from fedmoe_jax.costs import count_costs
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.outcome import OUTCOMES
+from fedmoe_jax.program import init_state
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.rules import CALM
-from fedmoe_jax.setup import init_state
 from fedmoe_jax.sharding import replicate
 from fedmoe_jax.types import Sizes
 from fedmoe_jax.world import advance as advance_file

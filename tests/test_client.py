@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from fedmoe_jax import client, experiment
+from fedmoe_jax import client
+from fedmoe_jax import federation as experiment
 from fedmoe_jax.client import (
     ClientTask,
     add_prox,

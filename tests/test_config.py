@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs import default
-from fedmoe_jax import experiment, train
+from fedmoe_jax import federation as experiment
+from fedmoe_jax import train
 from fedmoe_jax.compare import list_members
 from fedmoe_jax.config import (
     AT_MOST,

@@ -18,7 +18,7 @@ from fedmoe_jax.costs import (
     count_costs,
     scale_costs,
 )
-from fedmoe_jax.experiment import count_forward_flops
+from fedmoe_jax.federation import count_forward_flops
 from fedmoe_jax.models import build_model
 from fedmoe_jax.rules import PARTS
 from fedmoe_jax.types import Devices

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import default
-from fedmoe_jax import evaluate, experiment, questions
+from fedmoe_jax import evaluate, questions
+from fedmoe_jax import federation as experiment
 from fedmoe_jax.ledger import init_ledger
 from fedmoe_jax.models import build_model
 from fedmoe_jax.sharding import RUNS, build_mesh, spread

@@ -29,10 +29,10 @@ from fedmoe_jax.client import normalise
 from fedmoe_jax.costs import count_bytes, count_costs
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.merge import by_examples, by_routed
+from fedmoe_jax.program import init_state, prepare_state
 from fedmoe_jax.questions import route_all
 from fedmoe_jax.round import build_round
 from fedmoe_jax.routing import gate_logits
-from fedmoe_jax.setup import init_state, prepare_state
 from fedmoe_jax.sharding import replicate, spread
 from fedmoe_jax.strategies import STRATEGIES, fedjets
 from fedmoe_jax.types import SimState, no_exchange

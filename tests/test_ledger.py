@@ -12,8 +12,8 @@ import fedmoe_jax.round as round_file
 from fedmoe_jax.costs import count_costs, scale_costs
 from fedmoe_jax.ledger import enter, init_ledger, jain
 from fedmoe_jax.outcome import OUTCOMES, Outcome
+from fedmoe_jax.program import init_state, prepare_state
 from fedmoe_jax.round import build_round
-from fedmoe_jax.setup import init_state, prepare_state
 from fedmoe_jax.sharding import replicate, spread
 from fedmoe_jax.types import Devices, Sizes
 from fedmoe_jax.world.advance import Fate

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs import default
-from fedmoe_jax import experiment, memory, train
-from fedmoe_jax.setup import Setup, init_state
+from fedmoe_jax import federation as experiment
+from fedmoe_jax import memory, train
+from fedmoe_jax.program import Setup, init_state
 from fedmoe_jax.sharding import build_mesh
 from fedmoe_jax.types import Federation, SimState, UserError
 

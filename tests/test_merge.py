@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from fedmoe_jax import experiment
+from fedmoe_jax import federation as experiment
 from fedmoe_jax.client import ClientTask, ClientUpdate
 from fedmoe_jax.cohort import (
     Report,

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from fedmoe_jax import experiment, partition
+from fedmoe_jax import federation as experiment
+from fedmoe_jax import partition
 from fedmoe_jax.types import Dataset, UserError
 
 ARGUMENTS = {

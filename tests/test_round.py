@@ -30,16 +30,17 @@ from tiny import (
     tiny_config,
 )
 
+import fedmoe_jax.program as setup_file
 import fedmoe_jax.round as round_file
-import fedmoe_jax.setup as setup_file
-from fedmoe_jax import experiment, sweep
+from fedmoe_jax import federation as experiment
+from fedmoe_jax import sweep
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import build_train_cohort
 from fedmoe_jax.costs import Costs, count_bytes, count_costs
 from fedmoe_jax.merge import no_rows
 from fedmoe_jax.models import Model
+from fedmoe_jax.program import Setup, init_state
 from fedmoe_jax.round import build_round, build_run_rounds, gather_evidence
-from fedmoe_jax.setup import Setup, init_state
 from fedmoe_jax.sharding import build_mesh, replicate, spread
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.tasks import build_judge

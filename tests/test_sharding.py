@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from configs import default
 from fedmoe_jax import train
+from fedmoe_jax.program import init_state
 from fedmoe_jax.round import build_run_rounds
-from fedmoe_jax.setup import init_state
 from fedmoe_jax.sharding import (
     CLIENTS,
     RUNS,

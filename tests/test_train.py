@@ -15,9 +15,9 @@ from tiny import SMALL
 from configs import default
 from fedmoe_jax import checkpoint, driver, train
 from fedmoe_jax.partition import load_partition
+from fedmoe_jax.program import init_state
 from fedmoe_jax.report import write_report
 from fedmoe_jax.runs import load_run
-from fedmoe_jax.setup import init_state
 from fedmoe_jax.sharding import build_mesh
 from fedmoe_jax.summary import SPENT
 from fedmoe_jax.types import UserError

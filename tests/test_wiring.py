@@ -12,9 +12,9 @@ from fedmoe_jax.costs import TRAINING_COPIES, Costs, count_costs
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.outcome import MERGED, Outcome
 from fedmoe_jax.profile import Needs, init_belief, observe, profile
+from fedmoe_jax.program import Setup, init_state
 from fedmoe_jax.round import build_round
 from fedmoe_jax.rules import CALM
-from fedmoe_jax.setup import Setup, init_state
 from fedmoe_jax.sharding import replicate, spread
 from fedmoe_jax.tasks import find_distortion
 from fedmoe_jax.types import Devices, Federation, Hyper

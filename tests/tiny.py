@@ -12,7 +12,7 @@ from configs import default
 from fedmoe_jax import train
 from fedmoe_jax.client import ClientUpdate, build_client_update
 from fedmoe_jax.models import Model
-from fedmoe_jax.setup import Setup
+from fedmoe_jax.program import Setup
 from fedmoe_jax.sharding import build_mesh
 from fedmoe_jax.tasks import make_tasks
 from fedmoe_jax.types import Federation, Hyper, SimState

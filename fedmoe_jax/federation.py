@@ -15,9 +15,9 @@ from fedmoe_jax.costs import count_costs, scale_costs
 from fedmoe_jax.merge import EXPERT_WEIGHTS, GATE_WEIGHTS
 from fedmoe_jax.models import Model, apply_experts, build_model
 from fedmoe_jax.partition import pool, split
+from fedmoe_jax.program import Setup
 from fedmoe_jax.routing import gate_logits
 from fedmoe_jax.rules import CALM, Rules, World
-from fedmoe_jax.setup import Setup
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.types import (
     Dataset,
