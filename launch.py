@@ -22,7 +22,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "default.py")
+ROOT = Path(__file__).parent
+DEFAULT_CONFIG = str(ROOT / "configs" / "default.py")
+DEFAULTS = ROOT / "fedmoe_jax" / "configs" / "default.py"
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an argument after a colon."
@@ -55,7 +57,7 @@ def refuse(message: str) -> int:
 
 def describe_fields() -> str:
     """Every config field with its default and meaning, read from the default config."""
-    lines = Path(DEFAULT_CONFIG).read_text().splitlines()
+    lines = DEFAULTS.read_text().splitlines()
     pattern = re.compile(r"    config\.(\S+) = (.*?)  # (.*)")
     fields = [match.groups() for match in map(pattern.fullmatch, lines) if match]
     return "\n".join(f"  --config.{n}={v}\n    {about}" for n, v, about in fields)
@@ -110,9 +112,9 @@ def run(
     Returns:
       Whether it is finished.
     """
-    from fedmoe_jax.compare import compare
-    from fedmoe_jax.hosts import any_process, is_leader
-    from fedmoe_jax.train import train
+    from fedmoe_jax.runtime.multihost import any_process, is_leader
+    from fedmoe_jax.train.compare import compare
+    from fedmoe_jax.train.run import train
 
     start = time.monotonic()
     wished = lambda: any_process(stop())
@@ -131,10 +133,10 @@ def run(
 
 def report(folders: list[Path], workdir: Path, command: str, tables: bool) -> Path:
     """Writes the report of these runs, and its tables as files; returns the page."""
-    from fedmoe_jax.files import write_atomically
-    from fedmoe_jax.report import write_report
-    from fedmoe_jax.runs import load_run
-    from fedmoe_jax.tables import markdown_table, print_table, write_runs_csv
+    from fedmoe_jax.report.page import write_report
+    from fedmoe_jax.report.runs import load_run
+    from fedmoe_jax.report.tables import markdown_table, print_table, write_runs_csv
+    from fedmoe_jax.runtime.files import write_atomically
 
     runs = [load_run(folder) for folder in folders]
     if tables:
@@ -154,17 +156,17 @@ def join_hosts(config: ConfigDict, request: str) -> None:
     Raises:
       UserError: a mistake in the flags, or processes that do not fit together.
     """
-    from fedmoe_jax import hosts
-    from fedmoe_jax.machine import keep_host, keep_programs, set_cpu_devices
+    from fedmoe_jax.runtime import multihost
+    from fedmoe_jax.runtime.xla import keep_host, keep_programs, set_cpu_devices
 
-    local_processes = hosts.join(
+    local_processes = multihost.join(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
     )
     per_process = -(-config.run.num_devices // (_NUM_PROCESSES.value or 1))
     set_cpu_devices(per_process, local_processes)
     keep_host()
     keep_programs()
-    hosts.meet(request)
+    multihost.handshake(request)
 
 
 def main(argv: list[str]) -> int:
@@ -177,7 +179,7 @@ def main(argv: list[str]) -> int:
     if python.startswith(os.pardir):
         python = "python"
     command = shlex.join([python, *sys.argv])
-    from fedmoe_jax import hosts
+    from fedmoe_jax.runtime import multihost
     from fedmoe_jax.types import UserError
 
     config, workdir, profile = _CONFIG.value, Path(_WORKDIR.value), _PROFILE.value
@@ -186,10 +188,10 @@ def main(argv: list[str]) -> int:
         if run(config, workdir, command, stop, profile):
             return 0
     except UserError as error:
-        return hosts.leave(refuse(str(error)))
+        return multihost.exit_all(refuse(str(error)))
     except Exception:
         traceback.print_exc()
-        return hosts.leave(1)
+        return multihost.exit_all(1)
     print(f"stopped and saved; to resume: {command}")
     return 3
 

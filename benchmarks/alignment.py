@@ -24,12 +24,11 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import page
 from benchmarks.start import make_config, time_interleaved
 from fedmoe_jax.align.learn import count_load
-from fedmoe_jax.align.solve import expected_load, running_top_k
+from fedmoe_jax.align.top_k import expected_load, running_top_k
 from fedmoe_jax.align.usage import update_usage
 from fedmoe_jax.cohort import Report
-from fedmoe_jax.federation import build_setup
-from fedmoe_jax.program import init_state
-from fedmoe_jax.sharding import CLIENTS, build_mesh, spread
+from fedmoe_jax.program import build_program, init_state
+from fedmoe_jax.runtime.sharding import CLIENTS, build_mesh, spread
 from fedmoe_jax.strategies import LOAD_BALANCED
 from fedmoe_jax.types import Assignment, Evidence, Feedback, Hyper, Sizes
 
@@ -205,8 +204,8 @@ def seconds_per_pick() -> float:
 def state_bytes(num_clients: int, num_experts: int) -> int:
     """Bytes of the alignment state that a run starts with; nothing is allocated."""
     config = make_config(num_clients=num_clients, num_experts=num_experts)
-    setup = build_setup(config, 10, (8, 8, 1), local_steps=1, mesh=build_mesh(1))
-    start = functools.partial(init_state, setup=setup)
+    program = build_program(config, 10, (8, 8, 1), local_steps=1, mesh=build_mesh(1))
+    start = functools.partial(init_state, program=program)
     state = jax.eval_shape(start, jax.random.key(0), make_hyper())
     leaves = jax.tree.leaves(state.align)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

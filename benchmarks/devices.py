@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks import page
 from benchmarks.processes import run_python
-from fedmoe_jax.dealing import chunk_size, wasted_share
-from fedmoe_jax.partition import split
+from fedmoe_jax.data.partition import split
+from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
 
 RUNNER = Path(__file__).parent / "runners" / "fedmoe.py"
 REPETITIONS, ROUNDS, WARM_UP = 3, 5, 2

@@ -18,7 +18,7 @@ from benchmarks.start import (
     time_interleaved,
 )
 from fedmoe_jax.evaluate import build_evaluate
-from fedmoe_jax.machine import count_cores, set_cpu_devices
+from fedmoe_jax.runtime.xla import count_cores, set_cpu_devices
 
 CLIENTS, CLASSES, REPETITIONS = 20, 10, 9
 FIELDS = {
@@ -46,9 +46,9 @@ def start_with(num_experts: int, devices: int):
 
 def evaluation(started, every_expert: bool):
     """A call that evaluates the state after one round."""
-    setup = started.setup
-    rules = setup.rules._replace(every_expert=every_expert)
-    evaluate = build_evaluate(setup.model, setup.sizes, rules, setup.mesh)
+    program = started.program
+    rules = program.rules._replace(every_expert=every_expert)
+    evaluate = build_evaluate(program.model, program.sizes, rules, program.mesh)
     state = jax.tree.map(lambda leaf: leaf.copy(), started.state)
     state, _ = started.run_rounds(state, started.federation, started.hyper)
     call = functools.partial(evaluate, state, started.federation)
@@ -76,7 +76,7 @@ def main() -> None:
     evaluated = time_interleaved(evaluations, REPETITIONS)
     middle = {name: statistics.median(v) for name, v in (seconds | evaluated).items()}
     ratio = middle["64 experts"] / middle["8 experts"]
-    held = runs[8].setup.costs
+    held = runs[8].program.costs
     sent = (held.shared_bytes + 4 * held.expert_bytes) / 1e6
     dense, sorted_out = (
         middle[f"64 experts, {name}"] for name in ("every expert", "dispatched")

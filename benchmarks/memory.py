@@ -17,7 +17,7 @@ from benchmarks import page
 from benchmarks.processes import run_python
 from benchmarks.start import keep_running, make_images, share_out, start
 from configs import cifar10
-from fedmoe_jax.machine import count_cores, keep_programs, set_cpu_devices
+from fedmoe_jax.runtime.xla import count_cores, keep_programs, set_cpu_devices
 
 _COHORT = flags.DEFINE_integer("cohort", 0, "Only measure this cohort's peak memory.")
 _COMPILE = flags.DEFINE_bool("compile", False, "Only compile the CIFAR-10 round.")

@@ -8,7 +8,7 @@ import re
 import statistics
 from pathlib import Path
 
-from fedmoe_jax.files import write_atomically
+from fedmoe_jax.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent.parent / "results"
 HEAD = """# Performance

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks import page
 from benchmarks.works import WORKS
-from fedmoe_jax.files import write_atomically
+from fedmoe_jax.runtime.files import write_atomically
 
 COLUMNS = {  # CSV name: heading of the page's tables
     "seconds": "s/round",

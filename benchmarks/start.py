@@ -9,18 +9,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import default
-from fedmoe_jax import federation as experiment
-from fedmoe_jax.driver import compile_once
-from fedmoe_jax.program import Setup, init_state
+from fedmoe_jax.federation import make_federation
+from fedmoe_jax.program import Program, build_program, init_state, longest, make_hyper
 from fedmoe_jax.round import build_run_rounds
-from fedmoe_jax.sharding import build_mesh, replicate
+from fedmoe_jax.runtime.sharding import build_mesh, replicate
+from fedmoe_jax.train.loop import compile_once
 from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, SimState
 
 
 class Started(NamedTuple):
     """A run ready to be timed; `run_rounds` is compiled and donates the state."""
 
-    setup: Setup
+    program: Program
     federation: Federation
     hyper: Hyper
     state: SimState
@@ -60,21 +60,21 @@ def start(
 ) -> Started:
     """Puts the run on its devices and compiles its rounds."""
     mesh = build_mesh(devices)
-    federation = experiment.make_federation(config, data, partition)
-    setup = experiment.build_setup(
+    federation = make_federation(config, data, partition)
+    program = build_program(
         config,
         len(data.label_names),
         data.train_x.shape[1:],
-        local_steps=experiment.longest(federation.steps, config.local_epochs > 0),
+        local_steps=longest(federation.steps, config.local_epochs > 0),
         mesh=mesh,
     )
-    hyper = replicate(experiment.make_hyper(config), mesh)
-    state = replicate(init_state(jax.random.key(0), hyper, setup), mesh)
+    hyper = replicate(make_hyper(config), mesh)
+    state = replicate(init_state(jax.random.key(0), hyper, program), mesh)
     federation = replicate(federation, mesh)
     run_rounds, seconds = compile_once(
-        build_run_rounds(setup), state, federation, hyper
+        build_run_rounds(program), state, federation, hyper
     )
-    return Started(setup, federation, hyper, state, run_rounds, seconds)
+    return Started(program, federation, hyper, state, run_rounds, seconds)
 
 
 def time_interleaved(

@@ -35,11 +35,11 @@ def study():
 
 def loop(folder: Path) -> None:
     """Every member in turn in this process, with one report over all."""
-    from fedmoe_jax.compare import list_members
-    from fedmoe_jax.machine import set_cpu_devices
-    from fedmoe_jax.report import write_report
-    from fedmoe_jax.runs import load_run
-    from fedmoe_jax.train import train
+    from fedmoe_jax.report.page import write_report
+    from fedmoe_jax.report.runs import load_run
+    from fedmoe_jax.runtime.xla import set_cpu_devices
+    from fedmoe_jax.train.compare import list_members
+    from fedmoe_jax.train.run import train
 
     set_cpu_devices(0)
     folders = []

@@ -20,7 +20,7 @@ from benchmarks.start import (
     start,
     time_interleaved,
 )
-from fedmoe_jax.machine import keep_host, set_cpu_devices
+from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
 
 CLIENTS, REPETITIONS, CNN_REPETITIONS = 1_000, 15, 5
 CHUNK = 250  # clients vmapped at once, on accelerators

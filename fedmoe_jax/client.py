@@ -8,18 +8,24 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedmoe_jax.align.solve import held_mask
-from fedmoe_jax.feedback import Seen, nothing_seen, see_batch, summarise_feedback
-from fedmoe_jax.models import Model, apply_experts
-from fedmoe_jax.outcome import Conditions
-from fedmoe_jax.routing import calibration_loss, gate_logits, load_loss, route, z_loss
+from fedmoe_jax.align.top_k import held_mask
+from fedmoe_jax.loss import Seen, nothing_seen, see_batch, summarise_feedback
+from fedmoe_jax.models.image_moe import Model, apply_experts
+from fedmoe_jax.models.routing import (
+    calibration_loss,
+    gate_logits,
+    load_loss,
+    route,
+    z_loss,
+)
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree, Sizes
 from fedmoe_jax.world.drift import distort
+from fedmoe_jax.world.outcome import Conditions
 
 
 @struct.dataclass
-class ClientTask:
+class ClientInput:
     """What the server sends to one client (a leading C axis in a round).
 
     Attributes:
@@ -143,10 +149,10 @@ def draw_batches(key: Array, index: Array, size: Array, sizes: Sizes) -> Array:
     return shuffled[draws].reshape(sizes.local_steps, sizes.batch_size)
 
 
-def sum_gate_losses(logits: Array, task: ClientTask, hyper: Hyper) -> Array:
+def sum_gate_losses(logits: Array, inputs: ClientInput, hyper: Hyper) -> Array:
     """Calibration, load and z losses of gate logits [B, E], each with its weight."""
-    mask = held_mask(task.held, task.slot, logits.shape[1])
-    calibration = hyper.calibration * task.calibration
+    mask = held_mask(inputs.held, inputs.slot, logits.shape[1])
+    calibration = hyper.calibration * inputs.calibration
     return (
         calibration * calibration_loss(logits, mask)
         + hyper.load_loss * load_loss(logits, mask)
@@ -155,12 +161,12 @@ def sum_gate_losses(logits: Array, task: ClientTask, hyper: Hyper) -> Array:
 
 
 def freeze_others(
-    outputs: Array, gates: Array, task: ClientTask, hyper: Hyper, rules: Rules
+    outputs: Array, gates: Array, inputs: ClientInput, hyper: Hyper, rules: Rules
 ) -> Array:
     """Experts' outputs [B, K, O]; gradients pass the `budget` most valuable only."""
     value = jax.lax.stop_gradient(rules.focus(gates, hyper))
-    rank = jnp.argsort(jnp.argsort(jnp.where(task.slot, -value, jnp.inf)))
-    chosen = (rank < task.budget)[None, :, None]
+    rank = jnp.argsort(jnp.argsort(jnp.where(inputs.slot, -value, jnp.inf)))
+    chosen = (rank < inputs.budget)[None, :, None]
     return jnp.where(chosen, outputs, jax.lax.stop_gradient(outputs))
 
 
@@ -181,7 +187,7 @@ def local_loss(
     submodel: PyTree,
     x: Array,
     y: Array,
-    task: ClientTask,
+    inputs: ClientInput,
     hyper: Hyper,
     key: Array,
     *,
@@ -197,7 +203,7 @@ def local_loss(
       submodel: params of one client.
       x: [B, H, W, F] float images.
       y: [B] int32 labels.
-      task: the client's task.
+      inputs: the client's inputs.
       hyper: weights of the terms.
       key: of the step; dropout draws from it.
       model: the model.
@@ -215,13 +221,13 @@ def local_loss(
     mass = jnp.ones(1) if rules.report_mass else jnp.ones(0)
     if sizes.num_experts > 1:  # a dense control has nothing to route
         logits = gate_logits(submodel["gate"], features)  # [B, E]
-        gates = route(logits[:, task.held], task.slot, sizes.num_active)  # [B, K]
-        gate_loss = rules.gate_loss(logits, task, hyper)
+        gates = route(logits[:, inputs.held], inputs.slot, sizes.num_active)  # [B, K]
+        gate_loss = rules.gate_loss(logits, inputs, hyper)
         if rules.report_mass:
             mass = jax.nn.softmax(logits).mean(0)
     outputs = apply_experts(model, submodel["experts"], features, expert_key)
     if rules.focus:
-        outputs = freeze_others(outputs, gates, task, hyper, rules)
+        outputs = freeze_others(outputs, gates, inputs, hyper, rules)
     mix = mix_probabilities if rules.probabilities else mix_outputs
     predictions = mix(model, submodel["head"], outputs, gates)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(predictions, y)
@@ -265,41 +271,44 @@ def all_finite(tree: PyTree) -> Array:
 def build_client_update(
     model: Model, sizes: Sizes, rules: Rules
 ) -> Callable[..., ClientUpdate]:
-    """Builds `client_update(params, task, federation, hyper, key) -> ClientUpdate`.
+    """Builds `client_update(params, inputs, federation, hyper, key) -> ClientUpdate`.
 
     The returned function is written for ONE client; `key` is that client's key of the
-    round. Cost and memory follow K, never E. Ragged clients take `task.steps` steps,
+    round. Cost and memory follow K, never E. Ragged clients take `inputs.steps` steps,
     others all T; a trip count known beforehand is faster on accelerators. Without
     `prox` a step does not read the received params, which would not fit in cache.
     """
 
     def client_update(
         params: PyTree,
-        task: ClientTask,
+        inputs: ClientInput,
         federation: Federation,
         hyper: Hyper,
         key: Array,
     ) -> ClientUpdate:
-        chex.assert_shape([task.held, task.slot], (sizes.max_held,))
-        received = take_submodel(params, task.own, task.held, rules.local_experts)
+        chex.assert_shape([inputs.held, inputs.slot], (sizes.max_held,))
+        received = take_submodel(params, inputs.own, inputs.held, rules.local_experts)
         tx = client_optimizer(
             rules.client_optimizer, hyper.client_learning_rate, rules.momentum
         )
         draw_key, dropout_key = jax.random.split(key)
         batches = draw_batches(
-            draw_key, federation.index[task.client], federation.size[task.client], sizes
+            draw_key,
+            federation.index[inputs.client],
+            federation.size[inputs.client],
+            sizes,
         )
 
         def local_step(step, carry):
             submodel, opt_state, seen = carry
             ids = batches[step]
-            x = see(federation.x[ids], task.distortion, rules.world.images)
+            x = see(federation.x[ids], inputs.distortion, rules.world.images)
             x = normalise(x, federation.mean, federation.std)
             grads, seen_now = jax.grad(local_loss, has_aux=True)(
                 submodel,
                 x,
                 federation.y[ids],
-                task,
+                inputs,
                 hyper,
                 jax.random.fold_in(dropout_key, step),
                 model=model,
@@ -308,13 +317,13 @@ def build_client_update(
             )
             if rules.prox:
                 grads = add_prox(grads, submodel, received, hyper.prox)
-            if task.correction:
-                grads = optax.tree.add(grads, task.correction)
+            if inputs.correction:
+                grads = optax.tree.add(grads, inputs.correction)
             updates, opt_state = tx.update(grads, opt_state, submodel)
             submodel = optax.apply_updates(submodel, updates)
             return submodel, opt_state, jax.tree.map(jnp.add, seen, seen_now)
 
-        steps = task.steps if rules.ragged else sizes.local_steps
+        steps = inputs.steps if rules.ragged else sizes.local_steps
         num_mass = sizes.num_experts if rules.report_mass else 0
         seen = nothing_seen(sizes.max_held, num_mass)
         start = received, tx.init(received), seen

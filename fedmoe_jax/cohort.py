@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.client import ClientTask, ClientUpdate, is_local, step_weights
-from fedmoe_jax.dealing import chunk_size, deal
-from fedmoe_jax.merge import Sums, accumulate, weigh, zero_sums
-from fedmoe_jax.outcome import STALE, Outcome
+from fedmoe_jax.aggregate import Sums, accumulate, weigh, zero_sums
+from fedmoe_jax.client import ClientInput, ClientUpdate, is_local, step_weights
 from fedmoe_jax.rules import Rules
-from fedmoe_jax.sharding import CLIENTS
+from fedmoe_jax.runtime.scheduling import chunk_size, schedule
+from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree
+from fedmoe_jax.world.outcome import STALE, Outcome
 
-# (task, experts that it sends [], whether its update is finite []) -> outcome, of ONE
-JudgeFn = Callable[[ClientTask, Array, Array], Outcome]
+# (inputs, experts that it sends [], whether its update is finite []) -> outcome, of ONE
+JudgeFn = Callable[[ClientInput, Array, Array], Outcome]
 
 
 @struct.dataclass
@@ -51,40 +51,40 @@ class Report:
         return self.outcome.arrived
 
 
-def train_own(task: ClientTask, update: ClientUpdate, local_experts: int) -> PyTree:
+def train_own(inputs: ClientInput, update: ClientUpdate, local_experts: int) -> PyTree:
     """ONE client's personal parts after training."""
 
     def add_rows(old: Array, delta: Array) -> Array:
-        local = is_local(task.held, old.shape[0], local_experts)
-        kept = (task.slot & local).reshape((-1,) + (1,) * (delta.ndim - 1))
-        return old.at[task.held].add(jnp.where(kept, delta, 0.0))
+        local = is_local(inputs.held, old.shape[0], local_experts)
+        kept = (inputs.slot & local).reshape((-1,) + (1,) * (delta.ndim - 1))
+        return old.at[inputs.held].add(jnp.where(kept, delta, 0.0))
 
     def add_part(part: str) -> PyTree:
         add = add_rows if part == "experts" else jnp.add
-        return jax.tree.map(add, task.own[part], update.delta[part])
+        return jax.tree.map(add, inputs.own[part], update.delta[part])
 
-    return {part: add_part(part) for part in task.own}
+    return {part: add_part(part) for part in inputs.own}
 
 
 def renew_variate(
-    task: ClientTask, update: ClientUpdate, hyper: Hyper, momentum: float
+    inputs: ClientInput, update: ClientUpdate, hyper: Hyper, momentum: float
 ) -> PyTree:
     """ONE client's new control variate: its mean gradient (SCAFFOLD, option II).
 
-    `c_i <- c_i - c - delta / (a lr)` with `c - c_i` the task's correction and `a` how
+    `c_i <- c_i - c - delta / (a lr)` with `c - c_i` the inputs's correction and `a` how
     often a gradient ends up in the delta, which is the number of steps in the paper,
     where there is no momentum.
     """
-    if not task.correction:
+    if not inputs.correction:
         return {}
-    rate = 1.0 / (step_weights(task.steps, momentum) * hyper.client_learning_rate)
+    rate = 1.0 / (step_weights(inputs.steps, momentum) * hyper.client_learning_rate)
     renew = lambda correction, delta: -correction - rate * delta
-    return jax.tree.map(renew, task.correction, update.delta)
+    return jax.tree.map(renew, inputs.correction, update.delta)
 
 
 def make_report(
     update: ClientUpdate,
-    task: ClientTask,
+    inputs: ClientInput,
     sent: Array,
     outcome: Outcome,
     hyper: Hyper,
@@ -94,7 +94,7 @@ def make_report(
 
     Args:
       update: what the client returned.
-      task: what it was sent.
+      inputs: what it was sent.
       sent: [] float32, experts that it sends.
       outcome: what became of its round.
       hyper: hyperparameters.
@@ -106,8 +106,8 @@ def make_report(
         accuracy=update.accuracy,
         outcome=outcome,
         sent=sent,
-        own=train_own(task, update, rules.local_experts),
-        variate=renew_variate(task, update, hyper, rules.momentum),
+        own=train_own(inputs, update, rules.local_experts),
+        variate=renew_variate(inputs, update, hyper, rules.momentum),
     )
 
 
@@ -122,10 +122,10 @@ def cast_code(report: Report, dtype: jnp.dtype) -> Report:
     return report.replace(outcome=report.outcome.replace(code=code))
 
 
-def take_tasks(tasks: ClientTask, position: Array) -> ClientTask:
+def take_inputs(inputs: ClientInput, position: Array) -> ClientInput:
     """Tasks at positions of any shape; positions beyond the cohort get zero steps."""
-    count = tasks.client.shape[0]
-    taken = jax.tree.map(lambda leaf: leaf[jnp.minimum(position, count - 1)], tasks)
+    count = inputs.client.shape[0]
+    taken = jax.tree.map(lambda leaf: leaf[jnp.minimum(position, count - 1)], inputs)
     return taken.replace(steps=jnp.where(position < count, taken.steps, 0))
 
 
@@ -141,7 +141,7 @@ def place_reports(reports: Report, position: Array, count: int) -> Report:
 
 def train_share(
     params: PyTree,
-    chunks: ClientTask,
+    chunks: ClientInput,
     federation: Federation,
     hyper: Hyper,
     key: Array,
@@ -150,11 +150,11 @@ def train_share(
     judge: JudgeFn,
     rules: Rules,
 ) -> tuple[tuple[Sums, ...], Report]:
-    """What ONE device does: streams its chunks of tasks through `client_update`.
+    """What ONE device does: streams its chunks of inputs through `client_update`.
 
     Args:
       params: the server's params.
-      chunks: tasks with leading axes [chunks, clients of a chunk].
+      chunks: inputs with leading axes [chunks, clients of a chunk].
       federation: data and sizes.
       hyper: hyperparameters.
       key: the round's training key; each client folds its id into it.
@@ -168,14 +168,14 @@ def train_share(
     """
     stale = rules.world.late == "stale"  # then sums have a second row for them
 
-    def one_client(task: ClientTask) -> tuple[ClientUpdate, dict, Report]:
-        client_key = jax.random.fold_in(key, task.client)
-        update = client_update(params, task, federation, hyper, client_key)
-        size = federation.size[task.client]
-        weights = weigh(task, update, size, hyper, rules)
+    def one_client(inputs: ClientInput) -> tuple[ClientUpdate, dict, Report]:
+        client_key = jax.random.fold_in(key, inputs.client)
+        update = client_update(params, inputs, federation, hyper, client_key)
+        size = federation.size[inputs.client]
+        weights = weigh(inputs, update, size, hyper, rules)
         sent = (weights["experts"] > 0).sum().astype(jnp.float32)
-        outcome = judge(task, sent, update.finite)
-        report = make_report(update, task, sent, outcome, hyper, rules)
+        outcome = judge(inputs, sent, update.finite)
+        report = make_report(update, inputs, sent, outcome, hyper, rules)
         return update, keep_if(outcome.arrived, weights), report
 
     def add_client(totals: Sums, client: tuple) -> tuple[Sums, None]:
@@ -183,7 +183,7 @@ def train_share(
         which = (code == STALE).astype(jnp.int32) if stale else 0
         return accumulate(totals, which, *client), None
 
-    def one_chunk(totals: Sums, chunk: ClientTask) -> tuple[Sums, Report]:
+    def one_chunk(totals: Sums, chunk: ClientInput) -> tuple[Sums, Report]:
         if chunk.client.shape[0] == 1:  # vmapping one client would group convolutions
             returned = one_client(jax.tree.map(lambda leaf: leaf[0], chunk))
             returned = jax.tree.map(lambda leaf: leaf[None], returned)
@@ -207,7 +207,7 @@ def train_share(
 def build_train_cohort(
     client_update: Callable[..., ClientUpdate], judge: JudgeFn, rules: Rules
 ) -> Callable[..., tuple[tuple[Sums, ...], Report]]:
-    """Builds `train_cohort(params, tasks, federation, hyper, key) -> (sums, Report)`.
+    """Builds `train_cohort(params, inputs, federation, hyper, key) -> (sums, Report)`.
 
     It is written for one device and joins the devices of the mesh axis `clients`.
 
@@ -217,7 +217,7 @@ def build_train_cohort(
       rules: clients vmapped at once, see `chunk_size`; weights; what stays with them.
 
     Returns:
-      A function of params, tasks [C], the federation, hyperparameters and the round's
+      A function of params, inputs [C], the federation, hyperparameters and the round's
       training key; sums and reports [C] are the same on all devices. There are the sums
       of what is merged now and, with `late="stale"`, of what is merged in the next
       round.
@@ -225,18 +225,18 @@ def build_train_cohort(
 
     def train_cohort(
         params: PyTree,
-        tasks: ClientTask,
+        inputs: ClientInput,
         federation: Federation,
         hyper: Hyper,
         key: Array,
     ) -> tuple[tuple[Sums, ...], Report]:
-        count, num_devices = tasks.client.shape[0], jax.lax.axis_size(CLIENTS)
+        count, num_devices = inputs.client.shape[0], jax.lax.axis_size(CLIENTS)
         chunk = chunk_size(count, num_devices, rules.client_chunk)
-        position = deal(tasks.steps, num_devices, chunk)
+        position = schedule(inputs.steps, num_devices, chunk)
         position = position[jax.lax.axis_index(CLIENTS)]  # [chunks, clients of a chunk]
         sums, reports = train_share(
             params,
-            take_tasks(tasks, position),
+            take_inputs(inputs, position),
             federation,
             hyper,
             key,

@@ -4,10 +4,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.data import DATASETS
-from fedmoe_jax.models import EXPERTS, STEMS
-from fedmoe_jax.partition import KINDS
-from fedmoe_jax.ranges import COUNT, NON_NEGATIVE, POSITIVE, SHARE, Range
+from fedmoe_jax.data.load import DATASETS
+from fedmoe_jax.data.partition import KINDS
+from fedmoe_jax.models.image_moe import EXPERTS, STEMS
+from fedmoe_jax.options import COUNT, NON_NEGATIVE, POSITIVE, SHARE, Range
 from fedmoe_jax.strategies import STRATEGIES, find_strategy
 from fedmoe_jax.types import UserError
 from fedmoe_jax.world.channel import NEAREST

@@ -25,35 +25,35 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedmoe_jax.client import normalise, see
-from fedmoe_jax.dispatch import dispatch
-from fedmoe_jax.models import Model, apply_experts
-from fedmoe_jax.questions import (
-    Images,
-    answer_alone,
-    answer_with,
-    ask_alone,
-    ask_clients,
-    ask_gate,
-    find_needed,
-    list_askers,
-    own_logits,
-)
-from fedmoe_jax.routing import gate_logits
+from fedmoe_jax.models.dispatch import dispatch
+from fedmoe_jax.models.image_moe import Model, apply_experts
+from fedmoe_jax.models.routing import gate_logits
 from fedmoe_jax.rules import Rules
-from fedmoe_jax.sharding import CLIENTS, spread
+from fedmoe_jax.runtime.sharding import CLIENTS, spread
+from fedmoe_jax.scoring import (
+    Images,
+    answer_experts,
+    answer_personal,
+    find_needed,
+    own_logits,
+    score_clients,
+    score_experts,
+    score_routed,
+    view_clients,
+)
 from fedmoe_jax.types import Array, Federation, SimState, Sizes
-from fedmoe_jax.world.advance import drifted_federation
+from fedmoe_jax.world.step import drifted_federation
 
 TEST_BATCH = 500
 
 
 def divide_images(count: int, most: int, num_devices: int) -> tuple[int, int]:
-    """Batches of each device and images in each; arguments as in `deal_images`."""
+    """Batches of each device and images in each; arguments as in `schedule_images`."""
     batches = -(-count // (num_devices * most))
     return batches, -(-count // (num_devices * batches))
 
 
-def deal_images(count: int, most: int, device: Array, num_devices: int) -> Array:
+def schedule_images(count: int, most: int, device: Array, num_devices: int) -> Array:
     """Positions in the test set of one device's batches, equally many on each.
 
     Args:
@@ -70,7 +70,7 @@ def deal_images(count: int, most: int, device: Array, num_devices: int) -> Array
     return device * batches * size + share
 
 
-def look(
+def encode_batch(
     state: SimState,
     federation: Federation,
     position: Array,
@@ -125,7 +125,7 @@ def count_batch(
         return counts
     amount = state.world["distorted"]
     drifted = count_images(state, federation, position, amount, **static)
-    drifts = federation.heir != jnp.arange(federation.heir.shape[0])
+    drifts = federation.drift_source != jnp.arange(federation.drift_source.shape[0])
     personal = jnp.where(drifts[:, None], drifted["personal"], counts["personal"])
     return counts | {"personal": personal, "drifted": drifted["global"]}
 
@@ -145,7 +145,7 @@ def count_images(
     Args:
       state: the simulation.
       federation: holds the test set.
-      position: [B] int32 positions in the test set, see `deal_images`.
+      position: [B] int32 positions in the test set, see `schedule_images`.
       distortion: [] float32, how far the images have drifted; None for not.
       model: the model.
       sizes: static sizes.
@@ -158,33 +158,37 @@ def count_images(
       holds only for labels that the client has.
     """
     personal, every_expert = rules.personal, rules.every_expert
-    images = look(state, federation, position, distortion, model=model, rules=rules)
-    askers, active = list_askers(state, federation), sizes.num_active
+    images = encode_batch(
+        state, federation, position, distortion, model=model, rules=rules
+    )
+    clients, active = view_clients(state, federation), sizes.num_active
     active = rules.test_active or active
     if set(personal) - {"gate"}:
-        answer = lambda asker: answer_alone(asker, images, state.params, model, rules)
+        answer = lambda client: answer_personal(
+            client, images, state.params, model, rules
+        )
     else:
         if every_expert:
             experts = state.params["experts"]
             outputs = apply_experts(model, experts, images.features, None)
-            answers = answer_with(model, state.params["head"], outputs, rules)
+            answers = answer_experts(model, state.params["head"], outputs, rules)
         else:
-            need = find_needed(images, askers, active)
+            need = find_needed(images, clients, active)
             answers = dispatch(model, state.params, images.features, need, sizes)
             answers = jax.nn.softmax(answers) if rules.probabilities else answers
-        answer = lambda asker: (own_logits(asker, images), answers)
-    counts = ask_clients(askers, answer, images, active, every_expert)
+        answer = lambda client: (own_logits(client, images), answers)
+    counts = score_clients(clients, answer, images, active, every_expert)
     if personal:
         counts = average_clients(counts, find_participants(state))
     else:
-        counts |= ask_gate(images.logits, answers, images, active, every_expert)
-        counts |= ask_alone(answers, images) if every_expert else {}
+        counts |= score_routed(images.logits, answers, images, active, every_expert)
+        counts |= score_experts(answers, images) if every_expert else {}
     return counts | {"total": images.label.sum(0)}
 
 
 def find_participants(state: SimState) -> Array:
     """[N] bool, clients that hold experts and of which an update has counted."""
-    return state.align.held.any(axis=1) & (state.ledger.participation > 0)
+    return state.align.held.any(axis=1) & (state.participation.rounds > 0)
 
 
 def worst_decile(accuracy: Array, counted: Array) -> Array:
@@ -267,7 +271,7 @@ def build_evaluate_share(
         federation = drifted_federation(federation, state.world)
         device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
         count = federation.test_y.shape[0]
-        position = deal_images(count, TEST_BATCH, device, num_devices)
+        position = schedule_images(count, TEST_BATCH, device, num_devices)
 
         def add(total: dict[str, Array], batch: Array) -> tuple[dict[str, Array], None]:
             counts = one_batch(state, federation, batch)

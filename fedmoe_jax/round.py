@@ -15,20 +15,22 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.aggregate import Sums, add_stale, merge, server_optimizer
+from fedmoe_jax.align.capacity import (
+    Belief,
+    Needs,
+    count_capacity,
+    update_belief,
+    update_history,
+)
 from fedmoe_jax.align.learn import count_load, learn
-from fedmoe_jax.client import ClientTask, build_client_update
+from fedmoe_jax.broadcast import broadcast, build_judge
+from fedmoe_jax.client import ClientInput, build_client_update
 from fedmoe_jax.cohort import Report, build_train_cohort
-from fedmoe_jax.costs import client_bytes, client_flops
-from fedmoe_jax.ledger import enter
-from fedmoe_jax.merge import Sums, add_stale, merge, server_optimizer
-from fedmoe_jax.outcome import STALE
-from fedmoe_jax.profile import Belief, Needs, count_capacity, observe, profile
-from fedmoe_jax.program import Setup
-from fedmoe_jax.round_metrics import measure
+from fedmoe_jax.metrics import measure
+from fedmoe_jax.program import Program
 from fedmoe_jax.rules import Rules
-from fedmoe_jax.sharding import spread
-from fedmoe_jax.tasks import build_judge, make_tasks
-from fedmoe_jax.traffic import find_ways
+from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.types import (
     Array,
     Evidence,
@@ -39,7 +41,11 @@ from fedmoe_jax.types import (
     SimState,
     Sizes,
 )
-from fedmoe_jax.world.advance import Keys, advance, choose_cohort, show
+from fedmoe_jax.world.costs import client_bytes, client_flops
+from fedmoe_jax.world.outcome import STALE
+from fedmoe_jax.world.participation import record
+from fedmoe_jax.world.step import Keys, choose_cohort, observe, step_world
+from fedmoe_jax.world.traffic import find_ways
 
 
 def count_examples(federation: Federation, sizes: Sizes) -> Array:
@@ -47,14 +53,14 @@ def count_examples(federation: Federation, sizes: Sizes) -> Array:
     return (federation.steps * sizes.batch_size).astype(jnp.float32)
 
 
-def list_needs(federation: Federation, setup: Setup) -> Needs:
+def list_needs(federation: Federation, program: Program) -> Needs:
     """What the clients' capacity is counted from."""
     return Needs(
-        costs=setup.device_costs,
-        examples=count_examples(federation, setup.sizes),
-        deadline=setup.rules.deadline,
-        communication_share=setup.rules.communication_share,
-        max_capacity=setup.sizes.max_capacity,
+        costs=program.device_costs,
+        examples=count_examples(federation, program.sizes),
+        deadline=program.rules.deadline,
+        communication_share=program.rules.communication_share,
+        max_capacity=program.sizes.max_capacity,
     )
 
 
@@ -79,25 +85,25 @@ def gather_evidence(
 
 
 def learn_devices(
-    belief: Belief, tasks: ClientTask, report: Report, hyper: Hyper, setup: Setup
+    belief: Belief, inputs: ClientInput, report: Report, hyper: Hyper, program: Program
 ) -> Belief:
     """The belief after the round; who estimates has seen times and failures."""
     if not belief.history:
         return belief
-    conditions, ways = tasks.conditions, find_ways(setup.rules)
+    conditions, ways = inputs.conditions, find_ways(program.rules)
     traffic = conditions.traffic.replace(sent=report.sent)
-    up, down = client_bytes(setup.device_costs, traffic, ways)
-    flops = client_flops(setup.device_costs, traffic, ways, conditions.examples)
-    history = observe(
+    up, down = client_bytes(program.device_costs, traffic, ways)
+    flops = client_flops(program.device_costs, traffic, ways, conditions.examples)
+    history = update_history(
         belief.history,
-        tasks.client,
+        inputs.client,
         traffic.trained,
         jnp.stack([down, flops, up], axis=-1),
         report.outcome,
         conditions.device.latency,
         rate=hyper.world["profile"]["rate"],
         caution=hyper.world["profile"]["caution"],
-        max_capacity=setup.sizes.max_capacity,
+        max_capacity=program.sizes.max_capacity,
     )
     return belief.replace(history=history)
 
@@ -130,7 +136,7 @@ def round_step(
     federation: Federation,
     hyper: Hyper,
     *,
-    setup: Setup,
+    program: Program,
     train_cohort: Callable[..., tuple[tuple[Sums, ...], Report]],
 ) -> tuple[SimState, dict[str, Array]]:
     """One federated round.
@@ -139,35 +145,37 @@ def round_step(
       state: the simulation before the round.
       federation: data and devices.
       hyper: traced hyperparameters.
-      setup: the static parts.
+      program: the static parts.
       train_cohort: see `cohort.build_train_cohort`.
 
     Returns:
       The state after the round, shaped as before, and the round's metrics.
     """
-    sizes, rules, align = setup.sizes, setup.rules, state.align
+    sizes, rules, align = program.sizes, program.rules, state.align
     round_key = jax.random.fold_in(state.key, state.round)
     keys = Keys(round_key, state.key)
     world_key, align_key, train_key = jax.random.split(round_key, 3)
 
     # 1 world
-    world = advance(keys, state.world, state.round, hyper)
-    today = show(keys, world, federation, hyper, rules.world)
-    federation = today.federation
+    world = step_world(keys, state.world, state.round, hyper)
+    view = observe(keys, world, federation, hyper, rules.world)
+    federation = view.federation
     cohort = choose_cohort(
         world_key, federation.size, world, sizes, rules.world.sampling
     )
     # 2 profile
-    needs, kind = list_needs(federation, setup), rules.world.profile
-    belief = profile(state.belief, today.devices, hyper, needs, kind, state.round, keys)
+    needs, kind = list_needs(federation, program), rules.world.profile
+    belief = update_belief(
+        state.belief, view.devices, hyper, needs, kind, state.round, keys
+    )
     # 3 align
     evidence = gather_evidence(state, federation, cohort, belief.capacity, sizes)
-    assignment = setup.strategy.assign(evidence, hyper, sizes, align_key)
+    assignment = program.strategy.assign(evidence, hyper, sizes, align_key)
     slots = (sizes.cohort_size, sizes.max_held)
     chex.assert_shape([assignment.held, assignment.slot], slots)
     # 4 train
-    tasks = make_tasks(state, world, today, evidence, assignment, setup)
-    sums, report = train_cohort(state.params, tasks, federation, hyper, train_key)
+    inputs = broadcast(state, world, view, evidence, assignment, program)
+    sums, report = train_cohort(state.params, inputs, federation, hyper, train_key)
     # 5 merge
     params, server_opt = merge_round(state, sums, hyper, rules)
     arrived = jnp.where(report.arrived, cohort, sizes.num_clients)  # others keep theirs
@@ -179,13 +187,13 @@ def round_step(
     learnt = learn(align, cohort, assignment, report, load, hyper, rules, keys)
     known = lambda leaf: jnp.where(report.arrived[:, None], leaf, 0.0)
     feedback = jax.tree.map(known, report.feedback)
-    memory = setup.strategy.learn(evidence, assignment, feedback, hyper)
-    personal, memory, *exchanged = setup.strategy.exchange(
+    memory = program.strategy.learn(evidence, assignment, feedback, hyper)
+    personal, memory, *exchanged = program.strategy.exchange(
         personal, memory, evidence, report.arrived, hyper
     )
     wide = needs._replace(max_capacity=max(sizes.num_experts, sizes.max_capacity))
-    capacity = count_capacity(today.devices, jnp.zeros(()), wide)
-    meant = jnp.maximum(count_capacity(today.devices, hyper.buffer, needs), 1)
+    capacity = count_capacity(view.devices, jnp.zeros(()), wide)
+    meant = jnp.maximum(count_capacity(view.devices, hyper.buffer, needs), 1)
 
     new_state = SimState(
         round=state.round + 1,
@@ -196,44 +204,46 @@ def round_step(
         personal=personal,
         variate=variate,
         world=mark_busy(world, cohort, report, rules.deadline),
-        belief=learn_devices(belief, tasks, report, hyper, setup),
+        belief=learn_devices(belief, inputs, report, hyper, program),
         stale=sums[1] if state.stale else {},
-        ledger=enter(state.ledger, cohort, capacity, report.outcome),
+        participation=record(state.participation, cohort, capacity, report.outcome),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     return new_state, measure(
-        state, new_state, meant, federation, tasks, report, exchanged, load, setup
+        state, new_state, meant, federation, inputs, report, exchanged, load, program
     )
 
 
-def build_round(setup: Setup) -> RoundFn:
-    """Builds `round_step(state, federation, hyper) -> (state, metrics)` of a setup.
+def build_round(program: Program) -> RoundFn:
+    """Builds `round_step(state, federation, hyper) -> (state, metrics)` of a program.
 
     It is written for one device of the mesh, see `sharding.spread`.
     """
-    client_update = build_client_update(setup.model, setup.sizes, setup.rules)
-    train_cohort = build_train_cohort(client_update, build_judge(setup), setup.rules)
-    return functools.partial(round_step, setup=setup, train_cohort=train_cohort)
+    client_update = build_client_update(program.model, program.sizes, program.rules)
+    train_cohort = build_train_cohort(
+        client_update, build_judge(program), program.rules
+    )
+    return functools.partial(round_step, program=program, train_cohort=train_cohort)
 
 
-def scan_rounds(setup: Setup) -> RoundFn:
+def scan_rounds(program: Program) -> RoundFn:
     """R rounds of ONE run, written for one device; metrics gain a leading R axis."""
-    one_round = build_round(setup)
+    one_round = build_round(program)
 
     def run_rounds(
         state: SimState, federation: Federation, hyper: Hyper
     ) -> tuple[SimState, dict[str, Array]]:
         next_round = lambda carry, _: one_round(carry, federation, hyper)
-        return jax.lax.scan(next_round, state, length=setup.rules.chunk_rounds)
+        return jax.lax.scan(next_round, state, length=program.rules.chunk_rounds)
 
     return run_rounds
 
 
 @functools.cache
-def build_run_rounds(setup: Setup) -> RoundFn:
+def build_run_rounds(program: Program) -> RoundFn:
     """Builds `run_rounds(state, federation, hyper) -> (state, metrics)`, R rounds.
 
     One jitted program; every metric gains a leading R axis. The state is donated, so
     the caller must rebind it. Equal setups share one program.
     """
-    return jax.jit(spread(scan_rounds(setup), setup.mesh), donate_argnums=0)
+    return jax.jit(spread(scan_rounds(program), program.mesh), donate_argnums=0)

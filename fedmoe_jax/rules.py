@@ -73,8 +73,8 @@ class Rules(NamedTuple):
       frozen: parts that nobody trains; every client has them from the start.
       gate_period: rounds from one showing of personal gates to the next, 0 for never.
       silent: whether nothing travels between clients and server.
-      gate_weight: (task, update, examples [], hyper) of ONE client -> what each of its
-        gate rows weighs in the average, [E].
+      gate_weight: (inputs, update, examples [], hyper) of ONE client -> the weight of
+        each of its gate rows in the average, [E].
       expert_weight: likewise what the expert in each of its slots weighs, [K].
       feedback: `accuracy`, `loss` or `mixed`.
       client_optimizer: `sgd` or `adam`.
@@ -82,7 +82,7 @@ class Rules(NamedTuple):
       prox: whether the FedProx term is in the local objective.
       focus: (gates [B, K], hyper) -> value [K] of training each expert on a batch; the
         most valuable get gradients, as many as the client has room for. None: all.
-      gate_loss: (gate logits [B, E], task, hyper) -> [] what they cost, nats.
+      gate_loss: (gate logits [B, E], inputs, hyper) -> [] what they cost, nats.
       probabilities: whether the experts' class probabilities are mixed, not their
         outputs.
       report_mass: whether clients report their mean gate over all E experts.

@@ -207,8 +207,8 @@ class Federation:
       mean: [H, W, F] float32 channel means of `x` as fractions of 255, at every pixel.
       std: [H, W, F] float32 channel standard deviations, likewise, > 0.
       devices: the clients' devices, before anything varies over time.
-      heir: [N] int32, a permutation: towards whose data each client drifts, itself if
-        it does not; see `world.drift`.
+      drift_source: [N] int32, a permutation: towards whose data each client drifts,
+        itself if it does not; see `world.drift`.
     """
 
     x: Array
@@ -223,11 +223,11 @@ class Federation:
     mean: Array
     std: Array
     devices: Devices
-    heir: Array
+    drift_source: Array
 
 
 # Fields of the federation that every run of a sweep has for itself; it shares the rest.
-OWN = ("index", "size", "steps", "label_mix", "public", "devices", "heir")
+PER_RUN = ("index", "size", "steps", "label_mix", "public", "devices", "drift_source")
 
 
 @struct.dataclass
@@ -269,7 +269,8 @@ class SimState:
       belief: what the server believes about the devices, see `profile`.
       stale: sums of the updates that came too late for the last round and are merged
         in the next, {} where no such update is merged.
-      ledger: who took part, and the last round in detail, see `ledger`.
+      participation: who took part, and the last round in detail, see
+        `world.participation`.
     """
 
     round: Array
@@ -282,7 +283,7 @@ class SimState:
     world: PyTree = struct.field(default_factory=dict)
     belief: PyTree = struct.field(default_factory=dict)
     stale: PyTree = struct.field(default_factory=dict)
-    ledger: PyTree = struct.field(default_factory=dict)
+    participation: PyTree = struct.field(default_factory=dict)
 
 
 @struct.dataclass

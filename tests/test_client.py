@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from fedmoe_jax import client
-from fedmoe_jax import federation as experiment
+from fedmoe_jax import client, program
+from fedmoe_jax.aggregate import GATE_WEIGHTS, weigh
 from fedmoe_jax.client import (
-    ClientTask,
+    ClientInput,
     add_prox,
     all_finite,
     build_client_update,
@@ -23,12 +23,13 @@ from fedmoe_jax.client import (
     take_submodel,
 )
 from fedmoe_jax.cohort import build_train_cohort, renew_variate, train_own
-from fedmoe_jax.feedback import nothing_seen, see_batch, summarise_feedback
-from fedmoe_jax.merge import GATE_WEIGHTS, weigh
-from fedmoe_jax.models import build_model
-from fedmoe_jax.outcome import BROKEN, MERGED, Outcome
-from fedmoe_jax.sharding import build_mesh, spread
+from fedmoe_jax.federation import count_steps
+from fedmoe_jax.loss import nothing_seen, see_batch, summarise_feedback
+from fedmoe_jax.models.image_moe import build_model
+from fedmoe_jax.program import longest
+from fedmoe_jax.runtime.sharding import build_mesh, spread
 from fedmoe_jax.types import Federation, Hyper, Sizes
+from fedmoe_jax.world.outcome import BROKEN, MERGED, Outcome
 
 SIZES = Sizes(
     num_clients=5,
@@ -80,7 +81,7 @@ def make_hyper(**changes):
 
 
 def make_rules(**changes):
-    rules = experiment.make_rules(default.get_config(), SIZES.num_experts)
+    rules = program.make_rules(default.get_config(), SIZES.num_experts)
     return rules._replace(**{"prox": True, "momentum": MOMENTUM} | changes)
 
 
@@ -103,14 +104,14 @@ def make_federation():
         mean=np.full(IMAGE, 0.4, np.float32),
         std=np.full(IMAGE, 0.3, np.float32),
         devices=None,
-        heir=np.arange(5),
+        drift_source=np.arange(5),
     )
     return jax.tree.map(jnp.asarray, arrays)
 
 
-def make_task(params, held=(4, 1, 4), slot=(True, True, False)):
+def make_input(params, held=(4, 1, 4), slot=(True, True, False)):
     """The last slot is invalid and repeats an expert that is held."""
-    return ClientTask(
+    return ClientInput(
         client=jnp.int32(CLIENT),
         steps=jnp.int32(SIZES.local_steps),
         budget=jnp.int32(sum(slot)),
@@ -125,7 +126,7 @@ def make_task(params, held=(4, 1, 4), slot=(True, True, False)):
 
 FEDERATION = make_federation()
 PARAMS = make_params(SIZES)
-TASK = make_task(PARAMS)
+TASK = make_input(PARAMS)
 KEY = jax.random.key(5)
 HYPER = make_hyper()
 draw_batches = jax.jit(client.draw_batches, static_argnums=3)
@@ -264,8 +265,8 @@ def test_a_client_pays_for_the_experts_it_holds_only():
         model = make_model(sizes)
         params = jax.eval_shape(model.init, jax.random.key(0))
         update = build_client_update(model, sizes, make_rules())
-        task = make_task(params)
-        arguments = (params, task, FEDERATION, make_hyper(), KEY)
+        inputs = make_input(params)
+        arguments = (params, inputs, FEDERATION, make_hyper(), KEY)
         delta = jax.eval_shape(update, *arguments).delta
         flops = jax.jit(update).lower(*arguments).cost_analysis()["flops"]
         return delta["experts"], flops
@@ -283,11 +284,11 @@ def ragged_steps():
     """One and a half passes over 9, 7, 5, 2 and 1 examples in batches of four."""
     config = default.get_config()
     config.local_epochs, config.batch_size = 1.5, SIZES.batch_size
-    return experiment.count_steps(config, np.asarray(FEDERATION.size))
+    return count_steps(config, np.asarray(FEDERATION.size))
 
 
 STEPS = ragged_steps()
-RAGGED = SIZES._replace(local_steps=experiment.longest(STEPS, ragged=True))
+RAGGED = SIZES._replace(local_steps=longest(STEPS, ragged=True))
 FULL_HYPER = dict(prox=0.7, calibration=0.2, load_loss=0.3, z_loss=0.1)
 
 
@@ -301,15 +302,15 @@ def build_ragged(model, ragged=True, gate_mode="global", client_chunk=1):
     return build_train_cohort(update, judge_by_numbers, rules)
 
 
-def judge_by_numbers(task, sent, finite):
+def judge_by_numbers(inputs, sent, finite):
     """Nobody is late or lost; whose numbers are broken does not count."""
     code = jnp.where(finite, MERGED, BROKEN).astype(jnp.int32)
     return Outcome(code, jnp.ones(3), jnp.ones(3))
 
 
 def make_cohort(clients, steps):
-    tasks = [make_task(PARAMS).replace(client=jnp.int32(c)) for c in clients]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+    inputs = [make_input(PARAMS).replace(client=jnp.int32(c)) for c in clients]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
     return stacked.replace(steps=jnp.asarray(steps, jnp.int32))
 
 
@@ -318,8 +319,8 @@ def train_on(num_devices, client_chunk, dropout=0.0):
     """Sums and reports of everyone on a mesh."""
     train = build_ragged(make_model(RAGGED, dropout), client_chunk=client_chunk)
     train = jax.jit(spread(train, build_mesh(num_devices)))
-    hyper, tasks = make_hyper(**FULL_HYPER), make_cohort(range(5), STEPS)
-    (sums,), report = train(PARAMS, tasks, FEDERATION, hyper, KEY)
+    hyper, inputs = make_hyper(**FULL_HYPER), make_cohort(range(5), STEPS)
+    (sums,), report = train(PARAMS, inputs, FEDERATION, hyper, KEY)
     return jax.device_get((sums, report))
 
 
@@ -428,8 +429,8 @@ def test_every_client_step_and_expert_draws_its_own_mask():
         stem=spy(model.stem, stems), expert=spy(model.expert, experts)
     )
     train = jax.jit(spread(build_ragged(model), build_mesh(2)))
-    tasks = make_cohort(range(5), STEPS)
-    jax.block_until_ready(train(PARAMS, tasks, FEDERATION, make_hyper(), KEY))
+    inputs = make_cohort(range(5), STEPS)
+    jax.block_until_ready(train(PARAMS, inputs, FEDERATION, make_hyper(), KEY))
     jax.effects_barrier()
     assert len(stems) == STEPS.sum() and len(experts) == SIZES.max_held * STEPS.sum()
     assert len(set(stems + experts)) == len(stems) + len(experts)
@@ -625,13 +626,13 @@ def test_local_experts_are_trained_on_the_client_only():
     rules = make_rules(personal=("experts",), local_experts=2)
     update = jax.tree.map(jnp.asarray, UPDATE(PARAMS, TASK, FEDERATION, HYPER, KEY))
     own = {"experts": jax.tree.map(jnp.asarray, PARAMS["experts"])}
-    task = make_task(PARAMS, held=(4, 1, 4)).replace(own=own)
-    trained = train_own(task, update, rules.local_experts)["experts"]["Dense_0"]
+    inputs = make_input(PARAMS, held=(4, 1, 4)).replace(own=own)
+    trained = train_own(inputs, update, rules.local_experts)["experts"]["Dense_0"]
     before, delta = PARAMS["experts"]["Dense_0"], update.delta["experts"]["Dense_0"]
     for name, leaf in trained.items():
         np.testing.assert_allclose(leaf[4], before[name][4] + delta[name][0], rtol=1e-6)
         np.testing.assert_array_equal(leaf[:4], before[name][:4])
-    weights = weigh(task, update, jnp.int32(7), HYPER, rules)
+    weights = weigh(inputs, update, jnp.int32(7), HYPER, rules)
     assert weights["experts"].tolist() == [0, 7, 0]  # the second is shared
     assert weights["stem"] == 7 and weights["head"] == 7
 
@@ -641,8 +642,8 @@ def test_focus_trains_the_most_valuable_experts_only():
     for value, still in (([1.0, 2.0, 9.0], 0), ([2.0, 1.0, 9.0], 1)):
         rules = make_rules(prox=False, focus=lambda gates, _, v=value: jnp.array(v))
         update = jax.jit(build_client_update(make_model(SIZES), SIZES, rules))
-        task = make_task(PARAMS).replace(budget=jnp.int32(1))
-        delta = update(PARAMS, task, FEDERATION, HYPER, KEY).delta
+        inputs = make_input(PARAMS).replace(budget=jnp.int32(1))
+        delta = update(PARAMS, inputs, FEDERATION, HYPER, KEY).delta
         for leaf in jax.tree.leaves(delta["experts"]):
             moved = np.abs(leaf).reshape(3, -1).max(1)
             assert moved[still] == 0 and moved[1 - still] > 0
@@ -652,10 +653,10 @@ def test_focus_trains_the_most_valuable_experts_only():
 def test_no_gradient_passes_through_experts_without_focus():
     outputs = jnp.arange(12.0).reshape(2, 3, 2)  # [B, K, O]
     rules = make_rules(focus=lambda gates, hyper: jnp.array([1.0, 3.0, 2.0]))
-    task = make_task(PARAMS).replace(
+    inputs = make_input(PARAMS).replace(
         slot=jnp.array([True, True, True]), budget=jnp.int32(2)
     )
-    total = lambda outputs: freeze_others(outputs, None, task, HYPER, rules).sum()
+    total = lambda outputs: freeze_others(outputs, None, inputs, HYPER, rules).sum()
     value, grads = jax.value_and_grad(total)(outputs)
     assert value == outputs.sum()
     np.testing.assert_array_equal(grads[:, 0], 0)
@@ -675,8 +676,8 @@ def test_a_correction_is_added_to_every_gradient():
     update = jax.jit(build_client_update(make_model(sizes), sizes, rules))
     plain = update(PARAMS, TASK, FEDERATION, HYPER, KEY)
     correction = fill(plain.delta, 5)
-    task = TASK.replace(correction=correction)
-    corrected = update(PARAMS, task, FEDERATION, HYPER, KEY)
+    inputs = TASK.replace(correction=correction)
+    corrected = update(PARAMS, inputs, FEDERATION, HYPER, KEY)
     rate = float(HYPER.client_learning_rate)
     expected = jax.tree.map(lambda d, c: d - rate * c, plain.delta, correction)
     assert_close(corrected.delta, expected)

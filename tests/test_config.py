@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 
 from configs import default
-from fedmoe_jax import federation as experiment
-from fedmoe_jax import train
-from fedmoe_jax.compare import list_members
 from fedmoe_jax.config import (
     AT_MOST,
     FREE_FIELDS,
@@ -20,12 +17,16 @@ from fedmoe_jax.config import (
     list_allowed,
     validate,
 )
-from fedmoe_jax.data import load_dataset
-from fedmoe_jax.ranges import Range
-from fedmoe_jax.sharding import build_mesh
+from fedmoe_jax.data.load import load_dataset
+from fedmoe_jax.federation import make_devices, make_partition
+from fedmoe_jax.options import Range
+from fedmoe_jax.program import build_program, make_hyper
+from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.train import run as train
+from fedmoe_jax.train.compare import list_members
+from fedmoe_jax.train.writers import read_metrics
 from fedmoe_jax.types import Dataset, UserError
-from fedmoe_jax.writers import read_metrics
 
 FILES = sorted(
     path.stem
@@ -85,13 +86,13 @@ def test_every_study_builds(name, argument):
         if config.seed == 0:
             cifar = config.data.name == "cifar10"
             shape = (32, 32, 3) if cifar else (8, 8, 1)
-            setup = experiment.build_setup(
+            program = build_program(
                 config, 10, shape, local_steps=1, mesh=build_mesh(1)
             )
-            assert setup.costs.expert_bytes > 0
+            assert program.costs.expert_bytes > 0
             if not cifar:
                 data = load_dataset(config.data.name, config.data.dir)
-                experiment.make_partition(config, data)
+                make_partition(config, data)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -263,18 +264,18 @@ def test_devices_of_ones_own_are_read_and_checked(tmp_path):
     rows = [f"{c + 1}e9,1e12,1e7,2e7,0.01,5,1,mine\n" for c in range(20)]
     path.write_text(head + "".join(rows))
     config = changed(**{"devices.csv": str(path), "devices.free_memory": 0.5})
-    devices, names = experiment.make_devices(config)
+    devices, names = make_devices(config)
     assert names == ("mine",) and devices.memory.shape == (20,)
     np.testing.assert_allclose(devices.memory, 0.5e9 * np.arange(1, 21), rtol=1e-6)
     path.write_text(head + rows[0].replace("1e7", "-1"))
     with pytest.raises(UserError, match="devices.csv.*upload") as caught:
-        experiment.make_devices(config)
+        make_devices(config)
     assert "\n" not in str(caught.value)
 
 
 def test_numbers_of_the_world_are_traced_by_group_and_field():
     config = changed(**{"pressure.left": 0.25, "profile.refresh": 7})
-    world = experiment.make_hyper(config).world
+    world = make_hyper(config).world
     assert world["pressure"] == {"share": 0, "persistence": 0.5, "left": 0.25}
     assert world["profile"]["refresh"] == 7 and "kind" not in world["profile"]
     assert all(
@@ -296,7 +297,7 @@ def test_flatten_joins_names_with_dots():
 
 
 def test_hyperparameters_are_read_from_their_fields():
-    hyper = experiment.make_hyper(
+    hyper = make_hyper(
         changed(
             **{
                 "client.learning_rate": 0.125,

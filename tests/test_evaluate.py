@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import default
-from fedmoe_jax import evaluate, questions
-from fedmoe_jax import federation as experiment
-from fedmoe_jax.ledger import init_ledger
-from fedmoe_jax.models import build_model
-from fedmoe_jax.sharding import RUNS, build_mesh, spread
+from fedmoe_jax import evaluate, program
+from fedmoe_jax import scoring as questions
+from fedmoe_jax.models.image_moe import build_model
+from fedmoe_jax.runtime.sharding import RUNS, build_mesh, spread
 from fedmoe_jax.types import AlignState, Federation, SimState, Sizes
+from fedmoe_jax.world.participation import init_participation
 
 SIZES = Sizes(
     num_clients=12,
@@ -61,13 +61,13 @@ def make_held(rng, sizes):
 
 
 def make_ledger(sizes):
-    ledger = init_ledger(sizes)
+    participation = init_participation(sizes)
     counted = jnp.ones(sizes.num_clients, jnp.int32).at[LOST].set(0)
-    return ledger.replace(participation=counted)
+    return participation.replace(rounds=counted)
 
 
 def make_rules(personal, every_expert):
-    rules = experiment.make_rules(default.get_config(), SIZES.num_experts)
+    rules = program.make_rules(default.get_config(), SIZES.num_experts)
     own = ("gate",) if personal else ()
     return rules._replace(personal=own, every_expert=every_expert)
 
@@ -97,7 +97,7 @@ def make_state(personal, model=MODEL, sizes=SIZES, seed=0):
         align=align,
         personal=own,
         variate={},
-        ledger=make_ledger(sizes),
+        participation=make_ledger(sizes),
     )
 
 
@@ -170,11 +170,11 @@ def slow_evaluate(state):
             right[i] = np.argmax(gates[i] @ answers[i]) == labels[i]
         return right, gates
 
-    askers = range(SIZES.num_clients) if personal else range(1)
-    askers = [c for c in askers if not (personal and c in (IDLE, LOST))]
+    clients = range(SIZES.num_clients) if personal else range(1)
+    clients = [c for c in clients if not (personal and c in (IDLE, LOST))]
     active = SIZES.num_active
-    top = [ask(c, lambda row: slow_gates(row, everyone, active)) for c in askers]
-    soft = [ask(c, lambda row: np.exp(row) / np.exp(row).sum())[0] for c in askers]
+    top = [ask(c, lambda row: slow_gates(row, everyone, active)) for c in clients]
+    soft = [ask(c, lambda row: np.exp(row) / np.exp(row).sum())[0] for c in clients]
     client_accuracy = []
     for c in range(SIZES.num_clients):
         held = np.asarray(state.align.held[c])
@@ -294,7 +294,7 @@ def test_the_questions_have_different_answers(expected):
     [(1, 500, 1, 21), (2, 500, 1, 11), (8, 2, 2, 2), (1, 10, 3, 7)],
 )
 def test_test_images_are_dealt_once(devices, most, batches, size):
-    shares = [evaluate.deal_images(21, most, d, devices) for d in range(devices)]
+    shares = [evaluate.schedule_images(21, most, d, devices) for d in range(devices)]
     assert np.shape(shares) == (devices, batches, size)
     position = np.sort(np.ravel(shares))
     np.testing.assert_array_equal(position, np.arange(len(position)))
@@ -304,7 +304,9 @@ def test_padding_takes_no_image():
     position = jnp.array([IMAGES - 1, IMAGES])
     state = make_state(False)
     rules = make_rules(False, True)
-    images = evaluate.look(state, FEDERATION, position, None, model=MODEL, rules=rules)
+    images = evaluate.encode_batch(
+        state, FEDERATION, position, None, model=MODEL, rules=rules
+    )
     assert images.y.tolist() == [FEDERATION.test_y[-1], -1]
     assert images.label.sum(1).tolist() == [1.0, 0.0]
 
@@ -336,12 +338,12 @@ def test_count_right_by_hand():
 
 def test_needed_pairs_by_hand():
     logits = [[3.0, 2.0, 1.0, 0.0]] * 3
-    askers = questions.Asker(
+    clients = questions.ClientView(
         own={},
         held=jnp.array([[0, 0, 1, 1], [0, 1, 0, 0]], bool),
         wanted=jnp.array([[1.0, 0.0], [0.0, 1.0]]),
     )
-    need = questions.find_needed(make_images(logits, [0, 1, -1]), askers, 1)
+    need = questions.find_needed(make_images(logits, [0, 1, -1]), clients, 1)
     # Expert 0 is the server's choice, 2 the first client's for its label 0, 1 the
     # second's for its label 1; expert 3 and padding are never needed.
     assert need.astype(int).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import (
+from factories import (
     NO_CLASS,
     B,
     C,
@@ -25,25 +25,24 @@ from tiny import (
     breakable,
     make_linear_model,
     plan_run,
-    send_tasks,
+    send_inputs,
     stems,
     tiny_config,
 )
 
 import fedmoe_jax.program as setup_file
 import fedmoe_jax.round as round_file
-from fedmoe_jax import federation as experiment
-from fedmoe_jax import sweep
+from fedmoe_jax.aggregate import no_rows
+from fedmoe_jax.broadcast import build_judge
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import build_train_cohort
-from fedmoe_jax.costs import Costs, count_bytes, count_costs
-from fedmoe_jax.merge import no_rows
-from fedmoe_jax.models import Model
-from fedmoe_jax.program import Setup, init_state
+from fedmoe_jax.federation import count_steps
+from fedmoe_jax.models.image_moe import Model
+from fedmoe_jax.program import Program, init_state, longest, make_hyper, make_rules
 from fedmoe_jax.round import build_round, build_run_rounds, gather_evidence
-from fedmoe_jax.sharding import build_mesh, replicate, spread
+from fedmoe_jax.runtime.sharding import build_mesh, replicate, spread
 from fedmoe_jax.strategies import STRATEGIES
-from fedmoe_jax.tasks import build_judge
+from fedmoe_jax.train import sweep
 from fedmoe_jax.types import (
     Assignment,
     Devices,
@@ -51,24 +50,25 @@ from fedmoe_jax.types import (
     Sizes,
     Strategy,
 )
+from fedmoe_jax.world.costs import Costs, count_bytes, count_costs
 
 
-def make_parts(plan, setup):
-    state = init_state(jax.random.key(plan.config.seed), plan.hyper, setup)
+def make_parts(plan, program):
+    state = init_state(jax.random.key(plan.config.seed), plan.hyper, program)
     return Parts(
-        setup, *replicate((state, plan.federation, plan.hyper), plan.setup.mesh)
+        program, *replicate((state, plan.federation, plan.hyper), plan.program.mesh)
     )
 
 
-def make_setup(setup, strategy):
-    """The setup with another strategy and the linear model, which compiles faster."""
-    model = make_linear_model(setup.sizes.num_experts)
+def make_setup(program, strategy):
+    """The program with another strategy and the linear model, which compiles faster."""
+    model = make_linear_model(program.sizes.num_experts)
     costs = count_costs(jax.eval_shape(model.init, jax.random.key(0)), 1.0, 1.0, 1.0)
-    return setup._replace(model=model, strategy=strategy, costs=costs)
+    return program._replace(model=model, strategy=strategy, costs=costs)
 
 
-def compile_round(setup):
-    return jax.jit(spread(build_round(setup), setup.mesh))
+def compile_round(program):
+    return jax.jit(spread(build_round(program), program.mesh))
 
 
 class Base(NamedTuple):
@@ -90,11 +90,11 @@ def base():
 
     plan = plan_run()
     strategy = STRATEGIES["load_balanced"]._replace(assign=counting)
-    setup = make_setup(plan.setup, strategy)
+    program = make_setup(plan.program, strategy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(round_file, "build_client_update", breakable)
-        round_step, run_rounds = compile_round(setup), build_run_rounds(setup)
-    return Base(make_parts(plan, setup), round_step, run_rounds, traces)
+        round_step, run_rounds = compile_round(program), build_run_rounds(program)
+    return Base(make_parts(plan, program), round_step, run_rounds, traces)
 
 
 def copy(tree):
@@ -159,7 +159,7 @@ def make_label_federation(counts):
             radio=ones,
             tier=jnp.zeros(len(counts), jnp.int32),
         ),
-        heir=jnp.arange(len(counts)),
+        drift_source=jnp.arange(len(counts)),
     )
 
 
@@ -175,22 +175,22 @@ def test_experts_converge_to_the_label_frequencies_of_their_holders():
         **{"chunk_rounds": 400, "client.momentum": 0.0, "client.learning_rate": 1.0}
     )
     costs = Costs(*[1.0] * len(Costs._fields))
-    setup = Setup(
+    program = Program(
         model=make_logit_model(3, 3),
         # One step on 6 examples sees every example of every client equally often, so
         # that a round is exactly one step of gradient descent.
         sizes=Sizes(3, 3, 3, 1, 1, 1, 6, 1, 3, 1),
         strategy=Strategy(fixed_assignment, note=""),
-        rules=experiment.make_rules(config, 3),
+        rules=make_rules(config, 3),
         costs=costs,
         device_costs=costs,
         mesh=build_mesh(1),
     )
-    hyper = experiment.make_hyper(config)
-    start = init_state(jax.random.key(0), hyper, setup)
+    hyper = make_hyper(config)
+    start = init_state(jax.random.key(0), hyper, program)
     first = np.array(start.params["experts"]["logits"])
     federation = make_label_federation(counts)
-    state, metrics = build_run_rounds(setup)(start, federation, hyper)
+    state, metrics = build_run_rounds(program)(start, federation, hyper)
     found = jax.nn.softmax(state.params["experts"]["logits"], axis=-1)
     np.testing.assert_allclose(found[0], np.array([4, 2, 2]) / 8, atol=1e-4)
     np.testing.assert_array_equal(state.params["experts"]["logits"][1], first[1])
@@ -233,7 +233,7 @@ def test_every_round_draws_a_cohort_of_its_own():
 
 def test_one_trace_serves_all_rounds_seeds_and_hyperparameters():
     parts, _, run_rounds, traces = base()
-    other = make_parts(plan_run(seed=1), parts.setup)
+    other = make_parts(plan_run(seed=1), parts.program)
     before, kernels = len(traces), []
     for start, federation in (
         (copy(parts.state), parts.federation),
@@ -251,21 +251,21 @@ def test_one_trace_serves_all_rounds_seeds_and_hyperparameters():
 
 
 def test_equal_setups_share_one_program():
-    setups = [plan_run(seed=seed).setup for seed in (0, 1)]
+    setups = [plan_run(seed=seed).program for seed in (0, 1)]
     assert build_run_rounds(setups[0]) is build_run_rounds(setups[1])
 
 
 def test_rounds_of_several_seeds_vmap():
     parts, round_step, _, _ = base()
     keys = jax.random.split(jax.random.key(7), 2)
-    states = [init_state(key, parts.hyper, parts.setup) for key in keys]
+    states = [init_state(key, parts.hyper, parts.program) for key in keys]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    round_of_all = jax.vmap(build_round(parts.setup), in_axes=(0, None, None))
-    together = jax.jit(spread(round_of_all, parts.setup.mesh))
+    round_of_all = jax.vmap(build_round(parts.program), in_axes=(0, None, None))
+    together = jax.jit(spread(round_of_all, parts.program.mesh))
     together = together(stacked, parts.federation, parts.hyper)
     for seed, state in enumerate(states):
         found = jax.tree.map(lambda leaf, s=seed: leaf[s], together)
-        state = replicate(state, parts.setup.mesh)
+        state = replicate(state, parts.program.mesh)
         expected = round_step(state, parts.federation, parts.hyper)
         assert_same(found[0].params, expected[0].params, atol=1e-5)
         assert_same(found[0].align, expected[0].align, atol=1e-5)
@@ -280,11 +280,11 @@ def test_rounds_of_several_seeds_vmap():
 @functools.cache
 def cohort_function():
     parts, *_ = base()
-    setup = parts.setup
-    rules = setup.rules._replace(personal=("gate",), gate_weight=no_rows)
-    update = breakable(setup.model, setup.sizes, rules)
-    train_cohort = build_train_cohort(update, build_judge(setup), rules)
-    return jax.jit(spread(train_cohort, parts.setup.mesh))
+    program = parts.program
+    rules = program.rules._replace(personal=("gate",), gate_weight=no_rows)
+    update = breakable(program.model, program.sizes, rules)
+    train_cohort = build_train_cohort(update, build_judge(program), rules)
+    return jax.jit(spread(train_cohort, parts.program.mesh))
 
 
 def train_clients(clients, federation=None):
@@ -296,15 +296,15 @@ def train_clients(clients, federation=None):
     state, data = parts.state, federation or parts.federation
     parts = parts._replace(federation=data)
     capacity = jnp.full(N, K)
-    evidence = gather_evidence(state, data, cohort, capacity, parts.setup.sizes)
-    tasks = send_tasks(parts, state, evidence, assignment).replace(
+    evidence = gather_evidence(state, data, cohort, capacity, parts.program.sizes)
+    inputs = send_inputs(parts, state, evidence, assignment).replace(
         own=jax.tree.map(
             lambda leaf: jnp.stack([leaf] * len(clients)),
             {"gate": parts.state.params["gate"]},
         )
     )
     (sums,), report = cohort_function()(
-        parts.state.params, tasks, data, parts.hyper, jax.random.key(3)
+        parts.state.params, inputs, data, parts.hyper, jax.random.key(3)
     )
     return sums, report
 
@@ -353,7 +353,7 @@ def test_a_round_goes_on_without_a_broken_client():
     state, sound = round_step(parts.state, parts.federation, parts.hyper)
     cohort = np.flatnonzero(np.array(state.align.times_held).any(1))
     broken = cohort[1]
-    federation = replicate(poison(parts.federation, broken), parts.setup.mesh)
+    federation = replicate(poison(parts.federation, broken), parts.program.mesh)
     state, metrics = round_step(parts.state, federation, parts.hyper)
     assert int(metrics["nonfinite_clients"]) == 1
     assert all_finite(state) and all_finite(metrics)
@@ -395,8 +395,8 @@ def test_idle_rules_move_the_fitness_of_unheld_pairs(idle, slope, offset):
     config = tiny_config(
         **{"fitness.idle": idle, "fitness.idle_decay": 0.8, "fitness.prior": 0.4}
     )
-    hyper = experiment.make_hyper(config).replace(client_learning_rate=jnp.float32(0.3))
-    hyper = replicate(hyper, parts.setup.mesh)
+    hyper = make_hyper(config).replace(client_learning_rate=jnp.float32(0.3))
+    hyper = replicate(hyper, parts.program.mesh)
     before, state = None, parts.state
     for _ in range(4):  # so long that some experts are right now and then
         before = state
@@ -419,9 +419,9 @@ def ragged_round():
     plan = plan_run(
         **{"local_epochs": 1.0, "partition.kind": "dirichlet", "partition.alpha": 0.3}
     )
-    setup = make_setup(plan.setup, STRATEGIES["load_balanced"])
-    parts = make_parts(plan, setup)
-    state, metrics = compile_round(setup)(parts.state, parts.federation, parts.hyper)
+    program = make_setup(plan.program, STRATEGIES["load_balanced"])
+    parts = make_parts(plan, program)
+    state, metrics = compile_round(program)(parts.state, parts.federation, parts.hyper)
     cohort = np.flatnonzero(np.array(state.align.times_held).any(1))
     return plan, parts, cohort, state, jax.device_get(metrics)
 
@@ -431,8 +431,8 @@ def test_every_client_has_its_own_steps():
     size, steps = np.asarray(plan.partition.size), np.asarray(plan.federation.steps)
     np.testing.assert_array_equal(steps, -(-size // B))
     assert len(set(steps.tolist())) > 2
-    most = parts.setup.sizes.local_steps
-    assert most == 2 ** math.ceil(math.log2(steps.max())) and parts.setup.rules.ragged
+    most = parts.program.sizes.local_steps
+    assert most == 2 ** math.ceil(math.log2(steps.max())) and parts.program.rules.ragged
 
 
 def test_ragged_load_and_examples_are_counted_by_hand():
@@ -461,20 +461,20 @@ def test_ragged_load_and_examples_are_counted_by_hand():
 def test_steps_are_counted_by_hand(epochs, steps):
     config = tiny_config(local_epochs=epochs, local_steps=5, batch_size=32)
     size = np.array([1, 20, 32, 33, 65])
-    found = experiment.count_steps(config, size)
+    found = count_steps(config, size)
     assert found.tolist() == steps and found.dtype == np.int32
 
 
 def test_thirds_of_an_epoch_do_not_round_up():
     config = tiny_config(local_epochs=1 / 3, batch_size=10)
-    assert experiment.count_steps(config, np.array([30, 90, 91])).tolist() == [1, 3, 4]
+    assert count_steps(config, np.array([30, 90, 91])).tolist() == [1, 3, 4]
 
 
 def test_longest_is_a_power_of_two_where_clients_differ():
     steps = np.array([3, 5, 4])
-    assert [experiment.longest(steps, ragged) for ragged in (False, True)] == [5, 8]
-    assert experiment.longest(np.array([8, 1]), True) == 8
-    assert experiment.longest(np.array([1, 1]), True) == 1
+    assert [longest(steps, ragged) for ragged in (False, True)] == [5, 8]
+    assert longest(np.array([8, 1]), True) == 8
+    assert longest(np.array([1, 1]), True) == 1
 
 
 # ---- keys
@@ -519,18 +519,18 @@ def test_no_key_of_a_round_is_one_of_the_start(monkeypatch):
     start_or_round = lambda data, place: place.append(tuple(data.tolist()))
     strategy = STRATEGIES["random"]
     strategy = strategy._replace(assign=spy(strategy.assign, rounds))
-    setup = make_setup(parts.setup, strategy)
-    setup = setup._replace(
-        model=setup.model._replace(init=spy(setup.model.init, start))
+    program = make_setup(parts.program, strategy)
+    program = program._replace(
+        model=program.model._replace(init=spy(program.model.init, start))
     )
     update = lambda *args: spy(build_client_update(*args), rounds)
     monkeypatch.setattr(setup_file, "init_fitness", spy(setup_file.init_fitness, start))
     world = spy(round_file.choose_cohort, rounds)
     monkeypatch.setattr(round_file, "choose_cohort", world)
     monkeypatch.setattr(round_file, "build_client_update", update)
-    state = init_state(jax.random.key(0), parts.hyper, setup)
-    round_step = compile_round(setup)
-    state = replicate(state, setup.mesh)
+    state = init_state(jax.random.key(0), parts.hyper, program)
+    round_step = compile_round(program)
+    state = replicate(state, program.mesh)
     for _ in range(4):
         state, _ = round_step(state, parts.federation, parts.hyper)
     jax.block_until_ready(state)
@@ -595,8 +595,8 @@ def test_one_collective_joins_the_devices(num_devices, gate_mode):
     """What is sent is one copy of the params and the reports, once a round."""
     changes = {"run.num_devices": num_devices, "gate.mode": gate_mode}
     plan = plan_run(**changes, local_epochs=1.0)
-    parts = make_parts(plan, plan.setup)
-    program = compile_round(parts.setup).lower(*parts[1:]).compile()
+    parts = make_parts(plan, plan.program)
+    program = compile_round(parts.program).lower(*parts[1:]).compile()
     computations = split_computations(program.as_text())
     bodies = [
         body
@@ -621,7 +621,7 @@ def test_runs_of_a_sweep_do_not_talk_to_each_other(tmp_path):
     (wave,) = sweep.plan_waves(
         [sweep.Member(f"seed{s}", tiny_config(seed=s, **changes)) for s in (0, 1)]
     )
-    assert dict(wave.setup.mesh.shape) == {"runs": 2, "clients": 4}
+    assert dict(wave.program.mesh.shape) == {"runs": 2, "clients": 4}
     job = sweep.build_wave_job(wave, [tmp_path / name for name in wave.names])
     program = job.run_rounds.lower(job.state, *job.inputs).compile()
     ((sent, _),) = list_collectives(program)

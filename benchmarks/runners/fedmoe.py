@@ -8,8 +8,8 @@ from meter import works
 
 from benchmarks.start import keep_running, make_config, start
 from fedmoe_jax.client import normalise
-from fedmoe_jax.machine import set_cpu_devices
-from fedmoe_jax.routing import gate_logits, route
+from fedmoe_jax.models.routing import gate_logits, route
+from fedmoe_jax.runtime.xla import set_cpu_devices
 from fedmoe_jax.types import Dataset, Partition
 
 CNN = {
@@ -75,7 +75,7 @@ def main() -> None:
     set_cpu_devices(devices)
     started = start(describe(work), *load(work), devices)
     check_loss = jax.jit(check, static_argnums=0)
-    model, federation = started.setup.model, started.federation
+    model, federation = started.program.model, started.federation
     before = float(check_loss(model, started.state.params, federation))
     advance = keep_running(started)
     clock = meter.Meter()

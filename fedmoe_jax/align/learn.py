@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from fedmoe_jax.align.detect import (
+from fedmoe_jax.align.drift_detector import (
     Detector,
     hasten,
     reset_fitness,
@@ -10,12 +10,12 @@ from fedmoe_jax.align.detect import (
     watch,
 )
 from fedmoe_jax.align.fitness import score, update_fitness
-from fedmoe_jax.align.solve import to_mask
+from fedmoe_jax.align.top_k import to_mask
 from fedmoe_jax.align.usage import update_usage
 from fedmoe_jax.cohort import Report
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.types import AlignState, Array, Assignment, Hyper
-from fedmoe_jax.world.advance import Keys
+from fedmoe_jax.world.step import Keys
 
 RESET = 1200  # purpose, folded into the key of a round
 

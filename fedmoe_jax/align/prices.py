@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.align.solve import top_k
+from fedmoe_jax.align.top_k import top_k
 from fedmoe_jax.types import Array, Assignment
 
 NEWTON_STEPS, SETTLE_STEPS = 16, 30

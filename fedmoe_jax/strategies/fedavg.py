@@ -10,7 +10,7 @@ clients alike in both.
 import jax.numpy as jnp
 
 from fedmoe_jax.client import step_weights
-from fedmoe_jax.ranges import POSITIVE
+from fedmoe_jax.options import POSITIVE
 from fedmoe_jax.rules import PARTS, Rules
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
 

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedmoe_jax.align.solve import top_k
-from fedmoe_jax.client import ClientTask, ClientUpdate, normalise
-from fedmoe_jax.models import Model
-from fedmoe_jax.ranges import COUNT
+from fedmoe_jax.align.top_k import top_k
+from fedmoe_jax.client import ClientInput, ClientUpdate, normalise
+from fedmoe_jax.models.image_moe import Model
+from fedmoe_jax.options import COUNT
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.strategies.fedmix import learn as learn_mass
 from fedmoe_jax.strategies.random import uniform_scores
@@ -149,14 +149,14 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 
 
 def each_alike(
-    task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper
+    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
 ) -> Array:
     """A plain average of the experts [K]."""
-    return jnp.ones(task.slot.shape)
+    return jnp.ones(inputs.slot.shape)
 
 
 def rows_alike(
-    task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper
+    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
 ) -> Array:
     """A plain average of all gate rows [E]."""
     return jnp.ones_like(update.delta["gate"]["bias"])

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
-from fedmoe_jax.align.solve import top_k
-from fedmoe_jax.client import ClientTask, ClientUpdate
-from fedmoe_jax.merge import no_rows
-from fedmoe_jax.ranges import NON_NEGATIVE, SHARE
+from fedmoe_jax.aggregate import no_rows
+from fedmoe_jax.align.top_k import top_k
+from fedmoe_jax.client import ClientInput, ClientUpdate
+from fedmoe_jax.options import NON_NEGATIVE, SHARE
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.strategies.hfedmoe import assign as assign_all
 from fedmoe_jax.strategies.random import uniform_scores
@@ -58,7 +58,7 @@ def learn(
     return {"mass": mass.at[client].set(jnp.where(told, feedback.mass, mass[client]))}
 
 
-def gate_loss(logits: Array, task: ClientTask, hyper: Hyper) -> Array:
+def gate_loss(logits: Array, inputs: ClientInput, hyper: Hyper) -> Array:
     """`-variety H(mean pi) + sparsity mean H(pi)` of gate logits [B, E], nats."""
     gates = jax.nn.softmax(logits)
     variety = entr(gates.mean(axis=0)).sum()
@@ -67,7 +67,7 @@ def gate_loss(logits: Array, task: ClientTask, hyper: Hyper) -> Array:
 
 
 def by_responsibility(
-    task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper
+    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
 ) -> Array:
     """Experts [K] by the gate mass that they have on the client's examples."""
     return size * update.feedback.frequency

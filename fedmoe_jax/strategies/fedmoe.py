@@ -11,9 +11,9 @@ are averaged; gate rows alike.
 
 import jax.numpy as jnp
 
-from fedmoe_jax.align.solve import top_k
-from fedmoe_jax.merge import held_rows
-from fedmoe_jax.ranges import COUNT, SHARE
+from fedmoe_jax.aggregate import held_rows
+from fedmoe_jax.align.top_k import top_k
+from fedmoe_jax.options import COUNT, SHARE
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.strategies.hfedmoe import hold_all
 from fedmoe_jax.types import (

@@ -10,7 +10,7 @@ that the system needs cohorts that meet again, at best all clients in every roun
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.ranges import COUNT, POSITIVE, Range
+from fedmoe_jax.options import COUNT, POSITIVE, Range
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.strategies.hfedmoe import assign, hold_all
 from fedmoe_jax.types import Array, Evidence, Hyper, PyTree, Sizes, Strategy

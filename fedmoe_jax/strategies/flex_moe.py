@@ -9,11 +9,11 @@ import functools
 
 import jax.numpy as jnp
 
+from fedmoe_jax.aggregate import by_routed, no_rows
 from fedmoe_jax.align.bounded import bounded_top_k, violation
 from fedmoe_jax.align.prices import Bounds, sum_load
-from fedmoe_jax.align.solve import fill_slots
-from fedmoe_jax.merge import by_routed, no_rows
-from fedmoe_jax.ranges import NON_NEGATIVE, SHARE, Range
+from fedmoe_jax.align.top_k import fill_slots
+from fedmoe_jax.options import NON_NEGATIVE, SHARE, Range
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.types import (
     Array,

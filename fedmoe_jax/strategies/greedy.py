@@ -1,6 +1,6 @@
 """Greedy: every client takes the experts that fit it best."""
 
-from fedmoe_jax.align.solve import in_blocks, top_k
+from fedmoe_jax.align.top_k import in_blocks, top_k
 from fedmoe_jax.strategies.random import explore
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
 

@@ -12,8 +12,8 @@ weights of the gates are divided by their sum, which (21) needs to be an average
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
-from fedmoe_jax.client import ClientTask, ClientUpdate
-from fedmoe_jax.ranges import NON_NEGATIVE, SHARE
+from fedmoe_jax.client import ClientInput, ClientUpdate
+from fedmoe_jax.options import NON_NEGATIVE, SHARE
 from fedmoe_jax.rules import Rules
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
 
@@ -51,7 +51,7 @@ def focus(gates: Array, hyper: Hyper) -> Array:
 
 
 def weigh_experts(
-    task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper
+    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
 ) -> Array:
     """The client's examples where its mean gate reaches `threshold` (16, 17)."""
     used = update.feedback.frequency >= hyper.own["threshold"]
@@ -59,7 +59,7 @@ def weigh_experts(
 
 
 def weigh_gate(
-    task: ClientTask, update: ClientUpdate, size: Array, hyper: Hyper
+    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
 ) -> Array:
     """Usage times importance, summed over the experts that are used (19, 20)."""
     usage = update.feedback.frequency

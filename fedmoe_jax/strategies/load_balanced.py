@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from fedmoe_jax.align.desirability import desirability, normalise_fitness
-from fedmoe_jax.align.solve import in_blocks, running_top_k, top_k
+from fedmoe_jax.align.top_k import in_blocks, running_top_k, top_k
 from fedmoe_jax.strategies.random import explore, uniform_scores
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.align.solve import top_k
+from fedmoe_jax.align.top_k import top_k
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
 
 

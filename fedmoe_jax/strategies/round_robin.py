@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from fedmoe_jax.align.solve import fill_slots
+from fedmoe_jax.align.top_k import fill_slots
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
 
 

@@ -1,9 +1,10 @@
 """The radio link of every client to one base station.
 
 Path loss and shadowing stay as they are over the rounds. Rayleigh fading is a latent
-[N, 2] of standard normals, the real and imaginary part of h, which `processes.wander`
-moves: Gauss-Markov fading, in which |h|^2 is correlated by `persistence**(2 k)` over k
-rounds. Within a round the channel stands still (block fading).
+[N, 2] of standard normals, the real and imaginary part of h, moved by
+`processes.gauss_markov_step`: Gauss-Markov fading, in which |h|^2 is correlated by
+`persistence**(2 k)` over k rounds. Within a round the channel stands still (block
+fading).
 """
 
 import chex
@@ -72,7 +73,7 @@ def known_fading(key: Array, fading: Array, csi: Array) -> Array:
       [N, 2] float32.
     """
     chex.assert_shape(fading, (None, 2))
-    return processes.wander(key, fading, csi)
+    return processes.gauss_markov_step(key, fading, csi)
 
 
 def fading_power(fading: Array) -> Array:

@@ -12,7 +12,9 @@ from fedmoe_jax.types import Array
 BLUR_RADIUS = 3  # pixels
 
 
-def draw_heirs(rng: np.random.Generator, num_clients: int, share: float) -> np.ndarray:
+def draw_drift_sources(
+    rng: np.random.Generator, num_clients: int, share: float
+) -> np.ndarray:
     """Draws which clients drift, and towards whose data.
 
     Args:
@@ -21,13 +23,13 @@ def draw_heirs(rng: np.random.Generator, num_clients: int, share: float) -> np.n
       share: in [0, 1]; `round(share * N)` clients drift, nobody if that is below 2.
 
     Returns:
-      heir [N] int32, a permutation: the clients that drift form one random cycle,
-      each towards the data of another; `heir[c] = c` for all others.
+      drift_source [N] int32, a permutation: the clients that drift form one random
+      cycle, each towards the data of another; `drift_source[c] = c` for all others.
     """
-    heir = np.arange(num_clients, dtype=np.int32)
-    cycle = rng.permutation(heir)[: round(share * num_clients)]
-    heir[cycle] = np.roll(cycle, 1)
-    return heir
+    drift_source = np.arange(num_clients, dtype=np.int32)
+    cycle = rng.permutation(drift_source)[: round(share * num_clients)]
+    drift_source[cycle] = np.roll(cycle, 1)
+    return drift_source
 
 
 def progress(round: Array, start: Array, rounds: Array) -> Array:
@@ -46,23 +48,24 @@ def progress(round: Array, start: Array, rounds: Array) -> Array:
 
 
 def move_examples(
-    index: Array, size: Array, label_mix: Array, heir: Array, moved: Array
+    index: Array, size: Array, label_mix: Array, drift_source: Array, moved: Array
 ) -> tuple[Array, Array, Array]:
     """Label drift: who owns which example once a share of them has moved.
 
     With `k(n) = ceil((1 - moved) n)`, client c keeps the first `k(size_c)` examples of
-    its row and takes those after the first `k(size_s)` of the row of `s = heir[c]`. As
-    heirs are a permutation, every example has one owner at any time. The rows fit: k
-    and `n - k(n)` never fall as n grows, in float32 too, so with S the largest size,
+    its row and takes those after the first `k(size_s)` of the row of
+    `s = drift_source[c]`. As the sources are a permutation, every example has one owner
+    at any time. The rows fit: k and `n - k(n)` never fall as n grows, in float32 too,
+    so with S the largest size,
     `k(size_c) + size_s - k(size_s) <= k(S) + S - k(S) = S`.
 
     Args:
       index: [N, M] int32, examples at the start, zeros beyond `size`.
       size: [N] int32 in [1, 2**24).
       label_mix: [N, L] float32, label histograms at the start, rows sum to 1.
-      heir: [N] int32, a permutation, see `draw_heirs`.
+      drift_source: [N] int32, a permutation, see `draw_drift_sources`.
       moved: [] float32 in [0, 1]; 0 gives back the arguments, 1 everyone the row of
-        its heir.
+        its drift_source.
 
     Returns:
       index, size and label_mix of this moment; same shapes and dtypes. label_mix is
@@ -70,19 +73,19 @@ def move_examples(
       expectation where the order of a row is random with respect to labels.
     """
     chex.assert_rank([index, label_mix], 2)
-    chex.assert_equal_shape_prefix([index, size, label_mix, heir], 1)
+    chex.assert_equal_shape_prefix([index, size, label_mix, drift_source], 1)
     keep = jnp.ceil((1 - moved) * size).astype(jnp.int32)
-    taken = (size - keep)[heir]
+    taken = (size - keep)[drift_source]
     place = jnp.arange(index.shape[1], dtype=jnp.int32)[None]
     kept = place < keep[:, None]
     client = jnp.arange(index.shape[0], dtype=jnp.int32)
-    row = jnp.where(kept, client[:, None], heir[:, None])
-    column = jnp.where(kept, place, place + (keep[heir] - keep)[:, None])
+    row = jnp.where(kept, client[:, None], drift_source[:, None])
+    column = jnp.where(kept, place, place + (keep[drift_source] - keep)[:, None])
     examples = index.at[row, column].get(mode="clip")
     owned = place < (keep + taken)[:, None]
     # Written so that weights of 0 and 1 give one of the two mixes to the last bit.
-    weight = jnp.where(heir == client, 0.0, taken / (keep + taken))[:, None]
-    mix = (1 - weight) * label_mix + weight * label_mix[heir]
+    weight = jnp.where(drift_source == client, 0.0, taken / (keep + taken))[:, None]
+    mix = (1 - weight) * label_mix + weight * label_mix[drift_source]
     return jnp.where(owned, examples, 0), keep + taken, mix
 
 
@@ -165,7 +168,7 @@ def _blur_matrix(size: int, amount: Array) -> Array:
     return jnp.where(hit, weight[:, None], 0.0).sum(axis=1)
 
 
-def fade(x: Array, amount: Array) -> Array:
+def reduce_contrast(x: Array, amount: Array) -> Array:
     """Takes contrast away: every pixel moves towards its image's mean per channel.
 
     As in ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261).
@@ -181,7 +184,7 @@ def fade(x: Array, amount: Array) -> Array:
 DISTORTIONS: dict[str, Callable[[Array, Array], Array]] = {
     "rotate": rotate,
     "blur": blur,
-    "contrast": fade,
+    "contrast": reduce_contrast,
 }
 
 

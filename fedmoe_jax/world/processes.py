@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fedmoe_jax.types import Array
 
 
-def flip(key: Array, state: Array, share: Array, persistence: Array) -> Array:
+def markov_step(key: Array, state: Array, share: Array, persistence: Array) -> Array:
     """One step of a two-state Markov chain, such as on and off, of every client.
 
     A client keeps its state with probability `persistence` and else draws it anew.
@@ -34,7 +34,7 @@ def flip(key: Array, state: Array, share: Array, persistence: Array) -> Array:
     return jnp.where(keep, state, drawn)
 
 
-def wander(key: Array, latent: Array, persistence: Array) -> Array:
+def gauss_markov_step(key: Array, latent: Array, persistence: Array) -> Array:
     """One step of a Gauss-Markov process (AR(1)): `r z + sqrt(1 - r^2) n`, n ~ N(0, 1).
 
     Entries are independent; each is stationary at N(0, 1), and over k steps the
@@ -60,7 +60,7 @@ def taken_share(latent: Array, most: Array) -> Array:
     correlation rho give shares of correlation `6 / pi * asin(rho / 2)`.
 
     Args:
-      latent: [...] float32, see `wander`.
+      latent: [...] float32, see `gauss_markov_step`.
       most: [] float32 in [0, 1), so that some compute is always left.
 
     Returns:
@@ -76,7 +76,7 @@ def speed_factor(latent: Array, spread: Array) -> Array:
     rho give factors of correlation `(exp(s^2 rho) - 1) / (exp(s^2) - 1)`.
 
     Args:
-      latent: z, [...] float32, see `wander`.
+      latent: z, [...] float32, see `gauss_markov_step`.
       spread: s, [] float32 >= 0, standard deviation of the logarithm; 0 gives ones.
 
     Returns:

@@ -1,0 +1,243 @@
+"""What the server believes about the clients' devices (paper III-B-3).
+
+It sees the truth (`oracle`), what clients report of themselves (`self_reported`, with
+errors), or only how long they took and whether they failed (`estimated`). A belief is
+renewed every few rounds and holds in between.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from fedmoe_jax.types import Array, Devices, Hyper, PyTree
+from fedmoe_jax.world.costs import Costs
+from fedmoe_jax.world.limits import true_capacity
+from fedmoe_jax.world.outcome import DROPOUT, MEMORY, Outcome
+from fedmoe_jax.world.step import Keys
+
+# Purposes, folded into the key of a round, and into the run's key.
+REPORT, EXPLORE = 1100, 1101
+HONESTY = 2**32 - 5
+
+
+@struct.dataclass
+class History:
+    """What the server has seen of every client's rounds.
+
+    Attributes:
+      pace: [N, 3] float32, seconds per byte down, per FLOP and per byte up; an EMA.
+      seen: [N, 3] int32, rounds in which it has seen the time of each of these.
+      room: [N] float32 in [1, K], experts for which memory was enough; an EMA of
+        failures.
+    """
+
+    pace: Array
+    seen: Array
+    room: Array
+
+
+@struct.dataclass
+class Belief:
+    """What the server believes.
+
+    Attributes:
+      capacity: [N] int32, experts of every client as of the last profile.
+      history: a `History` where the server estimates, else {}.
+    """
+
+    capacity: Array
+    history: PyTree
+
+
+class Needs(NamedTuple):
+    """What capacity is counted from.
+
+    Attributes:
+      costs: scaled, what the devices feel.
+      examples: [N] float32, examples a client trains in a round, > 0.
+      deadline: seconds a round may take, > 0.
+      communication_share: share in (0, 1) of the deadline for the network.
+      max_capacity: the most experts that any client has room for.
+    """
+
+    costs: Costs
+    examples: Array
+    deadline: float
+    communication_share: float
+    max_capacity: int
+
+
+def init_belief(num_clients: int, max_capacity: int, kind: str) -> Belief:
+    """What the server believes before the first round: everyone can hold all."""
+    capacity = jnp.full(num_clients, max_capacity, jnp.int32)
+    if kind != "estimated":
+        return Belief(capacity, {})
+    history = History(
+        pace=jnp.zeros((num_clients, 3)),
+        seen=jnp.zeros((num_clients, 3), jnp.int32),
+        room=jnp.full(num_clients, float(max_capacity)),
+    )
+    return Belief(capacity, history)
+
+
+def report_devices(
+    key: Array, bias_key: Array, devices: Devices, *, deviation: Array, fixed: Array
+) -> Devices:
+    """What clients report: every resource times `1 + error`, one error for a client.
+
+    The error is `deviation (fixed u + (1 - fixed) v)`, u and v uniform on [-1, 1], u of
+    the client and v of the report.
+
+    Args:
+      key: of the round, for v.
+      bias_key: the same in every round, for u.
+      devices: leaves [N].
+      deviation: [] in [0, 1), the largest error.
+      fixed: [] in [0, 1], its share that is a client's bias.
+    """
+    draw = lambda k: jax.random.uniform(k, devices.memory.shape, minval=-1.0)
+    error = deviation * (fixed * draw(bias_key) + (1 - fixed) * draw(key))
+    return devices.replace(
+        memory=(1 + error) * devices.memory,
+        flops=(1 + error) * devices.flops,
+        upload=(1 + error) * devices.upload,
+        download=(1 + error) * devices.download,
+    )
+
+
+def estimate_devices(history: History, devices: Devices) -> Devices:
+    """Devices as fast as they have been; without limits where nothing was seen.
+
+    Their memory shows only in failures, see `History.room`; latencies are known.
+    """
+    down, flop, up = history.pace.T
+    return devices.replace(
+        memory=jnp.full_like(devices.memory, jnp.inf),
+        flops=1 / flop,
+        upload=1 / up,
+        download=1 / down,
+    )
+
+
+def count_capacity(devices: Devices, buffer: Array, needs: Needs) -> Array:
+    """Experts that each device can hold, [N] int32 from 0 on, see `true_capacity`."""
+    return true_capacity(
+        devices,
+        needs.costs,
+        buffer=buffer,
+        examples=needs.examples,
+        deadline=needs.deadline,
+        communication_share=needs.communication_share,
+        max_capacity=needs.max_capacity,
+    )
+
+
+def estimate_capacity(
+    key: Array, history: History, devices: Devices, hyper: Hyper, needs: Needs
+) -> Array:
+    """[N] int32 experts by observed paces and failures, now and then one more.
+
+    The buffer is kept of the room as of every other resource, but not when exploring.
+    """
+    by_pace = count_capacity(estimate_devices(history, devices), hyper.buffer, needs)
+    explore = hyper.world["profile"]["exploration"]
+    more = jax.random.bernoulli(key, explore, history.room.shape)
+    usual = jnp.floor((1 - hyper.buffer) * history.room + 0.5)
+    # Without the margin: only more than there was room for can tell of more room.
+    by_room = jnp.where(more, jnp.floor(history.room) + 1, usual).astype(jnp.int32)
+    by_room = jnp.minimum(by_room, needs.max_capacity)
+    return jnp.minimum(by_pace, by_room)
+
+
+def update_belief(
+    belief: Belief,
+    devices: Devices,
+    hyper: Hyper,
+    needs: Needs,
+    kind: str,
+    round: Array,
+    keys: Keys,
+) -> Belief:
+    """Step 2 of a round: the belief, renewed where a profile is due.
+
+    Args:
+      belief: before the round.
+      devices: leaves [N], the truth of this round.
+      hyper: gives `buffer` and the numbers of the profile.
+      needs: what capacity is counted from.
+      kind: `oracle`, `self_reported` or `estimated`.
+      round: [] int32.
+      keys: of the round and the run.
+    """
+    numbers = hyper.world["profile"]
+    if kind == "estimated":
+        capacity = estimate_capacity(
+            keys.of(EXPLORE), belief.history, devices, hyper, needs
+        )
+    else:
+        if kind == "self_reported":
+            devices = report_devices(
+                keys.of(REPORT),
+                keys.always(HONESTY),
+                devices,
+                deviation=numbers["deviation"],
+                fixed=numbers["fixed"],
+            )
+        capacity = count_capacity(devices, hyper.buffer, needs)
+    capacity = jnp.maximum(capacity, 1)  # the weakest still take one, and may be late
+    due = round % numbers["refresh"] == 0
+    return belief.replace(capacity=jnp.where(due, capacity, belief.capacity))
+
+
+def update_history(
+    history: History,
+    client: Array,
+    trained: Array,
+    work: Array,
+    outcome: Outcome,
+    latency: Array,
+    *,
+    rate: Array,
+    caution: Array,
+    max_capacity: int,
+) -> History:
+    """Learns from one round's times and failures.
+
+    Times are known of every phase that at least began, from how far it got, but not of
+    clients that dropped out, who tell nothing. The mean of the first few counts until
+    there are enough for the EMA. Memory that failed at `trained` experts pulls the room
+    towards `trained - caution`; who got to training has room for them.
+
+    Args:
+      history: before the round.
+      client: [C] int32.
+      trained: [C] float32, experts with a backward pass, which is what fills memory.
+      work: [C, 3] float32, bytes down, FLOPs and bytes up, as the devices feel them.
+      outcome: leaves with a leading C axis.
+      latency: [C] seconds.
+      rate: [] weight of the newest observation.
+      caution: [] experts, >= 1.
+      max_capacity: K.
+    """
+    code = outcome.code
+    tells = (outcome.spent > 0) & (code != DROPOUT)[:, None]
+    travel = jnp.stack([latency, jnp.zeros_like(latency), latency], axis=-1)
+    pace = (outcome.phases - travel) / jnp.where(work > 0, work, 1.0)
+    old, seen = history.pace[client], history.seen[client]
+    weight = jnp.maximum(rate, 1 / (seen + 1.0))
+    known = tells & (work > 0)
+    pace = jnp.where(known, (1 - weight) * old + weight * pace, old)
+
+    room = history.room[client]
+    aim = jnp.minimum(trained - caution, room)
+    less = jnp.maximum((1 - rate) * room + rate * aim, 1.0)
+    enough = jnp.minimum(jnp.maximum(room, trained), max_capacity)
+    enough = jnp.where(tells[:, 1], enough, room)
+    room = jnp.where(code == MEMORY, less, enough)
+    return History(
+        pace=history.pace.at[client].set(pace),
+        seen=history.seen.at[client].add(known),
+        room=history.room.at[client].set(room),
+    )

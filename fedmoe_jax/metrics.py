@@ -1,0 +1,191 @@
+"""The metrics of one round, measured inside the compiled program.
+
+Bytes and FLOPs are those of the simulated model, and what was lost had cost what it had
+cost by then; seconds and joules are those of the devices, which feel the model that it
+stands for.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.align.usage import load_cv, load_entropy, starved
+from fedmoe_jax.client import ClientInput
+from fedmoe_jax.cohort import Report
+from fedmoe_jax.program import Program
+from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
+from fedmoe_jax.runtime.sharding import CLIENTS
+from fedmoe_jax.types import AlignState, Array, Devices, Federation, SimState
+from fedmoe_jax.world.costs import (
+    client_bytes,
+    client_flops,
+    client_memory,
+    client_parameters,
+)
+from fedmoe_jax.world.outcome import DROPPED, OUTCOMES, Conditions, Outcome
+from fedmoe_jax.world.participation import Participation, jain
+from fedmoe_jax.world.traffic import find_ways
+
+LISTED = 100  # clients up to which each has its numbers in every row
+
+
+def count_exchange(
+    exchanged: tuple[Array, Array], devices: Devices, program: Program
+) -> Array:
+    """[C] seconds in which clients exchange experts with others, after their round."""
+    size, (sent, received) = program.device_costs.expert_bytes, exchanged
+    return size * (sent / devices.upload + received / devices.download)
+
+
+def account(
+    participation: Participation,
+    conditions: Conditions,
+    sent: Array,
+    exchanged: tuple[Array, Array],
+    program: Program,
+) -> dict[str, Array]:
+    """What a round cost, as metrics.
+
+    Args:
+      participation: after the round.
+      conditions: under which the cohort worked, leaves [C].
+      sent: [C] experts that each client sent to the server.
+      exchanged: experts that each client sent to others and received from them, [C].
+      program: the static parts.
+    """
+    rules, outcome, cohort = program.rules, participation.outcome, participation.client
+    devices, traffic = conditions.device, conditions.traffic
+    worked = outcome.phases * outcome.spent
+    exchanging = count_exchange(exchanged, devices, program)
+    seconds = worked.sum(1) + exchanging
+    on_air = worked[:, 0] + worked[:, 2] + exchanging
+    talks = 0.0 if rules.silent else 1.0
+    traffic = traffic.replace(
+        sent=talks * (sent + exchanged[0]),
+        received=traffic.received + talks * exchanged[1],
+    )
+    ways = find_ways(rules)
+    up, down = client_bytes(program.costs, traffic, ways)
+    flops = client_flops(program.costs, traffic, ways, conditions.examples)
+    parameters = client_parameters(program.costs, traffic, ways)
+    down, flops, up = outcome.spent.T * jnp.stack([down, flops, up])
+    wasted = jnp.where(outcome.arrived, 0.0, 1.0)
+    longest, worked_at_all = seconds.max(), outcome.spent[:, 0] > 0
+    late = (seconds > rules.deadline) | (outcome.code == DROPPED)
+    # Some systems take more memory than the experts that they train.
+    fits = client_memory(program.device_costs, traffic, ways) <= devices.memory
+    too_many = (traffic.trained > participation.capacity[cohort]) | ~fits
+    if rules.world.late == "stale":  # nobody waits for them
+        longest = jnp.minimum(longest, rules.deadline)
+    return {
+        "bytes_up": up.sum(),
+        "bytes_down": down.sum(),
+        "client_flops": flops.sum(),
+        "wasted_bytes": (wasted * (up + down)).sum(),
+        "wasted_flops": (wasted * flops).sum(),
+        "compute_joules": (devices.power * worked[:, 1]).sum(),
+        "radio_joules": (devices.radio * on_air).sum(),
+        "peak_client_parameters": parameters.max(),
+        "simulated_seconds": longest,
+        "simulated_median_seconds": jnp.nanmedian(
+            jnp.where(worked_at_all, seconds, jnp.nan)
+        ),
+        "late_clients": late.sum(),
+        "capacity_violations": (worked_at_all & too_many).sum(),
+        "participation_jain": jain(participation.rounds),
+    }
+
+
+def count_outcomes(outcome: Outcome) -> dict[str, Array]:
+    """Clients by what became of their round; each is counted once."""
+    counts = jax.nn.one_hot(outcome.code, len(OUTCOMES)).sum(0)
+    return {
+        f"{name}_clients": count for name, count in zip(OUTCOMES, counts, strict=True)
+    }
+
+
+def measure(
+    before: SimState,
+    after: SimState,
+    meant: Array,
+    federation: Federation,
+    inputs: ClientInput,
+    report: Report,
+    exchanged: tuple[Array, Array],
+    load: Array,
+    program: Program,
+) -> dict[str, Array]:
+    """The metrics of one round.
+
+    Args:
+      before: the state before the round.
+      after: the state after it.
+      meant: [N] int32, the capacity that a server without errors would believe in.
+      federation: data and devices.
+      inputs: of the cohort.
+      report: of the cohort.
+      exchanged: see `account`.
+      load: [E] examples trained.
+      program: the static parts.
+    """
+    participation = after.participation
+    return (
+        measure_learning(before.align, after.align, report, inputs.client)
+        | measure_load(load)
+        | account(participation, inputs.conditions, report.sent, exchanged, program)
+        | count_outcomes(participation.outcome)
+        | measure_work(federation, inputs.client, program)
+        | measure_world(after, meant)
+    )
+
+
+def measure_learning(
+    before: AlignState, after: AlignState, report: Report, cohort: Array
+) -> dict[str, Array]:
+    """What the cohort [C] and the server learnt; means over clients are taken here."""
+    held = after.held[cohort]
+    arrived = report.arrived
+    count = arrived.sum()  # 0 gives NaN: a loss of 0 would look like success
+    changed = jnp.where(held, jnp.abs(after.fitness - before.fitness)[cohort], 0.0)
+    found = {
+        "train_loss": jnp.where(arrived, report.loss, 0.0).sum() / count,
+        "train_accuracy": jnp.where(arrived, report.accuracy, 0.0).sum() / count,
+        "fitness_change": changed.sum() / held.sum(),
+        "assignment_change": (held & ~before.held[cohort]).sum() / held.sum(),
+    }
+    if after.detector:
+        found["drift_alarms"] = after.detector.alarms - before.detector.alarms
+    return found | {name: x for name, x in after.memory.items() if x.ndim == 0}
+
+
+def measure_load(load: Array) -> dict[str, Array]:
+    """How evenly the examples [E] of the round were trained."""
+    return {
+        "expert_load": load,
+        "load_cv": load_cv(load),
+        "load_entropy": load_entropy(load),
+        "starved_experts": starved(load),
+    }
+
+
+def measure_work(federation: Federation, cohort: Array, program: Program) -> dict:
+    """Examples trained, and how much of the simulation's devices they used."""
+    sizes, num_devices = program.sizes, program.mesh.shape[CLIENTS]
+    steps = federation.steps[cohort]
+    chunk = chunk_size(sizes.cohort_size, num_devices, program.rules.client_chunk)
+    return {
+        "examples": steps.sum() * sizes.batch_size,
+        "wasted_share": wasted_share(steps, num_devices, chunk),
+    }
+
+
+def measure_world(state: SimState, meant: Array) -> dict[str, Array]:
+    """What the server misjudges; how far drift has come, and who can be reached."""
+    error = jnp.abs(state.belief.capacity - meant).mean()
+    names = {"moved": "drift_moved", "distorted": "drift_distorted"}
+    found = {names[name]: x for name, x in state.world.items() if name in names}
+    found["capacity_error"] = error
+    if len(meant) <= LISTED:
+        found["participation"] = state.participation.rounds
+    if "reach" in state.world:
+        found["reachable_clients"] = state.world["reach"].sum()
+    return found

@@ -1,0 +1,82 @@
+"""Computes only the (image, expert) pairs that are needed, grouped by expert.
+
+The needed pairs of a batch are sorted by expert and every expert's group is padded to
+blocks of `BLOCK_ROWS` rows. A loop with a traced trip count walks the blocks: each
+takes one expert's params and its rows of features. The work follows the number of
+needed pairs, not B * E, for any body of the experts.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.models.image_moe import Model
+from fedmoe_jax.types import Array, PyTree, Sizes
+
+BLOCK_ROWS = 64
+
+
+class Blocks(NamedTuple):
+    """The needed pairs as blocks of one expert each; n = E * ceil(B / rows).
+
+    Attributes:
+      count: [] int32, blocks that hold a pair; they come first.
+      expert: [n] int32 in [0, E) for the first `count` blocks.
+      image: [n, rows] int32 in [0, B]; B marks rows that only pad a block.
+    """
+
+    count: Array
+    expert: Array
+    image: Array
+
+
+def plan_blocks(need: Array, rows: int) -> Blocks:
+    """Groups the needed pairs by expert, images of one expert in their order.
+
+    Args:
+      need: [B, E] bool, the pairs to compute.
+      rows: rows of one block.
+    """
+    chex.assert_rank(need, 2)
+    num_images, num_experts = need.shape
+    most = num_experts * -(-num_images // rows)
+    blocks = -(-need.sum(0) // rows)  # [E]
+    end = blocks.cumsum()
+    # The place of each pair is known, so that nothing needs sorting: where the blocks
+    # of its expert start, and its rank among that expert's images.
+    place = (end - blocks)[None] * rows + need.cumsum(0) - 1
+    place = jnp.where(need, place, most * rows)
+    source = jnp.broadcast_to(jnp.arange(num_images)[:, None], need.shape)
+    image = jnp.full(most * rows, num_images).at[place].set(source, mode="drop")
+    expert = jnp.searchsorted(end, jnp.arange(most), side="right")
+    return Blocks(count=end[-1], expert=expert, image=image.reshape(most, rows))
+
+
+def dispatch(
+    model: Model, params: PyTree, features: Array, need: Array, sizes: Sizes
+) -> Array:
+    """Every needed expert's own class logits.
+
+    Args:
+      model: the model.
+      params: `experts` with a leading E axis, and `head`.
+      features: [B, ...] float.
+      need: [B, E] bool.
+      sizes: static sizes.
+
+    Returns:
+      [B, E, L] float32, zero where `need` is false.
+    """
+    blocks = plan_blocks(need, BLOCK_ROWS)
+
+    def fill(block: Array, logits: Array) -> Array:
+        expert, image = blocks.expert[block], blocks.image[block]
+        one = jax.tree.map(lambda leaf: leaf[expert], params["experts"])
+        outputs = model.expert(one, features.at[image].get(mode="clip"), None)
+        rows = model.head(params["head"], outputs)
+        return logits.at[image, expert].set(rows, mode="drop")
+
+    empty = jnp.zeros((*need.shape, sizes.num_classes))
+    return jax.lax.fori_loop(0, blocks.count, fill, empty)

@@ -1,0 +1,83 @@
+"""From gate logits to gates: held-only top-A routing, and losses of the gate."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.models.image_moe import pool
+from fedmoe_jax.types import Array, PyTree
+
+
+def gate_logits(gate: PyTree, features: Array) -> Array:
+    """Scores every expert from pooled features.
+
+    Args:
+      gate: `kernel` [E, D], `bias` [E].
+      features: [B, ..., D] float.
+
+    Returns:
+      [B, E] float32 logits.
+    """
+    pooled = pool(features)
+    chex.assert_axis_dimension(gate["kernel"], 1, pooled.shape[-1])
+    return jnp.einsum("bd,ed->be", pooled, gate["kernel"]) + gate["bias"][None]
+
+
+def route(logits: Array, mask: Array, num_active: int) -> Array:
+    """Top-A gates among the allowed experts, renormalised over the chosen ones.
+
+    Args:
+      logits: [B, E] float (E may be K slots).
+      mask: [E] bool, experts that may be used; at least one must be.
+      num_active: A; fewer are chosen where the mask allows fewer.
+
+    Returns:
+      [B, E] gates, rows sum to 1, exactly min(A, allowed) entries are positive; of
+      equal logits the lower index is chosen.
+    """
+    chex.assert_rank([logits, mask], [2, 1])
+    masked = jnp.where(mask[None], logits, -jnp.inf)
+    _, best = jax.lax.top_k(masked, min(num_active, logits.shape[-1]))  # [B, A]
+    chosen = jax.nn.one_hot(best, logits.shape[-1], dtype=bool).any(1) & mask[None]
+    return jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf), axis=-1)
+
+
+def calibration_loss(logits: Array, held: Array) -> Array:
+    """`-log` of the gate mass that falls on held experts, mean over the batch, nats.
+
+    A client's gate is otherwise only trained to choose among the experts it holds, so
+    experts never held together would never be compared. Zero when all are held.
+
+    Args:
+      logits: [B, E] float over all experts.
+      held: [E] bool, at least one held.
+    """
+    chex.assert_rank([logits, held], [2, 1])
+    held_mass = jax.nn.logsumexp(jnp.where(held[None], logits, -jnp.inf), axis=-1)
+    return (jax.nn.logsumexp(logits, axis=-1) - held_mass).mean()
+
+
+def load_loss(logits: Array, mask: Array) -> Array:
+    """Load-balancing loss of the Switch Transformer (arXiv 2101.03961, eq. 4), >= 0.
+
+    `n * sum_e f_e P_e` over the n allowed experts, f_e the share of examples whose
+    first choice is e and P_e the mean gate probability; 1 under a uniform routing.
+
+    Args:
+      logits: [B, E] float.
+      mask: [E] bool, allowed experts.
+    """
+    probabilities = jax.nn.softmax(jnp.where(mask[None], logits, -jnp.inf), axis=-1)
+    first = jax.nn.one_hot(probabilities.argmax(-1), logits.shape[-1])
+    return mask.sum() * (first.mean(0) * probabilities.mean(0)).sum()
+
+
+def z_loss(logits: Array, mask: Array) -> Array:
+    """Router z-loss (ST-MoE, arXiv 2202.08906, eq. 5): mean squared log-sum-exp.
+
+    Args:
+      logits: [B, E] float.
+      mask: [E] bool, allowed experts.
+    """
+    masked = jnp.where(mask[None], logits, -jnp.inf)
+    return jnp.square(jax.nn.logsumexp(masked, axis=-1)).mean()

@@ -1,0 +1,228 @@
+"""The pictures of a report, each with what to look for in it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fedmoe_jax.report import plots
+from fedmoe_jax.report.curves import Series, curves
+from fedmoe_jax.report.runs import NAN, Run, interval, num_experts, numbers, varies
+from fedmoe_jax.train.writers import ACCURACIES
+
+
+class Picture(NamedTuple):
+    """A figure with its file name (without suffix) and what to look for in it."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+def field_series(
+    place: int, label: str, group: Sequence[Run], field: str, scale: float
+) -> list[Series]:
+    """The field over rounds of a group's runs; empty where no run has it."""
+    tracks = [
+        {row["round"]: row[field] for row in run.rows if row.get(field) is not None}
+        for run in group
+    ]
+    rounds = sorted(set().union(*tracks))
+    values = np.array([[t.get(r, NAN) for r in rounds] for t in tracks], float)
+    seen = np.isfinite(values).any(axis=0)
+    if not seen.any():
+        return []
+    return [Series(place, label, np.array(rounds)[seen], scale * values[:, seen])]
+
+
+CURVES = {  # field of a row: scale, axis label, what to look for
+    "global_accuracy": (
+        100,
+        "Global accuracy (%)",
+        "Global accuracy: top-A routing over all experts, on the whole test set; where "
+        "gates are personal, the mean over the clients' models. Look for who climbs "
+        "first, who ends highest, and who stops early.",
+    ),
+    "global_soft_accuracy": (
+        100,
+        "Global soft accuracy (%)",
+        "Global accuracy of the soft mixture of all experts. Far above the top-A "
+        "curve, the gate does not send examples to the experts that know them.",
+    ),
+    "personal_accuracy": (
+        100,
+        "Personal accuracy (%)",
+        "Personal accuracy: each client's own experts on its own classes. High with a "
+        "low global accuracy, the experts serve their clients but not one another.",
+    ),
+    "load_cv": (
+        1,
+        "CV of expert load",
+        "Coefficient of variation over experts of the examples trained in a round; 0 "
+        "is perfectly even. It should stay low where the strategy counts load.",
+    ),
+    "drifted_accuracy": (
+        100,
+        "Accuracy on drifted images (%)",
+        "Global accuracy on test images that have drifted as far as the clients' own. "
+        "Look for how deep it falls when drift begins, and who recovers.",
+    ),
+    "capacity_error": (
+        1,
+        "Error of capacity (experts)",
+        "How far the server is off, on average over all clients, when it says how many "
+        "experts a client can hold. It should fall where the server learns from what "
+        "becomes of the clients; what remains is news that the server has not yet.",
+    ),
+}
+OF_EXPERTS = ("load_cv", "capacity_error")  # not drawn for models with one expert
+
+
+def find_chance(runs: Iterable[Run]) -> tuple[float, str] | None:
+    """Accuracy in percent of guessing, where a finished run tells the classes."""
+    classes = [len(run.arrays["label_names"]) for run in runs if run.arrays]
+    return (100 / classes[0], "chance") if classes else None
+
+
+def _accuracy_picture(group: Sequence[Run]) -> Iterator[Picture]:
+    """All accuracies of one strategy in one picture."""
+    lines = []
+    titles = ACCURACIES | {"drifted_accuracy": "Global, drifted images"}
+    for place, (name, title) in enumerate(titles.items()):
+        lines += field_series(place, title, group, name, 100)
+    if lines:
+        caption = (
+            "Test accuracy. Global: all experts on the whole test set, top-A routed or "
+            "as a soft mixture; personal: each client's experts on its own classes. A "
+            "wide gap between them is specialisation that the gate does not exploit."
+        )
+        if any("drifted_accuracy" in row for run in group for row in run.rows):
+            caption += (
+                " Drifted: the global accuracy on test images that have drifted as far "
+                "as the clients' own."
+            )
+        figure = curves(lines, "Test accuracy (%)", find_chance(group))
+        yield Picture("accuracy", caption, figure)
+
+
+def curve_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
+    """One picture per measure; with one strategy its accuracies share a picture."""
+    measures = CURVES
+    if len(groups) == 1:
+        yield from _accuracy_picture(next(iter(groups.values())))
+        measures = {field: CURVES[field] for field in OF_EXPERTS}
+    runs = [run for group in groups.values() for run in group]
+    chance = find_chance(runs)
+    # The reserve that a server keeps on purpose is the same in every round.
+    changes = any(varies(run, "capacity_error") for run in runs)
+    for field, (scale, ylabel, caption) in measures.items():
+        lines = []
+        for place, (label, group) in enumerate(groups.items()):
+            if field not in OF_EXPERTS or num_experts(group[0]) != 1:
+                lines += field_series(place, label, group, field, scale)
+        reference = chance if field.startswith(("global", "drifted")) else None
+        if lines and (field != "capacity_error" or changes):
+            yield Picture(field, caption, curves(lines, ylabel, reference))
+
+
+def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
+    """Final accuracies of every strategy, seed by seed."""
+    panels = []
+    for name, title in ACCURACIES.items():
+        points = [
+            np.array([100 * numbers(run)[f"final_{name}"] for run in group])
+            for group in groups.values()
+        ]
+        finite = [values[np.isfinite(values)] for values in points]
+        spans = [interval(v) if len(v) else (NAN, NAN) for v in finite]
+        mean, half = np.array(spans).T
+        if np.isfinite(mean).any():
+            panels.append(plots.Dots(f"{title} (%)", finite, mean, half))
+    if panels:
+        caption = (
+            "Final accuracies: a dot per seed, a bar at the mean, a line over its 95 % "
+            "t-interval. Where lines overlap, the order may be chance."
+        )
+        yield Picture("final_accuracy", caption, plots.dots(list(groups), panels))
+
+
+def population_pictures(run: Run) -> Iterator[Picture]:
+    """The clients of one run: what they own and what they can hold."""
+    arrays, names = run.arrays, run.arrays["label_names"]
+    yield Picture(
+        "partition",
+        "Who owns which classes; area is the number of examples. Lone large bubbles "
+        "mean strongly non-IID clients, which one shared model serves badly.",
+        plots.partition_bubbles(arrays["label_counts"], names),
+    )
+    tiers = arrays.get("tier_names", run.config["devices"]["tiers"])
+    if len(arrays["capacity"]) < len(arrays["label_counts"]):
+        return  # all data in one place, and no devices
+    yield Picture(
+        "capacity",
+        "Experts that each device can hold under its memory, compute and network, in "
+        "the last round where they change. Many clients at one expert leave the server "
+        "little to decide.",
+        plots.capacity_bars(arrays["capacity"], arrays["tier"], tiers),
+    )
+
+
+def _training_pictures(run: Run) -> Iterator[Picture]:
+    rows = [row for row in run.rows if row.get("expert_load")]
+    rounds = np.array([row["round"] for row in rows])
+    load = np.array([row["expert_load"] for row in rows], float)
+    yield Picture(
+        "load",
+        "Share of each round's training examples by expert. Dark rows are starved "
+        "experts; a fair share is one colour all over.",
+        plots.load_map(rounds, load),
+    )
+    alone = [row for row in run.rows if row.get("expert_accuracy")]
+    if alone:
+        lines = [
+            Series(
+                e,
+                f"expert {e}",
+                np.array([row["round"] for row in alone]),
+                100 * np.array([[row["expert_accuracy"][e] for row in alone]]),
+            )
+            for e in range(load.shape[1])
+        ]
+        yield Picture(
+            "expert_accuracy",
+            "Each expert alone on the whole test set. Low is fine for a specialist; a "
+            "flat curve with little load is an expert that never learnt.",
+            curves(lines, "Accuracy alone (%)", None),
+        )
+
+
+def _alignment_pictures(run: Run) -> Iterator[Picture]:
+    arrays = run.arrays
+    yield Picture(
+        "specialisation",
+        "Where the gate sends each class's test images; columns sum to 100 %. One "
+        "bright cell per column, in different rows, is specialisation; an even column "
+        "is none, and a bright row is one expert that takes everything.",
+        plots.specialisation_map(arrays["specialisation"], arrays["label_names"]),
+    )
+    yield Picture(
+        "assignment",
+        "Share of the rounds in which the client held the expert. Bright single "
+        "cells are lasting pairs; even colour is assignment without preference.",
+        plots.assignment_map(arrays["times_held"], len(run.rows)),
+    )
+    yield Picture(
+        "fitness",
+        "What the server came to believe about every pair. Compare with the "
+        "assignment: bright here and dark there is a pair that load kept apart.",
+        plots.fitness_map(arrays["fitness"]),
+    )
+
+
+def run_pictures(run: Run) -> Iterator[Picture]:
+    """Pictures of one run; alignment says nothing about a model with one expert."""
+    if num_experts(run) > 1:
+        yield from _training_pictures(run)
+        if run.arrays:
+            yield from _alignment_pictures(run)

@@ -1,0 +1,277 @@
+"""Runs in, one self-contained `report.html` out."""
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from fedmoe_jax.config import flatten
+from fedmoe_jax.report import plots, signatures
+from fedmoe_jax.report.cost_figures import cost_pictures
+from fedmoe_jax.report.device_figures import device_pictures
+from fedmoe_jax.report.figures import (
+    Picture,
+    curve_pictures,
+    final_picture,
+    population_pictures,
+    run_pictures,
+)
+from fedmoe_jax.report.runs import (
+    Run,
+    group_runs,
+    name_runs,
+)
+from fedmoe_jax.report.tables import FIRST_COST, Cell, needs_of, note_of, table
+from fedmoe_jax.runtime.files import write_atomically
+from fedmoe_jax.types import UserError
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto;
+  max-width: 1340px; padding: 0 1.5em }
+h1 { font-size: 1.6em; margin-bottom: .2em } h2 { font-size: 1.2em; margin-top: 2em }
+table { border-collapse: collapse; font-size: 12px; margin: 1em 0 }
+th, td { padding: .3em .4em; border-bottom: 1px solid #ddd; text-align: left;
+  vertical-align: top } th { font-weight: 600; border-bottom-color: #888 }
+td.number { text-align: right; white-space: nowrap }
+.wide { overflow-x: auto } .note { color: #666; max-width: 18em }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.5em; align-items: flex-start }
+figure { margin: 0 } figure img { display: block }
+figcaption { font-size: 13px; color: #444; margin-top: .3em }
+details { border-top: 1px solid #ddd; padding: .6em 0 }
+summary { cursor: pointer; font-weight: 600 }
+pre { background: #f6f6f6; padding: .7em; white-space: pre-wrap; font-size: 12px }
+.yes { color: #b03a00; font-weight: 600 }
+"""
+
+
+BANDS = "<p>Curves: mean over seeds; the band is the lowest to the highest seed.</p>"
+SEEDS = (
+    "<p>A thin line is a seed, a thick one their mean as far as all of them reach: "
+    "seeds need more or less for the same rounds.</p>"
+)
+DEFINITIONS = {  # title of a column: what it says
+    "Global soft %": "with all experts, weighted by the whole gate",
+    "Worst decile %": "personal accuracy of the worst tenth of the clients",
+    "Load CV": "standard deviation over mean of the examples that experts train in a "
+    "round; 0 is even",
+    "Load entropy": "of the same examples; 1 is even",
+    "Starved experts": "experts with less than a tenth of the mean, in a round",
+    FIRST_COST: "clients that needed longer than the deadline",
+    "Lost a round": "clients whose update did not count, for whatever reason",
+    "Stale a round": "clients whose update came late and counted a round later",
+    "Capacity violations a round": "clients reached with more than fits into their "
+    "memory, or more experts than fit into their shares of the deadline; everyone gets "
+    "one, even where none fits",
+    "Capacity error": "experts by which the server misjudged a client, on average",
+    "Jain of participation": "Jain's index of the rounds in which each client's update "
+    "counted; 1 is even",
+    "Wasted MB %": "of all bytes, those of clients that were lost",
+    "Simulated min": "of the whole run, each round as long as its slowest client is "
+    "waited for",
+    "GFLOP a round": "of all clients, forward and backward",
+    "kJ": "of all clients in the whole run, for training and radio",
+    "Peak client parameters, 1,000": "the most that a client has in memory, without "
+    "gradients and activations",
+}
+
+
+def _figure_html(picture: Picture, folder: Path, prefix: str) -> str:
+    """Saves the PNG and returns it inline, at 105 pixels per inch of paper."""
+    buffer = io.BytesIO()
+    picture.figure.savefig(buffer, format="png", dpi=plots.DPI)
+    name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", prefix + picture.name)
+    (folder / f"{name}.png").write_bytes(buffer.getvalue())
+    data = base64.b64encode(buffer.getvalue()).decode()
+    width = round(105 * picture.figure.get_figwidth())
+    caption = escape(picture.caption)
+    return (
+        f'<figure style="max-width: {width}px"><img width="{width}" alt="{name}" '
+        f'src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _table_html(
+    titles: Sequence[str],
+    rows: Mapping[str, Sequence[Cell]],
+    groups: Mapping[str, Sequence[Run]],
+) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in ["Seeds", *titles])
+    body = ""
+    for label, cells in rows.items():
+        needs = escape(needs_of(groups[label]))
+        body += f'<tr><td><b>{escape(label)}</b><div class="note">{needs}</div></td>'
+        body += f'<td class="number">{len(groups[label])}</td>'
+        for cell in cells:
+            text = f"<b>{cell.text}</b>" if cell.best else cell.text
+            body += f'<td class="number">{text}</td>'
+        body += "</tr>"
+    table = f"<table><tr><th>Strategy</th>{head}</tr>{body}</table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _numbers_html(runs: Sequence[Run]) -> str:
+    """Two tables, so that a screen is wide enough: what was learnt, what it cost."""
+    titles, rows = table(runs)
+    groups = group_runs(name_runs(runs))
+    cut = titles.index(FIRST_COST)
+    learnt = {label: cells[:cut] for label, cells in rows.items()}
+    cost = {label: cells[cut:] for label, cells in rows.items()}
+    return (
+        _table_html(titles[:cut], learnt, groups)
+        + _table_html(titles[cut:], cost, groups)
+        + "<p>Accuracies are means over the evaluations of the last ten rounds, "
+        "in shorter runs than 40 of the last quarter. A changed field is not "
+        "written where most rows of its strategy have the same value. Mean ± "
+        "half-width of the 95 % t-interval over seeds (not written where all seeds "
+        "agree). Rounds to a target: median over seeds (never counts as later than any "
+        "round; – where that is the median), then how many of the seeds reached it. "
+        "Bold: best of its column. MB: 10<sup>6</sup> bytes over all clients. Grey: "
+        "what a strategy gets beyond what all share.</p>"
+        + _definitions_html(titles)
+        + _notes_html(groups)
+    )
+
+
+def _definitions_html(titles: Sequence[str]) -> str:
+    """What the columns of this table say."""
+    told = [f"<b>{t}</b>: {DEFINITIONS[t]}" for t in titles if t in DEFINITIONS]
+    return f"<p>{'. '.join(told)}.</p>" if told else ""
+
+
+def _notes_html(groups: Mapping[str, Sequence[Run]]) -> str:
+    """What each strategy decides, one sentence each."""
+    items = ""
+    for label, group in groups.items():
+        items += f"<li><b>{escape(label)}</b> {escape(note_of(group))}</li>"
+    return f"<details><summary>What each decides</summary><ul>{items}</ul></details>"
+
+
+def _check(run: Run) -> list[signatures.Signature]:
+    return signatures.check(run.rows, run.arrays, run.config)
+
+
+def _signatures_html(run: Run) -> str:
+    rows = ""
+    for name, present, evidence, knob in _check(run):
+        shown = '<span class="yes">present</span>' if present else "not seen"
+        shown = "too early" if evidence.startswith(signatures.TOO_EARLY) else shown
+        cells = [escape(name), shown, escape(evidence), escape(knob) or "–"]
+        rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    heads = ("Failure signature", "This run", "Evidence", "What to turn")
+    head = "".join(f"<th>{title}</th>" for title in heads)
+    return f"<table><tr>{head}</tr>{rows}</table>"
+
+
+def _overview_html(groups: Mapping[str, Sequence[Run]]) -> str:
+    """In how many of its seeds each strategy shows each failure signature."""
+    rows = ""
+    for label, group in groups.items():
+        rows += f"<tr><td>{escape(label)}</td>"
+        for each in zip(*map(_check, group), strict=True):
+            told = [f for f in each if not f.evidence.startswith(signatures.TOO_EARLY)]
+            count = sum(found.present for found in told)
+            look = ' class="yes"' if count else ""
+            rows += (
+                f"<td{look}>{count}/{len(told)}</td>" if told else "<td>too early</td>"
+            )
+        rows += "</tr>"
+    names = [found.name for found in _check(next(iter(groups.values()))[0])]
+    head = "".join(f"<th>{name}</th>" for name in ["Strategy", *names])
+    return (
+        f"<table><tr>{head}</tr>{rows}</table><p>Stragglers count where the slowest "
+        f"client takes over {signatures.SLOWEST_TO_MEDIAN:g} times the median's time, "
+        f"or where over {100 * signatures.LATE_ROUNDS:g} % of the rounds have a client "
+        "past the deadline.</p>"
+    )
+
+
+def _section_html(label: str, run: Run, figures: str, opened: bool) -> str:
+    """Signatures, pictures and config of one run, as a collapsible part."""
+    config = "\n".join(
+        f"{name} = {value}" for name, value in flatten(run.config).items()
+    )
+    title = f"{label}, seed {run.config.get('seed')}"
+    return (
+        f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>"
+        f'{_signatures_html(run)}<div class="pictures">{figures}</div>'
+        f"<details><summary>Config</summary><pre>{escape(config)}</pre></details>"
+        "</details>"
+    )
+
+
+def _header_html(runs: Sequence[Run], command: str) -> str:
+    config, flat = runs[0].config, flatten(runs[0].config)
+    seconds = [sum(row.get("seconds", 0) for row in run.rows) for run in runs]
+    seconds = [
+        r.summary.get("wall_seconds", s) for r, s in zip(runs, seconds, strict=True)
+    ]
+    running = sum(not run.summary for run in runs)
+    public = flat.get("data.public", 0)
+    facts = [
+        f"Data: {flat['data.name']}, {flat['partition.kind']} partition",
+        f"{config['num_clients']} clients, {config['cohort_size']} a round",
+        f"{config['num_experts']} experts",
+        *([f"{public} examples set aside for the server"] if public else []),
+        f"{max(len(run.rows) for run in runs)} rounds",
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
+        f"wall time {np.sum(seconds):.0f} s" + (" in all" if len(runs) > 1 else ""),
+    ]
+    if running:
+        facts.append(f"{running} still in progress")
+    title = f"{' against '.join(group_runs(runs))}" if len(runs) < 3 else "Comparison"
+    return (
+        f"<h1>{escape(title)} on {escape(flat['data.name'])}</h1>"
+        f"<p>{escape(' · '.join(facts))}</p><pre>{escape(command)}</pre>"
+    )
+
+
+def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
+    """Writes `report.html`, which needs no other file, and `figures/*.png`.
+
+    Args:
+      folder: where to write; created if absent.
+      runs: one run, or many: runs of the same strategy and config are its seeds.
+      command: the command line that made the runs, printed as it is.
+    Returns:
+      The path of the report.
+    """
+    if not runs:
+        raise UserError("report: no runs to report on; at least one is needed")
+    groups = group_runs(name_runs(runs))
+    pictures = Path(folder) / "figures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    show = lambda found, prefix="": "".join(
+        _figure_html(picture, pictures, prefix) for picture in found
+    )
+    parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
+    gallery = show(final_picture(groups)) if len(groups) > 1 else ""
+    gallery += show(curve_pictures(groups))
+    bands = "" if len(runs) == len(groups) else BANDS
+    parts.append(f'<h2>Over rounds</h2>{bands}<div class="pictures">{gallery}</div>')
+    gallery, bands = show(cost_pictures(groups)), SEEDS if bands else ""
+    if gallery:
+        parts += ["<h2>Against time and traffic</h2>", bands]
+        parts.append(f'<div class="pictures">{gallery}</div>')
+    if len(groups) > 1:
+        parts += ["<h2>Failure signatures by seeds</h2>", _overview_html(groups)]
+    # A run with all data in one place has one device, others one for each client.
+    most = max(runs, key=lambda run: len(run.arrays.get("capacity", ())))
+    if most.arrays:
+        clients = show(population_pictures(most))
+        seed = f" (seed {most.config.get('seed')})" if len(runs) > 1 else ""
+        parts.append(f'<h2>The clients{seed}</h2><div class="pictures">{clients}</div>')
+    parts.append("<h2>Inside the runs</h2>")
+    for label, group in groups.items():
+        prefix = f"{label}-" if len(groups) > 1 else ""
+        figures = show(run_pictures(group[0]), prefix)
+        figures += show(device_pictures(group[0]), prefix)
+        parts.append(_section_html(label, group[0], figures, len(groups) == 1))
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title>'
+    path = Path(folder) / "report.html"
+    body = f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+    write_atomically(path, head + body)
+    return path

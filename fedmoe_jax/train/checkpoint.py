@@ -1,0 +1,195 @@
+"""Checkpoints: the `SimState` on disk, checked bit for bit when it is read back.
+
+A folder holds one subfolder per saved round, `40/` say. Orbax writes it in the
+background under a temporary name and renames it when it is complete, so a killed save
+never looks like a step. Orbax does not notice flipped bits; therefore each step also
+stores the sha256 of every leaf.
+
+A step that cannot be read or does not match its sha256 is passed over for the one
+before it. Once an older step proves intact, the damaged ones are renamed, `40.damaged`:
+their rounds can be saved again, and nothing is deleted.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from fedmoe_jax.config import flatten
+from fedmoe_jax.runtime import multihost
+from fedmoe_jax.runtime.files import plain
+from fedmoe_jax.types import Array, PyTree, SimState, UserError
+
+# name of the leaf -> [dtype and shape, sha256 of the values]
+Leaves = dict[str, list[str]]
+
+
+def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
+    """The checkpoints in `folder`, which is made if need be; use it in a `with`.
+
+    Leaving the `with` waits for a save under way; without it that save is lost. What
+    killed saves left behind is deleted.
+
+    Args:
+      folder: where the steps are.
+      keep: how many of the newest steps to keep, >= 1.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+
+def save(store: ocp.CheckpointManager, step: int, state: SimState) -> None:
+    """Starts saving `state` as round `step`; the state may be donated right after.
+
+    Waits for the save before, if that is still under way. Every process calls it;
+    every leaf is replicated over the processes or lies wholly on this one.
+
+    Raises:
+      RuntimeError: a step that is as new or newer exists.
+      Exception: the save before failed, whatever its cause was.
+    """
+    leaves = {name: [_spec(leaf), _sha256(leaf)] for name, leaf in _named(state)}
+    meta = {"leaves": leaves, "sha256": _sha256_of_list(leaves)}
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+    )
+    if not store.save(step, args=arguments):
+        newest = store.latest_step()
+        raise RuntimeError(f"step {step} was not saved: the newest step is {newest}")
+
+
+def restore_latest(
+    store: ocp.CheckpointManager, like: SimState
+) -> tuple[SimState, int] | None:
+    """The newest intact state and its round; None where nothing was ever saved.
+
+    Args:
+      store: from `open_checkpoints`.
+      like: the state expected, of arrays or of `jax.ShapeDtypeStruct` with a sharding;
+        the restored leaves take its shardings.
+
+    Raises:
+      UserError: the state on disk has other leaves, shapes or dtypes than `like`, or
+        there are steps and none is intact.
+    """
+    damaged = {}
+    for step in sorted(store.all_steps(), reverse=True):
+        state = None
+        try:
+            state = _read(store, step, like)
+        except UserError:
+            raise
+        except Exception as error:  # Orbax has no common class for damaged files
+            damaged[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            logging.warning("checkpoint %d is damaged: %s", step, damaged[step])
+        if not multihost.any_process(state is None):
+            _set_aside(store, damaged, step)
+            return state, step
+        damaged.setdefault(step, "another process cannot read it")
+    if damaged:
+        reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+        raise UserError(
+            f"no checkpoint in {store.directory} is intact ({reasons}); "
+            "remove that folder to start again from round 0"
+        )
+    return None
+
+
+def _read(store: ocp.CheckpointManager, step: int, like: SimState) -> SimState:
+    """One step. Raises UserError if it does not fit, anything else if it is damaged."""
+    meta = store.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    leaves = meta.meta["leaves"]
+    if _sha256_of_list(leaves) != meta.meta["sha256"]:
+        raise ValueError("the list of leaves does not match its sha256")
+    _check_fit(leaves, like, f"checkpoint {step} in {store.directory}")
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    restore = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    state = store.restore(step, args=restore).state
+    for name, leaf in _named(state):
+        if _sha256(leaf) != leaves[name][1]:
+            raise ValueError(f"{name} does not match its sha256")
+    return state
+
+
+def _set_aside(store: ocp.CheckpointManager, damaged: dict, step: int) -> None:
+    if not damaged:
+        return
+    logging.warning("falling back to checkpoint %d in %s", step, store.directory)
+    if multihost.is_leader():
+        for number in damaged:
+            folder = Path(store.directory) / str(number)
+            names = (f"{folder}.damaged{n or ''}" for n in itertools.count())
+            folder.rename(next(name for name in names if not Path(name).exists()))
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    store.reload()
+
+
+def _check_fit(leaves: Leaves, like: SimState, where: str) -> None:
+    saved = {name: spec for name, (spec, _) in leaves.items()}
+    given = {name: _spec(leaf) for name, leaf in _named(like)}
+    wrong = _differences(saved, given)
+    if wrong:
+        more = f", and {len(wrong) - 3} more leaves" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{where} does not fit the config: {', '.join(wrong[:3])}{more}"
+        )
+
+
+def check_config(saved: dict, current: dict, free: frozenset[str]) -> None:
+    """Checks that a run is continued with the config it was started with.
+
+    Args:
+      saved: the nested config of the run, as read from `config.json`.
+      current: the nested config given now.
+      free: dotted names of fields that may differ, `checkpoint.every` say.
+
+    Raises:
+      UserError: another field differs or is in only one of the two.
+    """
+    pairs = _differences(flatten(plain(saved)), flatten(plain(current)))
+    wrong = [pair for pair in pairs if pair.split(":")[0] not in free]
+    if wrong:
+        raise UserError(
+            f"the config differs from that of the run to be resumed: "
+            f"{', '.join(wrong)}; give the old values or another workdir"
+        )
+
+
+def _differences(saved: dict, given: dict) -> list[str]:
+    """`field: saved -> given` of every field that is not the same in both."""
+    names = sorted(saved.keys() | given.keys())
+    pairs = (
+        (name, saved.get(name, "absent"), given.get(name, "absent")) for name in names
+    )
+    return [f"{name}: {was} -> {now}" for name, was, now in pairs if was != now]
+
+
+def _named(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def _spec(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _sha256(leaf: Array) -> str:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    values = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _sha256_of_list(leaves: Leaves) -> str:
+    text = json.dumps(leaves, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,86 @@
+"""How much memory a run will need, estimated before anything is compiled."""
+
+import math
+
+import jax
+
+from fedmoe_jax.evaluate import TEST_BATCH, divide_images
+from fedmoe_jax.program import Program
+from fedmoe_jax.runtime.scheduling import chunk_size
+from fedmoe_jax.runtime.sharding import CLIENTS, runs_at_once
+from fedmoe_jax.types import PER_RUN, Federation, SimState, UserError
+from fedmoe_jax.world.costs import count_bytes
+
+# One client holds its sub-model, the received copy, gradients, momentum (two moments
+# for adam) and the delta at once.
+CLIENT_COPIES = 6
+
+GIGABYTE = 1e9
+
+
+def estimate_memory(
+    state: SimState,
+    federation: Federation,
+    program: Program,
+    training_bytes: float,
+    evaluation_bytes: float,
+    num_runs: int,
+) -> dict[str, float]:
+    """Bytes over all devices of the simulation, by what needs them.
+
+    Args:
+      state: the state of one run, or its shapes.
+      federation: of one run, arrays on the host or their shapes.
+      program: the static parts; its mesh says how many devices a run has.
+      training_bytes: activations of one example through K experts, both ways.
+      evaluation_bytes: activations of one image, forward, as evaluation runs it.
+      num_runs: runs that advance together, a multiple of the mesh's `runs`.
+    """
+    sizes, devices = program.sizes, program.mesh.size
+    per_run = program.mesh.shape[CLIENTS]
+    submodel = (
+        program.costs.shared_bytes
+        + program.costs.gate_bytes
+        + sizes.max_held * program.costs.expert_bytes
+    )
+    chunk = chunk_size(sizes.cohort_size, per_run, program.rules.client_chunk)
+    training = chunk * (CLIENT_COPIES * submodel + sizes.batch_size * training_bytes)
+    # Rows of the cohort's clients as they are sent out and as they come back.
+    rows = count_bytes((state.personal, state.variate)) / sizes.num_clients
+    sums = count_bytes((state.params, state.stale))
+    images = divide_images(federation.test_y.shape[0], TEST_BATCH, per_run)[1]
+    evaluating = images * evaluation_bytes
+    at_once = runs_at_once(num_runs, program.mesh)
+    own = count_bytes([getattr(federation, name) for name in PER_RUN])
+    shared = count_bytes(federation) - own
+    shared_copies, own_copies = devices, per_run
+    if jax.default_backend() == "cpu":  # devices of a process share the host's copy
+        shared_copies = own_copies = jax.process_count()
+    return {
+        "data": shared_copies * shared + own_copies * num_runs * own,
+        # the donated state and its successor; the running sums of the runs at work
+        "state": num_runs * per_run * 2 * count_bytes(state)
+        + devices * at_once * (sums + 2 * sizes.cohort_size * rows),
+        "compute": devices * at_once * max(training, evaluating),
+    }
+
+
+def fits(parts: dict[str, float], limit_gb: float) -> bool:
+    """Whether an estimate is within the limit."""
+    return sum(parts.values()) / GIGABYTE <= limit_gb
+
+
+def check_memory(parts: dict[str, float], limit_gb: float) -> None:
+    """Refuses a run whose estimate is beyond the limit.
+
+    Raises:
+      UserError: with the numbers of every part.
+    """
+    if not fits(parts, limit_gb):
+        total = sum(parts.values()) / GIGABYTE
+        detail = " + ".join(f"{name} {b / GIGABYTE:.2f}" for name, b in parts.items())
+        raise UserError(
+            f"run.memory_limit_gb={limit_gb:g} is too low: this run needs about "
+            f"{total:.2f} GB ({detail}); allowed: at least {math.ceil(total)}, or make "
+            "the model, the data, num_clients or run.client_chunk smaller"
+        )

@@ -1,0 +1,284 @@
+"""One run: a straight line from a config to a finished run folder."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fedmoe_jax.align.capacity import Belief
+from fedmoe_jax.config import validate
+from fedmoe_jax.data.load import load_dataset
+from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.federation import make_devices, make_federation, make_partition
+from fedmoe_jax.models.flops import count_activation_bytes
+from fedmoe_jax.program import (
+    Program,
+    build_program,
+    init_state,
+    longest,
+    make_hyper,
+    prepare_state,
+)
+from fedmoe_jax.report.summary import describe_speed, make_summary
+from fedmoe_jax.round import build_run_rounds
+from fedmoe_jax.runtime import multihost
+from fedmoe_jax.runtime.files import write_json
+from fedmoe_jax.runtime.sharding import build_mesh, replicate
+from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.train import memory
+from fedmoe_jax.train.loop import Job, compile_once, drive
+from fedmoe_jax.train.workdir import claim_run, is_finished
+from fedmoe_jax.train.writers import Row, read_metrics
+from fedmoe_jax.types import AlignState, Dataset, Federation, Hyper, Partition
+from fedmoe_jax.world.participation import Participation
+
+
+class Plan(NamedTuple):
+    """One run as its config describes it, still on the host.
+
+    Attributes:
+      config: validated.
+      program: static parts.
+      data: the data set.
+      partition: who owns what.
+      federation: what a round reads.
+      hyper: traced hyperparameters.
+      tier_names: kinds of device, in the order of their numbers.
+    """
+
+    config: ConfigDict
+    program: Program
+    data: Dataset
+    partition: Partition
+    federation: Federation
+    hyper: Hyper
+    tier_names: tuple[str, ...]
+
+
+load_dataset_once = functools.cache(load_dataset)
+init_state_compiled = jax.jit(init_state, static_argnums=2)
+prepare_compiled = jax.jit(prepare_state, static_argnums=3)
+
+
+def load_data(config: ConfigDict) -> None:
+    """Loads the data set, so that it is there for whoever asks next.
+
+    Raises:
+      UserError: the config is not allowed or the data cannot be loaded.
+    """
+    validate(config)
+    load_dataset_once(config.data.name, config.data.dir)
+
+
+def plan_run(config: ConfigDict, mesh: Mesh) -> Plan:
+    """Builds everything that a run needs on the host; touches only the data cache.
+
+    Raises:
+      UserError: the config or the data do not allow this run.
+    """
+    validate(config)
+    data = load_dataset_once(config.data.name, config.data.dir)
+    partition = make_partition(config, data)
+    federation = make_federation(config, data, partition)
+    program = build_program(
+        config,
+        len(data.label_names),
+        data.train_x.shape[1:],
+        local_steps=longest(federation.steps, config.local_epochs > 0),
+        mesh=mesh,
+    )
+    hyper = make_hyper(config)
+    # Now, as the user's file of devices may have changed when the run ends.
+    _, names = make_devices(config)
+    return Plan(config, program, data, partition, federation, hyper, names)
+
+
+def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
+    """Estimates the memory of runs that advance together, see `memory`."""
+    widest = max(plans, key=lambda plan: plan.federation.index.shape[1])
+    key, shape = jax.random.key(0), widest.data.train_x.shape[1:]
+    state = jax.eval_shape(lambda k, h: init_state(k, h, program), key, widest.hyper)
+    sizes = program.sizes
+    evaluated = sizes.num_experts if program.rules.every_expert else sizes.max_held
+    forward = [
+        count_activation_bytes(program.model, shape, count)
+        for count in (sizes.max_held, evaluated)
+    ]
+    return memory.estimate_memory(
+        state,
+        widest.federation,
+        program,
+        training_bytes=2 * forward[0],
+        evaluation_bytes=forward[1],
+        num_runs=len(plans),
+    )
+
+
+def choose_devices(config: ConfigDict) -> int:
+    """Devices of a run alone: as configured, else as many as have a client to train."""
+    processes = jax.process_count()
+    pooled = find_strategy(config.strategy).pooled
+    most = 1 if pooled else -(-config.cohort_size // processes)
+    return config.run.num_devices or processes * min(jax.local_device_count(), most)
+
+
+def plan_one(config: ConfigDict) -> Plan:
+    """Plans a run that has all devices for itself.
+
+    Raises:
+      UserError: see `plan_run`; or it needs too much memory.
+    """
+    validate(config)
+    plan = plan_run(config, build_mesh(choose_devices(config)))
+    memory.check_memory(estimate([plan], plan.program), config.run.memory_limit_gb)
+    return plan
+
+
+def build_job(plan: Plan, workdir: Path, label: str) -> Job:
+    """Puts one run on the devices, ready for the driver."""
+    program, mesh = plan.program, plan.program.mesh
+    hyper = replicate(plan.hyper, mesh)
+    state = init_state_compiled(jax.random.key(plan.config.seed), hyper, program)
+    federation = replicate(plan.federation, mesh)
+    state = prepare_compiled(replicate(state, mesh), federation, hyper, program)
+    return Job(
+        names=[label],
+        folders=[workdir],
+        state=state,
+        inputs=(federation, hyper),
+        run_rounds=build_run_rounds(program),
+        evaluate=build_evaluate(program.model, program.sizes, program.rules, mesh),
+        split=lambda metrics: [metrics],
+    )
+
+
+def claim_runs(plans: list[Plan], folders: list[Path]) -> None:
+    """Claims the folder of every run; all processes wait until the leader has.
+
+    Raises:
+      UserError: see `claim_run`; or the processes have different data.
+    """
+    what = "the data and their partition"
+    multihost.check_equal(what, (plans[0].data, [plan.partition for plan in plans]))
+
+    def claim() -> None:
+        for plan, folder in zip(plans, folders, strict=True):
+            claim_run(folder, plan.config, plan.partition)
+
+    multihost.on_leader(claim)
+
+
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    stop: Callable[[], bool],
+    label: str,
+    profile: bool,
+) -> bool:
+    """Runs or resumes one run; returns whether it is finished.
+
+    Args:
+      config: the run's config.
+      workdir: its folder; see the README for what is written there.
+      stop: asked after every chunk of rounds; true saves and ends the run early.
+      label: what progress calls the run.
+      profile: whether to trace a few rounds into `workdir/profile`.
+
+    Raises:
+      UserError: a mistake in config, data, folder or checkpoint; a bad config leaves
+        no trace on disk.
+    """
+    multihost.on_leader(load_data, config)  # alone, as it may have to be prepared
+    plan = multihost.run_on_all(plan_one, config)
+    if multihost.on_leader(is_finished, workdir, config):
+        print(f"{workdir} holds all {config.num_rounds} rounds already")
+        return True
+    claim_runs([plan], [workdir])
+    job = build_job(plan, workdir, label)
+    folder = workdir / "profile" if profile else None
+    return run_job(job, [plan], workdir / "checkpoints", stop=stop, profile=folder)
+
+
+def run_job(
+    job: Job,
+    plans: list[Plan],
+    checkpoints: Path,
+    *,
+    stop: Callable[[], bool],
+    profile: Path | None,
+) -> bool:
+    """Drives runs to their end and closes their folders; returns whether they are.
+
+    Args:
+      job: the runs on the devices.
+      plans: of the same runs.
+      checkpoints: folder of their checkpoints.
+      stop: see `drive`.
+      profile: see `drive`.
+    """
+    config = plans[0].config
+    state, done, spent = drive(config, job, checkpoints, stop=stop, profile=profile)
+    if done < config.num_rounds:
+        return False
+    evaluate, _ = compile_once(job.evaluate, state, job.inputs[0])
+    results = job.split(jax.device_get(evaluate(state, job.inputs[0])))
+    states = job.split(jax.device_get((state.align, state.belief, state.participation)))
+    if multihost.is_leader():
+        for parts in zip(plans, job.folders, states, results, strict=True):
+            summary = finish(*parts, spent)
+        print(describe_speed(summary), flush=True)
+    return True
+
+
+def finish(
+    plan: Plan,
+    workdir: Path,
+    state: tuple[AlignState, Belief, Participation],
+    results: dict[str, np.ndarray],
+    spent: Row,
+) -> dict[str, Any]:
+    """Writes `summary.json` and `final.npz` of a finished run; returns the summary."""
+    save_arrays(workdir / "final.npz", plan, *state, results["specialisation"])
+    config, rows = plan.config, read_metrics(workdir / "metrics.jsonl")
+    strategy = find_strategy(config.strategy)
+    summary = make_summary(
+        *(config.strategy, config.seed, strategy.note, strategy.needs, rows, spent)
+    )
+    write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def save_arrays(
+    path: Path,
+    plan: Plan,
+    align: AlignState,
+    belief: Belief,
+    participation: Participation,
+    specialisation: np.ndarray,
+) -> None:
+    """Writes `final.npz`, the arrays that the report draws."""
+    part = path.with_suffix(".part.npz")
+    np.savez(
+        part,
+        fitness=align.fitness,
+        times_held=align.times_held,
+        capacity=np.minimum(participation.capacity, plan.program.sizes.max_capacity),
+        belief=belief.capacity,
+        tier=plan.federation.devices.tier,
+        tier_names=np.array(plan.tier_names),
+        participation=participation.rounds,
+        last_client=participation.client,
+        last_code=participation.outcome.code,
+        last_phases=participation.outcome.phases,
+        last_spent=participation.outcome.spent,
+        label_counts=plan.partition.label_counts,
+        specialisation=specialisation,
+        label_names=np.array(plan.data.label_names),
+    )
+    part.replace(path)

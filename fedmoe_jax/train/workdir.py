@@ -1,0 +1,115 @@
+"""Whose a work folder is: it holds one run or comparison, and goes on with that one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fedmoe_jax.config import FREE_FIELDS
+from fedmoe_jax.data.partition import load_partition, save_partition
+from fedmoe_jax.runtime.files import read_json, write_atomically, write_json
+from fedmoe_jax.train import checkpoint
+from fedmoe_jax.types import Partition, UserError
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Makes the work folder this run's own, or checks that it already is.
+
+    Raises:
+      UserError: the folder cannot be written or holds another run.
+    """
+    recorded = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if recorded.exists():
+            check_same_run(read_json(recorded), config)
+        elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
+            raise UserError(
+                f"workdir={workdir} holds a run without its config.json; "
+                "allowed: a new folder, or one with the run to resume"
+            )
+        if not os.access(workdir, os.W_OK):
+            raise PermissionError("not writable")
+        write_json(recorded, config.to_dict())
+    except OSError as error:
+        raise UserError(
+            f"workdir={workdir} cannot be used ({error.strerror or error}); "
+            "allowed: a folder that can be written"
+        ) from None
+
+
+def check_same_run(saved: dict[str, Any], config: ConfigDict) -> None:
+    """Checks that `config` continues the run whose `config.json` was read.
+
+    Raises:
+      UserError: a field differs that may not, or the run would become shorter.
+    """
+    checkpoint.check_config(saved, config.to_dict(), FREE_FIELDS)
+    if config.num_rounds < saved["num_rounds"]:
+        raise UserError(
+            f"num_rounds={config.num_rounds} is not allowed; allowed: at least "
+            f"{saved['num_rounds']}, what the run in this folder was started with"
+        )
+
+
+def keep_partition(path: Path, partition: Partition) -> None:
+    """Saves who owns what, or checks that it is what the run was started with.
+
+    Raises:
+      UserError: the run in this folder was started with another partition.
+    """
+    if not path.exists():
+        save_partition(path, partition)
+        return
+    saved = load_partition(path)
+    if not all(map(np.array_equal, saved, partition)):
+        raise UserError(
+            f"{path} is not the partition that this config and data give; allowed: the "
+            "data and NumPy version that the run was started with, or a new workdir"
+        )
+
+
+def keep_devices(path: Path, csv: str) -> None:
+    """Copies the file of one's own devices, or checks that it is still the same.
+
+    Raises:
+      UserError: the run in this folder was started with other devices.
+    """
+    text = Path(csv).read_text(encoding="utf-8-sig")
+    if not path.exists():
+        write_atomically(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"devices.csv={csv} has changed since the run was started, which is not "
+            f"allowed; allowed: what {path} has kept of it, copied back, or a new "
+            "workdir"
+        )
+
+
+def claim_run(workdir: Path, config: ConfigDict, partition: Partition) -> None:
+    """Makes the work folder this run's own, with its config, partition and devices.
+
+    The run is going to be driven, so a summary that is there holds no longer.
+
+    Raises:
+      UserError: the folder cannot be written or holds another run.
+    """
+    claim_workdir(workdir, config)
+    keep_partition(workdir / "partition.npz", partition)
+    if config.devices.csv:
+        keep_devices(workdir / "devices.csv", config.devices.csv)
+    (workdir / "summary.json").unlink(missing_ok=True)
+
+
+def is_finished(workdir: Path, config: ConfigDict) -> bool:
+    """Whether a folder holds the whole run that `config` describes.
+
+    Raises:
+      UserError: it holds another run.
+    """
+    if not (workdir / "summary.json").exists():
+        return False
+    check_same_run(read_json(workdir / "config.json"), config)
+    return read_json(workdir / "summary.json")["num_rounds"] >= config.num_rounds

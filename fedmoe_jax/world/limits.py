@@ -1,0 +1,81 @@
+"""How many experts the devices can hold, and what varies in them over time."""
+
+import chex
+import jax.numpy as jnp
+
+from fedmoe_jax.rules import World
+from fedmoe_jax.types import Array, Devices, Hyper
+from fedmoe_jax.world import processes
+from fedmoe_jax.world.costs import TRAINING_COPIES, Costs
+
+
+def devices_now(
+    devices: Devices, state: dict[str, Array], hyper: Hyper, world: World
+) -> Devices:
+    """What the devices have left for training in one round.
+
+    Args:
+      devices: leaves [N], before anything varies.
+      state: of the world's processes, see `world.advance`.
+      hyper: gives how much each process takes.
+      world: which of them are on.
+    """
+    if world.pressure:
+        left = jnp.where(state["pressure"], hyper.world["pressure"]["left"], 1.0)
+        devices = devices.replace(memory=devices.memory * left)
+    if world.background:
+        most = hyper.world["background"]["most"]
+        idle = 1 - processes.taken_share(state["background"], most)
+        devices = devices.replace(flops=devices.flops * idle)
+    if world.bandwidth:
+        spread = hyper.world["bandwidth"]["spread"]
+        speed = processes.speed_factor(state["bandwidth"], spread)
+        devices = devices.replace(
+            upload=devices.upload * speed, download=devices.download * speed
+        )
+    return devices
+
+
+def true_capacity(
+    devices: Devices,
+    costs: Costs,
+    *,
+    buffer: Array,
+    examples: Array,
+    deadline: float,
+    communication_share: float,
+    max_capacity: int,
+) -> Array:
+    """How many experts each device can hold: the least of three limits.
+
+    Stem, gate and head are paid for first; what is left is divided by the cost of one
+    expert. Memory: `TRAINING_COPIES` of the parameters must fit. Network: down and up
+    within `communication_share` of the deadline. Compute: every held expert on every
+    example within the other part of it. The fixed split avoids a limit that depends
+    on the other.
+
+    Args:
+      devices: leaves [N].
+      costs: scaled, what the devices feel.
+      buffer: [] float32 in [0, 1), share of every resource kept in reserve.
+      examples: [] or [N] float32, examples a client trains in a round, > 0.
+      deadline: seconds a round may take, > 0.
+      communication_share: share in (0, 1) of the deadline for the network.
+      max_capacity: the most experts that any client has room for.
+
+    Returns:
+      [N] int32 in [0, K].
+    """
+    chex.assert_equal_shape([devices.memory, devices.flops, devices.upload])
+    usable = 1 - buffer
+    shared_bytes = costs.shared_bytes + costs.gate_bytes
+    copies = usable * devices.memory / TRAINING_COPIES
+    by_memory = (copies - shared_bytes) / costs.expert_bytes
+    seconds_per_byte = (1 / devices.download + 1 / devices.upload) / usable
+    travelling = communication_share * deadline - 2 * devices.latency
+    travelling = travelling / seconds_per_byte
+    by_network = (travelling - shared_bytes) / costs.expert_bytes
+    work = (1 - communication_share) * deadline * usable * devices.flops / examples
+    by_compute = (work - costs.shared_flops) / costs.expert_flops
+    least = jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)
+    return jnp.clip(jnp.floor(least), 0, max_capacity).astype(jnp.int32)

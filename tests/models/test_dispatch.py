@@ -1,0 +1,156 @@
+"""Sorted dispatch: the plan by hand, outputs against every expert on every image."""
+
+import functools
+
+import hypothesis
+import hypothesis.extra.numpy as arrays
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmoe_jax.models import dispatch
+from fedmoe_jax.models.image_moe import apply_experts, build_model
+from fedmoe_jax.types import Sizes
+
+SIZES = Sizes(
+    num_clients=2,
+    cohort_size=1,
+    num_experts=5,
+    max_held=2,
+    num_active=1,
+    local_steps=1,
+    batch_size=1,
+    expert_width=6,
+    num_classes=3,
+    max_capacity=2,
+)
+plan_blocks = jax.jit(dispatch.plan_blocks, static_argnums=1)
+STEM_OF = {"mlp": "mlp", "conv": "cnn"}
+FEATURES = {"mlp": (8,), "conv": (2, 2, 16)}  # of one 16x16 image
+
+
+@functools.cache
+def make_case(expert):
+    """A model, params and the features of 9 images, drawn at random."""
+    model = build_model(
+        stem=STEM_OF[expert],
+        stem_width=8,
+        expert=expert,
+        expert_width=SIZES.expert_width,
+        feature_width=7,
+        stem_dropout=0.0,
+        expert_dropout=0.0,
+        num_experts=SIZES.num_experts,
+        num_classes=SIZES.num_classes,
+        image_shape=(16, 16, 1),
+    )
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+    params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
+    features = jnp.asarray(rng.normal(size=(9, *FEATURES[expert])), jnp.float32)
+    return model, params, features
+
+
+def draw_need(seed, share):
+    need = np.random.default_rng(seed).random((9, SIZES.num_experts)) < share
+    need[:, 3] = False  # nobody needs this expert
+    return jnp.asarray(need)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dense(model, params, features):
+    """[B, E, L] logits of every expert on every image."""
+    outputs = apply_experts(model, params["experts"], features, None)
+    return model.head(params["head"], outputs)
+
+
+def test_blocks_by_hand():
+    need = np.zeros((5, 3), bool)
+    need[[0, 2, 4], 0] = True
+    need[[1, 3], 2] = True
+    blocks = plan_blocks(jnp.asarray(need), 2)
+    assert blocks.count == 3
+    assert blocks.expert.shape == (9,) and blocks.expert[:3].tolist() == [0, 0, 2]
+    assert blocks.image[:3].tolist() == [[0, 2], [4, 5], [1, 3]]  # 5 is padding
+    assert np.all(blocks.image[3:] == 5)
+
+
+def test_everything_and_nothing_needed():
+    everything = plan_blocks(jnp.ones((4, 3), bool), 4)
+    assert everything.count == 3 and everything.expert.tolist() == [0, 1, 2]
+    assert everything.image.tolist() == [[0, 1, 2, 3]] * 3
+    nothing = plan_blocks(jnp.zeros((4, 3), bool), 4)
+    assert nothing.count == 0 and np.all(nothing.image == 4)
+
+
+@hypothesis.given(
+    need=arrays.arrays(bool, (7, 4)),
+    rows=st.sampled_from([1, 3, 9]),
+)
+@hypothesis.settings(max_examples=25)
+def test_every_needed_pair_is_in_one_block(need, rows):
+    blocks = jax.device_get(plan_blocks(jnp.asarray(need), rows))
+    sizes = need.sum(0)
+    assert blocks.count == sum(-(-size // rows) for size in sizes)
+    pairs = [
+        (image, expert)
+        for expert, images in zip(blocks.expert, blocks.image, strict=True)
+        for image in images[images < len(need)]
+    ]
+    assert sorted(pairs) == [tuple(pair) for pair in np.argwhere(need)]
+    used = (blocks.image < len(need)).any(1)
+    assert used[: blocks.count].all() and not used[blocks.count :].any()
+
+
+@pytest.mark.parametrize(("expert", "rows"), [("mlp", 2), ("mlp", 64), ("conv", 2)])
+def test_needed_pairs_equal_the_dense_ones(monkeypatch, expert, rows):
+    monkeypatch.setattr(dispatch, "BLOCK_ROWS", rows)
+    model, params, features = make_case(expert)
+    run = jax.jit(lambda *args: dispatch.dispatch(model, *args, SIZES))
+    everything = dense(model, params, features)
+    for share in (0.0, 0.4, 1.1):
+        need = draw_need(0, share)
+        wanted = jnp.where(need[..., None], everything, 0.0)
+        np.testing.assert_allclose(run(params, features, need), wanted, atol=1e-5)
+
+
+def test_work_follows_the_need(monkeypatch):
+    """The loop runs once per block, and an expert that nobody needs is never read."""
+    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 2)
+    model, params, features = make_case("mlp")
+    poisoned = jax.tree.map(lambda leaf: leaf.at[3].set(jnp.nan), params["experts"])
+    rows = []
+
+    def expert(one, x, key):
+        jax.debug.callback(lambda: rows.append(len(x)))
+        return model.expert(one, x, key)
+
+    need = draw_need(0, 0.4)
+    result = dispatch.dispatch(
+        model._replace(expert=expert),
+        params | {"experts": poisoned},
+        features,
+        need,
+        SIZES,
+    )
+    jax.effects_barrier()
+    assert np.isfinite(result).all()
+    assert sum(rows) == sum(2 * -(-size // 2) for size in np.asarray(need).sum(0))
+
+
+@pytest.mark.parametrize("walk", ["map", "vmap"])
+def test_dispatch_over_runs(monkeypatch, walk):
+    """Runs need different numbers of blocks and have experts of their own."""
+    monkeypatch.setattr(dispatch, "BLOCK_ROWS", 2)
+    model, params, features = make_case("mlp")
+    runs = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), params)
+    need = jnp.stack([draw_need(0, 0.3), draw_need(1, 0.8), draw_need(2, 0.0)])
+    one = lambda run: dispatch.dispatch(model, run[0], features, run[1], SIZES)
+    over = {"map": lambda x: jax.lax.map(one, x), "vmap": jax.vmap(one)}[walk]
+    result = jax.jit(over)((runs, need))
+    for i in range(3):
+        run = jax.tree.map(lambda leaf, i=i: leaf[i], runs)
+        wanted = jnp.where(need[i, ..., None], dense(model, run, features), 0.0)
+        np.testing.assert_allclose(result[i], wanted, atol=1e-5)

@@ -1,0 +1,227 @@
+"""The command line: exit codes, one line for every mistake, stopping and resuming."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+from factories import SMALL
+
+import launch
+from configs import default
+from fedmoe_jax.config import flatten
+from fedmoe_jax.train import checkpoint
+from fedmoe_jax.train import run as train
+from fedmoe_jax.train.writers import read_metrics
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+SIZES = SMALL | {"num_rounds": 6}
+TINY = [f"--config={CONFIGS / 'default.py'}:smoke"]
+TINY += [f"--config.{name}={value}" for name, value in SIZES.items()]
+
+
+# Starts launch.py after replacing `MODULE.NAME` so that the process sends itself SIGNAL
+# right after that function has seen round ROUND.
+INTERRUPT = """
+import importlib, os, runpy, sys
+module, name, number, last = sys.argv[1:5]
+module = importlib.import_module(module)
+real = getattr(module, name)
+def interrupted(*args):
+    result = real(*args)
+    done = args[1]
+    if done == int(last):
+        os.kill(os.getpid(), int(number))
+    return result
+setattr(module, name, interrupted)
+sys.argv = sys.argv[5:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Runs launch.py in this process; returns exit code, stdout and stderr."""
+    monkeypatch.setattr(signal, "signal", lambda number, action: None)
+
+    def run(*words):
+        workdir = [] if "--workdir" in str(words) else [f"--workdir={tmp_path / 'new'}"]
+        # The config's own flags are found in sys.argv and stay defined for good.
+        argv = ["launch.py", *workdir, *words]
+        monkeypatch.setattr(sys, "argv", argv)
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        capsys.readouterr()
+        try:
+            code = launch.main(launch.parse_flags(list(argv)))
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+set_handler = signal.signal
+SMOKE = f"--config={CONFIGS / 'default.py'}:smoke"
+DIGITS = f"--config={CONFIGS / 'compare.py'}:digits,smoke"
+BAD = {
+    "unknown field": (["--config.num_expert=3"], "'num_expert'"),
+    "unknown nested field": (["--config.fitness.idel=keep"], "'idel'"),
+    "wrong type": (["--config.num_experts=many"], "config.num_experts"),
+    "float for int": (["--config.num_rounds=2.5"], "config.num_rounds"),
+    "slots": (["--config.max_held=9"], "max_held=9 .* num_experts=8"),
+    "cohort": (["--config.cohort_size=21"], "cohort_size=21 .* num_clients=20"),
+    "no cohort": (["--config.cohort_size=0"], "cohort_size=0 .* >= 1"),
+    "alpha": (["--config.partition.alpha=0"], "partition.alpha=0.0 .* > 0"),
+    "not a number": (["--config.partition.alpha=nan"], "partition.alpha=nan .* > 0"),
+    "strategy": (["--config.strategy=best"], "strategy='best' .* random, fixed_random"),
+    "data": (["--config.data.name=mnist"], "data.name='mnist' .* digits"),
+    "too little data": (["--config.partition.min_size=999"], "partition.min_size=999"),
+    "memory": (["--config.run.memory_limit_gb=1e-3"], "memory_limit_gb=0.001 .* GB"),
+    "devices": (["--config.run.num_devices=9"], "run.num_devices=9 .* 0 .all. to 8"),
+    "no file": (
+        ["--config=configs/none.py"],
+        "No such file or directory: 'configs/none.py'",
+    ),
+    "argument": (
+        [f"{SMOKE}y"],
+        "error: config argument 'smokey' is unknown; allowed: smoke",
+    ),
+    "no value": (["--config"], "--config"),
+    "unknown flag": (["--rounds=3"], "'rounds'"),
+    "unknown word": (["runs/here"], "'runs/here'"),
+    "change": ([DIGITS, "--config.compare.changes=('lr=3',)"], "has 'lr=3'"),
+    "seeds": ([DIGITS, "--config.compare.seeds=('a',)"], "compare.seeds"),
+    "no seeds": ([DIGITS, "--config.compare.seeds=()"], "compare.seeds"),
+    "member": ([DIGITS, "--config.partition.min_size=999"], "partition.min_size=999"),
+    "folder": (
+        [*TINY, "--workdir=/dev/null/run"],
+        "workdir=/dev/null/run cannot be used",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_and_code_2(command, tmp_path, case):
+    words, told = BAD[case]
+    code, out, err = command(*words)
+    assert code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert re.search(told, err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def start(cache, *words):
+    """Runs Python with the compiled programs of earlier calls at hand."""
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    ran = subprocess.run(
+        [sys.executable, *words], env=env, cwd=cache, capture_output=True, text=True
+    )
+    return ran.returncode, ran.stdout, ran.stderr
+
+
+def test_help_lists_every_field():
+    text = launch.describe_fields()
+    for name, value in flatten(default.get_config().to_dict()).items():
+        shown = re.search(rf"--config\.{re.escape(name)}=(.*)\n +\S", text)
+        assert shown, f"{name} is missing"
+        assert ast.literal_eval(shown[1]) == value
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    words = [f"--workdir={tmp_path / 'new'}", "--config.max_held=9"]
+    code, out, err = start(tmp_path, ROOT / "launch.py", *words)
+    told = "error: max_held=9 is not allowed; allowed: 1 to num_experts=8\n"
+    assert (code, out, err) == (2, "", told)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that was stopped in round 3, killed while saving round 4, and resumed."""
+    cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("run")
+    script = [ROOT / "launch.py", f"--workdir={folder}", *TINY]
+    driver = lambda *what: ["-c", INTERRUPT, *map(str, what), *script]
+    results = [
+        start(cache, *driver("fedmoe_jax.train.loop", "list_rows", signal.SIGTERM, 3))
+    ]
+    results[0] += (read_metrics(folder / "metrics.jsonl"),)
+    kill = driver("fedmoe_jax.train.checkpoint", "save", signal.SIGKILL, 4)
+    results += [start(cache, *kill), start(cache, *script)]
+    return folder, results
+
+
+def test_a_stopped_run_says_how_to_go_on(interrupted):
+    folder, ((code, out, err, rows), *_) = interrupted
+    assert code == 3, err
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    last = out.splitlines()[-1]
+    assert last.startswith("stopped and saved; to resume: python ")
+    assert f"--workdir={folder}" in last and "--config.num_clients=4" in last
+
+
+def test_a_killed_run_was_killed(interrupted):
+    _, (_, (code, *_), *_) = interrupted
+    assert code == -signal.SIGKILL
+
+
+def test_the_same_call_finishes(interrupted):
+    folder, (*_, (code, out, err)) = interrupted
+    assert code == 0, err
+    assert "going on after round 3/6\n" in out
+    assert f"report: {folder / 'report.html'}" in out
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert json.loads((folder / "summary.json").read_text())["num_rounds"] == 6
+
+
+def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
+    """Bitwise the state and, but for the clock, the rows of an undisturbed run."""
+    folder, _ = interrupted
+    config = default.get_config("smoke")
+    config.update_from_flattened_dict(SIZES)
+    train.train(config, tmp_path, stop=lambda: False, label="whole", profile=False)
+    like = train.build_job(train.plan_one(config), tmp_path, "whole").state
+    states, rows = [], []
+    for run in (folder, tmp_path):
+        with checkpoint.open_checkpoints(run / "checkpoints", 9) as store:
+            state, done = checkpoint.restore_latest(store, like)
+        assert done == 6
+        state = state.replace(key=jax.random.key_data(state.key))
+        states.append(jax.device_get(state))
+        clock = ("seconds", "evaluation_seconds", "save_seconds", "compile_seconds")
+        found = read_metrics(run / "metrics.jsonl")
+        rows.append([{k: v for k, v in r.items() if k not in clock} for r in found])
+    same = lambda a, b: a.tobytes() == b.tobytes()
+    assert jax.tree.all(jax.tree.map(same, *states))
+    assert rows[0] == rows[1]
+
+
+def test_an_interrupt_before_the_first_round_is_a_wish_to_stop(command, monkeypatch):
+    def interrupted(config, workdir, text, stop, profile):
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        return not stop()
+
+    monkeypatch.setattr(signal, "signal", set_handler)
+    monkeypatch.setattr(launch, "run", interrupted)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code, out, _ = command(SMOKE)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends it
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert code == 3 and "stopped and saved; to resume: " in out

@@ -1,0 +1,127 @@
+"""The files that set the project up agree with each other and with the code."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+CPU = "requirements-cpu.txt"
+OWN = {"fedmoe_jax", "configs", "launch", "benchmarks", "factories"}
+OWN |= {path.stem for path in (ROOT / "benchmarks" / "runners").glob("*.py")}
+
+
+def _lines(name):
+    lines = (ROOT / name).read_text().splitlines()
+    return [bare for line in lines if (bare := line.split("#")[0].strip())]
+
+
+def _required():
+    return {canonicalize_name(r.name): r for r in map(Requirement, _lines(CPU))}
+
+
+def _make(*args):
+    """Runs make with this Python, not with what a surrounding make hands down."""
+    handed = ("MAKE", "MFLAGS", "DEVICE", "VENV", "PYTHON")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(handed)}
+    env["PYTHON"] = sys.executable
+    return subprocess.run(
+        ["make", *args], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def _imports():
+    """Top-level modules that the project's Python files import, except its own."""
+    files = [ROOT / "launch.py"]
+    for folder in ("fedmoe_jax", "configs", "tests"):
+        files += (ROOT / folder).rglob("*.py")
+    files += (ROOT / "benchmarks").glob("*.py")  # runners have packages of their own
+    names = set()
+    for file in filter(Path.exists, files):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.split(".")[0])
+    return names - sys.stdlib_module_names - OWN
+
+
+def test_gpu_requirements_build_on_cpu_requirements():
+    lines = _lines("requirements.txt")
+    assert lines[0] == f"-r {CPU}"
+    named = {str(Requirement(line)) for line in lines[1:]}
+    assert named == {
+        "jax[cuda12]",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "tensorflow-datasets",
+        "chex",
+        "absl-py",
+    }
+    assert {canonicalize_name(Requirement(n).name) for n in named} <= set(_required())
+
+
+def test_every_import_is_required():
+    providers = metadata.packages_distributions()
+    for module in sorted(_imports()):
+        offered = {canonicalize_name(p) for p in providers.get(module, [module])}
+        assert offered & set(_required()), f"{module} is missing in {CPU}"
+
+
+def test_installed_versions_are_within_the_ranges():
+    for requirement in _required().values():
+        version = metadata.version(requirement.name)
+        assert requirement.specifier.contains(version), f"{requirement}, not {version}"
+
+
+@pytest.mark.parametrize("file", ["Makefile", ".ci/run", "requirements.txt", CPU])
+def test_packages_come_from_the_configured_index(file):
+    text = (ROOT / file).read_text()
+    assert not re.search(r"://|--(extra-)?index|--find-links|--hash", text)
+
+
+def test_demo_and_tests_are_one_command_each(tmp_path):
+    demo = _make("-n", "demo", f"VENV={tmp_path}", "DEVICE=cuda12")
+    command = "launch.py --config=configs/compare.py:digits --workdir=runs/digits"
+    assert " ".join(demo.stdout.replace("\\\n", " ").split()).endswith(command)
+    assert "-r requirements.txt" in demo.stdout
+    test = _make("-n", "test", f"VENV={tmp_path}", "DEVICE=cpu")
+    assert test.stdout.splitlines()[-1].startswith("JAX_PLATFORMS=cpu ")
+    assert " -m pytest -n logical " in test.stdout.splitlines()[-1]
+    assert f"-r {CPU}" in test.stdout
+
+
+def test_installed_packages_stay_in_use(tmp_path):
+    stamp = tmp_path / "installed-cuda12"
+    stamp.touch()
+    assert "pip install" not in _make("-n", "test", f"VENV={tmp_path}").stdout
+    os.utime(stamp, (0, 0))
+    assert "pip install" in _make("-n", "test", f"VENV={tmp_path}").stdout
+
+
+def test_old_python_gets_one_line(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\necho False\n")
+    old.chmod(0o755)
+    ran = _make("test", f"VENV={tmp_path / 'venv'}", f"PYTHON={old}")
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert len(ran.stderr.splitlines()) == 1 and "Python 3.11" in ran.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_readme_lists_every_field_with_its_default():
+    text = (ROOT / "fedmoe_jax" / "configs" / "default.py").read_text()
+    fields = re.findall(r"^    config\.(\S+) = (?!ConfigDict)(.*?)  # ", text, re.M)
+    assigned = re.findall(r"^    config\.\S+ = (?!ConfigDict)", text, re.M)
+    assert len(fields) == len(assigned) > 50  # every field has its comment
+    listed = (ROOT / "README.md").read_text()
+    for name, default in fields:
+        assert f"| `{name}` | `{default}` |" in listed

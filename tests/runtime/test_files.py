@@ -1,0 +1,33 @@
+"""Whole files, and JSON that is refused in one line."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmoe_jax.runtime import files
+from fedmoe_jax.types import UserError
+
+
+def test_json_is_strict_and_whole(tmp_path):
+    path = tmp_path / "summary.json"
+    files.write_json(path, {"loss": np.float32("nan"), "load": jnp.ones(2)})
+    assert json.loads(path.read_text()) == {"loss": None, "load": [1.0, 1.0]}
+    with pytest.raises(TypeError):
+        files.write_json(path, {"bad": object()})
+    assert files.read_json(path) == {"loss": None, "load": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'"text"'])
+def test_damaged_json_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        files.read_json(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_absent_json_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        files.read_json(tmp_path / "summary.json")

@@ -1,0 +1,276 @@
+"""Several processes: one run, one set of outputs, one end. Real processes, one host."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from factories import SMALL
+
+from configs import compare as study
+from configs import default
+from fedmoe_jax.report.summary import SPENT
+from fedmoe_jax.runtime import multihost
+from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.train import run as train
+from fedmoe_jax.train.compare import compare
+from fedmoe_jax.train.writers import read_metrics
+from fedmoe_jax.types import UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+NEVER = lambda: False
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+PATIENCE = 150  # seconds after which processes that should have ended are hanging
+SIZES = SMALL | {"num_rounds": 6, "num_clients": 5, "run.num_devices": 2}
+STUDY = {"strategies": ("greedy", "random"), "seeds": (0, 1)}
+
+# Starts launch.py, which sends itself SIGNAL in the round ROUND and draws no pictures.
+SCRIPT = """
+import os, runpy, sys
+number, last = map(int, sys.argv[1:3])
+from fedmoe_jax.train import loop as driver
+from fedmoe_jax.report import page as report
+report.write_report = lambda workdir, *others: workdir / "report.html"
+list_rows = driver.list_rows
+def interrupted(config, done, *others):
+    if done == last:
+        os.kill(os.getpid(), number)
+    return list_rows(config, done, *others)
+driver.list_rows = interrupted
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def flags_of(fields):
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+TINY = [f"--config={CONFIGS / 'default.py'}:smoke", *flags_of(SIZES)]
+PAIR = [f"--config={CONFIGS / 'compare.py'}:digits,smoke", *flags_of(SIZES)]
+PAIR += flags_of({f"compare.{name}": value for name, value in STUDY.items()})
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """Runs launch.py in two processes.
+
+    `struck` maps a process to the signal that it sends itself and in which round;
+    `extra` are further flags of the second process. Returns exit codes, stdouts,
+    stderrs.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(EIGHT_DEVICES, ""),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def run(*words, struck=None, extra=()):
+        port = free_port()
+        paths = [[cache / f"{name}{i}" for name in ("out", "err")] for i in (0, 1)]
+        with contextlib.ExitStack() as stack:
+            started = []
+            for process, more in enumerate([(), extra]):
+                number, last = (struck or {}).get(process, (0, -1))
+                command = [sys.executable, "-c", SCRIPT, str(int(number)), str(last)]
+                command += [ROOT / "launch.py", *words, *more, "--num_processes=2"]
+                command += [f"--coordinator_address=localhost:{port}"]
+                command += [f"--process_id={process}"]
+                out, err = [stack.enter_context(p.open("w")) for p in paths[process]]
+                started.append(
+                    subprocess.Popen(
+                        command, env=env, cwd=cache, stdout=out, stderr=err
+                    )
+                )
+            wait_for(started)
+        outs, errs = zip(
+            *[[path.read_text() for path in pair] for pair in paths], strict=True
+        )
+        return [process.returncode for process in started], outs, errs
+
+    return run
+
+
+def wait_for(started):
+    """Waits until all have ended; kills those that do not."""
+    ended = lambda: all(process.poll() is not None for process in started)
+    deadline = time.monotonic() + PATIENCE
+    while not ended() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    hanging = not ended()
+    for process in started:
+        process.kill()
+        process.wait()
+    assert not hanging, "a process hangs"
+
+
+def rows_of(folder):
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    skip = {*SPENT, "wasted_share"}
+    return [{k: v for k, v in row.items() if k not in skip} for row in rows]
+
+
+def assert_same_run(found, expected):
+    """Rows but for clocks, and final arrays, to 1e-5."""
+    close = dict(rtol=1e-5, atol=1e-5)
+    for row, other in zip(rows_of(found), rows_of(expected), strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            values = [np.array(r[name], float) for r in (row, other)]
+            np.testing.assert_allclose(*values, **close, err_msg=name)
+    with np.load(found / "final.npz") as one, np.load(expected / "final.npz") as other:
+        assert set(one.files) == set(other.files)
+        for name in one.files:
+            if one[name].dtype.kind == "f":
+                np.testing.assert_allclose(one[name], other[name], **close)
+            else:
+                np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.fixture(scope="module")
+def interrupted(launch, tmp_path_factory):
+    """One run, stopped through process 1, then without process 1, then without 0."""
+    folder = tmp_path_factory.mktemp("run") / "here"
+    words = [*TINY, f"--workdir={folder}"]
+    return folder, {
+        "stopped": launch(*words, struck={1: (signal.SIGTERM, 2)}),
+        "1 killed": launch(*words, struck={1: (signal.SIGKILL, 3)}),
+        "0 killed": launch(*words, struck={0: (signal.SIGKILL, 5)}),
+        "finished": launch(*words),
+    }
+
+
+def test_a_signal_to_one_process_stops_all(interrupted):
+    codes, outs, errs = interrupted[1]["stopped"]
+    assert codes == [3, 3], errs
+    assert "stopped and saved; to resume: python " in outs[0].splitlines()[-1]
+    assert outs[1] == ""
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_without_one_process_the_other_ends_with_an_error(interrupted, killed):
+    codes, outs, errs = interrupted[1][f"{killed} killed"]
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] not in (0, 2, 3) and errs[1 - killed] != ""
+    assert outs[1] == ""
+
+
+def test_started_again_they_finish_the_same_run(interrupted, tmp_path):
+    folder, results = interrupted
+    codes, outs, errs = results["finished"]
+    assert codes == [0, 0], errs
+    assert outs[1] == ""
+    config = default.get_config("smoke")
+    config.update_from_flattened_dict(SIZES)
+    train.train(config, tmp_path, stop=NEVER, label="alone", profile=False)
+    assert_same_run(folder, tmp_path)
+
+
+def test_there_is_one_set_of_outputs(interrupted):
+    folder, results = interrupted
+    names = [path.name for path in folder.iterdir()]
+    events = [name for name in names if name.startswith("events.out.tfevents")]
+    assert len(events) == len(results)  # one a start
+    files = {"config.json", "partition.npz", "metrics.jsonl", "final.npz"}
+    assert set(names) - set(events) == files | {"summary.json", "checkpoints"}
+    assert results["finished"][1][0].count("report: ") == 1
+
+
+def test_a_comparison_is_the_one_of_a_single_process(launch, tmp_path):
+    folder = tmp_path / "two"
+    codes, outs, errs = launch(*PAIR, f"--workdir={folder}")
+    assert codes == [0, 0], errs
+    assert "[1/1] 4 runs as one program on 1 x 2 devices" in outs[0]
+    assert outs[1] == ""
+    config = study.get_config("digits,smoke")
+    config.update_from_flattened_dict(
+        SIZES | {f"compare.{name}": value for name, value in STUDY.items()}
+    )
+    config.run.num_devices = 1
+    alone, _ = compare(config, tmp_path / "one", stop=NEVER, profile=False)
+    assert len(alone) == 4
+    for other in alone:
+        assert_same_run(folder / "runs" / other.name, other)
+    assert (folder / "table.md").exists()
+
+
+def test_a_mistake_that_only_process_0_can_see_ends_both(launch, tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    codes, outs, errs = launch(*TINY, f"--workdir={tmp_path}")
+    assert codes == [2, 2] and outs[1] == "" and errs[1] == ""
+    assert errs[0].startswith("error: ") and len(errs[0].splitlines()) == 1
+    assert "without its config.json" in errs[0]
+
+
+def test_different_requests_end_both(launch, tmp_path):
+    words = [*TINY, f"--workdir={tmp_path / 'new'}"]
+    codes, _, errs = launch(*words, extra=["--config.seed=1"])
+    assert codes == [2, 2] and errs[1] == ""
+    assert errs[0].startswith("error: config, workdir and profile differ")
+    assert list(tmp_path.iterdir()) == []
+
+
+ADDRESS = "localhost:1234"
+BAD = {
+    "no number": ((ADDRESS, None, 0, False), "--num_processes is missing"),
+    "only an id": ((None, None, 1, False), "--coordinator_address is missing"),
+    "no id": ((ADDRESS, 2, None, False), "--process_id is missing"),
+    "both ways": ((ADDRESS, 2, 0, True), "--distributed is given too"),
+    "half a way": ((ADDRESS, None, None, True), "--num_processes is missing"),
+    "no port": (("localhost", 2, 0, False), "--coordinator_address=localhost"),
+    "id": ((ADDRESS, 2, 2, False), "--process_id=2 .* 0 to 1"),
+    "negative id": ((ADDRESS, 2, -1, False), "--process_id=-1 .* 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_flags_that_do_not_say_who_the_others_are(case):
+    arguments, told = BAD[case]
+    with pytest.raises(UserError, match=told) as error:
+        multihost.check_flags(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mesh_has_equally_many_devices_of_every_process(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="num_devices=3 .* multiples of the 2 proc"):
+        build_mesh(3)
+
+
+def test_such_a_mistake_is_one_line_and_code_2(tmp_path):
+    words = [ROOT / "launch.py", "--num_processes=2", f"--workdir={tmp_path / 'new'}"]
+    ran = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: --coordinator_address is missing; allowed: ")
+    assert len(ran.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_alone_a_process_is_the_leader_and_all_of_them():
+    assert multihost.is_leader()
+    assert [multihost.any_process(wish) for wish in (True, False)] == [True, False]
+    assert multihost.allgather_text("größer") == [
+        "größer"
+    ] and multihost.allgather_text("") == [""]
+    assert multihost.run_on_all(json.dumps, [1]) == "[1]"
+    assert multihost.on_leader(sorted, [2, 1]) == [1, 2]
+    assert multihost.exit_all(3) == 3

@@ -1,0 +1,161 @@
+"""One device or many, one client at a time or several: the same numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from configs import default
+from fedmoe_jax.program import init_state
+from fedmoe_jax.round import build_run_rounds
+from fedmoe_jax.runtime.sharding import (
+    CLIENTS,
+    RUNS,
+    build_mesh,
+    map_runs,
+    replicate,
+    runs_at_once,
+    spread,
+)
+from fedmoe_jax.train import run as train
+from fedmoe_jax.types import PER_RUN, Federation, UserError
+
+DEVICES = 8
+COHORT = 3  # divisible neither by 8 devices nor by 2 devices with chunks of 3
+
+
+@functools.cache
+def run_on(num_devices, client_chunk, **changes):
+    """Params, alignment state and metrics after two rounds."""
+    config = default.get_config("smoke")
+    config.update_from_flattened_dict(
+        {
+            # the sizes of tests/test_train.py, whose compiled programs then serve here
+            "chunk_rounds": 1,
+            "num_clients": 4,
+            "cohort_size": COHORT,
+            "num_experts": 3,
+            "max_held": 2,
+            "batch_size": 4,
+            "partition.alpha": 1.0,
+            "model.stem_width": 4,
+            "model.expert_width": 4,
+            "model.feature_width": 4,
+            "run.num_devices": num_devices,
+            "run.client_chunk": client_chunk,
+        }
+        | changes
+    )
+    mesh = build_mesh(num_devices)
+    assert mesh.size == (num_devices or DEVICES)
+    plan = train.plan_run(config, mesh)
+    run_rounds, metrics = build_run_rounds(plan.program), []
+    state = init_state(jax.random.key(config.seed), plan.hyper, plan.program)
+    state, *inputs = replicate((state, plan.federation, plan.hyper), mesh)
+    for _ in range(2):
+        state, new = run_rounds(state, *inputs)
+        metrics.append(new)
+    return jax.device_get((state.params, state.align, metrics))
+
+
+def without_waste(rows):
+    return [
+        {name: value for name, value in row.items() if name != "wasted_share"}
+        for row in rows
+    ]
+
+
+def assert_close(left, right, rtol):
+    close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-5)
+    jax.tree.map(close, left, right)
+
+
+def test_enough_devices():
+    assert jax.device_count() == DEVICES
+
+
+@pytest.mark.parametrize("local_epochs", [0.0, 0.125])
+@pytest.mark.parametrize(("num_devices", "client_chunk"), [(0, 1), (2, 3)])
+def test_devices_and_chunks_change_nothing(num_devices, client_chunk, local_epochs):
+    found = run_on(num_devices, client_chunk, local_epochs=local_epochs)
+    params, align, metrics = found
+    params_1, align_1, metrics_1 = run_on(1, 1, local_epochs=local_epochs)
+    # What devices wait for depends on how many there are, and on nothing else.
+    assert all(0 < row["wasted_share"] < 1 for row in metrics)
+    assert all(row["wasted_share"] == 0 for row in metrics_1)
+    metrics, metrics_1 = (without_waste(rows) for rows in (metrics, metrics_1))
+    assert_close(params, params_1, rtol=0)
+    assert_close(align.fitness, align_1.fitness, rtol=0)
+    np.testing.assert_array_equal(align.times_held, align_1.times_held)
+    assert_close(metrics, metrics_1, rtol=1e-5)  # bytes and losses are larger than 1
+
+
+@pytest.mark.parametrize("num_devices", [-1, DEVICES + 1])
+def test_mesh_of_devices_that_are_not_there_is_refused(num_devices):
+    with pytest.raises(UserError, match=rf"run.num_devices={num_devices}\b.*to 8"):
+        build_mesh(num_devices)
+
+
+@pytest.mark.parametrize(("asked", "size"), [(0, DEVICES), (1, 1), (3, 3)])
+def test_mesh_has_the_devices_asked_for(asked, size):
+    mesh = build_mesh(asked)
+    assert mesh.shape == {RUNS: 1, CLIENTS: size}
+    assert mesh.axis_types == (AxisType.Auto,) * 2
+    assert list(mesh.devices.ravel()) == jax.devices()[:size]
+
+
+def test_runs_divide_the_devices():
+    mesh = build_mesh(0, num_runs=4)
+    assert mesh.shape == {RUNS: 4, CLIENTS: 2}
+    assert mesh.devices.tolist() == np.reshape(jax.devices(), (4, 2)).tolist()
+
+
+def test_spread_functions_know_their_device():
+    def number(x):
+        device = jax.lax.axis_index(RUNS) * 2 + jax.lax.axis_index(CLIENTS)
+        return (x + device)[None], jax.lax.psum(device, CLIENTS)[None]
+
+    mesh = build_mesh(0, num_runs=4)
+    both = P((RUNS, CLIENTS))
+    run = jax.jit(spread(number, mesh, out_specs=(both, P(RUNS))))
+    devices, sums = run(jnp.zeros((), jnp.int32))
+    assert devices.tolist() == list(range(8))
+    # Runs do not mix: 0 + 1, 2 + 3, 4 + 5, 6 + 7.
+    assert sums.tolist() == [1, 5, 9, 13]
+
+
+def test_replicated_trees_are_everywhere():
+    mesh = build_mesh(3)
+    leaf = replicate({"x": np.arange(4)}, mesh)["x"]
+    assert leaf.sharding.is_fully_replicated and leaf.devices() == set(
+        mesh.devices.flat
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_every_run_has_its_own_clients_and_shares_the_images(monkeypatch, backend):
+    fields = dict.fromkeys(Federation.__dataclass_fields__)
+    federation = Federation(
+        **fields
+        | {"x": jnp.arange(3.0), "y": jnp.ones(())}
+        | {name: jnp.arange(4.0)[:, None] * jnp.ones((4, 2)) for name in PER_RUN}
+    )
+
+    def one_run(state, federation, rate):
+        own = sum(getattr(federation, name) for name in PER_RUN)  # [2]
+        assert own.shape == (2,) and federation.x.shape == (3,)
+        return state + rate * own.sum() + federation.x.sum()
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    states, rates = jnp.array([0.0, 10, 20, 30]), jnp.array([1.0, 1, 2, 0])
+    found = jax.jit(map_runs(one_run))(states, federation, rates)
+    # Each field of run s holds s twice; the images of all add 0 + 1 + 2.
+    twice = 2 * len(PER_RUN)
+    expected = [3, 10 + twice + 3, 20 + 2 * 2 * twice + 3, 30 + 3]
+    np.testing.assert_allclose(found, expected)
+    mesh = build_mesh(0, num_runs=2)
+    assert runs_at_once(6, mesh) == (1 if backend == "cpu" else 3)

@@ -1,0 +1,90 @@
+"""What JAX is told before it looks at its devices."""
+
+import os
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from fedmoe_jax.runtime import xla
+
+MANY = " ".join((*xla.CPU_FLAGS, xla.ONE_THREAD))
+FEW = " ".join(xla.CPU_FLAGS)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The settings that were made, in a world with eight cores."""
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    monkeypatch.setattr(xla, "count_cores", lambda: 8)
+    monkeypatch.setattr(xla.importlib.metadata, "version", lambda _: "0.10.9")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "devices", "flags"),
+    [
+        (0, 1, 8, MANY),  # every core a device
+        (8, 1, 8, MANY),
+        (9, 1, 8, FEW),  # refused later, by `build_mesh`
+        (2, 1, 2, FEW),
+        (1, 1, 1, FEW),
+        (0, 2, 4, MANY),  # two processes share the cores
+        (0, 16, 1, FEW),
+    ],
+)
+def test_devices_and_flags(told, asked, processes, devices, flags):
+    xla.set_cpu_devices(asked, processes)
+    assert told == {"jax_num_cpu_devices": devices}
+    assert os.environ["XLA_FLAGS"] == flags
+
+
+def test_flags_of_the_user_stay(told, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
+    xla.set_cpu_devices(0)
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here"
+    assert told == {"jax_num_cpu_devices": 8}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    told.clear()
+    xla.set_cpu_devices(0)
+    assert told == {}
+
+
+def test_an_unknown_release_gets_no_flags(told, monkeypatch):
+    monkeypatch.setattr(xla.importlib.metadata, "version", lambda _: "0.11.0")
+    xla.set_cpu_devices(0)
+    assert os.environ["XLA_FLAGS"] == ""
+
+
+@pytest.mark.parametrize(
+    ("platforms", "kept"),
+    [(None, None), ("cpu", None), ("cuda", "cuda,cpu"), ("cuda,cpu", None)],
+)
+def test_the_host_stays_within_reach(told, monkeypatch, platforms, kept):
+    monkeypatch.setattr(xla, "jax", SimpleNamespace(config=SimpleNamespace()))
+    xla.jax.config.jax_platforms = platforms
+    xla.jax.config.update = told.__setitem__
+    xla.keep_host()
+    assert told == ({"jax_platforms": kept} if kept else {})
+
+
+def test_programs_are_kept_unless_told_where(monkeypatch, tmp_path):
+    folder, shortest = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in (folder, shortest)}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        jax.config.update(folder, None)
+        xla.keep_programs()
+        mine = f"{tmp_path}/fedmoe_jax/programs-{xla.name_processor()}"
+        assert getattr(jax.config, folder) == mine
+        jax.config.update(folder, "/told")
+        xla.keep_programs()
+        assert getattr(jax.config, folder) == "/told"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

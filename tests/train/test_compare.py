@@ -1,0 +1,209 @@
+"""A comparison is its members: named, independent, run together and resumed."""
+
+import json
+
+import pytest
+from factories import SMALL
+
+from configs import compare as study
+from fedmoe_jax.config import flatten
+from fedmoe_jax.train.compare import apply_change, compare, list_members
+from fedmoe_jax.types import UserError
+
+TINY = SMALL | {
+    "checkpoint.every": 1,
+    "compare.strategies": ("load_balanced",),
+    "compare.seeds": (0,),
+}
+
+
+def tiny_config(**changes):
+    config = study.get_config("digits,smoke")
+    config.update_from_flattened_dict(TINY | changes)
+    config.lock()  # as it comes from the command line
+    return config
+
+
+def never():
+    return False
+
+
+def members_of(**changes):
+    fields = {f"compare.{name}": tuple(value) for name, value in changes.items()}
+    return list_members(tiny_config(**fields))
+
+
+def test_members_are_strategies_times_changes_times_seeds():
+    members = members_of(
+        strategies=("greedy", "random"),
+        changes=("", "fitness.idle=keep"),
+        seeds=(0, 7),
+    )
+    assert [member.name for member in members] == [
+        "greedy-seed0",
+        "greedy-seed7",
+        "random-seed0",
+        "random-seed7",
+        "greedy-fitness.idle=keep-seed0",
+        "greedy-fitness.idle=keep-seed7",
+        "random-fitness.idle=keep-seed0",
+        "random-fitness.idle=keep-seed7",
+    ]
+    for name, config in members:
+        strategy, seed = name.split("-")[0], int(name[-1])
+        assert (config.strategy, config.seed) == (strategy, seed)
+        assert config.fitness.idle == ("keep" if "keep" in name else "prior")
+        assert "compare" not in config
+
+
+def test_a_change_touches_its_own_members_only():
+    config = tiny_config(**{"compare.changes": ("weights.usage=2", "client.prox=1")})
+    before = config.to_dict()
+    first, second = (member.config.to_dict() for member in list_members(config))
+    assert config.to_dict() == before
+    differing = {k for k, v in flatten(first).items() if flatten(second)[k] != v}
+    assert differing == {"weights.usage", "client.prox"}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "value"),
+    [
+        ("num_experts=5", "num_experts", 5),
+        ("client.prox=1", "client.prox", 1.0),
+        ("partition.alpha=1e-2", "partition.alpha", 0.01),
+        ("gate.mode=personal", "gate.mode", "personal"),
+        ("data.dir=a=b", "data.dir", "a=b"),
+    ],
+)
+def test_a_change_has_the_type_of_its_field(change, name, value):
+    (member,) = members_of(changes=(change,))
+    found = flatten(member.config.to_dict())[name]
+    assert found == value and type(found) is type(value)
+    assert member.name == f"load_balanced-{change}-seed0"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "bogus=1",
+        "fitness=1",
+        "num_rounds",
+        "num_rounds=",
+        "num_rounds=4.5",
+        "num_rounds=many",
+        "client.prox=much",
+        "devices.tiers=phone",
+        "run.tensorboard=False",  # bool("False") is true
+        "strategy=random",
+        "seed=1",
+        "compare.seeds=3",
+    ],
+)
+def test_a_change_that_makes_no_sense_is_refused(change):
+    with pytest.raises(UserError) as caught:
+        members_of(changes=("", change))
+    text = str(caught.value)
+    assert text.startswith(f"compare.changes has {change!r}; allowed: ")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"strategies": ("random", "bogus")}, "strategy='bogus' is unknown; allowed: "),
+        ({"seeds": (0, -1)}, "seed=-1 is not allowed"),
+        ({"seeds": ("a",)}, "compare.seeds have .* whole numbers"),
+        ({"seeds": (0.5,)}, "compare.seeds have .* whole numbers"),
+        ({"strategies": (1,)}, "compare.strategies .* allowed: names"),
+        ({"changes": ("max_held=9",)}, "max_held=9 is not allowed"),
+        ({"seeds": (0, 0)}, "none twice; they name 2"),
+        ({"strategies": ("random", "greedy", "random")}, "none twice; they name 3"),
+        ({"changes": ("", "")}, "none twice; they name 2"),
+        ({"seeds": ()}, "at least one run .* they name 0"),
+        ({"strategies": ()}, "they name 0"),
+    ],
+)
+def test_members_that_are_not_allowed_are_refused(fields, told):
+    with pytest.raises(UserError, match=told):
+        members_of(**fields)
+
+
+def test_changes_apply_in_place():
+    (member,) = members_of()
+    apply_change(member.config, "local_steps=9")
+    assert member.config.local_steps == 9
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("partition.min_size", 400),
+        ("model.expert", "conv"),
+        ("run.num_devices", 9),
+        ("run.memory_limit_gb", 1e-5),
+        ("compare.strategies", ("load_balanced", "bogus")),
+    ],
+)
+def test_a_refused_comparison_leaves_no_trace(tmp_path, field, value):
+    told = "strategy" if field.startswith("compare") else field
+    with pytest.raises(UserError, match=told):
+        compare(
+            tiny_config(**{field: value}), tmp_path / "new", stop=never, profile=False
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_comparison_resumes_where_it_stopped(tmp_path, capsys):
+    fields = {
+        "compare.strategies": ("random", "greedy", "fedavg"),
+        "compare.seeds": (0, 1),
+    }
+    config = tiny_config(**fields)
+    names = [f"{s}-seed{i}" for s in ("random", "greedy", "fedavg") for i in (0, 1)]
+    folders = [tmp_path / "runs" / name for name in names]
+
+    # Mixtures share a program, dense controls have their own: stop within the second.
+    finished, whole = compare(
+        config,
+        tmp_path,
+        stop=(folders[4] / "metrics.jsonl").exists,
+        profile=False,
+    )
+    assert (finished, whole) == (folders[:4], False)
+    assert not (folders[4] / "summary.json").exists()
+    told = capsys.readouterr().out
+    assert "[1/2] 4 runs as one program on 1 x 1 devices" in told
+    assert "[2/2] 2 runs as one program" in told and f"{names[3]}  round 4/4" in told
+
+    # The finished members are neither run nor touched again.
+    before = [snapshot(folder) for folder in folders[:4]]
+    assert compare(config, tmp_path, stop=never, profile=False) == (folders, True)
+    assert "[1/1] 2 runs as one program" in capsys.readouterr().out
+    assert [snapshot(folder) for folder in folders[:4]] == before
+
+    seeds = [json.loads((f / "config.json").read_text())["seed"] for f in folders]
+    assert seeds == [0, 1] * 3
+    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+    assert [summary["num_rounds"] for summary in summaries] == [4] * 6
+    assert [s["strategy"] for s in summaries] == [name.split("-")[0] for name in names]
+    assert len({s["final_global_accuracy"] for s in summaries}) > 1
+
+    # More rounds are run on top of the finished ones.
+    longer = tiny_config(**fields, num_rounds=6)
+    rows = (folders[0] / "metrics.jsonl").read_text()
+    assert compare(longer, tmp_path, stop=never, profile=False) == (folders, True)
+    assert json.loads((folders[0] / "summary.json").read_text())["num_rounds"] == 6
+    assert (folders[0] / "metrics.jsonl").read_text().startswith(rows)
+
+
+def test_another_comparison_in_the_folder_is_refused(tmp_path):
+    compare(tiny_config(), tmp_path, stop=never, profile=False)
+    before = snapshot(tmp_path)
+    other = tiny_config(**{"compare.seeds": (0, 1), "batch_size": 5})
+    with pytest.raises(UserError, match=r"batch_size: 4 -> 5, compare.seeds: \[0\] ->"):
+        compare(other, tmp_path, stop=never, profile=False)
+    assert snapshot(tmp_path) == before

@@ -1,0 +1,251 @@
+"""Runs that share a program: the same numbers as alone, resumable, within memory."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from factories import SMALL
+
+from configs import compare as study
+from fedmoe_jax.report.summary import SPENT
+from fedmoe_jax.runtime.sharding import CLIENTS, RUNS
+from fedmoe_jax.train import run as train
+from fedmoe_jax.train import sweep as sweep_file
+from fedmoe_jax.train.compare import compare, list_members
+from fedmoe_jax.train.sweep import plan_waves, wave_name
+from fedmoe_jax.train.writers import read_metrics
+from fedmoe_jax.types import PER_RUN, Federation, UserError
+
+TINY = SMALL | {"chunk_rounds": 2, "run.tensorboard": False}
+
+
+def tiny_config(strategies, changes=("",), seeds=(0, 1), **fields):
+    config = study.get_config("digits,smoke")
+    named = {"strategies": strategies, "changes": changes, "seeds": seeds}
+    config.update_from_flattened_dict(
+        TINY | fields | {f"compare.{k}": v for k, v in named.items()}
+    )
+    return config
+
+
+def run(config, folder, stop=lambda: False):
+    return compare(config, folder, stop=stop, profile=False)
+
+
+def rows_of(folder):
+    """The rows without what depends on the clock or the number of devices."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    left_out = {*SPENT, "wasted_share"}
+    return [{k: v for k, v in row.items() if k not in left_out} for row in rows]
+
+
+def assert_rows_close(found, expected):
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        for name in one:
+            np.testing.assert_allclose(
+                np.array(one[name], float),
+                np.array(other[name], float),
+                rtol=1e-5,
+                atol=1e-5,
+                err_msg=name,
+            )
+
+
+def arrays_of(folder):
+    with np.load(folder / "final.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+# Strategies, traced hyperparameters and seeds in one program; personal gates and a
+# server optimiser with moments have the most state.
+MIXED = {
+    "strategies": ("random", "load_balanced_running", "greedy"),
+    "changes": ("", "weights.usage=0.9,fitness.idle=keep,fitness.prior=0.8"),
+    "gate.mode": "personal",
+    "server.optimizer": "adam",
+}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_run_of_a_sweep_is_the_run_alone(tmp_path, devices):
+    config = tiny_config(**MIXED, **{"run.num_devices": devices})
+    folders, whole = run(config, tmp_path / "sweep")
+    assert whole and len(folders) == 12
+    waves = plan_waves(list_members(config))
+    assert [len(wave.names) for wave in waves] == [12]
+    assert dict(waves[0].program.mesh.shape) == {RUNS: devices, CLIENTS: 1}
+    for member, folder in list(zip(list_members(config), folders, strict=True))[::3]:
+        alone = tmp_path / "alone" / member.name
+        member.config.run.num_devices = 1
+        train.train(
+            member.config, alone, stop=lambda: False, label="alone", profile=False
+        )
+        assert_rows_close(rows_of(folder), rows_of(alone))
+        for name, array in arrays_of(alone).items():
+            if array.dtype.kind == "f":
+                np.testing.assert_allclose(
+                    arrays_of(folder)[name], array, rtol=1e-5, atol=1e-5
+                )
+            else:
+                np.testing.assert_array_equal(arrays_of(folder)[name], array)
+
+
+def test_devices_that_do_not_divide_the_runs_share_clients(tmp_path):
+    config = tiny_config(("greedy",), seeds=(0, 1, 2), **{"run.num_devices": 2})
+    (wave,) = plan_waves(list_members(config))
+    assert dict(wave.program.mesh.shape) == {RUNS: 1, CLIENTS: 2}
+    folders, _ = run(config, tmp_path / "two")
+    config.run.num_devices = 1
+    others, _ = run(config, tmp_path / "one")
+    for folder, other in zip(folders, others, strict=True):
+        assert_rows_close(rows_of(folder), rows_of(other))
+
+
+def test_accelerators_vmap_what_cpus_loop_over(tmp_path, monkeypatch):
+    """The mapping is chosen by backend; both give the same runs."""
+    folders, _ = run(tiny_config(("random", "greedy")), tmp_path / "loop")
+    with monkeypatch.context() as patch:
+        sweep_file.build_programs.cache_clear()
+        patch.setattr(jax, "default_backend", lambda: "tpu")
+        others, _ = run(tiny_config(("random", "greedy")), tmp_path / "vmap")
+    sweep_file.build_programs.cache_clear()
+    for folder, other in zip(folders, others, strict=True):
+        assert_rows_close(rows_of(folder), rows_of(other))
+
+
+def test_what_is_static_has_a_program_of_its_own():
+    config = tiny_config(
+        ("random", "fedavg", "greedy"), ("", "loss.z=0.1", "gate.mode=personal")
+    )
+    waves = plan_waves(list_members(config))
+    assert [wave.names for wave in waves] == [
+        [
+            *("random-seed0", "random-seed1", "greedy-seed0", "greedy-seed1"),
+            *(f"{s}-loss.z=0.1-seed{i}" for s in ("random", "greedy") for i in "01"),
+        ],
+        ["fedavg-seed0", "fedavg-seed1"] + [f"fedavg-loss.z=0.1-seed{i}" for i in "01"],
+        [f"{s}-gate.mode=personal-seed{i}" for s in ("random", "greedy") for i in "01"],
+        [f"fedavg-gate.mode=personal-seed{i}" for i in "01"],
+    ]
+    assert len({wave_name(wave) for wave in waves}) == 4
+
+
+def test_a_sweep_is_compiled_once(tmp_path, monkeypatch):
+    """Any second trace of the round raises."""
+    import chex
+
+    real = sweep_file.scan_rounds
+    monkeypatch.setattr(
+        sweep_file,
+        "scan_rounds",
+        lambda program: chex.assert_max_traces(real(program), n=1),
+    )
+    sweep_file.build_programs.cache_clear()
+    chex.clear_trace_counter()
+    config = tiny_config(("random", "greedy"), num_rounds=8, local_steps=3)
+    assert run(config, tmp_path)[1]
+    sweep_file.build_programs.cache_clear()
+
+
+def test_a_stopped_sweep_resumes_bitwise(tmp_path):
+    config = tiny_config(("random", "greedy"), num_rounds=6)
+    folders, _ = run(config, tmp_path / "whole")
+    parts = tmp_path / "parts"
+    halfway = lambda: len(rows_of(parts / "runs" / "greedy-seed1")) >= 2
+    assert run(config, parts, stop=halfway) == ([], False)
+    assert len(rows_of(parts / "runs" / "random-seed0")) == 2
+    others, whole = run(config, parts)
+    assert whole
+    for folder, other in zip(folders, others, strict=True):
+        assert rows_of(folder) == rows_of(other)
+        found, expected = arrays_of(folder), arrays_of(other)
+        assert all(found[name].tobytes() == expected[name].tobytes() for name in found)
+
+
+def test_memory_cuts_a_group_into_waves(tmp_path):
+    config = tiny_config(("random", "greedy"), seeds=(0, 1, 2))
+    members = list_members(config)
+    (wave,) = plan_waves(members)
+    needed = [
+        sum(train.estimate(wave.plans[:count], wave.program).values()) / 1e9
+        for count in (1, 2, 3, 6)
+    ]
+    assert needed == sorted(needed)
+    for limit, expected in [
+        (needed[3], [6]),
+        (needed[2], [3, 3]),
+        (needed[0], [1] * 6),
+    ]:
+        for member in members:
+            member.config.run.memory_limit_gb = limit * 1.0001
+        assert [len(wave.names) for wave in plan_waves(members)] == expected
+    for member in members:
+        member.config.run.memory_limit_gb = needed[0] * 0.99
+    with pytest.raises(UserError, match="run.memory_limit_gb"):
+        plan_waves(members)
+    config.run.memory_limit_gb = needed[2] * 1.0001
+    folders, whole = run(config, tmp_path)
+    assert whole and len(folders) == 6
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_seeds_with_longer_index_rows_share_the_program(tmp_path):
+    """M differs between these seeds: shorter rows are padded and nothing changes."""
+    fields = {"partition.alpha": 0.1, "num_clients": 6, "partition.min_size": 1}
+    seeds = (0, 1, 2, 3, 4, 5)
+    config = tiny_config(("random",), seeds=seeds, **fields)
+    (wave,) = plan_waves(list_members(config))
+    widths = [plan.federation.index.shape[1] for plan in wave.plans]
+    assert len(set(widths)) > 1
+    folders, _ = run(config, tmp_path / "sweep")
+    short = int(np.argmin(widths))
+    member = list_members(config)[short]
+    train.train(
+        member.config, tmp_path / "a", stop=lambda: False, label="", profile=False
+    )
+    assert_rows_close(rows_of(folders[short]), rows_of(tmp_path / "a"))
+
+
+def test_folders_hold_what_a_run_alone_leaves(tmp_path):
+    folders, _ = run(tiny_config(("random",), **{"run.tensorboard": True}), tmp_path)
+    for folder in folders:
+        names = {path.name for path in folder.iterdir()}
+        events = {name for name in names if name.startswith("events.out.tfevents")}
+        assert len(events) == 1
+        files = {"config.json", "metrics.jsonl", "summary.json"}
+        assert names - events == files | {"partition.npz", "final.npz"}
+        summary = json.loads((folder / "summary.json").read_text())
+        shares = [summary[share] for share in SPENT.values()]
+        assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+
+
+def test_runs_differ_in_their_own_fields_only():
+    """A field that differs and is not in `PER_RUN` would come from the first run."""
+    config = tiny_config(("random",), ("", "partition.alpha=5"))
+    (wave,) = plan_waves(list_members(config))
+    first, *others = [plan.federation for plan in wave.plans]
+    assert len(others) == 3
+    for name in set(Federation.__dataclass_fields__) - set(PER_RUN):
+        for other in others:
+            np.testing.assert_array_equal(getattr(first, name), getattr(other, name))
+    for other in others:
+        assert not np.array_equal(first.label_mix, other.label_mix)
+
+
+def test_waves_cut_anew_leave_no_half_runs_behind(tmp_path):
+    """Another memory limit cuts other waves: their runs start again, unfinished."""
+    config = tiny_config(("random", "greedy"), seeds=(0, 1))
+    (wave,) = plan_waves(list_members(config))
+    half = sum(train.estimate(wave.plans[:2], wave.program).values()) / 1e9
+    config.run.memory_limit_gb = half * 1.0001
+    first = tmp_path / "runs" / "random-seed0"
+    stop = lambda: (tmp_path / "runs" / "greedy-seed0" / "metrics.jsonl").exists()
+    folders, whole = run(config, tmp_path, stop)
+    assert not whole and first in folders
+    config.run.memory_limit_gb = 8.0
+    halfway = lambda: len(rows_of(first)) == 2
+    assert run(config, tmp_path, halfway) == ([], False)
+    assert not (first / "summary.json").exists()
+    assert run(config, tmp_path)[1] and len(rows_of(first)) == 4

@@ -1,0 +1,255 @@
+"""Drift of labels and images, against numbers by hand and slow NumPy."""
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+from hypothesis import given, settings
+
+from fedmoe_jax.world.drift import (
+    DISTORTIONS,
+    distort,
+    draw_drift_sources,
+    move_examples,
+    progress,
+)
+
+N, M, L = 7, 32, 3
+move = jax.jit(move_examples)
+change = jax.jit(distort, static_argnames="kind")
+
+
+def make_clients(sizes, seed=0):
+    """Rows of distinct examples from 1 on, so that 0 is padding only."""
+    rng = np.random.default_rng(seed)
+    owned = np.arange(M)[None] < np.array(sizes)[:, None]
+    index = np.zeros((len(sizes), M), np.int32)
+    index[owned] = 1 + rng.permutation(sum(sizes))
+    mix = rng.dirichlet(np.ones(L), len(sizes)).astype(np.float32)
+    return index, np.array(sizes, np.int32), mix
+
+
+def move_slowly(index, size, mix, drift_source, moved):
+    """The exchange as lists, one client at a time."""
+    rows = [list(row[:n]) for row, n in zip(index, size, strict=True)]
+    keep = [
+        int(np.ceil(np.float32(1 - np.float32(moved)) * np.float32(n))) for n in size
+    ]
+    new, mixes = np.zeros_like(index), np.zeros_like(mix)
+    for c, s in enumerate(drift_source):
+        row = rows[c][: keep[c]] + rows[s][keep[s] :]
+        new[c, : len(row)] = row
+        taken = size[s] - keep[s]
+        mixes[c] = (keep[c] * mix[c] + taken * mix[s]) / len(row)
+    return new, (new > 0).sum(1), mixes
+
+
+def images(shape=(3, 8, 8, 2)):
+    return np.random.default_rng(1).integers(0, 256, shape).astype(np.float32)
+
+
+# --- who drifts, and when
+
+
+@pytest.mark.parametrize(
+    ("share", "count"), [(0.0, 0), (0.1, 0), (0.2, 2), (0.55, 6), (1.0, 10)]
+)
+def test_drifting_clients_form_one_cycle(share, count):
+    drift_source = draw_drift_sources(np.random.default_rng(3), 10, share)
+    assert drift_source.dtype == np.int32
+    drifting = np.flatnonzero(drift_source != np.arange(10))
+    assert len(drifting) == count
+    if count:
+        walk = [drifting[0]]
+        while drift_source[walk[-1]] != walk[0]:
+            walk.append(drift_source[walk[-1]])
+        assert sorted(walk) == drifting.tolist()
+
+
+def test_every_client_drifts_equally_often_towards_every_other():
+    rng = np.random.default_rng(5)
+    pairs = np.zeros((4, 4))
+    for _ in range(2000):
+        pairs[np.arange(4), draw_drift_sources(rng, 4, 0.75)] += 1 / 2000
+    np.testing.assert_allclose(np.diag(pairs), 0.25, atol=0.04)
+    np.testing.assert_allclose(pairs[~np.eye(4, dtype=bool)], 0.25, atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("start", "rounds", "expected"),
+    [
+        (2.0, 4.0, [0, 0, 0.25, 0.5, 0.75, 1, 1]),
+        (3.0, 1.0, [0, 0, 0, 1, 1, 1, 1]),
+        (0.0, 2.0, [0.5, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_the_schedule_by_hand(start, rounds, expected):
+    schedule = jax.jit(jax.vmap(progress, in_axes=(0, None, None)))
+    moved = schedule(jnp.arange(7), start, rounds)
+    assert moved.dtype == jnp.float32
+    np.testing.assert_array_equal(moved, np.float32(expected))
+
+
+@pytest.mark.parametrize("rounds", [3.0, 7.0, 49.0])
+def test_the_schedule_ends_at_exactly_one(rounds):
+    assert progress(jnp.int32(9 + rounds), 10.0, rounds) == 1.0
+    assert progress(jnp.int32(8 + rounds), 10.0, rounds) < 1.0
+
+
+# --- labels
+
+
+def test_an_exchange_by_hand():
+    index = jnp.array([[1, 2, 3, 4], [5, 6, 0, 0], [7, 8, 9, 0]])
+    mix = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    drift_source = jnp.array([1, 0, 2])
+    new, size, mix = move(index, jnp.array([4, 2, 3]), mix, drift_source, 0.5)
+    assert new.tolist() == [[1, 2, 6, 0], [5, 3, 4, 0], [7, 8, 9, 0]]
+    assert size.tolist() == [3, 3, 3]
+    np.testing.assert_allclose(mix, [[2 / 3, 1 / 3], [2 / 3, 1 / 3], [0.5, 0.5]])
+
+
+clients = st.lists(st.integers(1, M), min_size=N, max_size=N)
+shares = st.floats(0, 1, width=32)
+
+
+@given(clients, shares, shares, st.integers(0, 9))
+@settings(max_examples=60)
+def test_every_example_always_has_one_owner(sizes, share, moved, seed):
+    index, size, mix = make_clients(sizes)
+    drift_source = draw_drift_sources(np.random.default_rng(seed), N, share)
+    new, new_size, new_mix = map(
+        np.asarray, move(index, size, mix, drift_source, moved)
+    )
+    assert new.shape == index.shape and new.dtype == new_size.dtype == np.int32
+    assert new_size.max() <= max(sizes) and new_size.min() >= 1
+    owned = np.arange(M)[None] < new_size[:, None]
+    assert sorted(new[owned]) == list(range(1, sum(sizes) + 1))
+    assert not new[~owned].any()
+    np.testing.assert_allclose(new_mix.sum(1), 1, rtol=1e-5)
+    slow = move_slowly(index, size, mix, drift_source, moved)
+    np.testing.assert_array_equal(new, slow[0])
+    np.testing.assert_array_equal(new_size, slow[1])
+    np.testing.assert_allclose(new_mix, slow[2], rtol=1e-5, atol=1e-6)
+    same = drift_source == np.arange(N)
+    np.testing.assert_array_equal(new[same], index[same])
+    np.testing.assert_array_equal(new_mix[same], mix[same])
+
+
+@given(clients, st.integers(0, 9))
+@settings(max_examples=20)
+def test_the_ends_of_the_drift_are_exact(sizes, seed):
+    start = make_clients(sizes)
+    drift_source = draw_drift_sources(np.random.default_rng(seed), N, 1.0)
+    for fresh, old in zip(move(*start, drift_source, 0.0), start, strict=True):
+        np.testing.assert_array_equal(fresh, old)
+    for fresh, old in zip(move(*start, drift_source, 1.0), start, strict=True):
+        np.testing.assert_array_equal(fresh, old[drift_source])
+
+
+@pytest.mark.parametrize("moved", [2.0**-24, 0.1, 1 / 3, 0.7, 1 - 2.0**-24])
+def test_rounding_never_lets_a_row_overflow(moved):
+    """What the proof of the bound needs of float32: k grows by 0 or 1."""
+    size = jnp.arange(1, 60001)
+    index, mix = jnp.zeros((60000, 1), jnp.int32), jnp.ones((60000, 1))
+    # Everyone takes from the client with one more: k(n) + (n + 1) - k(n + 1).
+    drift_source = jnp.roll(jnp.arange(60000), -1)
+    grown = np.asarray(move(index, size, mix, drift_source, moved)[1][:-1])
+    assert set(np.unique(grown - np.arange(1, 60000))) <= {0, 1}
+
+
+def test_moving_works_under_vmap():
+    start = jax.tree.map(jnp.asarray, make_clients([5, 9, 2, 7, 32, 1, 1]))
+    drift_source = draw_drift_sources(np.random.default_rng(0), N, 1.0)
+    moved = jnp.array([0.0, 0.4, 1.0])
+    many = jax.vmap(lambda share: move_examples(*start, drift_source, share))(moved)
+    for run, share in enumerate(moved):
+        one = move(*start, drift_source, share)
+        jax.tree.map(lambda a, b, r=run: np.testing.assert_allclose(a[r], b), many, one)
+
+
+# --- images
+
+
+@pytest.mark.parametrize("kind", DISTORTIONS)
+@pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 5, 6, 3), (2, 2, 1, 3)])
+def test_an_amount_of_zero_changes_no_bit(kind, shape):
+    x = images(shape)
+    same = change(x, kind, 0.0)
+    assert same.dtype == jnp.float32
+    np.testing.assert_array_equal(same, x)
+
+
+@pytest.mark.parametrize("kind", DISTORTIONS)
+def test_distorted_images_are_still_images(kind):
+    x = images((4, 6, 9, 3))
+    for amount in (0.3, 0.9):
+        new = np.asarray(change(x, kind, amount))
+        assert new.shape == x.shape and not np.allclose(new, x, atol=1)
+        assert new.min() >= -1e-3 and new.max() <= 255 + 1e-3
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+@pytest.mark.parametrize("side", [4, 7])
+def test_quarter_turns_are_counterclockwise(turns, side):
+    x = images((2, side, side, 3))
+    turned = change(x, "rotate", 90.0 * turns)
+    expected = np.rot90(x, turns, axes=(1, 2))  # counterclockwise as well
+    np.testing.assert_allclose(turned, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("degrees", [10.0, -33.0, 77.0])
+def test_rotation_matches_a_slow_one(degrees):
+    x = images((1, 6, 9, 1))[0, :, :, 0]
+    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    matrix = np.array([[cos, sin], [-sin, cos]])  # of a target to its source
+    middle = (np.array(x.shape) - 1) / 2
+    offset = middle - matrix @ middle
+    slow = scipy.ndimage.affine_transform(
+        x, matrix, offset, order=1, mode="nearest", output=np.float64
+    )
+    fast = change(x[None, :, :, None], "rotate", degrees)[0, :, :, 0]
+    np.testing.assert_allclose(fast, slow, atol=0.01)
+
+
+@pytest.mark.parametrize("deviation", [0.3, 1.0, 2.5])
+def test_blur_matches_scipy(deviation):
+    x = images((2, 6, 9, 2))
+    slow = scipy.ndimage.gaussian_filter(
+        x.astype(np.float64), deviation, mode="nearest", radius=3, axes=(1, 2)
+    )
+    np.testing.assert_allclose(change(x, "blur", deviation), slow, atol=1e-3)
+
+
+def test_blur_leaves_constant_images():
+    x = np.full((1, 5, 5, 2), 77, np.float32)
+    np.testing.assert_allclose(change(x, "blur", 1.3), x, rtol=1e-6)
+
+
+def test_contrast_by_hand():
+    x = np.array([[0.0, 200.0], [40.0, 80.0], [100.0, 100.0]], np.float32)
+    x = x[:, None, :, None]  # three images of two pixels: means 100, 60, 100
+    half = np.asarray(change(x, "contrast", 0.5))[:, 0, :, 0]
+    assert half.tolist() == [[50.0, 150.0], [50.0, 70.0], [100.0, 100.0]]
+    none = np.asarray(change(x, "contrast", 1.0))[:, 0, :, 0]
+    assert none.tolist() == [[100.0, 100.0], [60.0, 60.0], [100.0, 100.0]]
+
+
+def test_channels_keep_their_own_mean_without_contrast():
+    x = np.array([10.0, 200.0, 30.0, 100.0], np.float32).reshape(1, 1, 2, 2)
+    grey = np.asarray(change(x, "contrast", 1.0))
+    assert grey.ravel().tolist() == [20.0, 150.0, 20.0, 150.0]
+
+
+@pytest.mark.parametrize("kind", DISTORTIONS)
+def test_clients_may_be_distorted_differently(kind):
+    x = images((3, 2, 5, 5, 1))
+    amounts = jnp.array([0.0, 0.5, 1.0])
+    many = jax.jit(jax.vmap(functools.partial(distort, kind=kind)))(x, amount=amounts)
+    for client, amount in enumerate(amounts):
+        one = change(x[client], kind, amount)
+        np.testing.assert_allclose(many[client], one, atol=1e-3)
