@@ -179,8 +179,8 @@ def main(argv: list[str]) -> int:
     if python.startswith(os.pardir):
         python = "python"
     command = shlex.join([python, *sys.argv])
+    from fedmoe_jax.options import UserError
     from fedmoe_jax.runtime import multihost
-    from fedmoe_jax.types import UserError
 
     config, workdir, profile = _CONFIG.value, Path(_WORKDIR.value), _PROFILE.value
     try:

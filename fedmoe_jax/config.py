@@ -7,9 +7,9 @@ from ml_collections import ConfigDict
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.data.partition import KINDS
 from fedmoe_jax.models.image_moe import EXPERTS, STEMS
-from fedmoe_jax.options import COUNT, NON_NEGATIVE, POSITIVE, SHARE, Range
+from fedmoe_jax.options import COUNT, NON_NEGATIVE, POSITIVE, SHARE, Range, UserError
+from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import STRATEGIES, find_strategy
-from fedmoe_jax.types import UserError
 from fedmoe_jax.world.channel import NEAREST
 from fedmoe_jax.world.devices import WIDEST
 from fedmoe_jax.world.drift import DISTORTIONS
@@ -159,15 +159,6 @@ MULTIPLE = (
     ("eval_every", "chunk_rounds"),
     ("checkpoint.every", "chunk_rounds"),
 )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` to `{"a.b": 1}`: every field under its dotted name."""
-    flat = {}
-    for name, value in tree.items():
-        deeper = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
-    return flat
 
 
 def check(

@@ -4,14 +4,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.data.partition import pool, split
+from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.types import (
-    Dataset,
-    Devices,
-    Federation,
-    Partition,
-    UserError,
-)
+from fedmoe_jax.types import Dataset, Devices, Federation, Partition
 from fedmoe_jax.world.devices import draw_devices, read_devices, unlimited_device
 from fedmoe_jax.world.drift import draw_drift_sources
 

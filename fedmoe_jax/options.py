@@ -1,9 +1,17 @@
-"""Ranges of numbers that a config field may have."""
+"""Config fields and user errors, which flags, runs and reports share; no JAX."""
 
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class UserError(Exception):
+    """A mistake in the config, flags, data or checkpoint that a user can mend.
+
+    The message is one line that names the field, its value and what is allowed;
+    `launch.py` prints it and exits with code 2.
+    """
 
 
 class Range(NamedTuple):
@@ -42,3 +50,27 @@ COUNT = Range(1)
 SHARE = Range(0, 1)
 NON_NEGATIVE = Range(0)
 POSITIVE = Range(0, open_low=True)
+
+
+HOST, STATIC, TRACED = "host", "static", "traced"  # scopes of an option
+
+
+class Option(NamedTuple):
+    """One field of a config.
+
+    Attributes:
+      name: dotted, as in `--config.fitness.rate`.
+      allowed: a range or the names; None where another function checks the value.
+      about: its meaning and unit, for `--help` and docs/config.md.
+      scope: `HOST`, read while a run is planned; `STATIC`, shapes the compiled program;
+        `TRACED`, a number that enters the program as an argument, so that runs with
+        different values share one program.
+      default: of records from outside the package; the package's own defaults are in
+        `configs.default` alone.
+    """
+
+    name: str
+    allowed: Range | tuple[str, ...] | None
+    about: str
+    scope: str = HOST
+    default: Any = None

@@ -36,14 +36,6 @@ Array = jax.Array
 PyTree = Any
 
 
-class UserError(Exception):
-    """A mistake in the config, flags, data or checkpoint that a user can mend.
-
-    The message is one line that names the field, its value and what is allowed;
-    `launch.py` prints it and exits with code 2.
-    """
-
-
 class Sizes(NamedTuple):
     """The static sizes of one run. Changing any of them compiles a new program.
 

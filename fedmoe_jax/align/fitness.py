@@ -6,7 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.types import Array, Assignment, Feedback, Hyper, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Array, Assignment, Feedback, Hyper
 
 
 def init_fitness(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe_jax.types import Dataset, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Dataset
 
 
 def cache_folders(source: Path) -> tuple[Path, Path]:

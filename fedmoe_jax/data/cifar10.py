@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from fedmoe_jax.data.cache import brief, cache_folders, keep_decoded, read_cache
-from fedmoe_jax.types import Dataset, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Dataset
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE = "cifar-10-binary.tar.gz"

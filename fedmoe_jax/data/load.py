@@ -16,7 +16,8 @@ import numpy as np
 from absl import flags
 
 from fedmoe_jax.data import cifar10
-from fedmoe_jax.types import Dataset, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Dataset
 
 NUM_GROUPS = 4
 GROUP_LABELS = 4

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import chex
 import numpy as np
 
-from fedmoe_jax.types import Partition, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Partition
 
 MAX_DRAWS = 100
 

@@ -23,7 +23,8 @@ from fedmoe_jax.models.layers import (
     max_pool,
     space_to_depth,
 )
-from fedmoe_jax.types import Array, PyTree, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Array, PyTree
 
 
 class Model(NamedTuple):

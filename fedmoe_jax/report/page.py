@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe_jax.config import flatten
+from fedmoe_jax.options import UserError
 from fedmoe_jax.report import plots, signatures
 from fedmoe_jax.report.cost_figures import cost_pictures
 from fedmoe_jax.report.device_figures import device_pictures
@@ -26,8 +26,7 @@ from fedmoe_jax.report.runs import (
     name_runs,
 )
 from fedmoe_jax.report.tables import FIRST_COST, Cell, needs_of, note_of, table
-from fedmoe_jax.runtime.files import write_atomically
-from fedmoe_jax.types import UserError
+from fedmoe_jax.runtime.files import flatten, write_atomically
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto;

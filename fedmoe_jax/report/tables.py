@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedmoe_jax.config import flatten
 from fedmoe_jax.report.runs import (
     NAN,
     Run,
@@ -21,6 +20,7 @@ from fedmoe_jax.report.runs import (
     varied_fields,
     varies,
 )
+from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train.writers import ACCURACIES
 
 Measured = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label

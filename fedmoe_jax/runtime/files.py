@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmoe_jax.types import UserError
+from fedmoe_jax.options import UserError
 
 
 def plain(value: Any) -> Any:
@@ -25,6 +25,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` to `{"a.b": 1}`: every field under its dotted name."""
+    flat = {}
+    for name, value in tree.items():
+        deeper = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
+    return flat
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fedmoe_jax.types import PyTree, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import PyTree
 
 # A process that was not heard of for so many seconds is dead, and so are the others.
 HEARTBEAT_SECONDS = 30

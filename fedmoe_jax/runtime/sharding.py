@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedmoe_jax.types import PER_RUN, Array, Federation, PyTree, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import PER_RUN, Array, Federation, PyTree
 
 RUNS = "runs"
 CLIENTS = "clients"

@@ -4,6 +4,7 @@ import functools
 
 import jax
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies.fedavg import (
     CENTRALISED,
     CENTRALISED_ACTIVE,
@@ -31,15 +32,7 @@ from fedmoe_jax.strategies.load_balanced import LOAD_BALANCED, LOAD_BALANCED_RUN
 from fedmoe_jax.strategies.pfedmoe import PFEDMOE
 from fedmoe_jax.strategies.random import FIXED_RANDOM, RANDOM
 from fedmoe_jax.strategies.round_robin import ROUND_ROBIN
-from fedmoe_jax.types import (
-    Array,
-    Assignment,
-    Evidence,
-    Hyper,
-    Sizes,
-    Strategy,
-    UserError,
-)
+from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
 
 STRATEGIES: dict[str, Strategy] = {
     "random": RANDOM,

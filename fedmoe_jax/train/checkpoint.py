@@ -23,10 +23,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from fedmoe_jax.config import flatten
+from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.runtime.files import plain
-from fedmoe_jax.types import Array, PyTree, SimState, UserError
+from fedmoe_jax.runtime.files import flatten, plain
+from fedmoe_jax.types import Array, PyTree, SimState
 
 # name of the leaf -> [dtype and shape, sha256 of the values]
 Leaves = dict[str, list[str]]

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.config import flatten, validate
+from fedmoe_jax.config import validate
+from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime import multihost
+from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train.run import load_data
 from fedmoe_jax.train.sweep import Member, plan_waves, sweep
 from fedmoe_jax.train.workdir import claim_workdir
-from fedmoe_jax.types import UserError
 
 
 def apply_change(config: ConfigDict, change: str) -> None:

@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.config import FREE_FIELDS
 from fedmoe_jax.data.partition import load_partition, save_partition
+from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import read_json, write_atomically, write_json
 from fedmoe_jax.train import checkpoint
-from fedmoe_jax.types import Partition, UserError
+from fedmoe_jax.types import Partition
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import plain, write_atomically
-from fedmoe_jax.types import UserError
 from fedmoe_jax.world.outcome import OUTCOMES
 
 Row = dict[str, Any]

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.types import Array, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Array
 
 
 def reach_share(round: Array, phase: Array, *, share, swing, day) -> Array:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fedmoe_jax.types import Devices, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Devices
 
 
 class Tier(NamedTuple):

@@ -23,7 +23,8 @@ from fedmoe_jax.align.usage import (
     starved,
     update_usage,
 )
-from fedmoe_jax.types import Assignment, Feedback, Hyper, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Assignment, Feedback, Hyper
 
 C, E, K = 4, 6, 3
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.alignment import state_bytes
+from fedmoe_jax.align import top_k as top_k_file
 from fedmoe_jax.align.learn import count_load
 from fedmoe_jax.align.top_k import top_k
 from fedmoe_jax.cohort import Report

@@ -20,7 +20,7 @@ from sklearn.linear_model import RidgeClassifier
 
 from fedmoe_jax.data import cache, cifar10
 from fedmoe_jax.data import load as data
-from fedmoe_jax.types import UserError
+from fedmoe_jax.options import UserError
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer")
 NAMES += ("dog", "frog", "horse", "ship", "truck")

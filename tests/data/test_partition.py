@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from configs import default
 from fedmoe_jax.data import partition
 from fedmoe_jax.federation import make_partition
-from fedmoe_jax.types import Dataset, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Dataset
 
 ARGUMENTS = {
     "num_clients": 5,

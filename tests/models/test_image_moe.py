@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from fedmoe_jax.models import routing
 from fedmoe_jax.models.image_moe import apply_experts, build_model, pool
 from fedmoe_jax.models.routing import gate_logits, route
-from fedmoe_jax.types import UserError
+from fedmoe_jax.options import UserError
 
 BATCH, EXPERTS, LABELS, FEATURES = 3, 5, 4, 6
 ROUTE = jax.jit(route, static_argnums=2)

@@ -16,7 +16,7 @@ from factories import SMALL
 
 import launch
 from configs import default
-from fedmoe_jax.config import flatten
+from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.writers import read_metrics

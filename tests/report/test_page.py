@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.report import curves, signatures, tables
 from fedmoe_jax.report import page as report
 from fedmoe_jax.report import runs as runs_
-from fedmoe_jax.types import UserError
 
 NAMES = [f"class{i}" for i in range(5)]
 N, L = 6, len(NAMES)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime import files
-from fedmoe_jax.types import UserError
 
 
 def test_json_is_strict_and_whole(tmp_path):

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from configs import default
+from fedmoe_jax.options import UserError
 from fedmoe_jax.program import init_state
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime.sharding import (
@@ -22,7 +23,7 @@ from fedmoe_jax.runtime.sharding import (
     spread,
 )
 from fedmoe_jax.train import run as train
-from fedmoe_jax.types import PER_RUN, Federation, UserError
+from fedmoe_jax.types import PER_RUN, Federation
 
 DEVICES = 8
 COHORT = 3  # divisible neither by 8 devices nor by 2 devices with chunks of 3

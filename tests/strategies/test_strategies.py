@@ -18,6 +18,7 @@ from fedmoe_jax.client import (
     mix_probabilities,
     step_weights,
 )
+from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies import (
     STRATEGIES,
     either,
@@ -30,14 +31,7 @@ from fedmoe_jax.strategies import (
     traits,
 )
 from fedmoe_jax.strategies.fedavg import normalise_steps
-from fedmoe_jax.types import (
-    Assignment,
-    Evidence,
-    Feedback,
-    Hyper,
-    Sizes,
-    UserError,
-)
+from fedmoe_jax.types import Assignment, Evidence, Feedback, Hyper, Sizes
 
 SIZES = Sizes(
     num_clients=10,

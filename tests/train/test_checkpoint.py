@@ -15,9 +15,10 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime import files
 from fedmoe_jax.train import checkpoint
-from fedmoe_jax.types import AlignState, SimState, UserError
+from fedmoe_jax.types import AlignState, SimState
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
 pytestmark = pytest.mark.filterwarnings(

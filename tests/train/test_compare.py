@@ -6,9 +6,9 @@ import pytest
 from factories import SMALL
 
 from configs import compare as study
-from fedmoe_jax.config import flatten
+from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train.compare import apply_change, compare, list_members
-from fedmoe_jax.types import UserError
 
 TINY = SMALL | {
     "checkpoint.every": 1,

@@ -9,11 +9,12 @@ import pytest
 
 from configs import default
 from fedmoe_jax.models.flops import count_activation_bytes
+from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program, init_state
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train import memory
 from fedmoe_jax.train import run as train
-from fedmoe_jax.types import Federation, SimState, UserError
+from fedmoe_jax.types import Federation, SimState
 
 
 class Parts(NamedTuple):

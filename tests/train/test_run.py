@@ -14,6 +14,7 @@ from factories import SMALL
 
 from configs import default
 from fedmoe_jax.data.partition import load_partition
+from fedmoe_jax.options import UserError
 from fedmoe_jax.program import init_state
 from fedmoe_jax.report.page import write_report
 from fedmoe_jax.report.runs import load_run
@@ -23,7 +24,6 @@ from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import loop as driver
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.writers import read_metrics
-from fedmoe_jax.types import UserError
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
 pytestmark = pytest.mark.filterwarnings(

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.train import writers as metrics
-from fedmoe_jax.types import UserError
 
 
 def row(number: int, **more):

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.train.workdir import keep_devices
-from fedmoe_jax.types import Devices, UserError
+from fedmoe_jax.types import Devices
 from fedmoe_jax.world.devices import TIERS, Tier, draw_devices, read_devices
 from fedmoe_jax.world.devices import unlimited_device as unlimited
 

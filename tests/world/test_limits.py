@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmoe_jax.types import Devices, UserError
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Devices
 from fedmoe_jax.world.availability import sample_cohort
 from fedmoe_jax.world.costs import Costs
 from fedmoe_jax.world.limits import true_capacity

@@ -1,0 +1,285 @@
+"""The records that a user fills: `Data`, `Task`, `Model`, `Strategy` and `Process`.
+
+Each is a tuple of pure functions and constants, hashable, so that equal records share
+one compiled program. Whatever is added lives in one file that fills one of these, and
+in one row of the table that names its kind: `data.DATASETS`, `tasks.TASKS`,
+`models.MODELS`, `strategies.STRATEGIES`, `world.PROCESSES`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fedmoe_jax.options import Option, Range
+from fedmoe_jax.types import (
+    Array,
+    Assignment,
+    Evidence,
+    Feedback,
+    Hyper,
+    PyTree,
+    Sizes,
+)
+
+
+class Data(NamedTuple):
+    """A data set on the host, as NumPy arrays. It never depends on a run's seed.
+
+    Attributes:
+      train: leaves [X, ...] of any dtype, by name; what they mean is the task's affair.
+      test: the same names, leaves [X', ...].
+      stratum: [X] int32 in [0, L), what the partition skews: label, topic, language.
+      test_stratum: [X'] int32, likewise.
+      stratum_names: L names.
+      task: the name of its task in `tasks.TASKS`.
+      owner: [X] int32 in [0, N), the natural client of each training example, for
+        `partition.kind=natural`; None where there is none.
+    """
+
+    train: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+    stratum: np.ndarray
+    test_stratum: np.ndarray
+    stratum_names: tuple[str, ...]
+    task: str
+    owner: np.ndarray | None = None
+
+
+class Scores(NamedTuple):
+    """The quality of a batch of outputs, leaves [B, ...positions].
+
+    Attributes:
+      loss: float32, what training minimises; nats for cross-entropies.
+      score: float32 in [0, 1], 1 is best: 1 where a class is predicted right.
+      weight: float32 >= 0, 0 for padding; None where every position counts alike.
+    """
+
+    loss: Array
+    score: Array
+    weight: Array | None = None
+
+
+class Task(NamedTuple):
+    """The meaning of a data set: its batches, its loss, its score.
+
+    Attributes:
+      statistics: Data -> pytree of arrays that `prepare` reads, of the training data.
+      prepare: (rows, statistics) -> batch; rows have the leaves of `Data.train`,
+        [B, ...], and so has the batch, as the model reads it.
+      loss: (outputs of the model, batch) -> Scores.
+      example: Data -> the shapes and dtypes of one prepared batch, B = 1; what a model
+        is built for.
+      drifts: (name, (rows, amount []) -> rows) of every way in which rows can drift.
+    """
+
+    statistics: Callable[[Data], PyTree]
+    prepare: Callable[[PyTree, PyTree], PyTree]
+    loss: Callable[[PyTree, PyTree], Scores]
+    drifts: tuple[tuple[str, Callable[[PyTree, Array], PyTree]], ...] = ()
+
+
+class Route(NamedTuple):
+    """How a strategy changes the routing inside the model.
+
+    Attributes:
+      num_active: A.
+      mix: `outputs` of the experts, or their `probabilities`.
+      priority: gates [B, K] -> value [K] of training each expert on the batch; the
+        `budget` most valuable get gradients. None: all.
+      budget: [] int32, experts that the client has room to train; read with `priority`.
+    """
+
+    num_active: int
+    mix: str = "outputs"
+    priority: Callable[[Array], Array] | None = None
+    budget: Array | None = None
+
+
+class Routing(NamedTuple):
+    """The decisions of the gates of one forward pass, of G MoE layers.
+
+    Attributes:
+      logits: [G, P, E] float32 over all experts, P positions of the batch (images or
+        tokens); None for a model with one expert.
+      gates: [G, P, K] float32 over the held experts, rows sum to 1.
+    """
+
+    logits: Array | None
+    gates: Array
+
+
+class Parts(NamedTuple):
+    """The functions of a model with ONE MoE layer.
+
+    With them evaluation computes every expert once per batch, whoever asks.
+
+    Attributes:
+      stem: (stem params, batch, key or None) -> features [B, ...].
+      expert: (ONE expert's params, features, key or None) -> outputs [B, O].
+      head: (head params, outputs [..., O]) -> outputs of the model [..., L].
+    """
+
+    stem: Callable[[PyTree, PyTree, Array | None], Array]
+    expert: Callable[[PyTree, Array, Array | None], Array]
+    head: Callable[[PyTree, Array], Array]
+
+
+class Model(NamedTuple):
+    """Pure functions of a mixture of experts with G MoE layers.
+
+    Attributes:
+      init: key -> (params, frozen). Params are `{"stem", "gate", "experts", "head"}`;
+        `gate` and `experts` hold one subtree per MoE layer, named so that they sort in
+        the order of the layers, and every leaf there has a leading E axis. A gate has
+        leaves `kernel` [E, D] and `bias` [E]. Frozen is what is never trained, {} for
+        most.
+      apply: (params, frozen, batch, held [G, K], slot [G, K], route, key or None) ->
+        outputs, Routing; the experts of `params` are the held ones, [K, ...].
+      parts: the functions of a model with one MoE layer, or None.
+    """
+
+    init: Callable[[Array], tuple[PyTree, PyTree]]
+    apply: Callable[..., tuple[PyTree, Routing]]
+    parts: Parts | None = None
+
+
+# (evidence, hyper, sizes, key) -> Assignment
+AssignFn = Callable[[Evidence, Hyper, Sizes, Array], Assignment]
+# (evidence, assignment, feedback [C, K], reports [C, ...], hyper) -> state
+UpdateFn = Callable[[Evidence, Assignment, Feedback, PyTree, Hyper], PyTree]
+
+
+def same_config(config: ConfigDict) -> ConfigDict:
+    """The config as the user gave it."""
+    return config
+
+
+def no_state(sizes: Sizes) -> PyTree:
+    """For strategies that learn nothing beyond fitness and usage."""
+    return {}
+
+
+def same_state(
+    evidence: Evidence,
+    assignment: Assignment,
+    feedback: Feedback,
+    reports: PyTree,
+    hyper: Hyper,
+) -> PyTree:
+    """The state as it was."""
+    return evidence.state
+
+
+class Strategy(NamedTuple):
+    """One published system or control.
+
+    `assign`, `init`, `update`, `report`, `gate_weight`, `expert_weight` and `gate_loss`
+    are written for ONE MoE layer and mapped over the layers G at one place,
+    `align.layers`. What is None is taken from the config when the program is built.
+
+    Attributes:
+      about: its decision, one sentence.
+      assign: (evidence, hyper, sizes, key) -> Assignment of the cohort.
+      reads: the learnt evidence that it decides from, of `fitness` and `usage`.
+      needs: its advantages beyond the shared rules, "" for none; the report prints it.
+      options: its config fields.
+      allowed: (field, allowed values) of other fields in which it allows less.
+      at_most: (field, other field) of the config: the one may not exceed the other.
+      configure: config -> config of its program: sizes, optimisers, loss weights. Data,
+        split, devices and capacity keep the user's config.
+      init: sizes -> its own state before the first round.
+      update: (evidence, assignment, feedback, reports, hyper) -> its state after a
+        round; feedback is 0 for clients whose update did not arrive.
+      report: (routing of the layer, batch, hyper) -> pytree that a client sends beside
+        its update, the mean over its local batches; None for nothing.
+      stages: (round, (state, federation, hyper, key, program) -> (state, frozen)), run
+        between chunks, before the round of that number; the number may be the name of
+        a config field.
+      exchange: (personal parts [N, ...], state, evidence, arrived [C], hyper) ->
+        personal parts, state, and the experts that each client of the cohort has sent
+        to and received from others, [C] each; it sees all layers. None for nothing.
+      gate_weight: (held [E] bool, feedback [K], examples [], hyper) of ONE client ->
+        weight of each of its gate rows in their averages, [E].
+      expert_weight: (slot [K] bool, feedback [K], examples [], hyper) of ONE client ->
+        weight of the expert in each slot in its average, [K].
+      gate_loss: (logits [P, E], held [E] bool, factor [], hyper) -> [] nats;
+        `factor` is the assignment's factor of the calibration loss.
+      expert_priority: (gates [P, K], hyper) -> value [K] of training each held expert
+        on a batch; the most valuable get gradients, as many as the client has room
+        for. None: all.
+      mix: `outputs` of the experts, or their `probabilities`.
+      step_scale: (steps [C], examples [C], momentum) -> factors [C] of the cohort's
+        deltas; None for 1.
+      personal: parts that stay with the clients, of `stem`, `gate`, `experts`, `head`.
+      local_experts: the last experts, as many of them stay with the clients, where
+        `experts` is personal.
+      frozen: parts that are not trained; every client receives them once.
+      silent: whether nothing travels between clients and server.
+      pooled: whether one client owns all data and takes the steps of a whole cohort.
+      variates: whether clients correct their gradients by control variates.
+      gate_period: hyper -> rounds from one showing of personal gates to the next; None
+        for never.
+      test_active: experts per example in evaluation, 0 for as many as in training.
+      every_expert: whether evaluation computes all E experts for every example.
+      one_layer: whether it is defined for models with one MoE layer only.
+    """
+
+    about: str
+    assign: AssignFn
+    reads: tuple[str, ...] = ()
+    needs: str = ""
+    options: tuple[Option, ...] = ()
+    allowed: tuple[tuple[str, Range | tuple[str, ...]], ...] = ()
+    at_most: tuple[tuple[str, str], ...] = ()
+    configure: Callable[[ConfigDict], ConfigDict] = same_config
+    init: Callable[[Sizes], PyTree] = no_state
+    update: UpdateFn = same_state
+    report: Callable[..., PyTree] | None = None
+    stages: tuple[tuple[int | str, Callable[..., tuple[Any, PyTree]]], ...] = ()
+    exchange: Callable[..., tuple[PyTree, PyTree, Array, Array]] | None = None
+    gate_weight: Callable[..., Array] | None = None
+    expert_weight: Callable[..., Array] | None = None
+    gate_loss: Callable[..., Array] | None = None
+    expert_priority: Callable[[Array, Hyper], Array] | None = None
+    mix: str = "outputs"
+    step_scale: Callable[[Array, Array, float], Array] | None = None
+    personal: tuple[str, ...] | None = None
+    local_experts: int = 0
+    frozen: tuple[str, ...] = ()
+    silent: bool = False
+    pooled: bool = False
+    variates: bool = False
+    gate_period: Callable[[Hyper], Array] | None = None
+    test_active: int = 0
+    every_expert: bool | None = None
+    one_layer: bool = False
+
+
+class Process(NamedTuple):
+    """One process of the world: what varies over rounds and what clients meet in it.
+
+    `world.step` chains the processes that are on, in the order of their table. A
+    process that is off is not in the program.
+
+    Attributes:
+      about: what it does, one sentence.
+      options: the fields of its config group.
+      is_on: config -> whether it would change anything.
+      init: (keys, hyper, sizes) -> its state before the first round.
+      step: (state, keys, round [], hyper) -> its state in the round. All draws are
+        made here, for all N clients, from `keys.of(purpose)` or `keys.always(purpose)`.
+      apply: (state, view, hyper) -> view; draws nothing, as evaluation uses it too.
+      after: (state, outcome [C], cohort [C], hyper) -> its state after the round.
+      metrics: state -> metrics of the round, by name.
+    """
+
+    about: str
+    is_on: Callable[[ConfigDict], bool]
+    init: Callable[..., PyTree]
+    step: Callable[..., PyTree]
+    apply: Callable[..., Any]
+    options: tuple[Option, ...] = ()
+    after: Callable[..., PyTree] | None = None
+    metrics: Callable[[PyTree], dict[str, Array]] | None = None
