@@ -4,8 +4,8 @@ Each part of the model is averaged over the clients that trained it:
 
     params_e <- params_e + server_step( sum_c w_ce delta_ce / sum_c w_ce )
 
-Sums are accumulated chunk by chunk, so memory does not grow with the cohort. What
-nobody trained keeps its value and its optimiser moments.
+Sums are accumulated chunk by chunk, so memory does not grow with the cohort. Parts
+without a client keep their values and their optimiser moments.
 """
 
 import functools
@@ -16,10 +16,19 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedmoe_jax.align.top_k import held_mask
-from fedmoe_jax.client import ClientInput, ClientUpdate, is_local
-from fedmoe_jax.rules import PARTS, Rules
-from fedmoe_jax.types import Array, Hyper, PyTree
+from fedmoe_jax.base import PARTS, Strategy
+from fedmoe_jax.models.submodel import held_mask, is_local
+from fedmoe_jax.optimizers import server_optimizer
+from fedmoe_jax.types import (
+    Array,
+    ClientInput,
+    ClientUpdate,
+    Feedback,
+    Hyper,
+    PyTree,
+    SimState,
+    Static,
+)
 
 
 @struct.dataclass
@@ -52,8 +61,8 @@ def add_stale(sums: Sums, stale: Sums, discount: Array) -> Sums:
     Args:
       sums: of this round.
       stale: of the round before.
-      discount: [] in [0, 1], what counts of a stale delta. Its weight stays whole, so
-        that it is discounted where nobody else has trained as well.
+      discount: [] in [0, 1], factor of a stale delta. Its weight stays whole, so that
+        it is discounted also where no other client has trained.
     """
     add = lambda now, old: now + discount * old
     return Sums(
@@ -62,45 +71,29 @@ def add_stale(sums: Sums, stale: Sums, discount: Array) -> Sums:
     )
 
 
-def count_rows(update: ClientUpdate) -> int:
-    """E, rows of a client's gate."""
-    return update.delta["gate"]["bias"].shape[0]
+def all_rows(held: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
+    """All gate rows of every client, by its examples: [E]."""
+    return jnp.full(held.shape, size.astype(jnp.float32))
 
 
-def all_rows(
-    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
-) -> Array:
-    """All gate rows of every client, by its examples."""
-    return jnp.full((count_rows(update),), size.astype(jnp.float32))
-
-
-def held_rows(
-    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
-) -> Array:
-    """Only the gate rows of experts that the client held, by its examples."""
-    held = held_mask(inputs.held, inputs.slot, count_rows(update))
+def held_rows(held: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
+    """Only the gate rows of experts that the client held, by its examples: [E]."""
     return jnp.where(held, size.astype(jnp.float32), 0.0)
 
 
-def no_rows(
-    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
-) -> Array:
-    """None: the gate never leaves the client."""
-    return jnp.zeros((count_rows(update),))
+def no_rows(held: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
+    """None: the gate never leaves the client. [E]."""
+    return jnp.zeros(held.shape)
 
 
-def by_examples(
-    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
-) -> Array:
-    """Experts by the examples that the client owns."""
-    return jnp.full(inputs.slot.shape, size.astype(jnp.float32))
+def by_examples(slot: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
+    """Experts by the examples that the client owns: [K]."""
+    return jnp.full(slot.shape, size.astype(jnp.float32))
 
 
-def by_routed(
-    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
-) -> Array:
-    """Experts by the examples that were routed through them in the round."""
-    return update.feedback.load
+def by_routed(slot: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
+    """Experts by the examples that were routed through them in the round: [K]."""
+    return feedback.load
 
 
 GATE_WEIGHTS = {"global": all_rows, "holder_rows": held_rows, "personal": no_rows}
@@ -117,30 +110,33 @@ def weigh(
     update: ClientUpdate,
     size: Array,
     hyper: Hyper,
-    rules: Rules,
+    strategy: Strategy,
 ) -> dict[str, Array]:
-    """What ONE client weighs in the average of every part of the params.
+    """The weights of ONE client in the average of every part of the params.
 
     Args:
-      inputs: what the client was sent.
-      update: what it returned.
+      inputs: of the client.
+      update: its result.
       size: [] examples the client owns.
       hyper: hyperparameters.
-      rules: how rows and experts are weighted, and what stays with the client.
+      strategy: weights of rows and experts, and the parts that stay with the client.
 
     Returns:
       `stem` and `head` [], `gate` [E], `experts` [K]; 0 for what does not count. A
       broken update weighs like others: it travels, and is left out when it arrives.
     """
-    client = (inputs, update, size, hyper)
-    local = is_local(inputs.held, count_rows(update), rules.local_experts)
+    num_experts = update.delta["gate"]["bias"].shape[0]
+    held = held_mask(inputs.held, inputs.slot, num_experts)
+    local = is_local(inputs.held, num_experts, strategy.local_experts)
+    reported = update.feedback, size, hyper
+    expert_weight = strategy.expert_weight(inputs.slot, *reported)
     weights = {
         "stem": size.astype(jnp.float32),
-        "gate": rules.gate_weight(*client),
-        "experts": jnp.where(inputs.slot & ~local, rules.expert_weight(*client), 0.0),
+        "gate": strategy.gate_weight(held, *reported),
+        "experts": jnp.where(inputs.slot & ~local, expert_weight, 0.0),
         "head": size.astype(jnp.float32),
     }
-    for part in set(rules.personal) - {"experts"}:
+    for part in set(strategy.personal) - {"experts"}:
         weights[part] = jnp.zeros_like(weights[part])
     zero = lambda weight: jnp.where(inputs.steps > 0, weight, 0.0)
     return jax.tree.map(zero, weights)
@@ -158,8 +154,8 @@ def accumulate(
     Args:
       sums: leaves with a leading axis, one row for each of the sums.
       which: [] int32, the row that the client is added to.
-      inputs: what the client was sent.
-      update: what it returned.
+      inputs: of the client.
+      update: its result.
       weights: of each part of its delta, see `weigh`.
     """
     counted = counts(inputs, update)
@@ -189,7 +185,7 @@ def scale_rows(weight: Array, leaf: Array) -> Array:
 
 
 def mean_delta(sums: Sums) -> PyTree:
-    """Weighted mean deltas, zero where nobody contributed (never 0/0)."""
+    """Weighted mean deltas, zero where no client contributed (never 0/0)."""
 
     def divide(total: Array, weight: Array) -> Array:
         inverse = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
@@ -201,20 +197,8 @@ def mean_delta(sums: Sums) -> PyTree:
     }
 
 
-def server_optimizer(name: str, learning_rate: Array) -> optax.GradientTransformation:
-    """The server's transformation of the mean delta, seen as a negative gradient."""
-    table = {
-        "sgd": lambda: optax.sgd(learning_rate),
-        "momentum": lambda: optax.sgd(learning_rate, momentum=0.9),
-        "adam": lambda: optax.adam(learning_rate, b2=0.99, eps=1e-3),
-        "yogi": lambda: optax.yogi(learning_rate, b2=0.99, eps=1e-3),
-        "adagrad": lambda: optax.adagrad(learning_rate, eps=1e-3),
-    }
-    return table[name]()
-
-
 def keep_untrained(new: PyTree, old: PyTree, sums: Sums) -> PyTree:
-    """Takes `old` wherever nobody trained, in params and in optimiser states alike.
+    """Takes `old` where no client has trained, in params and in optimiser states alike.
 
     Optimiser states mirror the params, so their leaves lie under the same part names;
     leaves under no part (step counts) always advance.
@@ -230,6 +214,23 @@ def keep_untrained(new: PyTree, old: PyTree, sums: Sums) -> PyTree:
         return jnp.where(trained.reshape(shape), new_leaf, old_leaf)
 
     return jax.tree_util.tree_map_with_path(choose, new, old)
+
+
+def aggregate(
+    state: SimState, sums: Sums, hyper: Hyper, static: Static
+) -> tuple[PyTree, PyTree]:
+    """Step 5 of a round: new params and server optimiser state, stale updates included.
+
+    Args:
+      state: before the round.
+      sums: of the round.
+      hyper: gives the server's learning rate and `late.discount`.
+      static: gives the server's optimiser.
+    """
+    if state.stale:
+        sums = add_stale(sums, state.stale, hyper.late.discount)
+    tx = server_optimizer(static.server.optimizer, hyper.server.learning_rate)
+    return merge(state.params, state.server_opt, sums, tx)
 
 
 def merge(

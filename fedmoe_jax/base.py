@@ -23,6 +23,9 @@ from fedmoe_jax.types import (
     Sizes,
 )
 
+PARTS = ("stem", "gate", "experts", "head")  # of a model
+ALL_EXPERTS = 2**31 - 1  # as `Strategy.local_experts`
+
 
 class Data(NamedTuple):
     """A data set on the host, as NumPy arrays. It never depends on a run's seed.
@@ -194,7 +197,7 @@ class Strategy(NamedTuple):
         round; feedback is 0 for clients whose update did not arrive.
       report: (routing of the layer, batch, hyper) -> pytree that a client sends beside
         its update, the mean over its local batches; None for nothing.
-      stages: (round, (state, federation, hyper, key, program) -> (state, frozen)), run
+      stages: (round, (state, federation, hyper, key, model=, sizes=) -> state), run
         between chunks, before the round of that number; the number may be the name of
         a config field.
       exchange: (personal parts [N, ...], state, evidence, arrived [C], hyper) ->

@@ -1,43 +1,62 @@
-"""What every client of a cohort is sent, how it works, and how its round is judged."""
+"""The inputs of a cohort's clients, the conditions of their work, and its judge."""
 
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.client import ClientInput
+from fedmoe_jax.align.capacity import Capacity, count_examples
 from fedmoe_jax.cohort import JudgeFn
 from fedmoe_jax.program import Program
-from fedmoe_jax.types import Array, Assignment, Evidence, SimState
+from fedmoe_jax.types import (
+    Array,
+    Assignment,
+    ClientInput,
+    Evidence,
+    Hyper,
+    SimState,
+    Sizes,
+)
 from fedmoe_jax.world.outcome import Conditions, Outcome, judge_client
 from fedmoe_jax.world.step import View
 from fedmoe_jax.world.traffic import find_ways, plan_traffic
 
 
+def gather_evidence(
+    state: SimState, view: View, cohort: Array, capacity: Capacity, sizes: Sizes
+) -> Evidence:
+    """The strategy's view of the cohort [C]."""
+    align = state.align
+    return Evidence(
+        round=state.round,
+        client=cohort,
+        fitness=align.fitness[cohort],
+        usage=align.usage,
+        capacity=capacity.belief.capacity[cohort],
+        load=count_examples(view.federation, sizes)[cohort],
+        held=align.held[cohort],
+        state=align.strategy,
+    )
+
+
 def set_conditions(
+    state: SimState,
     view: View,
     evidence: Evidence,
     assignment: Assignment,
-    equipped: Array,
+    hyper: Hyper,
     program: Program,
 ) -> Conditions:
-    """Under which every cohort client works, with a leading C axis.
-
-    `equipped` [N] bool are the clients that have the frozen parts.
-    """
+    """The conditions of every cohort client's work, with a leading C axis."""
+    equipped = state.participation.equipped[evidence.client]
     take = lambda leaf: leaf[evidence.client]
     events = jax.tree.map(take, view.events)
-    if program.rules.silent:  # nobody has to reach them
+    if program.strategy.silent:  # clients need no link
         never = jnp.zeros_like(events.reachable)
         events = events.replace(reachable=~never, no_download=never, no_upload=never)
     return Conditions(
+        client=evidence.client,
         device=jax.tree.map(take, view.devices),
         events=events,
-        traffic=plan_traffic(
-            evidence,
-            assignment,
-            equipped[evidence.client],
-            program.sizes,
-            program.rules,
-        ),
+        traffic=plan_traffic(evidence, assignment, equipped, hyper, program),
         examples=evidence.load,
     )
 
@@ -57,16 +76,16 @@ def broadcast(
     assignment: Assignment,
     program: Program,
 ) -> ClientInput:
-    """What every cohort client is sent, and how it works, with a leading C axis."""
-    rules, cohort, federation = program.rules, evidence.client, view.federation
+    """The inputs of every cohort client, with a leading C axis."""
+    strategy, cohort, federation = program.strategy, evidence.client, view.federation
     steps, size = federation.steps[cohort], federation.size[cohort]
     scale, calibration = jnp.ones(cohort.shape), assignment.calibration
     if calibration is None:
         calibration = jnp.ones(cohort.shape)
     share = federation.size / federation.size.sum()
     correct = lambda rows: jnp.tensordot(share, rows, axes=1)[None] - rows[cohort]
-    if rules.step_scale:
-        scale = rules.step_scale(steps, size, rules.momentum)
+    if strategy.step_scale:
+        scale = strategy.step_scale(steps, size, program.static.client.momentum)
     return ClientInput(
         client=cohort,
         steps=steps,
@@ -76,28 +95,25 @@ def broadcast(
         slot=assignment.slot,
         calibration=calibration,
         correction=jax.tree.map(correct, state.variate),
-        own=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
+        personal=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
         distortion=find_distortion(world, federation.drift_source, cohort),
-        conditions=set_conditions(
-            view, evidence, assignment, state.participation.equipped, program
-        ),
     )
 
 
 def build_judge(program: Program) -> JudgeFn:
-    """Builds `judge(inputs, sent, finite) -> Outcome` of ONE client's round."""
-    rules, ways = program.rules, find_ways(program.rules)
+    """Builds `judge(conditions, sent, finite) -> Outcome` of ONE client's round."""
+    static, ways = program.static, find_ways(program.strategy)
 
-    def judge(inputs: ClientInput, sent: Array, finite: Array) -> Outcome:
+    def judge(conditions: Conditions, sent: Array, finite: Array) -> Outcome:
         return judge_client(
-            inputs.conditions,
-            jnp.zeros(()) if rules.silent else sent,
+            conditions,
+            jnp.zeros(()) if program.strategy.silent else sent,
             finite,
             costs=program.device_costs,
             ways=ways,
-            overload=rules.world.overload,
-            deadline=rules.deadline,
-            late=rules.world.late,
+            overload=static.devices.overload == "lose",
+            deadline=static.devices.deadline,
+            late=static.late.kind,
         )
 
     return judge

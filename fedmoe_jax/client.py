@@ -1,4 +1,4 @@
-"""What one client does in one round: T local steps on the sub-model that it holds."""
+"""One client's round: T local steps on the sub-model that it holds."""
 
 from collections.abc import Callable
 
@@ -6,127 +6,30 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
-from fedmoe_jax.align.top_k import held_mask
-from fedmoe_jax.loss import Seen, nothing_seen, see_batch, summarise_feedback
-from fedmoe_jax.models.image_moe import Model, apply_experts
-from fedmoe_jax.models.routing import (
-    calibration_loss,
-    gate_logits,
-    load_loss,
-    route,
-    z_loss,
+from fedmoe_jax.base import Routing
+from fedmoe_jax.loss import (
+    FeedbackSums,
+    mean_report,
+    sum_batch,
+    summarise_feedback,
+    zero_sums,
 )
-from fedmoe_jax.rules import Rules
-from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree, Sizes
-from fedmoe_jax.world.drift import distort
-from fedmoe_jax.world.outcome import Conditions
-
-
-@struct.dataclass
-class ClientInput:
-    """What the server sends to one client (a leading C axis in a round).
-
-    Attributes:
-      client: [] int32, client id.
-      steps: [] int32, local steps to take; 0 for what only pads the cohort.
-      budget: [] int32 >= 1, experts that the client has room to train.
-      scale: [] float32, factor of its delta in the averages, 1 for most.
-      held: [K] int32, ids of the held experts.
-      slot: [K] bool, which of them count.
-      calibration: [] float32 >= 0, factor of the calibration loss, 1 for most.
-      correction: what control variates add to its gradients, like params; {} for none.
-      own: the client's personal parts, by name like params; {} where there are none.
-      distortion: [] float32, how far its images have drifted; None where none do.
-      conditions: under which it works; read where its outcome is judged.
-    """
-
-    client: Array
-    steps: Array
-    budget: Array
-    scale: Array
-    held: Array
-    slot: Array
-    calibration: Array
-    correction: PyTree
-    own: PyTree
-    distortion: Array | None = None
-    conditions: Conditions | None = None
-
-
-@struct.dataclass
-class ClientUpdate:
-    """What one client sends back.
-
-    Attributes:
-      delta: sub-model `{stem, gate [E, ...], experts [K, ...], head}`, what training
-        added to what the server sent.
-      feedback: per-slot feedback.
-      loss: [] float32 nats, mean training loss (cross-entropy) over the steps.
-      accuracy: [] float32 in [0, 1], mean training accuracy over the steps.
-      finite: [] bool, whether every number of the update is finite.
-    """
-
-    delta: PyTree
-    feedback: Feedback
-    loss: Array
-    accuracy: Array
-    finite: Array
-
-
-def client_optimizer(
-    name: str, learning_rate: Array, momentum: float
-) -> optax.GradientTransformation:
-    """The local optimiser: `sgd` with momentum, or `adam`."""
-    table = {
-        "sgd": lambda: optax.sgd(learning_rate, momentum=momentum or None),
-        "adam": lambda: optax.adam(learning_rate),
-    }
-    return table[name]()
-
-
-def normalise(x: Array, mean: Array, std: Array) -> Array:
-    """Images [B, H, W, F] -> float32 with zero mean and unit variance per F.
-
-    Pixels are uint8, or floats in [0, 255].
-    `mean` and `std` [H, W, F] are read like the images, so that the loop vectorises.
-    """
-    return (x.astype(jnp.float32) / 255.0 - mean[None]) / std[None]
-
-
-def see(x: Array, distortion: Array | None, kind: str) -> Array:
-    """Images [B, H, W, F] as a client sees them: distorted where images drift."""
-    return distort(x.astype(jnp.float32), kind, distortion) if kind else x
-
-
-def is_local(held: Array, num_experts: int, local_experts: int) -> Array:
-    """Which of the held experts [K] never leave the client: the last ones of E."""
-    return held >= num_experts - local_experts
-
-
-def take_submodel(
-    params: PyTree, own: PyTree, held: Array, local_experts: int
-) -> PyTree:
-    """One client's sub-model: stem, head, all gate rows, the held experts [K, ...].
-
-    Args:
-      params: the server's.
-      own: the client's personal parts, instead of the server's.
-      held: [K] int32, expert ids.
-      local_experts: how many experts, the last ones, are the client's own.
-    """
-    parts = {part: own.get(part, params[part]) for part in ("stem", "gate", "head")}
-    experts = jax.tree.map(lambda leaf: leaf[held], params["experts"])
-    if "experts" in own:
-
-        def choose(mine: Array, sent: Array) -> Array:
-            local = is_local(held, mine.shape[0], local_experts)
-            shape = local.shape + (1,) * (sent.ndim - 1)
-            return jnp.where(local.reshape(shape), mine[held], sent)
-
-        experts = jax.tree.map(choose, own["experts"], experts)
-    return parts | {"experts": experts}
+from fedmoe_jax.models.image_moe import Model, apply_experts
+from fedmoe_jax.models.routing import gate_logits, route
+from fedmoe_jax.models.submodel import held_mask, take_submodel
+from fedmoe_jax.optimizers import add_prox, client_optimizer
+from fedmoe_jax.program import Program
+from fedmoe_jax.tasks.images import normalise, see
+from fedmoe_jax.types import (
+    Array,
+    ClientInput,
+    ClientUpdate,
+    Federation,
+    Hyper,
+    PyTree,
+    Sizes,
+)
 
 
 def draw_batches(key: Array, index: Array, size: Array, sizes: Sizes) -> Array:
@@ -149,22 +52,9 @@ def draw_batches(key: Array, index: Array, size: Array, sizes: Sizes) -> Array:
     return shuffled[draws].reshape(sizes.local_steps, sizes.batch_size)
 
 
-def sum_gate_losses(logits: Array, inputs: ClientInput, hyper: Hyper) -> Array:
-    """Calibration, load and z losses of gate logits [B, E], each with its weight."""
-    mask = held_mask(inputs.held, inputs.slot, logits.shape[1])
-    calibration = hyper.calibration * inputs.calibration
-    return (
-        calibration * calibration_loss(logits, mask)
-        + hyper.load_loss * load_loss(logits, mask)
-        + hyper.z_loss * z_loss(logits, mask)
-    )
-
-
-def freeze_others(
-    outputs: Array, gates: Array, inputs: ClientInput, hyper: Hyper, rules: Rules
-) -> Array:
-    """Experts' outputs [B, K, O]; gradients pass the `budget` most valuable only."""
-    value = jax.lax.stop_gradient(rules.focus(gates, hyper))
+def freeze_others(outputs: Array, value: Array, inputs: ClientInput) -> Array:
+    """Experts' outputs [B, K, O]; gradients pass the `budget` of highest value [K]."""
+    value = jax.lax.stop_gradient(value)
     rank = jnp.argsort(jnp.argsort(jnp.where(inputs.slot, -value, jnp.inf)))
     chosen = (rank < inputs.budget)[None, :, None]
     return jnp.where(chosen, outputs, jax.lax.stop_gradient(outputs))
@@ -191,10 +81,8 @@ def local_loss(
     hyper: Hyper,
     key: Array,
     *,
-    model: Model,
-    sizes: Sizes,
-    rules: Rules,
-) -> tuple[Array, Seen]:
+    program: Program,
+) -> tuple[Array, FeedbackSums]:
     """The objective of one local step.
 
     Cross-entropy and, where there is more than one expert, the losses of the gate.
@@ -206,59 +94,44 @@ def local_loss(
       inputs: the client's inputs.
       hyper: weights of the terms.
       key: of the step; dropout draws from it.
-      model: the model.
-      sizes: static sizes.
-      rules: what the objective is.
+      program: the model, and the strategy that shapes the objective.
 
     Returns:
-      loss [], and what the batch adds to the feedback.
+      loss [], and the feedback of the batch.
     """
+    model, strategy, sizes = program.model, program.strategy, program.sizes
     stem_key, expert_key = jax.random.split(key)
-    frozen = {part: jax.lax.stop_gradient(submodel[part]) for part in rules.frozen}
+    frozen = {part: jax.lax.stop_gradient(submodel[part]) for part in strategy.frozen}
     submodel = submodel | frozen
     features = model.stem(submodel["stem"], x, stem_key)
-    gates, gate_loss = jnp.ones((x.shape[0], 1)), 0.0
-    mass = jnp.ones(1) if rules.report_mass else jnp.ones(0)
+    gates, gate_loss, report = jnp.ones((x.shape[0], 1)), 0.0, None
     if sizes.num_experts > 1:  # a dense control has nothing to route
         logits = gate_logits(submodel["gate"], features)  # [B, E]
         gates = route(logits[:, inputs.held], inputs.slot, sizes.num_active)  # [B, K]
-        gate_loss = rules.gate_loss(logits, inputs, hyper)
-        if rules.report_mass:
-            mass = jax.nn.softmax(logits).mean(0)
+        held = held_mask(inputs.held, inputs.slot, sizes.num_experts)
+        gate_loss = strategy.gate_loss(logits, held, inputs.calibration, hyper)
+        if strategy.report:
+            report = strategy.report(Routing(logits, gates), {"x": x, "y": y}, hyper)
     outputs = apply_experts(model, submodel["experts"], features, expert_key)
-    if rules.focus:
-        outputs = freeze_others(outputs, gates, inputs, hyper, rules)
-    mix = mix_probabilities if rules.probabilities else mix_outputs
+    if strategy.expert_priority:
+        value = strategy.expert_priority(gates, hyper)
+        outputs = freeze_others(outputs, value, inputs)
+    mix = mix_probabilities if strategy.mix == "probabilities" else mix_outputs
     predictions = mix(model, submodel["head"], outputs, gates)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(predictions, y)
     correct = (predictions.argmax(-1) == y).astype(jnp.float32)
     loss = cross_entropy.mean() + gate_loss
-    return loss, see_batch(cross_entropy, correct, gates, mass)
+    return loss, sum_batch(cross_entropy, correct, gates, report)
 
 
-def add_prox(grads: PyTree, submodel: PyTree, received: PyTree, prox: Array) -> PyTree:
-    """Adds the gradient of FedProx's `prox / 2 * |submodel - received|^2`.
-
-    Written as a gradient, it fuses with the optimiser's pass over the params.
-    """
-    return jax.tree.map(lambda g, w, r: g + prox * (w - r), grads, submodel, received)
-
-
-def step_weights(steps: Array, momentum: float) -> Array:
-    """How often, in sum over its steps, a gradient of local SGD ends up in the delta.
-
-    The gradient of a step is in the momentum of all later ones; without momentum each
-    counts once. FedNova's |a|_1 (arXiv 2007.07481, section 4).
-
-    Args:
-      steps: [...] int32 or float32, local steps.
-      momentum: in [0, 1).
-    """
-    steps = steps.astype(jnp.float32)
-    if momentum == 0:
-        return steps
-    tail = momentum * (1 - momentum**steps) / (1 - momentum)
-    return (steps - tail) / (1 - momentum)
+def report_shapes(hyper: Hyper, program: Program) -> PyTree:
+    """Shapes of the strategy's report on a batch; None without one."""
+    sizes, strategy = program.sizes, program.strategy
+    if strategy.report is None or sizes.num_experts == 1:
+        return None
+    shape = lambda width: jax.ShapeDtypeStruct((sizes.batch_size, width), jnp.float32)
+    routing = Routing(shape(sizes.num_experts), shape(sizes.max_held))
+    return jax.eval_shape(lambda r: strategy.report(r, {}, hyper), routing)
 
 
 def all_finite(tree: PyTree) -> Array:
@@ -268,16 +141,16 @@ def all_finite(tree: PyTree) -> Array:
     )
 
 
-def build_client_update(
-    model: Model, sizes: Sizes, rules: Rules
-) -> Callable[..., ClientUpdate]:
+def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
     """Builds `client_update(params, inputs, federation, hyper, key) -> ClientUpdate`.
 
     The returned function is written for ONE client; `key` is that client's key of the
     round. Cost and memory follow K, never E. Ragged clients take `inputs.steps` steps,
     others all T; a trip count known beforehand is faster on accelerators. Without
-    `prox` a step does not read the received params, which would not fit in cache.
+    `static.prox` a step does not read the received params, which would not fit in
+    cache.
     """
+    sizes, static, strategy = program.sizes, program.static, program.strategy
 
     def client_update(
         params: PyTree,
@@ -287,56 +160,54 @@ def build_client_update(
         key: Array,
     ) -> ClientUpdate:
         chex.assert_shape([inputs.held, inputs.slot], (sizes.max_held,))
-        received = take_submodel(params, inputs.own, inputs.held, rules.local_experts)
+        received = take_submodel(
+            params, inputs.personal, inputs.held, strategy.local_experts
+        )
         tx = client_optimizer(
-            rules.client_optimizer, hyper.client_learning_rate, rules.momentum
+            static.client.optimizer, hyper.client.learning_rate, static.client.momentum
         )
         draw_key, dropout_key = jax.random.split(key)
+        client = inputs.client
         batches = draw_batches(
-            draw_key,
-            federation.index[inputs.client],
-            federation.size[inputs.client],
-            sizes,
+            draw_key, federation.index[client], federation.size[client], sizes
         )
 
         def local_step(step, carry):
-            submodel, opt_state, seen = carry
+            submodel, opt_state, sums = carry
             ids = batches[step]
-            x = see(federation.x[ids], inputs.distortion, rules.world.images)
+            x = see(federation.x[ids], inputs.distortion, program.world.images)
             x = normalise(x, federation.mean, federation.std)
-            grads, seen_now = jax.grad(local_loss, has_aux=True)(
+            grads, batch_sums = jax.grad(local_loss, has_aux=True)(
                 submodel,
                 x,
                 federation.y[ids],
                 inputs,
                 hyper,
                 jax.random.fold_in(dropout_key, step),
-                model=model,
-                sizes=sizes,
-                rules=rules,
+                program=program,
             )
-            if rules.prox:
-                grads = add_prox(grads, submodel, received, hyper.prox)
+            if static.prox:
+                grads = add_prox(grads, submodel, received, hyper.client.prox)
             if inputs.correction:
                 grads = optax.tree.add(grads, inputs.correction)
             updates, opt_state = tx.update(grads, opt_state, submodel)
             submodel = optax.apply_updates(submodel, updates)
-            return submodel, opt_state, jax.tree.map(jnp.add, seen, seen_now)
+            return submodel, opt_state, jax.tree.map(jnp.add, sums, batch_sums)
 
-        steps = inputs.steps if rules.ragged else sizes.local_steps
-        num_mass = sizes.num_experts if rules.report_mass else 0
-        seen = nothing_seen(sizes.max_held, num_mass)
-        start = received, tx.init(received), seen
-        trained, _, seen = jax.lax.fori_loop(0, steps, local_step, start)
+        steps = inputs.steps if static.ragged else sizes.local_steps
+        sums = zero_sums(sizes.max_held, report_shapes(hyper, program))
+        start = received, tx.init(received), sums
+        trained, _, sums = jax.lax.fori_loop(0, steps, local_step, start)
         delta = optax.tree.sub(trained, received)
         chex.assert_trees_all_equal_shapes(delta, received)
         examples = jnp.maximum(steps * sizes.batch_size, 1)
         return ClientUpdate(
             delta=delta,
-            feedback=summarise_feedback(seen),
-            loss=seen.total_loss / examples,
-            accuracy=seen.total_right / examples,
-            finite=all_finite(delta) & jnp.isfinite(seen.total_loss),
+            feedback=summarise_feedback(sums),
+            report=mean_report(sums),
+            loss=sums.total_loss / examples,
+            accuracy=sums.total_right / examples,
+            finite=all_finite(delta) & jnp.isfinite(sums.total_loss),
         )
 
     return client_update

@@ -12,37 +12,52 @@ import jax.numpy as jnp
 from flax import struct
 
 from fedmoe_jax.aggregate import Sums, accumulate, weigh, zero_sums
-from fedmoe_jax.client import ClientInput, ClientUpdate, is_local, step_weights
-from fedmoe_jax.rules import Rules
+from fedmoe_jax.models.submodel import is_local
+from fedmoe_jax.optimizers import step_weights
+from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size, schedule
 from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.types import Array, Federation, Feedback, Hyper, PyTree
-from fedmoe_jax.world.outcome import STALE, Outcome
+from fedmoe_jax.types import (
+    AlignState,
+    Array,
+    ClientInput,
+    ClientUpdate,
+    Evidence,
+    Federation,
+    Feedback,
+    Hyper,
+    PyTree,
+    SimState,
+)
+from fedmoe_jax.world.outcome import STALE, Conditions, Outcome
 
-# (inputs, experts that it sends [], whether its update is finite []) -> outcome, of ONE
-JudgeFn = Callable[[ClientInput, Array, Array], Outcome]
+# (conditions, experts that it sends [], whether its update is finite []) -> outcome, of
+# ONE client.
+JudgeFn = Callable[[Conditions, Array, Array], Outcome]
 
 
 @struct.dataclass
-class Report:
-    """What the server keeps of each client's update (leading C axis).
+class Reply:
+    """The part of each client's update that the server keeps (leading C axis).
 
     Attributes:
       feedback: per-slot feedback [C, K].
+      report: the strategy's, leaves [C, ...]; None without one.
       loss: [C] float32 nats.
       accuracy: [C] float32.
       outcome: what became of the client's round.
       sent: [C] float32, experts whose update it sends.
-      own: trained personal parts, by name like params; {} where there are none.
+      personal: trained personal parts, by name like params; {} where there are none.
       variate: new control variates, like params; {} where there are none.
     """
 
     feedback: Feedback
+    report: PyTree
     loss: Array
     accuracy: Array
     outcome: Outcome
     sent: Array
-    own: PyTree
+    personal: PyTree
     variate: PyTree
 
     @property
@@ -51,7 +66,9 @@ class Report:
         return self.outcome.arrived
 
 
-def train_own(inputs: ClientInput, update: ClientUpdate, local_experts: int) -> PyTree:
+def train_personal(
+    inputs: ClientInput, update: ClientUpdate, local_experts: int
+) -> PyTree:
     """ONE client's personal parts after training."""
 
     def add_rows(old: Array, delta: Array) -> Array:
@@ -61,9 +78,9 @@ def train_own(inputs: ClientInput, update: ClientUpdate, local_experts: int) -> 
 
     def add_part(part: str) -> PyTree:
         add = add_rows if part == "experts" else jnp.add
-        return jax.tree.map(add, inputs.own[part], update.delta[part])
+        return jax.tree.map(add, inputs.personal[part], update.delta[part])
 
-    return {part: add_part(part) for part in inputs.own}
+    return {part: add_part(part) for part in inputs.personal}
 
 
 def renew_variate(
@@ -77,37 +94,38 @@ def renew_variate(
     """
     if not inputs.correction:
         return {}
-    rate = 1.0 / (step_weights(inputs.steps, momentum) * hyper.client_learning_rate)
+    rate = 1.0 / (step_weights(inputs.steps, momentum) * hyper.client.learning_rate)
     renew = lambda correction, delta: -correction - rate * delta
     return jax.tree.map(renew, inputs.correction, update.delta)
 
 
-def make_report(
+def make_reply(
     update: ClientUpdate,
     inputs: ClientInput,
     sent: Array,
     outcome: Outcome,
     hyper: Hyper,
-    rules: Rules,
-) -> Report:
-    """The report of ONE client.
+    program: Program,
+) -> Reply:
+    """The reply of ONE client.
 
     Args:
-      update: what the client returned.
-      inputs: what it was sent.
+      update: the client's result.
+      inputs: of the client.
       sent: [] float32, experts that it sends.
       outcome: what became of its round.
       hyper: hyperparameters.
-      rules: what stays with the client.
+      program: the parts that stay with the client, and its momentum.
     """
-    return Report(
+    return Reply(
         feedback=update.feedback,
+        report=update.report,
         loss=update.loss,
         accuracy=update.accuracy,
         outcome=outcome,
         sent=sent,
-        own=train_own(inputs, update, rules.local_experts),
-        variate=renew_variate(inputs, update, hyper, rules.momentum),
+        personal=train_personal(inputs, update, program.strategy.local_experts),
+        variate=renew_variate(inputs, update, hyper, program.static.client.momentum),
     )
 
 
@@ -116,109 +134,117 @@ def keep_if(condition: Array, weights: dict[str, Array]) -> dict[str, Array]:
     return jax.tree.map(lambda weight: jnp.where(condition, weight, 0.0), weights)
 
 
-def cast_code(report: Report, dtype: jnp.dtype) -> Report:
-    """The report with outcomes' codes in another dtype."""
-    code = report.outcome.code.astype(dtype)
-    return report.replace(outcome=report.outcome.replace(code=code))
+def cast_code(reply: Reply, dtype: jnp.dtype) -> Reply:
+    """The reply with outcomes' codes in another dtype."""
+    code = reply.outcome.code.astype(dtype)
+    return reply.replace(outcome=reply.outcome.replace(code=code))
 
 
-def take_inputs(inputs: ClientInput, position: Array) -> ClientInput:
-    """Tasks at positions of any shape; positions beyond the cohort get zero steps."""
+def take_clients(
+    inputs: ClientInput, conditions: Conditions, position: Array
+) -> tuple[ClientInput, Conditions]:
+    """Clients at positions of any shape; positions beyond the cohort get zero steps."""
     count = inputs.client.shape[0]
-    taken = jax.tree.map(lambda leaf: leaf[jnp.minimum(position, count - 1)], inputs)
-    return taken.replace(steps=jnp.where(position < count, taken.steps, 0))
+    take = lambda leaf: leaf[jnp.minimum(position, count - 1)]
+    inputs, conditions = jax.tree.map(take, (inputs, conditions))
+    steps = jnp.where(position < count, inputs.steps, 0)
+    return inputs.replace(steps=steps), conditions
 
 
-def place_reports(reports: Report, position: Array, count: int) -> Report:
-    """This device's reports at their places in the cohort [C], zeros elsewhere."""
+def place_replies(replies: Reply, position: Array, count: int) -> Reply:
+    """This device's replies at their places in the cohort [C], zeros elsewhere."""
 
     def place(leaf: Array) -> Array:
         empty = jnp.zeros((count, *leaf.shape[1:]), leaf.dtype)
         return empty.at[position].set(leaf, mode="drop")
 
-    return jax.tree.map(place, reports)
+    return jax.tree.map(place, replies)
 
 
 def train_share(
     params: PyTree,
-    chunks: ClientInput,
+    chunks: tuple[ClientInput, Conditions],
     federation: Federation,
     hyper: Hyper,
     key: Array,
     *,
     client_update: Callable[..., ClientUpdate],
     judge: JudgeFn,
-    rules: Rules,
-) -> tuple[tuple[Sums, ...], Report]:
-    """What ONE device does: streams its chunks of inputs through `client_update`.
+    program: Program,
+) -> tuple[tuple[Sums, ...], Reply]:
+    """The share of ONE device: streams its chunks of inputs through `client_update`.
 
     Args:
       params: the server's params.
-      chunks: inputs with leading axes [chunks, clients of a chunk].
+      chunks: inputs and conditions with leading axes [chunks, clients of a chunk].
       federation: data and sizes.
       hyper: hyperparameters.
       key: the round's training key; each client folds its id into it.
       client_update: for ONE client.
-      judge: what becomes of ONE client's round.
-      rules: how clients are weighted, and what stays with them.
+      judge: the outcome of ONE client's round.
+      program: the strategy's weights, and the parts that stay with clients.
 
     Returns:
-      Sums over this device's clients, see `build_train_cohort`, and their reports with
+      Sums over this device's clients, see `build_train_cohort`, and their replies with
       one leading axis.
     """
-    stale = rules.world.late == "stale"  # then sums have a second row for them
+    stale = program.static.late.kind == "stale"  # then sums have a second row for them
 
-    def one_client(inputs: ClientInput) -> tuple[ClientUpdate, dict, Report]:
+    def one_client(
+        inputs: ClientInput, conditions: Conditions
+    ) -> tuple[ClientUpdate, dict, Reply]:
         client_key = jax.random.fold_in(key, inputs.client)
         update = client_update(params, inputs, federation, hyper, client_key)
         size = federation.size[inputs.client]
-        weights = weigh(inputs, update, size, hyper, rules)
+        weights = weigh(inputs, update, size, hyper, program.strategy)
         sent = (weights["experts"] > 0).sum().astype(jnp.float32)
-        outcome = judge(inputs, sent, update.finite)
-        report = make_report(update, inputs, sent, outcome, hyper, rules)
-        return update, keep_if(outcome.arrived, weights), report
+        outcome = judge(conditions, sent, update.finite)
+        reply = make_reply(update, inputs, sent, outcome, hyper, program)
+        return update, keep_if(outcome.arrived, weights), reply
 
     def add_client(totals: Sums, client: tuple) -> tuple[Sums, None]:
         code, *client = client
         which = (code == STALE).astype(jnp.int32) if stale else 0
         return accumulate(totals, which, *client), None
 
-    def one_chunk(totals: Sums, chunk: ClientInput) -> tuple[Sums, Report]:
-        if chunk.client.shape[0] == 1:  # vmapping one client would group convolutions
-            returned = one_client(jax.tree.map(lambda leaf: leaf[0], chunk))
+    def one_chunk(totals: Sums, chunk: tuple) -> tuple[Sums, Reply]:
+        inputs, _ = chunk
+        if inputs.client.shape[0] == 1:  # vmapping one client would group convolutions
+            returned = one_client(*jax.tree.map(lambda leaf: leaf[0], chunk))
             returned = jax.tree.map(lambda leaf: leaf[None], returned)
         else:
-            returned = jax.vmap(one_client)(chunk)
-        updates, weights, reports = returned
-        clients = reports.outcome.code, chunk, updates, weights
+            returned = jax.vmap(one_client)(*chunk)
+        updates, weights, replies = returned
+        clients = replies.outcome.code, inputs, updates, weights
         totals, _ = jax.lax.scan(add_client, totals, clients)
-        return totals, reports
+        return totals, replies
 
     rows = lambda leaf: jnp.zeros((1 + stale, *leaf.shape))
     start = jax.tree.map(rows, zero_sums(params))
-    totals, reports = jax.lax.scan(one_chunk, start, chunks)
+    totals, replies = jax.lax.scan(one_chunk, start, chunks)
     take = lambda row: jax.tree.map(lambda leaf: leaf[row], totals)
     sums = tuple(take(row) for row in range(1 + stale))
-    clients = chunks.client.size  # not -1: reports may have leaves without numbers
+    clients = chunks[0].client.size  # not -1: replies may have leaves without numbers
     join = lambda leaf: leaf.reshape(clients, *leaf.shape[2:])
-    return sums, jax.tree.map(join, reports)
+    return sums, jax.tree.map(join, replies)
 
 
 def build_train_cohort(
-    client_update: Callable[..., ClientUpdate], judge: JudgeFn, rules: Rules
-) -> Callable[..., tuple[tuple[Sums, ...], Report]]:
-    """Builds `train_cohort(params, inputs, federation, hyper, key) -> (sums, Report)`.
+    client_update: Callable[..., ClientUpdate], judge: JudgeFn, program: Program
+) -> Callable[..., tuple[tuple[Sums, ...], Reply]]:
+    """Builds `train_cohort(params, inputs, conditions, federation, hyper, key)`.
 
     It is written for one device and joins the devices of the mesh axis `clients`.
 
     Args:
       client_update: for ONE client, see `client.build_client_update`.
-      judge: what becomes of ONE client's round.
-      rules: clients vmapped at once, see `chunk_size`; weights; what stays with them.
+      judge: the outcome of ONE client's round.
+      program: clients vmapped at once, see `chunk_size`; weights; personal parts.
 
     Returns:
-      A function of params, inputs [C], the federation, hyperparameters and the round's
-      training key; sums and reports [C] are the same on all devices. There are the sums
+      A function of params, inputs [C], conditions [C], the federation, hyperparameters
+      and the round's training key, which returns sums and replies [C], the same on all
+      devices. There are the sums
       of what is merged now and, with `late="stale"`, of what is merged in the next
       round.
     """
@@ -226,27 +252,65 @@ def build_train_cohort(
     def train_cohort(
         params: PyTree,
         inputs: ClientInput,
+        conditions: Conditions,
         federation: Federation,
         hyper: Hyper,
         key: Array,
-    ) -> tuple[tuple[Sums, ...], Report]:
+    ) -> tuple[tuple[Sums, ...], Reply]:
         count, num_devices = inputs.client.shape[0], jax.lax.axis_size(CLIENTS)
-        chunk = chunk_size(count, num_devices, rules.client_chunk)
+        chunk = chunk_size(count, num_devices, program.static.run.client_chunk)
         position = schedule(inputs.steps, num_devices, chunk)
         position = position[jax.lax.axis_index(CLIENTS)]  # [chunks, clients of a chunk]
-        sums, reports = train_share(
+        sums, replies = train_share(
             params,
-            take_inputs(inputs, position),
+            take_clients(inputs, conditions, position),
             federation,
             hyper,
             key,
             client_update=client_update,
             judge=judge,
-            rules=rules,
+            program=program,
         )
-        placed = place_reports(reports, position.reshape(-1), count)
+        placed = place_replies(replies, position.reshape(-1), count)
         # With a single dtype the devices are joined by a single collective.
-        sums, report = jax.lax.psum((sums, cast_code(placed, jnp.float32)), CLIENTS)
-        return sums, cast_code(report, jnp.int32)
+        sums, reply = jax.lax.psum((sums, cast_code(placed, jnp.float32)), CLIENTS)
+        return sums, cast_code(reply, jnp.int32)
 
     return train_cohort
+
+
+def renew_clients(
+    state: SimState, cohort: Array, replies: Reply
+) -> tuple[PyTree, PyTree]:
+    """Personal parts and variates [N, ...] after a round in which some arrived."""
+    num_clients = state.participation.rounds.shape[0]
+    arrived = jnp.where(replies.arrived, cohort, num_clients)  # others keep theirs
+    renew = lambda rows, new: rows.at[arrived].set(new, mode="drop")
+    return (
+        jax.tree.map(renew, state.personal, replies.personal),
+        jax.tree.map(renew, state.variate, replies.variate),
+    )
+
+
+def exchange(
+    personal: PyTree,
+    align: AlignState,
+    evidence: Evidence,
+    replies: Reply,
+    hyper: Hyper,
+    program: Program,
+) -> tuple[PyTree, AlignState, tuple[Array, Array]]:
+    """Lets clients exchange personal parts, see `Strategy.exchange`.
+
+    Returns:
+      Personal parts, the alignment state, and the experts that each client of the
+      cohort has sent to and received from others, [C] each.
+    """
+    act = program.strategy.exchange
+    if act is None:
+        nothing = jnp.zeros(evidence.client.shape)
+        return personal, align, (nothing, nothing)
+    personal, state, *counts = act(
+        personal, align.strategy, evidence, replies.arrived, hyper
+    )
+    return personal, align.replace(strategy=state), tuple(counts)

@@ -1,4 +1,4 @@
-"""What a config may say: every field's allowed values, checked before anything runs."""
+"""Every field of a config: its allowed values, checked before anything runs."""
 
 from typing import Any
 
@@ -7,7 +7,17 @@ from ml_collections import ConfigDict
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.data.partition import KINDS
 from fedmoe_jax.models.image_moe import EXPERTS, STEMS
-from fedmoe_jax.options import COUNT, NON_NEGATIVE, POSITIVE, SHARE, Range, UserError
+from fedmoe_jax.options import (
+    COUNT,
+    NON_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    STATIC,
+    TRACED,
+    Option,
+    Range,
+    UserError,
+)
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import STRATEGIES, find_strategy
 from fedmoe_jax.world.channel import NEAREST
@@ -26,125 +36,346 @@ FREE_FIELDS = frozenset(
     }
 )
 
-ALLOWED: dict[str, Range | tuple[str, ...]] = {
-    "seed": Range(0, 2**31 - 1),
-    "num_rounds": COUNT,
-    "eval_every": COUNT,
-    "chunk_rounds": COUNT,
-    "num_clients": COUNT,
-    "cohort_size": COUNT,
-    "num_experts": COUNT,
-    "max_held": COUNT,
-    "num_active": COUNT,
-    "local_steps": COUNT,
-    "local_epochs": NON_NEGATIVE,
-    "batch_size": COUNT,
-    "data.public": NON_NEGATIVE,
-    "data.name": tuple(DATASETS),
-    "partition.kind": tuple(KINDS),
-    "partition.alpha": POSITIVE,
-    "partition.classes_per_client": COUNT,
-    "partition.min_size": COUNT,
-    "model.stem": tuple(STEMS),
-    "model.stem_width": COUNT,
-    "model.expert": tuple(EXPERTS),
-    "model.expert_width": COUNT,
-    "model.feature_width": COUNT,
-    "model.stem_dropout": Range(0, 1, open_high=True),
-    "model.expert_dropout": Range(0, 1, open_high=True),
-    "gate.mode": ("global", "holder_rows", "personal"),
-    "loss.calibration": NON_NEGATIVE,
-    "loss.load": NON_NEGATIVE,
-    "loss.z": NON_NEGATIVE,
-    "client.optimizer": ("sgd", "adam"),
-    "client.learning_rate": POSITIVE,
-    "client.momentum": Range(0, 1, open_high=True),
-    "client.prox": NON_NEGATIVE,
-    "server.optimizer": ("sgd", "momentum", "adam", "yogi", "adagrad"),
-    "server.learning_rate": POSITIVE,
-    "merge.weight": ("examples", "routed"),
-    "fitness.feedback": ("accuracy", "loss", "mixed"),
-    "fitness.rate": Range(0, 1, open_low=True),
-    "fitness.idle": ("keep", "decay", "prior"),
-    "fitness.idle_decay": SHARE,
-    "fitness.prior": SHARE,
-    "fitness.noise": SHARE,
-    "fitness.exploration": SHARE,
-    "fitness.loss_scale": NON_NEGATIVE,
-    "fitness.frequency_share": SHARE,
-    "usage.decay": SHARE,
-    "weights.fitness": NON_NEGATIVE,
-    "weights.usage": NON_NEGATIVE,
-    "devices.spread": Range(0, WIDEST),
-    "devices.free_memory": Range(0, 1, open_low=True),
-    "devices.overload": ("ignore", "lose"),
-    "late.kind": ("wait", "drop", "stale"),
-    "late.discount": SHARE,
-    "profile.kind": ("oracle", "self_reported", "estimated"),
-    "profile.refresh": COUNT,
-    "profile.deviation": Range(0, 1, open_high=True),
-    "profile.fixed": SHARE,
-    "profile.rate": Range(0, 1, open_low=True),
-    "profile.exploration": SHARE,
-    "profile.caution": Range(1),
-    "pressure.share": SHARE,
-    "pressure.persistence": SHARE,
-    "pressure.left": Range(0, 1, open_low=True),
-    "background.most": Range(0, 1, open_high=True),
-    "background.persistence": SHARE,
-    "bandwidth.spread": Range(0, 5),
-    "bandwidth.persistence": SHARE,
-    "availability.share": SHARE,
-    "availability.persistence": SHARE,
-    "availability.swing": SHARE,
-    "availability.day": COUNT,
-    "availability.sampling": ("uniform", "size", "reachable"),
-    "availability.dropout": SHARE,
-    "availability.early": SHARE,
-    "channel.kind": ("wired", "wireless"),
-    "channel.radius": Range(NEAREST, 100, open_low=True),
-    "channel.shadowing": Range(0, 50),
-    "channel.persistence": SHARE,
-    "channel.csi": SHARE,
-    "channel.backoff": Range(0, 1, open_low=True),
-    "channel.min_snr": Range(-100, 100),
-    "channel.bandwidth": POSITIVE,
-    "channel.power_up": Range(-100, 100),
-    "channel.power_down": Range(-100, 100),
-    "drift.labels": SHARE,
-    "drift.images": ("none", *DISTORTIONS),
-    "drift.strength": NON_NEGATIVE,
-    "drift.share": SHARE,
-    "drift.start": NON_NEGATIVE,
-    "drift.rounds": COUNT,
-    "reaction.kind": ("none", "reset", "hasten"),
-    "reaction.slack": NON_NEGATIVE,
-    "reaction.threshold": POSITIVE,
-    "reaction.haste": Range(1),
-    "reaction.rounds": NON_NEGATIVE,
-    "reaction.evidence": COUNT,
-    "devices.model_scale": POSITIVE,
-    "devices.deadline": POSITIVE,
-    "devices.communication_share": Range(0, 1, open_low=True, open_high=True),
-    "devices.buffer": Range(0, 1, open_high=True),
-    "evaluation.dense_experts": COUNT,
-    "checkpoint.every": COUNT,
-    "checkpoint.keep": COUNT,
-    "run.client_chunk": COUNT,
-    "run.num_devices": NON_NEGATIVE,
-    "run.memory_limit_gb": POSITIVE,
-}
-
-# Checked where they are used: by `find_strategy`, TFDS, `read_devices`,
-# `draw_devices`, and nowhere (true or false).
-UNCHECKED = {
-    "strategy",
-    "data.dir",
-    "devices.csv",
-    "devices.tiers",
-    "devices.shares",
-    "run.tensorboard",
-}
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "seed",
+        Range(0, 2**31 - 1),
+        "of data split, devices, initial weights and every draw",
+    ),
+    Option("num_rounds", COUNT, "federated rounds"),
+    Option("eval_every", COUNT, "rounds; divides num_rounds"),
+    Option(
+        "chunk_rounds", COUNT, "rounds in one compiled call; divides eval_every", STATIC
+    ),
+    Option("num_clients", COUNT, "population"),
+    Option("cohort_size", COUNT, "clients per round, at most num_clients"),
+    Option("num_experts", COUNT, "experts in the server's model"),
+    Option(
+        "max_held", COUNT, "expert slots of the largest client, at most num_experts"
+    ),
+    Option("num_active", COUNT, "experts per example, at most max_held"),
+    Option("local_steps", COUNT, "optimiser steps per client and round"),
+    Option(
+        "local_epochs",
+        NON_NEGATIVE,
+        "passes over the client's data instead; 0: local_steps",
+    ),
+    Option("batch_size", COUNT, "examples per local step"),
+    Option("strategy", None, "see the README's table of strategies"),
+    Option("data.name", tuple(DATASETS), "digits | synthetic | cifar10"),
+    Option(
+        "data.public", NON_NEGATIVE, "training examples of the server, drawn at random"
+    ),
+    Option(
+        "data.dir", None, "TFDS folder; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
+    ),
+    Option("partition.kind", tuple(KINDS), "dirichlet | shards | quantity | iid"),
+    Option(
+        "partition.alpha", POSITIVE, "> 0; of dirichlet (labels) and quantity (sizes)"
+    ),
+    Option("partition.classes_per_client", COUNT, "of shards"),
+    Option("partition.min_size", COUNT, "examples every client gets at least"),
+    Option("model.stem", tuple(STEMS), "flat | mlp | cnn | simple_cnn | resnet8"),
+    Option("model.stem_width", COUNT, "hidden units or channels"),
+    Option("model.expert", tuple(EXPERTS), "dense | mlp | conv"),
+    Option("model.expert_width", COUNT, "hidden units or channels"),
+    Option(
+        "model.feature_width", COUNT, "outputs of an expert; dense has expert_width"
+    ),
+    Option(
+        "model.stem_dropout",
+        Range(0, 1, open_high=True),
+        "share of the stem's outputs dropped in training",
+    ),
+    Option(
+        "model.expert_dropout",
+        Range(0, 1, open_high=True),
+        "share of each expert's outputs dropped",
+    ),
+    Option(
+        "gate.mode",
+        ("global", "holder_rows", "personal"),
+        "global | holder_rows | personal",
+    ),
+    Option(
+        "loss.calibration",
+        NON_NEGATIVE,
+        "weight of -log(gate mass on held experts)",
+        TRACED,
+    ),
+    Option("loss.load", NON_NEGATIVE, "weight of the Switch load loss", TRACED),
+    Option("loss.z", NON_NEGATIVE, "weight of the router z-loss", TRACED),
+    Option("client.optimizer", ("sgd", "adam"), "sgd | adam", STATIC),
+    Option("client.learning_rate", POSITIVE, "> 0", TRACED),
+    Option("client.momentum", Range(0, 1, open_high=True), "of sgd", STATIC),
+    Option("client.prox", NON_NEGATIVE, "FedProx coefficient", TRACED),
+    Option(
+        "server.optimizer",
+        ("sgd", "momentum", "adam", "yogi", "adagrad"),
+        "sgd | momentum | adam | yogi | adagrad",
+        STATIC,
+    ),
+    Option(
+        "server.learning_rate", POSITIVE, "> 0; 1 with sgd is plain averaging", TRACED
+    ),
+    Option(
+        "merge.weight",
+        ("examples", "routed"),
+        "examples (owned) | routed (trained through it)",
+    ),
+    Option(
+        "fitness.feedback",
+        ("accuracy", "loss", "mixed"),
+        "accuracy | loss | mixed",
+        STATIC,
+    ),
+    Option(
+        "fitness.rate",
+        Range(0, 1, open_low=True),
+        "weight of the newest feedback in the EMA",
+        TRACED,
+    ),
+    Option("fitness.idle", ("keep", "decay", "prior"), "keep | decay | prior", STATIC),
+    Option("fitness.idle_decay", SHARE, "per round, of decay and prior", TRACED),
+    Option("fitness.prior", SHARE, "score before any feedback, 0 to 1", TRACED),
+    Option(
+        "fitness.noise", SHARE, "spread of the initial scores about the prior", TRACED
+    ),
+    Option(
+        "fitness.exploration",
+        SHARE,
+        "chance per client and round of random scores",
+        TRACED,
+    ),
+    Option(
+        "fitness.loss_scale",
+        NON_NEGATIVE,
+        "alpha of exp(-alpha * loss), of loss",
+        TRACED,
+    ),
+    Option("fitness.frequency_share", SHARE, "of mixed", TRACED),
+    Option("usage.decay", SHARE, "share of the usage kept per round", TRACED),
+    Option(
+        "weights.fitness",
+        NON_NEGATIVE,
+        "of normalised fitness in the desirability",
+        TRACED,
+    ),
+    Option("weights.usage", NON_NEGATIVE, "of normalised usage, subtracted", TRACED),
+    Option(
+        "devices.csv", None, "file of one's own devices instead of tiers; see README"
+    ),
+    Option("devices.tiers", None, "kinds of device"),
+    Option("devices.shares", None, "of the population, sum to 1"),
+    Option(
+        "devices.spread",
+        Range(0, WIDEST),
+        "standard deviation of the log within a tier, to 5",
+    ),
+    Option(
+        "devices.free_memory",
+        Range(0, 1, open_low=True),
+        "share of the memory that training gets",
+    ),
+    Option(
+        "devices.model_scale", POSITIVE, "one simulated byte or FLOP stands for so many"
+    ),
+    Option("devices.deadline", POSITIVE, "seconds a round may take", STATIC),
+    Option(
+        "devices.communication_share",
+        Range(0, 1, open_low=True, open_high=True),
+        "of the deadline, for the links",
+        STATIC,
+    ),
+    Option(
+        "devices.buffer",
+        Range(0, 1, open_high=True),
+        "share of every resource kept in reserve",
+        TRACED,
+    ),
+    Option(
+        "devices.overload",
+        ("ignore", "lose"),
+        "ignore | lose (whoever holds too much)",
+        STATIC,
+    ),
+    Option(
+        "late.kind",
+        ("wait", "drop", "stale"),
+        "wait | drop | stale (merged a round later)",
+        STATIC,
+    ),
+    Option("late.discount", SHARE, "share of a stale update that is applied", TRACED),
+    Option(
+        "profile.kind",
+        ("oracle", "self_reported", "estimated"),
+        "oracle | self_reported | estimated",
+        STATIC,
+    ),
+    Option("profile.refresh", COUNT, "rounds from one profile to the next", TRACED),
+    Option(
+        "profile.deviation",
+        Range(0, 1, open_high=True),
+        "largest relative error of a report",
+        TRACED,
+    ),
+    Option(
+        "profile.fixed", SHARE, "share of the error that is each client's bias", TRACED
+    ),
+    Option(
+        "profile.rate",
+        Range(0, 1, open_low=True),
+        "weight of the newest observation in the estimates",
+        TRACED,
+    ),
+    Option(
+        "profile.exploration",
+        SHARE,
+        "chance per client and round of one expert more",
+        TRACED,
+    ),
+    Option(
+        "profile.caution", Range(1), "experts by which a failure lowers the aim", TRACED
+    ),
+    Option(
+        "pressure.share", SHARE, "of the time that other apps press on memory", TRACED
+    ),
+    Option("pressure.persistence", SHARE, "correlation from round to round", TRACED),
+    Option(
+        "pressure.left",
+        Range(0, 1, open_low=True),
+        "share of the memory that is left under pressure",
+        TRACED,
+    ),
+    Option(
+        "background.most",
+        Range(0, 1, open_high=True),
+        "largest share of compute that other work takes",
+        TRACED,
+    ),
+    Option("background.persistence", SHARE, "correlation from round to round", TRACED),
+    Option(
+        "bandwidth.spread",
+        Range(0, 5),
+        "standard deviation of the log of a link's speed",
+        TRACED,
+    ),
+    Option("bandwidth.persistence", SHARE, "correlation from round to round", TRACED),
+    Option(
+        "availability.share", SHARE, "of the time that a client can be reached", TRACED
+    ),
+    Option(
+        "availability.persistence", SHARE, "correlation from round to round", TRACED
+    ),
+    Option(
+        "availability.swing",
+        SHARE,
+        "by how much the share rises and falls in a day",
+        TRACED,
+    ),
+    Option("availability.day", COUNT, "rounds", TRACED),
+    Option(
+        "availability.sampling",
+        ("uniform", "size", "reachable"),
+        "uniform | size | reachable",
+        STATIC,
+    ),
+    Option(
+        "availability.dropout",
+        SHARE,
+        "chance per client and round of being lost",
+        TRACED,
+    ),
+    Option(
+        "availability.early",
+        SHARE,
+        "share of the lost that never start training",
+        TRACED,
+    ),
+    Option("channel.kind", ("wired", "wireless"), "wired | wireless"),
+    Option(
+        "channel.radius", Range(NEAREST, 100, open_low=True), "km, of the cell", TRACED
+    ),
+    Option("channel.shadowing", Range(0, 50), "dB, standard deviation", TRACED),
+    Option(
+        "channel.persistence",
+        SHARE,
+        "correlation of the fading from round to round",
+        TRACED,
+    ),
+    Option(
+        "channel.csi", SHARE, "correlation of the known and the true fading", TRACED
+    ),
+    Option(
+        "channel.backoff",
+        Range(0, 1, open_low=True),
+        "share of the known channel's rate that is used",
+        TRACED,
+    ),
+    Option(
+        "channel.min_snr", Range(-100, 100), "dB, below it there is no link", TRACED
+    ),
+    Option("channel.bandwidth", POSITIVE, "Hz for each client", TRACED),
+    Option("channel.power_up", Range(-100, 100), "dBm, of a client", TRACED),
+    Option("channel.power_down", Range(-100, 100), "dBm, of the station", TRACED),
+    Option(
+        "drift.labels", SHARE, "share of their examples that clients hand on", TRACED
+    ),
+    Option(
+        "drift.images",
+        ("none", *DISTORTIONS),
+        "none | rotate | blur | contrast",
+        STATIC,
+    ),
+    Option(
+        "drift.strength",
+        NON_NEGATIVE,
+        "degrees, pixels, or share of the contrast",
+        TRACED,
+    ),
+    Option("drift.share", SHARE, "of the clients"),
+    Option(
+        "drift.start", NON_NEGATIVE, "first round with drift, counted from 0", TRACED
+    ),
+    Option("drift.rounds", COUNT, "until it is complete; 1 is abrupt", TRACED),
+    Option(
+        "reaction.kind",
+        ("none", "reset", "hasten"),
+        "none | reset | hasten, when fitness falls short",
+        STATIC,
+    ),
+    Option(
+        "reaction.slack", NON_NEGATIVE, "shortfall of fitness that is tolerated", TRACED
+    ),
+    Option(
+        "reaction.threshold", POSITIVE, "accumulated shortfall that is an alarm", TRACED
+    ),
+    Option("reaction.haste", Range(1), "rounds of learning in one, of hasten", TRACED),
+    Option("reaction.rounds", NON_NEGATIVE, "of haste after an alarm", TRACED),
+    Option(
+        "reaction.evidence",
+        COUNT,
+        "scores of a pair before it raises any suspicion",
+        TRACED,
+    ),
+    Option(
+        "evaluation.dense_experts", COUNT, "up to so many, all see every test image"
+    ),
+    Option("checkpoint.every", COUNT, "rounds; a multiple of chunk_rounds"),
+    Option("checkpoint.keep", COUNT, "newest checkpoints that stay on disk"),
+    Option("run.client_chunk", COUNT, "clients vmapped at once on each device", STATIC),
+    Option(
+        "run.num_devices",
+        NON_NEGATIVE,
+        "of all processes; 0: all, one per client at most",
+    ),
+    Option(
+        "run.memory_limit_gb",
+        POSITIVE,
+        "estimated memory beyond which a run is refused",
+    ),
+    Option("run.tensorboard", None, "write TensorBoard events"),
+)
 
 # (field, other): field <= other
 AT_MOST = (
@@ -170,10 +401,10 @@ def check(
         raise UserError(f"{name}={value!r} is not allowed{where}; allowed: {text}")
 
 
-def list_allowed() -> dict[str, Range | tuple[str, ...]]:
-    """Every checked field: the shared ones and the options of all strategies."""
-    options = [field for strategy in STRATEGIES.values() for field in strategy.allowed]
-    return dict(options) | ALLOWED
+def list_options() -> dict[str, Option]:
+    """Every field of a config by its name: the shared ones and all strategies'."""
+    owned = [option for strategy in STRATEGIES.values() for option in strategy.options]
+    return {option.name: option for option in (*OPTIONS, *owned)}
 
 
 def check_drift(values: dict[str, Any]) -> None:
@@ -217,17 +448,15 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: one line with the field, its value and what is allowed.
     """
-    values = flatten(config.to_dict())
-    allowed_in = list_allowed()
-    known = UNCHECKED | set(allowed_in)
-    for name in sorted(known ^ set(values)):
-        what = "is missing" if name in known else "is unknown"
+    values, options = flatten(config.to_dict()), list_options()
+    for name in sorted(set(options) ^ set(values)):
+        fault = "is missing" if name in options else "is unknown"
         raise UserError(
-            f"config field {name!r} {what}; allowed: those of default.py of which "
-            "config.ALLOWED or a Strategy.allowed says what is allowed in them"
+            f"config field {name!r} {fault}; allowed: the fields that --help lists"
         )
-    for name, allowed in allowed_in.items():
-        check(name, values[name], allowed)
+    for name, option in options.items():
+        if option.allowed is not None:
+            check(name, values[name], option.allowed)
     strategy = find_strategy(values["strategy"])
     where = f" with strategy={values['strategy']!r}"
     for name, allowed in strategy.allowed:

@@ -22,13 +22,11 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from fedmoe_jax.client import normalise, see
 from fedmoe_jax.models.dispatch import dispatch
-from fedmoe_jax.models.image_moe import Model, apply_experts
+from fedmoe_jax.models.image_moe import apply_experts
 from fedmoe_jax.models.routing import gate_logits
-from fedmoe_jax.rules import Rules
+from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS, spread
 from fedmoe_jax.scoring import (
     Images,
@@ -41,7 +39,8 @@ from fedmoe_jax.scoring import (
     score_routed,
     view_clients,
 )
-from fedmoe_jax.types import Array, Federation, SimState, Sizes
+from fedmoe_jax.tasks.images import normalise, see
+from fedmoe_jax.types import Array, Federation, SimState
 from fedmoe_jax.world.step import drifted_federation
 
 TEST_BATCH = 500
@@ -76,21 +75,23 @@ def encode_batch(
     position: Array,
     distortion: Array | None,
     *,
-    model: Model,
-    rules: Rules,
+    program: Program,
 ) -> Images:
     """Takes the images at `position` [B] and runs the stem and the server's gate."""
     count = federation.test_y.shape[0]
     index = jnp.minimum(position, count - 1)
-    kind = "" if distortion is None else rules.world.images
+    kind = "" if distortion is None else program.world.images
     x = see(federation.test_x[index], distortion, kind)
     x = normalise(x, federation.mean, federation.std)
     y = jnp.where(position < count, federation.test_y[index], -1)
-    features = model.stem(state.params["stem"], x, None)
+    features = program.model.stem(state.params["stem"], x, None)
+    logits = None
+    if not program.strategy.personal:
+        logits = gate_logits(state.params["gate"], features)
     return Images(
         x=x,
         features=features,
-        logits=None if rules.personal else gate_logits(state.params["gate"], features),
+        logits=logits,
         y=y,
         label=jax.nn.one_hot(y, federation.label_mix.shape[1]),
     )
@@ -110,21 +111,18 @@ def count_batch(
     federation: Federation,
     position: Array,
     *,
-    model: Model,
-    sizes: Sizes,
-    rules: Rules,
+    program: Program,
 ) -> dict[str, Array]:
     """The counts of `count_images`; where images drift, each client's of what it sees.
 
     Then there is also `drifted` [L], what the global model gets right of images that
     have drifted.
     """
-    static = dict(model=model, sizes=sizes, rules=rules)
-    counts = count_images(state, federation, position, None, **static)
-    if not rules.world.images:
+    counts = count_images(state, federation, position, None, program=program)
+    if not program.world.images:
         return counts
     amount = state.world["distorted"]
-    drifted = count_images(state, federation, position, amount, **static)
+    drifted = count_images(state, federation, position, amount, program=program)
     drifts = federation.drift_source != jnp.arange(federation.drift_source.shape[0])
     personal = jnp.where(drifts[:, None], drifted["personal"], counts["personal"])
     return counts | {"personal": personal, "drifted": drifted["global"]}
@@ -136,9 +134,7 @@ def count_images(
     position: Array,
     distortion: Array | None,
     *,
-    model: Model,
-    sizes: Sizes,
-    rules: Rules,
+    program: Program,
 ) -> dict[str, Array]:
     """Correct predictions of one batch by label, for every question asked.
 
@@ -147,35 +143,31 @@ def count_images(
       federation: holds the test set.
       position: [B] int32 positions in the test set, see `schedule_images`.
       distortion: [] float32, how far the images have drifted; None for not.
-      model: the model.
-      sizes: static sizes.
-      rules: parts of the model of which each client has its own; whether to compute
-        all experts and to ask `soft` and `expert`; what is mixed.
+      program: the model; its strategy says which parts are personal, whether all
+        experts are computed, for `soft` and `expert` too, and how they are mixed.
 
     Returns:
       `total` [L] images; `global`, `soft` [L], `expert` [E, L], `personal` [N, L]
       correct predictions; `routed` [E, L] gate mass. Without `every_expert`, `personal`
       holds only for labels that the client has.
     """
-    personal, every_expert = rules.personal, rules.every_expert
-    images = encode_batch(
-        state, federation, position, distortion, model=model, rules=rules
-    )
+    model, strategy, sizes = program.model, program.strategy, program.sizes
+    personal, every_expert = strategy.personal, strategy.every_expert
+    images = encode_batch(state, federation, position, distortion, program=program)
     clients, active = view_clients(state, federation), sizes.num_active
-    active = rules.test_active or active
+    active = strategy.test_active or active
     if set(personal) - {"gate"}:
-        answer = lambda client: answer_personal(
-            client, images, state.params, model, rules
-        )
+        answer = lambda client: answer_personal(client, images, state.params, program)
     else:
         if every_expert:
             experts = state.params["experts"]
             outputs = apply_experts(model, experts, images.features, None)
-            answers = answer_experts(model, state.params["head"], outputs, rules)
+            answers = answer_experts(state.params["head"], outputs, program)
         else:
             need = find_needed(images, clients, active)
             answers = dispatch(model, state.params, images.features, need, sizes)
-            answers = jax.nn.softmax(answers) if rules.probabilities else answers
+            if strategy.mix == "probabilities":
+                answers = jax.nn.softmax(answers)
         answer = lambda client: (own_logits(client, images), answers)
     counts = score_clients(clients, answer, images, active, every_expert)
     if personal:
@@ -239,7 +231,7 @@ def summarise_counts(
 
 
 def build_evaluate_share(
-    model: Model, sizes: Sizes, rules: Rules
+    program: Program,
 ) -> Callable[[SimState, Federation], dict[str, Array]]:
     """Builds `evaluate_share(state, federation) -> accuracies`, to be spread.
 
@@ -247,9 +239,7 @@ def build_evaluate_share(
     devices of the mesh axis `clients`. The result is the same on all of them.
 
     Args:
-      model: the model.
-      sizes: static sizes.
-      rules: as in `count_batch`; with `every_expert` there are also
+      program: as in `count_images`; with `every_expert` there are also
         `global_soft_accuracy` and `expert_accuracy`.
 
     Returns:
@@ -259,15 +249,11 @@ def build_evaluate_share(
       `drifted_accuracy` [], the global one on drifted images; with `every_expert` also
       `global_soft_accuracy` [] and `expert_accuracy` [E].
     """
-    one_batch = functools.partial(
-        count_batch,
-        model=model,
-        sizes=sizes,
-        rules=rules,
-    )
+    one_batch = functools.partial(count_batch, program=program)
 
     def evaluate_share(state: SimState, federation: Federation) -> dict[str, Array]:
-        chex.assert_shape(state.align.held, (sizes.num_clients, sizes.num_experts))
+        shape = program.sizes.num_clients, program.sizes.num_experts
+        chex.assert_shape(state.align.held, shape)
         federation = drifted_federation(federation, state.world)
         device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
         count = federation.test_y.shape[0]
@@ -287,7 +273,7 @@ def build_evaluate_share(
 
 @functools.cache
 def build_evaluate(
-    model: Model, sizes: Sizes, rules: Rules, mesh: Mesh
+    program: Program,
 ) -> Callable[[SimState, Federation], dict[str, Array]]:
     """Compiles `build_evaluate_share` for one run on all devices of the mesh."""
-    return jax.jit(spread(build_evaluate_share(model, sizes, rules), mesh))
+    return jax.jit(spread(build_evaluate_share(program), program.mesh))

@@ -8,9 +8,9 @@ stands for.
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.align.capacity import Capacity
 from fedmoe_jax.align.usage import load_cv, load_entropy, starved
-from fedmoe_jax.client import ClientInput
-from fedmoe_jax.cohort import Report
+from fedmoe_jax.cohort import Reply
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
 from fedmoe_jax.runtime.sharding import CLIENTS
@@ -23,6 +23,7 @@ from fedmoe_jax.world.costs import (
 )
 from fedmoe_jax.world.outcome import DROPPED, OUTCOMES, Conditions, Outcome
 from fedmoe_jax.world.participation import Participation, jain
+from fedmoe_jax.world.step import View
 from fedmoe_jax.world.traffic import find_ways
 
 LISTED = 100  # clients up to which each has its numbers in every row
@@ -52,30 +53,31 @@ def account(
       exchanged: experts that each client sent to others and received from them, [C].
       program: the static parts.
     """
-    rules, outcome, cohort = program.rules, participation.outcome, participation.client
+    outcome, cohort = participation.outcome, participation.client
+    deadline = program.static.devices.deadline
     devices, traffic = conditions.device, conditions.traffic
     worked = outcome.phases * outcome.spent
     exchanging = count_exchange(exchanged, devices, program)
     seconds = worked.sum(1) + exchanging
     on_air = worked[:, 0] + worked[:, 2] + exchanging
-    talks = 0.0 if rules.silent else 1.0
+    talks = 0.0 if program.strategy.silent else 1.0
     traffic = traffic.replace(
         sent=talks * (sent + exchanged[0]),
         received=traffic.received + talks * exchanged[1],
     )
-    ways = find_ways(rules)
+    ways = find_ways(program.strategy)
     up, down = client_bytes(program.costs, traffic, ways)
     flops = client_flops(program.costs, traffic, ways, conditions.examples)
     parameters = client_parameters(program.costs, traffic, ways)
     down, flops, up = outcome.spent.T * jnp.stack([down, flops, up])
     wasted = jnp.where(outcome.arrived, 0.0, 1.0)
     longest, worked_at_all = seconds.max(), outcome.spent[:, 0] > 0
-    late = (seconds > rules.deadline) | (outcome.code == DROPPED)
+    late = (seconds > deadline) | (outcome.code == DROPPED)
     # Some systems take more memory than the experts that they train.
     fits = client_memory(program.device_costs, traffic, ways) <= devices.memory
     too_many = (traffic.trained > participation.capacity[cohort]) | ~fits
-    if rules.world.late == "stale":  # nobody waits for them
-        longest = jnp.minimum(longest, rules.deadline)
+    if program.static.late.kind == "stale":  # nobody waits for them
+        longest = jnp.minimum(longest, deadline)
     return {
         "bytes_up": up.sum(),
         "bytes_down": down.sum(),
@@ -106,10 +108,10 @@ def count_outcomes(outcome: Outcome) -> dict[str, Array]:
 def measure(
     before: SimState,
     after: SimState,
-    meant: Array,
-    federation: Federation,
-    inputs: ClientInput,
-    report: Report,
+    capacity: Capacity,
+    view: View,
+    conditions: Conditions,
+    replies: Reply,
     exchanged: tuple[Array, Array],
     load: Array,
     program: Program,
@@ -119,42 +121,43 @@ def measure(
     Args:
       before: the state before the round.
       after: the state after it.
-      meant: [N] int32, the capacity that a server without errors would believe in.
-      federation: data and devices.
-      inputs: of the cohort.
-      report: of the cohort.
+      capacity: of the clients.
+      view: of the world.
+      conditions: of the cohort's work.
+      replies: of the cohort.
       exchanged: see `account`.
       load: [E] examples trained.
       program: the static parts.
     """
     participation = after.participation
+    cohort = participation.client
     return (
-        measure_learning(before.align, after.align, report, inputs.client)
+        measure_learning(before.align, after.align, replies, cohort)
         | measure_load(load)
-        | account(participation, inputs.conditions, report.sent, exchanged, program)
+        | account(participation, conditions, replies.sent, exchanged, program)
         | count_outcomes(participation.outcome)
-        | measure_work(federation, inputs.client, program)
-        | measure_world(after, meant)
+        | measure_work(view.federation, cohort, program)
+        | measure_world(after, capacity.buffered)
     )
 
 
 def measure_learning(
-    before: AlignState, after: AlignState, report: Report, cohort: Array
+    before: AlignState, after: AlignState, replies: Reply, cohort: Array
 ) -> dict[str, Array]:
     """What the cohort [C] and the server learnt; means over clients are taken here."""
     held = after.held[cohort]
-    arrived = report.arrived
+    arrived = replies.arrived
     count = arrived.sum()  # 0 gives NaN: a loss of 0 would look like success
     changed = jnp.where(held, jnp.abs(after.fitness - before.fitness)[cohort], 0.0)
     found = {
-        "train_loss": jnp.where(arrived, report.loss, 0.0).sum() / count,
-        "train_accuracy": jnp.where(arrived, report.accuracy, 0.0).sum() / count,
+        "train_loss": jnp.where(arrived, replies.loss, 0.0).sum() / count,
+        "train_accuracy": jnp.where(arrived, replies.accuracy, 0.0).sum() / count,
         "fitness_change": changed.sum() / held.sum(),
         "assignment_change": (held & ~before.held[cohort]).sum() / held.sum(),
     }
     if after.detector:
         found["drift_alarms"] = after.detector.alarms - before.detector.alarms
-    return found | {name: x for name, x in after.memory.items() if x.ndim == 0}
+    return found | {name: x for name, x in after.strategy.items() if x.ndim == 0}
 
 
 def measure_load(load: Array) -> dict[str, Array]:
@@ -171,7 +174,7 @@ def measure_work(federation: Federation, cohort: Array, program: Program) -> dic
     """Examples trained, and how much of the simulation's devices they used."""
     sizes, num_devices = program.sizes, program.mesh.shape[CLIENTS]
     steps = federation.steps[cohort]
-    chunk = chunk_size(sizes.cohort_size, num_devices, program.rules.client_chunk)
+    chunk = chunk_size(sizes.cohort_size, num_devices, program.static.run.client_chunk)
     return {
         "examples": steps.sum() * sizes.batch_size,
         "wasted_share": wasted_share(steps, num_devices, chunk),

@@ -1,6 +1,9 @@
 """Config fields and user errors, which flags, runs and reports share; no JAX."""
 
+import collections
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,3 +77,44 @@ class Option(NamedTuple):
     about: str
     scope: str = HOST
     default: Any = None
+
+
+@functools.cache
+def _record_type(name: str, fields: tuple[str, ...]) -> type:
+    # Cached, as pytrees of equal fields must be of one type to have one structure.
+    return collections.namedtuple(name, fields)
+
+
+def group(values: Mapping[str, Any], name: str) -> Any:
+    """Dotted fields as nested named tuples: `{"client.prox": 0}` to `.client.prox`.
+
+    Equal fields always give equal types, so that the results are pytrees of one
+    structure, and hashable where the values are.
+    """
+    tree: dict[str, Any] = {}
+    for field, value in values.items():
+        head, _, leaf = field.partition(".")
+        if leaf:
+            tree.setdefault(head, {})[leaf] = value
+        else:
+            tree[head] = value
+    return _nest(name, tree)
+
+
+def _nest(name: str, tree: dict[str, Any]) -> Any:
+    fields = sorted(tree)
+    values = (
+        _nest(f, tree[f]) if isinstance(tree[f], dict) else tree[f] for f in fields
+    )
+    return _record_type(name, tuple(fields))(*values)
+
+
+def replace(record: Any, **changes: Any) -> Any:
+    """A nested record with some groups' fields changed: `client={"prox": 1}`."""
+    groups = {
+        name: getattr(record, name)._replace(**change)
+        if isinstance(change, dict)
+        else change
+        for name, change in changes.items()
+    }
+    return record._replace(**groups)

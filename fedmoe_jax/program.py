@@ -1,4 +1,4 @@
-"""Everything static of one run, and the state that it starts from."""
+"""Everything static of one run: the program that is compiled."""
 
 import math
 from typing import NamedTuple
@@ -9,34 +9,18 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedmoe_jax.aggregate import (
-    EXPERT_WEIGHTS,
-    GATE_WEIGHTS,
-    server_optimizer,
-    zero_sums,
-)
-from fedmoe_jax.align.capacity import init_belief
-from fedmoe_jax.align.drift_detector import init_detector
-from fedmoe_jax.align.fitness import idle_rule, init_fitness
-from fedmoe_jax.client import sum_gate_losses
+from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
+from fedmoe_jax.base import Routing, Strategy
+from fedmoe_jax.config import list_options
+from fedmoe_jax.loss import calibrate_gate
 from fedmoe_jax.models.flops import count_forward_flops
 from fedmoe_jax.models.image_moe import Model, build_model
-from fedmoe_jax.rules import CALM, Rules, World
+from fedmoe_jax.options import STATIC, TRACED, group
+from fedmoe_jax.rules import World
+from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.types import (
-    AlignState,
-    Array,
-    Federation,
-    Hyper,
-    SimState,
-    Sizes,
-    Strategy,
-)
+from fedmoe_jax.types import Hyper, Sizes, Static
 from fedmoe_jax.world.costs import Costs, count_costs, scale_costs
-from fedmoe_jax.world.participation import init_participation
-from fedmoe_jax.world.step import init_world
-
-BEFORE_ROUNDS = 2**32 - 1  # folded into the run's key where rounds fold their number
 
 
 class Program(NamedTuple):
@@ -44,9 +28,13 @@ class Program(NamedTuple):
 
     Attributes:
       model: the model's pure functions.
-      sizes: static sizes, after the strategy's resize.
-      strategy: the strategy's record.
-      rules: the static choices.
+      sizes: static sizes, as the strategy configures them.
+      strategy: the strategy's record, without None where the config decides.
+      static: the config's fields that shape the program, as the strategy configures
+        them; also `prox`, whether the FedProx term is in the local objective, and
+        `ragged`, whether clients take different numbers of local steps.
+      world: which of its processes are on.
+      report_numbers: numbers in the report of one client, see `Strategy.report`.
       costs: of the simulated model; these bytes are reported.
       device_costs: of the model that it stands for; these are what devices feel.
       mesh: the devices that run the simulation.
@@ -55,153 +43,95 @@ class Program(NamedTuple):
     model: Model
     sizes: Sizes
     strategy: Strategy
-    rules: Rules
+    static: Static
+    world: World
+    report_numbers: int
     costs: Costs
     device_costs: Costs
     mesh: Mesh
 
 
-def init_state(key: Array, hyper: Hyper, program: Program) -> SimState:
-    """The state before the first round.
+def configure(config: ConfigDict) -> ConfigDict:
+    """The config of the run's program: a copy, as its strategy needs it."""
+    return find_strategy(config.strategy).configure(ConfigDict(config.to_dict()))
+
+
+def find_overwritten(config: ConfigDict) -> dict[str, object]:
+    """The fields that the strategy overwrites, with its values."""
+    given, used = flatten(config.to_dict()), flatten(configure(config).to_dict())
+    return {name: value for name, value in used.items() if value != given[name]}
+
+
+def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
+    """The record with the config's choices where it leaves them open.
 
     Args:
-      key: the seed's key, consumed.
-      hyper: hyperparameters.
-      program: the static parts.
+      strategy: as its file defines it.
+      config: as the strategy configures it.
     """
-    sizes, rules = program.sizes, program.rules
-    shape = (sizes.num_clients, sizes.num_experts)
-    params_key, fitness_key, run_key = jax.random.split(key, 3)
-    params = program.model.init(params_key)
-    zeros = lambda leaf: jnp.zeros((sizes.num_clients, *leaf.shape), leaf.dtype)
-    tx = server_optimizer(rules.server_optimizer, hyper.server_learning_rate)
-    copies = lambda leaf: jnp.tile(leaf[None], (sizes.num_clients,) + (1,) * leaf.ndim)
-    align = AlignState(
-        fitness=init_fitness(fitness_key, *shape, prior=hyper.prior, noise=hyper.noise),
-        usage=jnp.zeros(sizes.num_experts),
-        held=jnp.zeros(shape, bool),
-        times_held=jnp.zeros(shape, jnp.int32),
-        memory=program.strategy.remember(sizes),
-        detector=init_detector(*shape) if rules.world.reaction else {},
-    )
-    return SimState(
-        round=jnp.zeros((), jnp.int32),
-        key=run_key,
-        params=params,
-        server_opt=tx.init(params),
-        align=align,
-        personal={part: jax.tree.map(copies, params[part]) for part in rules.personal},
-        variate=jax.tree.map(zeros, params) if rules.variates else {},
-        world=init_world(run_key, hyper, sizes, rules.world),
-        belief=init_belief(sizes.num_clients, sizes.max_capacity, rules.world.profile),
-        stale=zero_sums(params) if rules.world.late == "stale" else {},
-        participation=init_participation(sizes),
-    )
-
-
-def prepare_state(
-    state: SimState, federation: Federation, hyper: Hyper, program: Program
-) -> SimState:
-    """The state after what the strategy does before the first round, if anything."""
-    if program.strategy.prepare is None:
-        return state
-    key = jax.random.fold_in(state.key, BEFORE_ROUNDS)
-    params, memory = program.strategy.prepare(
-        *(key, state.params, state.align.memory, federation, hyper),
-        model=program.model,
-        sizes=program.sizes,
-    )
-    return state.replace(params=params, align=state.align.replace(memory=memory))
-
-
-def find_options(config: ConfigDict) -> dict[str, float]:
-    """The group of the config that only the run's strategy reads."""
-    group = find_strategy(config.strategy).options
-    return config[group].to_dict() if group else {}
-
-
-# Groups of the config whose numbers the world's processes read.
-WORLD = (
-    "late",
-    "profile",
-    "pressure",
-    "background",
-    "bandwidth",
-    "availability",
-    "channel",
-    "drift",
-    "reaction",
-)
-
-
-def find_numbers(config: ConfigDict) -> dict[str, dict[str, float]]:
-    """The numbers of the world's processes, by group and field."""
-    return {
-        group: {
-            name: value
-            for name, value in config[group].items()
-            if not isinstance(value, str)
-        }
-        for group in WORLD
+    values = flatten(config.to_dict())
+    open_to_config = {
+        "personal": ("gate",) if config.gate.mode == "personal" else (),
+        "gate_weight": GATE_WEIGHTS[config.gate.mode],
+        "expert_weight": EXPERT_WEIGHTS[config.merge.weight],
+        "gate_loss": calibrate_gate,
+        "every_expert": config.num_experts <= config.evaluation.dense_experts,
     }
+    chosen = {
+        name: value
+        for name, value in open_to_config.items()
+        if getattr(strategy, name) is None
+    }
+    return strategy._replace(
+        local_experts=min(strategy.local_experts, config.num_experts),
+        stages=tuple((values.get(when, when), act) for when, act in strategy.stages),
+        **chosen,
+    )
 
 
 def make_world(config: ConfigDict) -> World:
     """Which processes of the world are on: those that would change anything.
 
-    Who owns the pooled data does not live in that world.
+    The one client of pooled data has no such world.
     """
     if find_strategy(config.strategy).pooled:
-        return CALM
-    reach, images, reaction = config.availability, config.drift.images, config.reaction
+        return World()
+    reach, images = config.availability, config.drift.images
     return World(
         pressure=config.pressure.share > 0,
         background=config.background.most > 0,
         bandwidth=config.bandwidth.spread > 0,
         reach=reach.share < 1 or reach.swing > 0,
-        sampling=reach.sampling,
         dropout=reach.dropout > 0,
         wireless=config.channel.kind == "wireless",
+        busy=config.late.kind == "stale",
         labels=config.drift.labels > 0,
         images="" if images == "none" else images,
-        reaction="" if reaction.kind == "none" else reaction.kind,
-        profile=config.profile.kind,
-        overload=config.devices.overload == "lose",
-        late=config.late.kind,
     )
+
+
+def take_scope(config: ConfigDict, scope: str) -> dict[str, object]:
+    """The config's fields of one scope, by dotted name."""
+    values = flatten(config.to_dict())
+    return {
+        name: values[name]
+        for name, option in list_options().items()
+        if option.scope == scope
+    }
+
+
+def make_static(config: ConfigDict) -> Static:
+    """The fields that shape the program, of a config as the strategy configures it."""
+    extra = {"prox": config.client.prox > 0, "ragged": config.local_epochs > 0}
+    return group(take_scope(config, STATIC) | extra, "static")
 
 
 def make_hyper(config: ConfigDict) -> Hyper:
-    """The traced hyperparameters, of a program with one strategy."""
-    idle_decay, idle_target = idle_rule(
-        config.fitness.idle, config.fitness.idle_decay, config.fitness.prior
-    )
-    strategy = find_strategy(config.strategy)
-    values = Hyper(
-        strategy=0,
-        client_learning_rate=config.client.learning_rate,
-        server_learning_rate=config.server.learning_rate,
-        prox=config.client.prox,
-        calibration=config.loss.calibration,
-        load_loss=config.loss.load,
-        z_loss=config.loss.z,
-        prior=config.fitness.prior,
-        noise=config.fitness.noise,
-        fitness_rate=config.fitness.rate,
-        idle_decay=idle_decay,
-        idle_target=idle_target,
-        loss_scale=config.fitness.loss_scale,
-        frequency_share=config.fitness.frequency_share,
-        usage_decay=config.usage.decay,
-        fitness_weight=config.weights.fitness,
-        usage_weight=config.weights.usage,
-        exploration=config.fitness.exploration,
-        buffer=config.devices.buffer,
-        own=find_options(config),
-        world=find_numbers(config),
-    )
-    values = jax.tree.map(np.float32, strategy.tune(values))
-    return values.replace(strategy=np.int32(0))
+    """The traced numbers, of a program with one strategy, from the user's config."""
+    cast = lambda value: (np.int32 if isinstance(value, int) else np.float32)(value)
+    traced = take_scope(configure(config), TRACED)
+    numbers = {name: cast(value) for name, value in traced.items()}
+    return group(numbers | {"strategy": np.int32(0)}, "hyper")
 
 
 def longest(steps: np.ndarray, ragged: bool) -> int:
@@ -214,11 +144,14 @@ def longest(steps: np.ndarray, ragged: bool) -> int:
     return 2 ** math.ceil(math.log2(most)) if ragged else most
 
 
-def make_sizes(config: ConfigDict, num_classes: int, local_steps: int) -> Sizes:
-    """The sizes of the configured mixture, before a strategy resizes them.
+def make_sizes(
+    config: ConfigDict, max_capacity: int, num_classes: int, local_steps: int
+) -> Sizes:
+    """The sizes of a program.
 
     Args:
-      config: a validated config.
+      config: as the strategy configures it.
+      max_capacity: K of the user's config.
       num_classes: L.
       local_steps: T.
     """
@@ -232,40 +165,19 @@ def make_sizes(config: ConfigDict, num_classes: int, local_steps: int) -> Sizes:
         batch_size=config.batch_size,
         expert_width=config.model.expert_width,
         num_classes=num_classes,
-        max_capacity=config.max_held,
+        max_capacity=max_capacity,
     )
 
 
-def make_rules(config: ConfigDict, num_experts: int) -> Rules:
-    """The static choices of a run whose model has E experts."""
-    return Rules(
-        personal=("gate",) if config.gate.mode == "personal" else (),
-        local_experts=0,
-        frozen=(),
-        gate_period=0,
-        silent=False,
-        gate_weight=GATE_WEIGHTS[config.gate.mode],
-        expert_weight=EXPERT_WEIGHTS[config.merge.weight],
-        feedback=config.fitness.feedback,
-        client_optimizer=config.client.optimizer,
-        momentum=config.client.momentum,
-        prox=config.client.prox > 0,
-        focus=None,
-        gate_loss=sum_gate_losses,
-        probabilities=False,
-        report_mass=False,
-        variates=False,
-        step_scale=None,
-        server_optimizer=config.server.optimizer,
-        deadline=config.devices.deadline,
-        communication_share=config.devices.communication_share,
-        test_active=0,
-        every_expert=num_experts <= config.evaluation.dense_experts,
-        ragged=config.local_epochs > 0,
-        world=make_world(config),
-        client_chunk=config.run.client_chunk,
-        chunk_rounds=config.chunk_rounds,
-    )
+def count_report(strategy: Strategy, sizes: Sizes, hyper: Hyper) -> int:
+    """Numbers in one client's report beside its update, 0 without any."""
+    if strategy.report is None:
+        return 0
+    batch = (sizes.batch_size,)
+    shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
+    routing = Routing(shape(*batch, sizes.num_experts), shape(*batch, sizes.max_held))
+    report = jax.eval_shape(strategy.report, routing, {}, hyper)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(report))
 
 
 def build_program(
@@ -287,16 +199,17 @@ def build_program(
     Raises:
       UserError: model parts that do not fit each other or the images.
     """
-    strategy = find_strategy(config.strategy)
-    sizes = strategy.resize(make_sizes(config, num_classes, local_steps))
+    used = configure(config)
+    strategy = resolve(find_strategy(config.strategy), used)
+    sizes = make_sizes(used, config.max_held, num_classes, local_steps)
     model = build_model(
-        stem=config.model.stem,
-        stem_width=config.model.stem_width,
-        expert=config.model.expert,
+        stem=used.model.stem,
+        stem_width=used.model.stem_width,
+        expert=used.model.expert,
         expert_width=sizes.expert_width,
-        feature_width=config.model.feature_width,
-        stem_dropout=config.model.stem_dropout,
-        expert_dropout=config.model.expert_dropout,
+        feature_width=used.model.feature_width,
+        stem_dropout=used.model.stem_dropout,
+        expert_dropout=used.model.expert_dropout,
         num_experts=sizes.num_experts,
         num_classes=num_classes,
         image_shape=image_shape,
@@ -307,10 +220,10 @@ def build_program(
         model=model,
         sizes=sizes,
         strategy=strategy,
-        rules=strategy.adapt(
-            make_rules(config, sizes.num_experts), sizes, find_options(config)
-        ),
+        static=make_static(used),
+        world=make_world(config),
+        report_numbers=count_report(strategy, sizes, make_hyper(config)),
         costs=costs,
-        device_costs=scale_costs(costs, config.devices.model_scale),
+        device_costs=scale_costs(costs, used.devices.model_scale),
         mesh=mesh,
     )

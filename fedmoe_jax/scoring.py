@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.client import take_submodel
-from fedmoe_jax.models.image_moe import Model, apply_experts
+from fedmoe_jax.models.image_moe import apply_experts
 from fedmoe_jax.models.routing import gate_logits, route
-from fedmoe_jax.rules import Rules
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, Federation, PyTree, SimState
 
 
@@ -42,12 +42,12 @@ class ClientView(NamedTuple):
     """ONE client that is asked (a leading N axis for all of them).
 
     Attributes:
-      own: the client's personal parts, {} where the server's serve all.
+      personal: the client's own parts, {} where the server's serve all.
       held: [E] bool, the experts it routes among.
       wanted: [L] float, 1 for labels that the client has, else 0.
     """
 
-    own: PyTree
+    personal: PyTree
     held: Array
     wanted: Array
 
@@ -60,7 +60,7 @@ def view_clients(state: SimState, federation: Federation) -> ClientView:
     held = state.align.held
     mix = federation.label_mix.reshape(len(held), -1, federation.label_mix.shape[1])
     return ClientView(
-        own=state.personal,
+        personal=state.personal,
         held=held | ~held.any(axis=1, keepdims=True),
         wanted=(mix.sum(axis=1) > 0).astype(jnp.float32),
     )
@@ -68,9 +68,9 @@ def view_clients(state: SimState, federation: Federation) -> ClientView:
 
 def own_logits(client: ClientView, images: Images) -> Array:
     """[B, E] gate logits of ONE client: the server's, unless gates are personal."""
-    if "gate" not in client.own:
+    if "gate" not in client.personal:
         return images.logits
-    return gate_logits(client.own["gate"], images.features)
+    return gate_logits(client.personal["gate"], images.features)
 
 
 def route_all(logits: Array, num_active: int) -> Array:
@@ -95,7 +95,7 @@ def find_needed(images: Images, clients: ClientView, num_active: int) -> Array:
         logits = own_logits(client, images)
         wanted = (images.label @ client.wanted)[:, None] > 0
         need |= wanted & (route(logits, client.held, num_active) > 0)
-        if client.own:
+        if client.personal:
             need |= real & (route_all(logits, num_active) > 0)
         return need, None
 
@@ -146,23 +146,25 @@ def score_experts(answers: Array, images: Images) -> dict[str, Array]:
     return {"expert": jnp.einsum("be,bl->el", right, images.label)}
 
 
-def answer_experts(model: Model, head: PyTree, outputs: Array, rules: Rules) -> Array:
+def answer_experts(head: PyTree, outputs: Array, program: Program) -> Array:
     """Every expert's class logits [B, E, L], or probabilities where they are mixed."""
-    answers = model.head(head, outputs)
-    return jax.nn.softmax(answers) if rules.probabilities else answers
+    answers = program.model.head(head, outputs)
+    mixed = program.strategy.mix == "probabilities"
+    return jax.nn.softmax(answers) if mixed else answers
 
 
 def answer_personal(
-    client: ClientView, images: Images, params: PyTree, model: Model, rules: Rules
+    client: ClientView, images: Images, params: PyTree, program: Program
 ) -> tuple[Array, Array]:
     """Gate logits [B, E] and answers [B, E, L] of ONE client's own whole model."""
     num_experts = client.held.shape[0]
     everything = jnp.arange(num_experts)
-    mine = take_submodel(params, client.own, everything, rules.local_experts)
-    features = model.stem(mine["stem"], images.x, None)
-    outputs = apply_experts(model, mine["experts"], features, None)
-    answers = answer_experts(model, mine["head"], outputs, rules)
-    return gate_logits(mine["gate"], features), answers
+    model, local = program.model, program.strategy.local_experts
+    own = take_submodel(params, client.personal, everything, local)
+    features = model.stem(own["stem"], images.x, None)
+    outputs = apply_experts(model, own["experts"], features, None)
+    answers = answer_experts(own["head"], outputs, program)
+    return gate_logits(own["gate"], features), answers
 
 
 def score_clients(
@@ -186,7 +188,7 @@ def score_clients(
         logits, answers = answer(client)
         gates = route(logits, client.held, num_active)
         counts = {"personal": count_right(gates, answers, images)}
-        if client.own:
+        if client.personal:
             counts |= score_routed(logits, answers, images, num_active, every_expert)
             counts |= score_experts(answers, images) if every_expert else {}
         return counts

@@ -29,11 +29,33 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
 Array = jax.Array
 PyTree = Any
+
+# The traced numbers of a run in the config's own groups, `hyper.fitness.rate`, float32
+# or int32 scalars, and `hyper.strategy`, [] int32, which of the program's strategies
+# decides (see `strategies.either`). Varying one compiles nothing anew. The groups
+# depend on what plug-ins add; see `program.make_hyper`.
+Hyper = Any
+# The config's fields that shape a program, hashable, in the same groups.
+Static = Any
+
+
+class Keys(NamedTuple):
+    """What draws come from: the key of a round, and the run's, which never changes."""
+
+    round: Array
+    run: Array
+
+    def of(self, purpose: int) -> Array:
+        """The round's key for one purpose."""
+        return jax.random.fold_in(self.round, purpose)
+
+    def always(self, purpose: int) -> Array:
+        """The run's key for one purpose."""
+        return jax.random.fold_in(self.run, purpose)
 
 
 class Sizes(NamedTuple):
@@ -63,63 +85,6 @@ class Sizes(NamedTuple):
     expert_width: int
     num_classes: int
     max_capacity: int
-
-
-@struct.dataclass
-class Hyper:
-    """Hyperparameters that are traced: varying one does not compile anything anew.
-
-    Every field but `strategy`, `own` and `world` is a float32 scalar.
-
-    Attributes:
-      strategy: [] int32, which of the program's strategies decides, see
-        `strategies.either`.
-      client_learning_rate: step size of the local optimiser, > 0.
-      server_learning_rate: step size of the server optimiser, > 0.
-      prox: FedProx coefficient mu >= 0 of `mu / 2 * |params - received|^2`; read only
-        where `Rules.prox` says that the term is there.
-      calibration: weight >= 0 of the gate calibration loss.
-      load_loss: weight >= 0 of the Switch load loss.
-      z_loss: weight >= 0 of the router z-loss.
-      prior: fitness in [0, 1] before any feedback.
-      noise: spread >= 0 of the initial fitness about the prior.
-      fitness_rate: beta in (0, 1], weight of the newest feedback in the fitness EMA.
-      idle_decay: rho in [0, 1], what an unheld pair keeps of its distance to
-        `idle_target` (1 keeps the fitness as it is).
-      idle_target: fitness towards which unheld pairs decay.
-      loss_scale: alpha >= 0 of the loss-driven feedback `exp(-alpha * loss)`, 1 / nats.
-      frequency_share: share in [0, 1] of selection frequency in the mixed feedback.
-      usage_decay: gamma in [0, 1], what the usage keeps from round to round.
-      fitness_weight: weight of the normalised fitness in the desirability.
-      usage_weight: weight of the normalised usage, subtracted in the desirability.
-      exploration: probability in [0, 1] that a client's scores are drawn at random.
-      buffer: share in [0, 1) of every resource that the profile keeps in reserve.
-      own: numbers that only the run's strategy reads, by name; see `Strategy.options`.
-      world: numbers of the world's processes, by the config's groups and fields; read
-        only where `Rules.world` says that the process is on.
-    """
-
-    strategy: Array
-    client_learning_rate: Array
-    server_learning_rate: Array
-    prox: Array
-    calibration: Array
-    load_loss: Array
-    z_loss: Array
-    prior: Array
-    noise: Array
-    fitness_rate: Array
-    idle_decay: Array
-    idle_target: Array
-    loss_scale: Array
-    frequency_share: Array
-    usage_decay: Array
-    fitness_weight: Array
-    usage_weight: Array
-    exploration: Array
-    buffer: Array
-    own: dict[str, Array] = struct.field(default_factory=dict)
-    world: dict[str, dict[str, Array]] = struct.field(default_factory=dict)
 
 
 class Dataset(NamedTuple):
@@ -231,15 +196,15 @@ class AlignState:
       usage: [E] float32, decayed count of examples trained (section III-B-2).
       held: [N, E] bool, what each client was to hold when it was last in a cohort.
       times_held: [N, E] int32, rounds in which the client was to hold the expert.
-      memory: what the strategy keeps in mind for itself, {} for most.
-      detector: of drift, see `align.detect`; {} where nobody reacts to drift.
+      strategy: the strategy's own state, {} for most.
+      detector: of drift, see `align.drift_detector`; {} where none watches.
     """
 
     fitness: Array
     usage: Array
     held: Array
     times_held: Array
-    memory: PyTree = struct.field(default_factory=dict)
+    strategy: PyTree = struct.field(default_factory=dict)
     detector: PyTree = struct.field(default_factory=dict)
 
 
@@ -305,7 +270,7 @@ class Evidence:
       capacity: [C] int32 in [1, K], experts each client can hold.
       load: [C] float32, examples each client trains in one round.
       held: [C, E] bool, what each client held when it was last in a cohort.
-      memory: the strategy's own memory, see `Strategy.remember`.
+      state: the strategy's own state, see `Strategy.init`.
     """
 
     round: Array
@@ -315,7 +280,7 @@ class Evidence:
     capacity: Array
     load: Array
     held: Array
-    memory: PyTree = struct.field(default_factory=dict)
+    state: PyTree = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -328,8 +293,6 @@ class Feedback:
       frequency: [K] float32, share of the gate mass, sums to 1 over valid slots.
       load: [K] float32, examples whose top-A includes the slot's expert.
       peak: [K] float32 in [0, 1], largest gate of a batch, mean over the batches.
-      mass: [E] float32 in [0, 1], mean gate over all experts, held or not, where
-        `Rules.report_mass` asks for it, else [0].
     """
 
     accuracy: Array
@@ -337,100 +300,58 @@ class Feedback:
     frequency: Array
     load: Array
     peak: Array
-    mass: Array
 
 
-# (evidence, hyper, sizes, key) -> Assignment
-AssignFn = Callable[[Evidence, Hyper, Sizes, Array], Assignment]
-# (state, federation, hyper) -> (state, metrics), of one round or of R
-RoundFn = Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]
-# Sizes -> Sizes, for strategies whose model differs from the configured one.
-ResizeFn = Callable[[Sizes], Sizes]
-# Sizes -> memory before the first round.
-RememberFn = Callable[[Sizes], PyTree]
-# (key, params, memory, federation, hyper, model=, sizes=) -> params, memory.
-PrepareFn = Callable[..., tuple[PyTree, PyTree]]
-# (evidence, assignment, feedback, hyper) -> memory after a round.
-LearnFn = Callable[[Evidence, Assignment, Feedback, Hyper], PyTree]
-# (personal parts [N, ...], memory, evidence, whose round counted [C], hyper) ->
-# personal parts, memory, and how many experts each client of the cohort has sent to and
-# received from others, [C] each.
-ExchangeFn = Callable[
-    [PyTree, PyTree, Evidence, Array, Hyper], tuple[PyTree, PyTree, Array, Array]
-]
-# (rules, sizes, options) -> the `rules.Rules` that the strategy needs.
-AdaptFn = Callable[[Any, Sizes, dict[str, float]], Any]
-# Hyperparameters as configured -> as the strategy needs them.
-TuneFn = Callable[[Hyper], Hyper]
-
-
-def as_it_is(value: Any) -> Any:
-    """The configured sizes or hyperparameters unchanged."""
-    return value
-
-
-def same_rules(rules: Any, sizes: Sizes, options: dict[str, float]) -> Any:
-    """The configured rules unchanged."""
-    return rules
-
-
-def no_memory(sizes: Sizes) -> PyTree:
-    """For strategies that remember nothing but what all learn."""
-    return {}
-
-
-def same_memory(
-    evidence: Evidence, assignment: Assignment, feedback: Feedback, hyper: Hyper
-) -> PyTree:
-    """The memory as it was."""
-    return evidence.memory
-
-
-def no_exchange(
-    personal: PyTree, memory: PyTree, evidence: Evidence, arrived: Array, hyper: Hyper
-) -> tuple[PyTree, PyTree, Array, Array]:
-    """Clients keep their parts for themselves."""
-    nothing = jnp.zeros(evidence.client.shape)
-    return personal, memory, nothing, nothing
-
-
-class Strategy(NamedTuple):
-    """One published system or control, as a record of pure functions.
+@struct.dataclass
+class ClientInput:
+    """The inputs of one client's round (a leading C axis in a round).
 
     Attributes:
-      assign: decides which experts each cohort client holds.
-      note: what it decides, one sentence.
-      reads: which learnt evidence it decides from, of `fitness` and `usage`.
-      needs: what it gets beyond the shared rules, "" for nothing; the report prints it.
-      options: the config group whose numbers `adapt` gets and that are in `hyper.own`,
-        "" for none.
-      allowed: (field, what is allowed in it) of all its options, and of other fields
-        of the config in which it allows less than others.
-      at_most: (field, other field) of the config: the one may not exceed the other.
-      pooled: whether one client owns all data and takes the steps of a whole cohort.
-      resize: the sizes of the model it trains.
-      adapt: the static rules that it trains and merges by, from the configured ones.
-      tune: likewise its traced hyperparameters.
-      remember: its own memory before the first round.
-      prepare: params and memory after what the server does alone, before the first
-        round; None for nothing.
-      learn: its own memory after a round.
-      exchange: the personal parts after clients have exchanged them, its memory, and
-        what travelled.
+      client: [] int32, client id.
+      steps: [] int32, local steps to take; 0 for what only pads the cohort.
+      budget: [] int32 >= 1, experts that the client has room to train.
+      scale: [] float32, factor of its delta in the averages, 1 for most.
+      held: [K] int32, ids of the held experts.
+      slot: [K] bool, which of them count.
+      calibration: [] float32 >= 0, factor of the calibration loss, 1 for most.
+      correction: what control variates add to its gradients, like params; {} for none.
+      personal: the client's own parts, by name like params; {} where there are none.
+      distortion: [] float32, how far its images have drifted; None where none do.
     """
 
-    assign: AssignFn
-    note: str
-    reads: tuple[str, ...] = ()
-    needs: str = ""
-    options: str = ""
-    allowed: tuple[tuple[str, Any], ...] = ()
-    at_most: tuple[tuple[str, str], ...] = ()
-    pooled: bool = False
-    resize: ResizeFn = as_it_is
-    adapt: AdaptFn = same_rules
-    tune: TuneFn = as_it_is
-    remember: RememberFn = no_memory
-    prepare: PrepareFn | None = None
-    learn: LearnFn = same_memory
-    exchange: ExchangeFn = no_exchange
+    client: Array
+    steps: Array
+    budget: Array
+    scale: Array
+    held: Array
+    slot: Array
+    calibration: Array
+    correction: PyTree
+    personal: PyTree
+    distortion: Array | None = None
+
+
+@struct.dataclass
+class ClientUpdate:
+    """The result of one client's round.
+
+    Attributes:
+      delta: sub-model `{stem, gate [E, ...], experts [K, ...], head}`, trained less
+        received.
+      feedback: per-slot feedback.
+      report: the strategy's, mean over the batches; None without one.
+      loss: [] float32 nats, mean training loss (cross-entropy) over the steps.
+      accuracy: [] float32 in [0, 1], mean training accuracy over the steps.
+      finite: [] bool, whether every number of the update is finite.
+    """
+
+    delta: PyTree
+    feedback: Feedback
+    report: PyTree
+    loss: Array
+    accuracy: Array
+    finite: Array
+
+
+# (state, federation, hyper) -> (state, metrics), of one round or of R
+RoundFn = Callable[[SimState, Federation, Hyper], tuple[SimState, dict[str, Array]]]

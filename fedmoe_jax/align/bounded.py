@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.align.prices import Bounds, find_prices, find_span, sum_load
-from fedmoe_jax.align.top_k import held_mask, top_k
+from fedmoe_jax.align.top_k import top_k
+from fedmoe_jax.models.submodel import held_mask
 from fedmoe_jax.types import Array, Assignment
 
 TOLERANCE = 1e-6  # of the scores' range, below which costs are equal

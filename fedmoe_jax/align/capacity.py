@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.types import Array, Devices, Hyper, PyTree
-from fedmoe_jax.world.costs import Costs
+from fedmoe_jax.cohort import Reply
+from fedmoe_jax.program import Program
+from fedmoe_jax.types import Array, Devices, Federation, Hyper, Keys, PyTree, Sizes
+from fedmoe_jax.world.costs import Costs, client_bytes, client_flops
 from fedmoe_jax.world.limits import true_capacity
-from fedmoe_jax.world.outcome import DROPOUT, MEMORY, Outcome
-from fedmoe_jax.world.step import Keys
+from fedmoe_jax.world.outcome import DROPOUT, MEMORY, Conditions, Outcome
+from fedmoe_jax.world.step import View
+from fedmoe_jax.world.traffic import find_ways
 
 # Purposes, folded into the key of a round, and into the run's key.
 REPORT, EXPLORE = 1100, 1101
@@ -51,8 +54,8 @@ class Belief:
     history: PyTree
 
 
-class Needs(NamedTuple):
-    """What capacity is counted from.
+class Workload(NamedTuple):
+    """A round's work, by which capacity is counted.
 
     Attributes:
       costs: scaled, what the devices feel.
@@ -67,6 +70,37 @@ class Needs(NamedTuple):
     deadline: float
     communication_share: float
     max_capacity: int
+
+
+class Capacity(NamedTuple):
+    """The capacity of every client in a round, in experts.
+
+    Attributes:
+      belief: the server's, renewed where a profile is due.
+      buffered: [N] int32, the belief of a server without errors, margin kept.
+      true: [N] int32, what the devices can hold without any margin, up to E.
+    """
+
+    belief: Belief
+    buffered: Array
+    true: Array
+
+
+def count_examples(federation: Federation, sizes: Sizes) -> Array:
+    """Examples every client trains in a round, repeats included: [N] float32."""
+    return (federation.steps * sizes.batch_size).astype(jnp.float32)
+
+
+def count_workload(federation: Federation, program: Program) -> Workload:
+    """The work of a round under a program."""
+    devices = program.static.devices
+    return Workload(
+        costs=program.device_costs,
+        examples=count_examples(federation, program.sizes),
+        deadline=devices.deadline,
+        communication_share=devices.communication_share,
+        max_capacity=program.sizes.max_capacity,
+    )
 
 
 def init_belief(num_clients: int, max_capacity: int, kind: str) -> Belief:
@@ -121,33 +155,35 @@ def estimate_devices(history: History, devices: Devices) -> Devices:
     )
 
 
-def count_capacity(devices: Devices, buffer: Array, needs: Needs) -> Array:
+def count_capacity(devices: Devices, buffer: Array, workload: Workload) -> Array:
     """Experts that each device can hold, [N] int32 from 0 on, see `true_capacity`."""
     return true_capacity(
         devices,
-        needs.costs,
+        workload.costs,
         buffer=buffer,
-        examples=needs.examples,
-        deadline=needs.deadline,
-        communication_share=needs.communication_share,
-        max_capacity=needs.max_capacity,
+        examples=workload.examples,
+        deadline=workload.deadline,
+        communication_share=workload.communication_share,
+        max_capacity=workload.max_capacity,
     )
 
 
 def estimate_capacity(
-    key: Array, history: History, devices: Devices, hyper: Hyper, needs: Needs
+    key: Array, history: History, devices: Devices, hyper: Hyper, workload: Workload
 ) -> Array:
     """[N] int32 experts by observed paces and failures, now and then one more.
 
     The buffer is kept of the room as of every other resource, but not when exploring.
     """
-    by_pace = count_capacity(estimate_devices(history, devices), hyper.buffer, needs)
-    explore = hyper.world["profile"]["exploration"]
+    by_pace = count_capacity(
+        estimate_devices(history, devices), hyper.devices.buffer, workload
+    )
+    explore = hyper.profile.exploration
     more = jax.random.bernoulli(key, explore, history.room.shape)
-    usual = jnp.floor((1 - hyper.buffer) * history.room + 0.5)
+    usual = jnp.floor((1 - hyper.devices.buffer) * history.room + 0.5)
     # Without the margin: only more than there was room for can tell of more room.
     by_room = jnp.where(more, jnp.floor(history.room) + 1, usual).astype(jnp.int32)
-    by_room = jnp.minimum(by_room, needs.max_capacity)
+    by_room = jnp.minimum(by_room, workload.max_capacity)
     return jnp.minimum(by_pace, by_room)
 
 
@@ -155,7 +191,7 @@ def update_belief(
     belief: Belief,
     devices: Devices,
     hyper: Hyper,
-    needs: Needs,
+    workload: Workload,
     kind: str,
     round: Array,
     keys: Keys,
@@ -166,15 +202,15 @@ def update_belief(
       belief: before the round.
       devices: leaves [N], the truth of this round.
       hyper: gives `buffer` and the numbers of the profile.
-      needs: what capacity is counted from.
+      workload: of a round.
       kind: `oracle`, `self_reported` or `estimated`.
       round: [] int32.
       keys: of the round and the run.
     """
-    numbers = hyper.world["profile"]
+    numbers = hyper.profile
     if kind == "estimated":
         capacity = estimate_capacity(
-            keys.of(EXPLORE), belief.history, devices, hyper, needs
+            keys.of(EXPLORE), belief.history, devices, hyper, workload
         )
     else:
         if kind == "self_reported":
@@ -182,13 +218,72 @@ def update_belief(
                 keys.of(REPORT),
                 keys.always(HONESTY),
                 devices,
-                deviation=numbers["deviation"],
-                fixed=numbers["fixed"],
+                deviation=numbers.deviation,
+                fixed=numbers.fixed,
             )
-        capacity = count_capacity(devices, hyper.buffer, needs)
+        capacity = count_capacity(devices, hyper.devices.buffer, workload)
     capacity = jnp.maximum(capacity, 1)  # the weakest still take one, and may be late
-    due = round % numbers["refresh"] == 0
+    due = round % numbers.refresh == 0
     return belief.replace(capacity=jnp.where(due, capacity, belief.capacity))
+
+
+def measure_capacity(
+    belief: Belief,
+    view: View,
+    hyper: Hyper,
+    program: Program,
+    round: Array,
+    keys: Keys,
+) -> Capacity:
+    """Step 2 of a round: capacity as believed, as it should be believed, and in truth.
+
+    Args:
+      belief: before the round.
+      view: of the world in this round.
+      hyper: gives `devices.buffer` and the numbers of the profile.
+      program: gives the costs of the model and the kind of profile.
+      round: [] int32.
+      keys: of the round and the run.
+    """
+    workload, devices = count_workload(view.federation, program), view.devices
+    kind = program.static.profile.kind
+    wide = max(program.sizes.num_experts, workload.max_capacity)
+    buffered = count_capacity(devices, hyper.devices.buffer, workload)
+    return Capacity(
+        belief=update_belief(belief, devices, hyper, workload, kind, round, keys),
+        buffered=jnp.maximum(buffered, 1),
+        true=count_capacity(
+            devices, jnp.zeros(()), workload._replace(max_capacity=wide)
+        ),
+    )
+
+
+def learn_devices(
+    belief: Belief,
+    conditions: Conditions,
+    replies: Reply,
+    hyper: Hyper,
+    program: Program,
+) -> Belief:
+    """The belief after the round; an estimating server has seen times and failures."""
+    if not belief.history:
+        return belief
+    costs, ways = program.device_costs, find_ways(program.strategy)
+    traffic = conditions.traffic.replace(sent=replies.sent)
+    up, down = client_bytes(costs, traffic, ways)
+    flops = client_flops(costs, traffic, ways, conditions.examples)
+    history = update_history(
+        belief.history,
+        conditions.client,
+        traffic.trained,
+        jnp.stack([down, flops, up], axis=-1),
+        replies.outcome,
+        conditions.device.latency,
+        rate=hyper.profile.rate,
+        caution=hyper.profile.caution,
+        max_capacity=program.sizes.max_capacity,
+    )
+    return belief.replace(history=history)
 
 
 def update_history(

@@ -29,7 +29,7 @@ def normalise_fitness(fitness: Array) -> Array:
 
 
 def desirability(fitness: Array, usage: Array, hyper: Hyper) -> Array:
-    """`fitness_weight * normalised fitness - usage_weight * normalised usage`.
+    """`weights.fitness * normalised fitness - weights.usage * normalised usage`.
 
     The signs are the paper's (fitness positive, usage negative); the two
     normalisations are this project's choice, the paper leaves them open.
@@ -37,11 +37,11 @@ def desirability(fitness: Array, usage: Array, hyper: Hyper) -> Array:
     Args:
       fitness: [C, E] float32.
       usage: [E] float32 >= 0.
-      hyper: gives `fitness_weight` and `usage_weight`.
+      hyper: gives `weights.fitness` and `weights.usage`.
 
     Returns:
       [C, E] float32.
     """
     chex.assert_shape(usage, (fitness.shape[1],))
-    gain = hyper.fitness_weight * normalise_fitness(fitness)
-    return gain - hyper.usage_weight * normalise_usage(usage)[None]
+    gain = hyper.weights.fitness * normalise_fitness(fitness)
+    return gain - hyper.weights.usage * normalise_usage(usage)[None]

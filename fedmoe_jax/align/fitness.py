@@ -34,11 +34,11 @@ def _accuracy(feedback: Feedback, hyper: Hyper) -> Array:
 
 
 def _loss(feedback: Feedback, hyper: Hyper) -> Array:
-    return jnp.exp(-hyper.loss_scale * feedback.loss)
+    return jnp.exp(-hyper.fitness.loss_scale * feedback.loss)
 
 
 def _mixed(feedback: Feedback, hyper: Hyper) -> Array:
-    share = hyper.frequency_share
+    share = hyper.fitness.frequency_share
     return (1 - share) * feedback.accuracy + share * feedback.frequency
 
 
@@ -59,7 +59,7 @@ def score(kind: str, feedback: Feedback, hyper: Hyper) -> Array:
       kind: `accuracy`, `loss` (`exp(-loss_scale * loss)`) or `mixed`
         (`(1 - frequency_share) * accuracy + frequency_share * frequency`).
       feedback: with leaves of shape [C, K].
-      hyper: gives `loss_scale` and `frequency_share`.
+      hyper: gives `fitness.loss_scale` and `fitness.frequency_share`.
 
     Returns:
       [C, K] float32 in [0, 1]; NaN where the feedback is NaN.
@@ -73,22 +73,19 @@ def score(kind: str, feedback: Feedback, hyper: Hyper) -> Array:
     return SCORES[kind](feedback, hyper)
 
 
-def idle_rule(kind: str, decay: float, prior: float) -> tuple[float, float]:
-    """The two numbers, `Hyper.idle_decay` and `Hyper.idle_target`, of an idle rule.
+def idle_rule(kind: str, hyper: Hyper) -> tuple[Array | float, Array | float]:
+    """What an idle pair keeps of its distance to a target, in [0, 1], and the target.
 
     Args:
       kind: `keep` (FLEX-MoE: unheld pairs keep their score), `decay` (the paper's
         wording: unheld pairs only lose score, so greedy locks in its first picks)
         or `prior` (they forget towards the prior, so they are tried again).
-      decay: share in [0, 1] kept per idle round; unused by `keep`.
-      prior: the score that `prior` decays towards.
-
-    Returns:
-      `(idle_decay, idle_target)`.
+      hyper: gives `fitness.idle_decay` and `fitness.prior`.
 
     Raises:
       UserError: if `kind` is unknown.
     """
+    decay, prior = hyper.fitness.idle_decay, hyper.fitness.prior
     rules = {"keep": (1.0, prior), "decay": (decay, 0.0), "prior": (decay, prior)}
     if kind not in rules:
         raise UserError(
@@ -103,7 +100,10 @@ def update_fitness(
     assignment: Assignment,
     score: Array,
     counted: Array,
-    hyper: Hyper,
+    *,
+    rate: Array,
+    idle_decay: Array | float,
+    idle_target: Array | float,
 ) -> Array:
     """One round of learning for every client-expert pair.
 
@@ -119,7 +119,9 @@ def update_fitness(
       score: [C, K] float32, may hold NaN.
       counted: [C, K] bool, slots whose score is evidence: the client's update was
         used and at least one example was routed to the expert.
-      hyper: gives `fitness_rate`, `idle_decay` and `idle_target`.
+      rate: [] or [C, 1], weight in (0, 1] of the newest score.
+      idle_decay: [] or [N, 1], see `idle_rule`.
+      idle_target: [], see `idle_rule`.
 
     Returns:
       [N, E] float32, finite if `fitness` is.
@@ -127,10 +129,9 @@ def update_fitness(
     chex.assert_rank(fitness, 2)
     chex.assert_shape(client, (score.shape[0],))
     chex.assert_equal_shape([assignment.held, assignment.slot, score, counted])
-    keep = hyper.idle_decay
-    idle = keep * fitness + (1 - keep) * hyper.idle_target
+    idle = idle_decay * fitness + (1 - idle_decay) * idle_target
     old = fitness[client[:, None], assignment.held]
-    new = (1 - hyper.fitness_rate) * old + hyper.fitness_rate * score
+    new = (1 - rate) * old + rate * score
     value = jnp.where(counted & jnp.isfinite(score), new, old)
     # An id of E is out of bounds, so the writes of empty slots are dropped.
     expert = jnp.where(assignment.slot, assignment.held, fitness.shape[1])

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedmoe_jax.align.usage import normalise_usage
-from fedmoe_jax.types import Array, Assignment, Evidence, PyTree
+from fedmoe_jax.models.submodel import held_mask
+from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, PyTree, Sizes
 
 MAX_ROUNDS = 16  # beyond, the program grows too long; sorting wins only later
 RANK_BLOCK = 8_192  # scores ranked at once, 32 kB: the first-level cache
@@ -132,10 +133,11 @@ def top_k(scores: Array, capacity: Array, max_held: int) -> Assignment:
     return Assignment(_rank(scores, max_held), fill_slots(capacity, max_held))
 
 
-def held_mask(held: Array, slot: Array, num_experts: int) -> Array:
-    """Which experts ONE client holds, [E] bool, from its slots [K]."""
-    chex.assert_equal_shape([held, slot])
-    return jnp.zeros(num_experts, bool).at[held].max(slot)
+def hold_all(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
+    """Every client holds all E = K experts, whatever its capacity; an `AssignFn`."""
+    shape = (evidence.client.shape[0], sizes.num_experts)
+    held = jnp.broadcast_to(jnp.arange(sizes.num_experts, dtype=jnp.int32), shape)
+    return Assignment(held, jnp.ones(shape, bool))
 
 
 def to_mask(assignment: Assignment, num_experts: int) -> Array:

@@ -1,9 +1,11 @@
-"""The strategies: who holds which experts. One table names them all."""
+"""The strategies: which client holds which experts. One table names them all."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 
+from fedmoe_jax.base import AssignFn, Strategy
 from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies.fedavg import (
     CENTRALISED,
@@ -32,7 +34,7 @@ from fedmoe_jax.strategies.load_balanced import LOAD_BALANCED, LOAD_BALANCED_RUN
 from fedmoe_jax.strategies.pfedmoe import PFEDMOE
 from fedmoe_jax.strategies.random import FIXED_RANDOM, RANDOM
 from fedmoe_jax.strategies.round_robin import ROUND_ROBIN
-from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
+from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes
 
 STRATEGIES: dict[str, Strategy] = {
     "random": RANDOM,
@@ -81,27 +83,27 @@ def find_strategy(name: str) -> Strategy:
 
 
 @functools.cache
-def either(names: tuple[str, ...]) -> Strategy:
-    """One strategy that decides as the one that `hyper.strategy` counts to.
+def either(names: tuple[str, ...]) -> AssignFn:
+    """Decides as the strategy of these names that `hyper.strategy` counts to.
 
     So runs of several strategies of equal traits share one compiled program.
     """
     strategies = [find_strategy(name) for name in names]
     if len(strategies) == 1:
-        return strategies[0]
+        return strategies[0].assign
 
     def assign(
         evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array
     ) -> Assignment:
-        def branch(strategy: Strategy):
+        def branch(strategy: Strategy) -> Callable[[], Assignment]:
             return lambda: strategy.assign(evidence, hyper, sizes, key)
 
         return jax.lax.switch(hyper.strategy, [branch(s) for s in strategies])
 
-    return strategies[0]._replace(assign=assign, note=f"One of {', '.join(names)}.")
+    return assign
 
 
 def traits(strategy: Strategy) -> Strategy:
     """All but the decision: strategies with equal traits can share a program."""
-    told = {"note": "", "reads": (), "needs": "", "allowed": (), "at_most": ()}
-    return strategy._replace(assign=None, **told)
+    texts = {"about": "", "reads": (), "needs": "", "allowed": (), "at_most": ()}
+    return strategy._replace(assign=None, configure=None, options=(), **texts)

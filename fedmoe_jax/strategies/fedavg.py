@@ -7,42 +7,17 @@ clients by their examples, as the averages of all systems here do; the paper wei
 clients alike in both.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from fedmoe_jax.client import step_weights
-from fedmoe_jax.options import POSITIVE
-from fedmoe_jax.rules import PARTS, Rules
-from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
+from fedmoe_jax.base import PARTS, Strategy
+from fedmoe_jax.optimizers import step_weights
+from fedmoe_jax.options import POSITIVE, TRACED, Option
+from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes
 
-
-def _dense(sizes: Sizes, width_factor: int) -> Sizes:
-    """One expert, `width_factor` times as wide, that everyone holds."""
-    return sizes._replace(
-        num_experts=1,
-        max_held=1,
-        num_active=1,
-        expert_width=width_factor * sizes.expert_width,
-    )
-
-
-def resize_total(sizes: Sizes) -> Sizes:
-    """A dense model of the mixture's total size: E experts' hidden units in one."""
-    return _dense(sizes, sizes.num_experts)
-
-
-def resize_active(sizes: Sizes) -> Sizes:
-    """A dense model of the mixture's active size: A experts' hidden units in one."""
-    return _dense(sizes, sizes.num_active)
-
-
-def resize_pooled(sizes: Sizes) -> Sizes:
-    """One client, with a dense model of the mixture's total size."""
-    return resize_total(sizes)._replace(num_clients=1, cohort_size=1)
-
-
-def resize_pooled_active(sizes: Sizes) -> Sizes:
-    """One client, with a dense model of the mixture's active size."""
-    return resize_active(sizes)._replace(num_clients=1, cohort_size=1)
+ConfigureFn = Callable[[ConfigDict], ConfigDict]
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
@@ -51,14 +26,43 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     return Assignment(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
 
 
-def add_prox(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
+def be_dense(config: ConfigDict, width_factor: int) -> ConfigDict:
+    """One expert, `width_factor` times as wide, that every client holds."""
+    config.num_experts = config.max_held = config.num_active = 1
+    config.model.expert_width *= width_factor
+    return config
+
+
+def be_total(config: ConfigDict) -> ConfigDict:
+    """A dense model of the mixture's total size: E experts' hidden units in one."""
+    return be_dense(config, config.num_experts)
+
+
+def be_active(config: ConfigDict) -> ConfigDict:
+    """A dense model of the mixture's active size: A experts' hidden units in one."""
+    return be_dense(config, config.num_active)
+
+
+def add_prox(config: ConfigDict) -> ConfigDict:
     """FedProx (arXiv 1812.06127): a proximal term in the local objective."""
-    return rules._replace(prox=True)
+    config.client.prox = config.fedprox.coefficient
+    return config
 
 
-def set_prox(hyper: Hyper) -> Hyper:
-    """FedProx: the coefficient mu of the proximal term."""
-    return hyper.replace(prox=hyper.own["coefficient"])
+def use_adam(config: ConfigDict) -> ConfigDict:
+    """FedAdam (arXiv 2003.00295): Adam on the server, seeing deltas as gradients."""
+    config.server.optimizer = "adam"
+    config.server.learning_rate = config.fedadam.server_learning_rate
+    return config
+
+
+def pool(config: ConfigDict) -> ConfigDict:
+    """One client owns all data, in a world without events."""
+    config.num_clients = config.cohort_size = 1
+    config.availability.sampling, config.devices.overload = "uniform", "ignore"
+    config.profile.kind, config.late.kind = "oracle", "wait"
+    config.reaction.kind = "none"
+    return config
 
 
 def normalise_steps(steps: Array, size: Array, momentum: float) -> Array:
@@ -68,85 +72,76 @@ def normalise_steps(steps: Array, size: Array, momentum: float) -> Array:
     return (share * weights).sum() / weights
 
 
-def add_normalisation(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """FedNova: clients that take more steps do not count for more."""
-    return rules._replace(step_scale=normalise_steps)
-
-
-def use_adam(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """FedAdam (arXiv 2003.00295): Adam on the server, seeing deltas as gradients."""
-    return rules._replace(server_optimizer="adam")
-
-
-def set_server_rate(hyper: Hyper) -> Hyper:
-    """FedAdam: the server's own learning rate."""
-    return hyper.replace(server_learning_rate=hyper.own["server_learning_rate"])
-
-
-def add_variates(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """SCAFFOLD (arXiv 1910.06378): gradients corrected for what clients differ in."""
-    return rules._replace(variates=True)
-
-
-def stay_local(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """Every client has a whole network of its own."""
-    return rules._replace(
-        personal=PARTS, local_experts=1, every_expert=True, silent=True
-    )
-
-
-def stay_silent(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """Nothing travels."""
-    return rules._replace(silent=True)
-
-
 ROOM = "room for the whole network on every client"
 SGD_ONLY = (("client.optimizer", ("sgd",)),)  # `step_weights` knows no other
 
 
-def make(note: str, needs: str = ROOM, **fields) -> tuple[Strategy, Strategy]:
-    """A control of the mixture's total size, and one of its active size."""
-    fields = {"assign": assign, "needs": needs, **fields}
-    total, active = "Dense as all experts together", "Dense as the active experts"
+def make(
+    about: str, change: ConfigureFn | None = None, needs: str = ROOM, **fields
+) -> tuple[Strategy, Strategy]:
+    """A control of the mixture's total size, and one of its active size.
+
+    `change` is what it changes in the config beside the size of the model.
+    """
+
+    def control(size: str, resize: ConfigureFn) -> Strategy:
+        def configure(config: ConfigDict) -> ConfigDict:
+            return change(resize(config)) if change else resize(config)
+
+        return Strategy(
+            about=f"Dense as {size}; {about}.",
+            assign=assign,
+            needs=needs,
+            configure=configure,
+            **fields,
+        )
+
     return (
-        Strategy(resize=resize_total, note=f"{total}; {note}.", **fields),
-        Strategy(resize=resize_active, note=f"{active}; {note}.", **fields),
+        control("all experts together", be_total),
+        control("the active experts", be_active),
     )
 
 
 FEDAVG, FEDAVG_ACTIVE = make("every client trains all of it")
 FEDPROX, FEDPROX_ACTIVE = make(
     "FedAvg with a proximal term that holds clients near the server",
-    options="fedprox",
-    allowed=(("fedprox.coefficient", POSITIVE),),
-    adapt=add_prox,
-    tune=set_prox,
+    add_prox,
+    options=(
+        Option("fedprox.coefficient", POSITIVE, "mu of the proximal term", TRACED),
+    ),
 )
 FEDNOVA, FEDNOVA_ACTIVE = make(
     "FedAvg that does not let clients with more steps count for more; the same where "
     "all take equally many",
     allowed=SGD_ONLY,
-    adapt=add_normalisation,
+    step_scale=normalise_steps,
 )
 FEDADAM, FEDADAM_ACTIVE = make(
     "FedAvg with Adam on the server",
-    options="fedadam",
-    allowed=(("fedadam.server_learning_rate", POSITIVE),),
-    adapt=use_adam,
-    tune=set_server_rate,
+    use_adam,
+    options=(
+        Option(
+            "fedadam.server_learning_rate", POSITIVE, "Adam's step size, > 0", TRACED
+        ),
+    ),
 )
-LOCAL, LOCAL_ACTIVE = make("every client trains for itself alone", adapt=stay_local)
+LOCAL, LOCAL_ACTIVE = make(
+    "every client trains for itself alone",
+    personal=PARTS,
+    local_experts=1,
+    every_expert=True,
+    silent=True,
+)
 SCAFFOLD, SCAFFOLD_ACTIVE = make(
     "FedAvg with gradients corrected by control variates, which travel as well",
     needs=f"{ROOM}, and for two control variates of its size",
     allowed=SGD_ONLY,
-    adapt=add_variates,
+    variates=True,
 )
 CENTRALISED, CENTRALISED_ACTIVE = make(
     "trained on the data of all clients in one place",
+    pool,
     needs="all data in one place",
     pooled=True,
-    adapt=stay_silent,
+    silent=True,
 )
-CENTRALISED = CENTRALISED._replace(resize=resize_pooled)
-CENTRALISED_ACTIVE = CENTRALISED_ACTIVE._replace(resize=resize_pooled_active)

@@ -13,19 +13,22 @@ round old and of the gate as that client had trained it. An anchor works in the 
 whose cohort it is in. `fedjets_no_anchors` does without the labels.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
+from fedmoe_jax.align.gate_mass import (
+    init_mass,
+    mass_or_random,
+    report_mass,
+    update_mass,
+)
 from fedmoe_jax.align.top_k import top_k
-from fedmoe_jax.client import ClientInput, ClientUpdate, normalise
+from fedmoe_jax.base import Strategy
 from fedmoe_jax.models.image_moe import Model
-from fedmoe_jax.options import COUNT
-from fedmoe_jax.rules import Rules
-from fedmoe_jax.strategies.fedmix import learn as learn_mass
-from fedmoe_jax.strategies.random import uniform_scores
+from fedmoe_jax.options import COUNT, TRACED, Option
+from fedmoe_jax.tasks.images import normalise
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -34,8 +37,8 @@ from fedmoe_jax.types import (
     Feedback,
     Hyper,
     PyTree,
+    SimState,
     Sizes,
-    Strategy,
 )
 
 HELD = 2  # experts of a client that is no anchor
@@ -56,7 +59,7 @@ def train_stem(
     """
     one = jax.tree.map(lambda leaf: leaf[0], params["experts"])
     start = {"stem": params["stem"], "expert": one, "head": params["head"]}
-    tx = optax.sgd(hyper.client_learning_rate, momentum=MOMENTUM)
+    tx = optax.sgd(hyper.client.learning_rate, momentum=MOMENTUM)
 
     def loss(parts: PyTree, x: Array, y: Array) -> Array:
         features = model.stem(parts["stem"], x, None)
@@ -74,14 +77,14 @@ def train_stem(
         updates, opt_state = tx.update(grads, opt_state)
         return optax.apply_updates(parts, updates), opt_state
 
-    steps = hyper.own["steps"].astype(jnp.int32)
-    return jax.lax.fori_loop(0, steps, step, (start, tx.init(start)))[0]["stem"]
+    start = start, tx.init(start)
+    return jax.lax.fori_loop(0, hyper.fedjets.steps, step, start)[0]["stem"]
 
 
 def choose_anchors(label_mix: Array, num_experts: int) -> Array:
     """The expert that each client anchors, -1 for none: [N] int32.
 
-    One after the other, whoever has most examples of labels that no anchor has yet.
+    One after the other, the client with most examples of labels that no anchor has.
     """
 
     def choose(expert: Array, carry: tuple) -> tuple:
@@ -97,37 +100,38 @@ def choose_anchors(label_mix: Array, num_experts: int) -> Array:
 
 
 def prepare(
-    key: Array,
-    params: PyTree,
-    memory: PyTree,
+    state: SimState,
     federation: Federation,
     hyper: Hyper,
+    key: Array,
     *,
     model: Model,
     sizes: Sizes,
-    anchors: bool,
-) -> tuple[PyTree, PyTree]:
-    """Trains the stem on the public slice and chooses the anchors."""
-    stem = train_stem(key, params, federation, hyper, model, sizes.batch_size)
-    if anchors:
-        chosen = choose_anchors(federation.label_mix, sizes.num_experts)
-        memory = memory | {"anchor": chosen}
-    return params | {"stem": stem}, memory
+) -> SimState:
+    """Trains the stem on the public slice."""
+    stem = train_stem(key, state.params, federation, hyper, model, sizes.batch_size)
+    return state.replace(params=state.params | {"stem": stem})
 
 
-def remember(sizes: Sizes) -> PyTree:
-    """No gate has chosen yet, and nobody is an anchor."""
-    return {
-        "mass": jnp.zeros((sizes.num_clients, sizes.num_experts)),
-        "anchor": jnp.full(sizes.num_clients, -1, jnp.int32),
-    }
+def prepare_anchors(
+    state: SimState,
+    federation: Federation,
+    hyper: Hyper,
+    key: Array,
+    *,
+    model: Model,
+    sizes: Sizes,
+) -> SimState:
+    """Trains the stem and chooses the anchors."""
+    state = prepare(state, federation, hyper, key, model=model, sizes=sizes)
+    anchor = choose_anchors(federation.label_mix, sizes.num_experts)
+    align = state.align.replace(strategy=state.align.strategy | {"anchor": anchor})
+    return state.replace(align=align)
 
 
-def learn(
-    evidence: Evidence, assignment: Assignment, feedback: Feedback, hyper: Hyper
-) -> PyTree:
-    """The mean gate of every client over all experts, as it last trained."""
-    return evidence.memory | learn_mass(evidence, assignment, feedback, hyper)
+def init(sizes: Sizes) -> PyTree:
+    """No client has reported its gate, and none is an anchor."""
+    return init_mass(sizes) | {"anchor": jnp.full(sizes.num_clients, -1, jnp.int32)}
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
@@ -136,87 +140,64 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     Only anchors pay for gate mass beside their expert, which is the cross-entropy of
     the gate against their expert.
     """
-    mass = evidence.memory["mass"][evidence.client]
-    drawn = uniform_scores(key, evidence.client, sizes.num_experts)
-    scores = jnp.where((mass.sum(axis=1) == 0)[:, None], drawn, mass)
-    anchor = evidence.memory["anchor"][evidence.client]
+    scores, _, _ = mass_or_random(evidence, sizes, key)
+    anchor = evidence.state["anchor"][evidence.client]
     is_anchor = anchor >= 0
-    mine = anchor[:, None] == jnp.arange(sizes.num_experts)[None]
-    scores = jnp.where(mine, jnp.inf, scores)
+    anchored = anchor[:, None] == jnp.arange(sizes.num_experts)[None]
+    scores = jnp.where(anchored, jnp.inf, scores)
     count = jnp.where(is_anchor, 1, evidence.capacity)
     picked = top_k(scores, count, sizes.max_held)
     return picked.replace(calibration=is_anchor.astype(jnp.float32))
 
 
-def each_alike(
-    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
-) -> Array:
+def slots_alike(slot: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
     """A plain average of the experts [K]."""
-    return jnp.ones(inputs.slot.shape)
+    return jnp.ones(slot.shape)
 
 
-def rows_alike(
-    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
-) -> Array:
+def rows_alike(held: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
     """A plain average of all gate rows [E]."""
-    return jnp.ones_like(update.delta["gate"]["bias"])
+    return jnp.ones(held.shape)
 
 
-def resize(sizes: Sizes) -> Sizes:
-    """Two experts a client, both active in training."""
-    held = min(HELD, sizes.max_held)
-    return sizes._replace(max_held=held, num_active=held)
+def configure(config: ConfigDict) -> ConfigDict:
+    """Two experts a client, both active; anchors teach the gate by cross-entropy."""
+    config.max_held = config.num_active = min(HELD, config.max_held)
+    config.loss.calibration = 1.0
+    return config
 
 
-def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """A frozen stem, plain averages, one expert an image at test time."""
-    return rules._replace(
-        frozen=("stem",),
-        test_active=1,
-        gate_weight=rows_alike,
-        expert_weight=each_alike,
-        report_mass=True,
-    )
-
-
-def tune(hyper: Hyper) -> Hyper:
-    """The calibration loss of an anchor is the whole cross-entropy of its gate."""
-    return hyper.replace(calibration=1.0)
-
-
-def make(anchors: bool, note: str, needs: str) -> Strategy:
-    """FedJETs with or without anchor clients."""
-    return Strategy(
-        assign=assign,
-        note=note,
-        needs=needs,
-        options="fedjets",
-        allowed=(
-            ("fedjets.steps", COUNT),
-            ("data.public", COUNT),
-            ("gate.mode", ("global",)),
+FEDJETS_NO_ANCHORS = Strategy(
+    about="As fedjets, but no client is an anchor, so no labels are known.",
+    assign=assign,
+    needs="a public slice for the frozen stem",
+    options=(
+        Option(
+            "fedjets.steps",
+            COUNT,
+            "local steps on data.public that train the stem",
+            TRACED,
         ),
-        at_most=(("num_experts", "num_clients"),) if anchors else (),
-        resize=resize,
-        adapt=adapt,
-        tune=tune,
-        prepare=functools.partial(prepare, anchors=anchors),
-        remember=remember,
-        learn=learn,
-    )
+    ),
+    allowed=(("data.public", COUNT), ("gate.mode", ("global",))),
+    configure=configure,
+    init=init,
+    update=update_mass,
+    report=report_mass,
+    stages=((0, prepare),),
+    gate_weight=rows_alike,
+    expert_weight=slots_alike,
+    frozen=("stem",),
+    test_active=1,
+    one_layer=True,
+)
 
-
-FEDJETS = make(
-    True,
-    note=(
+FEDJETS = FEDJETS_NO_ANCHORS._replace(
+    about=(
         "Trains the two experts that the gate prefers on a client's data; one anchor "
         "client per expert, chosen by its labels, teaches the gate."
     ),
     needs="a public slice for the frozen stem, the labels of all clients",
-)
-
-FEDJETS_NO_ANCHORS = make(
-    False,
-    note="As fedjets, but no client is an anchor, so no labels are known.",
-    needs="a public slice for the frozen stem",
+    at_most=(("num_experts", "num_clients"),),
+    stages=((0, prepare_anchors),),
 )

@@ -10,12 +10,11 @@ are averaged; gate rows alike.
 """
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from fedmoe_jax.aggregate import held_rows
 from fedmoe_jax.align.top_k import top_k
-from fedmoe_jax.options import COUNT, SHARE
-from fedmoe_jax.rules import Rules
-from fedmoe_jax.strategies.hfedmoe import hold_all
+from fedmoe_jax.base import Strategy
+from fedmoe_jax.options import COUNT, SHARE, TRACED, Option
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -24,7 +23,6 @@ from fedmoe_jax.types import (
     Hyper,
     PyTree,
     Sizes,
-    Strategy,
 )
 
 
@@ -66,10 +64,10 @@ def recommend(frequency: Array, held: Array) -> Array:
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
     """All experts in a client's warm-up, then its own sub-model."""
     num_experts = sizes.num_experts
-    frequency = evidence.memory["frequency"][evidence.client]
-    since = evidence.memory["rounds"][evidence.client] - hyper.own["warm_up"]  # [C]
-    room = jnp.minimum(cover(frequency, hyper.own["coverage"]), evidence.capacity)
-    due = (since > 0) & (since % hyper.own["period"] == 0)
+    frequency = evidence.state["frequency"][evidence.client]
+    since = evidence.state["rounds"][evidence.client] - hyper.fedmoe.warm_up  # [C]
+    room = jnp.minimum(cover(frequency, hyper.fedmoe.coverage), evidence.capacity)
+    due = (since > 0) & (since % hyper.fedmoe.period == 0)
     swapped = recommend(frequency, evidence.held)
     kept = jnp.where(due[:, None], swapped, evidence.held).astype(jnp.float32)
     scores = jnp.where((since > 0)[:, None], kept, frequency)
@@ -77,66 +75,80 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     return top_k(scores, jnp.where(since < 0, num_experts, count), num_experts)
 
 
-def remember(sizes: Sizes) -> PyTree:
-    """Nothing is known of any client's routing before its first round."""
+def init(sizes: Sizes) -> PyTree:
+    """No client's routing is known before its first round."""
     return {
         "frequency": jnp.zeros((sizes.num_clients, sizes.num_experts)),
         "rounds": jnp.zeros(sizes.num_clients, jnp.int32),
     }
 
 
-def learn(
-    evidence: Evidence, assignment: Assignment, feedback: Feedback, hyper: Hyper
+def update(
+    evidence: Evidence,
+    assignment: Assignment,
+    feedback: Feedback,
+    reports: PyTree,
+    hyper: Hyper,
 ) -> PyTree:
     """Moves the routing shares of held experts towards the newest ones.
 
-    What a sub-model routes is taken for the share that its experts had in all routing.
+    The routing of a sub-model is scaled to the share that its experts had in all.
     """
-    memory, client = evidence.memory, evidence.client
-    frequency = memory["frequency"]
+    state, client = evidence.state, evidence.client
+    frequency = state["frequency"]
     old = frequency[client[:, None], assignment.held]
     old = jnp.where(assignment.slot, old, 0.0)
     known = old.sum(axis=1, keepdims=True)
-    rate = jnp.where(known > 0, hyper.fitness_rate, 1.0)
+    rate = jnp.where(known > 0, hyper.fitness.rate, 1.0)
     newest = jnp.where(known > 0, known, 1.0) * feedback.frequency
-    told = feedback.load.sum(axis=1) > 0
-    filled = assignment.slot & told[:, None]
+    trained = feedback.load.sum(axis=1) > 0
+    filled = assignment.slot & trained[:, None]
     expert = jnp.where(filled, assignment.held, frequency.shape[1])
     new = old + rate * (newest - old)
     return {
         "frequency": frequency.at[client[:, None], expert].set(new, mode="drop"),
-        "rounds": memory["rounds"].at[client].add(told.astype(jnp.int32)),
+        "rounds": state["rounds"].at[client].add(trained.astype(jnp.int32)),
     }
 
 
-def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """Experts and gate rows alike are averaged over those who hold them."""
-    return rules._replace(gate_weight=held_rows)
-
-
-def tune(hyper: Hyper) -> Hyper:
-    """The loss is the cross-entropy alone."""
-    return hyper.replace(calibration=0.0)
+def configure(config: ConfigDict) -> ConfigDict:
+    """A slot for every expert; holders merge gate rows; cross-entropy is the loss."""
+    config.max_held = config.num_experts
+    config.gate.mode = "holder_rows"
+    config.loss.calibration = 0.0
+    return config
 
 
 FEDMOE = Strategy(
-    assign=assign,
-    note=(
+    about=(
         "Gives each client the experts that it used most in a warm-up with all of "
         "them, and lets similar clients recommend others."
     ),
+    assign=assign,
     needs="all experts on every client during the warm-up",
-    options="fedmoe",
-    resize=hold_all,
-    allowed=(
-        ("fedmoe.warm_up", COUNT),
-        ("fedmoe.coverage", SHARE),
-        ("fedmoe.period", COUNT),
-        ("gate.mode", ("global", "holder_rows")),
+    options=(
+        Option(
+            "fedmoe.warm_up",
+            COUNT,
+            "first rounds of each client, with all experts",
+            TRACED,
+        ),
+        Option(
+            "fedmoe.coverage",
+            SHARE,
+            "share of its routing that a sub-model answers",
+            TRACED,
+        ),
+        Option(
+            "fedmoe.period",
+            COUNT,
+            "rounds from one recommendation to the next",
+            TRACED,
+        ),
     ),
+    allowed=(("gate.mode", ("global", "holder_rows")),),
     at_most=(("fedmoe.warm_up", "num_rounds"),),
-    adapt=adapt,
-    tune=tune,
-    remember=remember,
-    learn=learn,
+    configure=configure,
+    init=init,
+    update=update,
 )

@@ -9,11 +9,12 @@ that the system needs cohorts that meet again, at best all clients in every roun
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from fedmoe_jax.options import COUNT, POSITIVE, Range
-from fedmoe_jax.rules import Rules
-from fedmoe_jax.strategies.hfedmoe import assign, hold_all
-from fedmoe_jax.types import Array, Evidence, Hyper, PyTree, Sizes, Strategy
+from fedmoe_jax.align.top_k import hold_all
+from fedmoe_jax.base import ALL_EXPERTS, Strategy
+from fedmoe_jax.options import COUNT, POSITIVE, TRACED, Option, Range
+from fedmoe_jax.types import Array, Evidence, Hyper, PyTree, Sizes
 
 UNKNOWN = -2.0  # less than any cosine
 
@@ -25,7 +26,7 @@ def find_similar(rows: Array) -> Array:
 
 
 def mixing_weights(similar: Array, neighbours: Array, temperature: Array) -> Array:
-    """What every expert takes of every other: [n, n] float32, rows sum to 1.
+    """The share of every expert in every mixture: [n, n] float32, rows sum to 1.
 
     A softmax of similarities over the expert itself and the most similar others.
 
@@ -42,31 +43,31 @@ def mixing_weights(similar: Array, neighbours: Array, temperature: Array) -> Arr
     return jax.nn.softmax(scaled, axis=1)
 
 
-def remember(sizes: Sizes) -> PyTree:
+def init(sizes: Sizes) -> PyTree:
     """Before the first round every expert is known to be like itself only."""
     itself = jnp.eye(sizes.num_clients * sizes.num_experts, dtype=bool)
     return {"similar": jnp.where(itself, jnp.float32(1), UNKNOWN)}
 
 
 def exchange(
-    personal: PyTree, memory: PyTree, evidence: Evidence, arrived: Array, hyper: Hyper
+    personal: PyTree, state: PyTree, evidence: Evidence, arrived: Array, hyper: Hyper
 ) -> tuple[PyTree, PyTree, Array, Array]:
     """Mixes the experts of the cohort; its similarities are renewed every `period`.
 
     Clients whose round did not count, `arrived` [C] false, take no part.
     """
     rows = personal["gate"]["kernel"]  # [N, E, D]
-    num_experts, own = rows.shape[1], hyper.own
+    num_experts, numbers = rows.shape[1], hyper.fedmoe_da
     mine = evidence.client[:, None] * num_experts + jnp.arange(num_experts)[None]
     mine = mine.reshape(-1)  # [C * E], of all N * E experts
     block = mine[:, None], mine[None]
     fresh = find_similar(rows.reshape(-1, rows.shape[-1])[mine])
     there = jnp.repeat(arrived, num_experts)
     both = there[:, None] & there[None]
-    due = (evidence.round % own["period"] == 0) & both
-    similar = jnp.where(due, fresh, memory["similar"][block])
+    due = (evidence.round % numbers.period == 0) & both
+    similar = jnp.where(due, fresh, state["similar"][block])
     known = jnp.where(both | jnp.eye(len(mine), dtype=bool), similar, UNKNOWN)
-    mixing = mixing_weights(known, own["neighbours"], own["temperature"])
+    mixing = mixing_weights(known, numbers.neighbours, numbers.temperature)
 
     def mix(leaf: Array) -> Array:
         flat = leaf.reshape(-1, *leaf.shape[2:])
@@ -74,7 +75,7 @@ def exchange(
         return flat.at[mine].set(mixed).reshape(leaf.shape)
 
     experts = jax.tree.map(mix, personal["experts"])
-    renewed = memory["similar"].at[block].set(similar)
+    renewed = state["similar"].at[block].set(similar)
     mixed = personal | {"experts": experts}
     return mixed, {"similar": renewed}, *count_sent(mixing, num_experts)
 
@@ -91,32 +92,51 @@ def count_sent(mixing: Array, num_experts: int) -> tuple[Array, Array]:
     return taken.sum(axis=0), taken.sum(axis=1)
 
 
-def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """Stem and head are shared, gates and experts are not."""
-    return rules._replace(
-        personal=("gate", "experts"),
-        local_experts=sizes.num_experts,
-        gate_period=options["period"],
-        every_expert=True,
-    )
+def configure(config: ConfigDict) -> ConfigDict:
+    """Every client has a slot for every expert."""
+    config.max_held = config.num_experts
+    return config
+
+
+def show_gates(hyper: Hyper) -> Array:
+    """Clients show their gate rows whenever similarities are renewed."""
+    return hyper.fedmoe_da.period
 
 
 FEDMOE_DA = Strategy(
-    assign=assign,
-    note=(
+    about=(
         "Every client has all experts for itself and mixes each with the most similar "
         "ones of the cohort, judged by gate rows."
     ),
+    assign=hold_all,
     needs="all experts on every client, and links between clients",
-    options="fedmoe_da",
-    allowed=(
-        ("fedmoe_da.neighbours", COUNT),
-        ("fedmoe_da.temperature", POSITIVE),
-        ("fedmoe_da.period", COUNT),
-        ("num_active", Range(2)),  # else nothing trains the gate
+    options=(
+        Option(
+            "fedmoe_da.neighbours",
+            COUNT,
+            "experts that each is mixed with",
+            TRACED,
+        ),
+        Option(
+            "fedmoe_da.temperature",
+            POSITIVE,
+            "> 0, of the softmax of similarities",
+            TRACED,
+        ),
+        Option(
+            "fedmoe_da.period",
+            COUNT,
+            "rounds from one renewal of the weights to the next",
+            TRACED,
+        ),
     ),
-    resize=hold_all,
-    adapt=adapt,
-    remember=remember,
+    allowed=(("num_active", Range(2)),),  # else nothing trains the gate
+    configure=configure,
+    init=init,
     exchange=exchange,
+    personal=("gate", "experts"),
+    local_experts=ALL_EXPERTS,
+    gate_period=show_gates,
+    every_expert=True,
+    one_layer=True,
 )

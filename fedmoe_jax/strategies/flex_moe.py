@@ -6,15 +6,16 @@ mean load and the form and weight of the deficit are this project's choices.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from fedmoe_jax.aggregate import by_routed, no_rows
 from fedmoe_jax.align.bounded import bounded_top_k, violation
 from fedmoe_jax.align.prices import Bounds, sum_load
 from fedmoe_jax.align.top_k import fill_slots
-from fedmoe_jax.options import NON_NEGATIVE, SHARE, Range
-from fedmoe_jax.rules import Rules
+from fedmoe_jax.base import Strategy
+from fedmoe_jax.options import NON_NEGATIVE, SHARE, TRACED, Option, Range
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -23,7 +24,6 @@ from fedmoe_jax.types import (
     Hyper,
     PyTree,
     Sizes,
-    Strategy,
 )
 
 ROUNDING = 1e-4  # 1.2 * (5 / 3) is more than 2 in float32
@@ -43,7 +43,7 @@ def make_bounds(
     weight: Array, mean: Array, num_experts: int, hyper: Hyper, whole: bool
 ) -> Bounds:
     """Shares `low` and `high` of the mean load, for every expert alike."""
-    low, high = hyper.own["low"] * mean, hyper.own["high"] * mean
+    low, high = hyper.flex_moe.low * mean, hyper.flex_moe.high * mean
     if whole:
         low, high = jnp.floor(low + ROUNDING), jnp.ceil(high - ROUNDING)
     every = jnp.ones(num_experts)
@@ -53,14 +53,14 @@ def make_bounds(
 def assign(
     evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array, *, weigh, whole: bool
 ) -> Assignment:
-    """Most fitness in total, and what experts have lacked so far, within the bounds."""
+    """Most fitness in total, plus the experts' deficits so far, within the bounds."""
     weight = weigh(evidence)
     slots = fill_slots(evidence.capacity, sizes.max_held).sum(axis=1)
     mean = (weight * slots).sum() / sizes.num_experts
     fitness = jnp.where(jnp.isfinite(evidence.fitness), evidence.fitness, 0.0)
-    lacked = evidence.memory["deficit"] / mean
+    lacking = evidence.state["deficit"] / mean
     return bounded_top_k(
-        fitness + hyper.own["deficit"] * lacked[None],
+        fitness + hyper.flex_moe.deficit * lacking[None],
         evidence.capacity,
         make_bounds(weight, mean, sizes.num_experts, hyper, whole),
         max_held=sizes.max_held,
@@ -68,25 +68,26 @@ def assign(
     )
 
 
-def remember(sizes: Sizes) -> PyTree:
-    """No expert has lacked anything before the first round."""
+def init(sizes: Sizes) -> PyTree:
+    """No expert has a deficit before the first round."""
     return {
         "deficit": jnp.zeros(sizes.num_experts),
         "bound_violation": jnp.zeros(()),
     }
 
 
-def learn(
+def update(
     evidence: Evidence,
     assignment: Assignment,
     feedback: Feedback,
+    reports: PyTree,
     hyper: Hyper,
     *,
     weigh,
     whole: bool,
 ) -> PyTree:
     """`deficit <- max(0, deficit + mean - load)`, and how far bounds were missed."""
-    deficit, weight = evidence.memory["deficit"], weigh(evidence)
+    deficit, weight = evidence.state["deficit"], weigh(evidence)
     load = sum_load(assignment, weight, deficit.shape[0])
     bounds = make_bounds(weight, load.mean(), deficit.shape[0], hyper, whole)
     return {
@@ -95,42 +96,51 @@ def learn(
     }
 
 
-def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """Gates stay with the clients; experts are averaged by what was routed to them."""
-    return rules._replace(
-        personal=("gate",), gate_weight=no_rows, expert_weight=by_routed
-    )
+def configure(config: ConfigDict) -> ConfigDict:
+    """Gates stay with the clients; experts are averaged by the examples routed to them.
+
+    Unheld pairs keep their fitness, and the loss is the cross-entropy alone.
+    """
+    config.gate.mode, config.merge.weight = "personal", "routed"
+    config.fitness.idle, config.loss.calibration = "keep", 0.0
+    return config
 
 
-def tune(hyper: Hyper) -> Hyper:
-    """Unheld pairs keep their fitness; the loss is the cross-entropy alone."""
-    return hyper.replace(idle_decay=1.0, calibration=0.0)
+OPTIONS = (
+    Option(
+        "flex_moe.low",
+        SHARE,
+        "least load of an expert, as a share of the mean",
+        TRACED,
+    ),
+    Option("flex_moe.high", Range(1), "largest load", TRACED),
+    Option(
+        "flex_moe.deficit",
+        NON_NEGATIVE,
+        "weight of an expert's deficit so far, in mean loads",
+        TRACED,
+    ),
+)
 
 
-def make(weigh, whole: bool, note: str) -> Strategy:
+def make(weigh: Callable[[Evidence], Array], whole: bool, about: str) -> Strategy:
     """FLEX-MoE with loads counted by `weigh` (evidence -> [C])."""
     return Strategy(
+        about=about,
         assign=functools.partial(assign, weigh=weigh, whole=whole),
-        note=note,
         reads=("fitness",),
         needs="personal gates",
-        options="flex_moe",
-        allowed=(
-            ("flex_moe.low", SHARE),
-            ("flex_moe.high", Range(1)),
-            ("flex_moe.deficit", NON_NEGATIVE),
-        ),
-        adapt=adapt,
-        tune=tune,
-        remember=remember,
-        learn=functools.partial(learn, weigh=weigh, whole=whole),
+        options=OPTIONS,
+        configure=configure,
+        init=init,
+        update=functools.partial(update, weigh=weigh, whole=whole),
     )
 
 
 FLEX_MOE = make(
     weigh_slots,
     whole=True,
-    note=(
+    about=(
         "Maximises total fitness with the number of every expert's holders between two "
         "bounds."
     ),
@@ -139,5 +149,5 @@ FLEX_MOE = make(
 FLEX_MOE_EXAMPLES = make(
     weigh_examples,
     whole=False,
-    note="As flex_moe, but bounds the examples of every expert's holders.",
+    about="As flex_moe, but bounds the examples of every expert's holders.",
 )

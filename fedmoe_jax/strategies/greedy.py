@@ -1,8 +1,9 @@
 """Greedy: every client takes the experts that fit it best."""
 
+from fedmoe_jax.align.explore import explore
 from fedmoe_jax.align.top_k import in_blocks, top_k
-from fedmoe_jax.strategies.random import explore
-from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
+from fedmoe_jax.base import Strategy
+from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
@@ -17,6 +18,6 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 
 GREEDY = Strategy(
     assign=assign,
-    note="Gives each client its fittest experts; needs the clients' feedback.",
+    about="Gives each client its fittest experts; needs the clients' feedback.",
     reads=("fitness",),
 )

@@ -11,84 +11,84 @@ weights of the gates are divided by their sum, which (21) needs to be an average
 
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
+from ml_collections import ConfigDict
 
-from fedmoe_jax.client import ClientInput, ClientUpdate
-from fedmoe_jax.options import NON_NEGATIVE, SHARE
-from fedmoe_jax.rules import Rules
-from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
-
-
-def hold_all(sizes: Sizes) -> Sizes:
-    """Every client has a slot for every expert."""
-    return sizes._replace(max_held=sizes.num_experts)
-
-
-def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
-    """Every client holds all experts, whatever its capacity, which bounds training."""
-    shape = (evidence.client.shape[0], sizes.num_experts)
-    held = jnp.broadcast_to(jnp.arange(sizes.num_experts, dtype=jnp.int32), shape)
-    return Assignment(held, jnp.ones(shape, bool))
+from fedmoe_jax.align.top_k import hold_all
+from fedmoe_jax.base import Strategy
+from fedmoe_jax.options import NON_NEGATIVE, SHARE, TRACED, Option
+from fedmoe_jax.types import Array, Feedback, Hyper
 
 
 def importance(mean: Array, peak: Array, hyper: Hyper) -> Array:
     """`lambda * mean gate + (1 - lambda) * largest gate` (3 to 5)."""
-    share = hyper.own["share"]
+    share = hyper.hfedmoe.share
     return share * mean + (1 - share) * peak
 
 
-def focus(gates: Array, hyper: Hyper) -> Array:
+def expert_value(gates: Array, hyper: Hyper) -> Array:
     """Information-bottleneck value [K] of each expert for a batch of gates [B, K] (14).
 
-    Importance less `beta` times what the choice of the expert tells about an example;
+    Importance less `beta` times the information of the choice about the example;
     minus infinity where no example of the batch is routed to it.
     """
     mean = gates.mean(axis=0)  # (10)
     relative = gates / jnp.maximum(mean, 1e-12)[None]
-    told = xlogy(gates, relative).mean(axis=0)
+    information = xlogy(gates, relative).mean(axis=0)
     peak = gates.max(axis=0)
-    value = importance(mean, peak, hyper) - hyper.own["beta"] * told
+    value = importance(mean, peak, hyper) - hyper.hfedmoe.beta * information
     return jnp.where(peak > 0, value, -jnp.inf)
 
 
-def weigh_experts(
-    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
-) -> Array:
-    """The client's examples where its mean gate reaches `threshold` (16, 17)."""
-    used = update.feedback.frequency >= hyper.own["threshold"]
+def weigh_experts(slot: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
+    """The client's examples [K] where its mean gate reaches `threshold` (16, 17)."""
+    used = feedback.frequency >= hyper.hfedmoe.threshold
     return jnp.where(used, size.astype(jnp.float32), 0.0)
 
 
-def weigh_gate(
-    inputs: ClientInput, update: ClientUpdate, size: Array, hyper: Hyper
-) -> Array:
-    """Usage times importance, summed over the experts that are used (19, 20)."""
-    usage = update.feedback.frequency
-    value = usage * importance(usage, update.feedback.peak, hyper)
-    total = jnp.where(usage >= hyper.own["threshold"], value, 0.0).sum()
-    return jnp.full_like(update.delta["gate"]["bias"], total)
+def weigh_gate(held: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
+    """Usage times importance, summed over the experts that are used (19, 20): [E]."""
+    usage = feedback.frequency
+    value = usage * importance(usage, feedback.peak, hyper)
+    total = jnp.where(usage >= hyper.hfedmoe.threshold, value, 0.0).sum()
+    return jnp.full(held.shape, total)
 
 
-def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """Training by value, experts and gates averaged by their use."""
-    return rules._replace(
-        focus=focus, gate_weight=weigh_gate, expert_weight=weigh_experts
-    )
+def configure(config: ConfigDict) -> ConfigDict:
+    """Every client has a slot for every expert."""
+    config.max_held = config.num_experts
+    return config
 
 
 HFEDMOE = Strategy(
-    assign=assign,
-    note=(
-        "Sends everyone all experts and trains, on each batch, as many as the client "
-        "has room for, those of the highest information-bottleneck value."
+    about=(
+        "Sends every client all experts and trains, on each batch, as many as the "
+        "client has room for, those of the highest information-bottleneck value."
     ),
+    assign=hold_all,
     needs="all experts on every client, forward",
-    options="hfedmoe",
-    allowed=(
-        ("hfedmoe.share", SHARE),
-        ("hfedmoe.beta", NON_NEGATIVE),
-        ("hfedmoe.threshold", SHARE),
-        ("gate.mode", ("global",)),
+    options=(
+        Option(
+            "hfedmoe.share",
+            SHARE,
+            "of the mean gate in an expert's importance",
+            TRACED,
+        ),
+        Option(
+            "hfedmoe.beta",
+            NON_NEGATIVE,
+            "weight of the information in the choice of an expert",
+            TRACED,
+        ),
+        Option(
+            "hfedmoe.threshold",
+            SHARE,
+            "mean gate from which an expert is merged",
+            TRACED,
+        ),
     ),
-    resize=hold_all,
-    adapt=adapt,
+    allowed=(("gate.mode", ("global",)),),
+    configure=configure,
+    gate_weight=weigh_gate,
+    expert_weight=weigh_experts,
+    expert_priority=expert_value,
 )

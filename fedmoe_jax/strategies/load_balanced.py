@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 
 from fedmoe_jax.align.desirability import desirability, normalise_fitness
+from fedmoe_jax.align.explore import explore, uniform_scores
 from fedmoe_jax.align.top_k import in_blocks, running_top_k, top_k
-from fedmoe_jax.strategies.random import explore, uniform_scores
-from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
+from fedmoe_jax.base import Strategy
+from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
@@ -28,12 +29,12 @@ def assign_running(
     ignore usage, and what they pick is still counted.
     """
     drawn = uniform_scores(key, evidence.client, 2 + sizes.num_experts)
-    place, explorer = drawn[:, 0], drawn[:, 1] < hyper.exploration
-    gain = hyper.fitness_weight * normalise_fitness(evidence.fitness)
+    place, explorer = drawn[:, 0], drawn[:, 1] < hyper.fitness.exploration
+    gain = hyper.weights.fitness * normalise_fitness(evidence.fitness)
     return running_top_k(
         scores=jnp.where(explorer[:, None], drawn[:, 2:], gain),
         usage=evidence.usage,
-        usage_weight=jnp.where(explorer, 0.0, hyper.usage_weight),
+        usage_weight=jnp.where(explorer, 0.0, hyper.weights.usage),
         load=evidence.load,
         capacity=evidence.capacity,
         order=jnp.argsort(place),
@@ -44,7 +45,7 @@ def assign_running(
 
 LOAD_BALANCED = Strategy(
     assign=assign,
-    note=(
+    about=(
         "Gives each client the experts of highest desirability (fitness less usage), "
         "clients deciding independently."
     ),
@@ -53,7 +54,7 @@ LOAD_BALANCED = Strategy(
 
 LOAD_BALANCED_RUNNING = Strategy(
     assign=assign_running,
-    note=(
+    about=(
         "As load_balanced, but clients pick in a random order and each sees the load "
         "of earlier picks."
     ),

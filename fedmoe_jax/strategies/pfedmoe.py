@@ -6,36 +6,26 @@ travels; here all share the stem as in every system, and gate, head and local ex
 stay.
 """
 
-import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from fedmoe_jax.rules import Rules
-from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes, Strategy
+from fedmoe_jax.align.top_k import hold_all
+from fedmoe_jax.base import Strategy
 
 
-def resize(sizes: Sizes) -> Sizes:
+def configure(config: ConfigDict) -> ConfigDict:
     """Expert 0 is shared, expert 1 each client's own; both see every example."""
-    return sizes._replace(num_experts=2, max_held=2, num_active=2)
-
-
-def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
-    """Everyone holds both, whatever its capacity."""
-    shape = (evidence.client.shape[0], 2)
-    held = jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32), shape)
-    return Assignment(held, jnp.ones(shape, bool))
-
-
-def adapt(rules: Rules, sizes: Sizes, options: dict[str, float]) -> Rules:
-    """The last expert, the gate and the head stay with the clients."""
-    return rules._replace(personal=("gate", "experts", "head"), local_experts=1)
+    config.num_experts = config.max_held = config.num_active = 2
+    return config
 
 
 PFEDMOE = Strategy(
-    assign=assign,
-    note=(
+    assign=hold_all,
+    about=(
         "Mixes one expert that all share with one that each client keeps, by a gate of "
         "the client's own."
     ),
     needs="personal gates and heads, room for two experts on every client",
-    resize=resize,
-    adapt=adapt,
+    configure=configure,
+    personal=("gate", "experts", "head"),
+    local_experts=1,
 )

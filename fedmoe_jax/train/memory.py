@@ -44,7 +44,7 @@ def estimate_memory(
         + program.costs.gate_bytes
         + sizes.max_held * program.costs.expert_bytes
     )
-    chunk = chunk_size(sizes.cohort_size, per_run, program.rules.client_chunk)
+    chunk = chunk_size(sizes.cohort_size, per_run, program.static.run.client_chunk)
     training = chunk * (CLIENT_COPIES * submodel + sizes.batch_size * training_bytes)
     # Rows of the cohort's clients as they are sent out and as they come back.
     rows = count_bytes((state.personal, state.variate)) / sizes.num_clients

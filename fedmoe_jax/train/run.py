@@ -16,19 +16,13 @@ from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes
-from fedmoe_jax.program import (
-    Program,
-    build_program,
-    init_state,
-    longest,
-    make_hyper,
-    prepare_state,
-)
+from fedmoe_jax.program import Program, build_program, longest, make_hyper
 from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import write_json
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
+from fedmoe_jax.state import init_state, prepare_state
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train import memory
 from fedmoe_jax.train.loop import Job, compile_once, drive
@@ -104,7 +98,7 @@ def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
     key, shape = jax.random.key(0), widest.data.train_x.shape[1:]
     state = jax.eval_shape(lambda k, h: init_state(k, h, program), key, widest.hyper)
     sizes = program.sizes
-    evaluated = sizes.num_experts if program.rules.every_expert else sizes.max_held
+    evaluated = sizes.num_experts if program.strategy.every_expert else sizes.max_held
     forward = [
         count_activation_bytes(program.model, shape, count)
         for count in (sizes.max_held, evaluated)
@@ -152,7 +146,7 @@ def build_job(plan: Plan, workdir: Path, label: str) -> Job:
         state=state,
         inputs=(federation, hyper),
         run_rounds=build_run_rounds(program),
-        evaluate=build_evaluate(program.model, program.sizes, program.rules, mesh),
+        evaluate=build_evaluate(program),
         split=lambda metrics: [metrics],
     )
 
@@ -248,7 +242,7 @@ def finish(
     config, rows = plan.config, read_metrics(workdir / "metrics.jsonl")
     strategy = find_strategy(config.strategy)
     summary = make_summary(
-        *(config.strategy, config.seed, strategy.note, strategy.needs, rows, spent)
+        *(config.strategy, config.seed, strategy.about, strategy.needs, rows, spent)
     )
     write_json(workdir / "summary.json", summary)
     return summary

@@ -22,10 +22,11 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from fedmoe_jax.evaluate import build_evaluate_share
-from fedmoe_jax.program import Program, init_state, prepare_state
+from fedmoe_jax.program import Program
 from fedmoe_jax.round import scan_rounds
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.sharding import RUNS, build_mesh, map_runs, place, spread
+from fedmoe_jax.state import init_state, prepare_state
 from fedmoe_jax.strategies import either, traits
 from fedmoe_jax.train.loop import Job
 from fedmoe_jax.train.run import (
@@ -178,13 +179,13 @@ def make_wave(group: list[tuple[str, Plan]]) -> Wave:
     else:
         devices = along * min(devices // along, plans[0].program.sizes.cohort_size)
     strategies = tuple(dict.fromkeys(plan.config.strategy for plan in plans))
-    program = plans[0].program._replace(
-        strategy=either(strategies), mesh=build_mesh(devices, along)
-    )
+    program = plans[0].program
+    strategy = program.strategy._replace(assign=either(strategies))
+    program = program._replace(strategy=strategy, mesh=build_mesh(devices, along))
 
     def number(plan: Plan) -> Plan:
         choice = np.int32(strategies.index(plan.config.strategy))
-        return plan._replace(hyper=plan.hyper.replace(strategy=choice))
+        return plan._replace(hyper=plan.hyper._replace(strategy=choice))
 
     return Wave(names, [number(plan) for plan in plans], program)
 
@@ -267,7 +268,7 @@ def build_programs(program: Program) -> tuple[Callable, Callable, Callable]:
     All have a leading S axis on state, hyperparameters, the federation's `PER_RUN`
     fields and their results.
     """
-    evaluate_share = build_evaluate_share(program.model, program.sizes, program.rules)
+    evaluate_share = build_evaluate_share(program)
     runs, mesh = P(RUNS), program.mesh
 
     def init_run(seed: Array, federation: Federation, hyper: Hyper) -> SimState:

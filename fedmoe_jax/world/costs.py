@@ -101,7 +101,7 @@ class Traffic:
       trained: experts with a backward pass.
       sent: experts whose update enters the average, and what goes to other clients.
       received: experts.
-      told: numbers of feedback.
+      reported: numbers of feedback and of the strategy's report.
       shown: 1 where the client shows its personal gate, else 0.
       new: 1 where the client gets frozen parts, in its first round, else 0.
     """
@@ -110,7 +110,7 @@ class Traffic:
     trained: Array
     sent: Array
     received: Array
-    told: Array
+    reported: Array
     shown: Array
     new: Array
 
@@ -153,7 +153,7 @@ def client_bytes(costs: Costs, traffic: Traffic, ways: Ways) -> tuple[Array, Arr
     always = sum(size for part, size in parts.items() if part not in stay)
     once = sum(parts[part] for part in ways.frozen)
     up = ways.copies * (always + costs.expert_bytes * traffic.sent)
-    up += NUMBER_BYTES * traffic.told + costs.gate_bytes * traffic.shown
+    up += NUMBER_BYTES * traffic.reported + costs.gate_bytes * traffic.shown
     down = ways.copies * (always + costs.expert_bytes * traffic.received)
     return up, down + once * traffic.new
 

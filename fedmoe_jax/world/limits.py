@@ -21,14 +21,14 @@ def devices_now(
       world: which of them are on.
     """
     if world.pressure:
-        left = jnp.where(state["pressure"], hyper.world["pressure"]["left"], 1.0)
+        left = jnp.where(state["pressure"], hyper.pressure.left, 1.0)
         devices = devices.replace(memory=devices.memory * left)
     if world.background:
-        most = hyper.world["background"]["most"]
+        most = hyper.background.most
         idle = 1 - processes.taken_share(state["background"], most)
         devices = devices.replace(flops=devices.flops * idle)
     if world.bandwidth:
-        spread = hyper.world["bandwidth"]["spread"]
+        spread = hyper.bandwidth.spread
         speed = processes.speed_factor(state["bandwidth"], spread)
         devices = devices.replace(
             upload=devices.upload * speed, download=devices.download * speed

@@ -30,6 +30,7 @@ class Conditions:
     """Under which one client works (a leading C axis in a round).
 
     Attributes:
+      client: [] int32, its id.
       device: leaves [], of this round.
       events: what the world has in store for it.
       traffic: leaves [], what it holds, trains and is sent; `sent` is known only when
@@ -37,6 +38,7 @@ class Conditions:
       examples: [] float32, examples that it trains.
     """
 
+    client: Array
     device: Devices
     events: Events
     traffic: Traffic
@@ -60,7 +62,12 @@ class Outcome:
     @property
     def arrived(self) -> Array:
         """[] bool, whether the update and its feedback count, now or a round later."""
-        return (self.code == MERGED) | (self.code == STALE)
+        return (self.code == MERGED) | self.stale
+
+    @property
+    def stale(self) -> Array:
+        """[] bool, whether the update comes late and is merged a round later."""
+        return self.code == STALE
 
 
 def find_end(phases: Array, events: Events, fits: Array, finite: Array) -> tuple:

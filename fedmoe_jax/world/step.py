@@ -5,14 +5,15 @@ none. Draws come from the round's key and a number for each purpose, for all N c
 at once, so that a client's events does not depend on who else is in the cohort.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from fedmoe_jax.options import replace
 from fedmoe_jax.rules import World
-from fedmoe_jax.types import Array, Devices, Federation, Hyper, Sizes
+from fedmoe_jax.types import Array, Devices, Federation, Hyper, Keys, Sizes, Static
 from fedmoe_jax.world import availability, channel, drift, processes
 from fedmoe_jax.world.limits import devices_now
 
@@ -20,21 +21,6 @@ from fedmoe_jax.world.limits import devices_now
 PRESSURE, BACKGROUND, BANDWIDTH, REACH, FADING, DROPOUT, CSI = range(1000, 1007)
 # Purposes, folded into the run's key, as the numbers of rounds are.
 PHASE, PLACE, BEGINNING = 2**32 - 2, 2**32 - 3, 2**32 - 4
-
-
-class Keys(NamedTuple):
-    """What draws come from: the key of a round, and the run's, which never changes."""
-
-    round: Array
-    run: Array
-
-    def of(self, purpose: int) -> Array:
-        """The round's key for one purpose."""
-        return jax.random.fold_in(self.round, purpose)
-
-    def always(self, purpose: int) -> Array:
-        """The run's key for one purpose."""
-        return jax.random.fold_in(self.run, purpose)
 
 
 @struct.dataclass
@@ -93,16 +79,16 @@ def init_world(key: Array, hyper: Hyper, sizes: Sizes, world: World) -> dict:
         "bandwidth": (world.bandwidth, level),
         "reach": (world.reach, nobody),
         "fading": (world.wireless, jnp.zeros((sizes.num_clients, 2))),
-        "busy": (world.late == "stale", nobody),
+        "busy": (world.busy, nobody),
         "moved": (world.labels, jnp.zeros(())),
         "distorted": (bool(world.images), jnp.zeros(())),
     }
     state = {name: leaf for name, (on, leaf) in state.items() if on}
     # Nothing persists from before the first round, so this draws afresh.
     fresh = {"persistence": jnp.zeros(())}
-    numbers = {group: fields | fresh for group, fields in hyper.world.items()}
+    groups = ("pressure", "background", "bandwidth", "availability", "channel")
     first = jnp.zeros((), jnp.int32)
-    hyper = hyper.replace(world=numbers)
+    hyper = replace(hyper, **dict.fromkeys(groups, fresh))
     keys = Keys(jax.random.fold_in(key, BEGINNING), key)
     return step_world(keys, state, first, hyper)
 
@@ -116,20 +102,20 @@ def step_world(keys: Keys, state: dict, round: Array, hyper: Hyper) -> dict:
       round: [] int32.
       hyper: numbers of the processes.
     """
-    numbers, new = hyper.world, dict(state)
+    new = dict(state)
     if "pressure" in state:
         new["pressure"] = processes.markov_step(
             keys.of(PRESSURE),
             state["pressure"],
-            numbers["pressure"]["share"],
-            numbers["pressure"]["persistence"],
+            hyper.pressure.share,
+            hyper.pressure.persistence,
         )
     if "reach" in state:
         new["reach"] = processes.markov_step(
             keys.of(REACH),
             state["reach"],
-            share_now(round, keys, state["reach"].shape[0], numbers["availability"]),
-            numbers["availability"]["persistence"],
+            share_now(round, keys, state["reach"].shape[0], hyper.availability),
+            hyper.availability.persistence,
         )
     for name, group, purpose in (
         ("background", "background", BACKGROUND),
@@ -137,27 +123,27 @@ def step_world(keys: Keys, state: dict, round: Array, hyper: Hyper) -> dict:
         ("fading", "channel", FADING),
     ):
         if name in state:
-            persistence = numbers[group]["persistence"]
+            persistence = getattr(hyper, group).persistence
             new[name] = processes.gauss_markov_step(
                 keys.of(purpose), state[name], persistence
             )
     for name, field in (("moved", "labels"), ("distorted", "strength")):
         if name in state:
-            start, rounds = numbers["drift"]["start"], numbers["drift"]["rounds"]
+            start, rounds = hyper.drift.start, hyper.drift.rounds
             so_far = drift.progress(round, start, rounds)
-            new[name] = numbers["drift"][field] * so_far
+            new[name] = getattr(hyper.drift, field) * so_far
     return new
 
 
-def share_now(round: Array, keys: Keys, num_clients: int, numbers: dict) -> Array:
+def share_now(round: Array, keys: Keys, num_clients: int, numbers: Any) -> Array:
     """[N] share of the time that each client can be reached at this hour."""
     phase = jax.random.uniform(keys.always(PHASE), (num_clients,))
     return availability.reach_share(
         round,
         phase,
-        share=numbers["share"],
-        swing=numbers["swing"],
-        day=numbers["day"],
+        share=numbers.share,
+        swing=numbers.swing,
+        day=numbers.day,
     )
 
 
@@ -182,23 +168,38 @@ def find_reachable(state: dict, num_clients: int) -> Array:
 
 
 def choose_cohort(
-    key: Array, size: Array, state: dict, sizes: Sizes, sampling: str
+    key: Array, view: View, state: dict, sizes: Sizes, static: Static
 ) -> Array:
     """The cohort's client ids [C], ascending.
 
     Args:
       key: a JAX key, consumed.
-      size: [N] int32, examples of each client.
+      view: gives the examples of each client.
       state: of the processes.
       sizes: static sizes.
-      sampling: `uniform` and `size` do not know who can be reached, and whoever cannot
-        is missing in the round; `reachable` asks those who can, if there are enough.
+      static: gives `availability.sampling`. `uniform` and `size` do not know which
+        clients can be reached, and those that cannot are missing in the round;
+        `reachable` draws from those that can, if there are enough.
     """
     count, wanted = sizes.num_clients, sizes.cohort_size
+    sampling = static.availability.sampling
     if sampling == "uniform" or wanted == count:
         return availability.sample_cohort(key, count, wanted)
-    weight = find_reachable(state, count) if sampling == "reachable" else size
+    reachable = sampling == "reachable"
+    weight = find_reachable(state, count) if reachable else view.federation.size
     return availability.sample_weighted(key, weight.astype(jnp.float32), wanted)
+
+
+def mark_busy(world: dict, cohort: Array, outcome: Any, static: Static) -> dict:
+    """The world's state, in which late clients still work in the next round.
+
+    They are the clients that send a stale update or are lost only after the deadline.
+    """
+    if "busy" not in world:
+        return world
+    worked = (outcome.phases * outcome.spent).sum(1)
+    late = outcome.stale | (worked > static.devices.deadline)
+    return world | {"busy": jnp.zeros_like(world["busy"]).at[cohort].set(late)}
 
 
 def observe(
@@ -217,9 +218,9 @@ def observe(
     count = devices.memory.shape[0]
     dropout, never = jnp.full(count, jnp.inf), jnp.zeros(count, bool)
     if world.dropout:
-        numbers = hyper.world["availability"]
+        numbers = hyper.availability
         dropout = availability.draw_dropout(
-            keys.of(DROPOUT), count, rate=numbers["dropout"], early=numbers["early"]
+            keys.of(DROPOUT), count, rate=numbers.dropout, early=numbers.early
         )
     events = Events(find_reachable(state, count), dropout, never, never)
     if world.wireless:
@@ -236,11 +237,11 @@ def open_links(
 
     Both directions fade alike (they share the band in turn), with powers of their own.
     """
-    numbers, fading = hyper.world["channel"], state["fading"]
+    numbers, fading = hyper.channel, state["fading"]
     gain = channel.place(
-        keys.always(PLACE), fading.shape[0], numbers["radius"], numbers["shadowing"]
+        keys.always(PLACE), fading.shape[0], numbers.radius, numbers.shadowing
     )
-    known = channel.known_fading(keys.of(CSI), fading, numbers["csi"])
+    known = channel.known_fading(keys.of(CSI), fading, numbers.csi)
 
     def open_link(limit: Array, power: Array) -> tuple[Array, Array]:
         return channel.link(
@@ -249,10 +250,10 @@ def open_links(
             known,
             limit,
             power=power,
-            bandwidth=numbers["bandwidth"],
-            backoff=numbers["backoff"],
-            min_snr=numbers["min_snr"],
+            bandwidth=numbers.bandwidth,
+            backoff=numbers.backoff,
+            min_snr=numbers.min_snr,
         )
 
-    up = open_link(devices.upload, numbers["power_up"])
-    return up, open_link(devices.download, numbers["power_down"])
+    up = open_link(devices.upload, numbers.power_up)
+    return up, open_link(devices.download, numbers.power_down)

@@ -1,19 +1,20 @@
-"""What of a run's model travels between the server and the clients in a round."""
+"""The parts of a run's model that travel between server and clients in a round."""
 
 import jax.numpy as jnp
 
-from fedmoe_jax.client import is_local
-from fedmoe_jax.rules import PARTS, Rules
-from fedmoe_jax.types import Array, Assignment, Evidence, Sizes
+from fedmoe_jax.base import PARTS, Strategy
+from fedmoe_jax.models.submodel import is_local
+from fedmoe_jax.program import Program
+from fedmoe_jax.types import Array, Assignment, Evidence, Hyper
 from fedmoe_jax.world.costs import FEEDBACK_NUMBERS, Traffic, Ways
 
 
-def find_ways(rules: Rules) -> Ways:
+def find_ways(strategy: Strategy) -> Ways:
     """How the parts of a run's model travel."""
     return Ways(
-        personal=PARTS if rules.silent else rules.personal,
-        frozen=rules.frozen,
-        copies=2 if rules.variates else 1,
+        personal=PARTS if strategy.silent else strategy.personal,
+        frozen=strategy.frozen,
+        copies=2 if strategy.variates else 1,
     )
 
 
@@ -21,28 +22,29 @@ def plan_traffic(
     evidence: Evidence,
     assignment: Assignment,
     equipped: Array,
-    sizes: Sizes,
-    rules: Rules,
+    hyper: Hyper,
+    program: Program,
 ) -> Traffic:
-    """What the cohort holds, trains and is sent; what it sends is not known yet.
+    """What the cohort holds, trains and receives; what it sends is not known yet.
 
     `equipped` [C] bool are the clients that have the frozen parts.
     """
+    strategy, num_experts = program.strategy, program.sizes.num_experts
     held = assignment.slot.sum(1)
-    local = is_local(assignment.held, sizes.num_experts, rules.local_experts)
+    local = is_local(assignment.held, num_experts, strategy.local_experts)
     local = (assignment.slot & local).sum(1)
-    trained = jnp.minimum(held, evidence.capacity) if rules.focus else held
-    told = FEEDBACK_NUMBERS * held + sizes.num_experts * rules.report_mass
+    some = strategy.expert_priority is not None
+    trained = jnp.minimum(held, evidence.capacity) if some else held
     shown = jnp.zeros(held.shape)
-    if rules.gate_period:
-        shown += evidence.round % rules.gate_period == 0
-    talks = 0.0 if rules.silent else 1.0
+    if strategy.gate_period:
+        shown += evidence.round % strategy.gate_period(hyper) == 0
+    talks = 0.0 if strategy.silent else 1.0
     return Traffic(
         held=held.astype(jnp.float32),
         trained=trained.astype(jnp.float32),
         sent=jnp.zeros(held.shape),
         received=talks * (held - local),
-        told=talks * told,
+        reported=talks * (FEEDBACK_NUMBERS * held + program.report_numbers),
         shown=shown,
         new=(~equipped).astype(jnp.float32),
     )

@@ -1,0 +1,83 @@
+"""The state of a run before its first round, and the stages between its rounds."""
+
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.aggregate import zero_sums
+from fedmoe_jax.align.capacity import init_belief
+from fedmoe_jax.align.drift_detector import init_detector
+from fedmoe_jax.align.fitness import init_fitness
+from fedmoe_jax.optimizers import server_optimizer
+from fedmoe_jax.program import Program
+from fedmoe_jax.types import AlignState, Array, Federation, Hyper, SimState
+from fedmoe_jax.world.participation import init_participation
+from fedmoe_jax.world.step import init_world
+
+BEFORE_ROUNDS = 2**32 - 1  # folded into the run's key where rounds fold their number
+
+
+def init_align(key: Array, hyper: Hyper, program: Program) -> AlignState:
+    """The alignment state before the first round; `key` is consumed."""
+    sizes, numbers = program.sizes, hyper.fitness
+    shape = (sizes.num_clients, sizes.num_experts)
+    watched = program.static.reaction.kind != "none"
+    return AlignState(
+        fitness=init_fitness(key, *shape, prior=numbers.prior, noise=numbers.noise),
+        usage=jnp.zeros(sizes.num_experts),
+        held=jnp.zeros(shape, bool),
+        times_held=jnp.zeros(shape, jnp.int32),
+        strategy=program.strategy.init(sizes),
+        detector=init_detector(*shape) if watched else {},
+    )
+
+
+def init_state(key: Array, hyper: Hyper, program: Program) -> SimState:
+    """The state before the first round.
+
+    Args:
+      key: the seed's key, consumed.
+      hyper: hyperparameters.
+      program: the static parts.
+    """
+    sizes, strategy, static = program.sizes, program.strategy, program.static
+    params_key, fitness_key, run_key = jax.random.split(key, 3)
+    params = program.model.init(params_key)
+    zeros = lambda leaf: jnp.zeros((sizes.num_clients, *leaf.shape), leaf.dtype)
+    copies = lambda leaf: jnp.tile(leaf[None], (sizes.num_clients,) + (1,) * leaf.ndim)
+    tx = server_optimizer(static.server.optimizer, hyper.server.learning_rate)
+    return SimState(
+        round=jnp.zeros((), jnp.int32),
+        key=run_key,
+        params=params,
+        server_opt=tx.init(params),
+        align=init_align(fitness_key, hyper, program),
+        personal={
+            part: jax.tree.map(copies, params[part]) for part in strategy.personal
+        },
+        variate=jax.tree.map(zeros, params) if strategy.variates else {},
+        world=init_world(run_key, hyper, sizes, program.world),
+        belief=init_belief(sizes.num_clients, sizes.max_capacity, static.profile.kind),
+        stale=zero_sums(params) if static.late.kind == "stale" else {},
+        participation=init_participation(sizes),
+    )
+
+
+def run_stage(
+    state: SimState, federation: Federation, hyper: Hyper, program: Program, number: int
+) -> SimState:
+    """The state after the strategy's stage of that number, see `Strategy.stages`."""
+    when, act = program.strategy.stages[number]
+    key = jax.random.fold_in(state.key, BEFORE_ROUNDS)
+    key = jax.random.fold_in(key, when) if when else key
+    static = dict(model=program.model, sizes=program.sizes)
+    return act(state, federation, hyper, key, **static)
+
+
+def prepare_state(
+    state: SimState, federation: Federation, hyper: Hyper, program: Program
+) -> SimState:
+    """The state after the stages of round 0."""
+    for number, (when, _) in enumerate(program.strategy.stages):
+        if when == 0:
+            state = run_stage(state, federation, hyper, program, number)
+    return state
