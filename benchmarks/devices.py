@@ -44,7 +44,7 @@ def waste_table() -> str:
         "dirichlet",
         labels,
         num_clients=1000,
-        num_classes=10,
+        num_strata=10,
         alpha=0.1,
         classes_per_client=2,
         min_size=1,

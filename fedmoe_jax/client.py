@@ -175,12 +175,12 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         def local_step(step, carry):
             submodel, opt_state, sums = carry
             ids = batches[step]
-            x = see(federation.x[ids], inputs.distortion, program.world.images)
+            x = see(federation.train["x"][ids], inputs.distortion, program.world.images)
             x = normalise(x, federation.mean, federation.std)
             grads, batch_sums = jax.grad(local_loss, has_aux=True)(
                 submodel,
                 x,
-                federation.y[ids],
+                federation.train["y"][ids],
                 inputs,
                 hyper,
                 jax.random.fold_in(dropout_key, step),

@@ -69,7 +69,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "data.dir", None, "TFDS folder; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
     ),
-    Option("partition.kind", tuple(KINDS), "dirichlet | shards | quantity | iid"),
+    Option(
+        "partition.kind", tuple(KINDS), "dirichlet | shards | quantity | iid | natural"
+    ),
     Option(
         "partition.alpha", POSITIVE, "> 0; of dirichlet (labels) and quantity (sizes)"
     ),

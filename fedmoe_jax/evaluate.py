@@ -78,12 +78,12 @@ def encode_batch(
     program: Program,
 ) -> Images:
     """Takes the images at `position` [B] and runs the stem and the server's gate."""
-    count = federation.test_y.shape[0]
+    count = federation.test_stratum.shape[0]
     index = jnp.minimum(position, count - 1)
     kind = "" if distortion is None else program.world.images
-    x = see(federation.test_x[index], distortion, kind)
+    x = see(federation.test["x"][index], distortion, kind)
     x = normalise(x, federation.mean, federation.std)
-    y = jnp.where(position < count, federation.test_y[index], -1)
+    y = jnp.where(position < count, federation.test_stratum[index], -1)
     features = program.model.stem(state.params["stem"], x, None)
     logits = None
     if not program.strategy.personal:
@@ -256,7 +256,7 @@ def build_evaluate_share(
         chex.assert_shape(state.align.held, shape)
         federation = drifted_federation(federation, state.world)
         device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
-        count = federation.test_y.shape[0]
+        count = federation.test_stratum.shape[0]
         position = schedule_images(count, TEST_BATCH, device, num_devices)
 
         def add(total: dict[str, Array], batch: Array) -> tuple[dict[str, Array], None]:

@@ -3,10 +3,11 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from fedmoe_jax.base import Data
 from fedmoe_jax.data.partition import pool, split
 from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.types import Dataset, Devices, Federation, Partition
+from fedmoe_jax.types import Devices, Federation, Partition
 from fedmoe_jax.world.devices import draw_devices, read_devices, unlimited_device
 from fedmoe_jax.world.drift import draw_drift_sources
 
@@ -27,13 +28,13 @@ def count_steps(config: ConfigDict, size: np.ndarray) -> np.ndarray:
     return np.maximum(batches, 1).astype(np.int32)
 
 
-def make_partition(config: ConfigDict, data: Dataset) -> Partition:
+def make_partition(config: ConfigDict, data: Data) -> Partition:
     """Divides the training examples among the clients and the server's public slice.
 
     Raises:
       UserError: the data cannot be divided so.
     """
-    total, public = len(data.train_y), config.data.public
+    total, public = len(data.stratum), config.data.public
     most = total - config.num_clients * config.partition.min_size
     if public > max(most, 0):
         raise UserError(
@@ -47,13 +48,14 @@ def make_partition(config: ConfigDict, data: Dataset) -> Partition:
     aside, rest = np.sort(order[:public]), np.sort(order[public:])
     partition = split(
         config.partition.kind,
-        data.train_y[rest],
+        data.stratum[rest],
         num_clients=config.num_clients,
-        num_classes=len(data.label_names),
+        num_strata=len(data.stratum_names),
         alpha=config.partition.alpha,
         classes_per_client=config.partition.classes_per_client,
         min_size=config.partition.min_size,
         seed=config.seed,
+        owner=None if data.owner is None else data.owner[rest],
     )
     counts = np.arange(partition.index.shape[1])[None] < partition.size[:, None]
     index = np.where(counts, rest[partition.index], 0)
@@ -82,9 +84,7 @@ def make_devices(config: ConfigDict) -> tuple[Devices, tuple[str, ...]]:
     return devices, tiers
 
 
-def make_federation(
-    config: ConfigDict, data: Dataset, partition: Partition
-) -> Federation:
+def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Federation:
     """Everything a round reads, still on the host; `replicate` puts it on devices.
 
     Where a strategy pools the data, one client owns all of it, on a device without
@@ -103,26 +103,25 @@ def make_federation(
         partition, devices = pool(partition), unlimited_device()
         drift_source = np.zeros(1, np.int32)
     return Federation(
-        x=data.train_x,
-        y=data.train_y,
+        train=data.train,
         index=partition.index,
         size=partition.size,
         steps=count_steps(config, partition.size),
         label_mix=counts / counts.sum(axis=1, keepdims=True),
         public=partition.public,
-        test_x=data.test_x,
-        test_y=data.test_y,
-        mean=np.broadcast_to(mean, data.train_x.shape[1:]),
-        std=np.broadcast_to(std, data.train_x.shape[1:]),
+        test=data.test,
+        test_stratum=data.test_stratum,
+        mean=np.broadcast_to(mean, data.train["x"].shape[1:]),
+        std=np.broadcast_to(std, data.train["x"].shape[1:]),
         devices=devices,
         drift_source=drift_source,
     )
 
 
-def measure_channels(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def measure_channels(data: Data) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation [F] float32 of the training pixels / 255."""
     levels = np.arange(256) / 255.0
-    channels = np.moveaxis(data.train_x, -1, 0)
+    channels = np.moveaxis(data.train["x"], -1, 0)
     counts = np.stack([np.bincount(x.ravel(), minlength=256) for x in channels])
     share = counts / counts.sum(axis=1, keepdims=True)
     mean = share @ levels

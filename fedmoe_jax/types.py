@@ -14,7 +14,7 @@ Axis letters, used in every docstring, comment and einsum of this package:
 | E | experts |
 | K | expert slots a client may hold (the maximum over clients) |
 | A | experts active per example |
-| L | label classes |
+| L | strata of the data: label classes, topics |
 | R | rounds in one compiled chunk |
 | S | runs of a sweep |
 | X | examples of a data set |
@@ -87,31 +87,13 @@ class Sizes(NamedTuple):
     max_capacity: int
 
 
-class Dataset(NamedTuple):
-    """Images and labels on the host, as NumPy arrays.
-
-    Attributes:
-      train_x: [X, H, W, F] uint8.
-      train_y: [X] int32 in [0, L).
-      test_x: [X', H, W, F] uint8.
-      test_y: [X'] int32.
-      label_names: L strings.
-    """
-
-    train_x: Any
-    train_y: Any
-    test_x: Any
-    test_y: Any
-    label_names: tuple[str, ...]
-
-
 class Partition(NamedTuple):
     """Which client owns which training example, on the host.
 
     Attributes:
       index: [N, M] int32, row c lists the examples of client c and then zeros.
       size: [N] int32, how many entries of each row count.
-      label_counts: [N, L] int32, examples of each class that each client owns.
+      label_counts: [N, L] int32, examples of each stratum that each client owns.
       public: [Q] int32, examples that the server has and no client owns.
     """
 
@@ -151,32 +133,31 @@ class Federation:
     """Everything a round reads and never writes; replicated on every device.
 
     Attributes:
-      x: [X, H, W, F] uint8 training images of all clients.
-      y: [X] int32 labels.
+      train: training examples of all clients, leaves [X, ...] by name.
       index: [N, M] int32, examples of each client, zeros beyond `size`.
       size: [N] int32, examples of each client, >= 1.
       steps: [N] int32, local steps of each client in a round, 1 to T.
-      label_mix: [N, L] float32, each client's label histogram, rows sum to 1. Where the
-        data are pooled, N is 1 in the other fields, and these are the clients' still.
+      label_mix: [N, L] float32, each client's histogram of strata, rows sum to 1.
+        Where the data are pooled, N is 1 in the other fields, and these are the
+        clients' still.
       public: [Q] int32, examples that the server has and no client owns.
-      test_x: [X', H, W, F] uint8.
-      test_y: [X'] int32.
-      mean: [H, W, F] float32 channel means of `x` as fractions of 255, at every pixel.
+      test: test examples, leaves [X', ...] of the same names.
+      test_stratum: [X'] int32 in [0, L).
+      mean: [H, W, F] float32 channel means as fractions of 255, at every pixel.
       std: [H, W, F] float32 channel standard deviations, likewise, > 0.
       devices: the clients' devices, before anything varies over time.
       drift_source: [N] int32, a permutation: towards whose data each client drifts,
         itself if it does not; see `world.drift`.
     """
 
-    x: Array
-    y: Array
+    train: dict[str, Array]
     index: Array
     size: Array
     steps: Array
     label_mix: Array
     public: Array
-    test_x: Array
-    test_y: Array
+    test: dict[str, Array]
+    test_stratum: Array
     mean: Array
     std: Array
     devices: Devices

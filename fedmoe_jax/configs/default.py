@@ -32,7 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.dir = ""  # TFDS folder; empty: TFDS_DATA_DIR or ~/tensorflow_datasets
 
     config.partition = ConfigDict()
-    config.partition.kind = "dirichlet"  # dirichlet | shards | quantity | iid
+    config.partition.kind = "dirichlet"  # dirichlet | shards | quantity | iid | natural
     config.partition.alpha = 0.1  # > 0; of dirichlet (labels) and quantity (sizes)
     config.partition.classes_per_client = 2  # of shards
     config.partition.min_size = 10  # examples every client gets at least

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from fedmoe_jax.options import UserError
-from fedmoe_jax.types import Dataset
 
 
 def cache_folders(source: Path) -> tuple[Path, Path]:
@@ -29,22 +28,22 @@ def _short_hash(value: list) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def keep_decoded(folders: tuple[Path, ...], data: Dataset) -> None:
+def keep_decoded(folders: tuple[Path, ...], arrays: dict[str, np.ndarray]) -> None:
     """Writes to the first folder that can be written; if there is none, says so."""
     for folder in folders:
         try:
-            return write_cache(folder, data)
+            return write_cache(folder, arrays)
         except OSError as error:
             print(f"cannot keep decoded arrays: {brief(error)}", file=sys.stderr)
 
 
-def write_cache(folder: Path, data: Dataset) -> None:
+def write_cache(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes through a temporary folder, so that `folder` is whole or absent."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="writing-") as temporary:
         part = Path(temporary) / folder.name
         part.mkdir()
-        for field, value in data._asdict().items():
+        for field, value in arrays.items():
             np.save(part / f"{field}.npy", np.asarray(value))
         digests = {path.name: _digest(path) for path in part.iterdir()}
         (part / "sha256.json").write_text(json.dumps(digests))
@@ -55,23 +54,22 @@ def write_cache(folder: Path, data: Dataset) -> None:
                 raise
 
 
-def read_cache(folder: Path) -> Dataset:
-    """Reads decoded arrays and checks every byte of them."""
+def read_cache(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Reads the arrays of these names and checks every byte of them."""
     try:
         digests = json.loads((folder / "sha256.json").read_text())
-        fields = {}
-        for field in Dataset._fields:
-            path = folder / f"{field}.npy"
+        arrays = {}
+        for name in names:
+            path = folder / f"{name}.npy"
             if _digest(path) != digests[path.name]:
                 raise ValueError(f"{path.name} does not match its sha256")
-            fields[field] = np.load(path)
+            arrays[name] = np.load(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"data.dir: the decoded copy of CIFAR-10 is damaged ({brief(error)}); "
             f"delete {folder}, it is made again from the records and nothing is lost"
         ) from error
-    names = tuple(str(name) for name in fields.pop("label_names"))
-    return Dataset(**fields, label_names=names)
+    return arrays
 
 
 def _digest(path: Path) -> str:

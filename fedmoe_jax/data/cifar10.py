@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from fedmoe_jax.base import Data
 from fedmoe_jax.data.cache import brief, cache_folders, keep_decoded, read_cache
+from fedmoe_jax.data.images import label_images
 from fedmoe_jax.options import UserError
-from fedmoe_jax.types import Dataset
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE = "cifar-10-binary.tar.gz"
@@ -28,11 +29,12 @@ MEMBERS = {
     "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
     "test": ("test_batch.bin",),
 }
+ARRAYS = ("train_x", "train_y", "test_x", "test_y", "label_names")
 PROBE_SECONDS = 10
 DECODE_BATCH = 1000  # images
 
 
-def load_cifar10(data_dir: Path) -> Dataset:
+def load_cifar10(data_dir: Path) -> Data:
     """Loads CIFAR-10 in its original order, preparing and decoding it where needed.
 
     Decoded arrays are kept beside the records, or in the user's cache folder where
@@ -45,10 +47,15 @@ def load_cifar10(data_dir: Path) -> Dataset:
     folders = cache_folders(source)
     for folder in folders:
         if folder.exists():
-            return read_cache(folder)
-    data = _decode(source)
-    keep_decoded(folders if _is_writable(source) else folders[1:], data)
-    return data
+            return _label(read_cache(folder, ARRAYS))
+    arrays = _decode(source)
+    keep_decoded(folders if _is_writable(source) else folders[1:], arrays)
+    return _label(arrays)
+
+
+def _label(arrays: dict[str, np.ndarray]) -> Data:
+    names = tuple(str(name) for name in arrays["label_names"])
+    return label_images(*(arrays[name] for name in ARRAYS[:-1]), names)
 
 
 def prepare_cifar10(data_dir: Path, manual_dir: str) -> Path:
@@ -194,8 +201,8 @@ def _is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
-def _decode(source: Path) -> Dataset:
-    """Decodes both splits in original order; about half a minute of PNG."""
+def _decode(source: Path) -> dict[str, np.ndarray]:
+    """The `ARRAYS` of both splits in original order; about half a minute of PNG."""
     import tensorflow_datasets as tfds
 
     print(f"decoding CIFAR-10 from {source}, once", file=sys.stderr, flush=True)
@@ -203,7 +210,7 @@ def _decode(source: Path) -> Dataset:
         builder = tfds.builder_from_directory(source)
         train = _decode_split(builder.as_data_source("train"))
         test = _decode_split(builder.as_data_source("test"))
-        names = tuple(builder.info.features["label"].names)
+        names = np.array(builder.info.features["label"].names)
     except ImportError:
         raise
     # array_record reports damage as RuntimeError, TFDS in several other ways.
@@ -212,7 +219,7 @@ def _decode(source: Path) -> Dataset:
             f"data.dir: CIFAR-10 in {source} is damaged ({brief(error)}); delete "
             "that folder and prepare it again with python -m fedmoe_jax.data"
         ) from error
-    return Dataset(*train, *test, names)
+    return dict(zip(ARRAYS, (*train, *test, names), strict=True))
 
 
 def _decode_split(records: Any) -> tuple[np.ndarray, np.ndarray]:

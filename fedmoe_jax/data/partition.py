@@ -19,39 +19,41 @@ MAX_DRAWS = 100
 
 
 class Options(NamedTuple):
-    """What the rules may depend on; fields as in `split`."""
+    """The numbers that the rules depend on; fields as in `split`."""
 
     num_clients: int
-    num_classes: int
+    num_strata: int
     alpha: float
     classes_per_client: int
     min_size: int
+    owner: np.ndarray | None
 
 
-# (labels [X], options, rng) -> owner [X] int in [0, N)
+# (strata [X], options, rng) -> owner [X] int in [0, N)
 OwnerFn = Callable[[np.ndarray, Options, np.random.Generator], np.ndarray]
 
 
 def split(
     kind: str,
-    y: np.ndarray,
+    stratum: np.ndarray,
     *,
     num_clients: int,
-    num_classes: int,
+    num_strata: int,
     alpha: float,
     classes_per_client: int,
     min_size: int,
     seed: int,
+    owner: np.ndarray | None = None,
 ) -> Partition:
     """Divides the training examples among the clients.
 
     Args:
       kind: `dirichlet` (label skew; Hsu et al., arXiv:1909.06335, with proportions
         drawn per class), `shards` (McMahan et al., arXiv:1602.05629, section 3),
-        `quantity` (size skew, IID labels) or `iid`.
-      y: [X] int labels in [0, L).
+        `quantity` (size skew, IID labels), `iid`, or `natural` (as the data say).
+      stratum: [X] int labels in [0, L), or whatever else the clients are skewed in.
       num_clients: N >= 1.
-      num_classes: L.
+      num_strata: L.
       alpha: > 0, concentration of `dirichlet` and `quantity`; small is skewed.
       classes_per_client: in [1, L], shards of each client, of `shards`. A shard
         that straddles two labels adds one more.
@@ -59,47 +61,54 @@ def split(
         drawn anew up to 100 times for it; then each short client takes examples,
         drawn at random, from whoever is largest at that moment.
       seed: >= 0; the same arguments always give the same partition.
+      owner: [X] int in [0, N), of `natural`, which leaves every client what it has.
 
     Returns:
       The partition. M is the largest size rounded up to a power of two, so that
       most seeds share one compiled program.
 
     Raises:
-      UserError: an argument is outside its range or N * min_size > X.
+      UserError: an argument is outside its range, N * min_size > X, or the data have
+        no natural clients, or not these.
     """
-    options = Options(num_clients, num_classes, alpha, classes_per_client, min_size)
-    y = np.asarray(y)
-    _check(kind, y, options, seed)
+    options = Options(
+        *(num_clients, num_strata, alpha, classes_per_client, min_size, owner)
+    )
+    stratum = np.asarray(stratum)
+    _check(kind, stratum, options, seed)
+    if kind == "natural":
+        _check_natural(options)
     rng = np.random.default_rng(seed)
     for _ in range(MAX_DRAWS):
-        owner = KINDS[kind](y, options, rng)
-        if np.bincount(owner, minlength=num_clients).min() >= min_size:
+        drawn = KINDS[kind](stratum, options, rng)
+        if np.bincount(drawn, minlength=num_clients).min() >= min_size:
             break
     else:
-        owner = _fill_up(owner, options, rng)
-    return _pack(owner, y, options)
+        drawn = _fill_up(drawn, options, rng)
+    return _pack(drawn, stratum, options)
 
 
-def _check(kind: str, y: np.ndarray, options: Options, seed: int) -> None:
-    chex.assert_rank(y, 1)
-    num_classes, needed = options.num_classes, options.num_clients * options.min_size
+def _check(kind: str, stratum: np.ndarray, options: Options, seed: int) -> None:
+    chex.assert_rank(stratum, 1)
+    num_strata, needed = options.num_strata, options.num_clients * options.min_size
     finite = math.isfinite(options.alpha)
     rules = (
         (kind in KINDS, "partition.kind", kind, ", ".join(KINDS)),
         (options.num_clients >= 1, "num_clients", options.num_clients, ">= 1"),
         (finite and options.alpha > 0, "partition.alpha", options.alpha, "> 0"),
         (
-            1 <= options.classes_per_client <= num_classes,
+            1 <= options.classes_per_client <= num_strata,
             "partition.classes_per_client",
             options.classes_per_client,
-            f"1 to {num_classes}, the number of classes",
+            f"1 to {num_strata}, the number of classes",
         ),
         (options.min_size >= 1, "partition.min_size", options.min_size, ">= 1"),
         (
-            needed <= len(y),
+            needed <= len(stratum),
             "partition.min_size",
             options.min_size,
-            f"num_clients={options.num_clients} times it at most {len(y)} examples",
+            f"num_clients={options.num_clients} times it at most {len(stratum)} "
+            "examples",
         ),
         (seed >= 0, "seed", seed, ">= 0"),
     )
@@ -108,43 +117,74 @@ def _check(kind: str, y: np.ndarray, options: Options, seed: int) -> None:
             raise UserError(f"{field}={value!r} is not allowed; allowed: {allowed}")
 
 
+def _check_natural(options: Options) -> None:
+    """Raises UserError unless the data name these clients, all large enough."""
+    if options.owner is None:
+        others = ", ".join(kind for kind in KINDS if kind != "natural")
+        raise UserError(
+            "partition.kind='natural' is not allowed with data that do not say whose "
+            f"each example is; allowed: {others}"
+        )
+    size = np.bincount(options.owner)
+    if len(size) != options.num_clients:
+        raise UserError(
+            f"num_clients={options.num_clients} is not allowed with "
+            f"partition.kind='natural'; allowed: {len(size)}, the data's clients"
+        )
+    if size.min() < options.min_size:
+        raise UserError(
+            f"partition.min_size={options.min_size} is not allowed with "
+            f"partition.kind='natural'; allowed: at most {size.min()}, the examples of "
+            "the smallest client"
+        )
+
+
 def _own_dirichlet(
-    y: np.ndarray, options: Options, rng: np.random.Generator
+    stratum: np.ndarray, options: Options, rng: np.random.Generator
 ) -> np.ndarray:
     """Each class is shared out in Dirichlet(alpha) proportions of its own."""
-    owner = np.zeros(len(y), np.int64)
-    for label in range(options.num_classes):
-        members = np.flatnonzero(y == label)
+    owner = np.zeros(len(stratum), np.int64)
+    for label in range(options.num_strata):
+        members = np.flatnonzero(stratum == label)
         owner[members] = _own_quantity(members, options, rng)
     return owner
 
 
 def _own_quantity(
-    y: np.ndarray, options: Options, rng: np.random.Generator
+    stratum: np.ndarray, options: Options, rng: np.random.Generator
 ) -> np.ndarray:
     """Sizes in Dirichlet(alpha) proportions, examples at random."""
     shares = rng.dirichlet(np.full(options.num_clients, options.alpha))
-    middles = (np.arange(len(y)) + 0.5) / max(len(y), 1)
+    middles = (np.arange(len(stratum)) + 0.5) / max(len(stratum), 1)
     # The last edge is 1 but for rounding, so it is left out.
     return rng.permutation(np.searchsorted(np.cumsum(shares)[:-1], middles))
 
 
 def _own_shards(
-    y: np.ndarray, options: Options, rng: np.random.Generator
+    stratum: np.ndarray, options: Options, rng: np.random.Generator
 ) -> np.ndarray:
     """Examples sorted by label, cut into equal shards, dealt at random."""
-    shuffled = rng.permutation(len(y))
-    by_label = shuffled[np.argsort(y[shuffled], kind="stable")]
+    shuffled = rng.permutation(len(stratum))
+    by_label = shuffled[np.argsort(stratum[shuffled], kind="stable")]
     clients = np.arange(options.num_clients)
     deal = rng.permutation(np.repeat(clients, options.classes_per_client))
-    owner = np.zeros(len(y), np.int64)
-    owner[by_label] = deal[np.arange(len(y)) * len(deal) // len(y)]
+    owner = np.zeros(len(stratum), np.int64)
+    owner[by_label] = deal[np.arange(len(stratum)) * len(deal) // len(stratum)]
     return owner
 
 
-def _own_iid(y: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+def _own_iid(
+    stratum: np.ndarray, options: Options, rng: np.random.Generator
+) -> np.ndarray:
     """Equal sizes, examples at random."""
-    return rng.permutation(np.arange(len(y)) % options.num_clients)
+    return rng.permutation(np.arange(len(stratum)) % options.num_clients)
+
+
+def _own_natural(
+    stratum: np.ndarray, options: Options, rng: np.random.Generator
+) -> np.ndarray:
+    """The data's own clients."""
+    return options.owner
 
 
 KINDS: dict[str, OwnerFn] = {
@@ -152,6 +192,7 @@ KINDS: dict[str, OwnerFn] = {
     "shards": _own_shards,
     "quantity": _own_quantity,
     "iid": _own_iid,
+    "natural": _own_natural,
 }
 
 
@@ -173,16 +214,16 @@ def _fill_up(
     return owner
 
 
-def _pack(owner: np.ndarray, y: np.ndarray, options: Options) -> Partition:
+def _pack(owner: np.ndarray, stratum: np.ndarray, options: Options) -> Partition:
     """Lists every client's examples in ascending order, padded with zeros."""
     size = np.bincount(owner, minlength=options.num_clients)
     width = 1 << (int(size.max()) - 1).bit_length()
     index = np.zeros((options.num_clients, width), np.int32)
     order = np.argsort(owner, kind="stable")
     start = np.cumsum(size) - size
-    index[owner[order], np.arange(len(y)) - np.repeat(start, size)] = order
-    label_counts = np.zeros((options.num_clients, options.num_classes), np.int32)
-    np.add.at(label_counts, (owner, y), 1)
+    index[owner[order], np.arange(len(owner)) - np.repeat(start, size)] = order
+    label_counts = np.zeros((options.num_clients, options.num_strata), np.int32)
+    np.add.at(label_counts, (owner, stratum), 1)
     public = np.zeros(0, np.int32)
     return Partition(index, size.astype(np.int32), label_counts, public)
 

@@ -72,8 +72,8 @@ def train_stem(
         drawn = jax.random.fold_in(key, number), (batch_size,), 0
         place = jax.random.randint(*drawn, len(federation.public))
         ids = federation.public[place]
-        x = normalise(federation.x[ids], federation.mean, federation.std)
-        grads = jax.grad(loss)(parts, x, federation.y[ids])
+        x = normalise(federation.train["x"][ids], federation.mean, federation.std)
+        grads = jax.grad(loss)(parts, x, federation.train["y"][ids])
         updates, opt_state = tx.update(grads, opt_state)
         return optax.apply_updates(parts, updates), opt_state
 

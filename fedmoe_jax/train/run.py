@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fedmoe_jax.align.capacity import Belief
+from fedmoe_jax.base import Data
 from fedmoe_jax.config import validate
 from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.evaluate import build_evaluate
@@ -28,7 +29,7 @@ from fedmoe_jax.train import memory
 from fedmoe_jax.train.loop import Job, compile_once, drive
 from fedmoe_jax.train.workdir import claim_run, is_finished
 from fedmoe_jax.train.writers import Row, read_metrics
-from fedmoe_jax.types import AlignState, Dataset, Federation, Hyper, Partition
+from fedmoe_jax.types import AlignState, Federation, Hyper, Partition
 from fedmoe_jax.world.participation import Participation
 
 
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
 
     config: ConfigDict
     program: Program
-    data: Dataset
+    data: Data
     partition: Partition
     federation: Federation
     hyper: Hyper
@@ -81,8 +82,8 @@ def plan_run(config: ConfigDict, mesh: Mesh) -> Plan:
     federation = make_federation(config, data, partition)
     program = build_program(
         config,
-        len(data.label_names),
-        data.train_x.shape[1:],
+        len(data.stratum_names),
+        data.train["x"].shape[1:],
         local_steps=longest(federation.steps, config.local_epochs > 0),
         mesh=mesh,
     )
@@ -95,7 +96,7 @@ def plan_run(config: ConfigDict, mesh: Mesh) -> Plan:
 def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
     """Estimates the memory of runs that advance together, see `memory`."""
     widest = max(plans, key=lambda plan: plan.federation.index.shape[1])
-    key, shape = jax.random.key(0), widest.data.train_x.shape[1:]
+    key, shape = jax.random.key(0), widest.data.train["x"].shape[1:]
     state = jax.eval_shape(lambda k, h: init_state(k, h, program), key, widest.hyper)
     sizes = program.sizes
     evaluated = sizes.num_experts if program.strategy.every_expert else sizes.max_held
@@ -273,6 +274,6 @@ def save_arrays(
         last_spent=participation.outcome.spent,
         label_counts=plan.partition.label_counts,
         specialisation=specialisation,
-        label_names=np.array(plan.data.label_names),
+        label_names=np.array(plan.data.stratum_names),
     )
     part.replace(path)

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from configs import default
 from fedmoe_jax.data import partition
+from fedmoe_jax.data.images import label_images
 from fedmoe_jax.federation import make_partition
 from fedmoe_jax.options import UserError
-from fedmoe_jax.types import Dataset
 
+DRAWN = [kind for kind in partition.KINDS if kind != "natural"]
 ARGUMENTS = {
     "num_clients": 5,
-    "num_classes": 4,
+    "num_strata": 4,
     "alpha": 0.5,
     "classes_per_client": 2,
     "min_size": 3,
@@ -32,7 +33,7 @@ def owned(drawn):
     return [row[:size] for row, size in pairs]
 
 
-@pytest.mark.parametrize("kind", partition.KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 @settings(max_examples=25, deadline=None)
 @given(
     num_clients=st.integers(1, 12),
@@ -62,7 +63,7 @@ def test_each_example_once_and_counts_agree(
     assert {a.dtype for a in drawn} == {np.dtype(np.int32)}
 
 
-@pytest.mark.parametrize("kind", partition.KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 def test_seed_decides(kind):
     first, again, other = split(kind), split(kind), split(kind, seed=1)
     for a, b in zip(first, again, strict=True):
@@ -79,7 +80,7 @@ def test_width_is_the_next_power_of_two(num_clients, width):
 
 def test_large_alpha_is_nearly_iid():
     y = np.repeat(np.arange(10), 500)
-    drawn = split("dirichlet", y, num_classes=10, alpha=1e4)
+    drawn = split("dirichlet", y, num_strata=10, alpha=1e4)
     share = drawn.label_counts / drawn.label_counts.sum(1, keepdims=True)
     np.testing.assert_allclose(share, 0.1, atol=0.01)
     np.testing.assert_allclose(drawn.size, 1000, rtol=0.05)
@@ -89,7 +90,7 @@ def test_dirichlet_100_is_closer_to_iid_than_a_tenth():
     y = np.repeat(np.arange(10), 500)
 
     def worst(alpha):
-        counts = split("dirichlet", y, num_classes=10, alpha=alpha).label_counts
+        counts = split("dirichlet", y, num_strata=10, alpha=alpha).label_counts
         return (counts / counts.sum(1, keepdims=True)).max()
 
     assert worst(100.0) < 0.15
@@ -100,7 +101,7 @@ def test_dirichlet_proportions_have_the_right_spread():
     # The share p of one of N clients is Beta(alpha, (N - 1) alpha), whose variance
     # is (1/N) (1 - 1/N) / (N alpha + 1): here 0.16 / 3.5.
     y = np.repeat(np.arange(1000), 40)
-    drawn = split("dirichlet", y, num_classes=1000)
+    drawn = split("dirichlet", y, num_strata=1000)
     share = drawn.label_counts / 40
     np.testing.assert_allclose(share.mean(1), 0.2, atol=0.03)
     np.testing.assert_allclose(share.var(1), 0.16 / 3.5, rtol=0.15)
@@ -129,6 +130,27 @@ def test_iid_sizes_differ_by_at_most_one():
     assert set(drawn.size) == {28, 29}
 
 
+def test_natural_clients_keep_what_is_theirs():
+    owner = np.arange(200) % 5
+    drawn = split("natural", owner=owner, min_size=40)
+    for client, row in enumerate(owned(drawn)):
+        np.testing.assert_array_equal(row, np.arange(client, 200, 5))
+
+
+def test_public_slice_is_taken_from_natural_clients():
+    images = np.zeros((60, 2, 2, 1), np.uint8)
+    labels = np.arange(60, dtype=np.int32) % 2
+    data = label_images(images, labels, images, labels, ("a", "b"))
+    data = data._replace(owner=np.repeat(np.arange(3), 20))
+    config = default.get_config()
+    config.num_clients, config.data.public = 3, 12
+    config.partition.kind, config.partition.min_size = "natural", 1
+    drawn = make_partition(config, data)
+    assert len(drawn.public) == 12 and drawn.size.sum() == 48
+    for client, row in enumerate(owned(drawn)):
+        assert set(data.owner[row]) == {client}
+
+
 def test_repair_reaches_the_tightest_fit():
     # Alpha this small gives each class to one client, so no draw can succeed, and
     # 40 * 5 = 200 leaves exactly one answer for the sizes.
@@ -138,7 +160,7 @@ def test_repair_reaches_the_tightest_fit():
 
 def test_repair_takes_from_the_largest_only():
     owner = np.repeat([0, 1, 2], [9, 6, 1])
-    options = partition.Options(3, 4, 0.5, 2, min_size=4)
+    options = partition.Options(3, 4, 0.5, 2, min_size=4, owner=None)
     filled = partition._fill_up(owner, options, np.random.default_rng(0))
     # Sizes 9 6 1 -> 8 6 2 -> 7 6 3 -> 6 6 4, by hand.
     np.testing.assert_array_equal(np.bincount(filled), [6, 6, 4])
@@ -157,7 +179,14 @@ def test_repair_takes_from_the_largest_only():
         ({"classes_per_client": 0}, "partition.classes_per_client", "0"),
         ({"num_clients": 0}, "num_clients", "0"),
         ({"seed": -1}, "seed", "-1"),
+        ({"kind": "own"}, "partition.kind", "'own'"),
         ({"kind": "natural"}, "partition.kind", "'natural'"),
+        ({"kind": "natural", "owner": LABELS}, "num_clients", "5"),
+        (
+            {"kind": "natural", "owner": np.maximum(LABELS, 1), "num_clients": 4},
+            "partition.min_size",
+            "3",
+        ),
     ],
 )
 def test_wrong_arguments_are_named_on_one_line(changes, field, value):
@@ -241,7 +270,7 @@ def test_pooled_data_have_one_owner():
 def test_a_public_slice_leaves_every_client_its_least():
     images = np.zeros((60, 2, 2, 1), np.uint8)
     labels = np.arange(60, dtype=np.int32) % 2
-    data = Dataset(images, labels, images, labels, ("a", "b"))
+    data = label_images(images, labels, images, labels, ("a", "b"))
     config = default.get_config()
     config.num_clients, config.partition.min_size = 5, 10
     config.data.public = 10
