@@ -72,14 +72,14 @@ class Task(NamedTuple):
       prepare: (rows, statistics) -> batch; rows have the leaves of `Data.train`,
         [B, ...], and so has the batch, as the model reads it.
       loss: (outputs of the model, batch) -> Scores.
-      example: Data -> the shapes and dtypes of one prepared batch, B = 1; what a model
-        is built for.
+      num_outputs: Data -> the width of the model's outputs: classes, vocabulary, or 1.
       drifts: (name, (rows, amount []) -> rows) of every way in which rows can drift.
     """
 
     statistics: Callable[[Data], PyTree]
     prepare: Callable[[PyTree, PyTree], PyTree]
     loss: Callable[[PyTree, PyTree], Scores]
+    num_outputs: Callable[[Data], int]
     drifts: tuple[tuple[str, Callable[[PyTree, Array], PyTree]], ...] = ()
 
 
@@ -197,9 +197,10 @@ class Strategy(NamedTuple):
         round; feedback is 0 for clients whose update did not arrive.
       report: (routing of the layer, batch, hyper) -> pytree that a client sends beside
         its update, the mean over its local batches; None for nothing.
-      stages: (round, (state, federation, hyper, key, model=, sizes=) -> state), run
-        between chunks, before the round of that number; the number may be the name of
-        a config field.
+      stages: (round, (state, federation, hyper, key, model=, task=, sizes=) -> (state,
+        frozen)), run between chunks, before the round of that number; the number
+        may be the name of a config field. `frozen` is `federation.frozen`, as the
+        stage leaves it.
       exchange: (personal parts [N, ...], state, evidence, arrived [C], hyper) ->
         personal parts, state, and the experts that each client of the cohort has sent
         to and received from others, [C] each; it sees all layers. None for nothing.

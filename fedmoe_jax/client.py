@@ -20,7 +20,7 @@ from fedmoe_jax.models.routing import gate_logits, route
 from fedmoe_jax.models.submodel import held_mask, take_submodel
 from fedmoe_jax.optimizers import add_prox, client_optimizer
 from fedmoe_jax.program import Program
-from fedmoe_jax.tasks.images import normalise, see
+from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import (
     Array,
     ClientInput,
@@ -75,8 +75,7 @@ def mix_probabilities(
 
 def local_loss(
     submodel: PyTree,
-    x: Array,
-    y: Array,
+    batch: PyTree,
     inputs: ClientInput,
     hyper: Hyper,
     key: Array,
@@ -89,8 +88,7 @@ def local_loss(
 
     Args:
       submodel: params of one client.
-      x: [B, H, W, F] float images.
-      y: [B] int32 labels.
+      batch: of the task.
       inputs: the client's inputs.
       hyper: weights of the terms.
       key: of the step; dropout draws from it.
@@ -103,25 +101,24 @@ def local_loss(
     stem_key, expert_key = jax.random.split(key)
     frozen = {part: jax.lax.stop_gradient(submodel[part]) for part in strategy.frozen}
     submodel = submodel | frozen
-    features = model.stem(submodel["stem"], x, stem_key)
-    gates, gate_loss, report = jnp.ones((x.shape[0], 1)), 0.0, None
+    features = model.stem(submodel["stem"], batch["x"], stem_key)
+    gates, gate_loss, report = jnp.ones((features.shape[0], 1)), 0.0, None
     if sizes.num_experts > 1:  # a dense control has nothing to route
         logits = gate_logits(submodel["gate"], features)  # [B, E]
         gates = route(logits[:, inputs.held], inputs.slot, sizes.num_active)  # [B, K]
         held = held_mask(inputs.held, inputs.slot, sizes.num_experts)
         gate_loss = strategy.gate_loss(logits, held, inputs.calibration, hyper)
         if strategy.report:
-            report = strategy.report(Routing(logits, gates), {"x": x, "y": y}, hyper)
+            report = strategy.report(Routing(logits, gates), batch, hyper)
     outputs = apply_experts(model, submodel["experts"], features, expert_key)
     if strategy.expert_priority:
         value = strategy.expert_priority(gates, hyper)
         outputs = freeze_others(outputs, value, inputs)
     mix = mix_probabilities if strategy.mix == "probabilities" else mix_outputs
     predictions = mix(model, submodel["head"], outputs, gates)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(predictions, y)
-    correct = (predictions.argmax(-1) == y).astype(jnp.float32)
-    loss = cross_entropy.mean() + gate_loss
-    return loss, sum_batch(cross_entropy, correct, gates, report)
+    scores = program.task.loss(predictions, batch)
+    loss = scores.loss.mean() + gate_loss
+    return loss, sum_batch(scores.loss, scores.score, gates, report)
 
 
 def report_shapes(hyper: Hyper, program: Program) -> PyTree:
@@ -175,12 +172,17 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         def local_step(step, carry):
             submodel, opt_state, sums = carry
             ids = batches[step]
-            x = see(federation.train["x"][ids], inputs.distortion, program.world.images)
-            x = normalise(x, federation.mean, federation.std)
+            batch = take_batch(
+                federation.train,
+                ids,
+                federation.statistics,
+                program.task,
+                program.world.images,
+                inputs.distortion,
+            )
             grads, batch_sums = jax.grad(local_loss, has_aux=True)(
                 submodel,
-                x,
-                federation.train["y"][ids],
+                batch,
                 inputs,
                 hyper,
                 jax.random.fold_in(dropout_key, step),

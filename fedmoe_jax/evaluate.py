@@ -39,7 +39,7 @@ from fedmoe_jax.scoring import (
     score_routed,
     view_clients,
 )
-from fedmoe_jax.tasks.images import normalise, see
+from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import Array, Federation, SimState
 from fedmoe_jax.world.step import drifted_federation
 
@@ -81,8 +81,8 @@ def encode_batch(
     count = federation.test_stratum.shape[0]
     index = jnp.minimum(position, count - 1)
     kind = "" if distortion is None else program.world.images
-    x = see(federation.test["x"][index], distortion, kind)
-    x = normalise(x, federation.mean, federation.std)
+    rows = federation.test, index, federation.statistics
+    x = take_batch(*rows, program.task, kind, distortion)["x"]
     y = jnp.where(position < count, federation.test_stratum[index], -1)
     features = program.model.stem(state.params["stem"], x, None)
     logits = None

@@ -7,6 +7,7 @@ from fedmoe_jax.base import Data
 from fedmoe_jax.data.partition import pool, split
 from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.tasks import find_task
 from fedmoe_jax.types import Devices, Federation, Partition
 from fedmoe_jax.world.devices import draw_devices, read_devices, unlimited_device
 from fedmoe_jax.world.drift import draw_drift_sources
@@ -93,7 +94,6 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     Raises:
       UserError: device tiers or shares that are not allowed.
     """
-    mean, std = measure_channels(data)
     counts = partition.label_counts.astype(np.float32)
     devices, _ = make_devices(config)
     drift_source = draw_drift_sources(
@@ -111,19 +111,7 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
         public=partition.public,
         test=data.test,
         test_stratum=data.test_stratum,
-        mean=np.broadcast_to(mean, data.train["x"].shape[1:]),
-        std=np.broadcast_to(std, data.train["x"].shape[1:]),
+        statistics=find_task(data.task).statistics(data),
         devices=devices,
         drift_source=drift_source,
     )
-
-
-def measure_channels(data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation [F] float32 of the training pixels / 255."""
-    levels = np.arange(256) / 255.0
-    channels = np.moveaxis(data.train["x"], -1, 0)
-    counts = np.stack([np.bincount(x.ravel(), minlength=256) for x in channels])
-    share = counts / counts.sum(axis=1, keepdims=True)
-    mean = share @ levels
-    std = np.sqrt((share * (levels[None] - mean[:, None]) ** 2).sum(axis=1))
-    return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
-from fedmoe_jax.base import Routing, Strategy
-from fedmoe_jax.config import list_options
+from fedmoe_jax.base import Data, Routing, Strategy, Task
+from fedmoe_jax.config import check, list_options
 from fedmoe_jax.loss import calibrate_gate
 from fedmoe_jax.models.flops import count_forward_flops
 from fedmoe_jax.models.image_moe import Model, build_model
@@ -19,7 +19,9 @@ from fedmoe_jax.options import STATIC, TRACED, group
 from fedmoe_jax.rules import World
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.types import Hyper, Sizes, Static
+from fedmoe_jax.tasks import find_task
+from fedmoe_jax.tasks.batches import shape_batch
+from fedmoe_jax.types import Federation, Hyper, Sizes, Static
 from fedmoe_jax.world.costs import Costs, count_costs, scale_costs
 
 
@@ -27,6 +29,7 @@ class Program(NamedTuple):
     """Everything static that one compiled program is built from.
 
     Attributes:
+      task: the meaning of the data.
       model: the model's pure functions.
       sizes: static sizes, as the strategy configures them.
       strategy: the strategy's record, without None where the config decides.
@@ -40,6 +43,7 @@ class Program(NamedTuple):
       mesh: the devices that run the simulation.
     """
 
+    task: Task
     model: Model
     sizes: Sizes
     strategy: Strategy
@@ -89,14 +93,18 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
     )
 
 
-def make_world(config: ConfigDict) -> World:
+def make_world(config: ConfigDict, task: Task) -> World:
     """Which processes of the world are on: those that would change anything.
 
     The one client of pooled data has no such world.
+
+    Raises:
+      UserError: examples of this task cannot drift as configured.
     """
     if find_strategy(config.strategy).pooled:
         return World()
     reach, images = config.availability, config.drift.images
+    check("drift.images", images, ("none", *dict(task.drifts)), " with these data")
     return World(
         pressure=config.pressure.share > 0,
         background=config.background.most > 0,
@@ -145,14 +153,14 @@ def longest(steps: np.ndarray, ragged: bool) -> int:
 
 
 def make_sizes(
-    config: ConfigDict, max_capacity: int, num_classes: int, local_steps: int
+    config: ConfigDict, max_capacity: int, num_strata: int, local_steps: int
 ) -> Sizes:
     """The sizes of a program.
 
     Args:
       config: as the strategy configures it.
       max_capacity: K of the user's config.
-      num_classes: L.
+      num_strata: L.
       local_steps: T.
     """
     return Sizes(
@@ -163,8 +171,7 @@ def make_sizes(
         num_active=config.num_active,
         local_steps=local_steps,
         batch_size=config.batch_size,
-        expert_width=config.model.expert_width,
-        num_classes=num_classes,
+        num_strata=num_strata,
         max_capacity=max_capacity,
     )
 
@@ -181,47 +188,50 @@ def count_report(strategy: Strategy, sizes: Sizes, hyper: Hyper) -> int:
 
 
 def build_program(
-    config: ConfigDict,
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    local_steps: int,
-    mesh: Mesh,
+    config: ConfigDict, data: Data, federation: Federation, mesh: Mesh
 ) -> Program:
     """Everything static of one run.
 
     Args:
       config: a validated config.
-      num_classes: L.
-      image_shape: H, W, F.
-      local_steps: T.
+      data: gives the task, and the width of the outputs.
+      federation: gives the shapes of a batch, and T.
       mesh: the devices.
 
     Raises:
-      UserError: model parts that do not fit each other or the images.
+      UserError: model parts that do not fit each other or the data.
     """
-    used = configure(config)
+    used, task = configure(config), find_task(data.task)
     strategy = resolve(find_strategy(config.strategy), used)
-    sizes = make_sizes(used, config.max_held, num_classes, local_steps)
+    sizes = make_sizes(
+        used,
+        max_capacity=config.max_held,
+        num_strata=len(data.stratum_names),
+        local_steps=longest(federation.steps, config.local_epochs > 0),
+    )
+    batch = shape_batch(data.train, federation.statistics, task, sizes.batch_size)
+    image_shape = batch["x"].shape[1:]
     model = build_model(
         stem=used.model.stem,
         stem_width=used.model.stem_width,
         expert=used.model.expert,
-        expert_width=sizes.expert_width,
+        expert_width=used.model.expert_width,
         feature_width=used.model.feature_width,
         stem_dropout=used.model.stem_dropout,
         expert_dropout=used.model.expert_dropout,
         num_experts=sizes.num_experts,
-        num_classes=num_classes,
+        num_classes=task.num_outputs(data),
         image_shape=image_shape,
     )
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     costs = count_costs(shapes, *count_forward_flops(model, image_shape))
     return Program(
+        task=task,
         model=model,
         sizes=sizes,
         strategy=strategy,
         static=make_static(used),
-        world=make_world(config),
+        world=make_world(config, task),
         report_numbers=count_report(strategy, sizes, make_hyper(config)),
         costs=costs,
         device_costs=scale_costs(costs, used.devices.model_scale),

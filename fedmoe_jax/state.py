@@ -69,7 +69,7 @@ def run_stage(
     when, act = program.strategy.stages[number]
     key = jax.random.fold_in(state.key, BEFORE_ROUNDS)
     key = jax.random.fold_in(key, when) if when else key
-    static = dict(model=program.model, sizes=program.sizes)
+    static = dict(model=program.model, task=program.task, sizes=program.sizes)
     return act(state, federation, hyper, key, **static)
 
 

@@ -69,8 +69,7 @@ class Sizes(NamedTuple):
       num_active: A, at most K.
       local_steps: T, the most that any client takes.
       batch_size: B.
-      expert_width: hidden units (MLP) or channels (convolution) of one expert.
-      num_classes: L.
+      num_strata: L.
       max_capacity: the most experts that any client has room for; K, unless the
         strategy has changed K.
     """
@@ -82,8 +81,7 @@ class Sizes(NamedTuple):
     num_active: int
     local_steps: int
     batch_size: int
-    expert_width: int
-    num_classes: int
+    num_strata: int
     max_capacity: int
 
 
@@ -143,8 +141,7 @@ class Federation:
       public: [Q] int32, examples that the server has and no client owns.
       test: test examples, leaves [X', ...] of the same names.
       test_stratum: [X'] int32 in [0, L).
-      mean: [H, W, F] float32 channel means as fractions of 255, at every pixel.
-      std: [H, W, F] float32 channel standard deviations, likewise, > 0.
+      statistics: of the training examples, as the task's `prepare` reads them.
       devices: the clients' devices, before anything varies over time.
       drift_source: [N] int32, a permutation: towards whose data each client drifts,
         itself if it does not; see `world.drift`.
@@ -158,8 +155,7 @@ class Federation:
     public: Array
     test: dict[str, Array]
     test_stratum: Array
-    mean: Array
-    std: Array
+    statistics: PyTree
     devices: Devices
     drift_source: Array
 

@@ -78,5 +78,5 @@ def dispatch(
         rows = model.head(params["head"], outputs)
         return logits.at[image, expert].set(rows, mode="drop")
 
-    empty = jnp.zeros((*need.shape, sizes.num_classes))
+    empty = jnp.zeros((*need.shape, sizes.num_strata))
     return jax.lax.fori_loop(0, blocks.count, fill, empty)

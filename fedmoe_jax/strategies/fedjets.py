@@ -25,10 +25,10 @@ from fedmoe_jax.align.gate_mass import (
     update_mass,
 )
 from fedmoe_jax.align.top_k import top_k
-from fedmoe_jax.base import Strategy
+from fedmoe_jax.base import Strategy, Task
 from fedmoe_jax.models.image_moe import Model
 from fedmoe_jax.options import COUNT, TRACED, Option
-from fedmoe_jax.tasks.images import normalise
+from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -51,6 +51,7 @@ def train_stem(
     federation: Federation,
     hyper: Hyper,
     model: Model,
+    task: Task,
     batch_size: int,
 ) -> PyTree:
     """The stem after `steps` steps on the public slice, with an expert and a head.
@@ -61,19 +62,18 @@ def train_stem(
     start = {"stem": params["stem"], "expert": one, "head": params["head"]}
     tx = optax.sgd(hyper.client.learning_rate, momentum=MOMENTUM)
 
-    def loss(parts: PyTree, x: Array, y: Array) -> Array:
-        features = model.stem(parts["stem"], x, None)
+    def loss(parts: PyTree, batch: PyTree) -> Array:
+        features = model.stem(parts["stem"], batch["x"], None)
         outputs = model.expert(parts["expert"], features, None)
-        logits = model.head(parts["head"], outputs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return task.loss(model.head(parts["head"], outputs), batch).loss.mean()
 
     def step(number: Array, carry: tuple) -> tuple:
         parts, opt_state = carry
         drawn = jax.random.fold_in(key, number), (batch_size,), 0
         place = jax.random.randint(*drawn, len(federation.public))
         ids = federation.public[place]
-        x = normalise(federation.train["x"][ids], federation.mean, federation.std)
-        grads = jax.grad(loss)(parts, x, federation.train["y"][ids])
+        batch = take_batch(federation.train, ids, federation.statistics, task)
+        grads = jax.grad(loss)(parts, batch)
         updates, opt_state = tx.update(grads, opt_state)
         return optax.apply_updates(parts, updates), opt_state
 
@@ -106,10 +106,12 @@ def prepare(
     key: Array,
     *,
     model: Model,
+    task: Task,
     sizes: Sizes,
 ) -> SimState:
     """Trains the stem on the public slice."""
-    stem = train_stem(key, state.params, federation, hyper, model, sizes.batch_size)
+    static = model, task, sizes.batch_size
+    stem = train_stem(key, state.params, federation, hyper, *static)
     return state.replace(params=state.params | {"stem": stem})
 
 
@@ -120,10 +122,11 @@ def prepare_anchors(
     key: Array,
     *,
     model: Model,
+    task: Task,
     sizes: Sizes,
 ) -> SimState:
     """Trains the stem and chooses the anchors."""
-    state = prepare(state, federation, hyper, key, model=model, sizes=sizes)
+    state = prepare(state, federation, hyper, key, model=model, task=task, sizes=sizes)
     anchor = choose_anchors(federation.label_mix, sizes.num_experts)
     align = state.align.replace(strategy=state.align.strategy | {"anchor": anchor})
     return state.replace(align=align)

@@ -1,9 +1,32 @@
-"""Images with one label each: pixels as a client sees them, normalised."""
+"""Images with one label each: normalised pixels, cross-entropy and accuracy."""
+
+import functools
 
 import jax.numpy as jnp
+import numpy as np
+import optax
 
-from fedmoe_jax.types import Array
-from fedmoe_jax.world.drift import distort
+from fedmoe_jax.base import Data, Scores, Task
+from fedmoe_jax.types import Array, PyTree
+from fedmoe_jax.world.drift import DISTORTIONS, distort
+
+
+def measure_channels(data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [F] float32 of the training pixels / 255."""
+    levels = np.arange(256) / 255.0
+    channels = np.moveaxis(data.train["x"], -1, 0)
+    counts = np.stack([np.bincount(x.ravel(), minlength=256) for x in channels])
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ levels
+    std = np.sqrt((share * (levels[None] - mean[:, None]) ** 2).sum(axis=1))
+    return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)
+
+
+def measure_pixels(data: Data) -> PyTree:
+    """`mean` and `std` [H, W, F] float32 of each channel, repeated at every pixel."""
+    mean, std = measure_channels(data)
+    shape = data.train["x"].shape[1:]
+    return {"mean": np.broadcast_to(mean, shape), "std": np.broadcast_to(std, shape)}
 
 
 def normalise(x: Array, mean: Array, std: Array) -> Array:
@@ -15,6 +38,31 @@ def normalise(x: Array, mean: Array, std: Array) -> Array:
     return (x.astype(jnp.float32) / 255.0 - mean[None]) / std[None]
 
 
-def see(x: Array, distortion: Array | None, kind: str) -> Array:
-    """Images [B, H, W, F] as a client sees them: distorted where images drift."""
-    return distort(x.astype(jnp.float32), kind, distortion) if kind else x
+def prepare(rows: PyTree, statistics: PyTree) -> PyTree:
+    """`x` [B, H, W, F] float32 normalised, `y` [B] int32 as it is."""
+    x = normalise(rows["x"], statistics["mean"], statistics["std"])
+    return {"x": x, "y": rows["y"]}
+
+
+def score_labels(logits: Array, batch: PyTree) -> Scores:
+    """Cross-entropy in nats and accuracy [B] of class logits [B, L]."""
+    labels = batch["y"]
+    right = (logits.argmax(-1) == labels).astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return Scores(loss, right)
+
+
+def distort_rows(rows: PyTree, amount: Array, kind: str) -> PyTree:
+    """Rows whose images are distorted, see `world.drift.distort`."""
+    return rows | {"x": distort(rows["x"].astype(jnp.float32), kind, amount)}
+
+
+IMAGES = Task(
+    statistics=measure_pixels,
+    prepare=prepare,
+    loss=score_labels,
+    num_outputs=lambda data: len(data.stratum_names),
+    drifts=tuple(
+        (kind, functools.partial(distort_rows, kind=kind)) for kind in DISTORTIONS
+    ),
+)

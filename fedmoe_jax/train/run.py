@@ -17,7 +17,7 @@ from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes
-from fedmoe_jax.program import Program, build_program, longest, make_hyper
+from fedmoe_jax.program import Program, build_program, make_hyper
 from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime import multihost
@@ -80,13 +80,7 @@ def plan_run(config: ConfigDict, mesh: Mesh) -> Plan:
     data = load_dataset_once(config.data.name, config.data.dir)
     partition = make_partition(config, data)
     federation = make_federation(config, data, partition)
-    program = build_program(
-        config,
-        len(data.stratum_names),
-        data.train["x"].shape[1:],
-        local_steps=longest(federation.steps, config.local_epochs > 0),
-        mesh=mesh,
-    )
+    program = build_program(config, data, federation, mesh)
     hyper = make_hyper(config)
     # Now, as the user's file of devices may have changed when the run ends.
     _, names = make_devices(config)
