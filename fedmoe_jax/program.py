@@ -145,7 +145,7 @@ def longest(steps: np.ndarray, ragged: bool) -> int:
 
 
 def make_sizes(
-    config: ConfigDict, max_capacity: int, num_classes: int, local_steps: int
+    config: ConfigDict, *, max_capacity: int, num_classes: int, local_steps: int
 ) -> Sizes:
     """The sizes of a program.
 
@@ -158,6 +158,7 @@ def make_sizes(
     return Sizes(
         num_clients=config.num_clients,
         cohort_size=config.cohort_size,
+        num_layers=1,
         num_experts=config.num_experts,
         max_held=config.max_held,
         num_active=config.num_active,
@@ -201,7 +202,12 @@ def build_program(
     """
     used = configure(config)
     strategy = resolve(find_strategy(config.strategy), used)
-    sizes = make_sizes(used, config.max_held, num_classes, local_steps)
+    sizes = make_sizes(
+        used,
+        max_capacity=config.max_held,
+        num_classes=num_classes,
+        local_steps=local_steps,
+    )
     model = build_model(
         stem=used.model.stem,
         stem_width=used.model.stem_width,
@@ -215,6 +221,7 @@ def build_program(
         image_shape=image_shape,
     )
     shapes = jax.eval_shape(model.init, jax.random.key(0))
+    sizes = sizes._replace(num_layers=len(shapes["gate"]))
     costs = count_costs(shapes, *count_forward_flops(model, image_shape))
     return Program(
         model=model,
