@@ -45,10 +45,21 @@ Static = Any
 
 
 class Keys(NamedTuple):
-    """What draws come from: the key of a round, and the run's, which never changes."""
+    """The keys of a round.
+
+    Attributes:
+      round: of the round; each purpose folds its number into it.
+      run: of the run, the same in every round.
+      cohort: of the sampling of the cohort.
+      align: of the strategy's decision.
+      train: of the clients' training; each client folds its id into it.
+    """
 
     round: Array
     run: Array
+    cohort: Array
+    align: Array
+    train: Array
 
     def of(self, purpose: int) -> Array:
         """The round's key for one purpose."""
@@ -57,6 +68,12 @@ class Keys(NamedTuple):
     def always(self, purpose: int) -> Array:
         """The run's key for one purpose."""
         return jax.random.fold_in(self.run, purpose)
+
+
+def make_keys(run: Array, round: Array) -> Keys:
+    """The keys of a round from the run's key, which is not consumed."""
+    key = jax.random.fold_in(run, round)
+    return Keys(key, run, *jax.random.split(key, 3))
 
 
 class Sizes(NamedTuple):

@@ -17,6 +17,7 @@ from fedmoe_jax.types import (
     Hyper,
     PyTree,
     SimState,
+    make_keys,
 )
 
 # The place of G in the leaves; None where all layers share the leaf.
@@ -58,7 +59,6 @@ def learn_layers(
 ) -> tuple[AlignState, Array]:
     """Fitness, usage and the strategy's state after the round; its load [G, E]."""
     sizes, arrived = program.sizes, replies.arrived
-    reset_key = jax.random.fold_in(jax.random.fold_in(state.key, state.round), RESET)
 
     def known(leaf: Array) -> Array:
         shape = arrived.shape + (1,) * (leaf.ndim - 1)
@@ -85,6 +85,7 @@ def learn_layers(
     over_layers = map_layers(
         learn_layer, sizes.num_layers, (ALIGN, EVIDENCE, 1, 1, 1, 0), (ALIGN, 0)
     )
+    reset_key = make_keys(state.key, state.round).of(RESET)
     keys = layer_keys(reset_key, sizes.num_layers)
     reply = replies.feedback, replies.report
     return over_layers(state.align, evidence, assignment, *reply, keys)
