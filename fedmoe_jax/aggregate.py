@@ -9,6 +9,7 @@ without a client keep their values and their optimiser moments.
 """
 
 import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedmoe_jax.base import PARTS, Strategy
+from fedmoe_jax.base import Strategy
 from fedmoe_jax.models.submodel import held_mask, is_local
+from fedmoe_jax.moe_layers import layer_names, map_layers
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.types import (
     Array,
@@ -30,6 +32,8 @@ from fedmoe_jax.types import (
     Static,
 )
 
+LAYERED = ("gate", "experts")  # parts with a subtree and rows [E] per MoE layer
+
 
 @struct.dataclass
 class Sums:
@@ -37,8 +41,8 @@ class Sums:
 
     Attributes:
       delta: like params, `sum_c w_c delta_c`.
-      weight: of every part of params the sum of the weights: [] of stem and head, [E]
-        of gate rows and experts.
+      weight: of every part of params the sum of the weights: [] of stem and head,
+        [G, E] of gate rows and experts.
     """
 
     delta: PyTree
@@ -47,11 +51,12 @@ class Sums:
 
 def zero_sums(params: PyTree) -> Sums:
     """Sums before any client."""
-    num_experts = params["gate"]["bias"].shape[0]
-    shapes = {"stem": (), "gate": (num_experts,), "experts": (num_experts,), "head": ()}
+    gates = params["gate"]
+    rows = len(gates), gates[layer_names(gates)[0]]["bias"].shape[0]
+    shape = lambda part: rows if part in LAYERED else ()
     return Sums(
         delta=jax.tree.map(jnp.zeros_like, params),
-        weight={part: jnp.zeros(shape) for part, shape in shapes.items()},
+        weight={part: jnp.zeros(shape(part)) for part in params},
     )
 
 
@@ -122,20 +127,26 @@ def weigh(
       strategy: weights of rows and experts, and the parts that stay with the client.
 
     Returns:
-      `stem` and `head` [], `gate` [E], `experts` [K]; 0 for what does not count. A
-      broken update weighs like others: it travels, and is left out when it arrives.
+      `stem` and `head` [], `gate` [G, E], `experts` [G, K]; 0 for what does not
+      count. A broken update weighs like others: it travels, and is left out when it
+      arrives.
     """
-    num_experts = update.delta["gate"]["bias"].shape[0]
-    held = held_mask(inputs.held, inputs.slot, num_experts)
-    local = is_local(inputs.held, num_experts, strategy.local_experts)
-    reported = update.feedback, size, hyper
-    expert_weight = strategy.expert_weight(inputs.slot, *reported)
-    weights = {
-        "stem": size.astype(jnp.float32),
-        "gate": strategy.gate_weight(held, *reported),
-        "experts": jnp.where(inputs.slot & ~local, expert_weight, 0.0),
-        "head": size.astype(jnp.float32),
-    }
+    num_layers, rows = inputs.held.shape[0], update.delta["gate"]
+    num_experts = rows[layer_names(rows)[0]]["bias"].shape[0]
+
+    def weigh_layer(held: Array, slot: Array, feedback: Feedback) -> tuple:
+        mask = held_mask(held, slot, num_experts)
+        local = is_local(held, num_experts, strategy.local_experts)
+        experts = strategy.expert_weight(slot, feedback, size, hyper)
+        gate = strategy.gate_weight(mask, feedback, size, hyper)
+        return gate, jnp.where(slot & ~local, experts, 0.0)
+
+    gate, experts = map_layers(weigh_layer, num_layers, in_axes=0)(
+        inputs.held, inputs.slot, update.feedback
+    )
+    whole = size.astype(jnp.float32)
+    weights = {part: whole for part in update.delta}
+    weights |= {"gate": gate, "experts": experts}
     for part in set(strategy.personal) - {"experts"}:
         weights[part] = jnp.zeros_like(weights[part])
     zero = lambda weight: jnp.where(inputs.steps > 0, weight, 0.0)
@@ -160,22 +171,33 @@ def accumulate(
     """
     counted = counts(inputs, update)
 
-    def add(part: str, total: Array, row: Array) -> Array:
-        place = (which, inputs.held) if part == "experts" else which
-        return total.at[place].add(row)
+    def add_tree(place: tuple, weight: Array, total: PyTree, delta: PyTree) -> PyTree:
+        def add(total: Array, row: Array) -> Array:
+            # Multiplying a NaN by a zero weight would still poison the sum.
+            row = jnp.where(counted, row, 0.0)
+            return total.at[place].add(scale_rows(inputs.scale * weight, row))
 
-    def add_delta(part: str, total: Array, delta: Array) -> Array:
-        # Multiplying a NaN by a zero weight would still poison the sum.
-        delta = jnp.where(counted, delta, 0.0)
-        return add(part, total, scale_rows(inputs.scale * weights[part], delta))
+        return jax.tree.map(add, total, delta)
 
     def add_part(part: str) -> PyTree:
-        add_leaf = functools.partial(add_delta, part)
-        return jax.tree.map(add_leaf, sums.delta[part], update.delta[part])
+        total, delta, weight = sums.delta[part], update.delta[part], weights[part]
+        if part not in LAYERED:
+            return add_tree((which,), weight, total, delta)
+        rows = inputs.held if part == "experts" else [slice(None)] * len(total)
+        return {
+            name: add_tree((which, rows[g]), weight[g], total[name], delta[name])
+            for g, name in enumerate(layer_names(total))
+        }
+
+    def add_weight(part: str, total: Array) -> Array:
+        if part != "experts":
+            return total.at[which].add(weights[part])
+        layer = jnp.arange(len(inputs.held))[:, None]
+        return total.at[which, layer, inputs.held].add(weights[part])
 
     return Sums(
-        delta={part: add_part(part) for part in PARTS},
-        weight={part: add(part, sums.weight[part], weights[part]) for part in PARTS},
+        delta={part: add_part(part) for part in sums.delta},
+        weight={part: add_weight(part, row) for part, row in sums.weight.items()},
     )
 
 
@@ -184,36 +206,59 @@ def scale_rows(weight: Array, leaf: Array) -> Array:
     return weight.reshape(weight.shape + (1,) * (leaf.ndim - weight.ndim)) * leaf
 
 
+def map_rows(
+    function: Callable[..., Array], weight: dict[str, Array], *trees: PyTree
+) -> PyTree:
+    """`function(weight [] or [E], leaf, ...)` of all leaves of pytrees like params."""
+
+    def map_part(part: str) -> PyTree:
+        parts = [tree[part] for tree in trees]
+        if part not in LAYERED:
+            return jax.tree.map(functools.partial(function, weight[part]), *parts)
+        return {
+            name: jax.tree.map(
+                functools.partial(function, weight[part][layer]),
+                *(tree[name] for tree in parts),
+            )
+            for layer, name in enumerate(layer_names(parts[0]))
+        }
+
+    return {part: map_part(part) for part in weight}
+
+
 def mean_delta(sums: Sums) -> PyTree:
     """Weighted mean deltas, zero where no client contributed (never 0/0)."""
 
-    def divide(total: Array, weight: Array) -> Array:
+    def divide(weight: Array, total: Array) -> Array:
         inverse = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
         return scale_rows(inverse, total)
 
-    return {
-        part: jax.tree.map(lambda leaf, w=weight: divide(leaf, w), sums.delta[part])
-        for part, weight in sums.weight.items()
-    }
+    return map_rows(divide, sums.weight, sums.delta)
 
 
-def keep_untrained(new: PyTree, old: PyTree, sums: Sums) -> PyTree:
-    """Takes `old` where no client has trained, in params and in optimiser states alike.
+def keep_untrained(new: PyTree, old: PyTree, weight: dict[str, Array]) -> PyTree:
+    """Takes `old` where no client has trained, in params and optimiser states alike.
 
-    Optimiser states mirror the params, so their leaves lie under the same part names;
-    leaves under no part (step counts) always advance.
+    Args:
+      new: like params, or an optax state of which some subtrees are like params;
+        leaves of it outside of these (step counts) always advance.
+      old: likewise.
+      weight: of every part the sum of the weights, see `Sums`.
     """
-    weights = sums.weight
 
-    def choose(path, new_leaf, old_leaf):
-        parts = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-        if not parts or parts[0] not in weights:
-            return new_leaf
-        trained = weights[parts[0]] > 0
+    def choose(weight: Array, new_leaf: Array, old_leaf: Array) -> Array:
+        trained = weight > 0
         shape = trained.shape + (1,) * (new_leaf.ndim - trained.ndim)
         return jnp.where(trained.reshape(shape), new_leaf, old_leaf)
 
-    return jax.tree_util.tree_map_with_path(choose, new, old)
+    like_params = lambda tree: isinstance(tree, dict) and set(tree) == set(weight)
+
+    def choose_tree(new_tree: PyTree, old_tree: PyTree) -> PyTree:
+        if like_params(new_tree):
+            return map_rows(choose, weight, new_tree, old_tree)
+        return new_tree
+
+    return jax.tree.map(choose_tree, new, old, is_leaf=like_params)
 
 
 def aggregate(
@@ -249,6 +294,7 @@ def merge(
     grads = jax.tree.map(jnp.negative, delta)
     updates, new_opt = tx.update(grads, opt_state, params)
     new_params = optax.apply_updates(params, updates)
-    return keep_untrained(new_params, params, sums), keep_untrained(
-        new_opt, opt_state, sums
+    return (
+        keep_untrained(new_params, params, sums.weight),
+        keep_untrained(new_opt, opt_state, sums.weight),
     )

@@ -81,7 +81,7 @@ def broadcast(
     steps, size = federation.steps[cohort], federation.size[cohort]
     scale, calibration = jnp.ones(cohort.shape), assignment.calibration
     if calibration is None:
-        calibration = jnp.ones(cohort.shape)
+        calibration = jnp.ones((len(cohort), program.sizes.num_layers))
     share = federation.size / federation.size.sum()
     correct = lambda rows: jnp.tensordot(share, rows, axes=1)[None] - rows[cohort]
     if strategy.step_scale:

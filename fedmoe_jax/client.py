@@ -55,7 +55,7 @@ def draw_batches(key: Array, index: Array, size: Array, sizes: Sizes) -> Array:
 def freeze_others(outputs: Array, value: Array, inputs: ClientInput) -> Array:
     """Experts' outputs [B, K, O]; gradients pass the `budget` of highest value [K]."""
     value = jax.lax.stop_gradient(value)
-    rank = jnp.argsort(jnp.argsort(jnp.where(inputs.slot, -value, jnp.inf)))
+    rank = jnp.argsort(jnp.argsort(jnp.where(inputs.slot[0], -value, jnp.inf)))
     chosen = (rank < inputs.budget)[None, :, None]
     return jnp.where(chosen, outputs, jax.lax.stop_gradient(outputs))
 
@@ -104,13 +104,15 @@ def local_loss(
     features = model.stem(submodel["stem"], batch["x"], stem_key)
     gates, gate_loss, report = jnp.ones((features.shape[0], 1)), 0.0, None
     if sizes.num_experts > 1:  # a dense control has nothing to route
-        logits = gate_logits(submodel["gate"], features)  # [B, E]
-        gates = route(logits[:, inputs.held], inputs.slot, sizes.num_active)  # [B, K]
-        held = held_mask(inputs.held, inputs.slot, sizes.num_experts)
-        gate_loss = strategy.gate_loss(logits, held, inputs.calibration, hyper)
+        logits = gate_logits(submodel["gate"]["moe"], features)  # [B, E]
+        gates = route(
+            logits[:, inputs.held[0]], inputs.slot[0], sizes.num_active
+        )  # [B, K]
+        held = held_mask(inputs.held[0], inputs.slot[0], sizes.num_experts)
+        gate_loss = strategy.gate_loss(logits, held, inputs.calibration[0], hyper)
         if strategy.report:
             report = strategy.report(Routing(logits, gates), batch, hyper)
-    outputs = apply_experts(model, submodel["experts"], features, expert_key)
+    outputs = apply_experts(model, submodel["experts"]["moe"], features, expert_key)
     if strategy.expert_priority:
         value = strategy.expert_priority(gates, hyper)
         outputs = freeze_others(outputs, value, inputs)
@@ -156,7 +158,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         hyper: Hyper,
         key: Array,
     ) -> ClientUpdate:
-        chex.assert_shape([inputs.held, inputs.slot], (sizes.max_held,))
+        chex.assert_shape([inputs.held, inputs.slot], (1, sizes.max_held))
         received = take_submodel(
             params, inputs.personal, inputs.held, strategy.local_experts
         )
@@ -205,8 +207,8 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         examples = jnp.maximum(steps * sizes.batch_size, 1)
         return ClientUpdate(
             delta=delta,
-            feedback=summarise_feedback(sums),
-            report=mean_report(sums),
+            feedback=jax.tree.map(lambda x: x[None], summarise_feedback(sums)),
+            report=jax.tree.map(lambda x: x[None], mean_report(sums)),
             loss=sums.total_loss / examples,
             accuracy=sums.total_right / examples,
             finite=all_finite(delta) & jnp.isfinite(sums.total_loss),

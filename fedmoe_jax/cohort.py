@@ -5,6 +5,7 @@ chunk and adds the results to running sums, so that memory does not grow with th
 cohort. One psum at the end joins the devices.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,7 @@ from flax import struct
 
 from fedmoe_jax.aggregate import Sums, accumulate, weigh, zero_sums
 from fedmoe_jax.models.submodel import is_local
+from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.optimizers import step_weights
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size, schedule
@@ -41,12 +43,12 @@ class Reply:
     """The part of each client's update that the server keeps (leading C axis).
 
     Attributes:
-      feedback: per-slot feedback [C, K].
-      report: the strategy's, leaves [C, ...]; None without one.
+      feedback: per-slot feedback [C, G, K].
+      report: the strategy's, leaves [C, G, ...]; None without one.
       loss: [C] float32 nats.
       accuracy: [C] float32.
       outcome: what became of the client's round.
-      sent: [C] float32, experts whose update it sends.
+      sent: [C] float32, experts whose update it sends, a layer.
       personal: trained personal parts, by name like params; {} where there are none.
       variate: new control variates, like params; {} where there are none.
     """
@@ -71,14 +73,22 @@ def train_personal(
 ) -> PyTree:
     """ONE client's personal parts after training."""
 
-    def add_rows(old: Array, delta: Array) -> Array:
-        local = is_local(inputs.held, old.shape[0], local_experts)
-        kept = (inputs.slot & local).reshape((-1,) + (1,) * (delta.ndim - 1))
-        return old.at[inputs.held].add(jnp.where(kept, delta, 0.0))
+    def add_rows(layer: int, old: Array, delta: Array) -> Array:
+        held, slot = inputs.held[layer], inputs.slot[layer]
+        local = is_local(held, old.shape[0], local_experts)
+        kept = (slot & local).reshape((-1,) + (1,) * (delta.ndim - 1))
+        return old.at[held].add(jnp.where(kept, delta, 0.0))
 
     def add_part(part: str) -> PyTree:
-        add = add_rows if part == "experts" else jnp.add
-        return jax.tree.map(add, inputs.personal[part], update.delta[part])
+        old, delta = inputs.personal[part], update.delta[part]
+        if part != "experts":
+            return jax.tree.map(jnp.add, old, delta)
+        return {
+            name: jax.tree.map(
+                functools.partial(add_rows, layer), old[name], delta[name]
+            )
+            for layer, name in enumerate(layer_names(old))
+        }
 
     return {part: add_part(part) for part in inputs.personal}
 
@@ -197,7 +207,7 @@ def train_share(
         update = client_update(params, inputs, federation, hyper, client_key)
         size = federation.size[inputs.client]
         weights = weigh(inputs, update, size, hyper, program.strategy)
-        sent = (weights["experts"] > 0).sum().astype(jnp.float32)
+        sent = (weights["experts"] > 0).sum() / program.sizes.num_layers
         outcome = judge(conditions, sent, update.finite)
         reply = make_reply(update, inputs, sent, outcome, hyper, program)
         return update, keep_if(outcome.arrived, weights), reply

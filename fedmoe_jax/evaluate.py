@@ -87,7 +87,7 @@ def encode_batch(
     features = program.model.stem(state.params["stem"], x, None)
     logits = None
     if not program.strategy.personal:
-        logits = gate_logits(state.params["gate"], features)
+        logits = gate_logits(state.params["gate"]["moe"], features)
     return Images(
         x=x,
         features=features,
@@ -160,7 +160,7 @@ def count_images(
         answer = lambda client: answer_personal(client, images, state.params, program)
     else:
         if every_expert:
-            experts = state.params["experts"]
+            experts = state.params["experts"]["moe"]
             outputs = apply_experts(model, experts, images.features, None)
             answers = answer_experts(state.params["head"], outputs, program)
         else:
@@ -180,7 +180,7 @@ def count_images(
 
 def find_participants(state: SimState) -> Array:
     """[N] bool, clients that hold experts and of which an update has counted."""
-    return state.align.held.any(axis=1) & (state.participation.rounds > 0)
+    return state.align.held.any(axis=(1, 2)) & (state.participation.rounds > 0)
 
 
 def worst_decile(accuracy: Array, counted: Array) -> Array:
@@ -252,7 +252,8 @@ def build_evaluate_share(
     one_batch = functools.partial(count_batch, program=program)
 
     def evaluate_share(state: SimState, federation: Federation) -> dict[str, Array]:
-        shape = program.sizes.num_clients, program.sizes.num_experts
+        sizes = program.sizes
+        shape = sizes.num_clients, sizes.num_layers, sizes.num_experts
         chex.assert_shape(state.align.held, shape)
         federation = drifted_federation(federation, state.world)
         device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)

@@ -126,7 +126,7 @@ def measure(
       conditions: of the cohort's work.
       replies: of the cohort.
       exchanged: see `account`.
-      load: [E] examples trained.
+      load: [G, E] examples trained.
       program: the static parts.
     """
     participation = after.participation
@@ -156,17 +156,19 @@ def measure_learning(
         "assignment_change": (held & ~before.held[cohort]).sum() / held.sum(),
     }
     if after.detector:
-        found["drift_alarms"] = after.detector.alarms - before.detector.alarms
-    return found | {name: x for name, x in after.strategy.items() if x.ndim == 0}
+        alarms = after.detector.alarms - before.detector.alarms
+        found["drift_alarms"] = alarms.sum()
+    return found | {n: x.sum() for n, x in after.strategy.items() if x.ndim == 1}
 
 
 def measure_load(load: Array) -> dict[str, Array]:
-    """How evenly the examples [E] of the round were trained."""
+    """How evenly the examples [G, E] of the round were trained, mean over layers."""
+    mean = lambda measure: jax.vmap(measure)(load).mean(0)
     return {
-        "expert_load": load,
-        "load_cv": load_cv(load),
-        "load_entropy": load_entropy(load),
-        "starved_experts": starved(load),
+        "expert_load": load[0] if len(load) == 1 else load,
+        "load_cv": mean(load_cv),
+        "load_entropy": mean(load_entropy),
+        "starved_experts": mean(starved),
     }
 
 

@@ -153,7 +153,7 @@ def longest(steps: np.ndarray, ragged: bool) -> int:
 
 
 def make_sizes(
-    config: ConfigDict, max_capacity: int, num_strata: int, local_steps: int
+    config: ConfigDict, *, max_capacity: int, num_strata: int, local_steps: int
 ) -> Sizes:
     """The sizes of a program.
 
@@ -166,6 +166,7 @@ def make_sizes(
     return Sizes(
         num_clients=config.num_clients,
         cohort_size=config.cohort_size,
+        num_layers=1,
         num_experts=config.num_experts,
         max_held=config.max_held,
         num_active=config.num_active,
@@ -224,6 +225,7 @@ def build_program(
         image_shape=image_shape,
     )
     shapes = jax.eval_shape(model.init, jax.random.key(0))
+    sizes = sizes._replace(num_layers=len(shapes["gate"]))
     costs = count_costs(shapes, *count_forward_flops(model, image_shape))
     return Program(
         task=task,

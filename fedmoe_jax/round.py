@@ -23,7 +23,7 @@ from fedmoe_jax.cohort import Reply, build_train_cohort, exchange, renew_clients
 from fedmoe_jax.metrics import measure
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import spread
-from fedmoe_jax.types import Array, Federation, Hyper, Keys, RoundFn, SimState
+from fedmoe_jax.types import Array, Federation, Hyper, RoundFn, SimState, make_keys
 from fedmoe_jax.world.participation import record
 from fedmoe_jax.world.step import choose_cohort, mark_busy, observe, step_world
 
@@ -48,23 +48,22 @@ def round_step(
     Returns:
       The state after the round, shaped as before, and the round's metrics.
     """
-    keys = Keys(jax.random.fold_in(state.key, state.round), state.key)
-    world_key, align_key, train_key = jax.random.split(keys.round, 3)
+    keys = make_keys(state.key, state.round)
 
     # 1 world
     world = step_world(keys, state.world, state.round, hyper)
     view = observe(keys, world, federation, hyper, program.world)
-    cohort = choose_cohort(world_key, view, world, program.sizes, program.static)
+    cohort = choose_cohort(keys.cohort, view, world, program.sizes, program.static)
     # 2 capacity
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
     evidence = gather_evidence(state, view, cohort, capacity, program.sizes)
-    assignment = assign(evidence, hyper, program, align_key)
+    assignment = assign(evidence, hyper, program, keys.align)
     # 4 train
     inputs = broadcast(state, world, view, evidence, assignment, program)
     conditions = set_conditions(state, view, evidence, assignment, hyper, program)
     sums, replies = train_cohort(
-        state.params, inputs, conditions, view.federation, hyper, train_key
+        state.params, inputs, conditions, view.federation, hyper, keys.train
     )
     # 5 aggregate
     params, server_opt = aggregate(state, sums[0], hyper, program.static)
@@ -73,8 +72,6 @@ def round_step(
     align, load = learn_layers(state, evidence, assignment, replies, hyper, program)
     personal, align, sent = exchange(personal, align, evidence, replies, hyper, program)
     belief = learn_devices(capacity.belief, conditions, replies, hyper, program)
-    busy = mark_busy(world, cohort, replies.outcome, program.static)
-
     after = SimState(
         round=state.round + 1,
         key=state.key,
@@ -83,7 +80,7 @@ def round_step(
         align=align,
         personal=personal,
         variate=variate,
-        world=busy,
+        world=mark_busy(world, cohort, replies.outcome, program.static),
         belief=belief,
         stale=sums[1] if state.stale else {},
         participation=record(

@@ -57,7 +57,7 @@ def view_clients(state: SimState, federation: Federation) -> ClientView:
 
     Where the data are pooled it is one, with the labels of all.
     """
-    held = state.align.held
+    held = state.align.held[:, 0]
     mix = federation.label_mix.reshape(len(held), -1, federation.label_mix.shape[1])
     return ClientView(
         personal=state.personal,
@@ -70,7 +70,7 @@ def own_logits(client: ClientView, images: Images) -> Array:
     """[B, E] gate logits of ONE client: the server's, unless gates are personal."""
     if "gate" not in client.personal:
         return images.logits
-    return gate_logits(client.personal["gate"], images.features)
+    return gate_logits(client.personal["gate"]["moe"], images.features)
 
 
 def route_all(logits: Array, num_active: int) -> Array:
@@ -158,13 +158,13 @@ def answer_personal(
 ) -> tuple[Array, Array]:
     """Gate logits [B, E] and answers [B, E, L] of ONE client's own whole model."""
     num_experts = client.held.shape[0]
-    everything = jnp.arange(num_experts)
+    everything = jnp.arange(num_experts)[None]
     model, local = program.model, program.strategy.local_experts
     own = take_submodel(params, client.personal, everything, local)
     features = model.stem(own["stem"], images.x, None)
-    outputs = apply_experts(model, own["experts"], features, None)
+    outputs = apply_experts(model, own["experts"]["moe"], features, None)
     answers = answer_experts(own["head"], outputs, program)
-    return gate_logits(own["gate"], features), answers
+    return gate_logits(own["gate"]["moe"], features), answers
 
 
 def score_clients(

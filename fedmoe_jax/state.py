@@ -7,6 +7,8 @@ from fedmoe_jax.aggregate import zero_sums
 from fedmoe_jax.align.capacity import init_belief
 from fedmoe_jax.align.drift_detector import init_detector
 from fedmoe_jax.align.fitness import init_fitness
+from fedmoe_jax.align.layers import ALIGN
+from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import AlignState, Array, Federation, Hyper, SimState
@@ -21,14 +23,19 @@ def init_align(key: Array, hyper: Hyper, program: Program) -> AlignState:
     sizes, numbers = program.sizes, hyper.fitness
     shape = (sizes.num_clients, sizes.num_experts)
     watched = program.static.reaction.kind != "none"
-    return AlignState(
-        fitness=init_fitness(key, *shape, prior=numbers.prior, noise=numbers.noise),
-        usage=jnp.zeros(sizes.num_experts),
-        held=jnp.zeros(shape, bool),
-        times_held=jnp.zeros(shape, jnp.int32),
-        strategy=program.strategy.init(sizes),
-        detector=init_detector(*shape) if watched else {},
-    )
+
+    def init_layer(key: Array) -> AlignState:
+        return AlignState(
+            fitness=init_fitness(key, *shape, prior=numbers.prior, noise=numbers.noise),
+            usage=jnp.zeros(sizes.num_experts),
+            held=jnp.zeros(shape, bool),
+            times_held=jnp.zeros(shape, jnp.int32),
+            strategy=program.strategy.init(sizes),
+            detector=init_detector(*shape) if watched else {},
+        )
+
+    keys = layer_keys(key, sizes.num_layers)
+    return map_layers(init_layer, sizes.num_layers, 0, ALIGN)(keys)
 
 
 def init_state(key: Array, hyper: Hyper, program: Program) -> SimState:

@@ -11,8 +11,9 @@ Axis letters, used in every docstring, comment and einsum of this package:
 | B | batch of examples |
 | H W F | image height, width, channels |
 | D | gate features |
+| G | MoE layers |
 | E | experts |
-| K | expert slots a client may hold (the maximum over clients) |
+| K | expert slots of a layer that a client may hold (the maximum over clients) |
 | A | experts active per example |
 | L | strata of the data: label classes, topics |
 | R | rounds in one compiled chunk |
@@ -44,10 +45,21 @@ Static = Any
 
 
 class Keys(NamedTuple):
-    """What draws come from: the key of a round, and the run's, which never changes."""
+    """The keys of a round.
+
+    Attributes:
+      round: of the round; each purpose folds its number into it.
+      run: of the run, the same in every round.
+      cohort: of the sampling of the cohort.
+      align: of the strategy's decision.
+      train: of the clients' training; each client folds its id into it.
+    """
 
     round: Array
     run: Array
+    cohort: Array
+    align: Array
+    train: Array
 
     def of(self, purpose: int) -> Array:
         """The round's key for one purpose."""
@@ -58,13 +70,20 @@ class Keys(NamedTuple):
         return jax.random.fold_in(self.run, purpose)
 
 
+def make_keys(run: Array, round: Array) -> Keys:
+    """The keys of a round from the run's key, which is not consumed."""
+    key = jax.random.fold_in(run, round)
+    return Keys(key, run, *jax.random.split(key, 3))
+
+
 class Sizes(NamedTuple):
     """The static sizes of one run. Changing any of them compiles a new program.
 
     Attributes:
       num_clients: N.
       cohort_size: C, at most N.
-      num_experts: E.
+      num_layers: G, MoE layers of the model.
+      num_experts: E, of each layer.
       max_held: K, at most E.
       num_active: A, at most K.
       local_steps: T, the most that any client takes.
@@ -76,6 +95,7 @@ class Sizes(NamedTuple):
 
     num_clients: int
     cohort_size: int
+    num_layers: int
     num_experts: int
     max_held: int
     num_active: int
@@ -169,12 +189,15 @@ class AlignState:
     """What the server has learnt about clients and experts.
 
     Attributes:
-      fitness: [N, E] float32, client-expert fitness score (paper section III-B-1).
-      usage: [E] float32, decayed count of examples trained (section III-B-2).
-      held: [N, E] bool, what each client was to hold when it was last in a cohort.
-      times_held: [N, E] int32, rounds in which the client was to hold the expert.
-      strategy: the strategy's own state, {} for most.
-      detector: of drift, see `align.drift_detector`; {} where none watches.
+      fitness: [N, G, E] float32, client-expert fitness score (paper section III-B-1).
+      usage: [G, E] float32, decayed count of examples trained (section III-B-2).
+      held: [N, G, E] bool, the assignment of each client's last cohort.
+      times_held: [N, G, E] int32, rounds in which the client was to hold the expert.
+      strategy: the strategy's own state, leaves [G, ...], {} for most.
+      detector: of drift, see `align.drift_detector`, leaves [G, ...]; {} where none
+        watches.
+
+    In functions of ONE layer there is no axis G.
     """
 
     fitness: Array
@@ -228,6 +251,8 @@ class Assignment:
       held: [C, K] int32, expert ids; distinct among the valid slots of a row.
       slot: [C, K] bool, which slots are valid; the first k_c of each row.
       calibration: [C] float32, a factor of each client's calibration loss; None for 1.
+
+    Of all layers together the leaves are [C, G, ...].
     """
 
     held: Array

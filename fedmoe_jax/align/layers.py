@@ -1,4 +1,4 @@
-"""The MoE layers of a round: strategies and scores are written for ONE of them."""
+"""Steps 3 and 6 of a round over the MoE layers of the model."""
 
 import chex
 import jax
@@ -6,19 +6,47 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.learn import RESET, count_load, learn
 from fedmoe_jax.cohort import Reply
+from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.program import Program
-from fedmoe_jax.types import AlignState, Array, Assignment, Evidence, Hyper, SimState
+from fedmoe_jax.types import (
+    AlignState,
+    Array,
+    Assignment,
+    Evidence,
+    Feedback,
+    Hyper,
+    PyTree,
+    SimState,
+    make_keys,
+)
+
+# The place of G in the leaves; None where all layers share the leaf.
+EVIDENCE = Evidence(
+    *(None, None),
+    fitness=1,
+    usage=0,
+    capacity=None,
+    load=None,
+    held=1,
+    state=0,
+)
+ALIGN = AlignState(fitness=1, usage=0, held=1, times_held=1, strategy=0, detector=0)
 
 
 def assign(
     evidence: Evidence, hyper: Hyper, program: Program, key: Array
 ) -> Assignment:
-    """The strategy's decision for the cohort."""
-    sizes = program.sizes
-    assignment = program.strategy.assign(evidence, hyper, sizes, key)
-    slots = (sizes.cohort_size, sizes.max_held)
-    chex.assert_shape([assignment.held, assignment.slot], slots)
-    return assignment
+    """The strategy's decision for the cohort, leaves [C, G, ...]."""
+    sizes, strategy = program.sizes, program.strategy
+
+    def assign_layer(evidence: Evidence, key: Array) -> Assignment:
+        assignment = strategy.assign(evidence, hyper, sizes, key)
+        slots = (sizes.cohort_size, sizes.max_held)
+        chex.assert_shape([assignment.held, assignment.slot], slots)
+        return assignment
+
+    over_layers = map_layers(assign_layer, sizes.num_layers, (EVIDENCE, 0), 1)
+    return over_layers(evidence, layer_keys(key, sizes.num_layers))
 
 
 def learn_layers(
@@ -29,18 +57,35 @@ def learn_layers(
     hyper: Hyper,
     program: Program,
 ) -> tuple[AlignState, Array]:
-    """Fitness, usage and the strategy's state after the round; load [E] in it."""
-    arrived = replies.arrived
-    load = count_load(replies.feedback, arrived, assignment, program.sizes.num_experts)
-    learnt = learn(
-        *(state.align, evidence.client, assignment, replies.feedback, arrived, load),
-        jax.random.fold_in(jax.random.fold_in(state.key, state.round), RESET),
-        hyper=hyper,
-        static=program.static,
+    """Fitness, usage and the strategy's state after the round; its load [G, E]."""
+    sizes, arrived = program.sizes, replies.arrived
+
+    def known(leaf: Array) -> Array:
+        shape = arrived.shape + (1,) * (leaf.ndim - 1)
+        return jnp.where(arrived.reshape(shape), leaf, 0.0)
+
+    def learn_layer(
+        align: AlignState,
+        evidence: Evidence,
+        assignment: Assignment,
+        feedback: Feedback,
+        report: PyTree,
+        key: Array,
+    ) -> tuple[AlignState, Array]:
+        load = count_load(feedback, arrived, assignment, sizes.num_experts)
+        learnt = learn(
+            *(align, evidence.client, assignment, feedback, arrived, load, key),
+            hyper=hyper,
+            static=program.static,
+        )
+        feedback, report = jax.tree.map(known, (feedback, report))
+        own = program.strategy.update(evidence, assignment, feedback, report, hyper)
+        return learnt.replace(strategy=own), load
+
+    over_layers = map_layers(
+        learn_layer, sizes.num_layers, (ALIGN, EVIDENCE, 1, 1, 1, 0), (ALIGN, 0)
     )
-    known = lambda leaf: jnp.where(
-        arrived.reshape(arrived.shape + (1,) * (leaf.ndim - 1)), leaf, 0.0
-    )
-    feedback, reports = jax.tree.map(known, (replies.feedback, replies.report))
-    own = program.strategy.update(evidence, assignment, feedback, reports, hyper)
-    return learnt.replace(strategy=own), load
+    reset_key = make_keys(state.key, state.round).of(RESET)
+    keys = layer_keys(reset_key, sizes.num_layers)
+    reply = replies.feedback, replies.report
+    return over_layers(state.align, evidence, assignment, *reply, keys)

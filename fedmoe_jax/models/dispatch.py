@@ -73,7 +73,7 @@ def dispatch(
 
     def fill(block: Array, logits: Array) -> Array:
         expert, image = blocks.expert[block], blocks.image[block]
-        one = jax.tree.map(lambda leaf: leaf[expert], params["experts"])
+        one = jax.tree.map(lambda leaf: leaf[expert], params["experts"]["moe"])
         outputs = model.expert(one, features.at[image].get(mode="clip"), None)
         rows = model.head(params["head"], outputs)
         return logits.at[image, expert].set(rows, mode="drop")

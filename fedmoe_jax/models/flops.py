@@ -29,13 +29,14 @@ def count_forward_flops(
 
     features = jax.eval_shape(model.stem, params["stem"], image, None)
     expert = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["experts"]
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
+        params["experts"]["moe"],
     )
     output = jax.eval_shape(model.expert, expert, features, None)
     stem = flops(model.stem, params["stem"], image, None)
     shared = (
         stem
-        + flops(gate_logits, params["gate"], features)
+        + flops(gate_logits, params["gate"]["moe"], features)
         + flops(model.head, params["head"], output)
     )
     return stem, shared, flops(model.expert, expert, features, None)
@@ -51,7 +52,7 @@ def count_activation_bytes(
     image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
     held = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((experts, *leaf.shape[1:]), leaf.dtype),
-        params["experts"],
+        params["experts"]["moe"],
     )
 
     def forward(stem, experts, x):

@@ -269,7 +269,12 @@ def build_model(
             "bias": jnp.zeros((num_experts,)),
         }
         head = head_module.init(head_key, output)["params"]
-        return {"stem": stem_params, "gate": gate, "experts": experts, "head": head}
+        return {
+            "stem": stem_params,
+            "gate": {"moe": gate},
+            "experts": {"moe": experts},
+            "head": head,
+        }
 
     def run_stem(params: PyTree, x: Array, key: Array | None) -> Array:
         return dropout(stem_module.apply({"params": params}, x), stem_dropout, key)

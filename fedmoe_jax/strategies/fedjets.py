@@ -58,7 +58,7 @@ def train_stem(
 
     Expert and head are thrown away; experts of a run start as in every other system.
     """
-    one = jax.tree.map(lambda leaf: leaf[0], params["experts"])
+    one = jax.tree.map(lambda leaf: leaf[0], params["experts"]["moe"])
     start = {"stem": params["stem"], "expert": one, "head": params["head"]}
     tx = optax.sgd(hyper.client.learning_rate, momentum=MOMENTUM)
 
@@ -128,7 +128,8 @@ def prepare_anchors(
     """Trains the stem and chooses the anchors."""
     state = prepare(state, federation, hyper, key, model=model, task=task, sizes=sizes)
     anchor = choose_anchors(federation.label_mix, sizes.num_experts)
-    align = state.align.replace(strategy=state.align.strategy | {"anchor": anchor})
+    own = state.align.strategy | {"anchor": anchor[None]}
+    align = state.align.replace(strategy=own)
     return state.replace(align=align)
 
 

@@ -56,7 +56,8 @@ def exchange(
 
     Clients whose round did not count, `arrived` [C] false, take no part.
     """
-    rows = personal["gate"]["kernel"]  # [N, E, D]
+    (gate,) = personal["gate"].values()
+    rows, (similar,) = gate["kernel"], state["similar"]  # [N, E, D] and [N E, N E]
     num_experts, numbers = rows.shape[1], hyper.fedmoe_da
     mine = evidence.client[:, None] * num_experts + jnp.arange(num_experts)[None]
     mine = mine.reshape(-1)  # [C * E], of all N * E experts
@@ -65,8 +66,8 @@ def exchange(
     there = jnp.repeat(arrived, num_experts)
     both = there[:, None] & there[None]
     due = (evidence.round % numbers.period == 0) & both
-    similar = jnp.where(due, fresh, state["similar"][block])
-    known = jnp.where(both | jnp.eye(len(mine), dtype=bool), similar, UNKNOWN)
+    newest = jnp.where(due, fresh, similar[block])
+    known = jnp.where(both | jnp.eye(len(mine), dtype=bool), newest, UNKNOWN)
     mixing = mixing_weights(known, numbers.neighbours, numbers.temperature)
 
     def mix(leaf: Array) -> Array:
@@ -75,7 +76,7 @@ def exchange(
         return flat.at[mine].set(mixed).reshape(leaf.shape)
 
     experts = jax.tree.map(mix, personal["experts"])
-    renewed = state["similar"].at[block].set(similar)
+    renewed = similar.at[block].set(newest)[None]
     mixed = personal | {"experts": experts}
     return mixed, {"similar": renewed}, *count_sent(mixing, num_experts)
 

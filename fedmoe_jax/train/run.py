@@ -243,6 +243,11 @@ def finish(
     return summary
 
 
+def drop_single(rows: np.ndarray) -> np.ndarray:
+    """[N, G, E] as it is, or [N, E] where the model has one MoE layer."""
+    return rows[:, 0] if rows.shape[1] == 1 else rows
+
+
 def save_arrays(
     path: Path,
     plan: Plan,
@@ -255,8 +260,8 @@ def save_arrays(
     part = path.with_suffix(".part.npz")
     np.savez(
         part,
-        fitness=align.fitness,
-        times_held=align.times_held,
+        fitness=drop_single(align.fitness),
+        times_held=drop_single(align.times_held),
         capacity=np.minimum(participation.capacity, plan.program.sizes.max_capacity),
         belief=belief.capacity,
         tier=plan.federation.devices.tier,

@@ -13,7 +13,16 @@ from flax import struct
 
 from fedmoe_jax.options import replace
 from fedmoe_jax.rules import World
-from fedmoe_jax.types import Array, Devices, Federation, Hyper, Keys, Sizes, Static
+from fedmoe_jax.types import (
+    Array,
+    Devices,
+    Federation,
+    Hyper,
+    Keys,
+    Sizes,
+    Static,
+    make_keys,
+)
 from fedmoe_jax.world import availability, channel, drift, processes
 from fedmoe_jax.world.limits import devices_now
 
@@ -89,7 +98,7 @@ def init_world(key: Array, hyper: Hyper, sizes: Sizes, world: World) -> dict:
     groups = ("pressure", "background", "bandwidth", "availability", "channel")
     first = jnp.zeros((), jnp.int32)
     hyper = replace(hyper, **dict.fromkeys(groups, fresh))
-    keys = Keys(jax.random.fold_in(key, BEGINNING), key)
+    keys = make_keys(key, BEGINNING)
     return step_world(keys, state, first, hyper)
 
 

@@ -30,21 +30,23 @@ def plan_traffic(
     `equipped` [C] bool are the clients that have the frozen parts.
     """
     strategy, num_experts = program.strategy, program.sizes.num_experts
-    held = assignment.slot.sum(1)
+    per_layer = lambda slots: slots.sum((1, 2)) / program.sizes.num_layers
+    held = per_layer(assignment.slot)
     local = is_local(assignment.held, num_experts, strategy.local_experts)
-    local = (assignment.slot & local).sum(1)
+    local = per_layer(assignment.slot & local)
     some = strategy.expert_priority is not None
     trained = jnp.minimum(held, evidence.capacity) if some else held
     shown = jnp.zeros(held.shape)
     if strategy.gate_period:
         shown += evidence.round % strategy.gate_period(hyper) == 0
     talks = 0.0 if strategy.silent else 1.0
+    feedback = FEEDBACK_NUMBERS * assignment.slot.sum((1, 2))
     return Traffic(
-        held=held.astype(jnp.float32),
-        trained=trained.astype(jnp.float32),
+        held=held,
+        trained=trained,
         sent=jnp.zeros(held.shape),
         received=talks * (held - local),
-        reported=talks * (FEEDBACK_NUMBERS * held + program.report_numbers),
+        reported=talks * (feedback + program.report_numbers),
         shown=shown,
         new=(~equipped).astype(jnp.float32),
     )
