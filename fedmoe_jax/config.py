@@ -6,7 +6,8 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.data.partition import KINDS
-from fedmoe_jax.models.image_moe import EXPERTS, STEMS
+from fedmoe_jax.models import MODELS
+from fedmoe_jax.models.image_parts import EXPERTS, STEMS
 from fedmoe_jax.options import (
     COUNT,
     NON_NEGATIVE,
@@ -77,6 +78,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("partition.classes_per_client", COUNT, "of shards"),
     Option("partition.min_size", COUNT, "examples every client gets at least"),
+    Option("model.kind", tuple(MODELS), "image_moe"),
     Option("model.stem", tuple(STEMS), "flat | mlp | cnn | simple_cnn | resnet8"),
     Option("model.stem_width", COUNT, "hidden units or channels"),
     Option("model.expert", tuple(EXPERTS), "dense | mlp | conv"),

@@ -82,14 +82,14 @@ def encode_batch(
     index = jnp.minimum(position, count - 1)
     kind = "" if distortion is None else program.world.images
     rows = federation.test, index, federation.statistics
-    x = take_batch(*rows, program.task, kind, distortion)["x"]
+    batch = take_batch(*rows, program.task, kind, distortion)
     y = jnp.where(position < count, federation.test_stratum[index], -1)
-    features = program.model.stem(state.params["stem"], x, None)
+    features = program.model.parts.stem(state.params["stem"], batch, None)
     logits = None
     if not program.strategy.personal:
         logits = gate_logits(state.params["gate"]["moe"], features)
     return Images(
-        x=x,
+        batch=batch,
         features=features,
         logits=logits,
         y=y,
@@ -161,11 +161,12 @@ def count_images(
     else:
         if every_expert:
             experts = state.params["experts"]["moe"]
-            outputs = apply_experts(model, experts, images.features, None)
+            outputs = apply_experts(model.parts, experts, images.features, None)
             answers = answer_experts(state.params["head"], outputs, program)
         else:
             need = find_needed(images, clients, active)
-            answers = dispatch(model, state.params, images.features, need, sizes)
+            experts, head = state.params["experts"]["moe"], state.params["head"]
+            answers = dispatch(model.parts, experts, head, images.features, need)
             if strategy.mix == "probabilities":
                 answers = jax.nn.softmax(answers)
         answer = lambda client: (own_logits(client, images), answers)

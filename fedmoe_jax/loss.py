@@ -1,103 +1,142 @@
-"""The losses of the gate, and the feedback on each held expert, summed over batches."""
+"""The local objective, and the feedback on each held expert, summed over batches."""
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.models.routing import calibration_loss, load_loss, z_loss
-from fedmoe_jax.types import Array, Feedback, Hyper, PyTree
-
-
-def calibrate_gate(logits: Array, held: Array, factor: Array, hyper: Hyper) -> Array:
-    """Calibration, load and z losses of gate logits, each with its weight.
-
-    Args:
-      logits: [P, E] float32.
-      held: [E] bool.
-      factor: [] of the calibration loss.
-      hyper: gives the weights, `loss.calibration`, `loss.load` and `loss.z`.
-
-    Returns:
-      [] float32, nats.
-    """
-    weights = hyper.loss
-    return (
-        weights.calibration * factor * calibration_loss(logits, held)
-        + weights.load * load_loss(logits, held)
-        + weights.z * z_loss(logits, held)
-    )
+from fedmoe_jax.base import Route, Routing, Scores
+from fedmoe_jax.models.submodel import held_mask
+from fedmoe_jax.moe_layers import map_layers
+from fedmoe_jax.program import Program
+from fedmoe_jax.types import Array, ClientInput, Feedback, Hyper, PyTree
 
 
 @struct.dataclass
 class FeedbackSums:
-    """Running sums over the examples that one client has trained on in a round.
+    """Running sums over the positions that one client has trained on in a round.
+
+    A position is an image or a token; it counts with its weight.
 
     Attributes:
-      gates: [K] float32, gate mass of every slot.
-      right: [K] float32, gate mass on examples that were predicted right.
-      loss: [K] float32 nats, gate-weighted cross-entropy.
-      load: [K] float32, examples whose gates include the slot.
-      peak: [K] float32, the largest gate of each batch, summed.
+      gates: [G, K] float32, gate mass of every slot.
+      score: [G, K] float32, gate mass times score.
+      loss: [G, K] float32 nats, gate mass times loss.
+      load: [G, K] float32, positions whose gates include the slot.
+      peak: [G, K] float32, the largest gate of each batch, summed.
       report: the strategy's report on each batch, summed; None without one.
       batches: [] float32.
+      weight: [] float32, of all positions; None where every position counts alike.
       total_loss: [] float32 nats.
-      total_right: [] float32.
+      total_score: [] float32.
     """
 
     gates: Array
-    right: Array
+    score: Array
     loss: Array
     load: Array
     peak: Array
     report: PyTree
     batches: Array
+    weight: Array | None
     total_loss: Array
-    total_right: Array
+    total_score: Array
 
 
-def zero_sums(max_held: int, report: PyTree) -> FeedbackSums:
-    """Sums before any batch, for K slots and a report of such shapes."""
-    slots, total = jnp.zeros(max_held), jnp.zeros(())
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), report)
-    return FeedbackSums(slots, slots, slots, slots, slots, zeros, total, total, total)
+def zero_sums(hyper: Hyper, program: Program) -> FeedbackSums:
+    """Sums before any batch."""
+    sizes, total = program.sizes, jnp.zeros(())
+    slots = jnp.zeros((sizes.num_layers, sizes.max_held))
+    report = shape_report(hyper, program)
+    return FeedbackSums(
+        *(slots, slots, slots, slots, slots),
+        report=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), report),
+        batches=total,
+        weight=None if program.scores.weight is None else total,
+        total_loss=total,
+        total_score=total,
+    )
+
+
+def make_report(
+    routing: Routing, batch: PyTree, hyper: Hyper, program: Program
+) -> PyTree:
+    """The strategy's report on a batch, leaves [G, ...]; None without one."""
+    strategy, num_layers = program.strategy, program.sizes.num_layers
+    if strategy.report is None or routing.logits is None:
+        return None
+    report = lambda layer: strategy.report(layer, batch, hyper)
+    return map_layers(report, num_layers, in_axes=0)(routing)
+
+
+def shape_report(hyper: Hyper, program: Program) -> PyTree:
+    """The shapes of `make_report`."""
+    batch = program.batch.of(program.sizes.batch_size)
+    make = lambda routing, batch: make_report(routing, batch, hyper, program)
+    return jax.eval_shape(make, program.routing, batch)
+
+
+def flatten_positions(scores: Scores) -> Scores:
+    """Scores with leaves [P]: all positions of a batch in one row."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1), scores)
+
+
+def sum_layer(gates: Array, scores: Scores) -> tuple[Array, ...]:
+    """The sums of ONE layer over one batch, in the order of `FeedbackSums`.
+
+    Args:
+      gates: [P, K] float.
+      scores: leaves [P].
+    """
+    if scores.weight is not None:
+        counted = scores.weight[:, None] > 0
+        gates = jnp.where(counted, gates, 0.0)
+    mass = gates if scores.weight is None else gates * scores.weight[:, None]
+    return (
+        mass.sum(0),
+        jnp.einsum("pk,p->k", mass, scores.score),
+        jnp.einsum("pk,p->k", mass, scores.loss),
+        (gates > 0).sum(0).astype(jnp.float32),
+        gates.max(0),
+    )
 
 
 def sum_batch(
-    cross_entropy: Array, correct: Array, gates: Array, report: PyTree
+    scores: Scores, routing: Routing, report: PyTree, num_layers: int
 ) -> FeedbackSums:
     """The sums over one batch.
 
     Args:
-      cross_entropy: [B] float, nats.
-      correct: [B] float, 1 where the prediction is right.
-      gates: [B, K] float.
+      scores: leaves [P].
+      routing: of the batch.
       report: the strategy's, of this batch.
+      num_layers: G.
     """
+    over_layers = map_layers(sum_layer, num_layers, (0, None), (0, 0, 0, 0, 0))
+    weight = scores.weight
+    total = lambda values: (values if weight is None else values * weight).sum()
     return FeedbackSums(
-        gates=gates.sum(0),
-        right=jnp.einsum("bk,b->k", gates, correct),
-        loss=jnp.einsum("bk,b->k", gates, cross_entropy),
-        load=(gates > 0).sum(0).astype(jnp.float32),
-        peak=gates.max(0),
+        *over_layers(routing.gates, scores),
         report=report,
         batches=jnp.ones(()),
-        total_loss=cross_entropy.sum(),
-        total_right=correct.sum(),
+        weight=None if weight is None else weight.sum(),
+        total_loss=total(scores.loss),
+        total_score=total(scores.score),
     )
 
 
 def summarise_feedback(sums: FeedbackSums) -> Feedback:
-    """Per-slot feedback from the sums over a client's round.
+    """Per-slot feedback, leaves [G, K], from the sums over a client's round.
 
-    An example counts for an expert with its gate, so that with A = 1 `accuracy` is the
-    accuracy on the examples routed to the expert, and experts that share every example
-    can still differ.
+    A position counts for an expert with its gate, so that with A = 1 `accuracy` is the
+    accuracy on the positions routed to the expert, and experts that share every
+    position can still differ.
     """
     share = 1.0 / jnp.maximum(sums.gates, 1e-6)
+    in_layer = sums.gates.sum(axis=1, keepdims=True)
     return Feedback(
-        accuracy=sums.right * share,
+        accuracy=sums.score * share,
         loss=sums.loss * share,
-        frequency=sums.gates / jnp.maximum(sums.gates.sum(), 1e-6),
+        frequency=sums.gates / jnp.maximum(in_layer, 1e-6),
         load=sums.load,
         peak=sums.peak / jnp.maximum(sums.batches, 1.0),
     )
@@ -107,3 +146,67 @@ def mean_report(sums: FeedbackSums) -> PyTree:
     """The strategy's report, mean over the batches; None without one."""
     batches = jnp.maximum(sums.batches, 1.0)
     return jax.tree.map(lambda leaf: leaf / batches, sums.report)
+
+
+def sum_gate_losses(
+    routing: Routing, inputs: ClientInput, hyper: Hyper, program: Program
+) -> Array | float:
+    """The strategy's loss of the gates, summed over the layers: [] nats."""
+    sizes = program.sizes
+    if routing.logits is None:
+        return 0.0
+
+    def layer_loss(logits: Array, held: Array, slot: Array, factor: Array) -> Array:
+        mask = held_mask(held, slot, sizes.num_experts)
+        return program.strategy.gate_loss(logits, mask, factor, hyper)
+
+    over_layers = map_layers(layer_loss, sizes.num_layers, in_axes=0)
+    losses = over_layers(routing.logits, inputs.held, inputs.slot, inputs.calibration)
+    return losses.sum()
+
+
+def make_route(inputs: ClientInput, hyper: Hyper, program: Program) -> Route:
+    """How the strategy has ONE client route its examples in training."""
+    strategy, priority = program.strategy, None
+    if strategy.expert_priority:
+        priority = lambda gates: strategy.expert_priority(gates, hyper)
+    return Route(program.sizes.num_active, strategy.mix, priority, inputs.budget)
+
+
+def mean_loss(scores: Scores) -> Array:
+    """[] nats, the mean over positions by their weights."""
+    if scores.weight is None:
+        return scores.loss.mean()
+    return (scores.loss * scores.weight).sum() / jnp.maximum(scores.weight.sum(), 1e-6)
+
+
+def local_loss(
+    submodel: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    inputs: ClientInput,
+    hyper: Hyper,
+    key: Array,
+    *,
+    program: Program,
+) -> tuple[Array, FeedbackSums]:
+    """The objective of one local step: the task's loss and the losses of the gates.
+
+    Args:
+      submodel: params of one client.
+      frozen: see `Federation.frozen`.
+      batch: of the task, leaves [B, ...].
+      inputs: the client's inputs.
+      hyper: weights of the terms.
+      key: of the step; dropout draws from it.
+      program: the task, the model, and the strategy that shapes the objective.
+
+    Returns:
+      loss [], and the feedback of the batch.
+    """
+    route, slots = make_route(inputs, hyper, program), (inputs.held, inputs.slot)
+    outputs, routing = program.model.apply(submodel, frozen, batch, *slots, route, key)
+    scores = flatten_positions(program.task.loss(outputs, batch))
+    loss = mean_loss(scores) + sum_gate_losses(routing, inputs, hyper, program)
+    report = make_report(routing, batch, hyper, program)
+    return loss, sum_batch(scores, routing, report, program.sizes.num_layers)

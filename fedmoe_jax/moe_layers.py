@@ -36,7 +36,7 @@ def map_layers(
     def take(axis: int | None, tree: PyTree) -> PyTree:
         if axis is None:
             return tree
-        return jax.tree.map(lambda leaf: leaf.take(0, axis=axis), tree)
+        return jax.tree.map(lambda leaf: jnp.squeeze(leaf, axis), tree)
 
     def only_layer(*arguments: PyTree) -> PyTree:
         axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(arguments)

@@ -4,24 +4,23 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
-from fedmoe_jax.base import Data, Routing, Strategy, Task
+from fedmoe_jax.base import Data, Model, Routing, Scores, Strategy, Task
 from fedmoe_jax.config import check, list_options
-from fedmoe_jax.loss import calibrate_gate
-from fedmoe_jax.models.flops import count_forward_flops
-from fedmoe_jax.models.image_moe import Model, build_model
-from fedmoe_jax.options import STATIC, TRACED, group
+from fedmoe_jax.models import MODELS
+from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
+from fedmoe_jax.models.routing import calibrate_gate
+from fedmoe_jax.options import STATIC, TRACED, UserError, group
 from fedmoe_jax.rules import World
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
-from fedmoe_jax.tasks.batches import shape_batch
-from fedmoe_jax.types import Federation, Hyper, Sizes, Static
+from fedmoe_jax.tasks.batches import BatchShapes, shape_batch
+from fedmoe_jax.types import Federation, Hyper, PyTree, Sizes, Static
 from fedmoe_jax.world.costs import Costs, count_costs, scale_costs
 
 
@@ -30,7 +29,10 @@ class Program(NamedTuple):
 
     Attributes:
       task: the meaning of the data.
+      batch: the shapes of its batches.
       model: the model's pure functions.
+      scores: the shapes of the scores of one local batch, leaves [P].
+      routing: the shapes of its routing.
       sizes: static sizes, as the strategy configures them.
       strategy: the strategy's record, without None where the config decides.
       static: the config's fields that shape the program, as the strategy configures
@@ -44,7 +46,10 @@ class Program(NamedTuple):
     """
 
     task: Task
+    batch: BatchShapes
     model: Model
+    scores: Scores
+    routing: Routing
     sizes: Sizes
     strategy: Strategy
     static: Static
@@ -153,12 +158,18 @@ def longest(steps: np.ndarray, ragged: bool) -> int:
 
 
 def make_sizes(
-    config: ConfigDict, *, max_capacity: int, num_strata: int, local_steps: int
+    config: ConfigDict,
+    *,
+    num_layers: int,
+    max_capacity: int,
+    num_strata: int,
+    local_steps: int,
 ) -> Sizes:
     """The sizes of a program.
 
     Args:
       config: as the strategy configures it.
+      num_layers: G.
       max_capacity: K of the user's config.
       num_strata: L.
       local_steps: T.
@@ -166,7 +177,7 @@ def make_sizes(
     return Sizes(
         num_clients=config.num_clients,
         cohort_size=config.cohort_size,
-        num_layers=1,
+        num_layers=num_layers,
         num_experts=config.num_experts,
         max_held=config.max_held,
         num_active=config.num_active,
@@ -177,15 +188,35 @@ def make_sizes(
     )
 
 
-def count_report(strategy: Strategy, sizes: Sizes, hyper: Hyper) -> int:
-    """Numbers in one client's report beside its update, 0 without any."""
-    if strategy.report is None:
+def count_report(
+    strategy: Strategy, routing: Routing, batch: PyTree, hyper: Hyper
+) -> int:
+    """Numbers in one client's report beside its update, of all layers.
+
+    Args:
+      strategy: may have a report.
+      routing: shapes of the routing of one batch.
+      batch: shapes of the batch.
+      hyper: hyperparameters.
+    """
+    if strategy.report is None or routing.logits is None:
         return 0
-    batch = (sizes.batch_size,)
-    shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
-    routing = Routing(shape(*batch, sizes.num_experts), shape(*batch, sizes.max_held))
-    report = jax.eval_shape(strategy.report, routing, {}, hyper)
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(report))
+    layer = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), routing
+    )
+    report = jax.eval_shape(lambda *r: strategy.report(*r, hyper), layer, batch)
+    each = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(report))
+    return len(routing.gates) * each
+
+
+def check_layers(config: ConfigDict, strategy: Strategy, num_layers: int) -> None:
+    """Raises UserError where a strategy for one MoE layer meets a model with more."""
+    if strategy.one_layer and num_layers > 1:
+        raise UserError(
+            f"strategy={config.strategy!r} is not allowed with model.kind="
+            f"{config.model.kind!r}, which has {num_layers} MoE layers; allowed: "
+            "strategies that are defined for more than one"
+        )
 
 
 def build_program(
@@ -204,37 +235,31 @@ def build_program(
     """
     used, task = configure(config), find_task(data.task)
     strategy = resolve(find_strategy(config.strategy), used)
+    batch = shape_batch(data.train, federation.statistics, task)
+    model = MODELS[used.model.kind](used, batch.of(1), task.num_outputs(data))
+    params, _ = shape_params(model)
     sizes = make_sizes(
         used,
+        num_layers=len(params["gate"]),
         max_capacity=config.max_held,
         num_strata=len(data.stratum_names),
         local_steps=longest(federation.steps, config.local_epochs > 0),
     )
-    batch = shape_batch(data.train, federation.statistics, task, sizes.batch_size)
-    image_shape = batch["x"].shape[1:]
-    model = build_model(
-        stem=used.model.stem,
-        stem_width=used.model.stem_width,
-        expert=used.model.expert,
-        expert_width=used.model.expert_width,
-        feature_width=used.model.feature_width,
-        stem_dropout=used.model.stem_dropout,
-        expert_dropout=used.model.expert_dropout,
-        num_experts=sizes.num_experts,
-        num_classes=task.num_outputs(data),
-        image_shape=image_shape,
-    )
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    sizes = sizes._replace(num_layers=len(shapes["gate"]))
-    costs = count_costs(shapes, *count_forward_flops(model, image_shape))
+    check_layers(config, strategy, sizes.num_layers)
+    scores, routing = trace_model(model, task, batch, sizes)
+    costs = count_costs(params, count_forward_flops(model, batch))
+    rows = batch.of(sizes.batch_size)
     return Program(
         task=task,
+        batch=batch,
         model=model,
+        scores=scores,
+        routing=routing,
         sizes=sizes,
         strategy=strategy,
         static=make_static(used),
         world=make_world(config, task),
-        report_numbers=count_report(strategy, sizes, make_hyper(config)),
+        report_numbers=count_report(strategy, routing, rows, make_hyper(config)),
         costs=costs,
         device_costs=scale_costs(costs, used.devices.model_scale),
         mesh=mesh,

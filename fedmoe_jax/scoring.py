@@ -24,14 +24,14 @@ class Images(NamedTuple):
     """One batch of test images as gates see it.
 
     Attributes:
-      x: [B, H, W, F] float, the images.
+      batch: of the task, leaves [B, ...].
       features: [B, ...] float, output of the server's stem.
       logits: [B, E] float of the server's gate, None where gates are personal.
       y: [B] int32 labels, -1 for padding.
       label: [B, L] float, one-hot labels, zero rows for padding.
     """
 
-    x: Array
+    batch: PyTree
     features: Array
     logits: Array | None
     y: Array
@@ -148,7 +148,7 @@ def score_experts(answers: Array, images: Images) -> dict[str, Array]:
 
 def answer_experts(head: PyTree, outputs: Array, program: Program) -> Array:
     """Every expert's class logits [B, E, L], or probabilities where they are mixed."""
-    answers = program.model.head(head, outputs)
+    answers = program.model.parts.head(head, outputs)
     mixed = program.strategy.mix == "probabilities"
     return jax.nn.softmax(answers) if mixed else answers
 
@@ -159,10 +159,10 @@ def answer_personal(
     """Gate logits [B, E] and answers [B, E, L] of ONE client's own whole model."""
     num_experts = client.held.shape[0]
     everything = jnp.arange(num_experts)[None]
-    model, local = program.model, program.strategy.local_experts
+    parts, local = program.model.parts, program.strategy.local_experts
     own = take_submodel(params, client.personal, everything, local)
-    features = model.stem(own["stem"], images.x, None)
-    outputs = apply_experts(model, own["experts"]["moe"], features, None)
+    features = parts.stem(own["stem"], images.batch, None)
+    outputs = apply_experts(parts, own["experts"]["moe"], features, None)
     answers = answer_experts(own["head"], outputs, program)
     return gate_logits(own["gate"]["moe"], features), answers
 

@@ -48,7 +48,7 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> SimState:
     """
     sizes, strategy, static = program.sizes, program.strategy, program.static
     params_key, fitness_key, run_key = jax.random.split(key, 3)
-    params = program.model.init(params_key)
+    params, _ = program.model.init(params_key)
     zeros = lambda leaf: jnp.zeros((sizes.num_clients, *leaf.shape), leaf.dtype)
     copies = lambda leaf: jnp.tile(leaf[None], (sizes.num_clients,) + (1,) * leaf.ndim)
     tx = server_optimizer(static.server.optimizer, hyper.server.learning_rate)

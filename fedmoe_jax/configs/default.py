@@ -38,6 +38,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.partition.min_size = 10  # examples every client gets at least
 
     config.model = ConfigDict()
+    config.model.kind = "image_moe"  # image_moe
     config.model.stem = "mlp"  # flat | mlp | cnn | simple_cnn | resnet8
     config.model.stem_width = 64  # hidden units or channels
     config.model.expert = "mlp"  # dense | mlp | conv

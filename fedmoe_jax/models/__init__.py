@@ -1,0 +1,11 @@
+"""The models. One table names them all."""
+
+from collections.abc import Callable
+
+from fedmoe_jax.base import Model
+from fedmoe_jax.models import image_moe
+
+# (config, shapes of a batch, width of the outputs) -> model; the config is as the
+# strategy configures it. Equal arguments must give the same functions, as runs share
+# compiled programs by them.
+MODELS: dict[str, Callable[..., Model]] = {"image_moe": image_moe.build}

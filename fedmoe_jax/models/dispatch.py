@@ -12,8 +12,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.models.image_moe import Model
-from fedmoe_jax.types import Array, PyTree, Sizes
+from fedmoe_jax.base import Parts
+from fedmoe_jax.types import Array, PyTree
 
 BLOCK_ROWS = 64
 
@@ -55,28 +55,31 @@ def plan_blocks(need: Array, rows: int) -> Blocks:
 
 
 def dispatch(
-    model: Model, params: PyTree, features: Array, need: Array, sizes: Sizes
+    parts: Parts, experts: PyTree, head: PyTree, features: Array, need: Array
 ) -> Array:
     """Every needed expert's own class logits.
 
     Args:
-      model: the model.
-      params: `experts` with a leading E axis, and `head`.
+      parts: of the model.
+      experts: params with a leading E axis.
+      head: params.
       features: [B, ...] float.
       need: [B, E] bool.
-      sizes: static sizes.
 
     Returns:
       [B, E, L] float32, zero where `need` is false.
     """
     blocks = plan_blocks(need, BLOCK_ROWS)
 
+    def answer(expert: Array, image: Array) -> Array:
+        one = jax.tree.map(lambda leaf: leaf[expert], experts)
+        outputs = parts.expert(one, features.at[image].get(mode="clip"), None)
+        return parts.head(head, outputs)
+
     def fill(block: Array, logits: Array) -> Array:
         expert, image = blocks.expert[block], blocks.image[block]
-        one = jax.tree.map(lambda leaf: leaf[expert], params["experts"]["moe"])
-        outputs = model.expert(one, features.at[image].get(mode="clip"), None)
-        rows = model.head(params["head"], outputs)
-        return logits.at[image, expert].set(rows, mode="drop")
+        return logits.at[image, expert].set(answer(expert, image), mode="drop")
 
-    empty = jnp.zeros((*need.shape, sizes.num_strata))
+    width = jax.eval_shape(answer, blocks.expert[0], blocks.image[0]).shape[-1]
+    empty = jnp.zeros((*need.shape, width))
     return jax.lax.fori_loop(0, blocks.count, fill, empty)

@@ -1,64 +1,125 @@
-"""FLOPs and activation bytes of a model, as XLA counts them."""
+"""Shapes, FLOPs and activation bytes of a model; nothing of it is ever run."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.models.image_moe import Model, apply_experts
+from fedmoe_jax.base import Model, Route, Routing, Scores, Task
+from fedmoe_jax.models.image_moe import apply_experts
 from fedmoe_jax.models.routing import gate_logits
+from fedmoe_jax.tasks.batches import BatchShapes
+from fedmoe_jax.types import PyTree, Sizes
+
+MARK = 9973  # a prime that no axis of the params has, so it marks activations
+
+
+def shape_params(model: Model) -> tuple[PyTree, PyTree]:
+    """Shapes of the params and of what is frozen."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def hold(experts: PyTree, count: int) -> PyTree:
+    """Shapes of `count` experts, leaves [count, ...], from those of all, [E, ...]."""
+    resize = lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype)
+    return jax.tree.map(resize, experts)
+
+
+def shape_inputs(model: Model, batch: PyTree, count: int) -> tuple[PyTree, ...]:
+    """Shapes of what `Model.apply` reads of a client with `count` experts a layer."""
+    params, frozen = shape_params(model)
+    slots = len(params["gate"]), count
+    held, slot = (jax.ShapeDtypeStruct(slots, kind) for kind in (jnp.int32, bool))
+    submodel = params | {"experts": hold(params["experts"], count)}
+    return submodel, frozen, batch, held, slot
 
 
 @functools.cache
-def count_forward_flops(
-    model: Model, image_shape: tuple[int, int, int]
-) -> tuple[float, float, float]:
+def trace_model(
+    model: Model, task: Task, batch: BatchShapes, sizes: Sizes
+) -> tuple[Scores, Routing]:
+    """Shapes of the scores and of the routing of one local batch."""
+    route = Route(sizes.num_active)
+
+    def forward(*inputs: PyTree) -> tuple[Scores, Routing]:
+        outputs, routing = model.apply(*inputs, route, None)
+        return task.loss(outputs, inputs[2]), routing
+
+    rows = batch.of(sizes.batch_size)
+    return jax.eval_shape(forward, *shape_inputs(model, rows, sizes.max_held))
+
+
+def count_flops(function: Callable, *arguments: PyTree) -> float:
+    """FLOPs of a function of such shapes, as XLA counts them before compiling."""
+    host = jax.local_devices(backend="cpu")[0]  # others cannot count before compiling
+    with jax.default_device(host):
+        analysis = jax.jit(function).lower(*arguments).cost_analysis()
+    return float(analysis.get("flops", 0.0))  # a flat stem has none
+
+
+@functools.cache
+def count_forward_flops(model: Model, batch: BatchShapes) -> dict[str, float]:
     """FLOPs of one example forward, as XLA counts them.
 
     Returns:
-      Of the stem; of stem, gate and head; of one expert.
+      `experts`, of one expert in every MoE layer, and the rest: `stem`, `gate` and
+      `head`, or `shared` where the model does not name its parts. A model with one
+      expert and no parts is all `shared`.
     """
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    host = jax.local_devices(backend="cpu")[0]  # others cannot count before compiling
-
-    def flops(function, *arguments) -> float:
-        with jax.default_device(host):
-            analysis = jax.jit(function).lower(*arguments).cost_analysis()
-        return float(analysis.get("flops", 0.0))  # a flat stem has none
-
-    features = jax.eval_shape(model.stem, params["stem"], image, None)
+    if model.parts is None:
+        return _count_whole(model, batch)
+    parts, example = model.parts, batch.of(1)
+    params, _ = shape_params(model)
+    features = jax.eval_shape(parts.stem, params["stem"], example, None)
+    (gate,), (experts,) = params["gate"].values(), params["experts"].values()
     expert = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
-        params["experts"]["moe"],
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), experts
     )
-    output = jax.eval_shape(model.expert, expert, features, None)
-    stem = flops(model.stem, params["stem"], image, None)
-    shared = (
-        stem
-        + flops(gate_logits, params["gate"]["moe"], features)
-        + flops(model.head, params["head"], output)
-    )
-    return stem, shared, flops(model.expert, expert, features, None)
+    output = jax.eval_shape(parts.expert, expert, features, None)
+    return {
+        "stem": count_flops(parts.stem, params["stem"], example, None),
+        "gate": count_flops(gate_logits, gate, features),
+        "head": count_flops(parts.head, params["head"], output),
+        "experts": count_flops(parts.expert, expert, features, None),
+    }
+
+
+def _count_whole(model: Model, batch: BatchShapes) -> dict[str, float]:
+    """One expert is the difference that a second one makes, where all are active."""
+
+    def count(held: int) -> float:
+        forward = lambda *inputs: model.apply(*inputs, Route(held), None)[0]
+        return count_flops(forward, *shape_inputs(model, batch.of(1), held))
+
+    params, _ = shape_params(model)
+    one = count(1)
+    expert = 0.0
+    if jax.tree.leaves(params["experts"])[0].shape[0] > 1:
+        expert = max(count(2) - one, 0.0)
+    return {"shared": one - expert, "experts": expert}
 
 
 @functools.cache
-def count_activation_bytes(
-    model: Model, image_shape: tuple[int, int, int], experts: int
-) -> float:
+def count_activation_bytes(model: Model, batch: BatchShapes, experts: int) -> float:
     """Bytes of all intermediate values of one example, forward, through n experts."""
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    batch = 9973  # a prime that no axis of the params has, so it marks activations
-    image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
-    held = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((experts, *leaf.shape[1:]), leaf.dtype),
-        params["experts"]["moe"],
-    )
+    rows, parts = batch.of(MARK), model.parts
+    inputs = shape_inputs(model, rows, experts)
+    if parts is None:
+        forward = lambda *inputs: model.apply(*inputs, Route(experts), None)
+        return _sum_marked(forward, *inputs)
+    params = inputs[0]
+    (held,) = params["experts"].values()
 
-    def forward(stem, experts, x):
-        return apply_experts(model, experts, model.stem(stem, x, None), None)
+    def forward(stem: PyTree, held: PyTree, rows: PyTree) -> PyTree:
+        return apply_experts(parts, held, parts.stem(stem, rows, None), None)
 
-    jaxpr = jax.make_jaxpr(forward)(params["stem"], held, image)
+    return _sum_marked(forward, params["stem"], held, rows)
+
+
+def _sum_marked(function: Callable, *arguments: PyTree) -> float:
+    """Bytes of the values with the marked axis, of one row of it."""
+    jaxpr = jax.make_jaxpr(function)(*arguments)
     values = [var.aval for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
-    marked = [value for value in values if batch in value.shape]
-    return float(sum(value.size * value.dtype.itemsize for value in marked)) / batch
+    marked = [value for value in values if MARK in value.shape]
+    return float(sum(value.size * value.dtype.itemsize for value in marked)) / MARK

@@ -1,4 +1,4 @@
-"""The mixture of experts as four pure functions over `{stem, gate, experts, head}`.
+"""Images through a stem, one MoE layer and a linear head.
 
 A stem turns images into features, a gate scores E experts from the pooled features,
 each expert turns features into outputs, one linear head turns (mixed) outputs into
@@ -8,173 +8,28 @@ second.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from ml_collections import ConfigDict
 
-from fedmoe_jax.models.layers import (
-    Conv,
-    Dense,
-    dropout,
-    group_norm,
-    max_pool,
-    space_to_depth,
-)
-from fedmoe_jax.options import UserError
+from fedmoe_jax.base import Model, Parts, Route, Routing
+from fedmoe_jax.models import routing
+from fedmoe_jax.models.image_parts import EXPERTS, STEMS, check_fit
+from fedmoe_jax.models.layers import dropout
 from fedmoe_jax.types import Array, PyTree
 
-
-class Model(NamedTuple):
-    """Pure functions of one run's model.
-
-    Attributes:
-      init: key -> params; every leaf under `gate` and `experts` has a leading E axis.
-      stem: (stem params, images [B, H, W, F] float, key) -> features [B, ...].
-      expert: (ONE expert's params, features [B, ...], key) -> outputs [B, O].
-      head: (head params, outputs [..., O]) -> logits [..., L].
-
-    Stem and expert drop outputs at random with the key, and none where it is None.
-    """
-
-    init: Callable[[Array], PyTree]
-    stem: Callable[[PyTree, Array, Array | None], Array]
-    expert: Callable[[PyTree, Array, Array | None], Array]
-    head: Callable[[PyTree, Array], Array]
-
-
-class FlatStem(nn.Module):
-    """No stem: [B, H, W, F] -> [B, H * W * F]. It has no width."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return x.reshape(x.shape[0], -1)
-
-
-class MlpStem(nn.Module):
-    """Flattens and embeds small images: [B, H, W, F] -> [B, width]."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = x.reshape(x.shape[0], -1)
-        return nn.LayerNorm()(nn.relu(Dense(self.width)(x)))
-
-
-class CnnStem(nn.Module):
-    """Two convolutions at half resolution: [B, 32, 32, 3] -> [B, 4, 4, 2 * width].
-
-    At width 32 this is 2.1 million multiply-adds per image.
-    """
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = space_to_depth(x)
-        x = nn.relu(max_pool(group_norm(Conv(self.width)(x), "norm1")))
-        return nn.relu(max_pool(group_norm(Conv(2 * self.width)(x), "norm2")))
-
-
-class SimpleCnnStem(nn.Module):
-    """Two valid convolutions and a pooling: [B, 32, 32, 3] -> [B, 14, 14, 2 * width].
-
-    At width 32, with a `dense` expert of width 128, dropout 0.25 after the stem and 0.5
-    after the expert, it is the network of pfl-research's CIFAR-10 benchmark (arXiv
-    2404.06430) and, with other classes, of the LEAF and FedJAX EMNIST baselines.
-    """
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = nn.relu(Conv(self.width, padding="VALID", use_bias=True)(x))
-        x = Conv(2 * self.width, padding="VALID", use_bias=True)(x)
-        return nn.relu(max_pool(x))
-
-
-class ResNet8Stem(nn.Module):
-    """ResNet-8 with GroupNorm: [B, H, W, F] -> [B, H/4, W/4, 4 * width]."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = nn.relu(group_norm(Conv(self.width)(x), "norm"))
-        for block, width in enumerate((self.width, 2 * self.width, 4 * self.width)):
-            stride = 1 if block == 0 else 2
-            y = nn.relu(group_norm(Conv(width, stride=stride)(x), f"norm{block}a"))
-            y = group_norm(Conv(width)(y), f"norm{block}b")
-            if block > 0:
-                x = nn.Dense(width, use_bias=False, name=f"shortcut{block}")(
-                    x[:, ::2, ::2]
-                )
-            x = nn.relu(x + y)
-        return x
-
-
-class MlpExpert(nn.Module):
-    """One hidden layer on flattened features: [B, ...] -> [B, features]."""
-
-    width: int
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = x.reshape(x.shape[0], -1)
-        return Dense(self.features)(nn.relu(Dense(self.width)(x)))
-
-
-class DenseExpert(nn.Module):
-    """One layer on flattened features: [B, ...] -> [B, width]; `features` is unused."""
-
-    width: int
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return nn.relu(Dense(self.width)(x.reshape(x.shape[0], -1)))
-
-
-class ConvExpert(nn.Module):
-    """A convolution, pooling and a linear map: [B, h, w, c] -> [B, features]."""
-
-    width: int
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = nn.relu(max_pool(group_norm(Conv(self.width)(x), "norm")))
-        return Dense(self.features)(x.reshape(x.shape[0], -1))
-
-
-STEMS = {
-    "flat": FlatStem,
-    "mlp": MlpStem,
-    "cnn": CnnStem,
-    "simple_cnn": SimpleCnnStem,
-    "resnet8": ResNet8Stem,
-}
-EXPERTS = {"dense": DenseExpert, "mlp": MlpExpert, "conv": ConvExpert}
-
-
-def pool(features: Array) -> Array:
-    """What the gate sees: features [B, ..., D] averaged over positions -> [B, D]."""
-    return features.mean(axis=tuple(range(1, features.ndim - 1)))
+LAYER = "moe"  # the name of the one MoE layer in `gate` and `experts`
 
 
 def apply_experts(
-    model: Model, experts: PyTree, features: Array, key: Array | None
+    parts: Parts, experts: PyTree, features: Array, key: Array | None
 ) -> Array:
     """Runs several experts on the same features.
 
     Args:
-      model: the model.
+      parts: of the model.
       experts: params with a leading axis of n experts.
       features: [B, ...] float.
       key: of dropout, or None for none.
@@ -186,34 +41,78 @@ def apply_experts(
     keys = None if key is None else jax.random.split(key, count)
     if jax.default_backend() != "cpu":
         axes = (0, None, None if key is None else 0)
-        return jax.vmap(model.expert, axes, out_axes=1)(experts, features, keys)
+        return jax.vmap(parts.expert, axes, out_axes=1)(experts, features, keys)
     # On CPU a loop is faster: vmapping batches small products and groups convolutions.
     outputs = []
     for i in range(count):
         row = jax.tree.map(lambda leaf, i=i: leaf[i], experts)
-        outputs.append(model.expert(row, features, None if key is None else keys[i]))
+        outputs.append(parts.expert(row, features, None if key is None else keys[i]))
     return jnp.stack(outputs, axis=1)
 
 
-def check_fit(stem: str, expert: str, image_shape: tuple[int, int, int]) -> None:
-    """Raises UserError unless images, stem and expert fit each other."""
-    height, width, _ = image_shape
-    flat = ("flat", "mlp")
-    if stem not in flat and (height % 8 or width % 8):
-        raise UserError(
-            f"model.stem={stem!r} needs images whose sides are multiples of 8, "
-            f"this data has {height}x{width}; allowed: {', '.join(flat)}"
-        )
-    if stem in flat and expert == "conv":
-        raise UserError(
-            "model.expert='conv' needs a stem that keeps positions; "
-            f"allowed with model.stem={stem!r}: dense, mlp"
-        )
-    if stem == "cnn" and expert == "conv" and (height % 16 or width % 16):
-        raise UserError(
-            "model.expert='conv' with model.stem='cnn' needs images whose sides are "
-            f"multiples of 16, this data has {height}x{width}; allowed: dense, mlp"
-        )
+def freeze_others(outputs: Array, gates: Array, slot: Array, route: Route) -> Array:
+    """Experts' outputs [B, K, O]; gradients pass the `budget` of highest priority.
+
+    Args:
+      outputs: [B, K, O] float.
+      gates: [B, K] float.
+      slot: [K] bool.
+      route: with `priority` and `budget`.
+    """
+    value = jax.lax.stop_gradient(route.priority(gates))
+    rank = jnp.argsort(jnp.argsort(jnp.where(slot, -value, jnp.inf)))
+    chosen = (rank < route.budget)[None, :, None]
+    return jnp.where(chosen, outputs, jax.lax.stop_gradient(outputs))
+
+
+def mix_outputs(parts: Parts, head: PyTree, outputs: Array, gates: Array) -> Array:
+    """Logits [B, L] of the mixture of the experts' outputs [B, K, O]."""
+    return parts.head(head, jnp.einsum("bk,bko->bo", gates, outputs))
+
+
+def mix_probabilities(
+    parts: Parts, head: PyTree, outputs: Array, gates: Array
+) -> Array:
+    """Logits [B, L] of the mixture of the experts' own class probabilities."""
+    answers = jax.nn.softmax(parts.head(head, outputs))  # [B, K, L]
+    return log_probabilities(jnp.einsum("bk,bkl->bl", gates, answers))
+
+
+def log_probabilities(probabilities: Array) -> Array:
+    """Logits of class probabilities, finite where one is 0."""
+    return jnp.log(jnp.maximum(probabilities, 1e-12))
+
+
+def apply_parts(
+    params: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    held: Array,
+    slot: Array,
+    route: Route,
+    key: Array | None,
+    *,
+    parts: Parts,
+    num_experts: int,
+) -> tuple[Array, Routing]:
+    """`Model.apply` of a model with one MoE layer from its parts.
+
+    A model with one expert has nothing to route: its gates are 1.
+    """
+    stem_key, expert_key = (None, None) if key is None else jax.random.split(key)
+    features = parts.stem(params["stem"], batch, stem_key)
+    (gate,), (experts,) = params["gate"].values(), params["experts"].values()
+    logits, gates = None, jnp.ones((features.shape[0], 1))
+    if num_experts > 1:
+        logits = routing.gate_logits(gate, features)  # [B, E]
+        allowed = logits[:, held[0]], slot[0]
+        gates = routing.route(*allowed, route.num_active)  # [B, K]
+    outputs = apply_experts(parts, experts, features, expert_key)
+    if route.priority:
+        outputs = freeze_others(outputs, gates, slot[0], route)
+    mix = mix_probabilities if route.mix == "probabilities" else mix_outputs
+    predictions = mix(parts, params["head"], outputs, gates)
+    return predictions, Routing(None if logits is None else logits[None], gates[None])
 
 
 @functools.cache
@@ -230,7 +129,7 @@ def build_model(
     num_classes: int,
     image_shape: tuple[int, int, int],
 ) -> Model:
-    """Builds the four functions of a model; equal arguments give the same functions.
+    """Builds an image model; equal arguments give the same functions.
 
     Args:
       stem: a name in `STEMS`.
@@ -252,7 +151,7 @@ def build_model(
     expert_module = EXPERTS[expert](expert_width, feature_width)
     head_module = nn.Dense(num_classes)
 
-    def init(key: Array) -> PyTree:
+    def init(key: Array) -> tuple[PyTree, PyTree]:
         stem_key, gate_key, expert_key, head_key = jax.random.split(key, 4)
         images = jnp.zeros((1, *image_shape))
         stem_params = stem_module.init(stem_key, images).get("params", {})
@@ -269,22 +168,51 @@ def build_model(
             "bias": jnp.zeros((num_experts,)),
         }
         head = head_module.init(head_key, output)["params"]
-        return {
+        params = {
             "stem": stem_params,
-            "gate": {"moe": gate},
-            "experts": {"moe": experts},
+            "gate": {LAYER: gate},
+            "experts": {LAYER: experts},
             "head": head,
         }
+        return params, {}
 
-    def run_stem(params: PyTree, x: Array, key: Array | None) -> Array:
-        return dropout(stem_module.apply({"params": params}, x), stem_dropout, key)
+    def run_stem(params: PyTree, batch: PyTree, key: Array | None) -> Array:
+        features = stem_module.apply({"params": params}, batch["x"])
+        return dropout(features, stem_dropout, key)
 
     def run_expert(params: PyTree, x: Array, key: Array | None) -> Array:
         return dropout(expert_module.apply({"params": params}, x), expert_dropout, key)
 
-    return Model(
-        init=init,
+    parts = Parts(
         stem=run_stem,
         expert=run_expert,
         head=lambda params, x: head_module.apply({"params": params}, x),
+    )
+    apply = functools.partial(apply_parts, parts=parts, num_experts=num_experts)
+    return Model(init=init, apply=apply, parts=parts)
+
+
+def build(config: ConfigDict, batch: PyTree, num_outputs: int) -> Model:
+    """The model of a config; equal configs give the same functions.
+
+    Args:
+      config: gives `num_experts` and the group `model`.
+      batch: shapes of a batch with images `x` [B, H, W, F].
+      num_outputs: L.
+
+    Raises:
+      UserError: see `build_model`.
+    """
+    options = config.model
+    return build_model(
+        stem=options.stem,
+        stem_width=options.stem_width,
+        expert=options.expert,
+        expert_width=options.expert_width,
+        feature_width=options.feature_width,
+        stem_dropout=options.stem_dropout,
+        expert_dropout=options.expert_dropout,
+        num_experts=config.num_experts,
+        num_classes=num_outputs,
+        image_shape=batch["x"].shape[1:],
     )

@@ -4,8 +4,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.models.image_moe import pool
-from fedmoe_jax.types import Array, PyTree
+from fedmoe_jax.types import Array, Hyper, PyTree
+
+
+def pool(features: Array) -> Array:
+    """The gate's view of features: [B, ..., D] averaged over positions -> [B, D]."""
+    return features.mean(axis=tuple(range(1, features.ndim - 1)))
 
 
 def gate_logits(gate: PyTree, features: Array) -> Array:
@@ -81,3 +85,23 @@ def z_loss(logits: Array, mask: Array) -> Array:
     """
     masked = jnp.where(mask[None], logits, -jnp.inf)
     return jnp.square(jax.nn.logsumexp(masked, axis=-1)).mean()
+
+
+def calibrate_gate(logits: Array, held: Array, factor: Array, hyper: Hyper) -> Array:
+    """Calibration, load and z losses of gate logits, each with its weight.
+
+    Args:
+      logits: [P, E] float32.
+      held: [E] bool.
+      factor: [] of the calibration loss.
+      hyper: gives the weights, `loss.calibration`, `loss.load` and `loss.z`.
+
+    Returns:
+      [] float32, nats.
+    """
+    weights = hyper.loss
+    return (
+        weights.calibration * factor * calibration_loss(logits, held)
+        + weights.load * load_loss(logits, held)
+        + weights.z * z_loss(logits, held)
+    )

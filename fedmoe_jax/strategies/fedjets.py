@@ -25,8 +25,7 @@ from fedmoe_jax.align.gate_mass import (
     update_mass,
 )
 from fedmoe_jax.align.top_k import top_k
-from fedmoe_jax.base import Strategy, Task
-from fedmoe_jax.models.image_moe import Model
+from fedmoe_jax.base import Model, Strategy, Task
 from fedmoe_jax.options import COUNT, TRACED, Option
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import (
@@ -58,24 +57,25 @@ def train_stem(
 
     Expert and head are thrown away; experts of a run start as in every other system.
     """
-    one = jax.tree.map(lambda leaf: leaf[0], params["experts"]["moe"])
+    (experts,), parts = params["experts"].values(), model.parts
+    one = jax.tree.map(lambda leaf: leaf[0], experts)
     start = {"stem": params["stem"], "expert": one, "head": params["head"]}
     tx = optax.sgd(hyper.client.learning_rate, momentum=MOMENTUM)
 
-    def loss(parts: PyTree, batch: PyTree) -> Array:
-        features = model.stem(parts["stem"], batch["x"], None)
-        outputs = model.expert(parts["expert"], features, None)
-        return task.loss(model.head(parts["head"], outputs), batch).loss.mean()
+    def loss(trained: PyTree, batch: PyTree) -> Array:
+        features = parts.stem(trained["stem"], batch, None)
+        outputs = parts.expert(trained["expert"], features, None)
+        return task.loss(parts.head(trained["head"], outputs), batch).loss.mean()
 
     def step(number: Array, carry: tuple) -> tuple:
-        parts, opt_state = carry
+        trained, opt_state = carry
         drawn = jax.random.fold_in(key, number), (batch_size,), 0
         place = jax.random.randint(*drawn, len(federation.public))
         ids = federation.public[place]
         batch = take_batch(federation.train, ids, federation.statistics, task)
-        grads = jax.grad(loss)(parts, batch)
+        grads = jax.grad(loss)(trained, batch)
         updates, opt_state = tx.update(grads, opt_state)
-        return optax.apply_updates(parts, updates), opt_state
+        return optax.apply_updates(trained, updates), opt_state
 
     start = start, tx.init(start)
     return jax.lax.fori_loop(0, hyper.fedjets.steps, step, start)[0]["stem"]

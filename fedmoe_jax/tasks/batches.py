@@ -1,5 +1,7 @@
 """From rows of a data set to a batch as the model reads it."""
 
+from typing import NamedTuple
+
 import jax
 
 from fedmoe_jax.base import Task
@@ -33,9 +35,29 @@ def take_batch(
     return task.prepare(taken, statistics)
 
 
-def shape_batch(
-    rows: PyTree, statistics: PyTree, task: Task, batch_size: int
-) -> PyTree:
-    """Shapes and dtypes of a batch of `batch_size` rows; nothing is computed."""
-    row = lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype)
-    return jax.eval_shape(task.prepare, jax.tree.map(row, rows), statistics)
+class BatchShapes(NamedTuple):
+    """Shapes and dtypes of batches, hashable.
+
+    Attributes:
+      leaves: of a batch of one row.
+      tree: the structure that they are the leaves of.
+    """
+
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+    tree: jax.tree_util.PyTreeDef
+
+    def of(self, batch_size: int) -> PyTree:
+        """The shapes of a batch of `batch_size` rows."""
+        size = lambda leaf: (batch_size, *leaf.shape[1:])
+        return jax.tree.unflatten(
+            self.tree,
+            [jax.ShapeDtypeStruct(size(leaf), leaf.dtype) for leaf in self.leaves],
+        )
+
+
+def shape_batch(rows: PyTree, statistics: PyTree, task: Task) -> BatchShapes:
+    """The shapes of batches of such rows [X, ...]; nothing is computed."""
+    row = lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+    batch = jax.eval_shape(task.prepare, jax.tree.map(row, rows), statistics)
+    leaves, tree = jax.tree.flatten(batch)
+    return BatchShapes(tuple(leaves), tree)

@@ -90,12 +90,12 @@ def plan_run(config: ConfigDict, mesh: Mesh) -> Plan:
 def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
     """Estimates the memory of runs that advance together, see `memory`."""
     widest = max(plans, key=lambda plan: plan.federation.index.shape[1])
-    key, shape = jax.random.key(0), widest.data.train["x"].shape[1:]
+    key = jax.random.key(0)
     state = jax.eval_shape(lambda k, h: init_state(k, h, program), key, widest.hyper)
     sizes = program.sizes
     evaluated = sizes.num_experts if program.strategy.every_expert else sizes.max_held
     forward = [
-        count_activation_bytes(program.model, shape, count)
+        count_activation_bytes(program.model, program.batch, count)
         for count in (sizes.max_held, evaluated)
     ]
     return memory.estimate_memory(

@@ -64,26 +64,23 @@ def count_bytes(tree: PyTree) -> float:
     )
 
 
-def count_costs(
-    params: PyTree, forward_stem: float, forward_shared: float, forward_expert: float
-) -> Costs:
+def count_costs(params: PyTree, forward: dict[str, float]) -> Costs:
     """The costs of the simulated model.
 
     Args:
       params: `{"stem", "gate", "experts", "head"}`, arrays or their shapes.
-      forward_stem: FLOPs of the stem, forward, one example.
-      forward_shared: FLOPs of stem, gate and head, forward, one example.
-      forward_expert: FLOPs of one expert, forward, one example.
+      forward: FLOPs of the parts, see `flops.count_forward_flops`.
     """
+    shared = sum(flops for part, flops in forward.items() if part != "experts")
     num_experts = jax.tree.leaves(params["experts"])[0].shape[0]
     return Costs(
         stem_bytes=count_bytes(params["stem"]),
         head_bytes=count_bytes(params["head"]),
         gate_bytes=count_bytes(params["gate"]),
         expert_bytes=count_bytes(params["experts"]) / num_experts,
-        stem_flops=float(TRAINING_PASSES * forward_stem),
-        shared_flops=float(TRAINING_PASSES * forward_shared),
-        expert_flops=float(TRAINING_PASSES * forward_expert),
+        stem_flops=float(TRAINING_PASSES * forward.get("stem", 0.0)),
+        shared_flops=float(TRAINING_PASSES * shared),
+        expert_flops=float(TRAINING_PASSES * forward["experts"]),
     )
 
 
