@@ -219,7 +219,8 @@ class Strategy(NamedTuple):
       personal: parts that stay with the clients, of `stem`, `gate`, `experts`, `head`.
       local_experts: the last experts, as many of them stay with the clients, where
         `experts` is personal.
-      frozen: parts that are not trained; every client receives them once.
+      frozen: of `stem` and `head` the parts that are not trained; every client receives
+        them once.
       silent: whether nothing travels between clients and server.
       pooled: whether one client owns all data and takes the steps of a whole cohort.
       variates: whether clients correct their gradients by control variates.

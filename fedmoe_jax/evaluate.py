@@ -84,10 +84,11 @@ def encode_batch(
     rows = federation.test, index, federation.statistics
     batch = take_batch(*rows, program.task, kind, distortion)
     y = jnp.where(position < count, federation.test_stratum[index], -1)
-    features = program.model.parts.stem(state.params["stem"], batch, None)
+    params = federation.frozen | state.params
+    features = program.model.parts.stem(params["stem"], batch, None)
     logits = None
     if not program.strategy.personal:
-        logits = gate_logits(state.params["gate"]["moe"], features)
+        logits = gate_logits(params["gate"]["moe"], features)
     return Images(
         batch=batch,
         features=features,

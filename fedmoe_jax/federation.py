@@ -88,6 +88,8 @@ def make_devices(config: ConfigDict) -> tuple[Devices, tuple[str, ...]]:
 def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Federation:
     """Everything a round reads, still on the host; `replicate` puts it on devices.
 
+    What is frozen comes with the state, see `state.init_state`.
+
     Where a strategy pools the data, one client owns all of it, on a device without
     limits; `label_mix` is still of those who own it otherwise.
 
@@ -113,5 +115,6 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
         test_stratum=data.test_stratum,
         statistics=find_task(data.task).statistics(data),
         devices=devices,
+        frozen={},
         drift_source=drift_source,
     )

@@ -193,7 +193,7 @@ def local_loss(
     """The objective of one local step: the task's loss and the losses of the gates.
 
     Args:
-      submodel: params of one client.
+      submodel: params of one client, without the parts that are frozen.
       frozen: see `Federation.frozen`.
       batch: of the task, leaves [B, ...].
       inputs: the client's inputs.
@@ -205,7 +205,8 @@ def local_loss(
       loss [], and the feedback of the batch.
     """
     route, slots = make_route(inputs, hyper, program), (inputs.held, inputs.slot)
-    outputs, routing = program.model.apply(submodel, frozen, batch, *slots, route, key)
+    params = submodel | {part: frozen[part] for part in program.strategy.frozen}
+    outputs, routing = program.model.apply(params, frozen, batch, *slots, route, key)
     scores = flatten_positions(program.task.loss(outputs, batch))
     loss = mean_loss(scores) + sum_gate_losses(routing, inputs, hyper, program)
     report = make_report(routing, batch, hyper, program)

@@ -67,7 +67,7 @@ def account(
     )
     ways = find_ways(program.strategy)
     up, down = client_bytes(program.costs, traffic, ways)
-    flops = client_flops(program.costs, traffic, ways, conditions.examples)
+    flops = client_flops(program.costs, traffic, conditions.examples)
     parameters = client_parameters(program.costs, traffic, ways)
     down, flops, up = outcome.spent.T * jnp.stack([down, flops, up])
     wasted = jnp.where(outcome.arrived, 0.0, 1.0)

@@ -209,6 +209,21 @@ def count_report(
     return len(routing.gates) * each
 
 
+def take_frozen(
+    params: PyTree, frozen: PyTree, strategy: Strategy
+) -> tuple[PyTree, PyTree]:
+    """Params without the parts that the strategy freezes, and all that is frozen.
+
+    Args:
+      params: of the model, with all parts.
+      frozen: what the model itself keeps fixed.
+      strategy: names the parts that it freezes.
+    """
+    own = {part: params[part] for part in strategy.frozen}
+    trained = {part: tree for part, tree in params.items() if part not in own}
+    return trained, frozen | own
+
+
 def check_layers(config: ConfigDict, strategy: Strategy, num_layers: int) -> None:
     """Raises UserError where a strategy for one MoE layer meets a model with more."""
     if strategy.one_layer and num_layers > 1:
@@ -237,7 +252,7 @@ def build_program(
     strategy = resolve(find_strategy(config.strategy), used)
     batch = shape_batch(data.train, federation.statistics, task)
     model = MODELS[used.model.kind](used, batch.of(1), task.num_outputs(data))
-    params, _ = shape_params(model)
+    params, frozen = shape_params(model)
     sizes = make_sizes(
         used,
         num_layers=len(params["gate"]),
@@ -247,7 +262,8 @@ def build_program(
     )
     check_layers(config, strategy, sizes.num_layers)
     scores, routing = trace_model(model, task, batch, sizes)
-    costs = count_costs(params, count_forward_flops(model, batch))
+    trained, frozen = take_frozen(params, frozen, strategy)
+    costs = count_costs(trained, frozen, count_forward_flops(model, batch))
     rows = batch.of(sizes.batch_size)
     return Program(
         task=task,

@@ -10,8 +10,8 @@ from fedmoe_jax.align.fitness import init_fitness
 from fedmoe_jax.align.layers import ALIGN
 from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import server_optimizer
-from fedmoe_jax.program import Program
-from fedmoe_jax.types import AlignState, Array, Federation, Hyper, SimState
+from fedmoe_jax.program import Program, take_frozen
+from fedmoe_jax.types import AlignState, Array, Federation, Hyper, PyTree, SimState
 from fedmoe_jax.world.participation import init_participation
 from fedmoe_jax.world.step import init_world
 
@@ -38,8 +38,8 @@ def init_align(key: Array, hyper: Hyper, program: Program) -> AlignState:
     return map_layers(init_layer, sizes.num_layers, 0, ALIGN)(keys)
 
 
-def init_state(key: Array, hyper: Hyper, program: Program) -> SimState:
-    """The state before the first round.
+def init_state(key: Array, hyper: Hyper, program: Program) -> tuple[SimState, PyTree]:
+    """The state before the first round, and what is frozen.
 
     Args:
       key: the seed's key, consumed.
@@ -48,11 +48,11 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> SimState:
     """
     sizes, strategy, static = program.sizes, program.strategy, program.static
     params_key, fitness_key, run_key = jax.random.split(key, 3)
-    params, _ = program.model.init(params_key)
+    params, frozen = take_frozen(*program.model.init(params_key), strategy)
     zeros = lambda leaf: jnp.zeros((sizes.num_clients, *leaf.shape), leaf.dtype)
     copies = lambda leaf: jnp.tile(leaf[None], (sizes.num_clients,) + (1,) * leaf.ndim)
     tx = server_optimizer(static.server.optimizer, hyper.server.learning_rate)
-    return SimState(
+    state = SimState(
         round=jnp.zeros((), jnp.int32),
         key=run_key,
         params=params,
@@ -67,12 +67,13 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> SimState:
         stale=zero_sums(params) if static.late.kind == "stale" else {},
         participation=init_participation(sizes),
     )
+    return state, frozen
 
 
 def run_stage(
     state: SimState, federation: Federation, hyper: Hyper, program: Program, number: int
-) -> SimState:
-    """The state after the strategy's stage of that number, see `Strategy.stages`."""
+) -> tuple[SimState, PyTree]:
+    """State and `frozen` after the strategy's stage of that number, see `Strategy`."""
     when, act = program.strategy.stages[number]
     key = jax.random.fold_in(state.key, BEFORE_ROUNDS)
     key = jax.random.fold_in(key, when) if when else key
@@ -82,9 +83,11 @@ def run_stage(
 
 def prepare_state(
     state: SimState, federation: Federation, hyper: Hyper, program: Program
-) -> SimState:
-    """The state after the stages of round 0."""
+) -> tuple[SimState, PyTree]:
+    """State and `frozen` after the stages of round 0."""
+    frozen = federation.frozen
     for number, (when, _) in enumerate(program.strategy.stages):
         if when == 0:
-            state = run_stage(state, federation, hyper, program, number)
-    return state
+            federation = federation.replace(frozen=frozen)
+            state, frozen = run_stage(state, federation, hyper, program, number)
+    return state, frozen

@@ -163,6 +163,8 @@ class Federation:
       test_stratum: [X'] int32 in [0, L).
       statistics: of the training examples, as the task's `prepare` reads them.
       devices: the clients' devices, before anything varies over time.
+      frozen: the parts of the model that nothing trains, by name like params, and what
+        the model itself keeps fixed; {} for most.
       drift_source: [N] int32, a permutation: towards whose data each client drifts,
         itself if it does not; see `world.drift`.
     """
@@ -177,11 +179,15 @@ class Federation:
     test_stratum: Array
     statistics: PyTree
     devices: Devices
+    frozen: PyTree
     drift_source: Array
 
 
 # Fields of the federation that every run of a sweep has for itself; it shares the rest.
-PER_RUN = ("index", "size", "steps", "label_mix", "public", "devices", "drift_source")
+PER_RUN = (
+    *("index", "size", "steps", "label_mix", "public", "devices", "frozen"),
+    "drift_source",
+)
 
 
 @struct.dataclass
@@ -215,8 +221,8 @@ class SimState:
     Attributes:
       round: [] int32, rounds done so far.
       key: [] the run's key; it never changes, uses fold the round into it.
-      params: `{"stem", "gate", "experts", "head"}`; every leaf under `gate` and
-        `experts` has a leading E axis.
+      params: `{"stem", "gate", "experts", "head"}`, see `base.Model`, without the parts
+        that are frozen.
       server_opt: state of the server's optax transformation.
       align: the alignment state.
       personal: the parts of the model that stay with the clients, by name like

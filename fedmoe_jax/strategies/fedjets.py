@@ -46,6 +46,7 @@ MOMENTUM = 0.9
 
 def train_stem(
     key: Array,
+    stem: PyTree,
     params: PyTree,
     federation: Federation,
     hyper: Hyper,
@@ -59,7 +60,7 @@ def train_stem(
     """
     (experts,), parts = params["experts"].values(), model.parts
     one = jax.tree.map(lambda leaf: leaf[0], experts)
-    start = {"stem": params["stem"], "expert": one, "head": params["head"]}
+    start = {"stem": stem, "expert": one, "head": params["head"]}
     tx = optax.sgd(hyper.client.learning_rate, momentum=MOMENTUM)
 
     def loss(trained: PyTree, batch: PyTree) -> Array:
@@ -108,11 +109,13 @@ def prepare(
     model: Model,
     task: Task,
     sizes: Sizes,
-) -> SimState:
+) -> tuple[SimState, PyTree]:
     """Trains the stem on the public slice."""
-    static = model, task, sizes.batch_size
-    stem = train_stem(key, state.params, federation, hyper, *static)
-    return state.replace(params=state.params | {"stem": stem})
+    frozen, static = federation.frozen, (model, task, sizes.batch_size)
+    trained = train_stem(
+        *(key, frozen["stem"], state.params, federation, hyper, *static)
+    )
+    return state, frozen | {"stem": trained}
 
 
 def prepare_anchors(
@@ -124,13 +127,13 @@ def prepare_anchors(
     model: Model,
     task: Task,
     sizes: Sizes,
-) -> SimState:
+) -> tuple[SimState, PyTree]:
     """Trains the stem and chooses the anchors."""
-    state = prepare(state, federation, hyper, key, model=model, task=task, sizes=sizes)
+    static = dict(model=model, task=task, sizes=sizes)
+    state, frozen = prepare(state, federation, hyper, key, **static)
     anchor = choose_anchors(federation.label_mix, sizes.num_experts)
     own = state.align.strategy | {"anchor": anchor[None]}
-    align = state.align.replace(strategy=own)
-    return state.replace(align=align)
+    return state.replace(align=state.align.replace(strategy=own)), frozen
 
 
 def init(sizes: Sizes) -> PyTree:

@@ -1,9 +1,10 @@
 """Checkpoints: the `SimState` on disk, checked bit for bit when it is read back.
 
-A folder holds one subfolder per saved round, `40/` say. Orbax writes it in the
-background under a temporary name and renames it when it is complete, so a killed save
-never looks like a step. Orbax does not notice flipped bits; therefore each step also
-stores the sha256 of every leaf.
+A folder holds one subfolder per saved round, `40/` say, and `frozen/` with the parts of
+the model that a run has frozen itself, saved once in the same way. Orbax writes a
+subfolder in the background under a temporary name and renames it when it is complete,
+so a killed save never looks like a step. Orbax does not notice flipped bits; therefore
+each step also stores the sha256 of every leaf.
 
 A step that cannot be read or does not match its sha256 is passed over for the one
 before it. Once an older step proves intact, the damaged ones are renamed, `40.damaged`:
@@ -26,7 +27,7 @@ from jax.experimental import multihost_utils
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import flatten, plain
-from fedmoe_jax.types import Array, PyTree, SimState
+from fedmoe_jax.types import Array, PyTree
 
 # name of the leaf -> [dtype and shape, sha256 of the values]
 Leaves = dict[str, list[str]]
@@ -48,7 +49,12 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
 
-def save(store: ocp.CheckpointManager, step: int, state: SimState) -> None:
+def has_steps(folder: Path) -> bool:
+    """Whether a folder holds saved rounds, intact or damaged."""
+    return any(path.name.split(".")[0].isdigit() for path in folder.glob("*"))
+
+
+def save(store: ocp.CheckpointManager, step: int, state: PyTree) -> None:
     """Starts saving `state` as round `step`; the state may be donated right after.
 
     Waits for the save before, if that is still under way. Every process calls it;
@@ -69,8 +75,8 @@ def save(store: ocp.CheckpointManager, step: int, state: SimState) -> None:
 
 
 def restore_latest(
-    store: ocp.CheckpointManager, like: SimState
-) -> tuple[SimState, int] | None:
+    store: ocp.CheckpointManager, like: PyTree
+) -> tuple[PyTree, int] | None:
     """The newest intact state and its round; None where nothing was ever saved.
 
     Args:
@@ -105,7 +111,7 @@ def restore_latest(
     return None
 
 
-def _read(store: ocp.CheckpointManager, step: int, like: SimState) -> SimState:
+def _read(store: ocp.CheckpointManager, step: int, like: PyTree) -> PyTree:
     """One step. Raises UserError if it does not fit, anything else if it is damaged."""
     meta = store.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
     leaves = meta.meta["leaves"]
@@ -134,7 +140,7 @@ def _set_aside(store: ocp.CheckpointManager, damaged: dict, step: int) -> None:
     store.reload()
 
 
-def _check_fit(leaves: Leaves, like: SimState, where: str) -> None:
+def _check_fit(leaves: Leaves, like: PyTree, where: str) -> None:
     saved = {name: spec for name, (spec, _) in leaves.items()}
     given = {name: _spec(leaf) for name, leaf in _named(like)}
     wrong = _differences(saved, given)

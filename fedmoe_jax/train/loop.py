@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.writers import ACCURACIES, Row, open_metrics, open_progress
@@ -33,6 +34,7 @@ class Job(NamedTuple):
       folders: where each run's rows go.
       state: the state before the first round, on the devices.
       inputs: the federation and the hyperparameters, on the devices.
+      frozen: the parts in `federation.frozen` that the runs froze themselves.
       run_rounds: jitted (state, *inputs) -> (state, metrics), R rounds.
       evaluate: jitted (state, federation) -> accuracies.
       split: takes metrics on the host apart, one dict for each run.
@@ -42,6 +44,7 @@ class Job(NamedTuple):
     folders: list[Path]
     state: SimState
     inputs: tuple[PyTree, PyTree]
+    frozen: tuple[str, ...]
     run_rounds: Callable
     evaluate: Callable
     split: Callable[[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]
@@ -179,6 +182,35 @@ def drive(
                 spent = save(store, done, state, len(job.names))
             if last:
                 return state, done, spent
+
+
+def settle_frozen(job: Job, checkpoints: Path) -> Job:
+    """The job with the parts that its runs froze when they were started.
+
+    They are no part of the state, so they are saved once, beside the checkpoints; a
+    resumed run must not depend on training them again to the last bit.
+
+    Raises:
+      UserError: there are checkpoints, and no intact frozen parts.
+    """
+    if not job.frozen:
+        return job
+    federation, hyper = job.inputs
+    own = {part: federation.frozen[part] for part in job.frozen}
+    folder, has_steps = checkpoints / "frozen", checkpoint.has_steps
+    begun, kept = multihost.on_leader(lambda: [*map(has_steps, (checkpoints, folder))])
+    if begun and not kept:
+        raise UserError(
+            f"{folder} is missing, which the checkpoints beside it need; remove "
+            f"{checkpoints} to start again from round 0"
+        )
+    with checkpoint.open_checkpoints(folder, keep=1) as store:
+        if kept:
+            own, _ = multihost.run_on_all(checkpoint.restore_latest, store, own)
+        else:
+            checkpoint.save(store, 0, own)
+    federation = federation.replace(frozen=federation.frozen | own)
+    return job._replace(inputs=(federation, hyper))
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def estimate_memory(
 
     Args:
       state: the state of one run, or its shapes.
-      federation: of one run, arrays on the host or their shapes.
+      federation: of one run, arrays on the host or their shapes, with what is frozen.
       program: the static parts; its mesh says how many devices a run has.
       training_bytes: activations of one example through K experts, both ways.
       evaluation_bytes: activations of one image, forward, as evaluation runs it.
@@ -39,11 +39,7 @@ def estimate_memory(
     """
     sizes, devices = program.sizes, program.mesh.size
     per_run = program.mesh.shape[CLIENTS]
-    submodel = (
-        program.costs.shared_bytes
-        + program.costs.gate_bytes
-        + sizes.max_held * program.costs.expert_bytes
-    )
+    submodel = program.costs.shared_bytes + sizes.max_held * program.costs.expert_bytes
     chunk = chunk_size(sizes.cohort_size, per_run, program.static.run.client_chunk)
     training = chunk * (CLIENT_COPIES * submodel + sizes.batch_size * training_bytes)
     # Rows of the cohort's clients as they are sent out and as they come back.

@@ -26,7 +26,7 @@ from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.state import init_state, prepare_state
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train import memory
-from fedmoe_jax.train.loop import Job, compile_once, drive
+from fedmoe_jax.train.loop import Job, compile_once, drive, settle_frozen
 from fedmoe_jax.train.workdir import claim_run, is_finished
 from fedmoe_jax.train.writers import Row, read_metrics
 from fedmoe_jax.types import AlignState, Federation, Hyper, Partition
@@ -91,7 +91,9 @@ def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
     """Estimates the memory of runs that advance together, see `memory`."""
     widest = max(plans, key=lambda plan: plan.federation.index.shape[1])
     key = jax.random.key(0)
-    state = jax.eval_shape(lambda k, h: init_state(k, h, program), key, widest.hyper)
+    state, frozen = jax.eval_shape(
+        lambda k, h: init_state(k, h, program), key, widest.hyper
+    )
     sizes = program.sizes
     evaluated = sizes.num_experts if program.strategy.every_expert else sizes.max_held
     forward = [
@@ -100,7 +102,7 @@ def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
     ]
     return memory.estimate_memory(
         state,
-        widest.federation,
+        widest.federation.replace(frozen=frozen),
         program,
         training_bytes=2 * forward[0],
         evaluation_bytes=forward[1],
@@ -132,14 +134,17 @@ def build_job(plan: Plan, workdir: Path, label: str) -> Job:
     """Puts one run on the devices, ready for the driver."""
     program, mesh = plan.program, plan.program.mesh
     hyper = replicate(plan.hyper, mesh)
-    state = init_state_compiled(jax.random.key(plan.config.seed), hyper, program)
-    federation = replicate(plan.federation, mesh)
-    state = prepare_compiled(replicate(state, mesh), federation, hyper, program)
+    key = jax.random.key(plan.config.seed)
+    state, frozen = replicate(init_state_compiled(key, hyper, program), mesh)
+    federation = replicate(plan.federation, mesh).replace(frozen=frozen)
+    state, frozen = prepare_compiled(state, federation, hyper, program)
+    federation = federation.replace(frozen=frozen)
     return Job(
         names=[label],
         folders=[workdir],
         state=state,
         inputs=(federation, hyper),
+        frozen=program.strategy.frozen,
         run_rounds=build_run_rounds(program),
         evaluate=build_evaluate(program),
         split=lambda metrics: [metrics],
@@ -212,6 +217,7 @@ def run_job(
       profile: see `drive`.
     """
     config = plans[0].config
+    job = settle_frozen(job, checkpoints)
     state, done, spent = drive(config, job, checkpoints, stop=stop, profile=profile)
     if done < config.num_rounds:
         return False

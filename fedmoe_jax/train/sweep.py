@@ -222,11 +222,14 @@ def build_wave_job(wave: Wave, folders: list[Path]) -> Job:
     seeds = np.array([plan.config.seed for plan in wave.plans])
     init, run_rounds, evaluate = build_programs(program)
     federation = stack_federations([p.federation for p in wave.plans], mesh)
+    state, frozen = init(place(seeds, mesh, P(RUNS)), federation, hypers)
+    federation = federation.replace(frozen=frozen)
     return Job(
         names=wave.names,
         folders=folders,
-        state=init(place(seeds, mesh, P(RUNS)), federation, hypers),
+        state=state,
         inputs=(federation, hypers),
+        frozen=program.strategy.frozen,
         run_rounds=run_rounds,
         evaluate=evaluate,
         split=split_runs,
@@ -271,8 +274,11 @@ def build_programs(program: Program) -> tuple[Callable, Callable, Callable]:
     evaluate_share = build_evaluate_share(program)
     runs, mesh = P(RUNS), program.mesh
 
-    def init_run(seed: Array, federation: Federation, hyper: Hyper) -> SimState:
-        state = init_state(jax.random.key(seed), hyper, program)
+    def init_run(
+        seed: Array, federation: Federation, hyper: Hyper
+    ) -> tuple[SimState, PyTree]:
+        state, frozen = init_state(jax.random.key(seed), hyper, program)
+        federation = federation.replace(frozen=frozen)
         return prepare_state(state, federation, hyper, program)
 
     return (

@@ -31,27 +31,31 @@ class Costs(NamedTuple):
     """The costs of a model's parts, as Python floats: integers overflow int32 in JAX.
 
     Attributes:
-      stem_bytes: the stem.
-      head_bytes: the head.
-      gate_bytes: all E rows of the gate.
-      expert_bytes: one expert.
-      stem_flops: the stem, forward and backward of one example.
-      shared_flops: stem, gate and head, forward and backward of one example.
-      expert_flops: one expert, forward and backward of one example.
+      stem_bytes: the stem, where it is trained.
+      head_bytes: the head, where it is trained.
+      gate_bytes: all E rows of the gates of all MoE layers.
+      expert_bytes: one expert in every MoE layer.
+      frozen_bytes: what is not trained.
+      shared_flops: all but the experts, forward and backward of one example.
+      expert_flops: one expert in every MoE layer, likewise.
+      frozen_flops: the share of `shared_flops` of parts that have no backward pass
+        where they are frozen.
     """
 
     stem_bytes: float
     head_bytes: float
     gate_bytes: float
     expert_bytes: float
-    stem_flops: float
+    frozen_bytes: float
     shared_flops: float
     expert_flops: float
+    frozen_flops: float
 
     @property
     def shared_bytes(self) -> float:
-        """Stem and head."""
-        return self.stem_bytes + self.head_bytes
+        """All but the experts, as a client holds it."""
+        trained = self.stem_bytes + self.gate_bytes + self.head_bytes
+        return trained + self.frozen_bytes
 
 
 def count_bytes(tree: PyTree) -> float:
@@ -64,23 +68,28 @@ def count_bytes(tree: PyTree) -> float:
     )
 
 
-def count_costs(params: PyTree, forward: dict[str, float]) -> Costs:
+def count_costs(params: PyTree, frozen: PyTree, forward: dict[str, float]) -> Costs:
     """The costs of the simulated model.
 
     Args:
-      params: `{"stem", "gate", "experts", "head"}`, arrays or their shapes.
-      forward: FLOPs of the parts, see `flops.count_forward_flops`.
+      params: the parts that are trained, see `base.Model`, arrays or their shapes.
+      frozen: what is not, see `Federation.frozen`.
+      forward: FLOPs of the parts, see `flops.count_forward_flops`. A part that is
+        frozen has no backward pass; what a model itself keeps fixed is counted with
+        one.
     """
-    shared = sum(flops for part, flops in forward.items() if part != "experts")
     num_experts = jax.tree.leaves(params["experts"])[0].shape[0]
+    shared = {part: flops for part, flops in forward.items() if part != "experts"}
+    idle = sum(flops for part, flops in shared.items() if part in frozen)
     return Costs(
-        stem_bytes=count_bytes(params["stem"]),
-        head_bytes=count_bytes(params["head"]),
+        stem_bytes=count_bytes(params.get("stem", {})),
+        head_bytes=count_bytes(params.get("head", {})),
         gate_bytes=count_bytes(params["gate"]),
         expert_bytes=count_bytes(params["experts"]) / num_experts,
-        stem_flops=float(TRAINING_PASSES * forward.get("stem", 0.0)),
-        shared_flops=float(TRAINING_PASSES * shared),
+        frozen_bytes=count_bytes(frozen),
+        shared_flops=float(TRAINING_PASSES * sum(shared.values())),
         expert_flops=float(TRAINING_PASSES * forward["experts"]),
+        frozen_flops=float(TRAINING_PASSES * idle),
     )
 
 
@@ -117,12 +126,10 @@ class Ways(NamedTuple):
 
     Attributes:
       personal: parts that never do, but for experts, which `Traffic` counts.
-      frozen: parts that are sent once.
       copies: 2 where control variates travel beside the model, else 1.
     """
 
     personal: tuple[str, ...]
-    frozen: tuple[str, ...]
     copies: int
 
 
@@ -146,13 +153,11 @@ def client_bytes(costs: Costs, traffic: Traffic, ways: Ways) -> tuple[Array, Arr
         "gate": costs.gate_bytes,
         "head": costs.head_bytes,
     }
-    stay = ways.personal + ways.frozen
-    always = sum(size for part, size in parts.items() if part not in stay)
-    once = sum(parts[part] for part in ways.frozen)
+    always = sum(size for part, size in parts.items() if part not in ways.personal)
     up = ways.copies * (always + costs.expert_bytes * traffic.sent)
     up += NUMBER_BYTES * traffic.reported + costs.gate_bytes * traffic.shown
     down = ways.copies * (always + costs.expert_bytes * traffic.received)
-    return up, down + once * traffic.new
+    return up, down + costs.frozen_bytes * traffic.new
 
 
 def client_parameters(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
@@ -163,11 +168,11 @@ def client_parameters(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
       traffic: experts held.
       ways: where control variates travel, a client has its own and their mean.
     """
-    held = costs.shared_bytes + costs.gate_bytes + costs.expert_bytes * traffic.held
+    held = costs.shared_bytes + costs.expert_bytes * traffic.held
     return (1 + 2 * (ways.copies - 1)) * held / NUMBER_BYTES
 
 
-def client_flops(costs: Costs, traffic: Traffic, ways: Ways, examples: Array) -> Array:
+def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     """FLOPs of each client's local training.
 
     Every expert is counted for every example. That is what training without sparse
@@ -176,7 +181,6 @@ def client_flops(costs: Costs, traffic: Traffic, ways: Ways, examples: Array) ->
     Args:
       costs: of the model that is trained.
       traffic: experts held, all forward, and trained, those backward.
-      ways: a frozen stem has no backward pass.
       examples: [] or [C] float32, examples each client trains, repeats included.
 
     Returns:
@@ -187,26 +191,22 @@ def client_flops(costs: Costs, traffic: Traffic, ways: Ways, examples: Array) ->
     per_example = costs.shared_flops + costs.expert_flops * (
         traffic.held - backward * untrained
     )
-    if "stem" in ways.frozen:
-        per_example -= backward * costs.stem_flops
-    return per_example * examples
+    return (per_example - backward * costs.frozen_flops) * examples
 
 
 def client_memory(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
     """Bytes that training takes on each client: [C] float32.
 
-    What only runs forward, a frozen stem say, needs its parameters alone.
+    What only runs forward needs its parameters alone.
 
     Args:
       costs: scaled, what the devices feel.
       traffic: experts held and trained.
       ways: where control variates travel, a client has its own and their mean.
     """
-    shared = costs.shared_bytes + costs.gate_bytes
-    all_parts = shared + costs.expert_bytes * traffic.held
+    all_parts = costs.shared_bytes + costs.expert_bytes * traffic.held
     untrained = costs.expert_bytes * (traffic.held - traffic.trained)
-    if "stem" in ways.frozen:
-        untrained += costs.stem_bytes
+    untrained += costs.frozen_bytes
     variates = 2 * (ways.copies - 1) * all_parts
     return TRAINING_COPIES * (all_parts - untrained) + untrained + variates
 
@@ -234,7 +234,7 @@ def client_seconds(
     """
     chex.assert_equal_shape([devices.flops, traffic.held])
     up, down = client_bytes(costs, traffic, ways)
-    training = client_flops(costs, traffic, ways, examples) / devices.flops
+    training = client_flops(costs, traffic, examples) / devices.flops
     travel = lambda count, rate: jnp.where(
         count > 0, count / rate + devices.latency, 0.0
     )

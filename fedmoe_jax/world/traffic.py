@@ -13,7 +13,6 @@ def find_ways(strategy: Strategy) -> Ways:
     """How the parts of a run's model travel."""
     return Ways(
         personal=PARTS if strategy.silent else strategy.personal,
-        frozen=strategy.frozen,
         copies=2 if strategy.variates else 1,
     )
 
