@@ -1,19 +1,21 @@
-"""Global, personal and per-expert accuracy from one pass over the test images.
+"""Global, personal and per-expert scores from one pass over the test examples.
 
-Test images are dealt over the devices and walked in batches. From the gate logits
-[B, E] and the experts' own class logits [B, E, L], each question is one more mixture
-(see `questions`):
+Test examples are dealt over the devices and walked in batches; scores are summed by
+stratum, so that each client is scored on its own mix of strata:
 
 * global: top-A of all E experts; also softly over all E.
-* personal: each client's held experts, the test set weighted to its own label mix.
+* personal: each client's held experts, the test set weighted to its own mix.
 * expert: one expert alone.
 
-The soft and the expert question need every expert of every image. Without them only
-the pairs of image and expert that some gate chooses are computed (see `dispatch`).
+A model with parts computes each expert's own outputs once, and each question is one
+more mixture of them (see `scoring`). The soft and the expert question need every expert
+of every example. Without them only the pairs of example and expert that some gate
+chooses are computed (see `dispatch`). A model without parts is run once for each
+distinct held set, and is not asked softly or for single experts (see `held_sets`).
 
 Where the gate or more is personal the server has none: global then means the average,
-over the clients that have taken part, of the accuracy with the client's own gate over
-all E experts.
+over the clients that have taken part, of the score with the client's own gate over all
+E experts.
 """
 
 import functools
@@ -23,20 +25,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.models.dispatch import dispatch
-from fedmoe_jax.models.image_moe import apply_experts
-from fedmoe_jax.models.routing import gate_logits
+from fedmoe_jax.held_sets import HeldSets, find_sets, score_model
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS, spread
 from fedmoe_jax.scoring import (
-    Images,
-    answer_experts,
-    answer_personal,
-    find_needed,
-    own_logits,
-    score_clients,
-    score_experts,
-    score_routed,
+    Examples,
+    join_frozen,
+    score_parts,
+    sum_strata,
     view_clients,
 )
 from fedmoe_jax.tasks.batches import take_batch
@@ -46,55 +42,43 @@ from fedmoe_jax.world.step import drifted_federation
 TEST_BATCH = 500
 
 
-def divide_images(count: int, most: int, num_devices: int) -> tuple[int, int]:
-    """Batches of each device and images in each; arguments as in `schedule_images`."""
+def divide_examples(count: int, most: int, num_devices: int) -> tuple[int, int]:
+    """Batches of each device, examples in each; arguments as in `schedule_examples`."""
     batches = -(-count // (num_devices * most))
     return batches, -(-count // (num_devices * batches))
 
 
-def schedule_images(count: int, most: int, device: Array, num_devices: int) -> Array:
+def schedule_examples(count: int, most: int, device: Array, num_devices: int) -> Array:
     """Positions in the test set of one device's batches, equally many on each.
 
     Args:
-      count: X', images of the test set.
+      count: X', examples of the test set.
       most: the largest batch allowed.
       device: [] int32, this device among `num_devices`.
       num_devices: devices that share the test set.
 
     Returns:
-      [G, B] int32; positions from X' on are padding.
+      [batches, B] int32; positions from X' on are padding.
     """
-    batches, size = divide_images(count, most, num_devices)
+    batches, size = divide_examples(count, most, num_devices)
     share = jnp.arange(batches * size).reshape(batches, size)
     return device * batches * size + share
 
 
-def encode_batch(
-    state: SimState,
-    federation: Federation,
-    position: Array,
-    distortion: Array | None,
-    *,
-    program: Program,
-) -> Images:
-    """Takes the images at `position` [B] and runs the stem and the server's gate."""
+def read_examples(
+    federation: Federation, position: Array, amount: Array | None, program: Program
+) -> Examples:
+    """The test examples at `position` [B], drifted by `amount` [] where it is given."""
     count = federation.test_stratum.shape[0]
     index = jnp.minimum(position, count - 1)
-    kind = "" if distortion is None else program.world.images
+    drift = "" if amount is None else program.world.images
     rows = federation.test, index, federation.statistics
-    batch = take_batch(*rows, program.task, kind, distortion)
-    y = jnp.where(position < count, federation.test_stratum[index], -1)
-    params = federation.frozen | state.params
-    features = program.model.parts.stem(params["stem"], batch, None)
-    logits = None
-    if not program.strategy.personal:
-        logits = gate_logits(params["gate"]["moe"], features)
-    return Images(
-        batch=batch,
-        features=features,
-        logits=logits,
-        y=y,
-        label=jax.nn.one_hot(y, federation.label_mix.shape[1]),
+    real = position < count
+    stratum = jnp.where(real, federation.test_stratum[index], -1)
+    return Examples(
+        batch=take_batch(*rows, program.task, drift, amount),
+        stratum=jax.nn.one_hot(stratum, federation.label_mix.shape[1]),
+        real=real,
     )
 
 
@@ -110,74 +94,71 @@ def average_clients(counts: dict[str, Array], took_part: Array) -> dict[str, Arr
 def count_batch(
     state: SimState,
     federation: Federation,
+    sets: HeldSets | None,
     position: Array,
     *,
     program: Program,
 ) -> dict[str, Array]:
-    """The counts of `count_images`; where images drift, each client's of what it sees.
+    """The scores of `count_examples`; where data drift, each client's of what it sees.
 
-    Then there is also `drifted` [L], what the global model gets right of images that
-    have drifted.
+    Then there is also `drifted` [L], those of the global model on examples that have
+    drifted.
     """
-    counts = count_images(state, federation, position, None, program=program)
+    count = functools.partial(count_examples, state, federation, sets, position)
+    counts = count(None, program=program)
     if not program.world.images:
         return counts
-    amount = state.world["distorted"]
-    drifted = count_images(state, federation, position, amount, program=program)
+    drifted = count(state.world["distorted"], program=program)
     drifts = federation.drift_source != jnp.arange(federation.drift_source.shape[0])
     personal = jnp.where(drifts[:, None], drifted["personal"], counts["personal"])
     return counts | {"personal": personal, "drifted": drifted["global"]}
 
 
-def count_images(
+def count_examples(
     state: SimState,
     federation: Federation,
+    sets: HeldSets | None,
     position: Array,
-    distortion: Array | None,
+    amount: Array | None,
     *,
     program: Program,
 ) -> dict[str, Array]:
-    """Correct predictions of one batch by label, for every question asked.
+    """Scores of one batch by stratum, for every question asked.
 
     Args:
       state: the simulation.
       federation: holds the test set.
-      position: [B] int32 positions in the test set, see `schedule_images`.
-      distortion: [] float32, how far the images have drifted; None for not.
+      sets: the distinct held sets; None for a model with parts.
+      position: [B] int32 positions in the test set, see `schedule_examples`.
+      amount: [] float32, how far the examples have drifted; None for not.
       program: the model; its strategy says which parts are personal, whether all
         experts are computed, for `soft` and `expert` too, and how they are mixed.
 
     Returns:
-      `total` [L] images; `global`, `soft` [L], `expert` [E, L], `personal` [N, L]
-      correct predictions; `routed` [E, L] gate mass. Without `every_expert`, `personal`
-      holds only for labels that the client has.
+      `total` [L] weights; `global`, `soft` [L], `expert` [E, L], `personal` [N, L]
+      scores times weights; `routed` [G, E, L] gate mass. Without `every_expert`,
+      `personal` holds only for strata that the client has. Models without parts have no
+      `soft` and no `expert`.
     """
-    model, strategy, sizes = program.model, program.strategy, program.sizes
-    personal, every_expert = strategy.personal, strategy.every_expert
-    images = encode_batch(state, federation, position, distortion, program=program)
-    clients, active = view_clients(state, federation), sizes.num_active
-    active = strategy.test_active or active
-    if set(personal) - {"gate"}:
-        answer = lambda client: answer_personal(client, images, state.params, program)
+    examples = read_examples(federation, position, amount, program)
+    params = join_frozen(state, federation, program)
+    clients = view_clients(state, federation)
+    if program.model.parts:
+        counts = score_parts(params, clients, examples, program)
     else:
-        if every_expert:
-            experts = state.params["experts"]["moe"]
-            outputs = apply_experts(model.parts, experts, images.features, None)
-            answers = answer_experts(state.params["head"], outputs, program)
-        else:
-            need = find_needed(images, clients, active)
-            experts, head = state.params["experts"]["moe"], state.params["head"]
-            answers = dispatch(model.parts, experts, head, images.features, need)
-            if strategy.mix == "probabilities":
-                answers = jax.nn.softmax(answers)
-        answer = lambda client: (own_logits(client, images), answers)
-    counts = score_clients(clients, answer, images, active, every_expert)
-    if personal:
+        own = params, federation.frozen
+        counts = score_model(*own, clients, sets, examples, program)
+    if program.strategy.personal:
         counts = average_clients(counts, find_participants(state))
-    else:
-        counts |= score_routed(images.logits, answers, images, active, every_expert)
-        counts |= score_experts(answers, images) if every_expert else {}
-    return counts | {"total": images.label.sum(0)}
+    return counts | {"total": count_weights(examples, program)}
+
+
+def count_weights(examples: Examples, program: Program) -> Array:
+    """Weights of all positions in each stratum, summed: [L]. Outputs play no part."""
+    shape = lambda leaf: (len(examples.real), *leaf.shape[1:])
+    blank = jax.tree.map(lambda x: jnp.zeros(shape(x), x.dtype), program.outputs)
+    scores = program.task.loss(blank, examples.batch)
+    return sum_strata(jnp.ones_like(scores.score), scores, examples.stratum)
 
 
 def find_participants(state: SimState) -> Array:
@@ -222,7 +203,7 @@ def summarise_counts(
         / jnp.maximum(took_part.sum(), 1),
         "worst_decile_accuracy": worst_decile(client_accuracy, took_part),
         "client_accuracy": client_accuracy,
-        "specialisation": counts["routed"] * share[None],
+        "specialisation": counts["routed"] * share,
     }
     if "drifted" in counts:
         accuracies["drifted_accuracy"] = counts["drifted"].sum() / total.sum()
@@ -252,21 +233,25 @@ def build_evaluate_share(
       `global_soft_accuracy` [] and `expert_accuracy` [E].
     """
     one_batch = functools.partial(count_batch, program=program)
+    sizes = program.sizes
 
     def evaluate_share(state: SimState, federation: Federation) -> dict[str, Array]:
-        sizes = program.sizes
         shape = sizes.num_clients, sizes.num_layers, sizes.num_experts
         chex.assert_shape(state.align.held, shape)
         federation = drifted_federation(federation, state.world)
         device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
+        sets = None
+        if program.model.parts is None:
+            held = view_clients(state, federation).held
+            sets = find_sets(held, sizes.max_held)
         count = federation.test_stratum.shape[0]
-        position = schedule_images(count, TEST_BATCH, device, num_devices)
+        position = schedule_examples(count, TEST_BATCH, device, num_devices)
 
         def add(total: dict[str, Array], batch: Array) -> tuple[dict[str, Array], None]:
-            counts = one_batch(state, federation, batch)
+            counts = one_batch(state, federation, sets, batch)
             return jax.tree.map(jnp.add, total, counts), None
 
-        shapes = jax.eval_shape(one_batch, state, federation, position[0])
+        shapes = jax.eval_shape(one_batch, state, federation, sets, position[0])
         zero = jax.tree.map(jnp.zeros_like, shapes)
         counts = jax.lax.psum(jax.lax.scan(add, zero, position)[0], CLIENTS)
         return summarise_counts(counts, find_participants(state), federation.label_mix)

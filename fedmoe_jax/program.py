@@ -31,8 +31,9 @@ class Program(NamedTuple):
       task: the meaning of the data.
       batch: the shapes of its batches.
       model: the model's pure functions.
-      scores: the shapes of the scores of one local batch, leaves [P].
-      routing: the shapes of its routing.
+      outputs: the shapes of the model's outputs of one local batch, leaves [B, ...].
+      scores: the shapes of their scores, leaves [B, ...positions].
+      routing: the shapes of the routing.
       sizes: static sizes, as the strategy configures them.
       strategy: the strategy's record, without None where the config decides.
       static: the config's fields that shape the program, as the strategy configures
@@ -48,6 +49,7 @@ class Program(NamedTuple):
     task: Task
     batch: BatchShapes
     model: Model
+    outputs: PyTree
     scores: Scores
     routing: Routing
     sizes: Sizes
@@ -261,7 +263,7 @@ def build_program(
         local_steps=longest(federation.steps, config.local_epochs > 0),
     )
     check_layers(config, strategy, sizes.num_layers)
-    scores, routing = trace_model(model, task, batch, sizes)
+    outputs, scores, routing = trace_model(model, task, batch, sizes)
     trained, frozen = take_frozen(params, frozen, strategy)
     costs = count_costs(trained, frozen, count_forward_flops(model, batch))
     rows = batch.of(sizes.batch_size)
@@ -269,6 +271,7 @@ def build_program(
         task=task,
         batch=batch,
         model=model,
+        outputs=outputs,
         scores=scores,
         routing=routing,
         sizes=sizes,

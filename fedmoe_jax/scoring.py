@@ -1,10 +1,11 @@
-"""What the gates are asked about one batch of test images, and which pairs they need.
+"""The gates' questions about one batch of test examples, of a model with parts.
 
 * global: the top-A of all E experts; also softly over all E.
 * personal: the top-A of each client's held experts.
 
-Where parts of the model are personal the server has none of them, and each client's own
-model is asked the global questions as well.
+With the experts' own outputs [B, E, L] each question is one more mixture. Where parts
+of the model are personal the server has none of them, and each client's own model is
+asked the global questions as well.
 """
 
 from collections.abc import Callable
@@ -13,29 +14,41 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.models.image_moe import apply_experts
+from fedmoe_jax.base import Scores
+from fedmoe_jax.models.dispatch import dispatch
+from fedmoe_jax.models.image_moe import apply_experts, log_probabilities
 from fedmoe_jax.models.routing import gate_logits, route
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, Federation, PyTree, SimState
 
 
-class Images(NamedTuple):
-    """One batch of test images as gates see it.
+class Examples(NamedTuple):
+    """One batch of test examples.
 
     Attributes:
       batch: of the task, leaves [B, ...].
-      features: [B, ...] float, output of the server's stem.
-      logits: [B, E] float of the server's gate, None where gates are personal.
-      y: [B] int32 labels, -1 for padding.
-      label: [B, L] float, one-hot labels, zero rows for padding.
+      stratum: [B, L] float, one-hot strata, zero rows for padding.
+      real: [B] bool, false for padding.
     """
 
     batch: PyTree
+    stratum: Array
+    real: Array
+
+
+class Encoded(NamedTuple):
+    """One batch of test examples as gates see it.
+
+    Attributes:
+      examples: the batch.
+      features: [B, ...] float, output of the server's stem.
+      logits: [B, E] float of the server's gate, None where gates are personal.
+    """
+
+    examples: Examples
     features: Array
     logits: Array | None
-    y: Array
-    label: Array
 
 
 class ClientView(NamedTuple):
@@ -43,8 +56,8 @@ class ClientView(NamedTuple):
 
     Attributes:
       personal: the client's own parts, {} where the server's serve all.
-      held: [E] bool, the experts it routes among.
-      wanted: [L] float, 1 for labels that the client has, else 0.
+      held: [G, E] bool, the experts it routes among; [E] of ONE layer.
+      wanted: [L] float, 1 for strata that the client has, else 0.
     """
 
     personal: PyTree
@@ -55,22 +68,53 @@ class ClientView(NamedTuple):
 def view_clients(state: SimState, federation: Federation) -> ClientView:
     """All clients [N]; one that never took part holds nothing and may use all.
 
-    Where the data are pooled it is one, with the labels of all.
+    Where the data are pooled it is one, with the strata of all.
     """
-    held = state.align.held[:, 0]
+    held = state.align.held
     mix = federation.label_mix.reshape(len(held), -1, federation.label_mix.shape[1])
     return ClientView(
         personal=state.personal,
-        held=held | ~held.any(axis=1, keepdims=True),
+        held=held | ~held.any(axis=2, keepdims=True),
         wanted=(mix.sum(axis=1) > 0).astype(jnp.float32),
     )
 
 
-def own_logits(client: ClientView, images: Images) -> Array:
+def join_frozen(state: SimState, federation: Federation, program: Program) -> PyTree:
+    """The params with the parts that the strategy has frozen."""
+    frozen = {part: federation.frozen[part] for part in program.strategy.frozen}
+    return state.params | frozen
+
+
+def sum_strata(values: Array, scores: Scores, stratum: Array) -> Array:
+    """Values [B, ...positions] of each stratum [L], summed by the scores' weights."""
+    if scores.weight is not None:
+        values = values * scores.weight
+    return values.reshape(len(stratum), -1).sum(axis=1) @ stratum
+
+
+def sum_scores(outputs: PyTree, examples: Examples, program: Program) -> Array:
+    """Sum of the scores of the model's outputs in each stratum, [L]."""
+    scores = program.task.loss(outputs, examples.batch)
+    return sum_strata(scores.score, scores, examples.stratum)
+
+
+def encode(params: PyTree, examples: Examples, program: Program) -> Encoded:
+    """The examples behind the server's stem and gate."""
+    stem = program.model.parts.stem
+    features = stem(params["stem"], examples.batch, None)
+    logits = None
+    if not program.strategy.personal:
+        (gate,) = params["gate"].values()
+        logits = gate_logits(gate, features)
+    return Encoded(examples, features, logits)
+
+
+def own_logits(client: ClientView, encoded: Encoded) -> Array:
     """[B, E] gate logits of ONE client: the server's, unless gates are personal."""
     if "gate" not in client.personal:
-        return images.logits
-    return gate_logits(client.personal["gate"]["moe"], images.features)
+        return encoded.logits
+    (gate,) = client.personal["gate"].values()
+    return gate_logits(gate, encoded.features)
 
 
 def route_all(logits: Array, num_active: int) -> Array:
@@ -78,119 +122,181 @@ def route_all(logits: Array, num_active: int) -> Array:
     return route(logits, jnp.ones(logits.shape[1], bool), num_active)
 
 
-def find_needed(images: Images, clients: ClientView, num_active: int) -> Array:
-    """Pairs that the server, or a client that has the image's label, routes to.
+def find_needed(encoded: Encoded, clients: ClientView, num_active: int) -> Array:
+    """Pairs that the server, or a client that has the stratum, routes to.
 
     Args:
-      images: one batch.
+      encoded: one batch.
       clients: all clients [N].
       num_active: A.
 
     Returns:
       [B, E] bool, false for padding.
     """
-    real = images.y[:, None] >= 0
+    examples = encoded.examples
+    real = examples.real[:, None]
 
     def add(need: Array, client: ClientView) -> tuple[Array, None]:
-        logits = own_logits(client, images)
-        wanted = (images.label @ client.wanted)[:, None] > 0
+        logits = own_logits(client, encoded)
+        wanted = (examples.stratum @ client.wanted)[:, None] > 0
         need |= wanted & (route(logits, client.held, num_active) > 0)
         if client.personal:
             need |= real & (route_all(logits, num_active) > 0)
         return need, None
 
-    if images.logits is None:
-        need = jnp.zeros((images.y.shape[0], clients.held.shape[1]), bool)
+    if encoded.logits is None:
+        need = jnp.zeros((len(real), clients.held.shape[1]), bool)
     else:
-        need = real & (route_all(images.logits, num_active) > 0)
+        need = real & (route_all(encoded.logits, num_active) > 0)
     return jax.lax.scan(add, need, clients)[0]
 
 
-def count_right(gates: Array, answers: Array, images: Images) -> Array:
-    """Images of each class that one mixture gets right.
+def score_mixture(
+    gates: Array, answers: Array, examples: Examples, program: Program
+) -> Array:
+    """Scores [L] of one mixture.
 
     Args:
       gates: [B, E] float.
-      answers: [B, E, L] float, each expert's class logits.
-      images: the batch.
-
-    Returns:
-      [L] float.
+      answers: [B, E, L] float, each expert's outputs, see `answer_experts`.
+      examples: the batch.
+      program: the task, and how experts are mixed.
     """
     mixed = jnp.einsum("be,bel->bl", gates, answers)
-    right = (mixed.argmax(-1) == images.y).astype(jnp.float32)
-    return right @ images.label
+    return sum_scores(read_answers(mixed, program), examples, program)
+
+
+def read_answers(answers: Array, program: Program) -> Array:
+    """Outputs as the task reads them, from answers [..., L]."""
+    probabilities = program.strategy.mix == "probabilities"
+    return log_probabilities(answers) if probabilities else answers
 
 
 def score_routed(
-    logits: Array, answers: Array, images: Images, num_active: int, every_expert: bool
+    logits: Array, answers: Array, examples: Examples, program: Program
 ) -> dict[str, Array]:
-    """Counts of one gate over all experts: `global` [L], `routed` [E, L], `soft` [L].
+    """Scores of one gate over all experts: `global`, `soft` [L], `routed` [1, E, L].
 
     `soft` mixes every expert and is left out where not all are computed.
     """
-    gates = route_all(logits, num_active)
+    gates = route_all(logits, active_experts(program))
     counts = {
-        "global": count_right(gates, answers, images),
-        "routed": jnp.einsum("be,bl->el", gates, images.label),
+        "global": score_mixture(gates, answers, examples, program),
+        "routed": jnp.einsum("be,bl->el", gates, examples.stratum)[None],
     }
-    if every_expert:
+    if program.strategy.every_expert:
         soft = jax.nn.softmax(logits, axis=-1)
-        counts["soft"] = count_right(soft, answers, images)
+        counts["soft"] = score_mixture(soft, answers, examples, program)
     return counts
 
 
-def score_experts(answers: Array, images: Images) -> dict[str, Array]:
-    """Counts of every expert without a gate: `expert` [E, L]."""
-    right = (answers.argmax(-1) == images.y[:, None]).astype(jnp.float32)
-    return {"expert": jnp.einsum("be,bl->el", right, images.label)}
+def active_experts(program: Program) -> int:
+    """A in evaluation."""
+    return program.strategy.test_active or program.sizes.num_active
+
+
+def score_experts(
+    answers: Array, examples: Examples, program: Program
+) -> dict[str, Array]:
+    """Scores of every expert without a gate: `expert` [E, L]."""
+    score = lambda one: sum_scores(read_answers(one, program), examples, program)
+    return {"expert": jax.vmap(score, in_axes=1)(answers)}
 
 
 def answer_experts(head: PyTree, outputs: Array, program: Program) -> Array:
-    """Every expert's class logits [B, E, L], or probabilities where they are mixed."""
+    """Every expert's outputs [B, E, L], or probabilities where they are mixed."""
     answers = program.model.parts.head(head, outputs)
     mixed = program.strategy.mix == "probabilities"
     return jax.nn.softmax(answers) if mixed else answers
 
 
 def answer_personal(
-    client: ClientView, images: Images, params: PyTree, program: Program
+    client: ClientView, examples: Examples, params: PyTree, program: Program
 ) -> tuple[Array, Array]:
     """Gate logits [B, E] and answers [B, E, L] of ONE client's own whole model."""
-    num_experts = client.held.shape[0]
-    everything = jnp.arange(num_experts)[None]
+    everything = jnp.arange(program.sizes.num_experts)[None]
     parts, local = program.model.parts, program.strategy.local_experts
     own = take_submodel(params, client.personal, everything, local)
-    features = parts.stem(own["stem"], images.batch, None)
-    outputs = apply_experts(parts, own["experts"]["moe"], features, None)
-    answers = answer_experts(own["head"], outputs, program)
-    return gate_logits(own["gate"]["moe"], features), answers
+    (gate,), (experts,) = own["gate"].values(), own["experts"].values()
+    features = parts.stem(own["stem"], examples.batch, None)
+    outputs = apply_experts(parts, experts, features, None)
+    return gate_logits(gate, features), answer_experts(own["head"], outputs, program)
+
+
+def answer_needed(
+    params: PyTree, encoded: Encoded, clients: ClientView, program: Program
+) -> Array:
+    """Answers [B, E, L] of the server's experts, of all or of those that are needed."""
+    (experts,), head = params["experts"].values(), params["head"]
+    parts = program.model.parts
+    if program.strategy.every_expert:
+        outputs = apply_experts(parts, experts, encoded.features, None)
+        return answer_experts(head, outputs, program)
+    need = find_needed(encoded, clients, active_experts(program))
+    answers = dispatch(parts, experts, head, encoded.features, need)
+    mixed = program.strategy.mix == "probabilities"
+    return jax.nn.softmax(answers) if mixed else answers
 
 
 def score_clients(
     clients: ClientView,
     answer: Callable[[ClientView], tuple[Array, Array]],
-    images: Images,
-    num_active: int,
-    every_expert: bool,
+    examples: Examples,
+    program: Program,
 ) -> dict[str, Array]:
-    """Counts [N, L] `personal`; with personal parts also those of the global questions.
+    """Scores [N, L] `personal`; with personal parts also of the global questions.
 
     Args:
       clients: all clients [N].
       answer: ONE client -> its gate logits [B, E] and answers [B, E, L].
-      images: the batch.
-      num_active: A.
-      every_expert: whether all experts have answered, so that more can be asked.
+      examples: the batch.
+      program: whether all experts have answered, so that more can be asked.
     """
 
     def ask(client: ClientView) -> dict[str, Array]:
         logits, answers = answer(client)
-        gates = route(logits, client.held, num_active)
-        counts = {"personal": count_right(gates, answers, images)}
+        gates = route(logits, client.held, active_experts(program))
+        counts = {"personal": score_mixture(gates, answers, examples, program)}
         if client.personal:
-            counts |= score_routed(logits, answers, images, num_active, every_expert)
-            counts |= score_experts(answers, images) if every_expert else {}
+            counts |= score_whole(logits, answers, examples, program)
         return counts
 
     return jax.lax.map(ask, clients)
+
+
+def score_whole(
+    logits: Array, answers: Array, examples: Examples, program: Program
+) -> dict[str, Array]:
+    """Scores of all global questions to one gate and its experts."""
+    counts = score_routed(logits, answers, examples, program)
+    if program.strategy.every_expert:
+        counts |= score_experts(answers, examples, program)
+    return counts
+
+
+def score_parts(
+    params: PyTree, clients: ClientView, examples: Examples, program: Program
+) -> dict[str, Array]:
+    """Scores of one batch for every question, where every expert is computed once.
+
+    Args:
+      params: with the parts that are frozen.
+      clients: all clients [N].
+      examples: the batch.
+      program: a model with parts.
+
+    Returns:
+      See `evaluate.count_examples`.
+    """
+    clients = clients._replace(held=clients.held[:, 0])
+    personal = program.strategy.personal
+    if set(personal) - {"gate"}:
+        answer = lambda client: answer_personal(client, examples, params, program)
+        return score_clients(clients, answer, examples, program)
+    encoded = encode(params, examples, program)
+    answers = answer_needed(params, encoded, clients, program)
+    answer = lambda client: (own_logits(client, encoded), answers)
+    counts = score_clients(clients, answer, examples, program)
+    if not personal:
+        counts |= score_whole(encoded.logits, answers, examples, program)
+    return counts

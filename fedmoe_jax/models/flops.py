@@ -38,13 +38,13 @@ def shape_inputs(model: Model, batch: PyTree, count: int) -> tuple[PyTree, ...]:
 @functools.cache
 def trace_model(
     model: Model, task: Task, batch: BatchShapes, sizes: Sizes
-) -> tuple[Scores, Routing]:
-    """Shapes of the scores and of the routing of one local batch."""
+) -> tuple[PyTree, Scores, Routing]:
+    """Shapes of the outputs, their scores and the routing of one local batch."""
     route = Route(sizes.num_active)
 
-    def forward(*inputs: PyTree) -> tuple[Scores, Routing]:
+    def forward(*inputs: PyTree) -> tuple[PyTree, Scores, Routing]:
         outputs, routing = model.apply(*inputs, route, None)
-        return task.loss(outputs, inputs[2]), routing
+        return outputs, task.loss(outputs, inputs[2]), routing
 
     rows = batch.of(sizes.batch_size)
     return jax.eval_shape(forward, *shape_inputs(model, rows, sizes.max_held))

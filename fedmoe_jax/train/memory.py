@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from fedmoe_jax.evaluate import TEST_BATCH, divide_images
+from fedmoe_jax.evaluate import TEST_BATCH, divide_examples
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size
@@ -45,7 +45,7 @@ def estimate_memory(
     # Rows of the cohort's clients as they are sent out and as they come back.
     rows = count_bytes((state.personal, state.variate)) / sizes.num_clients
     sums = count_bytes((state.params, state.stale))
-    images = divide_images(federation.test_stratum.shape[0], TEST_BATCH, per_run)[1]
+    images = divide_examples(federation.test_stratum.shape[0], TEST_BATCH, per_run)[1]
     evaluating = images * evaluation_bytes
     at_once = runs_at_once(num_runs, program.mesh)
     own = count_bytes([getattr(federation, name) for name in PER_RUN])

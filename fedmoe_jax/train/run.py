@@ -263,7 +263,7 @@ def save_arrays(
     specialisation: np.ndarray,
 ) -> None:
     """Writes `final.npz`, the arrays that the report draws."""
-    part = path.with_suffix(".part.npz")
+    part, num_layers = path.with_suffix(".part.npz"), len(specialisation)
     np.savez(
         part,
         fitness=drop_single(align.fitness),
@@ -278,7 +278,7 @@ def save_arrays(
         last_phases=participation.outcome.phases,
         last_spent=participation.outcome.spent,
         label_counts=plan.partition.label_counts,
-        specialisation=specialisation,
+        specialisation=specialisation[0] if num_layers == 1 else specialisation,
         label_names=np.array(plan.data.stratum_names),
     )
     part.replace(path)
