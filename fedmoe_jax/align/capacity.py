@@ -271,7 +271,7 @@ def learn_devices(
     costs, ways = program.device_costs, find_ways(program.strategy)
     traffic = conditions.traffic.replace(sent=replies.sent)
     up, down = client_bytes(costs, traffic, ways)
-    flops = client_flops(costs, traffic, ways, conditions.examples)
+    flops = client_flops(costs, traffic, conditions.examples)
     history = update_history(
         belief.history,
         conditions.client,

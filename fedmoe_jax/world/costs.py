@@ -53,9 +53,8 @@ class Costs(NamedTuple):
 
     @property
     def shared_bytes(self) -> float:
-        """All but the experts, as a client holds it."""
-        trained = self.stem_bytes + self.gate_bytes + self.head_bytes
-        return trained + self.frozen_bytes
+        """All but gates and experts, frozen or not."""
+        return self.stem_bytes + self.head_bytes + self.frozen_bytes
 
 
 def count_bytes(tree: PyTree) -> float:
@@ -168,7 +167,7 @@ def client_parameters(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
       traffic: experts held.
       ways: where control variates travel, a client has its own and their mean.
     """
-    held = costs.shared_bytes + costs.expert_bytes * traffic.held
+    held = costs.shared_bytes + costs.gate_bytes + costs.expert_bytes * traffic.held
     return (1 + 2 * (ways.copies - 1)) * held / NUMBER_BYTES
 
 
@@ -204,7 +203,8 @@ def client_memory(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
       traffic: experts held and trained.
       ways: where control variates travel, a client has its own and their mean.
     """
-    all_parts = costs.shared_bytes + costs.expert_bytes * traffic.held
+    shared = costs.shared_bytes + costs.gate_bytes
+    all_parts = shared + costs.expert_bytes * traffic.held
     untrained = costs.expert_bytes * (traffic.held - traffic.trained)
     untrained += costs.frozen_bytes
     variates = 2 * (ways.copies - 1) * all_parts

@@ -68,7 +68,7 @@ def true_capacity(
     """
     chex.assert_equal_shape([devices.memory, devices.flops, devices.upload])
     usable = 1 - buffer
-    shared_bytes = costs.shared_bytes
+    shared_bytes = costs.shared_bytes + costs.gate_bytes
     copies = usable * devices.memory / TRAINING_COPIES
     by_memory = (copies - shared_bytes) / costs.expert_bytes
     seconds_per_byte = (1 / devices.download + 1 / devices.upload) / usable
