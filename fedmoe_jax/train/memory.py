@@ -39,7 +39,11 @@ def estimate_memory(
     """
     sizes, devices = program.sizes, program.mesh.size
     per_run = program.mesh.shape[CLIENTS]
-    submodel = program.costs.shared_bytes + sizes.max_held * program.costs.expert_bytes
+    submodel = (
+        program.costs.shared_bytes
+        + program.costs.gate_bytes
+        + sizes.max_held * program.costs.expert_bytes
+    )
     chunk = chunk_size(sizes.cohort_size, per_run, program.static.run.client_chunk)
     training = chunk * (CLIENT_COPIES * submodel + sizes.batch_size * training_bytes)
     # Rows of the cohort's clients as they are sent out and as they come back.
