@@ -76,6 +76,26 @@ def make_keys(run: Array, round: Array) -> Keys:
     return Keys(key, run, *jax.random.split(key, 3))
 
 
+class Keys(NamedTuple):
+    """The key of a round, and the run's, which never changes; draws fold a purpose.
+
+    Attributes:
+      round: a JAX key.
+      run: a JAX key.
+    """
+
+    round: Array
+    run: Array
+
+    def of(self, purpose: int) -> Array:
+        """The round's key for one purpose."""
+        return jax.random.fold_in(self.round, purpose)
+
+    def always(self, purpose: int) -> Array:
+        """The run's key for one purpose: the same in every round."""
+        return jax.random.fold_in(self.run, purpose)
+
+
 class Sizes(NamedTuple):
     """The static sizes of one run. Changing any of them compiles a new program.
 

@@ -15,8 +15,8 @@ from fedmoe_jax.models.image_moe import Model
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train import run as train
-from fedmoe_jax.types import Federation, Hyper, SimState
-from fedmoe_jax.world.step import Keys, observe
+from fedmoe_jax.types import Federation, Hyper, Keys, SimState
+from fedmoe_jax.world.step import observe
 
 N, C, E, K, A, T, B, R = 10, 4, 4, 2, 2, 2, 4, 2
 NO_CLASS = 999

@@ -13,10 +13,9 @@ from fedmoe_jax.align.capacity import (
     update_belief,
     update_history,
 )
-from fedmoe_jax.types import Devices, Hyper
+from fedmoe_jax.types import Devices, Hyper, Keys
 from fedmoe_jax.world.costs import Costs
 from fedmoe_jax.world.outcome import DROPOUT, DROPPED, MEMORY, MERGED, Outcome
-from fedmoe_jax.world.step import Keys
 
 N, K = 40, 6
 COSTS = Costs(*map(float, (300, 100, 100, 1000, 4, 10, 20)))

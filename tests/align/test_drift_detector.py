@@ -18,9 +18,8 @@ from fedmoe_jax.align.drift_detector import (
 from fedmoe_jax.align.learn import learn
 from fedmoe_jax.cohort import Report
 from fedmoe_jax.program import make_rules
-from fedmoe_jax.types import AlignState, Assignment, Feedback, Hyper
+from fedmoe_jax.types import AlignState, Assignment, Feedback, Hyper, Keys
 from fedmoe_jax.world.outcome import MERGED, Outcome
-from fedmoe_jax.world.step import Keys
 
 NUMBERS = {"slack": 0.25, "threshold": 1.0, "rounds": 2.0}
 

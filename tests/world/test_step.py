@@ -24,12 +24,12 @@ from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.rules import CALM
 from fedmoe_jax.runtime.sharding import replicate
 from fedmoe_jax.train import run as train
-from fedmoe_jax.types import Sizes
+from fedmoe_jax.types import Keys, Sizes
 from fedmoe_jax.world import step as step_file
 from fedmoe_jax.world.availability import draw_dropout, reach_share, sample_weighted
 from fedmoe_jax.world.costs import count_costs
 from fedmoe_jax.world.outcome import OUTCOMES
-from fedmoe_jax.world.step import Keys, choose_cohort, init_world, step_world
+from fedmoe_jax.world.step import choose_cohort, init_world, step_world
 
 # ---- availability
 

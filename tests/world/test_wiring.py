@@ -15,12 +15,11 @@ from fedmoe_jax.program import Program, init_state
 from fedmoe_jax.round import build_round
 from fedmoe_jax.rules import CALM
 from fedmoe_jax.runtime.sharding import replicate, spread
-from fedmoe_jax.types import Devices, Federation, Hyper
+from fedmoe_jax.types import Devices, Federation, Hyper, Keys
 from fedmoe_jax.world.costs import TRAINING_COPIES, Costs, count_costs
 from fedmoe_jax.world.limits import devices_now
 from fedmoe_jax.world.outcome import MERGED, Outcome
 from fedmoe_jax.world.step import (
-    Keys,
     drifted_federation,
     observe,
     open_links,
