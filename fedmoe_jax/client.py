@@ -177,7 +177,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         def local_step(step, carry):
             submodel, opt_state, sums = carry
             ids = batches[step]
-            x = see(federation.x[ids], inputs.distortion, program.world.images)
+            x = see(federation.x[ids], inputs.distortion, static.drift.images)
             x = normalise(x, federation.mean, federation.std)
             grads, batch_sums = jax.grad(local_loss, has_aux=True)(
                 submodel,

@@ -40,8 +40,8 @@ from fedmoe_jax.scoring import (
     view_clients,
 )
 from fedmoe_jax.tasks.images import normalise, see
-from fedmoe_jax.types import Array, Federation, SimState
-from fedmoe_jax.world.step import drifted_federation
+from fedmoe_jax.types import Array, Federation, Hyper, SimState
+from fedmoe_jax.world.step import View, observe
 
 TEST_BATCH = 500
 
@@ -80,8 +80,7 @@ def encode_batch(
     """Takes the images at `position` [B] and runs the stem and the server's gate."""
     count = federation.test_y.shape[0]
     index = jnp.minimum(position, count - 1)
-    kind = "" if distortion is None else program.world.images
-    x = see(federation.test_x[index], distortion, kind)
+    x = see(federation.test_x[index], distortion, program.static.drift.images)
     x = normalise(x, federation.mean, federation.std)
     y = jnp.where(position < count, federation.test_y[index], -1)
     features = program.model.stem(state.params["stem"], x, None)
@@ -108,7 +107,7 @@ def average_clients(counts: dict[str, Array], took_part: Array) -> dict[str, Arr
 
 def count_batch(
     state: SimState,
-    federation: Federation,
+    view: View,
     position: Array,
     *,
     program: Program,
@@ -118,12 +117,12 @@ def count_batch(
     Then there is also `drifted` [L], what the global model gets right of images that
     have drifted.
     """
-    counts = count_images(state, federation, position, None, program=program)
-    if not program.world.images:
+    counts = count_images(state, view.federation, position, None, program=program)
+    if view.distortion is None:
         return counts
-    amount = state.world["distorted"]
-    drifted = count_images(state, federation, position, amount, program=program)
-    drifts = federation.drift_source != jnp.arange(federation.drift_source.shape[0])
+    amount = view.distortion.max()
+    drifted = count_images(state, view.federation, position, amount, program=program)
+    drifts = view.distortion > 0
     personal = jnp.where(drifts[:, None], drifted["personal"], counts["personal"])
     return counts | {"personal": personal, "drifted": drifted["global"]}
 
@@ -232,8 +231,8 @@ def summarise_counts(
 
 def build_evaluate_share(
     program: Program,
-) -> Callable[[SimState, Federation], dict[str, Array]]:
-    """Builds `evaluate_share(state, federation) -> accuracies`, to be spread.
+) -> Callable[[SimState, Federation, Hyper], dict[str, Array]]:
+    """Builds `evaluate_share(state, federation, hyper) -> accuracies`, to be spread.
 
     It is written for one device: it counts its share of the test images and joins the
     devices of the mesh axis `clients`. The result is the same on all of them.
@@ -251,20 +250,23 @@ def build_evaluate_share(
     """
     one_batch = functools.partial(count_batch, program=program)
 
-    def evaluate_share(state: SimState, federation: Federation) -> dict[str, Array]:
+    def evaluate_share(
+        state: SimState, federation: Federation, hyper: Hyper
+    ) -> dict[str, Array]:
         sizes = program.sizes
         shape = sizes.num_clients, sizes.num_layers, sizes.num_experts
         chex.assert_shape(state.align.held, shape)
-        federation = drifted_federation(federation, state.world)
+        view = observe(state.world, federation, hyper, program.processes)
+        federation = view.federation
         device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
         count = federation.test_y.shape[0]
         position = schedule_images(count, TEST_BATCH, device, num_devices)
 
         def add(total: dict[str, Array], batch: Array) -> tuple[dict[str, Array], None]:
-            counts = one_batch(state, federation, batch)
+            counts = one_batch(state, view, batch)
             return jax.tree.map(jnp.add, total, counts), None
 
-        shapes = jax.eval_shape(one_batch, state, federation, position[0])
+        shapes = jax.eval_shape(one_batch, state, view, position[0])
         zero = jax.tree.map(jnp.zeros_like, shapes)
         counts = jax.lax.psum(jax.lax.scan(add, zero, position)[0], CLIENTS)
         return summarise_counts(counts, find_participants(state), federation.label_mix)
@@ -275,6 +277,6 @@ def build_evaluate_share(
 @functools.cache
 def build_evaluate(
     program: Program,
-) -> Callable[[SimState, Federation], dict[str, Array]]:
+) -> Callable[[SimState, Federation, Hyper], dict[str, Array]]:
     """Compiles `build_evaluate_share` for one run on all devices of the mesh."""
     return jax.jit(spread(build_evaluate_share(program), program.mesh))

@@ -76,26 +76,6 @@ def make_keys(run: Array, round: Array) -> Keys:
     return Keys(key, run, *jax.random.split(key, 3))
 
 
-class Keys(NamedTuple):
-    """The key of a round, and the run's, which never changes; draws fold a purpose.
-
-    Attributes:
-      round: a JAX key.
-      run: a JAX key.
-    """
-
-    round: Array
-    run: Array
-
-    def of(self, purpose: int) -> Array:
-        """The round's key for one purpose."""
-        return jax.random.fold_in(self.round, purpose)
-
-    def always(self, purpose: int) -> Array:
-        """The run's key for one purpose: the same in every round."""
-        return jax.random.fold_in(self.run, purpose)
-
-
 class Sizes(NamedTuple):
     """The static sizes of one run. Changing any of them compiles a new program.
 
@@ -265,7 +245,8 @@ class SimState:
       personal: the parts of the model that stay with the clients, by name like
         params, every leaf with a leading N axis; {} where the server has all.
       variate: control variates of SCAFFOLD, like params with a leading N axis, else {}.
-      world: the state of every process of the world that is on, see `world.advance`.
+      world: the states of the world's processes that are on, by their names, see
+        `world.step`.
       belief: what the server believes about the devices, see `profile`.
       stale: sums of the updates that came too late for the last round and are merged
         in the next, {} where no such update is merged.

@@ -15,7 +15,8 @@ from fedmoe_jax.models.image_moe import Model
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train import run as train
-from fedmoe_jax.types import Federation, Hyper, Keys, SimState
+from fedmoe_jax.types import Federation, Hyper, SimState
+from fedmoe_jax.world import PROCESSES
 from fedmoe_jax.world.step import observe
 
 N, C, E, K, A, T, B, R = 10, 4, 4, 2, 2, 2, 4, 2
@@ -119,6 +120,11 @@ class Parts(NamedTuple):
     hyper: Hyper
 
 
+def choose(*names):
+    """These processes of the world, in the order of the table."""
+    return tuple(row for row in PROCESSES.items() if row[0] in names)
+
+
 def plan_run(**changes):
     config = tiny_config(**changes)
     return train.plan_run(config, build_mesh(config.run.num_devices))
@@ -126,9 +132,8 @@ def plan_run(**changes):
 
 def send_inputs(parts, state, evidence, assignment):
     """The inputs of a cohort in a world without events."""
-    program, keys = parts.program, Keys(state.key, state.key)
-    view = observe(keys, {}, parts.federation, parts.hyper, program.rules.world)
-    return broadcast(state, {}, view, evidence, assignment, program)
+    view = observe({}, parts.federation, parts.hyper, ())
+    return broadcast(state, view, evidence, assignment, parts.program)
 
 
 def assert_same(left, right, atol=0.0, rtol=0.0):

@@ -17,4 +17,6 @@ def normalise(x: Array, mean: Array, std: Array) -> Array:
 
 def see(x: Array, distortion: Array | None, kind: str) -> Array:
     """Images [B, H, W, F] as a client sees them: distorted where images drift."""
-    return distort(x.astype(jnp.float32), kind, distortion) if kind else x
+    if distortion is None:
+        return x
+    return distort(x.astype(jnp.float32), kind, distortion)

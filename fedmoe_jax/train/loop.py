@@ -34,7 +34,7 @@ class Job(NamedTuple):
       state: the state before the first round, on the devices.
       inputs: the federation and the hyperparameters, on the devices.
       run_rounds: jitted (state, *inputs) -> (state, metrics), R rounds.
-      evaluate: jitted (state, federation) -> accuracies.
+      evaluate: jitted (state, *inputs) -> accuracies.
       split: takes metrics on the host apart, one dict for each run.
     """
 
@@ -102,7 +102,7 @@ def advance(
     trained = time.monotonic()
     accuracies = [{} for _ in job.names]
     if evaluated:
-        accuracies = job.split(jax.device_get(evaluate(state, job.inputs[0])))
+        accuracies = job.split(jax.device_get(evaluate(state, *job.inputs)))
     clock = Clock((trained - start) / runs, (time.monotonic() - trained) / runs)
     return state, metrics, accuracies, clock
 
@@ -239,6 +239,6 @@ def save(
 def compile_programs(job: Job, state: SimState) -> tuple[tuple, Row]:
     """Both programs of a job and the time that compiling took, a run's share."""
     run_rounds, first = compile_once(job.run_rounds, state, *job.inputs)
-    evaluate, second = compile_once(job.evaluate, state, job.inputs[0])
+    evaluate, second = compile_once(job.evaluate, state, *job.inputs)
     seconds = (first + second) / len(job.names)
     return (run_rounds, evaluate), {"compile_seconds": seconds}

@@ -220,8 +220,8 @@ def run_job(
     state, done, spent = drive(config, job, checkpoints, stop=stop, profile=profile)
     if done < config.num_rounds:
         return False
-    evaluate, _ = compile_once(job.evaluate, state, job.inputs[0])
-    results = job.split(jax.device_get(evaluate(state, job.inputs[0])))
+    evaluate, _ = compile_once(job.evaluate, state, *job.inputs)
+    results = job.split(jax.device_get(evaluate(state, *job.inputs)))
     states = job.split(jax.device_get((state.align, state.belief, state.participation)))
     if multihost.is_leader():
         for parts in zip(plans, job.folders, states, results, strict=True):

@@ -62,12 +62,7 @@ class Outcome:
     @property
     def arrived(self) -> Array:
         """[] bool, whether the update and its feedback count, now or a round later."""
-        return (self.code == MERGED) | self.stale
-
-    @property
-    def stale(self) -> Array:
-        """[] bool, whether the update comes late and is merged a round later."""
-        return self.code == STALE
+        return (self.code == MERGED) | (self.code == STALE)
 
 
 def find_end(phases: Array, events: Events, fits: Array, finite: Array) -> tuple:
@@ -159,6 +154,12 @@ def judge(
     if late == "stale":
         code = jnp.where(too_late & (code == MERGED), STALE, code)
     return Outcome(code, phases, spend(phases, moment, code))
+
+
+def is_late(outcome: Outcome, deadline: float) -> Array:
+    """[] bool, whether a client still worked at the deadline, in vain or not."""
+    worked = (outcome.phases * outcome.spent).sum(-1)
+    return (outcome.code == STALE) | (worked > deadline)
 
 
 def spend(phases: Array, moment: Array, code: Array) -> Array:
