@@ -10,9 +10,10 @@ import numpy as np
 from scipy import stats
 
 from fedmoe_jax.options import UserError
+from fedmoe_jax.report.rows import own_final, read_metrics
 from fedmoe_jax.report.summary import BUDGETS, measure_costs
 from fedmoe_jax.runtime.files import flatten, read_json
-from fedmoe_jax.train.writers import ACCURACIES, own_final, read_metrics
+from fedmoe_jax.train.writers import ACCURACIES
 
 NAN = float("nan")
 # Config fields that do not change what a run computes, or that number its repetition.

@@ -5,17 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from fedmoe_jax.train.writers import (
-    ACCURACIES,
-    COSTS,
-    TARGETS,
+from fedmoe_jax.report.rows import (
     Row,
     own_final,
     rounds_to_share,
     rounds_to_targets,
 )
+from fedmoe_jax.train.writers import ACCURACIES, COSTS
 from fedmoe_jax.world.outcome import OUTCOMES
 
+TARGETS = (0.35, 0.40, 0.45, 0.50)
 # Fields of the rows that hold wall time: what they are called as a share.
 SPENT = {
     "seconds": "train_share",
@@ -137,7 +136,7 @@ def make_summary(
 ) -> dict[str, Any]:
     """The numbers of a whole run.
 
-    Final accuracies are those of `metrics.own_final`; `rounds_to` counts rounds until
+    Final accuracies are those of `rows.own_final`; `rounds_to` counts rounds until
     the global accuracy reaches a target for the first time, and each of `BUDGETS` tells
     what was spent by the end of that round.
 

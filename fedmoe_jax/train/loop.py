@@ -12,9 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
+from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.train import checkpoint
-from fedmoe_jax.train.writers import ACCURACIES, Row, open_metrics, open_progress
+from fedmoe_jax.train.writers import ACCURACIES, open_metrics, open_progress
 from fedmoe_jax.types import PyTree, SimState
 
 # Fields of an evaluation that become fields of its row.

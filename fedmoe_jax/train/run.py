@@ -24,6 +24,7 @@ from fedmoe_jax.program import (
     make_hyper,
     prepare_state,
 )
+from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime import multihost
@@ -33,7 +34,6 @@ from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train import memory
 from fedmoe_jax.train.loop import Job, compile_once, drive
 from fedmoe_jax.train.workdir import claim_run, is_finished
-from fedmoe_jax.train.writers import Row, read_metrics
 from fedmoe_jax.types import AlignState, Dataset, Federation, Hyper, Partition
 from fedmoe_jax.world.participation import Participation
 

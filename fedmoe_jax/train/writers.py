@@ -6,7 +6,7 @@ A row is a flat dict with the key `round`, the number of rounds done (the first 
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,11 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
-from fedmoe_jax.options import UserError
+from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.files import plain, write_atomically
 from fedmoe_jax.world.outcome import OUTCOMES
-
-Row = dict[str, Any]
 
 # Fields of a row that a run adds up.
 COSTS = (
@@ -35,39 +33,12 @@ COSTS = (
     "capacity_violations",
     *(f"{name}_clients" for name in OUTCOMES),
 )
-FINAL_ROUNDS, FINAL_SHARE = 10, 0.25  # at most so many, and such a share of all
-TARGETS = (0.35, 0.40, 0.45, 0.50)
 ACCURACIES = {  # field of an evaluation row: what it is called
     "global_accuracy": "Global",
     "global_soft_accuracy": "Global soft",
     "personal_accuracy": "Personal",
     "worst_decile_accuracy": "Worst decile",
 }
-
-
-def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`, by rising round; none if there is no file.
-
-    Of several rows of one round the last counts. A last line without its line end, as
-    a killed run leaves it, is ignored.
-
-    Raises:
-      UserError: a finished line is not a JSON object with a `round`.
-    """
-    if not Path(path).exists():
-        return []
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
-    rows = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows[int(row["round"])] = row
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path} line {number} is damaged: not a JSON object with a round; "
-                "remove that line"
-            ) from None
-    return [rows[number] for number in sorted(rows)]
 
 
 def truncate_metrics(path: Path, last_round: int) -> None:
@@ -147,46 +118,6 @@ def _write_events(board: SummaryWriter, row: Row) -> None:
                 board.add_scalar(
                     "/".join([key, *map(str, index)]), number, row["round"]
                 )
-
-
-def evaluations(rows: Iterable[Row], key: str) -> list[tuple[int, float]]:
-    """(round, value) of every row in which `key` was measured and is finite."""
-    return [(row["round"], row[key]) for row in rows if row.get(key) is not None]
-
-
-def rounds_to(rows: Iterable[Row], key: str, target: float) -> int | None:
-    """The first evaluated round in which `key` is at least `target`; None if never."""
-    reached = (at for at, value in evaluations(rows, key) if value >= target)
-    return next(reached, None)
-
-
-def rounds_to_targets(
-    rows: Iterable[Row], key: str, targets: Iterable[float]
-) -> dict[float, int | None]:
-    """`rounds_to` for each of several targets."""
-    rows = list(rows)
-    return {target: rounds_to(rows, key, target) for target in targets}
-
-
-def own_final(rows: Iterable[Row], key: str) -> float | None:
-    """A run's final value: the mean over the evaluations of its last ten rounds.
-
-    Curves under strong label skew swing from round to round, so no single evaluation
-    is a fair final value. Of runs below 40 rounds only the last quarter counts, for the
-    earlier ones are where they still learn. None before the first evaluation.
-    """
-    measured = evaluations(rows, key)
-    last = measured[-1][0] if measured else 0
-    window = min(FINAL_ROUNDS, FINAL_SHARE * last)
-    values = [v for at, v in measured if at > last - window]
-    return sum(values) / len(values) if values else None
-
-
-def rounds_to_share(rows: Iterable[Row], key: str, share: float) -> int | None:
-    """The first evaluated round that reaches `share` (0.95, say) of `own_final`."""
-    rows = list(rows)
-    final = own_final(rows, key)
-    return None if final is None else rounds_to(rows, key, share * final)
 
 
 @contextmanager
