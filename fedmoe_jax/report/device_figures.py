@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fedmoe_jax.measures import OUTCOMES
+from fedmoe_jax.options import Measure
 from fedmoe_jax.report.curves import curves
-from fedmoe_jax.report.figures import Picture, field_series
+from fedmoe_jax.report.figures import Picture, measure_series
 from fedmoe_jax.report.plots import COLOURS, participation_bars
 from fedmoe_jax.report.runs import Run, num_experts
 from fedmoe_jax.report.timeline import (
@@ -17,7 +19,6 @@ from fedmoe_jax.report.timeline import (
     outcome_bands,
     timeline,
 )
-from fedmoe_jax.world.outcome import OUTCOMES
 
 WORDS = {  # outcome: what it is called and its colour
     "merged": ("merged", "#CCCCCC"),
@@ -35,7 +36,7 @@ def _round_time(run: Run) -> Iterator[Picture]:
     fields = {"simulated_seconds": "slowest", "simulated_median_seconds": "median"}
     lines = []
     for place, (field, name) in enumerate(fields.items()):
-        lines += field_series(place, name, [run], field, 1)
+        lines += measure_series(place, name, [run], Measure(field))
     if any(np.nansum(line.values) > 0 for line in lines):
         deadline = (run.config["devices"]["deadline"], "deadline")
         yield Picture(

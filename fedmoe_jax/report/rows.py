@@ -1,9 +1,11 @@
 """Rows of `metrics.jsonl`, read back, and numbers of one of their fields."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedmoe_jax.options import UserError
 
@@ -37,14 +39,30 @@ def read_metrics(path: Path) -> list[Row]:
     return [rows[number] for number in sorted(rows)]
 
 
-def evaluations(rows: Iterable[Row], key: str) -> list[tuple[int, float]]:
-    """(round, value) of every row in which `key` was measured and is finite."""
-    return [(row["round"], row[key]) for row in rows if row.get(key) is not None]
+def is_number(value: Any) -> bool:
+    """Whether a field holds one number: it is neither absent, null nor a vector."""
+    return isinstance(value, int | float)
+
+
+def measured(rows: Iterable[Row], *fields: str) -> list[tuple[int, float]]:
+    """(round, sum of the fields) of every row with a number in any of them."""
+    found = []
+    for row in rows:
+        values = [row[name] for name in fields if is_number(row.get(name))]
+        if values:
+            found.append((row["round"], sum(values)))
+    return found
+
+
+def spend_so_far(rows: Sequence[Row], fields: Sequence[str]) -> np.ndarray:
+    """[R] float64, the sum of the fields over all rounds up to each row's."""
+    spent = [sum(float(row.get(name) or 0.0) for name in fields) for row in rows]
+    return np.cumsum(spent, dtype=np.float64)
 
 
 def rounds_to(rows: Iterable[Row], key: str, target: float) -> int | None:
     """The first evaluated round in which `key` is at least `target`; None if never."""
-    reached = (at for at, value in evaluations(rows, key) if value >= target)
+    reached = (at for at, value in measured(rows, key) if value >= target)
     return next(reached, None)
 
 
@@ -56,18 +74,26 @@ def rounds_to_targets(
     return {target: rounds_to(rows, key, target) for target in targets}
 
 
-def own_final(rows: Iterable[Row], key: str) -> float | None:
-    """A run's final value: the mean over the evaluations of its last ten rounds.
+def final_mean(points: Sequence[tuple[int, float]]) -> float:
+    """The mean over the evaluations of the last ten rounds.
 
     Curves under strong label skew swing from round to round, so no single evaluation
     is a fair final value. Of runs below 40 rounds only the last quarter counts, for the
-    earlier ones are where they still learn. None before the first evaluation.
+    earlier ones are where they still learn.
+
+    Args:
+      points: (round, value) of every evaluation, at least one.
     """
-    measured = evaluations(rows, key)
-    last = measured[-1][0] if measured else 0
+    last = points[-1][0]
     window = min(FINAL_ROUNDS, FINAL_SHARE * last)
-    values = [v for at, v in measured if at > last - window]
-    return sum(values) / len(values) if values else None
+    values = [value for at, value in points if at > last - window]
+    return sum(values) / len(values)
+
+
+def own_final(rows: Iterable[Row], key: str) -> float | None:
+    """A run's final value, see `final_mean`; None before the first evaluation."""
+    points = measured(rows, key)
+    return final_mean(points) if points else None
 
 
 def rounds_to_share(rows: Iterable[Row], key: str, share: float) -> int | None:

@@ -1,7 +1,8 @@
 """The failure signatures of the paper, looked for in a run's own data.
 
 Every check takes the rows of `metrics.jsonl`, the arrays of `final.npz` (a dict, empty
-while a run is in progress) and the config as a nested dict.
+while a run is in progress), the config as a nested dict, and which evidence the
+strategy reads: fitness, usage, both or none; None where the run does not say.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmoe_jax.strategies import STRATEGIES
-
 Row = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
 Config = Mapping[str, Any]
+Reads = Sequence[str] | None
 
 # Two means of two evaluations each, so that no single evaluation decides.
 MIN_EVALUATIONS = 4
@@ -56,7 +56,9 @@ class Signature(NamedTuple):
     knob: str
 
 
-def plateau(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+def plateau(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> Signature:
     """Accuracy plateaus early while the experts are trained unevenly."""
     name = "Accuracy plateaus early"
     accuracy, load = _column(rows, "global_accuracy"), _total_load(rows)
@@ -76,11 +78,13 @@ def plateau(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
         never = 100 * np.mean(np.asarray(arrays["times_held"]) == 0)
         evidence += f"; {never:.0f} % of client-expert pairs never met"
     present = gain < PLATEAU_GAIN and uneven > UNEVEN_LOAD_CV
-    knob = _knob(config, "weights.usage", "raise", "usage")
+    knob = _knob(config, "weights.usage", "raise") + _need(config, reads, "usage")
     return Signature(name, bool(present), evidence, knob if present else "")
 
 
-def volatile(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+def volatile(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> Signature:
     """Accuracy swings from evaluation to evaluation while fitness does not settle."""
     name = "High round-to-round variance"
     accuracy = _column(rows, "global_accuracy")
@@ -99,11 +103,13 @@ def volatile(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
     if len(switches):
         evidence += f"; {100 * switches.mean():.0f} % of held pairs are new"
     present = swing > ACCURACY_SWING and change.mean() > FITNESS_CHANGE
-    knob = _knob(config, "fitness.rate", "lower", "fitness")
+    knob = _knob(config, "fitness.rate", "lower") + _need(config, reads, "fitness")
     return Signature(name, bool(present), evidence, knob if present else "")
 
 
-def stragglers(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+def stragglers(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> Signature:
     """Rounds wait for their slowest client, or clients miss the deadline."""
     name = "Frequent stragglers or timeouts"
     slowest = _column(rows, "simulated_seconds")
@@ -136,7 +142,9 @@ def stragglers(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature
     return Signature(name, bool(present), evidence, knob if present else "")
 
 
-def stuck_expert(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+def stuck_expert(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> Signature:
     """An expert never improves because it is hardly ever trained."""
     name = "An expert never improves"
     alone = [row["expert_accuracy"] for row in rows if row.get("expert_accuracy")]
@@ -157,7 +165,7 @@ def stuck_expert(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signatu
     if (still & ~stuck).any():
         fair = ", ".join(map(str, np.flatnonzero(still & ~stuck)))
         evidence += f"; no gain in spite of enough load: {fair} (specialised?)"
-    knob = _knob(config, "weights.usage", "raise", "usage")
+    knob = _knob(config, "weights.usage", "raise") + _need(config, reads, "usage")
     knob += '; fitness.idle: "prior"; ' + _knob(config, "fitness.exploration", "raise")
     present = bool(stuck.any())
     return Signature(name, present, evidence, knob if present else "")
@@ -166,9 +174,11 @@ def stuck_expert(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signatu
 CHECKS = (plateau, volatile, stragglers, stuck_expert)
 
 
-def check(rows: Sequence[Row], arrays: Arrays, config: Config) -> list[Signature]:
+def check(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> list[Signature]:
     """All signatures of one run, in the paper's order."""
-    return [look(rows, arrays, config) for look in CHECKS]
+    return [look(rows, arrays, config, reads) for look in CHECKS]
 
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:
@@ -192,11 +202,16 @@ def _too_little(name: str, what: str, found: int, needed: int = MIN_EVALUATIONS)
     return Signature(name, False, evidence, "")
 
 
-def _knob(config: Config, field: str, turn: str, evidence: str = "") -> str:
-    """`field: turn (now value)`; says so where the strategy ignores that evidence."""
+def _knob(config: Config, field: str, turn: str) -> str:
     group, leaf = field.split(".")
+    return f"{field}: {turn} (now {config[group][leaf]})"
+
+
+def _need(config: Config, reads: Reads, evidence: str) -> str:
+    """That the knob turns nothing where the strategy ignores the evidence."""
     strategy = config["strategy"]
-    text = f"{field}: {turn} (now {config[group][leaf]})"
-    if evidence and evidence not in STRATEGIES[strategy].reads:
-        text += f"; {strategy} ignores {evidence}, choose a strategy that reads it"
-    return text
+    if reads is None:
+        return f"; of use where {strategy} reads {evidence}"
+    if evidence in reads:
+        return ""
+    return f"; {strategy} ignores {evidence}, choose a strategy that reads it"

@@ -15,6 +15,7 @@ from fedmoe_jax.config import validate
 from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
+from fedmoe_jax.measures import MEASURES, pack_measures
 from fedmoe_jax.models.flops import count_activation_bytes
 from fedmoe_jax.program import (
     Program,
@@ -247,9 +248,15 @@ def finish(
     save_arrays(workdir / "final.npz", plan, *state, results["specialisation"])
     config, rows = plan.config, read_metrics(workdir / "metrics.jsonl")
     strategy = find_strategy(config.strategy)
-    summary = make_summary(
-        *(config.strategy, config.seed, strategy.note, strategy.needs, rows, spent)
-    )
+    summary = {
+        "strategy": config.strategy,
+        "seed": config.seed,
+        "note": strategy.note,
+        "needs": strategy.needs,
+        "reads": strategy.reads,
+        **make_summary(rows, spent, MEASURES),
+        "measures": pack_measures(MEASURES),
+    }
     write_json(workdir / "summary.json", summary)
     return summary
 

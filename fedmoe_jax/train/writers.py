@@ -16,29 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
+from fedmoe_jax.measures import MEASURES, running_fields
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.files import plain, write_atomically
-from fedmoe_jax.world.outcome import OUTCOMES
-
-# Fields of a row that a run adds up.
-COSTS = (
-    "bytes_up",
-    "bytes_down",
-    "client_flops",
-    "simulated_seconds",
-    "compute_joules",
-    "radio_joules",
-    "wasted_bytes",
-    "wasted_flops",
-    "capacity_violations",
-    *(f"{name}_clients" for name in OUTCOMES),
-)
-ACCURACIES = {  # field of an evaluation row: what it is called
-    "global_accuracy": "Global",
-    "global_soft_accuracy": "Global soft",
-    "personal_accuracy": "Personal",
-    "worst_decile_accuracy": "Worst decile",
-}
 
 
 def truncate_metrics(path: Path, last_round: int) -> None:
@@ -71,8 +51,8 @@ def open_metrics(
     """
     path = Path(folder) / "metrics.jsonl"
     truncate_metrics(path, done)
-    last = read_metrics(path)[-1:]
-    totals = {key: last[0].get(f"total_{key}", 0.0) if last else 0.0 for key in COSTS}
+    last = (read_metrics(path) or [{}])[-1]
+    totals = {key: last.get(f"total_{key}", 0.0) for key in running_fields(MEASURES)}
     with ExitStack() as stack:
         file = stack.enter_context(path.open("a", encoding="utf-8"))
         board = stack.enter_context(_board(folder, done)) if tensorboard else None

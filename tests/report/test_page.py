@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe_jax.options import UserError
+from fedmoe_jax.measures import MEASURES
+from fedmoe_jax.options import FINAL, UserError
 from fedmoe_jax.report import curves, signatures, tables
 from fedmoe_jax.report import page as report
 from fedmoe_jax.report import runs as runs_
 
+ACCURACIES = [m.field for m in MEASURES.values() if m.over == FINAL]
 NAMES = [f"class{i}" for i in range(5)]
 N, L = 6, len(NAMES)
 CONFIG = {
@@ -53,7 +55,7 @@ def fake_rows(rng, top, num_experts):
             "late_clients": 0,
         }
         if at % 2 == 0:
-            for name in runs_.ACCURACIES:
+            for name in ACCURACIES:
                 row[name] = top * at / 8
             row["expert_accuracy"] = rng.uniform(0.1, 0.4, num_experts).tolist()
         rows.append(row)
@@ -61,7 +63,7 @@ def fake_rows(rng, top, num_experts):
 
 
 def fake_summary(strategy, seed, rows):
-    final = {f"final_{name}": rows[-1][name] for name in runs_.ACCURACIES}
+    final = {f"final_{name}": rows[-1][name] for name in ACCURACIES}
     reached = [r["round"] for r in rows if (r.get("global_accuracy") or 0) >= 0.35]
     return final | {
         "strategy": strategy,
@@ -193,7 +195,7 @@ def test_run_in_progress(tmp_path, num_rows):
 def test_rows_without_optional_fields(tmp_path, runs):
     bare = [{"round": 1, "seconds": 0.1}, {"round": 2, "global_accuracy": None}]
     run = runs[2]._replace(rows=bare, summary={}, arrays={})
-    assert math.isnan(runs_.numbers(run)["final_global_accuracy"])
+    assert math.isnan(runs_.numbers(run, MEASURES)["final_global_accuracy"])
     assert report.write_report(tmp_path, [run, runs[3]], "c").exists()
 
 
@@ -222,7 +224,8 @@ def test_cells_by_hand():
 
 
 def test_table_marks_best(runs):
-    titles, rows = tables.table(runs)
+    columns, rows = tables.table(runs)
+    titles = [column.title for column in columns]
     cells = {label: dict(zip(titles, row, strict=True)) for label, row in rows.items()}
     # 0.4 and 0.6: half-width is 12.7062 * 0.141421 / sqrt(2) = 1.27.
     assert cells["greedy"]["Global %"].text == "50.0 ± 127.1"
@@ -309,6 +312,7 @@ FLAT = [0.2, 0.4, 0.41, 0.41, 0.41, 0.41]
 RISING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 SWINGING = [0.1, 0.3, 0.5, 0.4, 0.5, 0.4, 0.5, 0.4]
 BALANCED = CONFIG | {"strategy": "load_balanced"}
+BOTH = ["fitness", "usage"]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +321,7 @@ BALANCED = CONFIG | {"strategy": "load_balanced"}
 )
 def test_plateau(accuracy, load, present):
     arrays = {"times_held": np.array([[3, 0], [2, 1]])}
-    found = signatures.plateau(hand_rows(accuracy, load), arrays, BALANCED)
+    found = signatures.plateau(hand_rows(accuracy, load), arrays, BALANCED, BOTH)
     assert found.present == present
     assert f"expert 0 trained {load[0] / 10:.1f} %" in found.evidence or not present
     assert "25 % of client-expert pairs never met" in found.evidence
@@ -330,7 +334,7 @@ def test_plateau(accuracy, load, present):
 )
 def test_volatile(accuracy, change, present):
     rows = hand_rows(accuracy, fitness_change=change)
-    found = signatures.volatile(rows, {}, BALANCED)
+    found = signatures.volatile(rows, {}, BALANCED, BOTH)
     assert found.present == present
     assert found.knob == ("fitness.rate: lower (now 0.3)" if present else "")
 
@@ -346,7 +350,7 @@ def test_volatile(accuracy, change, present):
 def test_stragglers(slowest, late, knob):
     times = {"simulated_seconds": slowest, "simulated_median_seconds": 20.0}
     rows = hand_rows(RISING, late_clients=late, **times)
-    found = signatures.stragglers(rows, {"capacity": np.array([1, 1, 3])}, CONFIG)
+    found = signatures.stragglers(rows, {"capacity": np.array([1, 1, 3])}, CONFIG, BOTH)
     assert found.present == bool(knob)
     assert found.knob.startswith(knob)
     assert f"{slowest / 20:.1f} times" in found.evidence
@@ -360,15 +364,18 @@ def test_stragglers(slowest, late, knob):
 def test_stuck_expert(alone, load, present):
     rows = hand_rows(RISING, load)
     rows[0]["expert_accuracy"], rows[-1]["expert_accuracy"] = [0.1, 0.1], [0.5, alone]
-    found = signatures.stuck_expert(rows, {}, CONFIG | {"strategy": "greedy"})
+    greedy = CONFIG | {"strategy": "greedy"}
+    found = signatures.stuck_expert(rows, {}, greedy, ["fitness"])
     assert found.present == present
     assert "expert 1" in found.evidence
     assert ("greedy ignores usage" in found.knob) == present
     assert ("specialised?" in found.evidence) == (load[1] == 500)
+    unsaid = signatures.stuck_expert(rows, {}, greedy, None)
+    assert ("of use where greedy reads usage" in unsaid.knob) == present
 
 
 def test_too_few_rows_claim_nothing():
     for rows in ([], hand_rows(RISING[:3]), [{"round": 1}]):
-        for found in signatures.check(rows, {}, CONFIG):
+        for found in signatures.check(rows, {}, CONFIG, BOTH):
             assert not found.present and not found.knob
             assert found.evidence.startswith(signatures.TOO_EARLY)
