@@ -30,6 +30,7 @@ from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import write_json
+from fedmoe_jax.runtime.origin import find_origin
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train import memory
@@ -223,7 +224,7 @@ def run_job(
       stop: see `drive`.
       profile: see `drive`.
     """
-    config = plans[0].config
+    config, origin = plans[0].config, find_origin()
     state, done, spent = drive(config, job, checkpoints, stop=stop, profile=profile)
     if done < config.num_rounds:
         return False
@@ -232,7 +233,7 @@ def run_job(
     states = job.split(jax.device_get((state.align, state.belief, state.participation)))
     if multihost.is_leader():
         for parts in zip(plans, job.folders, states, results, strict=True):
-            summary = finish(*parts, spent)
+            summary = finish(*parts, spent, origin)
         print(describe_speed(summary), flush=True)
     return True
 
@@ -243,6 +244,7 @@ def finish(
     state: tuple[AlignState, Belief, Participation],
     results: dict[str, np.ndarray],
     spent: Row,
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes `summary.json` and `final.npz` of a finished run; returns the summary."""
     save_arrays(workdir / "final.npz", plan, *state, results["specialisation"])
@@ -255,6 +257,7 @@ def finish(
         "needs": strategy.needs,
         "reads": strategy.reads,
         **make_summary(rows, spent, MEASURES),
+        "made_by": origin,
         "measures": pack_measures(MEASURES),
     }
     write_json(workdir / "summary.json", summary)
