@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from fedmoe_jax.options import EXPERTS, FINAL, ROUNDS, Measure
 from fedmoe_jax.report import plots
 from fedmoe_jax.report.curves import Series, curves
-from fedmoe_jax.report.rows import measured
+from fedmoe_jax.report.rows import measured, name_experts, stack_experts
 from fedmoe_jax.report.runs import (
     NAN,
     Run,
@@ -146,26 +146,30 @@ def population_pictures(run: Run) -> Iterator[Picture]:
     )
 
 
+def add_layer(values: np.ndarray, axis: int) -> np.ndarray:
+    """Gives an array of one MoE layer its axis G; others have three axes already."""
+    return np.expand_dims(values, axis) if values.ndim == 2 else values
+
+
 def _training_pictures(run: Run) -> Iterator[Picture]:
     rows = [row for row in run.rows if row.get("expert_load")]
-    rounds = np.array([row["round"] for row in rows])
-    load = np.array([row["expert_load"] for row in rows], float)
     yield Picture(
         "load",
         "Share of each round's training examples by expert. Dark rows are starved "
         "experts; a fair share is one colour all over.",
-        plots.load_map(rounds, load),
+        plots.load_map(
+            np.array([row["round"] for row in rows]), stack_experts(rows, "expert_load")
+        ),
     )
-    alone = [row for row in run.rows if row.get("expert_accuracy")]
-    if alone:
+    rows = [row for row in run.rows if row.get("expert_accuracy")]
+    if rows:
+        alone = stack_experts(rows, "expert_accuracy")  # [R, G, E]
+        rounds = np.array([row["round"] for row in rows])
+        names = name_experts(*alone.shape[1:])
+        values = 100 * alone.reshape(len(rows), -1).T
         lines = [
-            Series(
-                e,
-                f"expert {e}",
-                np.array([row["round"] for row in alone]),
-                100 * np.array([[row["expert_accuracy"][e] for row in alone]]),
-            )
-            for e in range(load.shape[1])
+            Series(place, name, rounds, values[place : place + 1])
+            for place, name in enumerate(names)
         ]
         yield Picture(
             "expert_accuracy",
@@ -177,24 +181,26 @@ def _training_pictures(run: Run) -> Iterator[Picture]:
 
 def _alignment_pictures(run: Run) -> Iterator[Picture]:
     arrays = run.arrays
+    shares = add_layer(arrays["specialisation"], 0)
+    each = " in every layer" if len(shares) > 1 else ""
     yield Picture(
         "specialisation",
-        "Where the gate sends each class's test images; columns sum to 100 %. One "
-        "bright cell per column, in different rows, is specialisation; an even column "
-        "is none, and a bright row is one expert that takes everything.",
-        plots.specialisation_map(arrays["specialisation"], arrays["label_names"]),
+        f"Where the gate sends each class's test images; columns sum to 100 %{each}. "
+        "One bright cell per column, in different rows, is specialisation; an even "
+        "column is none, and a bright row is one expert that takes everything.",
+        plots.specialisation_map(shares, arrays["label_names"]),
     )
     yield Picture(
         "assignment",
         "Share of the rounds in which the client held the expert. Bright single "
         "cells are lasting pairs; even colour is assignment without preference.",
-        plots.assignment_map(arrays["times_held"], len(run.rows)),
+        plots.assignment_map(add_layer(arrays["times_held"], 1), len(run.rows)),
     )
     yield Picture(
         "fitness",
-        "What the server came to believe about every pair. Compare with the "
+        "Fitness that the server has learnt for every pair. Compare with the "
         "assignment: bright here and dark there is a pair that load kept apart.",
-        plots.fitness_map(arrays["fitness"]),
+        plots.fitness_map(add_layer(arrays["fitness"], 1)),
     )
 
 

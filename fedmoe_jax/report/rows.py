@@ -54,6 +54,26 @@ def measured(rows: Iterable[Row], *fields: str) -> list[tuple[int, float]]:
     return found
 
 
+def stack_experts(rows: Iterable[Row], field: str) -> np.ndarray:
+    """[R, G, E] float64 of the rows that have the field; [0, 1, 0] where none has.
+
+    A row has one number per expert, [E], or [G][E] in a model with G MoE layers.
+    """
+    values = np.array([row[field] for row in rows if row.get(field)], float)
+    if not len(values):
+        return np.zeros((0, 1, 0))
+    return values if values.ndim == 3 else values[:, None]
+
+
+def name_experts(num_layers: int, num_experts: int) -> list[str]:
+    """Names of G * E experts, layer by layer; of one layer without its number."""
+    if num_layers == 1:
+        return [f"expert {e}" for e in range(num_experts)]
+    return [
+        f"layer {g} expert {e}" for g in range(num_layers) for e in range(num_experts)
+    ]
+
+
 def spend_so_far(rows: Sequence[Row], fields: Sequence[str]) -> np.ndarray:
     """[R] float64, the sum of the fields over all rounds up to each row's."""
     spent = [sum(float(row.get(name) or 0.0) for name in fields) for row in rows]

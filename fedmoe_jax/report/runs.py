@@ -11,7 +11,7 @@ from scipy import stats
 
 from fedmoe_jax.measures import MEASURES, unpack_measures
 from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
-from fedmoe_jax.report.rows import is_number, measured, read_metrics
+from fedmoe_jax.report.rows import is_number, measured, read_metrics, stack_experts
 from fedmoe_jax.report.summary import measure_run
 from fedmoe_jax.runtime.files import flatten, read_json
 
@@ -137,8 +137,8 @@ def name_runs(runs: Sequence[Run]) -> list[Run]:
 
 
 def num_experts(run: Run) -> int:
-    """Experts of the trained model, 0 before the first round."""
-    return len(run.rows[0].get("expert_load", ())) if run.rows else 0
+    """Experts of a layer of the trained model, 0 before the first round."""
+    return stack_experts(run.rows[:1], "expert_load").shape[-1]
 
 
 def varies(run: Run, measure: Measure) -> bool:

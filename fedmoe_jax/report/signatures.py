@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Row = Mapping[str, Any]
+from fedmoe_jax.report.rows import Row, name_experts, stack_experts
+
 Arrays = Mapping[str, np.ndarray]
 Config = Mapping[str, Any]
 Reads = Sequence[str] | None
@@ -61,18 +62,19 @@ def plateau(
 ) -> Signature:
     """Accuracy plateaus early while the experts are trained unevenly."""
     name = "Accuracy plateaus early"
-    accuracy, load = _column(rows, "global_accuracy"), _total_load(rows)
-    if len(accuracy) < MIN_EVALUATIONS or load is None:
+    accuracy, shares = _column(rows, "global_accuracy"), share_load(rows)
+    if len(accuracy) < MIN_EVALUATIONS or not shares.size:
         return _too_little(name, "evaluations with expert load", len(accuracy))
     half = len(accuracy) // 2
     gain = accuracy[-2:].mean() - accuracy[half - 2 : half].mean()
-    uneven = load.std() / max(load.mean(), 1e-9)
-    most, least = int(load.argmax()), int(load.argmin())
+    uneven = shares.std() / max(shares.mean(), 1e-9)
+    names, shares = name_experts(*shares.shape), shares.ravel()
+    most, least = int(shares.argmax()), int(shares.argmin())
     evidence = (
         f"global accuracy gains {100 * gain:+.1f} points over the last half, to "
         f"{100 * accuracy[-2:].mean():.1f} %; CV of the total load {uneven:.2f}; "
-        f"expert {most} trained {_share(load, most)} and expert {least} "
-        f"{_share(load, least)} of all examples"
+        f"{names[most]} trained {100 * shares[most]:.1f} % and {names[least]} "
+        f"{100 * shares[least]:.1f} % of all examples"
     )
     if "times_held" in arrays:
         never = 100 * np.mean(np.asarray(arrays["times_held"]) == 0)
@@ -147,24 +149,23 @@ def stuck_expert(
 ) -> Signature:
     """An expert never improves because it is hardly ever trained."""
     name = "An expert never improves"
-    alone = [row["expert_accuracy"] for row in rows if row.get("expert_accuracy")]
-    load = _total_load(rows)
-    if len(alone) < MIN_EVALUATIONS or load is None:
+    alone, shares = stack_experts(rows, "expert_accuracy"), share_load(rows)
+    if len(alone) < MIN_EVALUATIONS or alone.shape[1:] != shares.shape:
         return _too_little(name, "evaluations of single experts", len(alone))
-    alone = np.array(alone, float)
+    names, fair = name_experts(*shares.shape), 1 / shares.shape[1]
+    alone, shares = alone.reshape(len(alone), -1), shares.ravel()
     gain = alone[-1] - alone[0]
-    share = load / max(load.sum(), 1e-9) * len(load)
     still = gain < NO_GAIN
-    stuck = still & (share < STARVED_SHARE)
+    stuck = still & (shares < STARVED_SHARE * fair)
     shown = np.flatnonzero(stuck) if stuck.any() else [int(gain.argmin())]
     evidence = "; ".join(
-        f"expert {e} alone {100 * alone[0, e]:.1f} % -> {100 * alone[-1, e]:.1f} %, "
-        f"{_share(load, e)} of the load (fair: {100 / len(load):.1f} %)"
+        f"{names[e]} alone {100 * alone[0, e]:.1f} % -> {100 * alone[-1, e]:.1f} %, "
+        f"{100 * shares[e]:.1f} % of the load (fair: {100 * fair:.1f} %)"
         for e in shown
     )
     if (still & ~stuck).any():
-        fair = ", ".join(map(str, np.flatnonzero(still & ~stuck)))
-        evidence += f"; no gain in spite of enough load: {fair} (specialised?)"
+        others = ", ".join(names[e] for e in np.flatnonzero(still & ~stuck))
+        evidence += f"; no gain in spite of enough load: {others} (specialised?)"
     knob = _knob(config, "weights.usage", "raise") + _need(config, reads, "usage")
     knob += '; fitness.idle: "prior"; ' + _knob(config, "fitness.exploration", "raise")
     present = bool(stuck.any())
@@ -187,14 +188,10 @@ def _column(rows: Sequence[Row], name: str) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def _total_load(rows: Sequence[Row]) -> np.ndarray | None:
-    """[E] examples trained so far by expert; None without rows that say."""
-    loads = [row["expert_load"] for row in rows if row.get("expert_load")]
-    return np.sum(np.array(loads, float), axis=0) if loads else None
-
-
-def _share(load: np.ndarray, expert: int) -> str:
-    return f"{100 * load[expert] / max(load.sum(), 1e-9):.1f} %"
+def share_load(rows: Sequence[Row]) -> np.ndarray:
+    """[G, E] share of its layer's examples that each expert trained; [1, 0] if none."""
+    load = stack_experts(rows, "expert_load").sum(axis=0)
+    return load / np.maximum(load.sum(axis=-1, keepdims=True), 1e-9)
 
 
 def _too_little(name: str, what: str, found: int, needed: int = MIN_EVALUATIONS):
