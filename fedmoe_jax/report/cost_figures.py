@@ -14,13 +14,13 @@ from fedmoe_jax.report.runs import Run, join_measures
 
 
 class Cost(NamedTuple):
-    """What accuracy is drawn against.
+    """The axis of a cost, against which accuracy is drawn.
 
     Attributes:
       name: ends the pictures' file names.
       spent: the measure that is added up over rounds.
       label: name and unit.
-      caption: what to look for.
+      caption: the end of a sentence that begins with the accuracy's name.
       without: why a run has no such cost at all.
     """
 

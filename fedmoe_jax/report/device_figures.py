@@ -1,4 +1,4 @@
-"""The pictures of one run's devices: how long they take, what becomes of them."""
+"""The pictures of one run's devices: their times, outcomes and capacities."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ from fedmoe_jax.report.timeline import (
     timeline,
 )
 
-WORDS = {  # outcome: what it is called and its colour
+WORDS = {  # outcome: its name and its colour
     "merged": ("merged", "#CCCCCC"),
     "stale": ("late, merged a round later", COLOURS[5]),
     "dropped": ("late, dropped", COLOURS[0]),
@@ -84,9 +84,9 @@ def _outcomes(run: Run) -> Iterator[Picture]:
     if [band.name for band in bands] not in ([], ["merged"]):
         yield Picture(
             "outcomes",
-            "Clients of each round by what became of them. Grey counts at once; the "
+            "Clients of each round by outcome. Grey counts at once; the "
             "rest came late or was lost with what it had cost. A broad band of one "
-            "colour says what to turn first.",
+            "colour is the loss to mend first.",
             outcome_bands(np.array([row["round"] for row in run.rows]), bands),
         )
 
@@ -99,8 +99,8 @@ def _participation(run: Run) -> Iterator[Picture]:
         yield Picture(
             "participation",
             "Clients by the number of rounds in which their update counted. Clients "
-            "at zero are unknown to the model; a tier of its own on the left says "
-            "which devices are left out.",
+            "at zero are unknown to the model; a tier of its own on the left is "
+            "left out.",
             participation_bars(
                 counted,
                 run.rows[-1]["round"],
@@ -111,7 +111,7 @@ def _participation(run: Run) -> Iterator[Picture]:
 
 
 def _belief(run: Run) -> Iterator[Picture]:
-    """Truth against belief; none where the server is never wrong."""
+    """Belief against true capacity; none where the server is never wrong."""
     arrays = run.arrays
     wrong = any(row.get("capacity_error") for row in run.rows)
     if wrong and "belief" in arrays and num_experts(run) > 1:
@@ -119,14 +119,13 @@ def _belief(run: Run) -> Iterator[Picture]:
             "belief",
             "How many experts clients can truly hold, and how many the server believes "
             "they can, in the last round; numbers are clients. Orange, above the "
-            "diagonal: overloaded if the server uses what it believes, which is never "
-            "less than one. Blue: room left "
-            "unused, if only as a reserve.",
+            "diagonal: overloaded if the server uses its belief, which is never less "
+            "than one. Blue: room left unused, if only as a reserve.",
             belief_bubbles(arrays["capacity"], arrays["belief"]),
         )
 
 
 def device_pictures(run: Run) -> Iterator[Picture]:
-    """Pictures of the devices of one run, as far as it tells of them."""
+    """Pictures of the devices of one run, as far as its rows and arrays have them."""
     for pictures in (_round_time, _last_round, _outcomes, _participation, _belief):
         yield from pictures(run)

@@ -1,4 +1,4 @@
-"""The pictures of a report, each with what to look for in it."""
+"""The pictures of a report, each with a caption that says how to read it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from fedmoe_jax.report.runs import (
 
 
 class Picture(NamedTuple):
-    """A figure with its file name (without suffix) and what to look for in it."""
+    """A figure with its file name, without suffix, and its caption."""
 
     name: str
     caption: str
@@ -126,11 +126,11 @@ def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
 
 
 def population_pictures(run: Run) -> Iterator[Picture]:
-    """The clients of one run: what they own and what they can hold."""
+    """The clients of one run: their examples and their capacity."""
     arrays, names = run.arrays, run.arrays["label_names"]
     yield Picture(
         "partition",
-        "Who owns which classes; area is the number of examples. Lone large bubbles "
+        "Examples of each client by class, as areas of bubbles. Lone large bubbles "
         "mean strongly non-IID clients, which one shared model serves badly.",
         plots.partition_bubbles(arrays["label_counts"], names),
     )

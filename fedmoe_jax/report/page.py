@@ -85,7 +85,7 @@ def _table_html(
 
 
 def _numbers_html(runs: Sequence[Run]) -> str:
-    """Two tables, so that a screen is wide enough: what was learnt, what it cost."""
+    """Two tables, so that a screen is wide enough: learning and costs."""
     columns, rows = table(runs)
     groups = group_runs(name_runs(runs))
     tables = ""
@@ -101,7 +101,7 @@ def _numbers_html(runs: Sequence[Run]) -> str:
         "agree). Rounds to a target: median over seeds (never counts as later than any "
         "round; – where that is the median), then how many of the seeds reached it. "
         "Bold: best of its column. MB: 10<sup>6</sup> bytes over all clients. Grey: "
-        "what a strategy gets beyond what all share.</p>"
+        "data or room that a strategy needs beyond the shared rules.</p>"
         + _definitions_html(columns)
         + _notes_html(groups)
     )

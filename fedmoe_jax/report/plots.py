@@ -128,7 +128,7 @@ def load_map(rounds: np.ndarray, load: np.ndarray) -> Figure:
 
 @rc_context(STYLE)
 def assignment_map(times_held: np.ndarray, num_rounds: int) -> Figure:
-    """How often every client held every expert, [N, G, E], as a share of the rounds."""
+    """Rounds in which each client held each expert, [N, G, E], as shares of all."""
     names = ("Expert", "Client", "Rounds held (%)")
     return _pair_map(100 * times_held / max(num_rounds, 1), names, vmin=0)
 
@@ -178,7 +178,7 @@ def _name_classes(axes: Axes, names: Sequence[str]) -> None:
 
 @rc_context(STYLE)
 def partition_bubbles(label_counts: np.ndarray, label_names: Sequence[str]) -> Figure:
-    """Who owns what, [N, L]: a bubble's area is the number of examples."""
+    """Examples of every client and class, [N, L], as areas of bubbles."""
     num_clients, num_labels = label_counts.shape
     size = _client_size(0.2 * num_labels + 1.3, num_clients)
     figure = Figure(figsize=size, layout="constrained")
@@ -204,7 +204,7 @@ def partition_bubbles(label_counts: np.ndarray, label_names: Sequence[str]) -> F
 def capacity_bars(
     capacity: np.ndarray, tier: np.ndarray, tier_names: Sequence[str]
 ) -> Figure:
-    """How many clients can hold how many experts, [N] each, stacked by device tier."""
+    """A histogram of the experts that clients can hold, [N] each, by device tier."""
     edges = np.arange(min(capacity.min(), 1), max(capacity.max(), 1) + 2) - 0.5
     return _tier_bars("Experts a client can hold", capacity, edges, tier, tier_names)
 
@@ -216,7 +216,7 @@ def participation_bars(
     tier: np.ndarray,
     tier_names: Sequence[str],
 ) -> Figure:
-    """How many clients counted in how many rounds, [N] each, stacked by device tier."""
+    """A histogram of the rounds in which clients counted, [N] each, by device tier."""
     width = -(-(num_rounds + 1) // PARTICIPATION_BARS)
     edges = np.arange(0, num_rounds + width + 1, width) - 0.5
     title = "Rounds in which an update counted"

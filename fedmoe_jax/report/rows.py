@@ -40,7 +40,7 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a field holds one number: it is neither absent, null nor a vector."""
+    """True for one number: a field may also be absent, null or a vector."""
     return isinstance(value, int | float)
 
 

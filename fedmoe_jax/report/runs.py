@@ -23,14 +23,14 @@ RECORDS = ("measures", "made_by")
 
 
 class Run(NamedTuple):
-    """What one run folder holds.
+    """The files of one run folder.
 
     Attributes:
       config: the nested dict of `config.json`.
       rows: the objects of `metrics.jsonl`, one per round.
       summary: the dict of `summary.json`; empty while the run is in progress.
       arrays: the arrays of `final.npz`; empty while the run is in progress.
-      folder: where it was read from.
+      folder: from which it was read.
       label: the strategy; runs of one label are repetitions of one another.
       measures: by the keys of its numbers; the package's where the run is in progress
         or older than its summary's `measures`.
@@ -142,7 +142,7 @@ def num_experts(run: Run) -> int:
 
 
 def varies(run: Run, measure: Measure) -> bool:
-    """Whether a measure has more than one value over the rounds of a run."""
+    """True where a measure has several values over the rounds of a run."""
     return len({value for _, value in measured(run.rows, *measure.fields)}) > 1
 
 

@@ -1,8 +1,8 @@
-"""The failure signatures of the paper, looked for in a run's own data.
+"""The failure signatures of the paper, found in a run's own data.
 
 Every check takes the rows of `metrics.jsonl`, the arrays of `final.npz` (a dict, empty
 while a run is in progress), the config as a nested dict, and which evidence the
-strategy reads: fitness, usage, both or none; None where the run does not say.
+strategy reads: fitness, usage, both or none; None where that is unknown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,9 +45,9 @@ class Signature(NamedTuple):
     """One failure signature.
 
     Attributes:
-      name: what goes wrong, as the paper says it.
+      name: of the failure, as in the paper.
       present: whether this run shows it; False where there is too little data.
-      evidence: the numbers that decided, or what is missing.
+      evidence: the numbers that decided, or the data that is missing.
       knob: the config field to turn and the direction; empty where not present.
     """
 
@@ -179,7 +179,7 @@ def check(
     rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
 ) -> list[Signature]:
     """All signatures of one run, in the paper's order."""
-    return [look(rows, arrays, config, reads) for look in CHECKS]
+    return [find(rows, arrays, config, reads) for find in CHECKS]
 
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:
@@ -205,7 +205,7 @@ def _knob(config: Config, field: str, turn: str) -> str:
 
 
 def _need(config: Config, reads: Reads, evidence: str) -> str:
-    """That the knob turns nothing where the strategy ignores the evidence."""
+    """A warning where the strategy may ignore the evidence that the knob weighs."""
     strategy = config["strategy"]
     if reads is None:
         return f"; of use where {strategy} reads {evidence}"

@@ -14,7 +14,7 @@ from fedmoe_jax.report.rows import (
 )
 
 TARGETS = (0.35, 0.40, 0.45, 0.50)  # of the global accuracy
-# Fields of the rows that hold wall time: what they are called as a share.
+# Fields of the rows that hold wall time, and the names of their shares.
 SPENT = {
     "seconds": "train_share",
     "evaluation_seconds": "evaluate_share",
@@ -45,10 +45,11 @@ def measure_run(
 
     Args:
       rows: one per round.
-      measures: what to measure, by the keys of the result.
+      measures: by the keys of the result.
 
     Returns:
-      Left out is what no row has; of an evaluation it is None, as it may be to come.
+      The numbers. One that no row has is left out; of an evaluation, which may still be
+      to come, it is None.
     """
     found = {}
     for key, measure in measures.items():
@@ -72,7 +73,7 @@ def measure_rows(rows: Sequence[Row], measure: Measure) -> float | None:
 
 
 def costs_to_targets(rows: Sequence[Row], measure: Measure) -> dict[str, float | None]:
-    """What was spent by the round that reaches each target; None if none does.
+    """The cost up to the round that reaches each target; None if none does.
 
     Args:
       rows: one per round.
@@ -88,7 +89,7 @@ def costs_to_targets(rows: Sequence[Row], measure: Measure) -> dict[str, float |
 
 
 def measure_speed(spent: dict[str, float], rows: list[Row]) -> dict[str, float]:
-    """Rates of training and what took the time of a run.
+    """Rates of training, and shares of the time of a run.
 
     Args:
       spent: seconds by the fields of `SPENT`.
@@ -128,7 +129,7 @@ def make_summary(
     """The numbers of a whole run.
 
     `rounds_to` counts rounds until the global accuracy reaches a target for the first
-    time, and the `budget` of a measure is what was spent by the end of that round.
+    time, and the `budget` of a measure is the cost up to the end of that round.
 
     Args:
       rows: one per round, at least one.

@@ -134,11 +134,13 @@ def _trivial(
 def _all_near(trivial: float | None, values: Sequence[float]) -> bool:
     if trivial is None:
         return False
-    return not any(abs(value - trivial) > 1e-6 for value in values)  # NaN is near
+    return not any(
+        abs(value - trivial) > 1e-6 for value in values
+    )  # NaN counts as near
 
 
 def _labels_agree(found: Found, key: str) -> bool:
-    """Whether several labels have the same numbers, seed by seed."""
+    """True where several labels have the same numbers, seed by seed."""
     shares = {tuple(one.get(key, NAN) for one in each) for each in found.values()}
     return len(found) > 1 and len(shares) == 1
 

@@ -39,10 +39,9 @@ def open_metrics(
     """Yields `write(row)`, which appends to `metrics.jsonl` and the TensorBoard events.
 
     A row is on disk when `write` returns. TensorBoard gets finite scalars under their
-    key and vectors as `key/0`, `key/1`, ...; what has more axes is only in the JSON.
+    key and vectors as `key/0`, `key/1`, ...; arrays of more axes are only in the JSON.
 
-    To what a run costs the row adds its sum over the rounds so far, `total_` and the
-    key.
+    The row also gets the sums so far of the measures that are `running`.
 
     Args:
       folder: an existing folder.
@@ -106,13 +105,14 @@ def open_progress(
 ) -> Iterator[Callable[[list[Row]], None]]:
     """Yields `update(rows)`, one row per run: live bars on a terminal, else lines.
 
-    The time left counts what this process did: a resumed run does not look faster.
+    The time left follows from the rounds of this process: a resumed run does not look
+    faster.
 
     Args:
       total: rounds of the whole run.
       names: of the runs that advance together.
       done: rounds done before this process.
-      stream: where to show it, `sys.stdout` as a rule.
+      stream: of the output, `sys.stdout` as a rule.
     """
     start = time.monotonic()
     console = Console(file=stream)
@@ -161,7 +161,7 @@ def _bar(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("global {task.fields[world]}  personal {task.fields[personal]}"),
+        TextColumn("global {task.fields[global]}  personal {task.fields[personal]}"),
         TextColumn("load CV {task.fields[cv]}  left {task.fields[left]}"),
         console=console,
     )
@@ -170,13 +170,13 @@ def _bar(console: Console) -> Progress:
 def _advance(bar: Progress, task: Any, row: Row, pace: float, total: int) -> None:
     shown = _shown(row, pace, total)
     if row.get("global_accuracy") is None:  # keep showing the last evaluation
-        del shown["world"], shown["personal"]
+        del shown["global"], shown["personal"]
     bar.update(task, completed=row["round"], **shown)
 
 
 def _print_row(label: str, row: Row, pace: float, total: int, stream: TextIO) -> None:
     shown = _shown(row, pace, total)
-    line = "{}round {}/{}  global {world}  personal {personal}  load CV {cv}  "
+    line = "{}round {}/{}  global {global}  personal {personal}  load CV {cv}  "
     line += "{pace:.2g} s/round  left {left}"
     text = line.format(label, row["round"], total, pace=pace, **shown)
     print(text, file=stream, flush=True)
@@ -185,7 +185,7 @@ def _print_row(label: str, row: Row, pace: float, total: int, stream: TextIO) ->
 def _shown(row: Row, pace: float, total: int) -> dict[str, str]:
     seconds = round(pace * (total - row["round"])) if row else None
     return {
-        "world": _number(row.get("global_accuracy"), 3),
+        "global": _number(row.get("global_accuracy"), 3),
         "personal": _number(row.get("personal_accuracy"), 3),
         "cv": _number(row.get("load_cv"), 2),
         "left": "-" if seconds is None else _clock(seconds),
