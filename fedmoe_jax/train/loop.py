@@ -12,13 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
+from fedmoe_jax.measures import MEASURES, evaluated_fields
+from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.train import checkpoint
-from fedmoe_jax.train.writers import ACCURACIES, Row, open_metrics, open_progress
+from fedmoe_jax.train.writers import open_metrics, open_progress
 from fedmoe_jax.types import PyTree, SimState
-
-# Fields of an evaluation that become fields of its row.
-REPORTED = (*ACCURACIES, "drifted_accuracy", "expert_accuracy")
 
 PROFILED_CHUNKS = 3
 
@@ -119,7 +118,8 @@ def list_rows(
     seconds = np.full(config.chunk_rounds, clock.seconds / config.chunk_rounds)
     rows = []
     for measured, found in zip(metrics, accuracies, strict=True):
-        extra = {name: found[name] for name in REPORTED if name in found}
+        names = evaluated_fields(MEASURES)
+        extra = {name: found[name] for name in names if name in found}
         if found:
             extra["evaluation_seconds"] = clock.evaluation_seconds
         rows.append(make_rows({"seconds": seconds} | measured, done, extra | spent))

@@ -7,22 +7,14 @@ has spent what it had spent by then.
 import jax.numpy as jnp
 from flax import struct
 
+from fedmoe_jax.measures import OUTCOMES
 from fedmoe_jax.types import Array, Devices
 from fedmoe_jax.world.costs import Costs, Traffic, Ways, client_memory, client_seconds
 from fedmoe_jax.world.step import Events
 
-# What can become of what a client was asked to do, by its code.
-OUTCOMES = (
-    "merged",
-    "stale",  # past the deadline, merged in the next round
-    "dropped",  # past the deadline
-    "lost_unreachable",
-    "lost_dropout",
-    "lost_memory",  # held more than its memory
-    "lost_outage",  # the link failed
-    "nonfinite",  # a broken update
+MERGED, STALE, DROPPED, UNREACHABLE, DROPOUT, MEMORY, OUTAGE, BROKEN = range(
+    len(OUTCOMES)
 )
-MERGED, STALE, DROPPED, UNREACHABLE, DROPOUT, MEMORY, OUTAGE, BROKEN = range(8)
 
 
 @struct.dataclass
