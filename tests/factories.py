@@ -20,8 +20,9 @@ from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.models.image_moe import Model
 from fedmoe_jax.options import replace
-from fedmoe_jax.program import Program, build_program
+from fedmoe_jax.program import Program, build_program, configure
 from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train import run as train
 from fedmoe_jax.types import (
     AlignState,
@@ -212,6 +213,34 @@ def make_evidence(sizes=SIZES, **changes):
         name: jnp.asarray(fields[name], jnp.float32) for name in ("fitness", "usage")
     }
     return Evidence(**fields | floats)
+
+
+def prepare_strategy(name, **evidence):
+    """A strategy's compiled `assign(evidence, hyper, key=)`, and evidence of SIZES."""
+    strategy, sizes = find_strategy(name), sizes_of(name)
+    evidence = {"state": strategy.init(sizes)} | evidence
+    return compile_assign(name), make_evidence(sizes, **evidence)
+
+
+@functools.cache
+def compile_assign(name):
+    return jax.jit(functools.partial(find_strategy(name).assign, sizes=sizes_of(name)))
+
+
+def sizes_of(name, sizes=SIZES):
+    """The sizes of a program, as the strategy configures it."""
+    fields = "num_experts", "max_held", "num_active"
+    config = make_config(strategy=name, **{n: getattr(sizes, n) for n in fields})
+    config.model.expert_width = sizes.expert_width
+    used = configure(config)
+    changes = {name: used[name] for name in fields}
+    return sizes._replace(**changes, expert_width=used.model.expert_width)
+
+
+def list_held(assignment):
+    """The experts in the valid slots of every client, in their order."""
+    rows = zip(assignment.held, assignment.slot, strict=True)
+    return [ids[valid].tolist() for ids, valid in rows]
 
 
 def make_align(num_clients, num_experts, **changes):
