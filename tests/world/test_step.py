@@ -18,11 +18,11 @@ from factories import (
     plan_run,
     tiny_config,
 )
+from fedmoe_jax.rules import CALM
 
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.program import init_state
 from fedmoe_jax.round import build_run_rounds
-from fedmoe_jax.rules import CALM
 from fedmoe_jax.runtime.sharding import replicate
 from fedmoe_jax.train import run as train
 from fedmoe_jax.types import Keys, Sizes

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from factories import E, K, N, all_finite, choose, make_linear_model, plan_run
+from fedmoe_jax.rules import CALM
 
 from fedmoe_jax.align.capacity import Needs, init_belief, update_belief, update_history
 from fedmoe_jax.broadcast import broadcast
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.program import Program, init_state
 from fedmoe_jax.round import build_round, gather_evidence
-from fedmoe_jax.rules import CALM
 from fedmoe_jax.runtime.sharding import replicate, spread
 from fedmoe_jax.types import Assignment, Devices, Federation, Hyper, Keys, Sizes
 from fedmoe_jax.world.availability import Reach, init_reach, share_now
