@@ -48,10 +48,12 @@ def evaluation(started, every_expert: bool):
     """A call that evaluates the state after one round."""
     program = started.program
     rules = program.rules._replace(every_expert=every_expert)
-    evaluate = build_evaluate(program.model, program.sizes, rules, program.mesh)
+    evaluate = build_evaluate(
+        program.model, program.sizes, rules, program.processes, program.mesh
+    )
     state = jax.tree.map(lambda leaf: leaf.copy(), started.state)
     state, _ = started.run_rounds(state, started.federation, started.hyper)
-    call = functools.partial(evaluate, state, started.federation)
+    call = functools.partial(evaluate, state, started.federation, started.hyper)
     jax.block_until_ready(call())
     return call
 

@@ -19,6 +19,7 @@ from fedmoe_jax.types import (
     Evidence,
     Feedback,
     Hyper,
+    Keys,
     PyTree,
     Sizes,
 )
@@ -263,28 +264,34 @@ class Strategy(NamedTuple):
 
 
 class Process(NamedTuple):
-    """One process of the world: what varies over rounds and what clients meet in it.
+    """One process of the world: what varies over rounds, and how clients meet it.
 
-    `world.step` chains the processes that are on, in the order of their table. A
-    process that is off is not in the program.
+    `world.step` chains the processes that are on, in the order of their table, for all
+    N clients at once. One that is off is neither in the program nor in the state.
 
     Attributes:
       about: what it does, one sentence.
-      options: the fields of its config group.
       is_on: config -> whether it would change anything.
-      init: (keys, hyper, sizes) -> its state before the first round.
-      step: (state, keys, round [], hyper) -> its state in the round. All draws are
-        made here, for all N clients, from `keys.of(purpose)` or `keys.always(purpose)`.
-      apply: (state, view, hyper) -> view; draws nothing, as evaluation uses it too.
-      after: (state, outcome [C], cohort [C], hyper) -> its state after the round.
-      metrics: state -> metrics of the round, by name.
+      init: (keys, hyper, sizes) -> its state before the first round, a pytree of
+        arrays, from its stationary law. What never changes is drawn here, from
+        `keys.always(purpose)`.
+      step: (state, keys, round [], hyper) -> its state in the round. All draws of the
+        round are made here, from `keys.of(purpose)`; `world.step` lists the purposes
+        in use, those from 2000 on are free.
+      apply: (state, view, hyper) -> view of the round, a `world.step.View`, from the
+        one that the processes before it have left. It draws nothing, so that
+        evaluation sees the world of the round.
+      options: the config fields that it reads. Processes of one group may share rows.
+      after: (state, cohort [C], outcome [C], late [C], hyper) -> its state after the
+        round; `late` are the clients that still worked at the deadline. None: the same.
+      metrics: state -> metrics of the round, by name. None: no metrics.
     """
 
     about: str
     is_on: Callable[[ConfigDict], bool]
-    init: Callable[..., PyTree]
-    step: Callable[..., PyTree]
-    apply: Callable[..., Any]
+    init: Callable[[Keys, Hyper, Sizes], PyTree]
+    step: Callable[[PyTree, Keys, Array, Hyper], PyTree]
+    apply: Callable[[PyTree, Any, Hyper], Any]
     options: tuple[Option, ...] = ()
-    after: Callable[..., PyTree] | None = None
+    after: Callable[[PyTree, Array, Any, Array, Hyper], PyTree] | None = None
     metrics: Callable[[PyTree], dict[str, Array]] | None = None

@@ -61,16 +61,8 @@ def set_conditions(
     )
 
 
-def find_distortion(world: dict, drift_source: Array, cohort: Array) -> Array | None:
-    """How far the images of each cohort client [C] have drifted; None for no drift."""
-    if "distorted" not in world:
-        return None
-    return jnp.where(drift_source[cohort] != cohort, world["distorted"], 0.0)
-
-
 def broadcast(
     state: SimState,
-    world: dict,
     view: View,
     evidence: Evidence,
     assignment: Assignment,
@@ -96,7 +88,7 @@ def broadcast(
         calibration=calibration,
         correction=jax.tree.map(correct, state.variate),
         personal=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
-        distortion=find_distortion(world, federation.drift_source, cohort),
+        distortion=jax.tree.map(lambda leaf: leaf[cohort], view.distortion),
     )
 
 

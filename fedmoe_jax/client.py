@@ -90,7 +90,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
                 ids,
                 federation.statistics,
                 program.task,
-                program.world.images,
+                static.drift.images,
                 inputs.distortion,
             )
             grads, batch_sums = jax.grad(local_loss, has_aux=True)(

@@ -21,9 +21,8 @@ from fedmoe_jax.options import (
 )
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import STRATEGIES, find_strategy
-from fedmoe_jax.world.channel import NEAREST
+from fedmoe_jax.world import PROCESSES
 from fedmoe_jax.world.devices import WIDEST
-from fedmoe_jax.world.drift import DISTORTIONS
 
 # Fields that may change between the calls that run and resume one simulation.
 FREE_FIELDS = frozenset(
@@ -204,13 +203,6 @@ OPTIONS: tuple[Option, ...] = (
         STATIC,
     ),
     Option(
-        "late.kind",
-        ("wait", "drop", "stale"),
-        "wait | drop | stale (merged a round later)",
-        STATIC,
-    ),
-    Option("late.discount", SHARE, "share of a stale update that is applied", TRACED),
-    Option(
         "profile.kind",
         ("oracle", "self_reported", "estimated"),
         "oracle | self_reported | estimated",
@@ -241,107 +233,6 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "profile.caution", Range(1), "experts by which a failure lowers the aim", TRACED
     ),
-    Option(
-        "pressure.share", SHARE, "of the time that other apps press on memory", TRACED
-    ),
-    Option("pressure.persistence", SHARE, "correlation from round to round", TRACED),
-    Option(
-        "pressure.left",
-        Range(0, 1, open_low=True),
-        "share of the memory that is left under pressure",
-        TRACED,
-    ),
-    Option(
-        "background.most",
-        Range(0, 1, open_high=True),
-        "largest share of compute that other work takes",
-        TRACED,
-    ),
-    Option("background.persistence", SHARE, "correlation from round to round", TRACED),
-    Option(
-        "bandwidth.spread",
-        Range(0, 5),
-        "standard deviation of the log of a link's speed",
-        TRACED,
-    ),
-    Option("bandwidth.persistence", SHARE, "correlation from round to round", TRACED),
-    Option(
-        "availability.share", SHARE, "of the time that a client can be reached", TRACED
-    ),
-    Option(
-        "availability.persistence", SHARE, "correlation from round to round", TRACED
-    ),
-    Option(
-        "availability.swing",
-        SHARE,
-        "by how much the share rises and falls in a day",
-        TRACED,
-    ),
-    Option("availability.day", COUNT, "rounds", TRACED),
-    Option(
-        "availability.sampling",
-        ("uniform", "size", "reachable"),
-        "uniform | size | reachable",
-        STATIC,
-    ),
-    Option(
-        "availability.dropout",
-        SHARE,
-        "chance per client and round of being lost",
-        TRACED,
-    ),
-    Option(
-        "availability.early",
-        SHARE,
-        "share of the lost that never start training",
-        TRACED,
-    ),
-    Option("channel.kind", ("wired", "wireless"), "wired | wireless"),
-    Option(
-        "channel.radius", Range(NEAREST, 100, open_low=True), "km, of the cell", TRACED
-    ),
-    Option("channel.shadowing", Range(0, 50), "dB, standard deviation", TRACED),
-    Option(
-        "channel.persistence",
-        SHARE,
-        "correlation of the fading from round to round",
-        TRACED,
-    ),
-    Option(
-        "channel.csi", SHARE, "correlation of the known and the true fading", TRACED
-    ),
-    Option(
-        "channel.backoff",
-        Range(0, 1, open_low=True),
-        "share of the known channel's rate that is used",
-        TRACED,
-    ),
-    Option(
-        "channel.min_snr", Range(-100, 100), "dB, below it there is no link", TRACED
-    ),
-    Option("channel.bandwidth", POSITIVE, "Hz for each client", TRACED),
-    Option("channel.power_up", Range(-100, 100), "dBm, of a client", TRACED),
-    Option("channel.power_down", Range(-100, 100), "dBm, of the station", TRACED),
-    Option(
-        "drift.labels", SHARE, "share of their examples that clients hand on", TRACED
-    ),
-    Option(
-        "drift.images",
-        ("none", *DISTORTIONS),
-        "none | rotate | blur | contrast",
-        STATIC,
-    ),
-    Option(
-        "drift.strength",
-        NON_NEGATIVE,
-        "degrees, pixels, or share of the contrast",
-        TRACED,
-    ),
-    Option("drift.share", SHARE, "of the clients"),
-    Option(
-        "drift.start", NON_NEGATIVE, "first round with drift, counted from 0", TRACED
-    ),
-    Option("drift.rounds", COUNT, "until it is complete; 1 is abrupt", TRACED),
     Option(
         "reaction.kind",
         ("none", "reset", "hasten"),
@@ -406,8 +297,9 @@ def check(
 
 
 def list_options() -> dict[str, Option]:
-    """Every field of a config by its name: the shared ones and all strategies'."""
-    owned = [option for strategy in STRATEGIES.values() for option in strategy.options]
+    """Every field of a config by its name: the shared ones, and those of records."""
+    records = (*STRATEGIES.values(), *PROCESSES.values())
+    owned = [option for record in records for option in record.options]
     return {option.name: option for option in (*OPTIONS, *owned)}
 
 

@@ -36,8 +36,8 @@ from fedmoe_jax.scoring import (
     view_clients,
 )
 from fedmoe_jax.tasks.batches import take_batch
-from fedmoe_jax.types import Array, Federation, SimState
-from fedmoe_jax.world.step import drifted_federation
+from fedmoe_jax.types import Array, Federation, Hyper, SimState
+from fedmoe_jax.world.step import View, observe
 
 TEST_BATCH = 500
 
@@ -71,12 +71,12 @@ def read_examples(
     """The test examples at `position` [B], drifted by `amount` [] where it is given."""
     count = federation.test_stratum.shape[0]
     index = jnp.minimum(position, count - 1)
-    drift = "" if amount is None else program.world.images
     rows = federation.test, index, federation.statistics
+    drift = program.static.drift.images, amount
     real = position < count
     stratum = jnp.where(real, federation.test_stratum[index], -1)
     return Examples(
-        batch=take_batch(*rows, program.task, drift, amount),
+        batch=take_batch(*rows, program.task, *drift),
         stratum=jax.nn.one_hot(stratum, federation.label_mix.shape[1]),
         real=real,
     )
@@ -93,7 +93,7 @@ def average_clients(counts: dict[str, Array], took_part: Array) -> dict[str, Arr
 
 def count_batch(
     state: SimState,
-    federation: Federation,
+    view: View,
     sets: HeldSets | None,
     position: Array,
     *,
@@ -104,12 +104,12 @@ def count_batch(
     Then there is also `drifted` [L], those of the global model on examples that have
     drifted.
     """
-    count = functools.partial(count_examples, state, federation, sets, position)
+    count = functools.partial(count_examples, state, view.federation, sets, position)
     counts = count(None, program=program)
-    if not program.world.images:
+    if view.distortion is None:
         return counts
-    drifted = count(state.world["distorted"], program=program)
-    drifts = federation.drift_source != jnp.arange(federation.drift_source.shape[0])
+    drifted = count(view.distortion.max(), program=program)
+    drifts = view.distortion > 0
     personal = jnp.where(drifts[:, None], drifted["personal"], counts["personal"])
     return counts | {"personal": personal, "drifted": drifted["global"]}
 
@@ -215,14 +215,14 @@ def summarise_counts(
 
 def build_evaluate_share(
     program: Program,
-) -> Callable[[SimState, Federation], dict[str, Array]]:
-    """Builds `evaluate_share(state, federation) -> accuracies`, to be spread.
+) -> Callable[[SimState, Federation, Hyper], dict[str, Array]]:
+    """Builds `evaluate_share(state, federation, hyper) -> accuracies`, to be spread.
 
     It is written for one device: it counts its share of the test images and joins the
     devices of the mesh axis `clients`. The result is the same on all of them.
 
     Args:
-      program: as in `count_images`; with `every_expert` there are also
+      program: as in `count_examples`; with `every_expert` there are also
         `global_soft_accuracy` and `expert_accuracy`.
 
     Returns:
@@ -235,10 +235,13 @@ def build_evaluate_share(
     one_batch = functools.partial(count_batch, program=program)
     sizes = program.sizes
 
-    def evaluate_share(state: SimState, federation: Federation) -> dict[str, Array]:
+    def evaluate_share(
+        state: SimState, federation: Federation, hyper: Hyper
+    ) -> dict[str, Array]:
         shape = sizes.num_clients, sizes.num_layers, sizes.num_experts
         chex.assert_shape(state.align.held, shape)
-        federation = drifted_federation(federation, state.world)
+        view = observe(state.world, federation, hyper, program.processes)
+        federation = view.federation
         device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
         sets = None
         if program.model.parts is None:
@@ -248,10 +251,10 @@ def build_evaluate_share(
         position = schedule_examples(count, TEST_BATCH, device, num_devices)
 
         def add(total: dict[str, Array], batch: Array) -> tuple[dict[str, Array], None]:
-            counts = one_batch(state, federation, sets, batch)
+            counts = one_batch(state, view, sets, batch)
             return jax.tree.map(jnp.add, total, counts), None
 
-        shapes = jax.eval_shape(one_batch, state, federation, sets, position[0])
+        shapes = jax.eval_shape(one_batch, state, view, sets, position[0])
         zero = jax.tree.map(jnp.zeros_like, shapes)
         counts = jax.lax.psum(jax.lax.scan(add, zero, position)[0], CLIENTS)
         return summarise_counts(counts, find_participants(state), federation.label_mix)
@@ -262,6 +265,6 @@ def build_evaluate_share(
 @functools.cache
 def build_evaluate(
     program: Program,
-) -> Callable[[SimState, Federation], dict[str, Array]]:
+) -> Callable[[SimState, Federation, Hyper], dict[str, Array]]:
     """Compiles `build_evaluate_share` for one run on all devices of the mesh."""
     return jax.jit(spread(build_evaluate_share(program), program.mesh))

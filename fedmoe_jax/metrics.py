@@ -23,7 +23,7 @@ from fedmoe_jax.world.costs import (
 )
 from fedmoe_jax.world.outcome import DROPPED, OUTCOMES, Conditions, Outcome
 from fedmoe_jax.world.participation import Participation, jain
-from fedmoe_jax.world.step import View
+from fedmoe_jax.world.step import View, measure_processes
 from fedmoe_jax.world.traffic import find_ways
 
 LISTED = 100  # clients up to which each has its numbers in every row
@@ -137,7 +137,7 @@ def measure(
         | account(participation, conditions, replies.sent, exchanged, program)
         | count_outcomes(participation.outcome)
         | measure_work(view.federation, cohort, program)
-        | measure_world(after, capacity.buffered)
+        | measure_world(after, capacity.buffered, program)
     )
 
 
@@ -183,14 +183,12 @@ def measure_work(federation: Federation, cohort: Array, program: Program) -> dic
     }
 
 
-def measure_world(state: SimState, meant: Array) -> dict[str, Array]:
-    """What the server misjudges; how far drift has come, and who can be reached."""
-    error = jnp.abs(state.belief.capacity - meant).mean()
-    names = {"moved": "drift_moved", "distorted": "drift_distorted"}
-    found = {names[name]: x for name, x in state.world.items() if name in names}
-    found["capacity_error"] = error
-    if len(meant) <= LISTED:
+def measure_world(
+    state: SimState, buffered: Array, program: Program
+) -> dict[str, Array]:
+    """The metrics of the processes, and the server's error about the devices."""
+    found = measure_processes(state.world, program.processes)
+    found["capacity_error"] = jnp.abs(state.belief.capacity - buffered).mean()
+    if len(buffered) <= LISTED:
         found["participation"] = state.participation.rounds
-    if "reach" in state.world:
-        found["reachable_clients"] = state.world["reach"].sum()
     return found

@@ -1,4 +1,4 @@
-"""Config fields and user errors, which flags, runs and reports share; no JAX."""
+"""Config options, measures and user errors, for flags, runs and reports; no JAX."""
 
 import collections
 import functools
@@ -118,3 +118,89 @@ def replace(record: Any, **changes: Any) -> Any:
         for name, change in changes.items()
     }
     return record._replace(**groups)
+
+
+class Curve(NamedTuple):
+    """How a measure is drawn over rounds.
+
+    Attributes:
+      label: of the axis, name and unit.
+      caption: what it shows, and what to look for.
+      chance: whether the accuracy of guessing is drawn with it.
+      costs: whether a comparison also draws it against time and traffic.
+    """
+
+    label: str
+    caption: str
+    chance: bool = False
+    costs: bool = False
+
+
+FINAL, MEAN, TOTAL, MAX, LAST = "final", "mean", "total", "max", "last"
+EXPERTS, DEVICES = "experts", "devices"
+LEARNING, COST = "learning", "cost"
+ROUNDS, LABELS = "rounds", "labels"
+
+
+class Measure(NamedTuple):
+    """One number of a run, from the field of its rows to its column and its curve.
+
+    Its key, in `measures.MEASURES`, is its name in `summary.json` and `runs.csv`. Rows
+    in which the field is absent, null or no single number do not count.
+
+    Attributes:
+      field: of a row of `metrics.jsonl`.
+      over: how the rows of a run become its number. `FINAL`, the mean over the
+        evaluations of the last ten rounds, of the last quarter in shorter runs;
+        `MEAN`, `TOTAL`, `MAX` over rounds; `LAST`, of the last row; empty: no number.
+      title: of its column; empty: no column.
+      about: its definition, below the table.
+      better: +1 where more is better, -1 where less is, 0 where neither.
+      plus: further fields, which are added to it.
+      per: fields by whose total the number is divided; no number where that is 0.
+      unit: by which the field is divided, 1e6 for MB of bytes.
+      scale: by which column and curve multiply the number, 100 for percent.
+      digits: of the column, after the point.
+      of: `EXPERTS`, without meaning in a model with one expert; `DEVICES`, in a run
+        that simulates no device.
+      group: the table of the column, `LEARNING` or `COST`.
+      trivial: a number; no column where every run has this number or none.
+      varies_over: `LABELS`, no column where all labels agree; `ROUNDS`, neither column
+        nor curve where no run changes from round to round.
+      zero_wins: whether 0 can be the best number of a column.
+      evaluated: whether an evaluation measures it, instead of every round.
+      running: whether every row gets the sum so far, as `total_` and the field.
+      budget: name of the table in `summary.json` that says how much of it was spent by
+        the round that reaches each target; empty: none.
+      printed: whether its column is shown in the terminal.
+      line: its name in the picture that the accuracies of one strategy share; empty:
+        it is drawn apart.
+      curve: None: not drawn over rounds in a picture of its own.
+    """
+
+    field: str
+    over: str = ""
+    title: str = ""
+    about: str = ""
+    better: int = 0
+    plus: tuple[str, ...] = ()
+    per: tuple[str, ...] = ()
+    unit: float = 1.0
+    scale: float = 1.0
+    digits: int = 1
+    of: str = ""
+    group: str = LEARNING
+    trivial: float | None = None
+    varies_over: str = ""
+    zero_wins: bool = True
+    evaluated: bool = False
+    running: bool = False
+    budget: str = ""
+    printed: bool = False
+    line: str = ""
+    curve: Curve | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields of a row that are added up."""
+        return self.field, *self.plus

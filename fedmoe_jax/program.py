@@ -15,13 +15,14 @@ from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
-from fedmoe_jax.rules import World
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
 from fedmoe_jax.tasks.batches import BatchShapes, shape_batch
 from fedmoe_jax.types import Federation, Hyper, PyTree, Sizes, Static
+from fedmoe_jax.world import PROCESSES
 from fedmoe_jax.world.costs import Costs, count_costs, scale_costs
+from fedmoe_jax.world.step import Chain
 
 
 class Program(NamedTuple):
@@ -39,7 +40,7 @@ class Program(NamedTuple):
       static: the config's fields that shape the program, as the strategy configures
         them; also `prox`, whether the FedProx term is in the local objective, and
         `ragged`, whether clients take different numbers of local steps.
-      world: which of its processes are on.
+      processes: of the world that are on, in the order of application.
       report_numbers: numbers in the report of one client, see `Strategy.report`.
       costs: of the simulated model; these bytes are reported.
       device_costs: of the model that it stands for; these are what devices feel.
@@ -55,7 +56,7 @@ class Program(NamedTuple):
     sizes: Sizes
     strategy: Strategy
     static: Static
-    world: World
+    processes: Chain
     report_numbers: int
     costs: Costs
     device_costs: Costs
@@ -100,29 +101,14 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
     )
 
 
-def make_world(config: ConfigDict, task: Task) -> World:
-    """Which processes of the world are on: those that would change anything.
+def list_processes(config: ConfigDict) -> Chain:
+    """The processes of the world that are on: those that would change anything.
 
-    The one client of pooled data has no such world.
-
-    Raises:
-      UserError: examples of this task cannot drift as configured.
+    The owner of pooled data does not live in that world.
     """
     if find_strategy(config.strategy).pooled:
-        return World()
-    reach, images = config.availability, config.drift.images
-    check("drift.images", images, ("none", *dict(task.drifts)), " with these data")
-    return World(
-        pressure=config.pressure.share > 0,
-        background=config.background.most > 0,
-        bandwidth=config.bandwidth.spread > 0,
-        reach=reach.share < 1 or reach.swing > 0,
-        dropout=reach.dropout > 0,
-        wireless=config.channel.kind == "wireless",
-        busy=config.late.kind == "stale",
-        labels=config.drift.labels > 0,
-        images="" if images == "none" else images,
-    )
+        return ()
+    return tuple(row for row in PROCESSES.items() if row[1].is_on(config))
 
 
 def take_scope(config: ConfigDict, scope: str) -> dict[str, object]:
@@ -251,6 +237,8 @@ def build_program(
       UserError: model parts that do not fit each other or the data.
     """
     used, task = configure(config), find_task(data.task)
+    drifts = ("none", *dict(task.drifts))
+    check("drift.images", config.drift.images, drifts, " with these data")
     strategy = resolve(find_strategy(config.strategy), used)
     batch = shape_batch(data.train, federation.statistics, task)
     model = MODELS[used.model.kind](used, batch.of(1), task.num_outputs(data))
@@ -277,7 +265,7 @@ def build_program(
         sizes=sizes,
         strategy=strategy,
         static=make_static(used),
-        world=make_world(config, task),
+        processes=list_processes(config),
         report_numbers=count_report(strategy, routing, rows, make_hyper(config)),
         costs=costs,
         device_costs=scale_costs(costs, used.devices.model_scale),

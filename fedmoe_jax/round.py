@@ -24,8 +24,10 @@ from fedmoe_jax.metrics import measure
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.types import Array, Federation, Hyper, RoundFn, SimState, make_keys
+from fedmoe_jax.world.availability import choose_cohort
+from fedmoe_jax.world.outcome import is_late
 from fedmoe_jax.world.participation import record
-from fedmoe_jax.world.step import choose_cohort, mark_busy, observe, step_world
+from fedmoe_jax.world.step import close_round, observe, step_world
 
 
 def round_step(
@@ -48,29 +50,30 @@ def round_step(
     Returns:
       The state after the round, shaped as before, and the round's metrics.
     """
-    keys = make_keys(state.key, state.round)
+    keys, static = make_keys(state.key, state.round), program.static
 
     # 1 world
-    world = step_world(keys, state.world, state.round, hyper)
-    view = observe(keys, world, federation, hyper, program.world)
-    cohort = choose_cohort(keys.cohort, view, world, program.sizes, program.static)
+    world = step_world(state.world, keys, state.round, hyper, program.processes)
+    view = observe(world, federation, hyper, program.processes)
+    cohort = choose_cohort(keys.cohort, view, program.sizes, static)
     # 2 capacity
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
     evidence = gather_evidence(state, view, cohort, capacity, program.sizes)
     assignment = assign(evidence, hyper, program, keys.align)
     # 4 train
-    inputs = broadcast(state, world, view, evidence, assignment, program)
+    inputs = broadcast(state, view, evidence, assignment, program)
     conditions = set_conditions(state, view, evidence, assignment, hyper, program)
     sums, replies = train_cohort(
         state.params, inputs, conditions, view.federation, hyper, keys.train
     )
     # 5 aggregate
-    params, server_opt = aggregate(state, sums[0], hyper, program.static)
+    params, server_opt = aggregate(state, sums[0], hyper, static)
     personal, variate = renew_clients(state, cohort, replies)
     # 6 learn
     align, load = learn_layers(state, evidence, assignment, replies, hyper, program)
     personal, align, sent = exchange(personal, align, evidence, replies, hyper, program)
+    late = is_late(replies.outcome, static.devices.deadline)
     belief = learn_devices(capacity.belief, conditions, replies, hyper, program)
     after = SimState(
         round=state.round + 1,
@@ -80,7 +83,9 @@ def round_step(
         align=align,
         personal=personal,
         variate=variate,
-        world=mark_busy(world, cohort, replies.outcome, program.static),
+        world=close_round(
+            world, cohort, replies.outcome, late, hyper, program.processes
+        ),
         belief=belief,
         stale=sums[1] if state.stale else {},
         participation=record(

@@ -228,7 +228,8 @@ class SimState:
       personal: the parts of the model that stay with the clients, by name like
         params, every leaf with a leading N axis; {} where the server has all.
       variate: control variates of SCAFFOLD, like params with a leading N axis, else {}.
-      world: the state of every process of the world that is on, see `world.advance`.
+      world: the states of the world's processes that are on, by their names, see
+        `world.step`.
       belief: what the server believes about the devices, see `profile`.
       stale: sums of the updates that came too late for the last round and are merged
         in the next, {} where no such update is merged.

@@ -1,22 +1,45 @@
-"""Tiny runs for the tests of whole rounds: sizes, a model, what tells states apart."""
+"""Every default of the tests: configs, hyperparameters, sizes, evidence, whole runs.
+
+What a test leaves out has its value from here, and nothing else has defaults.
+"""
 
 import functools
 from importlib.metadata import version
 from typing import NamedTuple
 
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from configs import default
+from fedmoe_jax import program as program_file
 from fedmoe_jax.broadcast import broadcast
-from fedmoe_jax.client import ClientUpdate, build_client_update
+from fedmoe_jax.client import build_client_update
+from fedmoe_jax.cohort import Reply
 from fedmoe_jax.models.image_moe import Model
-from fedmoe_jax.program import Program
+from fedmoe_jax.options import replace
+from fedmoe_jax.program import Program, build_program, configure
 from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train import run as train
-from fedmoe_jax.types import Federation, Hyper, SimState
-from fedmoe_jax.world.step import Keys, observe
+from fedmoe_jax.types import (
+    AlignState,
+    ClientInput,
+    ClientUpdate,
+    Devices,
+    Evidence,
+    Federation,
+    Feedback,
+    Hyper,
+    SimState,
+    Sizes,
+)
+from fedmoe_jax.world import PROCESSES
+from fedmoe_jax.world.costs import Costs, count_costs
+from fedmoe_jax.world.outcome import BROKEN, MERGED, Outcome
+from fedmoe_jax.world.step import observe
 
 N, C, E, K, A, T, B, R = 10, 4, 4, 2, 2, 2, 4, 2
 NO_CLASS = 999
@@ -89,23 +112,213 @@ if version("jaxlib").startswith("0.10."):
     USERS_OPTIONS["xla_cpu_use_fusion_emitters"] = True
 
 
+# Few values make ties, the free ones find signs and magnitudes. XLA on CPU reads
+# subnormal numbers as zero, so they are ties there and not in NumPy.
+TIED = st.sampled_from([0.0, -0.0, 1.0, -1.0, np.nan, np.inf, -np.inf])
+FREE = st.floats(width=32, allow_subnormal=False)
+
+
+def any_scores(*shape):
+    """A Hypothesis strategy of float32 arrays, all ties or all free."""
+    draw = lambda elements: hnp.arrays(np.float32, shape, elements=elements)
+    return st.one_of(draw(TIED), draw(FREE))
+
+
+# The sizes that functions of one layer are tested with.
+SIZES = Sizes(
+    num_clients=10,
+    cohort_size=6,
+    num_layers=1,
+    num_experts=5,
+    max_held=3,
+    num_active=2,
+    local_steps=2,
+    batch_size=8,
+    expert_width=16,
+    num_classes=4,
+    max_capacity=3,
+)
+
+# 500 bytes beside the experts, 1,000 of each; 10 FLOPs beside them, 20 of each.
+COSTS = Costs(
+    stem_bytes=300.0,
+    head_bytes=100.0,
+    gate_bytes=100.0,
+    expert_bytes=1000.0,
+    stem_flops=4.0,
+    shared_flops=10.0,
+    expert_flops=20.0,
+)
+
+
+def make_config(**changes):
+    """The default config with some fields, named with dots, changed."""
+    config = default.get_config()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
 def tiny_config(**changes):
     config = default.get_config("smoke")
     config.update_from_flattened_dict(TINY | changes)
     return config
 
 
-def breakable(*args):
+def make_hyper(**changes) -> Hyper:
+    """The default config's numbers, some changed: `fitness={"rate": 0.5}`."""
+    hyper = program_file.make_hyper(make_config())
+    cast = lambda old, new: jnp.asarray(new, old.dtype)
+    for name, change in changes.items():
+        old = getattr(hyper, name)
+        if isinstance(change, dict):
+            change = {
+                field: cast(getattr(old, field), change[field]) for field in change
+            }
+        else:
+            change = cast(old, change)
+        hyper = replace(hyper, **{name: change})
+    return hyper
+
+
+def make_program(**changes) -> Program:
+    """The program of a tiny config on one device, where all take equally many steps."""
+    config = tiny_config(**changes)
+    return build_program(
+        *(config, 10, (8, 8, 1)), local_steps=config.local_steps, mesh=build_mesh(1)
+    )
+
+
+def use_linear_model(program):
+    """The program with the linear model, which compiles faster."""
+    model = make_linear_model(program.sizes.num_experts)
+    costs = count_costs(jax.eval_shape(model.init, jax.random.key(0)), 1.0, 1.0, 1.0)
+    return program._replace(model=model, costs=costs)
+
+
+def make_evidence(sizes=SIZES, **changes):
+    """Evidence of ONE layer on the last C of N clients, of capacities 1, 2, ... K."""
+    rng = np.random.default_rng(0)
+    count, experts = sizes.cohort_size, sizes.num_experts
+    fields = dict(
+        round=jnp.int32(0),
+        client=jnp.arange(count, dtype=jnp.int32) + sizes.num_clients - count,
+        fitness=rng.random((count, experts)),
+        usage=100 * rng.random(experts),
+        capacity=jnp.arange(count, dtype=jnp.int32) % sizes.max_held + 1,
+        load=jnp.full(count, 16.0),
+        held=jnp.zeros((count, experts), bool),
+    )
+    fields |= changes
+    floats = {
+        name: jnp.asarray(fields[name], jnp.float32) for name in ("fitness", "usage")
+    }
+    return Evidence(**fields | floats)
+
+
+def prepare_strategy(name, **evidence):
+    """A strategy's compiled `assign(evidence, hyper, key=)`, and evidence of SIZES."""
+    strategy, sizes = find_strategy(name), sizes_of(name)
+    evidence = {"state": strategy.init(sizes)} | evidence
+    return compile_assign(name), make_evidence(sizes, **evidence)
+
+
+@functools.cache
+def compile_assign(name):
+    return jax.jit(functools.partial(find_strategy(name).assign, sizes=sizes_of(name)))
+
+
+def sizes_of(name, sizes=SIZES):
+    """The sizes of a program, as the strategy configures it."""
+    fields = "num_experts", "max_held", "num_active"
+    config = make_config(strategy=name, **{n: getattr(sizes, n) for n in fields})
+    config.model.expert_width = sizes.expert_width
+    used = configure(config)
+    changes = {name: used[name] for name in fields}
+    return sizes._replace(**changes, expert_width=used.model.expert_width)
+
+
+def list_held(assignment):
+    """The experts in the valid slots of every client, in their order."""
+    rows = zip(assignment.held, assignment.slot, strict=True)
+    return [ids[valid].tolist() for ids, valid in rows]
+
+
+def make_align(num_clients, num_experts, **changes):
+    """What is learnt of ONE layer before the first round, all fitness a half."""
+    shape = num_clients, num_experts
+    fields = dict(
+        fitness=jnp.full(shape, 0.5),
+        usage=jnp.zeros(num_experts),
+        held=jnp.zeros(shape, bool),
+        times_held=jnp.zeros(shape, jnp.int32),
+    )
+    return AlignState(**fields | changes)
+
+
+def make_feedback(load, **changes):
+    """Feedback whose leaves are all `load`, but for the named ones."""
+    return Feedback(*[jnp.asarray(load)] * 5).replace(**changes)
+
+
+def make_inputs(held, slot, **changes):
+    """Inputs of clients 0, 1, ... that take one step, from `held` [C, G, K]."""
+    count, layers, _ = held.shape
+    fields = dict(
+        client=np.arange(count, dtype=np.int32),
+        steps=np.ones(count, np.int32),
+        budget=slot.sum((1, 2), dtype=np.int32),
+        scale=np.ones(count, np.float32),
+        held=held,
+        slot=slot,
+        calibration=np.ones((count, layers), np.float32),
+        correction={},
+        personal={},
+    )
+    return jax.tree.map(jnp.asarray, ClientInput(**fields | changes))
+
+
+def make_update(delta, feedback, **changes):
+    """A finite update without loss; `feedback` has leaves [..., G, K]."""
+    none = jnp.zeros(feedback.load.shape[:-2])
+    fields = dict(report=None, loss=none, accuracy=none, finite=none == 0)
+    update = ClientUpdate(delta=delta, feedback=feedback, **fields | changes)
+    return jax.tree.map(jnp.asarray, update)
+
+
+def make_replies(feedback, arrived, **changes):
+    """Replies of a cohort [C]; of clients that did not arrive the update was broken."""
+    none, phases = jnp.zeros(len(arrived)), jnp.ones((len(arrived), 3))
+    code = jnp.where(jnp.asarray(arrived), MERGED, BROKEN).astype(jnp.int32)
+    fields = dict(report=None, loss=none, accuracy=none, sent=none)
+    fields |= dict(outcome=Outcome(code, phases, phases), personal={}, variate={})
+    return Reply(feedback=feedback, **fields | changes)
+
+
+def make_devices(count, *, rate=1e9, **changes):
+    """Equal devices without limits; `rate` is of both links, fields are [] or [N]."""
+    numbers = dict(memory=1e9, flops=1e9, upload=rate, download=rate)
+    numbers |= dict(latency=0.0, power=1.0, radio=1.0) | changes
+    row = lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.float32), (count,))
+    leaves = {name: row(value) for name, value in numbers.items()}
+    return Devices(**leaves, tier=jnp.zeros(count, jnp.int32))
+
+
+def make_federation(**fields):
+    """A federation of which only some fields are there."""
+    return Federation(**dict.fromkeys(Federation.__dataclass_fields__) | fields)
+
+
+def breakable(program):
     """The real client update, all NaN where the client's labels are no classes."""
-    update = build_client_update(*args)
+    update = build_client_update(program)
 
     def client_update(params, inputs, federation, hyper, key):
         result = update(params, inputs, federation, hyper, key)
         broken = federation.y[federation.index[inputs.client, 0]] >= NO_CLASS
         spoil = lambda leaf: jnp.where(broken, jnp.nan, leaf)
-        numbers = (result.delta, result.feedback, result.loss, result.accuracy)
-        delta, feedback, loss, accuracy = jax.tree.map(spoil, numbers)
-        return ClientUpdate(delta, feedback, loss, accuracy, result.finite & ~broken)
+        names = ("delta", "feedback", "report", "loss", "accuracy")
+        spoilt = jax.tree.map(spoil, {name: getattr(result, name) for name in names})
+        return result.replace(finite=result.finite & ~broken, **spoilt)
 
     return client_update
 
@@ -119,16 +332,20 @@ class Parts(NamedTuple):
     hyper: Hyper
 
 
+def choose(*names):
+    """These processes of the world, in the order of the table."""
+    return tuple(row for row in PROCESSES.items() if row[0] in names)
+
+
 def plan_run(**changes):
     config = tiny_config(**changes)
     return train.plan_run(config, build_mesh(config.run.num_devices))
 
 
 def send_inputs(parts, state, evidence, assignment):
-    """The inputs of a cohort in a world without events."""
-    program, keys = parts.program, Keys(state.key, state.key)
-    view = observe(keys, {}, parts.federation, parts.hyper, program.rules.world)
-    return broadcast(state, {}, view, evidence, assignment, program)
+    """The inputs of a cohort in a world without events, from leaves with an axis G."""
+    view = observe({}, parts.federation, parts.hyper, ())
+    return broadcast(state, view, evidence, assignment, parts.program)
 
 
 def assert_same(left, right, atol=0.0, rtol=0.0):
@@ -158,14 +375,15 @@ def make_linear_model(num_experts):
 
     def init(key):
         stem, gate, expert, head = jax.random.split(key, 4)
+        experts = num_experts, 4, 4
         gates = {
             "kernel": 0.1 * jax.random.normal(gate, (num_experts, 4)),
             "bias": jnp.zeros(num_experts),
         }
         return {
             "stem": {"kernel": jax.random.normal(stem, (64, 4)) / 8},
-            "gate": gates,
-            "experts": {"kernel": jax.random.normal(expert, (num_experts, 4, 4)) / 2},
+            "gate": {"moe": gates},
+            "experts": {"moe": {"kernel": jax.random.normal(expert, experts) / 2}},
             "head": {"kernel": jax.random.normal(head, (4, 16)) / 2},
         }
 

@@ -6,131 +6,123 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import make_config, make_feedback, make_inputs, make_update
 
-from configs import default
-from fedmoe_jax import program
 from fedmoe_jax.aggregate import (
     Sums,
     accumulate,
     add_stale,
+    keep_untrained,
     mean_delta,
     merge,
-    server_optimizer,
     weigh,
     zero_sums,
 )
-from fedmoe_jax.client import ClientInput, ClientUpdate
-from fedmoe_jax.cohort import (
-    Report,
-    build_train_cohort,
-    keep_if,
-    place_reports,
-    take_inputs,
-)
-from fedmoe_jax.rules import CALM
-from fedmoe_jax.runtime.sharding import build_mesh, spread
-from fedmoe_jax.types import Federation, Feedback
-from fedmoe_jax.world.outcome import BROKEN, MERGED, STALE, Outcome
+from fedmoe_jax.cohort import keep_if
+from fedmoe_jax.moe_layers import layer_names
+from fedmoe_jax.optimizers import server_optimizer
+from fedmoe_jax.program import resolve
+from fedmoe_jax.strategies import find_strategy
 
 EXPERTS, SLOTS = 4, 2
 GATE_MODES = ("global", "holder_rows", "personal")
 WEIGHTS = ("examples", "routed")
 PARTS = ("stem", "gate", "experts", "head")
 
-# Expert 3 is held only by the padding client 3 and in an invalid slot of client 1.
-HELD = np.array([[0, 1], [2, 3], [1, 0], [3, 0], [0, 2], [2, 0]], np.int32)
-SLOT = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]], bool)
+# [C, G, K]. In the first layer expert 3 is held only by the padding client 3 and in an
+# invalid slot of client 1, in the second expert 0 likewise.
+HELD = np.array(
+    [
+        [[0, 1], [1, 3]],
+        [[2, 3], [2, 0]],
+        [[1, 0], [3, 2]],
+        [[3, 0], [0, 1]],
+        [[0, 2], [3, 2]],
+        [[2, 0], [2, 1]],
+    ],
+    np.int32,
+)
+SLOT = np.array(
+    [
+        [[1, 1], [1, 1]],
+        [[1, 0], [1, 0]],
+        [[1, 1], [1, 1]],
+        [[1, 1], [1, 1]],
+        [[1, 1], [1, 1]],
+        [[1, 0], [1, 1]],
+    ],
+    bool,
+)
 STEPS = np.array([2, 1, 7, 0, 3, 1], np.int32)  # client 3 only pads
 FINITE = np.array([1, 1, 1, 1, 0, 1], bool)  # client 4 diverged
 SIZE = np.array([10, 20, 30, 40, 50, 60], np.int32)
 LOAD = np.array([[3, 5], [7, 9], [0, 2], [4, 4], [6, 6], [8, 1]], np.float32)
+LOAD = np.stack([LOAD, LOAD[::-1]], axis=1)  # [C, G, K]
 CLIENTS = len(HELD)
+EVERY_CLIENT = np.ones(CLIENTS, np.int32)
+UNHELD = (3, 0)  # in each layer
+layers = pytest.mark.parametrize("num_layers", [1, 2])
 
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def make_params(experts=EXPERTS, seed=0):
+def make_params(num_layers=1, experts=EXPERTS, seed=0):
+    names = [f"moe_{layer}" for layer in range(num_layers)]
+    gate = lambda s: {
+        "kernel": draw(experts, 2, seed=s + 1),
+        "bias": draw(experts, seed=s + 2),
+    }
+    expert = lambda s: {"kernel": draw(experts, 2, 3, seed=s + 3)}
+    seeds = [seed + 1000 * layer for layer in range(num_layers)]
     return {
         "stem": {"kernel": draw(3, seed=seed)},
-        "gate": {
-            "kernel": draw(experts, 2, seed=seed + 1),
-            "bias": draw(experts, seed=seed + 2),
-        },
-        "experts": {"kernel": draw(experts, 2, 3, seed=seed + 3)},
+        "gate": dict(zip(names, map(gate, seeds), strict=True)),
+        "experts": dict(zip(names, map(expert, seeds), strict=True)),
         "head": {"bias": draw(2, seed=seed + 4)},
     }
 
 
-PARAMS = make_params()
-
-
-def make_deltas(seed=10):
-    """What each client returns; nothing but NaN from the one that diverged."""
-    gate = PARAMS["gate"]
-    deltas = {
-        "stem": {"kernel": draw(CLIENTS, 3, seed=seed)},
-        "gate": {
-            name: draw(CLIENTS, *leaf.shape, seed=seed + 1 + leaf.ndim)
-            for name, leaf in gate.items()
-        },
-        "experts": {"kernel": draw(CLIENTS, SLOTS, 2, 3, seed=seed + 4)},
-        "head": {"bias": draw(CLIENTS, 2, seed=seed + 5)},
-    }
+def make_deltas(num_layers=1, seed=10):
+    """The deltas of all clients; nothing but NaN from the one that diverged."""
+    rows = lambda leaf, s: draw(CLIENTS, *leaf.shape, seed=seed + s)
+    deltas, params = {}, make_params(num_layers)
+    for number, (part, tree) in enumerate(sorted(params.items())):
+        leaves, shape = jax.tree.flatten(tree)
+        if part == "experts":
+            leaves = [leaf[:SLOTS] for leaf in leaves]
+        drawn = [rows(leaf, 10 * number + i) for i, leaf in enumerate(leaves)]
+        deltas[part] = jax.tree.unflatten(shape, drawn)
     for leaf in jax.tree.leaves(deltas):
         leaf[4] = np.nan
     return deltas
 
 
-DELTAS = make_deltas()
+PARAMS, DELTAS = make_params(), make_deltas()
 
 
-EVERYONE = np.ones(CLIENTS, np.int32)
+def send(num_layers=1, held=HELD, slot=SLOT, steps=STEPS):
+    return make_inputs(held[:, :num_layers], slot[:, :num_layers], steps=steps)
 
 
-def broadcast(held=HELD, slot=SLOT, steps=STEPS):
-    count = len(held)
-    gate = jax.tree.map(lambda leaf: np.stack([leaf] * count), PARAMS["gate"])
-    inputs = ClientInput(
-        client=np.arange(count, dtype=np.int32),
-        steps=steps,
-        budget=slot.sum(1, dtype=np.int32),
-        scale=np.ones(count, np.float32),
-        held=held,
-        slot=slot,
-        calibration=np.ones(count, np.float32),
-        correction={},
-        own={"gate": gate},
-    )
-    return jax.tree.map(jnp.asarray, inputs)
+def reply(deltas, finite=FINITE, load=LOAD):
+    num_layers = len(deltas["gate"])
+    return make_update(deltas, make_feedback(load[:, :num_layers]), finite=finite)
 
 
-def make_updates(deltas=DELTAS, finite=FINITE, load=LOAD):
-    count = len(finite)
-    update = ClientUpdate(
-        delta=deltas,
-        feedback=Feedback(load, load, load, load, load, load[:, :0]),
-        loss=np.zeros(count, np.float32),
-        accuracy=np.zeros(count, np.float32),
-        finite=finite,
-    )
-    return jax.tree.map(jnp.asarray, update)
-
-
-def make_rules(gate_mode, weight):
+def make_strategy(gate_mode, weight):
     fields = {"gate.mode": gate_mode, "merge.weight": weight}
-    config = default.get_config()
-    config.update_from_flattened_dict(fields)
-    return program.make_rules(config, EXPERTS)
+    return resolve(find_strategy("load_balanced"), make_config(**fields))
 
 
 @functools.partial(jax.jit, static_argnames=("gate_mode", "weight"))
 def sum_up(params, inputs, updates, size, *, gate_mode, weight):
     """Streams all clients into the sums."""
+    strategy = make_strategy(gate_mode, weight)
 
     def add(sums, client):
-        weights = weigh(*client, None, make_rules(gate_mode, weight))
+        weights = weigh(*client, None, strategy)
         weights = keep_if(client[1].finite, weights)
         return accumulate(sums, 0, *client[:2], weights), None
 
@@ -152,34 +144,40 @@ def init_server(name, params):
 # ---- the slow twin
 
 
-def slow_mean(gate_mode, weight):
-    """Mean deltas and summed weights [E], one client, one slot, one row at a time."""
-    sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape), PARAMS)
-    shared, rows, experts = 0.0, np.zeros(EXPERTS), np.zeros(EXPERTS)
+def slow_mean(gate_mode, weight, num_layers):
+    """Mean deltas and summed weights [G, E]: one client, layer, slot, row at a time."""
+    params, deltas = make_params(num_layers), make_deltas(num_layers)
+    sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
+    names = layer_names(params["gate"])
+    rows, experts = np.zeros((2, num_layers, EXPERTS))
+    shared = 0.0
     for c in range(CLIENTS):
         if not STEPS[c] or not FINITE[c]:
             continue
-        delta = jax.tree.map(lambda leaf, c=c: leaf[c].astype(np.float64), DELTAS)
-        held = {HELD[c, k] for k in range(SLOTS) if SLOT[c, k]}
+        delta = jax.tree.map(lambda leaf, c=c: leaf[c].astype(np.float64), deltas)
         shared += SIZE[c]
         sums["stem"]["kernel"] += SIZE[c] * delta["stem"]["kernel"]
         sums["head"]["bias"] += SIZE[c] * delta["head"]["bias"]
-        for e in range(EXPERTS):
-            sent = {"global": True, "holder_rows": e in held, "personal": False}
-            if sent[gate_mode]:
-                rows[e] += SIZE[c]
-                for name in ("kernel", "bias"):
-                    sums["gate"][name][e] += SIZE[c] * delta["gate"][name][e]
-        for k in range(SLOTS):
-            if SLOT[c, k]:
-                w = {"examples": SIZE[c], "routed": LOAD[c, k]}[weight]
-                experts[HELD[c, k]] += w
-                row = delta["experts"]["kernel"][k]
-                sums["experts"]["kernel"][HELD[c, k]] += w * row
-    for part, weights in (("gate", rows), ("experts", experts)):
-        for leaf in sums[part].values():
+        for g, layer in enumerate(names):
+            held = {HELD[c, g, k] for k in range(SLOTS) if SLOT[c, g, k]}
             for e in range(EXPERTS):
-                leaf[e] /= weights[e] if weights[e] else 1.0
+                sent = {"global": True, "holder_rows": e in held, "personal": False}
+                if sent[gate_mode]:
+                    rows[g, e] += SIZE[c]
+                    for name in ("kernel", "bias"):
+                        row = delta["gate"][layer][name][e]
+                        sums["gate"][layer][name][e] += SIZE[c] * row
+            for k in range(SLOTS):
+                if SLOT[c, g, k]:
+                    w = {"examples": SIZE[c], "routed": LOAD[c, g, k]}[weight]
+                    experts[g, HELD[c, g, k]] += w
+                    row = delta["experts"][layer]["kernel"][k]
+                    sums["experts"][layer]["kernel"][HELD[c, g, k]] += w * row
+    for part, weights in (("gate", rows), ("experts", experts)):
+        for g, layer in enumerate(names):
+            for leaf in sums[part][layer].values():
+                for e in range(EXPERTS):
+                    leaf[e] /= weights[g, e] if weights[g, e] else 1.0
     sums["stem"]["kernel"] /= shared
     sums["head"]["bias"] /= shared
     return sums, shared, rows, experts
@@ -193,38 +191,42 @@ def assert_close(tree, expected, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(leaf, other, rtol=rtol, atol=atol)
 
 
+@layers
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("gate_mode", GATE_MODES)
-def test_mean_equals_the_loop_over_clients(gate_mode, weight):
-    rules = {"gate_mode": gate_mode, "weight": weight}
-    sums = sum_up(PARAMS, broadcast(), make_updates(), SIZE, **rules)
-    expected, shared, rows, experts = slow_mean(gate_mode, weight)
+def test_mean_delta_equals_the_loop_over_clients(gate_mode, weight, num_layers):
+    start, updates = make_params(num_layers), reply(make_deltas(num_layers))
+    choice = {"gate_mode": gate_mode, "weight": weight}
+    sums = sum_up(start, send(num_layers), updates, SIZE, **choice)
+    expected, shared, rows, experts = slow_mean(gate_mode, weight, num_layers)
     np.testing.assert_allclose(sums.weight["stem"], shared)
     np.testing.assert_allclose(sums.weight["gate"], rows)
     np.testing.assert_allclose(sums.weight["experts"], experts)
     assert_close(jax.jit(mean_delta)(sums), expected)
-    params, opt_state = init_server("sgd", PARAMS)
+    params, opt_state = init_server("sgd", start)
     new, _ = server_step("sgd", params, opt_state, sums, 1.0)
-    assert_close(new, jax.tree.map(np.add, PARAMS, expected))
-    # Nobody held expert 3, and nobody holding it means no 0/0 and no decay.
-    old = PARAMS["experts"]["kernel"]
-    np.testing.assert_array_equal(new["experts"]["kernel"][3], old[3])
-    assert np.all(np.abs(new["experts"]["kernel"][:3] - old[:3]).max((1, 2)) > 0)
+    assert_close(new, jax.tree.map(np.add, start, expected))
+    # Without a holder there is no 0/0 and no decay.
+    for unheld, layer in zip(UNHELD, layer_names(start["experts"]), strict=False):
+        old, found = (tree["experts"][layer]["kernel"] for tree in (start, new))
+        np.testing.assert_array_equal(found[unheld], old[unheld])
+        moved = np.delete(np.abs(found - old).max((1, 2)), unheld)
+        assert np.all(moved > 0)
 
 
-def test_order_of_clients_does_not_matter():
-    rules = {"gate_mode": "holder_rows", "weight": "routed"}
-    inputs, updates = broadcast(), make_updates()
-    sums = sum_up(PARAMS, inputs, updates, SIZE, **rules)
+def test_accumulate_in_any_order_gives_the_same_sums():
+    choice = {"gate_mode": "holder_rows", "weight": "routed"}
+    inputs, updates = send(), reply(DELTAS)
+    sums = sum_up(PARAMS, inputs, updates, SIZE, **choice)
     order = np.array([5, 2, 0, 4, 1, 3])
     shuffled = jax.tree.map(lambda leaf: leaf[order], (inputs, updates, SIZE))
-    assert_close(sum_up(PARAMS, *shuffled, **rules), sums, atol=1e-4)
+    assert_close(sum_up(PARAMS, *shuffled, **choice), sums, atol=1e-4)
 
 
-def test_nobody_counts_nothing_changes():
-    rules = {"gate_mode": "global", "weight": "examples"}
-    inputs = broadcast(steps=np.zeros(CLIENTS, np.int32))
-    sums = sum_up(PARAMS, inputs, make_updates(), SIZE, **rules)
+def test_merge_changes_nothing_where_no_client_counts():
+    choice = {"gate_mode": "global", "weight": "examples"}
+    inputs = send(steps=np.zeros(CLIENTS, np.int32))
+    sums = sum_up(PARAMS, inputs, reply(DELTAS), SIZE, **choice)
     params, opt_state = init_server("adam", PARAMS)
     new, new_opt = server_step("adam", params, opt_state, sums, 1.0)
     for leaf, old in zip(
@@ -235,63 +237,81 @@ def test_nobody_counts_nothing_changes():
         np.testing.assert_array_equal(leaf, old)
 
 
-def test_equal_clients_give_that_clients_params():
+def test_merge_of_equal_clients_gives_that_clients_params():
     client = make_params(seed=50)
     step = jax.tree.map(np.subtract, client, PARAMS)
     held = np.array([[0, 1], [2, 3], [3, 1], [2, 0], [0, 3], [1, 2]], np.int32)
     deltas = jax.tree.map(lambda leaf: np.stack([leaf] * CLIENTS), step)
-    deltas["experts"] = {"kernel": step["experts"]["kernel"][held]}
-    inputs = broadcast(held, np.ones((CLIENTS, SLOTS), bool), EVERYONE)
-    rules = {"gate_mode": "holder_rows", "weight": "examples"}
-    sums = sum_up(PARAMS, inputs, make_updates(deltas, EVERYONE > 0), SIZE, **rules)
+    deltas["experts"] = jax.tree.map(lambda leaf: leaf[held], step["experts"])
+    inputs = send(1, held[:, None], np.ones_like(SLOT), EVERY_CLIENT)
+    choice = {"gate_mode": "holder_rows", "weight": "examples"}
+    sums = sum_up(PARAMS, inputs, reply(deltas, EVERY_CLIENT > 0), SIZE, **choice)
     new, _ = server_step("sgd", *init_server("sgd", PARAMS), sums, 1.0)
     assert_close(new, client)
 
 
-def test_a_gate_row_of_one_holder_moves_by_its_full_delta():
-    rules = {"gate_mode": "holder_rows", "weight": "examples"}
-    slot = SLOT & ((HELD != 2) | (np.arange(CLIENTS) == 1)[:, None])
-    sums = sum_up(PARAMS, broadcast(slot=slot), make_updates(), SIZE, **rules)
+def test_mean_delta_of_one_holder_is_its_full_delta():
+    choice = {"gate_mode": "holder_rows", "weight": "examples"}
+    others = np.arange(CLIENTS)[:, None, None] != 1
+    sums = sum_up(
+        *(PARAMS, send(slot=SLOT & ~((HELD == 2) & others)), reply(DELTAS), SIZE),
+        **choice,
+    )
     mean = jax.jit(mean_delta)(sums)
-    for name, leaf in mean["gate"].items():  # client 1 alone holds expert 2
-        np.testing.assert_allclose(leaf[2], DELTAS["gate"][name][1, 2], rtol=1e-6)
+    for name, leaf in mean["gate"]["moe_0"].items():  # client 1 alone holds expert 2
+        delta = DELTAS["gate"]["moe_0"][name]
+        np.testing.assert_allclose(leaf[2], delta[1, 2], rtol=1e-6)
         assert np.all(np.asarray(leaf[3]) == 0)
-    kernel = mean["experts"]["kernel"][2]
-    np.testing.assert_allclose(kernel, DELTAS["experts"]["kernel"][1, 0], rtol=1e-6)
+    kernel = mean["experts"]["moe_0"]["kernel"][2]
+    delta = DELTAS["experts"]["moe_0"]["kernel"]
+    np.testing.assert_allclose(kernel, delta[1, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("gate_mode", ["global", "holder_rows"])
-def test_dense_fedavg_is_the_weighted_mean_of_the_clients(gate_mode):
+def test_merge_of_dense_models_is_the_weighted_mean_of_the_clients(gate_mode):
     params = make_params(experts=1)
     clients = [make_params(experts=1, seed=seed) for seed in (100, 200, 300)]
     deltas = [jax.tree.map(np.subtract, client, params) for client in clients]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *deltas)
-    everyone, size = np.ones(3, bool), np.array([1, 2, 5], np.int32)
-    inputs = broadcast(
-        np.zeros((3, 1), np.int32), np.ones((3, 1), bool), np.ones(3, np.int32)
-    )
-    updates = make_updates(stacked, everyone, np.ones((3, 1), np.float32))
-    rules = {"gate_mode": gate_mode, "weight": "examples"}
-    sums = sum_up(params, inputs, updates, size, **rules)
+    size, one = np.array([1, 2, 5], np.int32), (3, 1, 1)
+    inputs = make_inputs(np.zeros(one, np.int32), np.ones(one, bool))
+    updates = reply(stacked, np.ones(3, bool), np.ones(one, np.float32))
+    choice = {"gate_mode": gate_mode, "weight": "examples"}
+    sums = sum_up(params, inputs, updates, size, **choice)
     new, _ = server_step("sgd", *init_server("sgd", params), sums, 1.0)
     expected = jax.tree.map(lambda a, b, c: (a + 2 * b + 5 * c) / 8, *clients)
     assert_close(new, expected)
 
 
+def test_add_stale_discounts_deltas_and_not_weights():
+    choice = {"gate_mode": "global", "weight": "examples"}
+    now = sum_up(PARAMS, send(), reply(DELTAS), SIZE, **choice)
+    late = jax.tree.map(lambda leaf: 3 * leaf + 1, now)
+    half = add_stale(now, late, jnp.float32(0.5))
+    both = jax.tree.map(jnp.add, now.weight, late.weight)
+    jax.tree.map(np.testing.assert_allclose, half.weight, both)
+    expected = jax.tree.map(lambda a, b: a + 0.5 * b, now.delta, late.delta)
+    jax.tree.map(np.testing.assert_allclose, half.delta, expected)
+
+
 # ---- the server's optimiser
 
 
-def make_sums(seed, trained):
-    """Sums whose means are random, with the experts and rows `trained` [E]."""
-    trained = np.asarray(trained, np.float32)
-    delta = make_params(seed=seed)
-    delta["gate"]["kernel"] *= trained[:, None]
-    delta["gate"]["bias"] *= trained
-    delta["experts"]["kernel"] *= trained[:, None, None]
+def make_sums(seed, experts, rows=None):
+    """Sums whose means are random where `experts` and gate `rows` [G, E] are trained.
+
+    Rows are those of the experts unless given.
+    """
+    experts = np.asarray(experts, np.float32)
+    rows = experts if rows is None else np.asarray(rows, np.float32)
+    delta = make_params(len(experts), seed=seed)
+    for part, trained in (("gate", rows), ("experts", experts)):
+        for row, layer in zip(trained, layer_names(delta[part]), strict=True):
+            for leaf in delta[part][layer].values():
+                leaf *= row.reshape((-1,) + (1,) * (leaf.ndim - 1))
     one = np.float32(1)
-    weight = {"stem": one, "gate": trained, "experts": trained, "head": one}
-    sums = Sums(delta=delta, weight=weight)
-    return jax.tree.map(jnp.asarray, sums)
+    weight = {"stem": one, "gate": rows, "experts": experts, "head": one}
+    return jax.tree.map(jnp.asarray, Sums(delta=delta, weight=weight))
 
 
 def moments(opt_state):
@@ -301,36 +321,69 @@ def moments(opt_state):
     return [node for node in nodes if is_mirror(node)]
 
 
-@pytest.mark.parametrize(
-    ("name", "mirrors"), [("momentum", 1), ("adam", 2), ("yogi", 2), ("adagrad", 1)]
-)
-def test_an_expert_nobody_holds_keeps_value_and_moments(name, mirrors):
-    params, opt_state = init_server(name, PARAMS)
-    params, opt_state = server_step(
-        name, params, opt_state, make_sums(60, [1] * 4), 0.1
-    )
-    for round in range(3):  # expert 1 has moments by now, and is not held any more
-        sums = make_sums(70 + round, [1, 0, 1, 1])
+def assert_moved(tree, old, weight):
+    """Every number has moved, but for the rows without weight."""
+    for part in ("stem", "head"):
+        for leaf, before in zip(tree[part].values(), old[part].values(), strict=True):
+            assert np.all(np.asarray(leaf) != np.asarray(before))
+    for part in ("gate", "experts"):
+        names = layer_names(tree[part])
+        for layer, trained in zip(names, np.asarray(weight[part]) > 0, strict=True):
+            for leaf, before in zip(
+                tree[part][layer].values(), old[part][layer].values(), strict=True
+            ):
+                moved = np.asarray(leaf) != np.asarray(before)
+                assert moved[trained].all() and not moved[~trained].any()
+
+
+OPTIMIZERS = [("momentum", 1), ("adam", 2), ("yogi", 2), ("adagrad", 1)]
+TRAINED = ([1, 0, 1, 1], [1, 1, 1, 0])  # experts of each layer
+GATE_ROWS = ([0, 1, 1, 1], [1, 0, 0, 1])
+
+
+@layers
+@pytest.mark.parametrize(("name", "mirrors"), OPTIMIZERS)
+def test_merge_keeps_value_and_moments_of_untrained_experts(name, mirrors, num_layers):
+    params, opt_state = init_server(name, make_params(num_layers))
+    every = make_sums(60, np.ones((num_layers, EXPERTS)))
+    params, opt_state = server_step(name, params, opt_state, every, 0.1)
+    for round in range(3):  # untrained experts have moments by now
+        sums = make_sums(70 + round, TRAINED[:num_layers], GATE_ROWS[:num_layers])
         new, new_opt = server_step(name, params, opt_state, sums, 0.1)
         assert len(moments(new_opt)) == mirrors
-        trees = zip(
-            [new, *moments(new_opt)], [params, *moments(opt_state)], strict=True
-        )
-        for tree, old in trees:
-            for part in PARTS:
-                for leaf, before in zip(
-                    tree[part].values(), old[part].values(), strict=True
-                ):
-                    moved = np.asarray(leaf) != np.asarray(before)
-                    if part in ("gate", "experts"):
-                        assert not moved[1].any()
-                        moved = np.delete(moved, 1, axis=0)
-                    assert moved.all()
+        trees = [new, *moments(new_opt)], [params, *moments(opt_state)]
+        for tree, old in zip(*trees, strict=True):
+            assert_moved(tree, old, sums.weight)
         params, opt_state = new, new_opt
 
 
-def test_server_steps_by_hand():
-    first, second = make_sums(60, [1] * 4), make_sums(70, [1] * 4)
+@pytest.mark.parametrize(("name", "mirrors"), [("momentum", 1), ("adam", 2)])
+def test_keep_untrained_of_an_optimiser_state_of_two_layers(name, mirrors):
+    _, old = init_server(name, make_params(2))
+    old = jax.tree.map(lambda leaf: leaf + 5, old)
+    new = jax.tree.map(lambda leaf: leaf + 1, old)
+    weight = make_sums(0, TRAINED, GATE_ROWS).weight
+    weight["stem"] = jnp.zeros(())  # no client has trained the stem
+    kept = keep_untrained(new, old, weight)
+    assert jax.tree.structure(kept) == jax.tree.structure(old)
+    found = moments(kept)
+    assert len(found) == mirrors
+    for tree in found:
+        assert np.all(np.asarray(tree["stem"]["kernel"]) == 5)
+        assert np.all(np.asarray(tree["head"]["bias"]) == 6)
+        for layer, (experts, rows) in enumerate(zip(TRAINED, GATE_ROWS, strict=True)):
+            name_of = f"moe_{layer}"
+            kernel = tree["experts"][name_of]["kernel"][:, 0, 0]
+            assert kernel.tolist() == [5 + count for count in experts]
+            for leaf in tree["gate"][name_of].values():
+                first = np.asarray(leaf).reshape(EXPERTS, -1)[:, 0]
+                assert first.tolist() == [5 + count for count in rows]
+    if name == "adam":
+        assert int(kept[0].count) == 6  # steps are counted for all
+
+
+def test_merge_by_hand():
+    first, second = make_sums(60, np.ones((1, 4))), make_sums(70, np.ones((1, 4)))
     step = lambda name, params, opt, sums: server_step(name, params, opt, sums, 0.5)
     new, _ = step("sgd", *init_server("sgd", PARAMS), first)
     assert_close(new, jax.tree.map(lambda w, d: w + 0.5 * d, PARAMS, first.delta))
@@ -350,121 +403,42 @@ def test_server_steps_by_hand():
     assert_close(new, expected)
 
 
-def test_streamed_sums_equal_stacked_sums():
+def test_mean_delta_of_streamed_sums_equals_the_stacked_average():
     """np.average over all deltas at once, with the weights of every part."""
     finite = np.ones(CLIENTS, bool)
     deltas = jax.tree.map(np.copy, DELTAS)
     for leaf in jax.tree.leaves(deltas):
         leaf[4] = 1.5
-    inputs, updates = broadcast(), make_updates(deltas, finite)
-    rules = {"gate_mode": "holder_rows", "weight": "routed"}
-    mean = jax.jit(mean_delta)(sum_up(PARAMS, inputs, updates, SIZE, **rules))
+    choice = {"gate_mode": "holder_rows", "weight": "routed"}
+    sums = sum_up(PARAMS, send(), reply(deltas, finite), SIZE, **choice)
+    mean = jax.jit(mean_delta)(sums)
     weight = SIZE * (STEPS > 0)
     average = functools.partial(np.average, axis=0)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     for part, name in (("stem", "kernel"), ("head", "bias")):
         close(mean[part][name], average(deltas[part][name], weights=weight))
-    for expert in range(3):  # nobody holds expert 3
-        holds = (expert == HELD) & SLOT & (STEPS > 0)[:, None]
+    for expert in range(3):  # expert 3 has no holder
+        holds = (expert == HELD[:, 0]) & SLOT[:, 0] & (STEPS > 0)[:, None]
         rows = weight * holds.any(1)
-        for name, delta in deltas["gate"].items():
-            close(mean["gate"][name][expert], average(delta[:, expert], weights=rows))
-        slots = deltas["experts"]["kernel"][holds]
-        found = mean["experts"]["kernel"][expert]
-        close(found, average(slots, weights=LOAD[holds]))
+        for name, delta in deltas["gate"]["moe_0"].items():
+            found = mean["gate"]["moe_0"][name][expert]
+            close(found, average(delta[:, expert], weights=rows))
+        slots = deltas["experts"]["moe_0"]["kernel"][holds]
+        found = mean["experts"]["moe_0"]["kernel"][expert]
+        close(found, average(slots, weights=LOAD[:, 0][holds]))
 
 
-# ---- the cohort
-
-
-def test_positions_beyond_the_cohort_get_no_steps():
-    inputs = broadcast(steps=EVERYONE)
-    taken = take_inputs(inputs, jnp.array([[5, 0], [6, 2], [7, 9]]))
-    assert taken.steps.tolist() == [[1, 1], [0, 1], [0, 0]]
-    np.testing.assert_array_equal(taken.held[0], HELD[[5, 0]])
-    np.testing.assert_array_equal(taken.client[1, 1], 2)
-    for leaf in jax.tree.leaves(taken.own):
-        assert leaf.shape[:2] == (3, 2)
-
-
-def test_reports_return_to_their_places():
-    loss = jnp.array([10.0, 20.0, 30.0])
-    outcome = Outcome(loss.astype(int), loss, loss)
-    report = Report(
-        {}, loss, accuracy=loss, outcome=outcome, sent=loss, own={}, variate={}
+def test_weigh_leaves_out_what_stays_with_the_client():
+    """Personal parts, the last experts where they are local, and whole idle clients."""
+    strategy = make_strategy("global", "examples")._replace(
+        personal=("gate", "experts", "head"), local_experts=2
     )
-    placed = place_reports(report, jnp.array([3, 5, 1]), 4)  # position 5 pads
-    assert placed.loss.tolist() == [0, 30, 0, 10]
-    assert placed.outcome.code.tolist() == [0, 30, 0, 10]
-
-
-def make_federation():
-    fields = dict.fromkeys(Federation.__dataclass_fields__)
-    return Federation(**fields | {"size": jnp.asarray(SIZE)})
-
-
-def fake_update(params, inputs, federation, hyper, key):
-    """What the client of this id returns according to the tables above."""
-    tables = make_updates()
-    return jax.tree.map(lambda leaf: leaf[inputs.client], tables)
-
-
-def judge_by_numbers(inputs, sent, finite):
-    """Nobody is late or lost; whose numbers are broken does not count."""
-    code = jnp.where(finite, MERGED, BROKEN).astype(jnp.int32)
-    return Outcome(code, jnp.ones(3), jnp.ones(3))
-
-
-def test_late_updates_are_summed_apart():
-    def judge(inputs, sent, finite):
-        outcome = judge_by_numbers(inputs, sent, finite)
-        late = finite & (inputs.client % 2 == 1)
-        return outcome.replace(code=jnp.where(late, STALE, outcome.code))
-
-    rules = make_rules("personal", "examples")
-    rules = rules._replace(world=CALM._replace(late="stale"))
-    train = build_train_cohort(fake_update, judge, rules)
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    run = jax.jit(spread(train, build_mesh(1)))
-    inputs = broadcast(steps=EVERYONE)
-    (now, late), _ = run(params, inputs, make_federation(), {}, jax.random.key(0))
-    odd = np.arange(len(SIZE)) % 2 == 1
-    for sums, part in ((now, ~odd), (late, odd)):
-        steps = np.where(part, EVERYONE, 0)  # without steps nobody counts
-        expected = sum_up(
-            PARAMS,
-            broadcast(steps=steps),
-            make_updates(),
-            SIZE,
-            gate_mode="personal",
-            weight="examples",
-        )
-        assert_close(sums, expected, atol=1e-4)
-    half = add_stale(now, late, jnp.float32(0.5))
-    both = jax.tree.map(jnp.add, now.weight, late.weight)
-    jax.tree.map(np.testing.assert_allclose, half.weight, both)
-    expected = jax.tree.map(lambda a, b: a + 0.5 * b, now.delta, late.delta)
-    jax.tree.map(np.testing.assert_allclose, half.delta, expected)
-
-
-@pytest.mark.parametrize(("devices", "chunk"), [(1, 1), (1, 4), (8, 1), (2, 2)])
-def test_devices_and_chunks_do_not_change_the_sums(devices, chunk):
-    train = build_train_cohort(
-        fake_update,
-        judge_by_numbers,
-        make_rules("personal", "examples")._replace(client_chunk=chunk),
-    )
-    steps = np.array([3, 1, 4, 1, 5, 9], np.int32)  # dealt in another order
-    inputs = broadcast(steps=steps)
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    run = jax.jit(spread(train, build_mesh(devices)))
-    (sums,), report = run(params, inputs, make_federation(), {}, jax.random.key(0))
-    rules = {"gate_mode": "personal", "weight": "examples"}
-    expected = sum_up(PARAMS, inputs, make_updates(), SIZE, **rules)
-    assert_close(sums, expected, atol=1e-4)
-    np.testing.assert_array_equal(report.feedback.load, LOAD)
-    np.testing.assert_array_equal(report.arrived, FINITE)
-    assert report.outcome.code.dtype == jnp.int32
-    for name, leaf in report.own["gate"].items():
-        trained = inputs.own["gate"][name] + DELTAS["gate"][name]
-        np.testing.assert_allclose(leaf, trained, rtol=1e-6)
+    one = lambda tree, c: jax.tree.map(lambda leaf: leaf[c], tree)
+    inputs, updates = send(2), reply(make_deltas(2))
+    found = weigh(one(inputs, 0), one(updates, 0), SIZE[0], None, strategy)
+    assert found["stem"] == 10 and found["head"] == 0
+    assert found["gate"].tolist() == np.zeros((2, EXPERTS)).tolist()
+    # It holds 0 and 1, in the second layer 1 and 3; 2 and 3 are local.
+    assert found["experts"].tolist() == [[10, 10], [10, 0]]
+    padding = weigh(one(inputs, 3), one(updates, 3), SIZE[3], None, strategy)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(padding))

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from configs import default
 from fedmoe_jax import evaluate, program
 from fedmoe_jax import scoring as questions
+from fedmoe_jax.federation import make_devices
 from fedmoe_jax.models.image_moe import build_model
 from fedmoe_jax.runtime.sharding import RUNS, build_mesh, spread
 from fedmoe_jax.types import AlignState, Federation, SimState, Sizes
@@ -112,6 +113,8 @@ def make_mix(seed):
 
 def make_federation(image=IMAGE):
     rng = np.random.default_rng(1)
+    config = default.get_config()
+    config.num_clients = SIZES.num_clients
     fields = dict.fromkeys(Federation.__dataclass_fields__)
     fields |= {
         "label_mix": make_mix(3),
@@ -119,6 +122,7 @@ def make_federation(image=IMAGE):
         "test_y": rng.integers(0, SIZES.num_classes, IMAGES, np.int32),
         "mean": np.full(image, 0.5, np.float32),
         "std": np.full(image, 0.3, np.float32),
+        "devices": make_devices(config)[0],
     }
     return jax.tree.map(jnp.asarray, Federation(**fields))
 
@@ -224,9 +228,10 @@ def test_evaluation_equals_the_slow_loop(
         MODEL,
         SIZES,
         make_rules(gate_mode == "personal", every_expert),
+        processes=(),
         mesh=build_mesh(devices),
     )
-    result = run(make_state(gate_mode == "personal"), FEDERATION)
+    result = run(make_state(gate_mode == "personal"), FEDERATION, {})
     assert result.keys() == expected.keys() - (set() if every_expert else LEFT_OUT)
     for name, value in result.items():
         assert value.shape == np.shape(expected[name])
@@ -247,11 +252,11 @@ def test_dispatch_changes_nothing(experts, held, active, mode, expert):
     stem, image = ("cnn", (16, 16, 1)) if expert == "conv" else ("mlp", IMAGE)
     model = make_model(sizes, expert, stem, image)
     build = lambda every_expert: evaluate.build_evaluate(
-        model, sizes, make_rules(mode == "personal", every_expert), build_mesh(1)
+        model, sizes, make_rules(mode == "personal", every_expert), (), build_mesh(1)
     )
     state = make_state(mode == "personal", model, sizes)
     federation = make_federation(image)
-    dense, dispatched = (build(each)(state, federation) for each in (True, False))
+    dense, dispatched = (build(each)(state, federation, {}) for each in (True, False))
     assert dense.keys() - dispatched.keys() == LEFT_OUT
     for name, value in dispatched.items():
         np.testing.assert_allclose(value, dense[name], atol=1e-6, err_msg=name)
@@ -263,11 +268,11 @@ def test_dispatch_changes_nothing(experts, held, active, mode, expert):
 def test_many_runs_equal_one_at_a_time(walk, every_expert):
     """Runs spread over one mesh axis and walked on each device, test images over
     the other; states and label mixes differ, the test set is shared."""
-    asked = MODEL, SIZES, make_rules(False, every_expert)
+    asked = MODEL, SIZES, make_rules(False, every_expert), ()
     states = [make_state(False, seed=seed) for seed in range(4)]
     mixes = [make_mix(seed) for seed in range(4)]
     share = evaluate.build_evaluate_share(*asked)
-    one = lambda run: share(run[0], FEDERATION.replace(label_mix=run[1]))
+    one = lambda run: share(run[0], FEDERATION.replace(label_mix=run[1]), {})
     over = {"map": lambda runs: jax.lax.map(one, runs), "vmap": jax.vmap(one)}[walk]
     sweep = jax.jit(spread(over, build_mesh(4, num_runs=2), (P(RUNS),), P(RUNS)))
     stack = lambda *leaves: jnp.stack(leaves)
@@ -275,7 +280,7 @@ def test_many_runs_equal_one_at_a_time(walk, every_expert):
 
     alone = evaluate.build_evaluate(*asked, build_mesh(1))
     for i, (state, mix) in enumerate(zip(states, mixes, strict=True)):
-        wanted = alone(state, FEDERATION.replace(label_mix=mix))
+        wanted = alone(state, FEDERATION.replace(label_mix=mix), {})
         for name, value in wanted.items():
             np.testing.assert_allclose(results[name][i], value, atol=1e-6, err_msg=name)
 

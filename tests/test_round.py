@@ -182,6 +182,7 @@ def test_experts_converge_to_the_label_frequencies_of_their_holders():
         sizes=Sizes(3, 3, 3, 1, 1, 1, 6, 1, 3, 1),
         strategy=Strategy(fixed_assignment, note=""),
         rules=make_rules(config, 3),
+        processes=(),
         costs=costs,
         device_costs=costs,
         mesh=build_mesh(1),

@@ -1,11 +1,13 @@
-"""The pictures of one run's devices: how long they take, what becomes of them."""
+"""The pictures of one run's devices: their times, outcomes and capacities."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
+from fedmoe_jax.measures import OUTCOMES
+from fedmoe_jax.options import Measure
 from fedmoe_jax.report.curves import curves
-from fedmoe_jax.report.figures import Picture, field_series
+from fedmoe_jax.report.figures import Picture, measure_series
 from fedmoe_jax.report.plots import COLOURS, participation_bars
 from fedmoe_jax.report.runs import Run, num_experts
 from fedmoe_jax.report.timeline import (
@@ -17,9 +19,8 @@ from fedmoe_jax.report.timeline import (
     outcome_bands,
     timeline,
 )
-from fedmoe_jax.world.outcome import OUTCOMES
 
-WORDS = {  # outcome: what it is called and its colour
+WORDS = {  # outcome: its name and its colour
     "merged": ("merged", "#CCCCCC"),
     "stale": ("late, merged a round later", COLOURS[5]),
     "dropped": ("late, dropped", COLOURS[0]),
@@ -35,7 +36,7 @@ def _round_time(run: Run) -> Iterator[Picture]:
     fields = {"simulated_seconds": "slowest", "simulated_median_seconds": "median"}
     lines = []
     for place, (field, name) in enumerate(fields.items()):
-        lines += field_series(place, name, [run], field, 1)
+        lines += measure_series(place, name, [run], Measure(field))
     if any(np.nansum(line.values) > 0 for line in lines):
         deadline = (run.config["devices"]["deadline"], "deadline")
         yield Picture(
@@ -83,9 +84,9 @@ def _outcomes(run: Run) -> Iterator[Picture]:
     if [band.name for band in bands] not in ([], ["merged"]):
         yield Picture(
             "outcomes",
-            "Clients of each round by what became of them. Grey counts at once; the "
+            "Clients of each round by outcome. Grey counts at once; the "
             "rest came late or was lost with what it had cost. A broad band of one "
-            "colour says what to turn first.",
+            "colour is the loss to mend first.",
             outcome_bands(np.array([row["round"] for row in run.rows]), bands),
         )
 
@@ -98,8 +99,8 @@ def _participation(run: Run) -> Iterator[Picture]:
         yield Picture(
             "participation",
             "Clients by the number of rounds in which their update counted. Clients "
-            "at zero are unknown to the model; a tier of its own on the left says "
-            "which devices are left out.",
+            "at zero are unknown to the model; a tier of its own on the left is "
+            "left out.",
             participation_bars(
                 counted,
                 run.rows[-1]["round"],
@@ -110,7 +111,7 @@ def _participation(run: Run) -> Iterator[Picture]:
 
 
 def _belief(run: Run) -> Iterator[Picture]:
-    """Truth against belief; none where the server is never wrong."""
+    """Belief against true capacity; none where the server is never wrong."""
     arrays = run.arrays
     wrong = any(row.get("capacity_error") for row in run.rows)
     if wrong and "belief" in arrays and num_experts(run) > 1:
@@ -118,14 +119,13 @@ def _belief(run: Run) -> Iterator[Picture]:
             "belief",
             "How many experts clients can truly hold, and how many the server believes "
             "they can, in the last round; numbers are clients. Orange, above the "
-            "diagonal: overloaded if the server uses what it believes, which is never "
-            "less than one. Blue: room left "
-            "unused, if only as a reserve.",
+            "diagonal: overloaded if the server uses its belief, which is never less "
+            "than one. Blue: room left unused, if only as a reserve.",
             belief_bubbles(arrays["capacity"], arrays["belief"]),
         )
 
 
 def device_pictures(run: Run) -> Iterator[Picture]:
-    """Pictures of the devices of one run, as far as it tells of them."""
+    """Pictures of the devices of one run, as far as its rows and arrays have them."""
     for pictures in (_round_time, _last_round, _outcomes, _participation, _belief):
         yield from pictures(run)

@@ -1,4 +1,4 @@
-"""The pictures of a report, each with what to look for in it."""
+"""The pictures of a report, each with a caption that says how to read it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -6,98 +6,65 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from fedmoe_jax.options import EXPERTS, FINAL, ROUNDS, Measure
 from fedmoe_jax.report import plots
 from fedmoe_jax.report.curves import Series, curves
-from fedmoe_jax.report.runs import NAN, Run, interval, num_experts, numbers, varies
-from fedmoe_jax.train.writers import ACCURACIES
+from fedmoe_jax.report.rows import measured, name_experts, stack_experts
+from fedmoe_jax.report.runs import (
+    NAN,
+    Run,
+    interval,
+    join_measures,
+    num_experts,
+    numbers,
+    varies,
+)
 
 
 class Picture(NamedTuple):
-    """A figure with its file name (without suffix) and what to look for in it."""
+    """A figure with its file name, without suffix, and its caption."""
 
     name: str
     caption: str
     figure: Figure
 
 
-def field_series(
-    place: int, label: str, group: Sequence[Run], field: str, scale: float
+def measure_series(
+    place: int, label: str, group: Sequence[Run], measure: Measure
 ) -> list[Series]:
-    """The field over rounds of a group's runs; empty where no run has it."""
-    tracks = [
-        {row["round"]: row[field] for row in run.rows if row.get(field) is not None}
-        for run in group
-    ]
+    """A measure over the rounds of a group's runs; empty where no run has it."""
+    tracks = [dict(measured(run.rows, *measure.fields)) for run in group]
     rounds = sorted(set().union(*tracks))
     values = np.array([[t.get(r, NAN) for r in rounds] for t in tracks], float)
     seen = np.isfinite(values).any(axis=0)
     if not seen.any():
         return []
-    return [Series(place, label, np.array(rounds)[seen], scale * values[:, seen])]
-
-
-CURVES = {  # field of a row: scale, axis label, what to look for
-    "global_accuracy": (
-        100,
-        "Global accuracy (%)",
-        "Global accuracy: top-A routing over all experts, on the whole test set; where "
-        "gates are personal, the mean over the clients' models. Look for who climbs "
-        "first, who ends highest, and who stops early.",
-    ),
-    "global_soft_accuracy": (
-        100,
-        "Global soft accuracy (%)",
-        "Global accuracy of the soft mixture of all experts. Far above the top-A "
-        "curve, the gate does not send examples to the experts that know them.",
-    ),
-    "personal_accuracy": (
-        100,
-        "Personal accuracy (%)",
-        "Personal accuracy: each client's own experts on its own classes. High with a "
-        "low global accuracy, the experts serve their clients but not one another.",
-    ),
-    "load_cv": (
-        1,
-        "CV of expert load",
-        "Coefficient of variation over experts of the examples trained in a round; 0 "
-        "is perfectly even. It should stay low where the strategy counts load.",
-    ),
-    "drifted_accuracy": (
-        100,
-        "Accuracy on drifted images (%)",
-        "Global accuracy on test images that have drifted as far as the clients' own. "
-        "Look for how deep it falls when drift begins, and who recovers.",
-    ),
-    "capacity_error": (
-        1,
-        "Error of capacity (experts)",
-        "How far the server is off, on average over all clients, when it says how many "
-        "experts a client can hold. It should fall where the server learns from what "
-        "becomes of the clients; what remains is news that the server has not yet.",
-    ),
-}
-OF_EXPERTS = ("load_cv", "capacity_error")  # not drawn for models with one expert
+    values = measure.scale / measure.unit * values[:, seen]
+    return [Series(place, label, np.array(rounds)[seen], values)]
 
 
 def find_chance(runs: Iterable[Run]) -> tuple[float, str] | None:
-    """Accuracy in percent of guessing, where a finished run tells the classes."""
+    """Accuracy in percent of guessing, where a finished run has its classes."""
     classes = [len(run.arrays["label_names"]) for run in runs if run.arrays]
     return (100 / classes[0], "chance") if classes else None
 
 
-def _accuracy_picture(group: Sequence[Run]) -> Iterator[Picture]:
+def _accuracy_picture(
+    group: Sequence[Run], measures: Iterable[Measure]
+) -> Iterator[Picture]:
     """All accuracies of one strategy in one picture."""
-    lines = []
-    titles = ACCURACIES | {"drifted_accuracy": "Global, drifted images"}
-    for place, (name, title) in enumerate(titles.items()):
-        lines += field_series(place, title, group, name, 100)
+    lines, drifted = [], False
+    for place, measure in enumerate(measures):
+        found = measure_series(place, measure.line, group, measure)
+        lines += found
+        drifted |= bool(found) and measure.field == "drifted_accuracy"
     if lines:
         caption = (
             "Test accuracy. Global: all experts on the whole test set, top-A routed or "
             "as a soft mixture; personal: each client's experts on its own classes. A "
             "wide gap between them is specialisation that the gate does not exploit."
         )
-        if any("drifted_accuracy" in row for run in group for row in run.rows):
+        if drifted:
             caption += (
                 " Drifted: the global accuracy on test images that have drifted as far "
                 "as the clients' own."
@@ -108,37 +75,48 @@ def _accuracy_picture(group: Sequence[Run]) -> Iterator[Picture]:
 
 def curve_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
     """One picture per measure; with one strategy its accuracies share a picture."""
-    measures = CURVES
-    if len(groups) == 1:
-        yield from _accuracy_picture(next(iter(groups.values())))
-        measures = {field: CURVES[field] for field in OF_EXPERTS}
     runs = [run for group in groups.values() for run in group]
-    chance = find_chance(runs)
-    # The reserve that a server keeps on purpose is the same in every round.
-    changes = any(varies(run, "capacity_error") for run in runs)
-    for field, (scale, ylabel, caption) in measures.items():
-        lines = []
-        for place, (label, group) in enumerate(groups.items()):
-            if field not in OF_EXPERTS or num_experts(group[0]) != 1:
-                lines += field_series(place, label, group, field, scale)
-        reference = chance if field.startswith(("global", "drifted")) else None
-        if lines and (field != "capacity_error" or changes):
-            yield Picture(field, caption, curves(lines, ylabel, reference))
+    measures = join_measures(runs).values()
+    alone = len(groups) == 1
+    if alone:
+        yield from _accuracy_picture(runs, [m for m in measures if m.line])
+    for measure in measures:
+        if measure.curve and not (alone and measure.line):
+            yield from _curve_picture(groups, runs, measure)
+
+
+def _curve_picture(
+    groups: Mapping[str, Sequence[Run]], runs: Sequence[Run], measure: Measure
+) -> Iterator[Picture]:
+    """One measure of all strategies; none where no run has it."""
+    if measure.varies_over == ROUNDS and not any(varies(run, measure) for run in runs):
+        return
+    lines = []
+    for place, (label, group) in enumerate(groups.items()):
+        if measure.of != EXPERTS or num_experts(group[0]) != 1:
+            lines += measure_series(place, label, group, measure)
+    if lines:
+        label, caption, chance, _ = measure.curve
+        reference = find_chance(runs) if chance else None
+        yield Picture(measure.field, caption, curves(lines, label, reference))
 
 
 def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
     """Final accuracies of every strategy, seed by seed."""
+    measures = join_measures(run for group in groups.values() for run in group)
+    found = [[numbers(run, measures) for run in group] for group in groups.values()]
     panels = []
-    for name, title in ACCURACIES.items():
+    for key, measure in measures.items():
+        if not (measure.line and measure.over == FINAL):
+            continue
         points = [
-            np.array([100 * numbers(run)[f"final_{name}"] for run in group])
-            for group in groups.values()
+            np.array([measure.scale * one[key] for one in each]) for each in found
         ]
         finite = [values[np.isfinite(values)] for values in points]
         spans = [interval(v) if len(v) else (NAN, NAN) for v in finite]
         mean, half = np.array(spans).T
         if np.isfinite(mean).any():
-            panels.append(plots.Dots(f"{title} (%)", finite, mean, half))
+            panels.append(plots.Dots(f"{measure.line} (%)", finite, mean, half))
     if panels:
         caption = (
             "Final accuracies: a dot per seed, a bar at the mean, a line over its 95 % "
@@ -148,11 +126,11 @@ def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
 
 
 def population_pictures(run: Run) -> Iterator[Picture]:
-    """The clients of one run: what they own and what they can hold."""
+    """The clients of one run: their examples and their capacity."""
     arrays, names = run.arrays, run.arrays["label_names"]
     yield Picture(
         "partition",
-        "Who owns which classes; area is the number of examples. Lone large bubbles "
+        "Examples of each client by class, as areas of bubbles. Lone large bubbles "
         "mean strongly non-IID clients, which one shared model serves badly.",
         plots.partition_bubbles(arrays["label_counts"], names),
     )
@@ -168,26 +146,30 @@ def population_pictures(run: Run) -> Iterator[Picture]:
     )
 
 
+def add_layer(values: np.ndarray, axis: int) -> np.ndarray:
+    """Gives an array of one MoE layer its axis G; others have three axes already."""
+    return np.expand_dims(values, axis) if values.ndim == 2 else values
+
+
 def _training_pictures(run: Run) -> Iterator[Picture]:
     rows = [row for row in run.rows if row.get("expert_load")]
-    rounds = np.array([row["round"] for row in rows])
-    load = np.array([row["expert_load"] for row in rows], float)
     yield Picture(
         "load",
         "Share of each round's training examples by expert. Dark rows are starved "
         "experts; a fair share is one colour all over.",
-        plots.load_map(rounds, load),
+        plots.load_map(
+            np.array([row["round"] for row in rows]), stack_experts(rows, "expert_load")
+        ),
     )
-    alone = [row for row in run.rows if row.get("expert_accuracy")]
-    if alone:
+    rows = [row for row in run.rows if row.get("expert_accuracy")]
+    if rows:
+        alone = stack_experts(rows, "expert_accuracy")  # [R, G, E]
+        rounds = np.array([row["round"] for row in rows])
+        names = name_experts(*alone.shape[1:])
+        values = 100 * alone.reshape(len(rows), -1).T
         lines = [
-            Series(
-                e,
-                f"expert {e}",
-                np.array([row["round"] for row in alone]),
-                100 * np.array([[row["expert_accuracy"][e] for row in alone]]),
-            )
-            for e in range(load.shape[1])
+            Series(place, name, rounds, values[place : place + 1])
+            for place, name in enumerate(names)
         ]
         yield Picture(
             "expert_accuracy",
@@ -199,24 +181,26 @@ def _training_pictures(run: Run) -> Iterator[Picture]:
 
 def _alignment_pictures(run: Run) -> Iterator[Picture]:
     arrays = run.arrays
+    shares = add_layer(arrays["specialisation"], 0)
+    each = " in every layer" if len(shares) > 1 else ""
     yield Picture(
         "specialisation",
-        "Where the gate sends each class's test images; columns sum to 100 %. One "
-        "bright cell per column, in different rows, is specialisation; an even column "
-        "is none, and a bright row is one expert that takes everything.",
-        plots.specialisation_map(arrays["specialisation"], arrays["label_names"]),
+        f"Where the gate sends each class's test images; columns sum to 100 %{each}. "
+        "One bright cell per column, in different rows, is specialisation; an even "
+        "column is none, and a bright row is one expert that takes everything.",
+        plots.specialisation_map(shares, arrays["label_names"]),
     )
     yield Picture(
         "assignment",
         "Share of the rounds in which the client held the expert. Bright single "
         "cells are lasting pairs; even colour is assignment without preference.",
-        plots.assignment_map(arrays["times_held"], len(run.rows)),
+        plots.assignment_map(add_layer(arrays["times_held"], 1), len(run.rows)),
     )
     yield Picture(
         "fitness",
-        "What the server came to believe about every pair. Compare with the "
+        "Fitness that the server has learnt for every pair. Compare with the "
         "assignment: bright here and dark there is a pair that load kept apart.",
-        plots.fitness_map(arrays["fitness"]),
+        plots.fitness_map(add_layer(arrays["fitness"], 1)),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe_jax.options import UserError
+from fedmoe_jax.options import COST, LEARNING, UserError
 from fedmoe_jax.report import plots, signatures
 from fedmoe_jax.report.cost_figures import cost_pictures
 from fedmoe_jax.report.device_figures import device_pictures
@@ -20,12 +20,8 @@ from fedmoe_jax.report.figures import (
     population_pictures,
     run_pictures,
 )
-from fedmoe_jax.report.runs import (
-    Run,
-    group_runs,
-    name_runs,
-)
-from fedmoe_jax.report.tables import FIRST_COST, Cell, needs_of, note_of, table
+from fedmoe_jax.report.runs import Run, group_runs, name_runs
+from fedmoe_jax.report.tables import Cell, Column, needs_of, note_of, table
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
 STYLE = """
@@ -52,30 +48,6 @@ SEEDS = (
     "<p>A thin line is a seed, a thick one their mean as far as all of them reach: "
     "seeds need more or less for the same rounds.</p>"
 )
-DEFINITIONS = {  # title of a column: what it says
-    "Global soft %": "with all experts, weighted by the whole gate",
-    "Worst decile %": "personal accuracy of the worst tenth of the clients",
-    "Load CV": "standard deviation over mean of the examples that experts train in a "
-    "round; 0 is even",
-    "Load entropy": "of the same examples; 1 is even",
-    "Starved experts": "experts with less than a tenth of the mean, in a round",
-    FIRST_COST: "clients that needed longer than the deadline",
-    "Lost a round": "clients whose update did not count, for whatever reason",
-    "Stale a round": "clients whose update came late and counted a round later",
-    "Capacity violations a round": "clients reached with more than fits into their "
-    "memory, or more experts than fit into their shares of the deadline; everyone gets "
-    "one, even where none fits",
-    "Capacity error": "experts by which the server misjudged a client, on average",
-    "Jain of participation": "Jain's index of the rounds in which each client's update "
-    "counted; 1 is even",
-    "Wasted MB %": "of all bytes, those of clients that were lost",
-    "Simulated min": "of the whole run, each round as long as its slowest client is "
-    "waited for",
-    "GFLOP a round": "of all clients, forward and backward",
-    "kJ": "of all clients in the whole run, for training and radio",
-    "Peak client parameters, 1,000": "the most that a client has in memory, without "
-    "gradients and activations",
-}
 
 
 def _figure_html(picture: Picture, folder: Path, prefix: str) -> str:
@@ -94,11 +66,12 @@ def _figure_html(picture: Picture, folder: Path, prefix: str) -> str:
 
 
 def _table_html(
-    titles: Sequence[str],
+    columns: Sequence[Column],
     rows: Mapping[str, Sequence[Cell]],
     groups: Mapping[str, Sequence[Run]],
 ) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in ["Seeds", *titles])
+    titles = ["Strategy", "Seeds", *(column.title for column in columns)]
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     body = ""
     for label, cells in rows.items():
         needs = escape(needs_of(groups[label]))
@@ -108,41 +81,44 @@ def _table_html(
             text = f"<b>{cell.text}</b>" if cell.best else cell.text
             body += f'<td class="number">{text}</td>'
         body += "</tr>"
-    table = f"<table><tr><th>Strategy</th>{head}</tr>{body}</table>"
-    return f'<div class="wide">{table}</div>'
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _numbers_html(runs: Sequence[Run]) -> str:
-    """Two tables, so that a screen is wide enough: what was learnt, what it cost."""
-    titles, rows = table(runs)
+    """Two tables, so that a screen is wide enough: learning and costs."""
+    columns, rows = table(runs)
     groups = group_runs(name_runs(runs))
-    cut = titles.index(FIRST_COST)
-    learnt = {label: cells[:cut] for label, cells in rows.items()}
-    cost = {label: cells[cut:] for label, cells in rows.items()}
+    tables = ""
+    for group in (LEARNING, COST):
+        places = [at for at, column in enumerate(columns) if column.group == group]
+        chosen = {label: [cells[at] for at in places] for label, cells in rows.items()}
+        tables += _table_html([columns[at] for at in places], chosen, groups)
     return (
-        _table_html(titles[:cut], learnt, groups)
-        + _table_html(titles[cut:], cost, groups)
-        + "<p>Accuracies are means over the evaluations of the last ten rounds, "
+        tables + "<p>Accuracies are means over the evaluations of the last ten rounds, "
         "in shorter runs than 40 of the last quarter. A changed field is not "
         "written where most rows of its strategy have the same value. Mean ± "
         "half-width of the 95 % t-interval over seeds (not written where all seeds "
         "agree). Rounds to a target: median over seeds (never counts as later than any "
         "round; – where that is the median), then how many of the seeds reached it. "
         "Bold: best of its column. MB: 10<sup>6</sup> bytes over all clients. Grey: "
-        "what a strategy gets beyond what all share.</p>"
-        + _definitions_html(titles)
+        "data or room that a strategy needs beyond the shared rules.</p>"
+        + _definitions_html(columns)
         + _notes_html(groups)
     )
 
 
-def _definitions_html(titles: Sequence[str]) -> str:
-    """What the columns of this table say."""
-    told = [f"<b>{t}</b>: {DEFINITIONS[t]}" for t in titles if t in DEFINITIONS]
-    return f"<p>{'. '.join(told)}.</p>" if told else ""
+def _definitions_html(columns: Sequence[Column]) -> str:
+    """The definitions of a table's columns."""
+    defined = [
+        f"<b>{escape(column.title)}</b>: {escape(column.about)}"
+        for column in columns
+        if column.about
+    ]
+    return f"<p>{'. '.join(defined)}.</p>" if defined else ""
 
 
 def _notes_html(groups: Mapping[str, Sequence[Run]]) -> str:
-    """What each strategy decides, one sentence each."""
+    """Every strategy's sentence on its decisions."""
     items = ""
     for label, group in groups.items():
         items += f"<li><b>{escape(label)}</b> {escape(note_of(group))}</li>"
@@ -150,7 +126,8 @@ def _notes_html(groups: Mapping[str, Sequence[Run]]) -> str:
 
 
 def _check(run: Run) -> list[signatures.Signature]:
-    return signatures.check(run.rows, run.arrays, run.config)
+    reads = run.summary.get("reads")
+    return signatures.check(run.rows, run.arrays, run.config, reads)
 
 
 def _signatures_html(run: Run) -> str:
@@ -171,11 +148,15 @@ def _overview_html(groups: Mapping[str, Sequence[Run]]) -> str:
     for label, group in groups.items():
         rows += f"<tr><td>{escape(label)}</td>"
         for each in zip(*map(_check, group), strict=True):
-            told = [f for f in each if not f.evidence.startswith(signatures.TOO_EARLY)]
-            count = sum(found.present for found in told)
+            judged = [
+                f for f in each if not f.evidence.startswith(signatures.TOO_EARLY)
+            ]
+            count = sum(found.present for found in judged)
             look = ' class="yes"' if count else ""
             rows += (
-                f"<td{look}>{count}/{len(told)}</td>" if told else "<td>too early</td>"
+                f"<td{look}>{count}/{len(judged)}</td>"
+                if judged
+                else "<td>too early</td>"
             )
         rows += "</tr>"
     names = [found.name for found in _check(next(iter(groups.values()))[0])]

@@ -95,39 +95,69 @@ def _client_size(width: float, num_clients: int) -> tuple[float, float]:
     return width, float(np.clip(0.125 * num_clients + 0.9, 2.2, 6.0))
 
 
+def _mark_layers(figure: Figure, name: str, num_layers: int, num_experts: int) -> None:
+    """Names the experts of an axis, `x` or `y`, by layer and draws the layers' borders.
+
+    One layer is not marked.
+    """
+    if num_layers == 1:
+        return
+    axes = figure.axes[0]
+    axis, line = getattr(axes, f"{name}axis"), dict(color="white", lw=1.0)
+    axis.set_label_text("Layer.expert")
+    axis.set_major_formatter(
+        lambda at, _: ".".join(map(str, divmod(int(at), num_experts)))
+    )
+    for layer in range(1, num_layers):
+        draw = axes.axvline if name == "x" else axes.axhline
+        draw(layer * num_experts - 0.5, **line)
+
+
 @rc_context(STYLE)
 def load_map(rounds: np.ndarray, load: np.ndarray) -> Figure:
-    """Load [R, E] of every round as shares of that round, expert by round."""
-    shares = 100 * load / np.maximum(load.sum(axis=1, keepdims=True), 1)
+    """Load [R, G, E] of every round as shares of that round, expert by round."""
+    shares = 100 * load / np.maximum(load.sum(axis=-1, keepdims=True), 1)
+    shares = shares.reshape(len(load), -1).T  # [G * E, R]
     names = ("Round", "Expert", "Share of round's load (%)")
-    size = (3.6, max(2.0, 0.16 * load.shape[1] + 0.8))
-    extent = (rounds[0] - 0.5, rounds[-1] + 0.5, load.shape[1] - 0.5, -0.5)
-    return _heat(shares.T, names, size, vmin=0, extent=extent)
+    size = (3.6, max(2.0, 0.16 * len(shares) + 0.8))
+    extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(shares) - 0.5, -0.5)
+    figure = _heat(shares, names, size, vmin=0, extent=extent)
+    _mark_layers(figure, "y", *load.shape[1:])
+    return figure
 
 
 @rc_context(STYLE)
 def assignment_map(times_held: np.ndarray, num_rounds: int) -> Figure:
-    """How often every client held every expert, [N, E], as a share of the rounds."""
+    """Rounds in which each client held each expert, [N, G, E], as shares of all."""
     names = ("Expert", "Client", "Rounds held (%)")
-    shares = 100 * times_held / max(num_rounds, 1)
-    return _heat(shares, names, _client_size(2.9, len(times_held)), vmin=0)
+    return _pair_map(100 * times_held / max(num_rounds, 1), names, vmin=0)
 
 
 @rc_context(STYLE)
 def fitness_map(fitness: np.ndarray) -> Figure:
-    """Client-expert fitness scores [N, E]."""
-    names = ("Expert", "Client", "Fitness score")
-    return _heat(fitness, names, _client_size(2.9, len(fitness)))
+    """Client-expert fitness scores [N, G, E]."""
+    return _pair_map(fitness, ("Expert", "Client", "Fitness score"))
+
+
+def _pair_map(values: np.ndarray, names: tuple[str, str, str], **look) -> Figure:
+    """A heat map of client-expert pairs [N, G, E], the layers side by side."""
+    num_clients, num_layers, num_experts = values.shape
+    size = _client_size(2.9, num_clients)
+    figure = _heat(values.reshape(num_clients, -1), names, size, **look)
+    _mark_layers(figure, "x", num_layers, num_experts)
+    return figure
 
 
 @rc_context(STYLE)
 def specialisation_map(shares: np.ndarray, label_names: Sequence[str]) -> Figure:
-    """Share of each class's gate mass that goes to each expert, [E, L] in [0, 1]."""
-    num_experts, num_labels = shares.shape
-    size = (0.25 * num_labels + 1.2, max(2.0, 0.2 * num_experts + 1.0))
+    """Share of each class's gate mass that goes to each expert, [G, E, L] in [0, 1]."""
+    num_layers, num_experts, num_labels = shares.shape
+    shares = shares.reshape(-1, num_labels)
+    size = (0.25 * num_labels + 1.2, max(2.0, 0.2 * len(shares) + 1.0))
     figure = _heat(
         100 * shares, ("Class", "Expert", "Share of gate mass (%)"), size, vmin=0
     )
+    _mark_layers(figure, "y", num_layers, num_experts)
     axes = figure.axes[0]
     _name_classes(axes, label_names)
     place = dict(ha="center", va="center", size=5.5)
@@ -148,7 +178,7 @@ def _name_classes(axes: Axes, names: Sequence[str]) -> None:
 
 @rc_context(STYLE)
 def partition_bubbles(label_counts: np.ndarray, label_names: Sequence[str]) -> Figure:
-    """Who owns what, [N, L]: a bubble's area is the number of examples."""
+    """Examples of every client and class, [N, L], as areas of bubbles."""
     num_clients, num_labels = label_counts.shape
     size = _client_size(0.2 * num_labels + 1.3, num_clients)
     figure = Figure(figsize=size, layout="constrained")
@@ -174,7 +204,7 @@ def partition_bubbles(label_counts: np.ndarray, label_names: Sequence[str]) -> F
 def capacity_bars(
     capacity: np.ndarray, tier: np.ndarray, tier_names: Sequence[str]
 ) -> Figure:
-    """How many clients can hold how many experts, [N] each, stacked by device tier."""
+    """A histogram of the experts that clients can hold, [N] each, by device tier."""
     edges = np.arange(min(capacity.min(), 1), max(capacity.max(), 1) + 2) - 0.5
     return _tier_bars("Experts a client can hold", capacity, edges, tier, tier_names)
 
@@ -186,7 +216,7 @@ def participation_bars(
     tier: np.ndarray,
     tier_names: Sequence[str],
 ) -> Figure:
-    """How many clients counted in how many rounds, [N] each, stacked by device tier."""
+    """A histogram of the rounds in which clients counted, [N] each, by device tier."""
     width = -(-(num_rounds + 1) // PARTICIPATION_BARS)
     edges = np.arange(0, num_rounds + width + 1, width) - 0.5
     title = "Rounds in which an update counted"

@@ -2,52 +2,38 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from fedmoe_jax.options import UserError
-from fedmoe_jax.report.summary import BUDGETS, measure_costs
+from fedmoe_jax.measures import MEASURES, unpack_measures
+from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
+from fedmoe_jax.report.rows import is_number, measured, read_metrics, stack_experts
+from fedmoe_jax.report.summary import measure_run
 from fedmoe_jax.runtime.files import flatten, read_json
-from fedmoe_jax.train.writers import ACCURACIES, own_final, read_metrics
 
 NAN = float("nan")
 # Config fields that do not change what a run computes, or that number its repetition.
 INCIDENTAL = ("seed", "run.", "checkpoint.", "data.dir", "chunk_rounds")
-# Begin the names of what is infinite where a target was not reached.
-TO_TARGETS = ("rounds_to", *BUDGETS)
-# Numbers that say nothing about a model with one expert.
-OF_EXPERTS = (
-    "mean_load_cv",
-    "mean_load_entropy",
-    "starved_experts",
-    "mean_capacity_violations",
-    "mean_capacity_error",
-)
-# Numbers that say nothing about a run that simulates no device.
-OF_DEVICES = (
-    "mean_late_clients",
-    "mean_lost_clients",
-    "mean_stale_clients",
-    "final_participation_jain",
-    "simulated_minutes",
-    "kilojoules",
-)
+# Parts of a summary that are no numbers of the run.
+RECORDS = ("measures", "made_by")
 
 
 class Run(NamedTuple):
-    """What one run folder holds.
+    """The files of one run folder.
 
     Attributes:
       config: the nested dict of `config.json`.
       rows: the objects of `metrics.jsonl`, one per round.
       summary: the dict of `summary.json`; empty while the run is in progress.
       arrays: the arrays of `final.npz`; empty while the run is in progress.
-      folder: where it was read from.
+      folder: from which it was read.
       label: the strategy; runs of one label are repetitions of one another.
+      measures: by the keys of its numbers; the package's where the run is in progress
+        or older than its summary's `measures`.
     """
 
     config: dict[str, Any]
@@ -56,6 +42,7 @@ class Run(NamedTuple):
     arrays: dict[str, np.ndarray]
     folder: Path
     label: str
+    measures: Mapping[str, Measure]
 
 
 def load_run(folder: str | Path) -> Run:
@@ -68,18 +55,32 @@ def load_run(folder: str | Path) -> Run:
     if not (folder / "config.json").is_file():
         raise UserError(f"report: {folder} is no run folder: it has no config.json")
     config = read_json(folder / "config.json")
-    summary, arrays = folder / "summary.json", {}
+    path, summary, arrays = folder / "summary.json", {}, {}
+    if path.is_file():
+        summary = read_json(path)
     if (folder / "final.npz").is_file():
         with np.load(folder / "final.npz") as stored:
             arrays = dict(stored)
     return Run(
         config=config,
         rows=read_metrics(folder / "metrics.jsonl"),
-        summary=read_json(summary) if summary.is_file() else {},
+        summary=summary,
         arrays=arrays,
         folder=folder,
         label=config["strategy"],
+        measures=unpack_measures(summary["measures"], path)
+        if "measures" in summary
+        else MEASURES,
     )
+
+
+def join_measures(runs: Iterable[Run]) -> dict[str, Measure]:
+    """The measures of all runs, in the order of first appearance."""
+    joined: dict[str, Measure] = {}
+    for run in runs:
+        for key, measure in run.measures.items():
+            joined.setdefault(key, measure)
+    return joined
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -119,13 +120,13 @@ def name_runs(runs: Sequence[Run]) -> list[Run]:
 
     A value that most configs of a strategy share is left out.
     """
-    told = {}
+    changed = {}
     for label, group in group_runs(runs).items():
         varied = varied_fields(group)
-        told[label] = varied, usual_values(group, varied)
+        changed[label] = varied, usual_values(group, varied)
     named = []
     for run in runs:
-        (varied, usual), flat = told[run.label], flatten(run.config)
+        (varied, usual), flat = changed[run.label], flatten(run.config)
         changes = [
             f"{field}={flat[field]}"
             for field in varied
@@ -136,56 +137,41 @@ def name_runs(runs: Sequence[Run]) -> list[Run]:
 
 
 def num_experts(run: Run) -> int:
-    """Experts of the trained model, 0 before the first round."""
-    return len(run.rows[0].get("expert_load", ())) if run.rows else 0
+    """Experts of a layer of the trained model, 0 before the first round."""
+    return stack_experts(run.rows[:1], "expert_load").shape[-1]
 
 
-def varies(run: Run, name: str) -> bool:
-    """Whether a field of the rows has more than one value."""
-    return len({row[name] for row in run.rows if row.get(name) is not None}) > 1
+def varies(run: Run, measure: Measure) -> bool:
+    """True where a measure has several values over the rounds of a run."""
+    return len({value for _, value in measured(run.rows, *measure.fields)}) > 1
 
 
-def numbers(run: Run) -> dict[str, float]:
+def numbers(run: Run, measures: Mapping[str, Measure]) -> dict[str, float]:
     """Flat numbers of a run; NaN where unknown, infinity for a target not reached.
 
-    A run in progress has no summary: its final numbers are those of the rounds so far.
-    With one expert the numbers `OF_EXPERTS` are NaN, without devices `OF_DEVICES`.
+    A number that the summary does not have is that of the rounds so far. NaN, too, are
+    measures of experts where there is one expert, and of devices where there are none.
+
+    Args:
+      run: finished or in progress.
+      measures: of all runs that it is compared with.
     """
-    done = max(len(run.rows), 1)
-    finals = {name: own_final(run.rows, name) for name in ACCURACIES}
-    found = {f"final_{k}": NAN if v is None else v for k, v in finals.items()}
-    for name in ("load_cv", "load_entropy"):
-        found[f"mean_{name}"] = _mean_of(run, name)
-    found |= measure_costs(run.rows) if run.rows else {}
-    for name, value in flatten(run.summary).items():
-        if isinstance(value, int | float | None):
-            missing = math.inf if name.startswith(TO_TARGETS) else NAN
-            found[name] = missing if value is None else float(value)
-    for name in ("late_clients", "simulated_seconds"):
-        found[f"mean_{name}"] = _mean_of(run, name)
-    units = {
-        "megabytes_up": ("total_bytes_up", done * 1e6),
-        "megabytes_down": ("total_bytes_down", done * 1e6),
-        "gigaflops": ("total_client_flops", done * 1e9),
-        "simulated_minutes": ("total_simulated_seconds", 60.0),
-        "kilojoules": ("total_joules", 1e3),
-    }
-    for name, (total, unit) in units.items():
-        found[name] = found.get(total, NAN) / unit
-    found["peak_client_parameters"] = max(
-        (row.get("peak_client_parameters", NAN) for row in run.rows), default=NAN
-    )
-    if found.get("total_simulated_seconds") == 0:
-        found |= dict.fromkeys(OF_DEVICES, NAN)
+    summary = {k: v for k, v in run.summary.items() if k not in RECORDS}
+    missing = {key: m for key, m in measures.items() if key not in summary}
+    found = measure_run(run.rows, missing) | flatten(summary)
+    to_targets = ("rounds_to", *(m.budget for m in measures.values() if m.budget))
+    known = {}
+    for name, value in found.items():
+        if value is None:
+            known[name] = math.inf if name.startswith(to_targets) else NAN
+        elif is_number(value):
+            known[name] = float(value)
+    absent = set()
+    if known.get("total_simulated_seconds") == 0:
+        absent.add(DEVICES)
     if num_experts(run) == 1:
-        found |= dict.fromkeys(OF_EXPERTS, NAN)
-    return found
-
-
-def _mean_of(run: Run, name: str) -> float:
-    """Mean over the rows that have the field; a None in it is a NaN."""
-    values = np.array([row[name] for row in run.rows if name in row], float)
-    return float(values.mean()) if len(values) else NAN
+        absent.add(EXPERTS)
+    return known | {k: NAN for k, m in measures.items() if m.over and m.of in absent}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,8 @@
-"""The failure signatures of the paper, looked for in a run's own data.
+"""The failure signatures of the paper, found in a run's own data.
 
 Every check takes the rows of `metrics.jsonl`, the arrays of `final.npz` (a dict, empty
-while a run is in progress) and the config as a nested dict.
+while a run is in progress), the config as a nested dict, and which evidence the
+strategy reads: fitness, usage, both or none; None where that is unknown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.report.rows import Row, name_experts, stack_experts
 
-Row = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
 Config = Mapping[str, Any]
+Reads = Sequence[str] | None
 
 # Two means of two evaluations each, so that no single evaluation decides.
 MIN_EVALUATIONS = 4
@@ -44,9 +45,9 @@ class Signature(NamedTuple):
     """One failure signature.
 
     Attributes:
-      name: what goes wrong, as the paper says it.
+      name: of the failure, as in the paper.
       present: whether this run shows it; False where there is too little data.
-      evidence: the numbers that decided, or what is missing.
+      evidence: the numbers that decided, or the data that is missing.
       knob: the config field to turn and the direction; empty where not present.
     """
 
@@ -56,31 +57,36 @@ class Signature(NamedTuple):
     knob: str
 
 
-def plateau(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+def plateau(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> Signature:
     """Accuracy plateaus early while the experts are trained unevenly."""
     name = "Accuracy plateaus early"
-    accuracy, load = _column(rows, "global_accuracy"), _total_load(rows)
-    if len(accuracy) < MIN_EVALUATIONS or load is None:
+    accuracy, shares = _column(rows, "global_accuracy"), share_load(rows)
+    if len(accuracy) < MIN_EVALUATIONS or not shares.size:
         return _too_little(name, "evaluations with expert load", len(accuracy))
     half = len(accuracy) // 2
     gain = accuracy[-2:].mean() - accuracy[half - 2 : half].mean()
-    uneven = load.std() / max(load.mean(), 1e-9)
-    most, least = int(load.argmax()), int(load.argmin())
+    uneven = shares.std() / max(shares.mean(), 1e-9)
+    names, shares = name_experts(*shares.shape), shares.ravel()
+    most, least = int(shares.argmax()), int(shares.argmin())
     evidence = (
         f"global accuracy gains {100 * gain:+.1f} points over the last half, to "
         f"{100 * accuracy[-2:].mean():.1f} %; CV of the total load {uneven:.2f}; "
-        f"expert {most} trained {_share(load, most)} and expert {least} "
-        f"{_share(load, least)} of all examples"
+        f"{names[most]} trained {100 * shares[most]:.1f} % and {names[least]} "
+        f"{100 * shares[least]:.1f} % of all examples"
     )
     if "times_held" in arrays:
         never = 100 * np.mean(np.asarray(arrays["times_held"]) == 0)
         evidence += f"; {never:.0f} % of client-expert pairs never met"
     present = gain < PLATEAU_GAIN and uneven > UNEVEN_LOAD_CV
-    knob = _knob(config, "weights.usage", "raise", "usage")
+    knob = _knob(config, "weights.usage", "raise") + _need(config, reads, "usage")
     return Signature(name, bool(present), evidence, knob if present else "")
 
 
-def volatile(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+def volatile(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> Signature:
     """Accuracy swings from evaluation to evaluation while fitness does not settle."""
     name = "High round-to-round variance"
     accuracy = _column(rows, "global_accuracy")
@@ -99,11 +105,13 @@ def volatile(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
     if len(switches):
         evidence += f"; {100 * switches.mean():.0f} % of held pairs are new"
     present = swing > ACCURACY_SWING and change.mean() > FITNESS_CHANGE
-    knob = _knob(config, "fitness.rate", "lower", "fitness")
+    knob = _knob(config, "fitness.rate", "lower") + _need(config, reads, "fitness")
     return Signature(name, bool(present), evidence, knob if present else "")
 
 
-def stragglers(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+def stragglers(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> Signature:
     """Rounds wait for their slowest client, or clients miss the deadline."""
     name = "Frequent stragglers or timeouts"
     slowest = _column(rows, "simulated_seconds")
@@ -136,28 +144,29 @@ def stragglers(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature
     return Signature(name, bool(present), evidence, knob if present else "")
 
 
-def stuck_expert(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signature:
+def stuck_expert(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> Signature:
     """An expert never improves because it is hardly ever trained."""
     name = "An expert never improves"
-    alone = [row["expert_accuracy"] for row in rows if row.get("expert_accuracy")]
-    load = _total_load(rows)
-    if len(alone) < MIN_EVALUATIONS or load is None:
+    alone, shares = stack_experts(rows, "expert_accuracy"), share_load(rows)
+    if len(alone) < MIN_EVALUATIONS or alone.shape[1:] != shares.shape:
         return _too_little(name, "evaluations of single experts", len(alone))
-    alone = np.array(alone, float)
+    names, fair = name_experts(*shares.shape), 1 / shares.shape[1]
+    alone, shares = alone.reshape(len(alone), -1), shares.ravel()
     gain = alone[-1] - alone[0]
-    share = load / max(load.sum(), 1e-9) * len(load)
     still = gain < NO_GAIN
-    stuck = still & (share < STARVED_SHARE)
+    stuck = still & (shares < STARVED_SHARE * fair)
     shown = np.flatnonzero(stuck) if stuck.any() else [int(gain.argmin())]
     evidence = "; ".join(
-        f"expert {e} alone {100 * alone[0, e]:.1f} % -> {100 * alone[-1, e]:.1f} %, "
-        f"{_share(load, e)} of the load (fair: {100 / len(load):.1f} %)"
+        f"{names[e]} alone {100 * alone[0, e]:.1f} % -> {100 * alone[-1, e]:.1f} %, "
+        f"{100 * shares[e]:.1f} % of the load (fair: {100 * fair:.1f} %)"
         for e in shown
     )
     if (still & ~stuck).any():
-        fair = ", ".join(map(str, np.flatnonzero(still & ~stuck)))
-        evidence += f"; no gain in spite of enough load: {fair} (specialised?)"
-    knob = _knob(config, "weights.usage", "raise", "usage")
+        others = ", ".join(names[e] for e in np.flatnonzero(still & ~stuck))
+        evidence += f"; no gain in spite of enough load: {others} (specialised?)"
+    knob = _knob(config, "weights.usage", "raise") + _need(config, reads, "usage")
     knob += '; fitness.idle: "prior"; ' + _knob(config, "fitness.exploration", "raise")
     present = bool(stuck.any())
     return Signature(name, present, evidence, knob if present else "")
@@ -166,9 +175,11 @@ def stuck_expert(rows: Sequence[Row], arrays: Arrays, config: Config) -> Signatu
 CHECKS = (plateau, volatile, stragglers, stuck_expert)
 
 
-def check(rows: Sequence[Row], arrays: Arrays, config: Config) -> list[Signature]:
+def check(
+    rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
+) -> list[Signature]:
     """All signatures of one run, in the paper's order."""
-    return [look(rows, arrays, config) for look in CHECKS]
+    return [find(rows, arrays, config, reads) for find in CHECKS]
 
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:
@@ -177,14 +188,10 @@ def _column(rows: Sequence[Row], name: str) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def _total_load(rows: Sequence[Row]) -> np.ndarray | None:
-    """[E] examples trained so far by expert; None without rows that say."""
-    loads = [row["expert_load"] for row in rows if row.get("expert_load")]
-    return np.sum(np.array(loads, float), axis=0) if loads else None
-
-
-def _share(load: np.ndarray, expert: int) -> str:
-    return f"{100 * load[expert] / max(load.sum(), 1e-9):.1f} %"
+def share_load(rows: Sequence[Row]) -> np.ndarray:
+    """[G, E] share of its layer's examples that each expert trained; [1, 0] if none."""
+    load = stack_experts(rows, "expert_load").sum(axis=0)
+    return load / np.maximum(load.sum(axis=-1, keepdims=True), 1e-9)
 
 
 def _too_little(name: str, what: str, found: int, needed: int = MIN_EVALUATIONS):
@@ -192,11 +199,16 @@ def _too_little(name: str, what: str, found: int, needed: int = MIN_EVALUATIONS)
     return Signature(name, False, evidence, "")
 
 
-def _knob(config: Config, field: str, turn: str, evidence: str = "") -> str:
-    """`field: turn (now value)`; says so where the strategy ignores that evidence."""
+def _knob(config: Config, field: str, turn: str) -> str:
     group, leaf = field.split(".")
+    return f"{field}: {turn} (now {config[group][leaf]})"
+
+
+def _need(config: Config, reads: Reads, evidence: str) -> str:
+    """A warning where the strategy may ignore the evidence that the knob weighs."""
     strategy = config["strategy"]
-    text = f"{field}: {turn} (now {config[group][leaf]})"
-    if evidence and evidence not in STRATEGIES[strategy].reads:
-        text += f"; {strategy} ignores {evidence}, choose a strategy that reads it"
-    return text
+    if reads is None:
+        return f"; of use where {strategy} reads {evidence}"
+    if evidence in reads:
+        return ""
+    return f"; {strategy} ignores {evidence}, choose a strategy that reads it"

@@ -1,96 +1,87 @@
 """The numbers of a whole run, from its rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from fedmoe_jax.train.writers import (
-    ACCURACIES,
-    COSTS,
-    TARGETS,
+from fedmoe_jax.options import FINAL, LAST, MAX, MEAN, TOTAL, Measure
+from fedmoe_jax.report.rows import (
     Row,
-    own_final,
+    final_mean,
+    measured,
     rounds_to_share,
     rounds_to_targets,
+    spend_so_far,
 )
-from fedmoe_jax.world.outcome import OUTCOMES
 
-# Fields of the rows that hold wall time: what they are called as a share.
+TARGETS = (0.35, 0.40, 0.45, 0.50)  # of the global accuracy
+# Fields of the rows that hold wall time, and the names of their shares.
 SPENT = {
     "seconds": "train_share",
     "evaluation_seconds": "evaluate_share",
     "save_seconds": "save_share",
     "compile_seconds": "compile_share",
 }
-# Of clients whose update does not count, whatever the reason.
-LOST = tuple(f"{name}_clients" for name in OUTCOMES if name not in ("merged", "stale"))
-TRAFFIC = ("bytes_up", "bytes_down")
-MEANS = {  # name of a mean over rounds: the fields of a row that it adds up
-    "mean_lost_clients": LOST,
-    "mean_dropped_clients": ("dropped_clients",),
-    "mean_stale_clients": ("stale_clients",),
-    "mean_capacity_violations": ("capacity_violations",),
-    "mean_capacity_error": ("capacity_error",),
+
+Points = Sequence[tuple[int, float]]  # (round, value), at least one
+
+
+def _total(points: Points) -> float:
+    return float(sum(value for _, value in points))
+
+
+OVER: dict[str, Callable[[Points], float]] = {
+    FINAL: final_mean,
+    MEAN: lambda points: _total(points) / len(points),
+    TOTAL: _total,
+    MAX: lambda points: max(value for _, value in points),
+    LAST: lambda points: points[-1][1],
 }
-BUDGETS = {  # name: the fields of a row that it adds up, and the unit
-    "simulated_seconds_to": (("simulated_seconds",), 1.0),
-    "megabytes_to": (TRAFFIC, 1e6),
-}
 
 
-def has(rows: Sequence[Row], *names: str) -> bool:
-    """Whether any row has any of the fields."""
-    return any(name in row for row in rows for name in names)
-
-
-def spend_so_far(rows: Sequence[Row], names: Sequence[str]) -> np.ndarray:
-    """[R] float64, the sum of the fields over all rounds up to each row's."""
-    spent = [sum(float(row.get(name) or 0.0) for name in names) for row in rows]
-    return np.cumsum(spent, dtype=np.float64)
-
-
-def measure_costs(rows: Sequence[Row]) -> dict[str, float]:
-    """What the rounds cost and whom they lost; left out is what the rows do not tell.
-
-    Returns:
-      `total_` and each of `COSTS`; `total_joules`; `wasted_bytes_share`, of the bytes
-      that travelled; the `MEANS`, a round; `final_participation_jain`; `drift_alarms`
-      in all.
-    """
-
-    def total(*names: str) -> float:
-        return float(spend_so_far(rows, names)[-1])
-
-    found = {f"total_{name}": total(name) for name in COSTS if has(rows, name)}
-    if has(rows, "compute_joules"):
-        found["total_joules"] = total("compute_joules", "radio_joules")
-    travelled = total(*TRAFFIC)
-    if has(rows, "wasted_bytes") and travelled > 0:
-        found["wasted_bytes_share"] = found["total_wasted_bytes"] / travelled
-    for name, fields in MEANS.items():
-        if has(rows, *fields):
-            found[name] = total(*fields) / len(rows)
-    if has(rows[-1:], "participation_jain"):
-        found["final_participation_jain"] = rows[-1]["participation_jain"]
-    if has(rows, "drift_alarms"):
-        found["drift_alarms"] = total("drift_alarms")
-    return found
-
-
-def costs_to_targets(
-    rows: Sequence[Row], names: Sequence[str], unit: float
+def measure_run(
+    rows: Sequence[Row], measures: Mapping[str, Measure]
 ) -> dict[str, float | None]:
-    """What was spent by the round that reaches each target; None if none does.
+    """The numbers of a run.
 
     Args:
       rows: one per round.
-      names: fields of a row, which are added up.
-      unit: by which the sum is divided.
+      measures: by the keys of the result.
+
+    Returns:
+      The numbers. One that no row has is left out; of an evaluation, which may still be
+      to come, it is None.
+    """
+    found = {}
+    for key, measure in measures.items():
+        if measure.over:
+            number = measure_rows(rows, measure)
+            if number is not None or measure.evaluated:
+                found[key] = number
+    return found
+
+
+def measure_rows(rows: Sequence[Row], measure: Measure) -> float | None:
+    """One number of a run; None where its rows do not have it."""
+    points = measured(rows, *measure.fields)
+    if not points:
+        return None
+    number = OVER[measure.over](points) / measure.unit
+    if not measure.per:
+        return number
+    whole = _total(measured(rows, *measure.per))
+    return number / whole if whole > 0 else None
+
+
+def costs_to_targets(rows: Sequence[Row], measure: Measure) -> dict[str, float | None]:
+    """The cost up to the round that reaches each target; None if none does.
+
+    Args:
+      rows: one per round.
+      measure: its fields are added up, over the rounds too.
     """
     reached = rounds_to_targets(rows, "global_accuracy", TARGETS)
-    numbers = [row["round"] for row in rows]
-    so_far = dict(zip(numbers, spend_so_far(rows, names) / unit, strict=True))
+    spent = spend_so_far(rows, measure.fields) / measure.unit
+    so_far = dict(zip([row["round"] for row in rows], spent, strict=True))
     return {
         f"{target:.2f}": None if at is None else float(so_far[at])
         for target, at in reached.items()
@@ -98,7 +89,7 @@ def costs_to_targets(
 
 
 def measure_speed(spent: dict[str, float], rows: list[Row]) -> dict[str, float]:
-    """Rates of training and what took the time of a run.
+    """Rates of training, and shares of the time of a run.
 
     Args:
       spent: seconds by the fields of `SPENT`.
@@ -133,50 +124,32 @@ def describe_speed(summary: dict[str, Any]) -> str:
 
 
 def make_summary(
-    strategy: str, seed: int, note: str, needs: str, rows: list[Row], spent: Row
+    rows: list[Row], spent: Row, measures: Mapping[str, Measure]
 ) -> dict[str, Any]:
     """The numbers of a whole run.
 
-    Final accuracies are those of `metrics.own_final`; `rounds_to` counts rounds until
-    the global accuracy reaches a target for the first time, and each of `BUDGETS` tells
-    what was spent by the end of that round.
+    `rounds_to` counts rounds until the global accuracy reaches a target for the first
+    time, and the `budget` of a measure is the cost up to the end of that round.
 
     Args:
-      strategy: its name.
-      seed: of the run.
-      note: the strategy's sentence.
-      needs: what it gets beyond the shared rules.
       rows: one per round, at least one.
       spent: seconds that are in no row.
+      measures: see `measure_run`.
     """
-
-    def total(name: str) -> float:
-        return float(sum(row.get(name) or 0.0 for row in (*rows, spent)))
-
+    seconds = {
+        name: sum(float(row.get(name) or 0.0) for row in (*rows, spent))
+        for name in SPENT
+    }
     reached = rounds_to_targets(rows, "global_accuracy", TARGETS)
-    share = rounds_to_share(rows, "global_accuracy", 0.95)
     return {
-        "strategy": strategy,
-        "seed": seed,
         "num_rounds": len(rows),
-        "note": note,
-        "needs": needs,
-        **{f"final_{name}": own_final(rows, name) for name in ACCURACIES},
-        "rounds_to": {f"{target:.2f}": reached[target] for target in TARGETS},
+        **measure_run(rows, measures),
+        "rounds_to": {f"{target:.2f}": at for target, at in reached.items()},
         **{
-            name: costs_to_targets(rows, fields, unit)
-            for name, (fields, unit) in BUDGETS.items()
+            measure.budget: costs_to_targets(rows, measure)
+            for measure in measures.values()
+            if measure.budget
         },
-        "rounds_to_95_percent_of_final": share,
-        "mean_load_cv": total("load_cv") / len(rows),
-        "mean_load_entropy": total("load_entropy") / len(rows),
-        "starved_experts": total("starved_experts") / len(rows),
-        "mean_late_clients": total("late_clients") / len(rows),
-        "mean_simulated_seconds": total("simulated_seconds") / len(rows),
-        **measure_costs(rows),
-        "peak_client_parameters": max(
-            row.get("peak_client_parameters") or 0.0 for row in rows
-        ),
-        "nonfinite_clients": int(total("nonfinite_clients")),
-        **measure_speed({name: total(name) for name in SPENT}, rows),
+        "rounds_to_95_percent_of_final": rounds_to_share(rows, "global_accuracy", 0.95),
+        **measure_speed(seconds, rows),
     }

@@ -1,6 +1,7 @@
 """Runs side by side: the table of final numbers, Markdown, `runs.csv`."""
 
 import csv
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,35 +11,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from fedmoe_jax.options import FINAL, LABELS, LEARNING, ROUNDS, Measure
 from fedmoe_jax.report.runs import (
     NAN,
     Run,
     group_runs,
     interval,
+    join_measures,
     name_runs,
     numbers,
     varied_fields,
     varies,
 )
 from fedmoe_jax.runtime.files import flatten
-from fedmoe_jax.train.writers import ACCURACIES
 
-Measured = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label
-JAIN = "final_participation_jain"
-FIRST_COST = "Late clients a round"  # title of the first column about devices and costs
-LOST = "Lost a round"
-PRINTED = ("Global %", "Global soft %", "Personal %", LOST)  # in the terminal
-# Numbers that have no column where they are like this in every run, or unknown.
-TRIVIAL = {
-    "mean_lost_clients": 0.0,
-    "mean_stale_clients": 0.0,
-    "mean_capacity_violations": 0.0,
-    "mean_capacity_error": 0.0,
-    JAIN: 1.0,
-    "wasted_bytes_share": 0.0,
-    "simulated_minutes": 0.0,
-    "kilojoules": 0.0,
-}
+Found = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label
 
 
 class Cell(NamedTuple):
@@ -55,17 +42,22 @@ class Column(NamedTuple):
     Attributes:
       title: above it.
       key: of the numbers of a run.
-      better: +1 where more is better and -1 where less is.
       cell: makes a cell of the numbers of all seeds.
-      silent: whether a 0 says that nothing travels at all, so that it cannot be the
-        best of those that exchange something.
+      better: +1 where more is better, -1 where less is, 0 where neither.
+      zero_wins: whether 0 can be the best number.
+      group: the table that it belongs to.
+      about: its definition; empty where the title says it all.
+      printed: whether it is shown in the terminal.
     """
 
     title: str
     key: str
-    better: int
     cell: Callable[[Sequence[float]], Cell]
-    silent: bool = False
+    better: int
+    zero_wins: bool = True
+    group: str = LEARNING
+    about: str = ""
+    printed: bool = False
 
 
 def mean_cell(values: Sequence[float], scale: float, digits: int) -> Cell:
@@ -90,80 +82,73 @@ def median_cell(values: Sequence[float]) -> Cell:
     return Cell(f"{text} ({np.isfinite(known).sum()}/{len(known)})", median, False)
 
 
-def _percent(values: Sequence[float]) -> Cell:
-    return mean_cell(values, 100, 1)
+def _column(key: str, measure: Measure) -> Column:
+    return Column(
+        measure.title,
+        key,
+        functools.partial(mean_cell, scale=measure.scale, digits=measure.digits),
+        measure.better,
+        measure.zero_wins,
+        measure.group,
+        measure.about,
+        measure.printed,
+    )
 
 
-def _tenths(values: Sequence[float]) -> Cell:
-    return mean_cell(values, 1, 1)
-
-
-def _hundredths(values: Sequence[float]) -> Cell:
-    return mean_cell(values, 1, 2)
-
-
-def _thousands(values: Sequence[float]) -> Cell:
-    return mean_cell(values, 1e-3, 1)
-
-
-OTHER_COLUMNS = (  # after accuracies and rounds to targets
-    Column("Load CV", "mean_load_cv", -1, _hundredths),
-    Column("Load entropy", "mean_load_entropy", 1, _hundredths),
-    Column("Starved experts", "starved_experts", -1, _tenths),
-    Column(FIRST_COST, "mean_late_clients", -1, _tenths),
-    Column(LOST, "mean_lost_clients", -1, _tenths),
-    Column("Stale a round", "mean_stale_clients", -1, _tenths),
-    Column("Capacity violations a round", "mean_capacity_violations", -1, _tenths),
-    Column("Capacity error", "mean_capacity_error", -1, _hundredths),
-    Column("Jain of participation", JAIN, 1, _hundredths),
-    Column("MB up a round", "megabytes_up", -1, _tenths, True),
-    Column("MB down a round", "megabytes_down", -1, _tenths, True),
-    Column("Wasted MB %", "wasted_bytes_share", -1, _percent),
-    Column("GFLOP a round", "gigaflops", -1, _tenths),
-    Column("Simulated min", "simulated_minutes", -1, _tenths),
-    Column("kJ", "kilojoules", -1, _tenths),
-    Column("Peak client parameters, 1,000", "peak_client_parameters", -1, _thousands),
-)
-
-
-def _columns(measured: Sequence[Mapping[str, float]]) -> list[Column]:
-    targets = {key for found in measured for key in found if key[:10] == "rounds_to."}
-    columns = [
-        Column(f"{title} %", f"final_{name}", 1, _percent)
-        for name, title in ACCURACIES.items()
+def _columns(measures: Mapping[str, Measure], found: Found) -> list[Column]:
+    """Final values, rounds to targets, other measures of learning, then costs."""
+    keys = {key for each in found.values() for one in each for key in one}
+    targets = {float(key[10:]): key for key in keys if key[:10] == "rounds_to."}
+    rounds = [
+        Column(f"Rounds to {100 * target:g} %", targets[target], median_cell, -1)
+        for target in sorted(targets)
     ]
-    for key in sorted(targets, key=lambda key: float(key[10:])):
-        title = f"Rounds to {100 * float(key[10:]):g} %"
-        columns.append(Column(title, key, -1, median_cell))
     own = "rounds_to_95_percent_of_final"
-    columns.append(Column("Rounds to 95 % of own final", own, -1, median_cell))
-    return [*columns, *OTHER_COLUMNS]
+    rounds.append(Column("Rounds to 95 % of own final", own, median_cell, -1))
+    titled = {key: m for key, m in measures.items() if m.title}
+    final, learning, costs = [], [], []
+    for key, measure in titled.items():
+        group = learning if measure.group == LEARNING else costs
+        (final if measure.over == FINAL else group).append(_column(key, measure))
+    return [*final, *rounds, *learning, *costs]
 
 
-def _dull(runs: Sequence[Run], measured: Measured) -> set[str]:
+def _trivial(
+    runs: Sequence[Run], measures: Mapping[str, Measure], found: Found
+) -> set[str]:
     """Keys of numbers that are not worth a column.
 
-    They are `TRIVIAL` in every run; or they are the same for all labels because no
-    label changes who takes part, or in every round because the world stands still.
+    They are `trivial` in every run; or they do not vary over labels or rounds, though
+    that is all that they are about.
     """
-    found = [one for each in measured.values() for one in each]
-    dull = {
+    every = [one for each in found.values() for one in each]
+    return {
         key
-        for key, value in TRIVIAL.items()
-        if not any(abs(one.get(key, NAN) - value) > 1e-6 for one in found)
+        for key, measure in measures.items()
+        if _all_near(measure.trivial, [one.get(key, NAN) for one in every])
+        or (measure.varies_over == LABELS and _labels_agree(found, key))
+        or (measure.varies_over == ROUNDS and not any(varies(r, measure) for r in runs))
     }
-    shares = {tuple(one.get(JAIN, NAN) for one in each) for each in measured.values()}
-    if len(measured) > 1 and len(shares) == 1:
-        dull.add(JAIN)
-    if not any(varies(run, "capacity_error") for run in runs):
-        dull.add("mean_capacity_error")
-    return dull
+
+
+def _all_near(trivial: float | None, values: Sequence[float]) -> bool:
+    if trivial is None:
+        return False
+    return not any(
+        abs(value - trivial) > 1e-6 for value in values
+    )  # NaN counts as near
+
+
+def _labels_agree(found: Found, key: str) -> bool:
+    """True where several labels have the same numbers, seed by seed."""
+    shares = {tuple(one.get(key, NAN) for one in each) for each in found.values()}
+    return len(found) > 1 and len(shares) == 1
 
 
 def _mark_best(cells: Sequence[Cell], column: Column) -> list[Cell]:
     """Marks the best cells of a column, unless all the numbers are equal."""
     values = [column.better * cell.value for cell in cells]
-    absent = [math.isnan(v) or (column.silent and v == 0) for v in values]
+    absent = [math.isnan(v) or (v == 0 and not column.zero_wins) for v in values]
     rivals = {v for v, out in zip(values, absent, strict=True) if not out}
     if len(rivals) < 2:
         return list(cells)
@@ -173,22 +158,21 @@ def _mark_best(cells: Sequence[Cell], column: Column) -> list[Cell]:
     ]
 
 
-def table(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Cell]]]:
-    """Column titles, and the cells of every label's row."""
-    groups = group_runs(name_runs(runs))
-    measured = {label: [numbers(run) for run in g] for label, g in groups.items()}
-    columns = _columns([found for each in measured.values() for found in each])
-    dull = _dull(runs, measured)
-    columns = [column for column in columns if column.key not in dull]
+def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
+    """The columns, and the cells of every label's row."""
+    groups, measures = group_runs(name_runs(runs)), join_measures(runs)
+    found = {k: [numbers(run, measures) for run in g] for k, g in groups.items()}
+    trivial = _trivial(runs, measures, found)
+    columns = [c for c in _columns(measures, found) if c.key not in trivial]
     by_column = []
     for column in columns:
         cells = [
-            column.cell([found.get(column.key, NAN) for found in each])
-            for each in measured.values()
+            column.cell([one.get(column.key, NAN) for one in each])
+            for each in found.values()
         ]
         by_column.append(_mark_best(cells, column))
     rows = dict(zip(groups, map(list, zip(*by_column, strict=True)), strict=True))
-    return [column.title for column in columns], rows
+    return columns, rows
 
 
 def note_of(group: Sequence[Run]) -> str:
@@ -197,16 +181,17 @@ def note_of(group: Sequence[Run]) -> str:
 
 
 def needs_of(group: Sequence[Run]) -> str:
-    """What the strategy gets beyond the shared rules, as a sentence or nothing."""
+    """Data or room that the strategy needs beyond the shared rules, as a sentence."""
     needs = group[0].summary.get("needs", "")
     return f"Needs {needs}." if needs else ""
 
 
 def print_table(runs: Sequence[Run], stream: TextIO) -> None:
-    """Accuracies, and who was lost, for a terminal."""
-    titles, rows = table(runs)
-    chosen = [place for place, title in enumerate(titles) if title in PRINTED]
-    shown = Table("Strategy", "Seeds", *(titles[place] for place in chosen), box=None)
+    """The columns that are `printed`, for a terminal."""
+    columns, rows = table(runs)
+    chosen = [place for place, column in enumerate(columns) if column.printed]
+    titles = [columns[place].title for place in chosen]
+    shown = Table("Strategy", "Seeds", *titles, box=None)
     groups = group_runs(name_runs(runs))
     for label, cells in rows.items():
         texts = [cells[place].text for place in chosen]
@@ -216,14 +201,15 @@ def print_table(runs: Sequence[Run], stream: TextIO) -> None:
 
 def markdown_table(runs: Sequence[Run]) -> str:
     """The report's table of final numbers as a Markdown table, best values bold."""
-    titles, rows = table(runs)
+    columns, rows = table(runs)
     groups = group_runs(name_runs(runs))
+    titles = [column.title for column in columns]
     lines = [["Strategy", "Seeds", *titles, "Note"], ["---"] * (len(titles) + 3)]
     for label, cells in rows.items():
         shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
         group = groups[label]
-        told = f"{note_of(group)} {needs_of(group)}".strip()
-        lines.append([f"`{label}`", str(len(group)), *shown, told.replace("|", "\\|")])
+        note = f"{note_of(group)} {needs_of(group)}".strip()
+        lines.append([f"`{label}`", str(len(group)), *shown, note.replace("|", "\\|")])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -232,13 +218,13 @@ def write_runs_csv(path: str | Path, runs: Sequence[Run]) -> None:
 
     A field is empty where the number is unknown or the target was not reached.
     """
-    varied = varied_fields(runs)
+    varied, measures = varied_fields(runs), join_measures(runs)
     records = []
     for run in runs:
         flat = flatten(run.config)
         record = {"strategy": flat["strategy"], "seed": flat.get("seed")}
         record |= {field: flat.get(field) for field in varied}
-        for name, value in numbers(run).items():
+        for name, value in numbers(run, measures).items():
             record.setdefault(name, f"{value:.10g}" if math.isfinite(value) else "")
         records.append(record | {"folder": run.folder.name})
     fields = list(dict.fromkeys(field for record in records for field in record))

@@ -1,4 +1,4 @@
-"""Pictures of devices at work: plain arrays in, a matplotlib Figure out."""
+"""Pictures of devices at work: arrays in, a matplotlib Figure out."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -45,10 +45,10 @@ def choose_rows(seconds: np.ndarray) -> np.ndarray:
 
 
 def last_second(phases: np.ndarray, spent: np.ndarray, deadline: float) -> float:
-    """Where a timeline's axis ends, in seconds, so that what took place fills it.
+    """Seconds at which a timeline's axis ends, so that the work done fills it.
 
     A weak link can make a plan endless, and a deadline may be as good as none: either
-    is shown up to four times the longest that took place.
+    is shown up to four times the longest work done.
 
     Args:
       phases: [R, 3] seconds of each phase as planned.
@@ -71,13 +71,13 @@ def timeline(
     deadline: float,
     last: float,
 ) -> Figure:
-    """One bar per client: download, training, upload; pale what did not take place.
+    """One bar per client: download, training, upload; pale where they did not happen.
 
     Args:
       clients: [R] numbers of the clients, at least one.
       phases: [R, 3] seconds of each phase as planned.
       spent: [R, 3] in [0, 1], the share of each that took place.
-      endings: R words on what became of the client; empty where nothing is to be said.
+      endings: R words on the clients' outcomes; empty where merged at once.
       deadline: seconds.
       last: seconds at which the axis ends.
     """
@@ -106,7 +106,7 @@ def timeline(
 
 
 def _explain(axes: Axes, *, pale: bool, deadline: bool) -> None:
-    """The legend of a timeline, above it, with what occurs in it."""
+    """The legend of a timeline, above it, with the colours that occur in it."""
     shown = [Patch(color=colour, label=name) for name, colour in PHASES.items()]
     if pale:
         shown.append(Patch(color=GREY, alpha=0.3, label="did not happen"))
@@ -119,11 +119,11 @@ def _explain(axes: Axes, *, pale: bool, deadline: bool) -> None:
 
 @rc_context(STYLE)
 def outcome_bands(rounds: np.ndarray, bands: Sequence[Band]) -> Figure:
-    """Clients of every round by what became of them, stacked in the order given.
+    """Clients of every round by outcome, stacked in the order given.
 
     Args:
       rounds: [R] consecutive rounds, at least one.
-      bands: what is stacked, the first at the bottom.
+      bands: the first at the bottom.
     """
     figure = Figure(figsize=(4.4, 2.3), layout="constrained")
     axes = figure.add_subplot(xlabel="Round", ylabel="Clients")
@@ -144,7 +144,7 @@ def outcome_bands(rounds: np.ndarray, bands: Sequence[Band]) -> Figure:
 
 @rc_context(STYLE)
 def belief_bubbles(capacity: np.ndarray, belief: np.ndarray) -> Figure:
-    """What the server believes of every client against the truth, [N] each.
+    """Believed against true capacity of every client, [N] each.
 
     A bubble's area, and the number in it, is how many clients are there.
     """

@@ -16,21 +16,21 @@ def take_batch(
     drift: str = "",
     amount: Array | None = None,
 ) -> PyTree:
-    """The examples `ids` [B] as the model reads them, drifted where rows drift.
+    """The examples `ids` [B] as the model reads them, drifted where `amount` is given.
 
     Args:
       rows: leaves [X, ...], `train` or `test` of the federation.
       ids: [B] int32 in [0, X).
       statistics: see `Task.statistics`.
       task: prepares and drifts rows.
-      drift: a name in `task.drifts`, or "" for none.
-      amount: [] float32, how far the rows have drifted; read with `drift`.
+      drift: a name in `task.drifts`; read with `amount`.
+      amount: [] float32, how far the rows have drifted; None for not.
 
     Returns:
       A pytree of leaves [B, ...].
     """
     taken = jax.tree.map(lambda leaf: leaf[ids], rows)
-    if drift:
+    if amount is not None:
         taken = dict(task.drifts)[drift](taken, amount)
     return task.prepare(taken, statistics)
 

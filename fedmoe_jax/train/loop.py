@@ -12,14 +12,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
+from fedmoe_jax.measures import MEASURES, evaluated_fields
 from fedmoe_jax.options import UserError
+from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.train import checkpoint
-from fedmoe_jax.train.writers import ACCURACIES, Row, open_metrics, open_progress
+from fedmoe_jax.train.writers import open_metrics, open_progress
 from fedmoe_jax.types import PyTree, SimState
-
-# Fields of an evaluation that become fields of its row.
-REPORTED = (*ACCURACIES, "drifted_accuracy", "expert_accuracy")
 
 PROFILED_CHUNKS = 3
 
@@ -36,7 +35,7 @@ class Job(NamedTuple):
       inputs: the federation and the hyperparameters, on the devices.
       frozen: the parts in `federation.frozen` that the runs froze themselves.
       run_rounds: jitted (state, *inputs) -> (state, metrics), R rounds.
-      evaluate: jitted (state, federation) -> accuracies.
+      evaluate: jitted (state, *inputs) -> accuracies.
       split: takes metrics on the host apart, one dict for each run.
     """
 
@@ -105,7 +104,7 @@ def advance(
     trained = time.monotonic()
     accuracies = [{} for _ in job.names]
     if evaluated:
-        accuracies = job.split(jax.device_get(evaluate(state, job.inputs[0])))
+        accuracies = job.split(jax.device_get(evaluate(state, *job.inputs)))
     clock = Clock((trained - start) / runs, (time.monotonic() - trained) / runs)
     return state, metrics, accuracies, clock
 
@@ -122,7 +121,8 @@ def list_rows(
     seconds = np.full(config.chunk_rounds, clock.seconds / config.chunk_rounds)
     rows = []
     for measured, found in zip(metrics, accuracies, strict=True):
-        extra = {name: found[name] for name in REPORTED if name in found}
+        names = evaluated_fields(MEASURES)
+        extra = {name: found[name] for name in names if name in found}
         if found:
             extra["evaluation_seconds"] = clock.evaluation_seconds
         rows.append(make_rows({"seconds": seconds} | measured, done, extra | spent))
@@ -271,6 +271,6 @@ def save(
 def compile_programs(job: Job, state: SimState) -> tuple[tuple, Row]:
     """Both programs of a job and the time that compiling took, a run's share."""
     run_rounds, first = compile_once(job.run_rounds, state, *job.inputs)
-    evaluate, second = compile_once(job.evaluate, state, job.inputs[0])
+    evaluate, second = compile_once(job.evaluate, state, *job.inputs)
     seconds = (first + second) / len(job.names)
     return (run_rounds, evaluate), {"compile_seconds": seconds}

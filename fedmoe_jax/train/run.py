@@ -16,19 +16,21 @@ from fedmoe_jax.config import validate
 from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
+from fedmoe_jax.measures import MEASURES, pack_measures
 from fedmoe_jax.models.flops import count_activation_bytes
-from fedmoe_jax.program import Program, build_program, make_hyper
+from fedmoe_jax.program import Program, build_program, find_overwritten, make_hyper
+from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import write_json
+from fedmoe_jax.runtime.origin import find_origin
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.state import init_state, prepare_state
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train import memory
 from fedmoe_jax.train.loop import Job, compile_once, drive, settle_frozen
 from fedmoe_jax.train.workdir import claim_run, is_finished
-from fedmoe_jax.train.writers import Row, read_metrics
 from fedmoe_jax.types import AlignState, Federation, Hyper, Partition
 from fedmoe_jax.world.participation import Participation
 
@@ -216,17 +218,17 @@ def run_job(
       stop: see `drive`.
       profile: see `drive`.
     """
-    config = plans[0].config
+    config, origin = plans[0].config, find_origin()
     job = settle_frozen(job, checkpoints)
     state, done, spent = drive(config, job, checkpoints, stop=stop, profile=profile)
     if done < config.num_rounds:
         return False
-    evaluate, _ = compile_once(job.evaluate, state, job.inputs[0])
-    results = job.split(jax.device_get(evaluate(state, job.inputs[0])))
+    evaluate, _ = compile_once(job.evaluate, state, *job.inputs)
+    results = job.split(jax.device_get(evaluate(state, *job.inputs)))
     states = job.split(jax.device_get((state.align, state.belief, state.participation)))
     if multihost.is_leader():
         for parts in zip(plans, job.folders, states, results, strict=True):
-            summary = finish(*parts, spent)
+            summary = finish(*parts, spent, origin)
         print(describe_speed(summary), flush=True)
     return True
 
@@ -237,14 +239,23 @@ def finish(
     state: tuple[AlignState, Belief, Participation],
     results: dict[str, np.ndarray],
     spent: Row,
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes `summary.json` and `final.npz` of a finished run; returns the summary."""
     save_arrays(workdir / "final.npz", plan, *state, results["specialisation"])
     config, rows = plan.config, read_metrics(workdir / "metrics.jsonl")
     strategy = find_strategy(config.strategy)
-    summary = make_summary(
-        *(config.strategy, config.seed, strategy.about, strategy.needs, rows, spent)
-    )
+    summary = {
+        "strategy": config.strategy,
+        "seed": config.seed,
+        "note": strategy.about,
+        "needs": strategy.needs,
+        "reads": strategy.reads,
+        "overwrites": find_overwritten(config),
+        **make_summary(rows, spent, MEASURES),
+        "made_by": origin,
+        "measures": pack_measures(MEASURES),
+    }
     write_json(workdir / "summary.json", summary)
     return summary
 

@@ -266,12 +266,11 @@ def stack_federations(federations: list[Federation], mesh: Mesh) -> Federation:
 
 @functools.cache
 def build_programs(program: Program) -> tuple[Callable, Callable, Callable]:
-    """Jitted init, run_rounds and evaluate of runs that share `setup`.
+    """Jitted init, run_rounds and evaluate of runs that share a program.
 
     All have a leading S axis on state, hyperparameters, the federation's `PER_RUN`
     fields and their results.
     """
-    evaluate_share = build_evaluate_share(program)
     runs, mesh = P(RUNS), program.mesh
 
     def init_run(
@@ -281,18 +280,12 @@ def build_programs(program: Program) -> tuple[Callable, Callable, Callable]:
         federation = federation.replace(frozen=frozen)
         return prepare_state(state, federation, hyper, program)
 
+    divided = (runs, FEDERATION_SPEC, runs)
+    over_runs = lambda function: spread(map_runs(function), mesh, divided, runs)
     return (
-        jax.jit(spread(map_runs(init_run), mesh, (runs, FEDERATION_SPEC, runs), runs)),
-        jax.jit(
-            spread(
-                map_runs(scan_rounds(program)),
-                mesh,
-                (runs, FEDERATION_SPEC, runs),
-                runs,
-            ),
-            donate_argnums=0,
-        ),
-        jax.jit(spread(map_runs(evaluate_share), mesh, (runs, FEDERATION_SPEC), runs)),
+        jax.jit(over_runs(init_run)),
+        jax.jit(over_runs(scan_rounds(program)), donate_argnums=0),
+        jax.jit(over_runs(build_evaluate_share(program))),
     )
 
 

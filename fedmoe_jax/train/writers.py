@@ -6,7 +6,7 @@ A row is a flat dict with the key `round`, the number of rounds done (the first 
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,58 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
-from fedmoe_jax.options import UserError
+from fedmoe_jax.measures import MEASURES, running_fields
+from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.files import plain, write_atomically
-from fedmoe_jax.world.outcome import OUTCOMES
-
-Row = dict[str, Any]
-
-# Fields of a row that a run adds up.
-COSTS = (
-    "bytes_up",
-    "bytes_down",
-    "client_flops",
-    "simulated_seconds",
-    "compute_joules",
-    "radio_joules",
-    "wasted_bytes",
-    "wasted_flops",
-    "capacity_violations",
-    *(f"{name}_clients" for name in OUTCOMES),
-)
-FINAL_ROUNDS, FINAL_SHARE = 10, 0.25  # at most so many, and such a share of all
-TARGETS = (0.35, 0.40, 0.45, 0.50)
-ACCURACIES = {  # field of an evaluation row: what it is called
-    "global_accuracy": "Global",
-    "global_soft_accuracy": "Global soft",
-    "personal_accuracy": "Personal",
-    "worst_decile_accuracy": "Worst decile",
-}
-
-
-def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`, by rising round; none if there is no file.
-
-    Of several rows of one round the last counts. A last line without its line end, as
-    a killed run leaves it, is ignored.
-
-    Raises:
-      UserError: a finished line is not a JSON object with a `round`.
-    """
-    if not Path(path).exists():
-        return []
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
-    rows = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows[int(row["round"])] = row
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path} line {number} is damaged: not a JSON object with a round; "
-                "remove that line"
-            ) from None
-    return [rows[number] for number in sorted(rows)]
 
 
 def truncate_metrics(path: Path, last_round: int) -> None:
@@ -88,10 +39,9 @@ def open_metrics(
     """Yields `write(row)`, which appends to `metrics.jsonl` and the TensorBoard events.
 
     A row is on disk when `write` returns. TensorBoard gets finite scalars under their
-    key and vectors as `key/0`, `key/1`, ...; what has more axes is only in the JSON.
+    key and vectors as `key/0`, `key/1`, ...; arrays of more axes are only in the JSON.
 
-    To what a run costs the row adds its sum over the rounds so far, `total_` and the
-    key.
+    The row also gets the sums so far of the measures that are `running`.
 
     Args:
       folder: an existing folder.
@@ -100,8 +50,8 @@ def open_metrics(
     """
     path = Path(folder) / "metrics.jsonl"
     truncate_metrics(path, done)
-    last = read_metrics(path)[-1:]
-    totals = {key: last[0].get(f"total_{key}", 0.0) if last else 0.0 for key in COSTS}
+    last = (read_metrics(path) or [{}])[-1]
+    totals = {key: last.get(f"total_{key}", 0.0) for key in running_fields(MEASURES)}
     with ExitStack() as stack:
         file = stack.enter_context(path.open("a", encoding="utf-8"))
         board = stack.enter_context(_board(folder, done)) if tensorboard else None
@@ -149,59 +99,20 @@ def _write_events(board: SummaryWriter, row: Row) -> None:
                 )
 
 
-def evaluations(rows: Iterable[Row], key: str) -> list[tuple[int, float]]:
-    """(round, value) of every row in which `key` was measured and is finite."""
-    return [(row["round"], row[key]) for row in rows if row.get(key) is not None]
-
-
-def rounds_to(rows: Iterable[Row], key: str, target: float) -> int | None:
-    """The first evaluated round in which `key` is at least `target`; None if never."""
-    reached = (at for at, value in evaluations(rows, key) if value >= target)
-    return next(reached, None)
-
-
-def rounds_to_targets(
-    rows: Iterable[Row], key: str, targets: Iterable[float]
-) -> dict[float, int | None]:
-    """`rounds_to` for each of several targets."""
-    rows = list(rows)
-    return {target: rounds_to(rows, key, target) for target in targets}
-
-
-def own_final(rows: Iterable[Row], key: str) -> float | None:
-    """A run's final value: the mean over the evaluations of its last ten rounds.
-
-    Curves under strong label skew swing from round to round, so no single evaluation
-    is a fair final value. Of runs below 40 rounds only the last quarter counts, for the
-    earlier ones are where they still learn. None before the first evaluation.
-    """
-    measured = evaluations(rows, key)
-    last = measured[-1][0] if measured else 0
-    window = min(FINAL_ROUNDS, FINAL_SHARE * last)
-    values = [v for at, v in measured if at > last - window]
-    return sum(values) / len(values) if values else None
-
-
-def rounds_to_share(rows: Iterable[Row], key: str, share: float) -> int | None:
-    """The first evaluated round that reaches `share` (0.95, say) of `own_final`."""
-    rows = list(rows)
-    final = own_final(rows, key)
-    return None if final is None else rounds_to(rows, key, share * final)
-
-
 @contextmanager
 def open_progress(
     total: int, names: list[str], *, done: int, stream: TextIO
 ) -> Iterator[Callable[[list[Row]], None]]:
     """Yields `update(rows)`, one row per run: live bars on a terminal, else lines.
 
-    The time left counts what this process did: a resumed run does not look faster.
+    The time left follows from the rounds of this process: a resumed run does not look
+    faster.
 
     Args:
       total: rounds of the whole run.
       names: of the runs that advance together.
       done: rounds done before this process.
-      stream: where to show it, `sys.stdout` as a rule.
+      stream: of the output, `sys.stdout` as a rule.
     """
     start = time.monotonic()
     console = Console(file=stream)
@@ -250,7 +161,7 @@ def _bar(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("global {task.fields[world]}  personal {task.fields[personal]}"),
+        TextColumn("global {task.fields[global]}  personal {task.fields[personal]}"),
         TextColumn("load CV {task.fields[cv]}  left {task.fields[left]}"),
         console=console,
     )
@@ -259,13 +170,13 @@ def _bar(console: Console) -> Progress:
 def _advance(bar: Progress, task: Any, row: Row, pace: float, total: int) -> None:
     shown = _shown(row, pace, total)
     if row.get("global_accuracy") is None:  # keep showing the last evaluation
-        del shown["world"], shown["personal"]
+        del shown["global"], shown["personal"]
     bar.update(task, completed=row["round"], **shown)
 
 
 def _print_row(label: str, row: Row, pace: float, total: int, stream: TextIO) -> None:
     shown = _shown(row, pace, total)
-    line = "{}round {}/{}  global {world}  personal {personal}  load CV {cv}  "
+    line = "{}round {}/{}  global {global}  personal {personal}  load CV {cv}  "
     line += "{pace:.2g} s/round  left {left}"
     text = line.format(label, row["round"], total, pace=pace, **shown)
     print(text, file=stream, flush=True)
@@ -274,7 +185,7 @@ def _print_row(label: str, row: Row, pace: float, total: int, stream: TextIO) ->
 def _shown(row: Row, pace: float, total: int) -> dict[str, str]:
     seconds = round(pace * (total - row["round"])) if row else None
     return {
-        "world": _number(row.get("global_accuracy"), 3),
+        "global": _number(row.get("global_accuracy"), 3),
         "personal": _number(row.get("personal_accuracy"), 3),
         "cv": _number(row.get("load_cv"), 2),
         "left": "-" if seconds is None else _clock(seconds),

@@ -1,10 +1,35 @@
-"""Who can be reached, who is asked to take part, and who drops out."""
+"""Clients out of reach, clients that drop out, and the draw of a cohort."""
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+from ml_collections import ConfigDict
 
-from fedmoe_jax.options import UserError
-from fedmoe_jax.types import Array
+from fedmoe_jax.base import Process
+from fedmoe_jax.options import COUNT, SHARE, STATIC, TRACED, Option, UserError
+from fedmoe_jax.types import Array, Hyper, Keys, Sizes, Static
+from fedmoe_jax.world.processes import markov_start, markov_step
+from fedmoe_jax.world.step import DROPOUT, PHASE, REACH, View
+
+# ---- reach
+
+
+@struct.dataclass
+class Reach:
+    """Clients that can be reached.
+
+    Attributes:
+      phase: [N] float32 in [0, 1), the time of day at which each client lives.
+      now: [N] bool, whether each client can be reached in this round.
+    """
+
+    phase: Array
+    now: Array
+
+
+def has_reach(config: ConfigDict) -> bool:
+    """Whether clients are ever out of reach."""
+    return config.availability.share < 1 or config.availability.swing > 0
 
 
 def reach_share(round: Array, phase: Array, *, share, swing, day) -> Array:
@@ -14,7 +39,7 @@ def reach_share(round: Array, phase: Array, *, share, swing, day) -> Array:
 
     Args:
       round: [] int32.
-      phase: [N] float32 in [0, 1), where on the globe each client lives.
+      phase: [N] float32 in [0, 1), of each client's day.
       share: [] in [0, 1], the mean over a day where nothing is cut off.
       swing: [] >= 0.
       day: [] rounds in a day, >= 1.
@@ -26,13 +51,173 @@ def reach_share(round: Array, phase: Array, *, share, swing, day) -> Array:
     return jnp.clip(share + swing * wave, 0.0, 1.0)
 
 
+def share_now(round: Array, phase: Array, hyper: Hyper) -> Array:
+    """[N] share of the time that each client can be reached at this hour."""
+    numbers = hyper.availability
+    return reach_share(
+        round, phase, share=numbers.share, swing=numbers.swing, day=numbers.day
+    )
+
+
+def init_reach(keys: Keys, hyper: Hyper, sizes: Sizes) -> Reach:
+    """Places clients over the day and draws from the law of its first hour."""
+    phase = jax.random.uniform(keys.always(PHASE), (sizes.num_clients,))
+    share = share_now(jnp.zeros((), jnp.int32), phase, hyper)
+    return Reach(phase, markov_start(keys.of(REACH), share, sizes.num_clients))
+
+
+def step_reach(state: Reach, keys: Keys, round: Array, hyper: Hyper) -> Reach:
+    """One step of a Markov chain of every client, with the share of its hour."""
+    share = share_now(round, state.phase, hyper)
+    persistence = hyper.availability.persistence
+    return state.replace(now=markov_step(keys.of(REACH), state.now, share, persistence))
+
+
+def apply_reach(state: Reach, view: View, hyper: Hyper) -> View:
+    """Puts clients out of reach."""
+    reachable = view.events.reachable & state.now
+    return view.replace(events=view.events.replace(reachable=reachable))
+
+
+def measure_reach(state: Reach) -> dict[str, Array]:
+    """`reachable_clients` [] int32, of the population."""
+    return {"reachable_clients": state.now.sum()}
+
+
+REACH_PROCESS = Process(
+    about="Clients are out of reach for a part of their day, in spells.",
+    is_on=has_reach,
+    init=init_reach,
+    step=step_reach,
+    apply=apply_reach,
+    metrics=measure_reach,
+    options=(
+        Option(
+            "availability.share",
+            SHARE,
+            "share of the time that a client can be reached",
+            TRACED,
+        ),
+        Option(
+            "availability.persistence", SHARE, "correlation from round to round", TRACED
+        ),
+        Option(
+            "availability.swing",
+            SHARE,
+            "by how much the share rises and falls in a day",
+            TRACED,
+        ),
+        Option("availability.day", COUNT, "rounds in a day", TRACED),
+        Option(
+            "availability.sampling",
+            ("uniform", "size", "reachable"),
+            "how cohorts are drawn: alike, by their examples, or among the reachable",
+            STATIC,
+        ),
+    ),
+)
+
+
+# ---- dropout: [N] float32, the share of its training after which each client is lost
+
+
+def has_dropout(config: ConfigDict) -> bool:
+    """Whether clients are ever lost before or in the middle of training."""
+    return config.availability.dropout > 0
+
+
+def init_dropout(keys: Keys, hyper: Hyper, sizes: Sizes) -> Array:
+    """No client is lost before the first round."""
+    return jnp.full(sizes.num_clients, jnp.inf)
+
+
+def step_dropout(state: Array, keys: Keys, round: Array, hyper: Hyper) -> Array:
+    """Draws afresh in every round."""
+    numbers = hyper.availability
+    return draw_dropout(
+        keys.of(DROPOUT), state.shape[0], rate=numbers.dropout, early=numbers.early
+    )
+
+
+def apply_dropout(state: Array, view: View, hyper: Hyper) -> View:
+    """Ends the training of lost clients, at the first moment that ends it."""
+    dropout = jnp.minimum(view.events.dropout, state)
+    return view.replace(events=view.events.replace(dropout=dropout))
+
+
+def draw_dropout(key: Array, num_clients: int, *, rate: Array, early: Array) -> Array:
+    """After which share of its training each client would be lost in this round.
+
+    Args:
+      key: a JAX key, consumed.
+      num_clients: N.
+      rate: [] chance of being lost.
+      early: [] share of the lost that never start training; others are lost at a
+        uniform moment of it.
+
+    Returns:
+      [N] float32: 0 for before, in (0, 1) for during training, infinity for never.
+    """
+    lost, before, moment = jax.random.split(key, 3)
+    lost = jax.random.bernoulli(lost, rate, (num_clients,))
+    before = jax.random.bernoulli(before, early, (num_clients,))
+    moment = jax.random.uniform(moment, (num_clients,), minval=1e-6)
+    return jnp.where(lost, jnp.where(before, 0.0, moment), jnp.inf)
+
+
+DROPOUT_PROCESS = Process(
+    about="Clients are lost before or in the middle of their training.",
+    is_on=has_dropout,
+    init=init_dropout,
+    step=step_dropout,
+    apply=apply_dropout,
+    options=(
+        Option(
+            "availability.dropout",
+            SHARE,
+            "chance per client and round of being lost",
+            TRACED,
+        ),
+        Option(
+            "availability.early",
+            SHARE,
+            "share of the lost that never start training",
+            TRACED,
+        ),
+    ),
+)
+
+
+# ---- cohorts
+
+
+def choose_cohort(key: Array, view: View, sizes: Sizes, static: Static) -> Array:
+    """The cohort's client ids [C], ascending.
+
+    Args:
+      key: a JAX key, consumed.
+      view: gives the examples of each client, and which can be reached.
+      sizes: static sizes.
+      static: gives `availability.sampling`. `uniform` and `size` do not know which
+        clients can be reached, and the others are missing in the round; `reachable`
+        draws among those that can, if there are enough.
+    """
+    count, wanted = sizes.num_clients, sizes.cohort_size
+    sampling = static.availability.sampling
+    if sampling == "uniform" or wanted == count:
+        return sample_cohort(key, count, wanted)
+    by_size = sampling == "size"
+    weight = view.federation.size if by_size else view.events.reachable
+    return sample_weighted(key, weight.astype(jnp.float32), wanted)
+
+
 def sample_cohort(key: Array, num_clients: int, cohort_size: int) -> Array:
     """Draws the clients of one round uniformly, without replacement.
 
     Args:
       key: a JAX key, consumed.
       num_clients: N.
-      cohort_size: C; with C = N everyone takes part and nothing is drawn.
+      cohort_size: C; with C = N all take part and nothing is drawn.
 
     Returns:
       [C] int32 client ids in ascending order.
@@ -69,23 +254,3 @@ def sample_weighted(key: Array, weight: Array, cohort_size: int) -> Array:
     merit = jnp.where(weight > 0, jnp.log(jnp.maximum(weight, 1e-30)), -1e4)
     chosen = jax.lax.top_k(merit + luck, cohort_size)[1]
     return jnp.sort(chosen.astype(jnp.int32))
-
-
-def draw_dropout(key: Array, num_clients: int, *, rate: Array, early: Array) -> Array:
-    """After which share of its training each client would be lost in this round.
-
-    Args:
-      key: a JAX key, consumed.
-      num_clients: N.
-      rate: [] chance of being lost.
-      early: [] share of the lost that never start training; others are lost at a
-        uniform moment of it.
-
-    Returns:
-      [N] float32: 0 for before, in (0, 1) for during training, infinity for never.
-    """
-    lost, before, moment = jax.random.split(key, 3)
-    lost = jax.random.bernoulli(lost, rate, (num_clients,))
-    before = jax.random.bernoulli(before, early, (num_clients,))
-    moment = jax.random.uniform(moment, (num_clients,), minval=1e-6)
-    return jnp.where(lost, jnp.where(before, 0.0, moment), jnp.inf)

@@ -2,7 +2,7 @@
 
 Path loss and shadowing stay as they are over the rounds. Rayleigh fading is a latent
 [N, 2] of standard normals, the real and imaginary part of h, moved by
-`processes.gauss_markov_step`: Gauss-Markov fading, in which |h|^2 is correlated by
+`gauss_markov_step`: Gauss-Markov fading, in which |h|^2 is correlated by
 `persistence**(2 k)` over k rounds. Within a round the channel stands still (block
 fading).
 """
@@ -10,9 +10,14 @@ fading).
 import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
+from ml_collections import ConfigDict
 
-from fedmoe_jax.types import Array
-from fedmoe_jax.world import processes
+from fedmoe_jax.base import Process
+from fedmoe_jax.options import POSITIVE, SHARE, STATIC, TRACED, Option, Range
+from fedmoe_jax.types import Array, Devices, Hyper, Keys, Sizes
+from fedmoe_jax.world.processes import gauss_markov_start, gauss_markov_step
+from fedmoe_jax.world.step import CSI, FADING, PLACE, View
 
 # Macro cell at 2 GHz, distance in km: 3GPP TR 36.814, annex A.2.1.1.
 PATH_LOSS_AT_KM = 128.1  # dB
@@ -22,6 +27,10 @@ NEAREST = 0.035  # km, least distance of a client to the station
 NOISE_DENSITY = -174.0  # dBm / Hz
 # Equal channels may differ in the last digits of their rates, a few times 1e-7.
 ROUNDING = 1e-5
+
+
+def _linear(decibel: Array) -> Array:
+    return 10 ** (decibel / 10)
 
 
 def path_loss(distance: Array) -> Array:
@@ -73,7 +82,7 @@ def known_fading(key: Array, fading: Array, csi: Array) -> Array:
       [N, 2] float32.
     """
     chex.assert_shape(fading, (None, 2))
-    return processes.gauss_markov_step(key, fading, csi)
+    return gauss_markov_step(key, fading, csi)
 
 
 def fading_power(fading: Array) -> Array:
@@ -164,5 +173,136 @@ def link(
     return chosen, too_fast | (true_snr < least)
 
 
-def _linear(decibel: Array) -> Array:
-    return 10 ** (decibel / 10)
+# ---- the process
+
+
+@struct.dataclass
+class Cell:
+    """The radio cell in one round.
+
+    Attributes:
+      gain_db: [N] float32 dB, the mean gain of each client's place.
+      fading: [N, 2] float32, real and imaginary part of the true channel.
+      known: [N, 2] float32, likewise, as the senders know it.
+    """
+
+    gain_db: Array
+    fading: Array
+    known: Array
+
+
+def is_wireless(config: ConfigDict) -> bool:
+    """Whether clients share a radio cell."""
+    return config.channel.kind == "wireless"
+
+
+def init_cell(keys: Keys, hyper: Hyper, sizes: Sizes) -> Cell:
+    """Places the clients and draws their fading from its stationary law."""
+    count, numbers = sizes.num_clients, hyper.channel
+    fading = gauss_markov_start(keys.of(FADING), (count, 2))
+    return Cell(
+        gain_db=place(keys.always(PLACE), count, numbers.radius, numbers.shadowing),
+        fading=fading,
+        known=known_fading(keys.of(CSI), fading, numbers.csi),
+    )
+
+
+def step_cell(state: Cell, keys: Keys, round: Array, hyper: Hyper) -> Cell:
+    """One step of the fading; the senders measure the channel anew."""
+    numbers = hyper.channel
+    fading = gauss_markov_step(keys.of(FADING), state.fading, numbers.persistence)
+    known = known_fading(keys.of(CSI), fading, numbers.csi)
+    return state.replace(fading=fading, known=known)
+
+
+def open_links(
+    state: Cell, devices: Devices, hyper: Hyper
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Rate [N] in bytes per second and outage [N] of the links up and down.
+
+    Both directions fade alike (they share the band in turn), with powers of their own.
+    """
+    numbers = hyper.channel
+
+    def open_link(limit: Array, power: Array) -> tuple[Array, Array]:
+        return link(
+            state.gain_db,
+            state.fading,
+            state.known,
+            limit,
+            power=power,
+            bandwidth=numbers.bandwidth,
+            backoff=numbers.backoff,
+            min_snr=numbers.min_snr,
+        )
+
+    up = open_link(devices.upload, numbers.power_up)
+    return up, open_link(devices.download, numbers.power_down)
+
+
+def apply_cell(state: Cell, view: View, hyper: Hyper) -> View:
+    """Slows the links to the rate of the radio channel, and fails those in outage."""
+    (up, no_upload), (down, no_download) = open_links(state, view.devices, hyper)
+    events = view.events
+    events = events.replace(
+        no_upload=events.no_upload | no_upload,
+        no_download=events.no_download | no_download,
+    )
+    devices = view.devices.replace(upload=up, download=down)
+    return view.replace(devices=devices, events=events)
+
+
+WIRELESS_PROCESS = Process(
+    about="Clients share a radio cell: path loss, shadowing, fading and outage.",
+    is_on=is_wireless,
+    init=init_cell,
+    step=step_cell,
+    apply=apply_cell,
+    options=(
+        Option("channel.kind", ("wired", "wireless"), "of all clients' links", STATIC),
+        Option(
+            "channel.radius",
+            Range(NEAREST, 100, open_low=True),
+            "km, of the cell",
+            TRACED,
+        ),
+        Option(
+            "channel.shadowing",
+            Range(0, 50),
+            "dB, standard deviation of the shadowing",
+            TRACED,
+        ),
+        Option(
+            "channel.persistence",
+            SHARE,
+            "correlation of the fading from round to round",
+            TRACED,
+        ),
+        Option(
+            "channel.csi",
+            SHARE,
+            "correlation of the known and the true fading",
+            TRACED,
+        ),
+        Option(
+            "channel.backoff",
+            Range(0, 1, open_low=True),
+            "share of the known channel's rate that is used",
+            TRACED,
+        ),
+        Option(
+            "channel.min_snr",
+            Range(-100, 100),
+            "dB, signal-to-noise ratio below which there is no link",
+            TRACED,
+        ),
+        Option("channel.bandwidth", POSITIVE, "Hz for each client", TRACED),
+        Option("channel.power_up", Range(-100, 100), "dBm, power of a client", TRACED),
+        Option(
+            "channel.power_down",
+            Range(-100, 100),
+            "dBm, power of the station",
+            TRACED,
+        ),
+    ),
+)

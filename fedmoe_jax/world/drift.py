@@ -6,8 +6,20 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from fedmoe_jax.types import Array
+from fedmoe_jax.base import Process
+from fedmoe_jax.options import (
+    COUNT,
+    HOST,
+    NON_NEGATIVE,
+    SHARE,
+    STATIC,
+    TRACED,
+    Option,
+)
+from fedmoe_jax.types import Array, Hyper, Keys, Sizes
+from fedmoe_jax.world.step import View
 
 BLUR_RADIUS = 3  # pixels
 
@@ -202,3 +214,134 @@ def distort(x: Array, kind: str, amount: Array) -> Array:
     chex.assert_rank(x, 4)
     chex.assert_rank(amount, 0)
     return DISTORTIONS[kind](x, amount)
+
+
+# ---- the processes
+
+SCHEDULE = (
+    Option("drift.share", SHARE, "share of the clients that drift", HOST),
+    Option(
+        "drift.start",
+        NON_NEGATIVE,
+        "first round with drift, counted from 0",
+        TRACED,
+    ),
+    Option(
+        "drift.rounds",
+        COUNT,
+        "rounds until the drift is complete; 1 is abrupt",
+        TRACED,
+    ),
+)
+
+
+def find_progress(round: Array, hyper: Hyper) -> Array:
+    """[] float32 in [0, 1], see `progress`."""
+    return progress(round, hyper.drift.start, hyper.drift.rounds)
+
+
+# labels: [] float32 in [0, 1], the share of their examples that clients have handed on
+
+
+def has_label_drift(config: ConfigDict) -> bool:
+    """Whether examples change hands."""
+    return config.drift.labels > 0
+
+
+def init_labels(keys: Keys, hyper: Hyper, sizes: Sizes) -> Array:
+    """As in round 0."""
+    return step_labels(jnp.zeros(()), keys, jnp.zeros((), jnp.int32), hyper)
+
+
+def step_labels(state: Array, keys: Keys, round: Array, hyper: Hyper) -> Array:
+    """Follows the schedule; nothing is drawn."""
+    return hyper.drift.labels * find_progress(round, hyper)
+
+
+def apply_labels(state: Array, view: View, hyper: Hyper) -> View:
+    """Gives clients the examples that they own by now."""
+    old = view.federation
+    index, size, label_mix = move_examples(
+        old.index, old.size, old.label_mix, old.drift_source, state
+    )
+    federation = old.replace(index=index, size=size, label_mix=label_mix)
+    return view.replace(federation=federation)
+
+
+def measure_labels(state: Array) -> dict[str, Array]:
+    """`drift_moved` [] float32, the share of their examples that clients handed on."""
+    return {"drift_moved": state}
+
+
+LABELS_PROCESS = Process(
+    about="Clients hand on examples to one another, and with them their label mixes.",
+    is_on=has_label_drift,
+    init=init_labels,
+    step=step_labels,
+    apply=apply_labels,
+    metrics=measure_labels,
+    options=(
+        Option(
+            "drift.labels",
+            SHARE,
+            "share of their examples that clients hand on",
+            TRACED,
+        ),
+        *SCHEDULE,
+    ),
+)
+
+
+# images: [] float32 >= 0, the amount by which images are distorted, in its unit
+
+
+def has_image_drift(config: ConfigDict) -> bool:
+    """Whether the images of clients change."""
+    return config.drift.images != "none"
+
+
+def init_images(keys: Keys, hyper: Hyper, sizes: Sizes) -> Array:
+    """As in round 0."""
+    return step_images(jnp.zeros(()), keys, jnp.zeros((), jnp.int32), hyper)
+
+
+def step_images(state: Array, keys: Keys, round: Array, hyper: Hyper) -> Array:
+    """Follows the schedule; nothing is drawn."""
+    return hyper.drift.strength * find_progress(round, hyper)
+
+
+def apply_images(state: Array, view: View, hyper: Hyper) -> View:
+    """Distorts the images of the clients that drift."""
+    source = view.federation.drift_source
+    drifts = source != jnp.arange(source.shape[0])
+    return view.replace(distortion=jnp.where(drifts, state, 0.0))
+
+
+def measure_images(state: Array) -> dict[str, Array]:
+    """`drift_distorted` [] float32, the amount of the distortion."""
+    return {"drift_distorted": state}
+
+
+IMAGES_PROCESS = Process(
+    about="The images of clients rotate, blur or lose contrast.",
+    is_on=has_image_drift,
+    init=init_images,
+    step=step_images,
+    apply=apply_images,
+    metrics=measure_images,
+    options=(
+        Option(
+            "drift.images",
+            ("none", *DISTORTIONS),
+            "the kind of distortion that images take on",
+            STATIC,
+        ),
+        Option(
+            "drift.strength",
+            NON_NEGATIVE,
+            "of the distortion: degrees, pixels, or share of the contrast",
+            TRACED,
+        ),
+        *SCHEDULE,
+    ),
+)

@@ -1,39 +1,10 @@
-"""How many experts the devices can hold, and what varies in them over time."""
+"""The number of experts that a device can hold."""
 
 import chex
 import jax.numpy as jnp
 
-from fedmoe_jax.rules import World
-from fedmoe_jax.types import Array, Devices, Hyper
-from fedmoe_jax.world import processes
+from fedmoe_jax.types import Array, Devices
 from fedmoe_jax.world.costs import TRAINING_COPIES, Costs
-
-
-def devices_now(
-    devices: Devices, state: dict[str, Array], hyper: Hyper, world: World
-) -> Devices:
-    """What the devices have left for training in one round.
-
-    Args:
-      devices: leaves [N], before anything varies.
-      state: of the world's processes, see `world.advance`.
-      hyper: gives how much each process takes.
-      world: which of them are on.
-    """
-    if world.pressure:
-        left = jnp.where(state["pressure"], hyper.pressure.left, 1.0)
-        devices = devices.replace(memory=devices.memory * left)
-    if world.background:
-        most = hyper.background.most
-        idle = 1 - processes.taken_share(state["background"], most)
-        devices = devices.replace(flops=devices.flops * idle)
-    if world.bandwidth:
-        spread = hyper.bandwidth.spread
-        speed = processes.speed_factor(state["bandwidth"], spread)
-        devices = devices.replace(
-            upload=devices.upload * speed, download=devices.download * speed
-        )
-    return devices
 
 
 def true_capacity(

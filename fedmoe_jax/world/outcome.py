@@ -7,22 +7,14 @@ has spent what it had spent by then.
 import jax.numpy as jnp
 from flax import struct
 
+from fedmoe_jax.measures import OUTCOMES
 from fedmoe_jax.types import Array, Devices
 from fedmoe_jax.world.costs import Costs, Traffic, Ways, client_memory, client_seconds
 from fedmoe_jax.world.step import Events
 
-# What can become of what a client was asked to do, by its code.
-OUTCOMES = (
-    "merged",
-    "stale",  # past the deadline, merged in the next round
-    "dropped",  # past the deadline
-    "lost_unreachable",
-    "lost_dropout",
-    "lost_memory",  # held more than its memory
-    "lost_outage",  # the link failed
-    "nonfinite",  # a broken update
+MERGED, STALE, DROPPED, UNREACHABLE, DROPOUT, MEMORY, OUTAGE, BROKEN = range(
+    len(OUTCOMES)
 )
-MERGED, STALE, DROPPED, UNREACHABLE, DROPOUT, MEMORY, OUTAGE, BROKEN = range(8)
 
 
 @struct.dataclass
@@ -62,12 +54,7 @@ class Outcome:
     @property
     def arrived(self) -> Array:
         """[] bool, whether the update and its feedback count, now or a round later."""
-        return (self.code == MERGED) | self.stale
-
-    @property
-    def stale(self) -> Array:
-        """[] bool, whether the update comes late and is merged a round later."""
-        return self.code == STALE
+        return (self.code == MERGED) | (self.code == STALE)
 
 
 def find_end(phases: Array, events: Events, fits: Array, finite: Array) -> tuple:
@@ -159,6 +146,12 @@ def judge(
     if late == "stale":
         code = jnp.where(too_late & (code == MERGED), STALE, code)
     return Outcome(code, phases, spend(phases, moment, code))
+
+
+def is_late(outcome: Outcome, deadline: float) -> Array:
+    """[] bool, whether a client still worked at the deadline, in vain or not."""
+    worked = (outcome.phases * outcome.spent).sum(-1)
+    return (outcome.code == STALE) | (worked > deadline)
 
 
 def spend(phases: Array, moment: Array, code: Array) -> Array:

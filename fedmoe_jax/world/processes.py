@@ -1,4 +1,4 @@
-"""Random processes over rounds: of all clients at once, one step a call.
+"""Random laws of the world's processes: of all clients at once, one step a call.
 
 Every process is stationary, and a step with `persistence` 0 draws its stationary
 distribution whatever the state before: that is how to start one.
@@ -9,6 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.types import Array
+
+
+def markov_start(key: Array, share: Array, num_clients: int) -> Array:
+    """[N] bool from the stationary law of `markov_step`."""
+    return markov_step(key, jnp.zeros(num_clients, bool), share, jnp.zeros(()))
 
 
 def markov_step(key: Array, state: Array, share: Array, persistence: Array) -> Array:
@@ -32,6 +37,11 @@ def markov_step(key: Array, state: Array, share: Array, persistence: Array) -> A
     keep = jax.random.bernoulli(key_keep, persistence, state.shape)
     drawn = jax.random.bernoulli(key_draw, share, state.shape)
     return jnp.where(keep, state, drawn)
+
+
+def gauss_markov_start(key: Array, shape: tuple[int, ...]) -> Array:
+    """Float32 of a shape from the stationary law of `gauss_markov_step`, N(0, 1)."""
+    return gauss_markov_step(key, jnp.zeros(shape), jnp.zeros(()))
 
 
 def gauss_markov_step(key: Array, latent: Array, persistence: Array) -> Array:

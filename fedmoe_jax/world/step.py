@@ -1,40 +1,37 @@
-"""Step 1 of a round: the world moves on, and with it what each client will meet.
+"""Step 1 of a round: every process of the world moves on, and the view is drawn up.
 
-The state of a process is a leaf of `SimState.world`, and a process that is off has
-none. Draws come from the round's key and a number for each purpose, for all N clients
-at once, so that a client's events does not depend on who else is in the cohort.
+The world is a chain, in the order of `world.PROCESSES`: each process that is on has its
+own state in `SimState.world`, and changes the view that the ones before it have left.
+Draws come from the round's key and a number for each purpose, for all N clients at
+once, so that the events of a client do not depend on the rest of the cohort.
 """
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.options import replace
-from fedmoe_jax.rules import World
+from fedmoe_jax.base import Process
 from fedmoe_jax.types import (
     Array,
     Devices,
     Federation,
     Hyper,
     Keys,
+    PyTree,
     Sizes,
-    Static,
     make_keys,
 )
-from fedmoe_jax.world import availability, channel, drift, processes
-from fedmoe_jax.world.limits import devices_now
 
 # Purposes, folded into the key of a round; `split` uses the small numbers.
 PRESSURE, BACKGROUND, BANDWIDTH, REACH, FADING, DROPOUT, CSI = range(1000, 1007)
 # Purposes, folded into the run's key, as the numbers of rounds are.
 PHASE, PLACE, BEGINNING = 2**32 - 2, 2**32 - 3, 2**32 - 4
 
+Chain = tuple[tuple[str, Process], ...]  # names and records, in order of application
+
 
 @struct.dataclass
 class Events:
-    """What the world has in store for clients in one round (a leading N or C axis).
+    """The events that clients meet in one round (a leading N or C axis).
 
     Attributes:
       reachable: bool, whether the client can be reached at all.
@@ -56,213 +53,116 @@ class View:
 
     Attributes:
       federation: with the examples that the clients own by now.
-      devices: leaves [N], what they have left for training, their links as slow as the
-        radio channel makes them.
+      devices: leaves [N], what is left for training, at the speed of the links.
       events: leaves [N], what clients meet if they are in the cohort.
+      distortion: [N] float32 >= 0, the amount by which the images of each client are
+        distorted: the same for all that drift, 0 for the others. None for no drift.
     """
 
     federation: Federation
     devices: Devices
     events: Events
+    distortion: Array | None
 
 
-def init_world(key: Array, hyper: Hyper, sizes: Sizes, world: World) -> dict:
-    """The state of the processes before the first round, from their stationary laws.
+def init_world(
+    key: Array, hyper: Hyper, sizes: Sizes, processes: Chain
+) -> dict[str, PyTree]:
+    """The state of every process before the first round, from its stationary law.
 
     Args:
       key: the run's key.
       hyper: numbers of the processes.
       sizes: static sizes.
-      world: which processes are on.
+      processes: those that are on.
 
     Returns:
-      `pressure`, `reach` [N] bool; `background`, `bandwidth` [N] and `fading` [N, 2]
-      float32, standard normal; `busy` [N] bool, clients that still work for the last
-      round; `moved`, `distorted` [] float32, how far drift has come; each only where
-      its process is on.
+      The states by the names of the processes, see their `init`.
     """
-    nobody, level = jnp.zeros(sizes.num_clients, bool), jnp.zeros(sizes.num_clients)
-    state = {
-        "pressure": (world.pressure, nobody),
-        "background": (world.background, level),
-        "bandwidth": (world.bandwidth, level),
-        "reach": (world.reach, nobody),
-        "fading": (world.wireless, jnp.zeros((sizes.num_clients, 2))),
-        "busy": (world.busy, nobody),
-        "moved": (world.labels, jnp.zeros(())),
-        "distorted": (bool(world.images), jnp.zeros(())),
-    }
-    state = {name: leaf for name, (on, leaf) in state.items() if on}
-    # Nothing persists from before the first round, so this draws afresh.
-    fresh = {"persistence": jnp.zeros(())}
-    groups = ("pressure", "background", "bandwidth", "availability", "channel")
-    first = jnp.zeros((), jnp.int32)
-    hyper = replace(hyper, **dict.fromkeys(groups, fresh))
     keys = make_keys(key, BEGINNING)
-    return step_world(keys, state, first, hyper)
+    return {name: process.init(keys, hyper, sizes) for name, process in processes}
 
 
-def step_world(keys: Keys, state: dict, round: Array, hyper: Hyper) -> dict:
-    """The state of the processes one round on.
+def step_world(
+    state: dict[str, PyTree],
+    keys: Keys,
+    round: Array,
+    hyper: Hyper,
+    processes: Chain,
+) -> dict[str, PyTree]:
+    """The state of every process one round on.
 
     Args:
-      keys: of the round and the run.
       state: before the round, see `init_world`.
+      keys: of the round and the run.
       round: [] int32.
       hyper: numbers of the processes.
+      processes: those that are on.
     """
-    new = dict(state)
-    if "pressure" in state:
-        new["pressure"] = processes.markov_step(
-            keys.of(PRESSURE),
-            state["pressure"],
-            hyper.pressure.share,
-            hyper.pressure.persistence,
-        )
-    if "reach" in state:
-        new["reach"] = processes.markov_step(
-            keys.of(REACH),
-            state["reach"],
-            share_now(round, keys, state["reach"].shape[0], hyper.availability),
-            hyper.availability.persistence,
-        )
-    for name, group, purpose in (
-        ("background", "background", BACKGROUND),
-        ("bandwidth", "bandwidth", BANDWIDTH),
-        ("fading", "channel", FADING),
-    ):
-        if name in state:
-            persistence = getattr(hyper, group).persistence
-            new[name] = processes.gauss_markov_step(
-                keys.of(purpose), state[name], persistence
-            )
-    for name, field in (("moved", "labels"), ("distorted", "strength")):
-        if name in state:
-            start, rounds = hyper.drift.start, hyper.drift.rounds
-            so_far = drift.progress(round, start, rounds)
-            new[name] = getattr(hyper.drift, field) * so_far
-    return new
+    return {
+        name: process.step(state[name], keys, round, hyper)
+        for name, process in processes
+    }
 
 
-def share_now(round: Array, keys: Keys, num_clients: int, numbers: Any) -> Array:
-    """[N] share of the time that each client can be reached at this hour."""
-    phase = jax.random.uniform(keys.always(PHASE), (num_clients,))
-    return availability.reach_share(
-        round,
-        phase,
-        share=numbers.share,
-        swing=numbers.swing,
-        day=numbers.day,
-    )
-
-
-def drifted_federation(federation: Federation, state: dict) -> Federation:
-    """The federation with the examples that the clients own by now."""
-    if "moved" not in state:
-        return federation
-    index, size, label_mix = drift.move_examples(
-        federation.index,
-        federation.size,
-        federation.label_mix,
-        federation.drift_source,
-        state["moved"],
-    )
-    return federation.replace(index=index, size=size, label_mix=label_mix)
-
-
-def find_reachable(state: dict, num_clients: int) -> Array:
-    """[N] bool, who can be reached and is not at work for an earlier round."""
-    reachable = state.get("reach", jnp.ones(num_clients, bool))
-    return reachable & ~state["busy"] if "busy" in state else reachable
-
-
-def choose_cohort(
-    key: Array, view: View, state: dict, sizes: Sizes, static: Static
-) -> Array:
-    """The cohort's client ids [C], ascending.
-
-    Args:
-      key: a JAX key, consumed.
-      view: gives the examples of each client.
-      state: of the processes.
-      sizes: static sizes.
-      static: gives `availability.sampling`. `uniform` and `size` do not know which
-        clients can be reached, and those that cannot are missing in the round;
-        `reachable` draws from those that can, if there are enough.
-    """
-    count, wanted = sizes.num_clients, sizes.cohort_size
-    sampling = static.availability.sampling
-    if sampling == "uniform" or wanted == count:
-        return availability.sample_cohort(key, count, wanted)
-    reachable = sampling == "reachable"
-    weight = find_reachable(state, count) if reachable else view.federation.size
-    return availability.sample_weighted(key, weight.astype(jnp.float32), wanted)
-
-
-def mark_busy(world: dict, cohort: Array, outcome: Any, static: Static) -> dict:
-    """The world's state, in which late clients still work in the next round.
-
-    They are the clients that send a stale update or are lost only after the deadline.
-    """
-    if "busy" not in world:
-        return world
-    worked = (outcome.phases * outcome.spent).sum(1)
-    late = outcome.stale | (worked > static.devices.deadline)
-    return world | {"busy": jnp.zeros_like(world["busy"]).at[cohort].set(late)}
+def start_view(federation: Federation) -> View:
+    """The view of a world without processes."""
+    count = federation.devices.memory.shape[0]
+    never = jnp.zeros(count, bool)
+    events = Events(~never, jnp.full(count, jnp.inf), never, never)
+    return View(federation, federation.devices, events, distortion=None)
 
 
 def observe(
-    keys: Keys, state: dict, federation: Federation, hyper: Hyper, world: World
+    state: dict[str, PyTree],
+    federation: Federation,
+    hyper: Hyper,
+    processes: Chain,
 ) -> View:
-    """What there is in one round.
+    """The view of one round.
 
     Args:
-      keys: of the round and the run.
-      state: of the processes, in this round.
+      state: of every process, in this round.
       federation: as it was before the first round.
       hyper: numbers of the processes.
-      world: which of them are on.
+      processes: those that are on.
     """
-    devices = devices_now(federation.devices, state, hyper, world)
-    count = devices.memory.shape[0]
-    dropout, never = jnp.full(count, jnp.inf), jnp.zeros(count, bool)
-    if world.dropout:
-        numbers = hyper.availability
-        dropout = availability.draw_dropout(
-            keys.of(DROPOUT), count, rate=numbers.dropout, early=numbers.early
-        )
-    events = Events(find_reachable(state, count), dropout, never, never)
-    if world.wireless:
-        (up, no_upload), (down, no_download) = open_links(keys, state, devices, hyper)
-        devices = devices.replace(upload=up, download=down)
-        events = events.replace(no_download=no_download, no_upload=no_upload)
-    return View(drifted_federation(federation, state), devices, events)
+    view = start_view(federation)
+    for name, process in processes:
+        view = process.apply(state[name], view, hyper)
+    return view
 
 
-def open_links(
-    keys: Keys, state: dict, devices: Devices, hyper: Hyper
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Rate [N] in bytes per second and outage [N] of the links up and down.
+def close_round(
+    state: dict[str, PyTree],
+    cohort: Array,
+    outcome: PyTree,
+    late: Array,
+    hyper: Hyper,
+    processes: Chain,
+) -> dict[str, PyTree]:
+    """The state of every process after a round.
 
-    Both directions fade alike (they share the band in turn), with powers of their own.
+    Args:
+      state: of every process, in this round.
+      cohort: [C] int32.
+      outcome: leaves [C], see `world.outcome`.
+      late: [C] bool, clients that still worked at the deadline.
+      hyper: numbers of the processes.
+      processes: those that are on.
     """
-    numbers, fading = hyper.channel, state["fading"]
-    gain = channel.place(
-        keys.always(PLACE), fading.shape[0], numbers.radius, numbers.shadowing
-    )
-    known = channel.known_fading(keys.of(CSI), fading, numbers.csi)
+    seen = {
+        name: process.after(state[name], cohort, outcome, late, hyper)
+        for name, process in processes
+        if process.after
+    }
+    return state | seen
 
-    def open_link(limit: Array, power: Array) -> tuple[Array, Array]:
-        return channel.link(
-            gain,
-            fading,
-            known,
-            limit,
-            power=power,
-            bandwidth=numbers.bandwidth,
-            backoff=numbers.backoff,
-            min_snr=numbers.min_snr,
-        )
 
-    up = open_link(devices.upload, numbers.power_up)
-    return up, open_link(devices.download, numbers.power_down)
+def measure_processes(state: dict[str, PyTree], processes: Chain) -> dict[str, Array]:
+    """The metrics of every process, by their names."""
+    found = {}
+    for name, process in processes:
+        if process.metrics:
+            found |= process.metrics(state[name])
+    return found

@@ -102,7 +102,7 @@ def assert_rows(assignment, capacity):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_whole_bounds_give_the_optimum(seed):
+def test_bounded_top_k_of_whole_bounds_is_the_optimum(seed):
     scores, capacity, bounds = make_case(seed)
     found = solve(scores, capacity, bounds, max_held=K, whole=True)
     assert_rows(found, capacity)
@@ -112,7 +112,7 @@ def test_whole_bounds_give_the_optimum(seed):
     np.testing.assert_allclose(total(scores, found), x @ scores.ravel(), rtol=1e-5)
 
 
-def test_a_large_case_is_optimal_too():
+def test_bounded_top_k_of_a_large_case_is_optimal_too():
     scores, capacity, bounds = make_case(3, clients=300, experts=32)
     found = solve(scores, capacity, bounds, max_held=K, whole=True)
     assert missed(found, bounds) == 0
@@ -121,7 +121,7 @@ def test_a_large_case_is_optimal_too():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_loads_in_examples_come_near_the_optimum(seed):
+def test_bounded_top_k_of_loads_in_examples_comes_near_the_optimum(seed):
     scores, capacity, bounds = make_case(seed, whole=False)
     found = solve(scores, capacity, bounds, max_held=K, whole=False)
     assert_rows(found, capacity)
@@ -131,7 +131,7 @@ def test_loads_in_examples_come_near_the_optimum(seed):
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.5), (1.5, 9.0), (1.2, 0.9)])
-def test_bounds_that_cannot_hold_are_missed_by_the_least(low, high):
+def test_bounded_top_k_misses_by_the_least_what_cannot_hold(low, high):
     scores, capacity, bounds = make_case(1, low=min(low, high), high=max(low, high))
     if low > high:  # room in total, but two experts want more than all clients
         want = np.where(np.arange(8) < 2, len(scores) + 3, 0).astype(np.float32)
@@ -144,7 +144,7 @@ def test_bounds_that_cannot_hold_are_missed_by_the_least(low, high):
     np.testing.assert_allclose(missed(found, bounds), x[scores.size :].sum(), atol=1e-3)
 
 
-def test_loose_bounds_are_plain_top_k():
+def test_bounded_top_k_of_loose_bounds_is_plain_top_k():
     scores, capacity, bounds = make_case(2, low=0.0, high=100.0)
     found = solve(scores, capacity, bounds, max_held=K, whole=True)
     best = -np.sort(-scores, axis=1)
@@ -152,7 +152,7 @@ def test_loose_bounds_are_plain_top_k():
     np.testing.assert_allclose(total(scores, found), expected, rtol=1e-6)
 
 
-def test_equal_scores_and_one_expert():
+def test_bounded_top_k_of_equal_scores_and_of_one_expert():
     bounds = Bounds(weight=jnp.ones(3), low=jnp.zeros(2), high=jnp.full(2, 2.0))
     even = solve(
         jnp.zeros((3, 2)), jnp.ones(3, jnp.int32), bounds, max_held=1, whole=True
@@ -164,7 +164,7 @@ def test_equal_scores_and_one_expert():
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_many_at_once_are_each_alone(whole):
+def test_bounded_top_k_under_vmap_is_each_alone(whole):
     cases = [make_case(seed, clients=12, experts=4, whole=whole) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *cases)
     one = functools.partial(bounded_top_k, max_held=K, whole=whole)

@@ -4,52 +4,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import COSTS
+from factories import make_devices as make_rows
+from factories import make_hyper as change_hyper
 
 from fedmoe_jax.align.capacity import (
-    Needs,
+    Workload,
     count_capacity,
     init_belief,
     report_devices,
     update_belief,
     update_history,
 )
-from fedmoe_jax.types import Devices, Hyper
-from fedmoe_jax.world.costs import Costs
+from fedmoe_jax.types import make_keys
 from fedmoe_jax.world.outcome import DROPOUT, DROPPED, MEMORY, MERGED, Outcome
-from fedmoe_jax.world.step import Keys
 
 N, K = 40, 6
-COSTS = Costs(*map(float, (300, 100, 100, 1000, 4, 10, 20)))
-NEEDS = Needs(COSTS, jnp.full(N, 5.0), 100.0, 0.5, K)
+WORKLOAD = Workload(COSTS, jnp.full(N, 5.0), 100.0, 0.5, K)
 KEY = jax.random.key(3)
 
 
-def make_devices(memory, rate=1e9, flops=1e9):
-    row = lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.float32), (N,))
-    return Devices(
-        memory=row(memory),
-        flops=row(flops),
-        upload=row(rate),
-        download=row(rate),
-        latency=row(0.1),
-        power=row(1),
-        radio=row(1),
-        tier=jnp.zeros(N, jnp.int32),
-    )
+def make_devices(memory, **changes):
+    return make_rows(N, memory=memory, latency=0.1, **changes)
 
 
-def make_hyper(buffer=0.0, **numbers):
-    defaults = dict(
-        refresh=1, deviation=0.3, fixed=0.5, rate=0.3, exploration=0.1, caution=2.0
-    )
-    numbers = {k: jnp.float32(v) for k, v in (defaults | numbers).items()}
-    fields = dict.fromkeys(Hyper.__dataclass_fields__, jnp.float32(0))
-    own = {"buffer": jnp.float32(buffer), "world": {"profile": numbers}}
-    return Hyper(**fields | own)
+def make_hyper(buffer=0.0, **profile):
+    return change_hyper(devices={"buffer": buffer}, profile=profile)
 
 
 def keys_of(round):
-    return Keys(jax.random.fold_in(KEY, round), KEY)
+    return make_keys(KEY, round)
 
 
 def memory_of(experts):
@@ -61,7 +45,7 @@ def believe(kind, devices, hyper, rounds=1, belief=None):
     belief = belief or init_belief(N, K, kind)
     for round in range(rounds):
         belief = update_belief(
-            belief, devices, hyper, NEEDS, kind, jnp.int32(round), keys_of(round)
+            belief, devices, hyper, WORKLOAD, kind, jnp.int32(round), keys_of(round)
         )
     return belief
 
@@ -69,24 +53,24 @@ def believe(kind, devices, hyper, rounds=1, belief=None):
 # ---- oracle
 
 
-def test_the_oracle_knows_the_truth_less_a_traced_buffer():
+def test_update_belief_of_the_oracle_is_the_truth_less_a_traced_buffer():
     devices = make_devices(memory_of(np.arange(N) % 5 + 1))
     see = lambda buffer: believe("oracle", devices, make_hyper(buffer)).capacity
     got = jax.jit(jax.vmap(see))(jnp.array([0.0, 0.5, 0.9]))
     np.testing.assert_array_equal(got[0], np.arange(N) % 5 + 1)
     for row, buffer in zip(got, (0.0, 0.5, 0.9), strict=True):
-        expected = count_capacity(devices, jnp.float32(buffer), NEEDS)
+        expected = count_capacity(devices, jnp.float32(buffer), WORKLOAD)
         np.testing.assert_array_equal(row, np.maximum(expected, 1))
     assert np.all(np.diff(got, axis=0) <= 0) and got[0].sum() > got[2].sum()
 
 
-def test_between_profiles_the_belief_holds():
+def test_update_belief_holds_between_profiles():
     hyper, belief = make_hyper(refresh=3), init_belief(N, K, "oracle")
     seen = []
     for round in range(7):
         devices = make_devices(memory_of(round % 5 + 1))
         belief = update_belief(
-            belief, devices, hyper, NEEDS, "oracle", jnp.int32(round), keys_of(round)
+            belief, devices, hyper, WORKLOAD, "oracle", jnp.int32(round), keys_of(round)
         )
         seen.append(int(belief.capacity[0]))
     assert seen == [1, 1, 1, 4, 4, 4, 2]
@@ -100,18 +84,18 @@ def errors(devices, rounds, deviation, fixed):
     rows = []
     for round in range(rounds):
         keys = keys_of(round)
-        told = report_devices(
+        reported = report_devices(
             keys.of(1), keys.always(2), devices, deviation=deviation, fixed=fixed
         )
         names = ("memory", "flops", "upload", "download")
-        ratios = [getattr(told, n) / getattr(devices, n) - 1 for n in names]
+        ratios = [getattr(reported, n) / getattr(devices, n) - 1 for n in names]
         np.testing.assert_allclose(ratios, [ratios[0]] * 4, atol=1e-6)
-        assert told.latency is devices.latency
+        assert reported.latency is devices.latency
         rows.append(ratios[0])
     return np.array(rows)
 
 
-def test_reports_deviate_within_their_bound():
+def test_report_devices_deviates_within_its_bound():
     devices = make_devices(1e6)
     noisy = errors(devices, 50, 0.3, 0.0)
     assert np.abs(noisy).max() <= 0.3 + 1e-6 and np.abs(noisy).max() > 0.29
@@ -127,11 +111,11 @@ def test_reports_deviate_within_their_bound():
     np.testing.assert_allclose(both.std(0).mean(), 0.15 / np.sqrt(3), atol=0.01)
 
 
-def test_without_deviation_a_report_is_the_truth():
+def test_report_devices_without_deviation_is_the_truth():
     devices = make_devices(memory_of(np.arange(N) % 5 + 1))
-    told = believe("self_reported", devices, make_hyper(0.25, deviation=0.0))
+    reported = believe("self_reported", devices, make_hyper(0.25, deviation=0.0))
     oracle = believe("oracle", devices, make_hyper(0.25))
-    np.testing.assert_array_equal(told.capacity, oracle.capacity)
+    np.testing.assert_array_equal(reported.capacity, oracle.capacity)
 
 
 # ---- estimated
@@ -141,12 +125,11 @@ def live(devices_of, hyper, rounds, belief=None):
     """Rounds in which everyone trains what it is believed to hold: beliefs [R, N]."""
     belief, capacity = belief or init_belief(N, K, "estimated"), []
     clients = jnp.arange(N)
-    numbers = hyper.world["profile"]
 
     @jax.jit
     def one_round(belief, round, devices):
         belief = update_belief(
-            belief, devices, hyper, NEEDS, "estimated", round, keys_of(round)
+            belief, devices, hyper, WORKLOAD, "estimated", round, keys_of(round)
         )
         held = belief.capacity.astype(jnp.float32)
         parts = 500 + 1000 * held
@@ -164,8 +147,8 @@ def live(devices_of, hyper, rounds, belief=None):
             work,
             Outcome(code, phases, spent),
             devices.latency,
-            rate=numbers["rate"],
-            caution=numbers["caution"],
+            rate=hyper.profile.rate,
+            caution=hyper.profile.caution,
             max_capacity=K,
         )
         return belief.replace(history=history)
@@ -189,9 +172,9 @@ TRUTH = np.arange(N) % 5 + 1
         dict(memory=1e9, flops=(10 + 20 * (TRUTH + 0.5)) / 10),
     ],
 )
-def test_estimates_converge_to_the_truth_in_a_static_world(limit):
+def test_update_history_converges_to_the_truth_in_a_static_world(limit):
     devices = make_devices(**limit)
-    exact = count_capacity(devices, jnp.float32(0), NEEDS)
+    exact = count_capacity(devices, jnp.float32(0), WORKLOAD)
     np.testing.assert_array_equal(exact, TRUTH)
     hyper = make_hyper(exploration=0.0)
     _, capacity = live(lambda round: devices, hyper, 40)
@@ -206,7 +189,7 @@ def test_estimates_converge_to_the_truth_in_a_static_world(limit):
 @pytest.mark.parametrize(
     ("buffer", "beliefs"), [(0.0, (2, 5, 2)), (0.25, (2, 4, 2)), (0.5, (1, 3, 1))]
 )
-def test_estimates_follow_a_step_in_memory_both_ways(buffer, beliefs):
+def test_update_history_follows_a_step_in_memory_both_ways(buffer, beliefs):
     low, high = make_devices(memory_of(2)), make_devices(memory_of(5))
     step = lambda round: high if 30 <= round < 70 else low
     _, capacity = live(step, make_hyper(buffer, exploration=0.2), 130)
@@ -215,7 +198,7 @@ def test_estimates_follow_a_step_in_memory_both_ways(buffer, beliefs):
     assert np.mean(capacity[78:82] <= 3) > 0.8  # failures teach quickly
 
 
-def test_times_are_averaged_at_first_and_then_forgotten():
+def test_update_history_averages_times_at_first_and_then_forgets():
     history = init_belief(2, K, "estimated").history
     work = jnp.full((2, 3), 10.0)
     paces = []
@@ -245,7 +228,7 @@ def test_times_are_averaged_at_first_and_then_forgotten():
     assert history.room.tolist() == [K, K]
 
 
-def test_the_room_by_hand():
+def test_update_history_of_the_room_by_hand():
     history = init_belief(2, 4, "estimated").history
     for code, held, expected in (
         (MEMORY, 4, 4 - 0.3 * 2),  # towards 4 - 2
@@ -274,7 +257,7 @@ def test_the_room_by_hand():
         np.testing.assert_allclose(history.room, [4.0, expected], rtol=1e-6)
 
 
-def test_a_phase_is_averaged_over_the_rounds_that_reached_it():
+def test_update_history_averages_a_phase_over_the_rounds_that_reached_it():
     history = init_belief(1, K, "estimated").history
     work, phases = jnp.full((1, 3), 10.0), jnp.full((1, 3), 20.0)
     for code in (MEMORY, MEMORY, MERGED):
@@ -294,7 +277,7 @@ def test_a_phase_is_averaged_over_the_rounds_that_reached_it():
     assert history.seen.tolist() == [[3, 1, 1]]
 
 
-def test_estimates_find_a_second_limit_behind_the_first():
+def test_update_history_finds_a_second_limit_behind_the_first():
     # Memory for 3 experts, and time to compute 2.
     devices = make_devices(memory_of(3), flops=(10 + 20 * 2.5) / 10)
     _, capacity = live(lambda round: devices, make_hyper(exploration=0.0), 8)
@@ -302,7 +285,7 @@ def test_estimates_find_a_second_limit_behind_the_first():
     assert np.all(capacity[:-1] >= 2)
 
 
-def test_what_was_cut_off_before_it_began_tells_nothing():
+def test_update_history_learns_nothing_from_what_never_began():
     history = init_belief(1, 4, "estimated").history
     outcome = Outcome(
         jnp.array([DROPPED]), jnp.full((1, 3), 8.0), jnp.array([[0.5, 0, 0]])

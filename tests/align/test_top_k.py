@@ -1,26 +1,24 @@
-"""The decision in blocks, as large cohorts take it, against NumPy's stable sort."""
+"""The decision, client by client and in blocks, against sorting with written rules."""
 
 import functools
 
+import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import SIZES, TIED, any_scores, make_evidence, make_hyper
 from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.alignment import state_bytes
 from fedmoe_jax.align import top_k as top_k_file
-from fedmoe_jax.align.learn import count_load
-from fedmoe_jax.align.top_k import top_k
-from fedmoe_jax.cohort import Report
+from fedmoe_jax.align.top_k import expected_load, running_top_k, to_mask, top_k
 from fedmoe_jax.runtime.sharding import CLIENTS, build_mesh, spread
 from fedmoe_jax.strategies.greedy import GREEDY
 from fedmoe_jax.strategies.load_balanced import LOAD_BALANCED
-from fedmoe_jax.types import Assignment, Evidence, Feedback, Hyper, Sizes
-from fedmoe_jax.world.outcome import BROKEN, MERGED, Outcome
 
+C, E, K = 4, 6, 3
 SPECIAL = np.float32([0.0, -0.0, 1.0, -1.0, np.nan, np.inf, -np.inf])
 decide = jax.jit(top_k, static_argnums=2)
 
@@ -31,6 +29,78 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(top_k_file, "RANK_BLOCK", 1)
     monkeypatch.setattr(top_k_file, "DECIDE_BLOCK", 1)
     jax.clear_caches()
+
+
+# --- client by client
+
+capacities = hnp.arrays(np.int32, C, elements=st.integers(-2, 9))
+decide_running = jax.jit(running_top_k, static_argnames=("max_held", "num_active"))
+
+
+def sort_row(row, capacity):
+    """Best experts of one client, by sorting with the rules written out."""
+    worst_last = [-np.inf if np.isnan(value) else value for value in row]
+    ranked = sorted(range(len(row)), key=lambda e: (-worst_last[e], e))
+    return ranked[: min(max(capacity, 1), K)]
+
+
+def rows(assignment):
+    held, slot = np.asarray(assignment.held), np.asarray(assignment.slot)
+    return [ids[valid].tolist() for ids, valid in zip(held, slot, strict=True)]
+
+
+@settings(max_examples=60)
+@given(any_scores(C, E), capacities)
+def test_top_k_is_the_sorted_row_for_any_scores(scores, capacity):
+    assignment = jax.jit(top_k, static_argnums=2)(scores, capacity, K)
+    expected = [sort_row(row, k) for row, k in zip(scores, capacity, strict=True)]
+    assert rows(assignment) == expected
+    assert np.all((assignment.held >= 0) & (assignment.held < E))
+    mask = np.asarray(to_mask(assignment, E))
+    assert mask.sum(axis=1).tolist() == np.clip(capacity, 1, K).tolist()
+
+
+def test_expected_load_by_hand():
+    held = jnp.array([1, 2, 4])
+    got = expected_load(jnp.full(3, 100.0), held, num_active=2)
+    np.testing.assert_allclose(got, [100.0, 100.0, 50.0])
+
+
+def slow_running_top_k(scores, usage, weight, load, capacity, order, num_active):
+    usage, picks = usage.copy(), [None] * len(scores)
+    for c in order:
+        share = usage / usage.max() if usage.max() > 0 else np.zeros_like(usage)
+        picks[c] = sort_row(scores[c] - weight[c] * share, capacity[c])
+        held = len(picks[c])
+        usage[picks[c]] += load[c] * min(num_active, held) / held
+    return picks
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), capacities)
+def test_running_top_k_is_its_slow_twin(seed, capacity):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 3, (C, E)).astype(np.float32)  # with ties
+    usage = rng.integers(0, 2, E).astype(np.float32) * 64
+    weight = rng.choice([0.0, 2.0], C).astype(np.float32)
+    load = rng.choice([64.0, 128.0], C).astype(np.float32)
+    args = scores, usage, weight, load, capacity, rng.permutation(C)
+    # With A = K every expected load is the whole load, so nothing is rounded.
+    got = decide_running(*map(jnp.asarray, args), max_held=K, num_active=K)
+    assert rows(got) == slow_running_top_k(*args, num_active=K)
+
+
+@settings(max_examples=40)
+@given(any_scores(C, E), capacities, hnp.arrays(np.float32, E, elements=TIED))
+def test_running_top_k_is_valid_for_any_scores(scores, capacity, usage):
+    weight, load, order = jnp.ones(C), jnp.full(C, 10.0), jnp.arange(C)
+    args = jnp.asarray(scores), jnp.asarray(usage), weight, load, capacity, order
+    got = decide_running(*args, max_held=K, num_active=2)
+    counts = to_mask(got, E).sum(axis=1)
+    assert counts.tolist() == np.clip(capacity, 1, K).tolist()
+
+
+# --- in blocks
 
 
 def draw_scores(seed, num_clients, num_experts):
@@ -108,34 +178,31 @@ def test_blocks_hold_inside_shard_map():
 
 def make_case(num_clients, num_experts, max_held, seed):
     rng = np.random.default_rng(seed)
-    # Few values make ties; powers of two as weights leave nothing to round.
-    fitness = rng.integers(0, 5, (num_clients, num_experts)).astype(np.float32) / 4
-    evidence = Evidence(
-        round=jnp.int32(0),
-        client=jnp.asarray(rng.permutation(num_clients), jnp.int32),
-        fitness=jnp.asarray(fitness),
-        usage=jnp.asarray(rng.integers(0, 9, num_experts), jnp.float32),
-        capacity=jnp.asarray(rng.integers(1, max_held + 1, num_clients), jnp.int32),
-        load=jnp.full(num_clients, 64.0),
-        held=jnp.zeros((num_clients, num_experts), bool),
+    sizes = SIZES._replace(
+        num_clients=num_clients,
+        cohort_size=num_clients,
+        num_experts=num_experts,
+        max_held=max_held,
     )
-    sizes = Sizes(
-        num_clients, num_clients, num_experts, max_held, 1, 1, 1, 1, 2, max_held
+    # Few values make ties; powers of two as weights leave nothing to round.
+    evidence = make_evidence(
+        sizes,
+        client=jnp.asarray(rng.permutation(num_clients), jnp.int32),
+        fitness=rng.integers(0, 5, (num_clients, num_experts)) / 4,
+        usage=rng.integers(0, 9, num_experts),
+        capacity=jnp.asarray(rng.integers(1, max_held + 1, num_clients), jnp.int32),
     )
     return evidence, sizes
 
 
-def make_hyper(**changes):
-    fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.0) | changes
-    numbers = {name: jnp.float32(value) for name, value in fields.items()}
-    return Hyper(**numbers | {"own": {}, "world": {}})
+HALVES = {"fitness": 0.5, "usage": 0.5}
 
 
 @pytest.mark.parametrize("strategy", [LOAD_BALANCED, GREEDY])
 @pytest.mark.parametrize("exploration", [0.0, 0.5])
 def test_a_block_decides_as_the_whole_cohort(strategy, exploration, monkeypatch):
     evidence, sizes = make_case(333, 12, 4, seed=1)
-    hyper = make_hyper(fitness_weight=0.5, usage_weight=0.5, exploration=exploration)
+    hyper = make_hyper(weights=HALVES, fitness={"exploration": exploration})
     run = jax.jit(strategy.assign, static_argnums=2)
     blocks = run(evidence, hyper, sizes, jax.random.key(3))
     monkeypatch.setattr(top_k_file, "DECIDE_BLOCK", 10**9)
@@ -147,7 +214,7 @@ def test_a_block_decides_as_the_whole_cohort(strategy, exploration, monkeypatch)
 
 def test_load_balanced_is_numpys_decision():
     evidence, sizes = make_case(333, 12, 4, seed=2)
-    hyper = make_hyper(fitness_weight=0.5, usage_weight=0.5)
+    hyper = make_hyper(weights=HALVES)
     got = LOAD_BALANCED.assign(evidence, hyper, sizes, jax.random.key(0))
     fitness, usage = np.asarray(evidence.fitness), np.asarray(evidence.usage)
     low, high = fitness.min(1, keepdims=True), fitness.max(1, keepdims=True)
@@ -158,44 +225,31 @@ def test_load_balanced_is_numpys_decision():
     np.testing.assert_array_equal(got.slot, expected)
 
 
-@settings(max_examples=10)
-@given(seed=st.integers(0, 10**6))
-def test_load_is_counted_as_numpy_counts(seed):
-    rng = np.random.default_rng(seed)
-    ids, slot = rng.integers(0, 7, (150, 4)), rng.random((150, 4)) < 0.7
-    load = rng.integers(0, 100, (150, 4)).astype(np.float32)
-    finite = rng.random(150) < 0.9
-    feedback = Feedback(load, load, load, jnp.asarray(load), load, None)
-    outcome = Outcome(jnp.where(finite, MERGED, BROKEN), None, None)
-    report = Report(feedback, None, None, outcome, None, {}, {})
-    got = count_load(report, Assignment(jnp.asarray(ids), jnp.asarray(slot)), 7)
-    expected = np.zeros(7, np.float32)
-    counted = slot & finite[:, None]
-    np.add.at(expected, ids[counted], load[counted])
-    np.testing.assert_array_equal(got, expected)
-
-
 # --- memory
 
 
-def test_a_million_clients_need_less_than_a_gigabyte():
-    """What a run starts with, as shapes only."""
-    assert 4 * 64e6 < state_bytes(1_000_000, 64) < 1e9
+def test_top_k_needs_no_array_larger_than_the_scores(monkeypatch):
+    monkeypatch.undo()  # the real blocks
+    clients, experts, held = 100_000, 64, 4
+    scores = jax.ShapeDtypeStruct((clients, experts), jnp.float32)
+    capacity = jax.ShapeDtypeStruct((clients,), jnp.int32)
+    decide = lambda scores, capacity: to_mask(top_k(scores, capacity, held), experts)
+    memory = jax.jit(decide).lower(scores, capacity).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * (4 * clients * experts)
 
 
 def test_the_decision_needs_no_second_matrix(monkeypatch):
     monkeypatch.undo()  # the real blocks
     jax.clear_caches()
     clients, experts, max_held = 100_000, 64, 4
-    evidence, hyper = jax.eval_shape(
-        lambda: (make_case(8, experts, max_held, 0)[0], make_hyper())
-    )
+    evidence, sizes = make_case(8, experts, max_held, 0)
     grow = lambda leaf: jax.ShapeDtypeStruct(
         tuple(clients if size == 8 else size for size in leaf.shape), leaf.dtype
     )
     evidence = jax.tree.map(grow, evidence)
-    sizes = Sizes(clients, clients, experts, max_held, 1, 1, 1, 1, 2, max_held)
     assign = jax.jit(LOAD_BALANCED.assign, static_argnums=2)
     key = jax.eval_shape(jax.random.key, 0)
-    memory = assign.lower(evidence, hyper, sizes, key).compile().memory_analysis()
+    memory = (
+        assign.lower(evidence, make_hyper(), sizes, key).compile().memory_analysis()
+    )
     assert memory.temp_size_in_bytes < 4 * clients * experts

@@ -300,8 +300,9 @@ def answer_slowly(trial, client):
 def test_evaluation_asks_every_clients_own_model(strategy, gate_mode):
     trial = try_strategy(strategy, gate_mode)
     program, data = trial.parts.program, trial.parts.federation
-    parts = program.model, program.sizes, program.rules, program.mesh
-    found = build_evaluate(*parts)(trial.state, data)
+    parts = program.model, program.sizes, program.rules, program.processes
+    evaluate = build_evaluate(*parts, program.mesh)
+    found = evaluate(trial.state, data, trial.parts.hyper)
     y = np.array(data.test_y)
     took_part = np.flatnonzero(np.array(trial.state.participation.rounds))
     clients = took_part if program.rules.personal else took_part[:1]

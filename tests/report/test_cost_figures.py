@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 
+from fedmoe_jax.measures import LOST, MEASURES, OUTCOMES
+from fedmoe_jax.options import DEVICES, Measure
 from fedmoe_jax.report import cost_figures as efficiency
 from fedmoe_jax.report import curves, plots, runs, summary, tables
 from fedmoe_jax.report import device_figures as fleet
 from fedmoe_jax.report import page as report
 from fedmoe_jax.report import timeline as timeline_
-from fedmoe_jax.world.outcome import OUTCOMES
 
 CONFIG = {
     "strategy": "greedy",
@@ -44,6 +45,7 @@ def make_row(number, **more):
         "radio_joules": 100.0,
         "wasted_bytes": 1.5e6,
         "wasted_flops": 0.0,
+        **{f"{name}_clients": 0.0 for name in OUTCOMES},
         "merged_clients": 2.0,
         "lost_memory_clients": 1.0,
         "capacity_violations": 1,
@@ -83,11 +85,11 @@ ARRAYS = {
 def make_run(tmp_path, label="greedy", rows=ROWS, arrays=ARRAYS, seed=0):
     config = CONFIG | {"strategy": label, "seed": seed}
     folder = tmp_path / f"{label}-{seed}"
-    return runs.Run(config, rows, {}, arrays, folder, label)
+    return runs.Run(config, rows, {}, arrays, folder, label, MEASURES)
 
 
 def test_costs_by_hand():
-    found = summary.measure_costs(ROWS)
+    found = summary.measure_run(ROWS, MEASURES)
     assert found["total_bytes_up"] == 8e6 and found["total_bytes_down"] == 16e6
     assert found["total_simulated_seconds"] == 120
     assert found["total_joules"] == 2000
@@ -103,23 +105,32 @@ def test_costs_by_hand():
 
 def test_lost_and_counted_are_all_outcomes():
     counted = {"merged_clients", "stale_clients"}
-    assert counted | set(summary.LOST) == {f"{name}_clients" for name in OUTCOMES}
-    assert not counted & set(summary.LOST)
+    assert counted | set(LOST) == {f"{name}_clients" for name in OUTCOMES}
+    assert not counted & set(LOST)
     assert set(fleet.WORDS) == set(OUTCOMES)
 
 
 def test_costs_of_old_rows_are_left_out():
-    found = summary.measure_costs([{"round": 1, "bytes_up": 3.0, "bytes_down": 4.0}])
-    assert found == {"total_bytes_up": 3.0, "total_bytes_down": 4.0}
+    old = [{"round": 1, "bytes_up": 3.0, "bytes_down": 4.0}]
+    found = summary.measure_run(old, MEASURES)
+    evaluated = {key for key, m in MEASURES.items() if m.over and m.evaluated}
+    assert {key: found.pop(key) for key in evaluated} == dict.fromkeys(evaluated)
+    assert found == {
+        "total_bytes_up": 3.0,
+        "total_bytes_down": 4.0,
+        "megabytes_up": 3e-6,
+        "megabytes_down": 4e-6,
+        "megabytes": 7e-6,
+    }
 
 
 def test_nothing_is_wasted_where_nothing_travels():
-    found = summary.measure_costs([make_row(1, **NOTHING)])
+    found = summary.measure_run([make_row(1, **NOTHING)], MEASURES)
     assert "wasted_bytes_share" not in found and found["total_wasted_bytes"] == 0
 
 
 def test_costs_to_targets_by_hand():
-    made = summary.make_summary("greedy", 0, "", "", ROWS, {})
+    made = summary.make_summary(ROWS, {}, MEASURES)
     # 0.42 in round 4 is the first above 0.35 and 0.40.
     assert made["rounds_to"] == {"0.35": 4, "0.40": 4, "0.45": None, "0.50": None}
     assert made["simulated_seconds_to"] == {
@@ -130,14 +141,14 @@ def test_costs_to_targets_by_hand():
     }
     assert made["megabytes_to"]["0.35"] == 24.0
     earlier = [*ROWS[:2], make_row(3, global_accuracy=0.36), ROWS[3]]
-    found = summary.costs_to_targets(earlier, ("bytes_up",), 1e6)
+    found = summary.costs_to_targets(earlier, Measure("bytes_up", unit=1e6))
     assert (found["0.35"], found["0.40"]) == (6.0, 8.0)
 
 
 def test_numbers_of_a_finished_run(tmp_path):
-    made = summary.make_summary("greedy", 0, "", "", ROWS, {})
+    made = summary.make_summary(ROWS, {}, MEASURES)
     made = json.loads(json.dumps(made))
-    found = runs.numbers(make_run(tmp_path)._replace(summary=made))
+    found = runs.numbers(make_run(tmp_path)._replace(summary=made), MEASURES)
     assert found["megabytes_to.0.40"] == 24 and found["megabytes_to.0.50"] == math.inf
     assert found["simulated_seconds_to.0.45"] == math.inf
     assert found["simulated_minutes"] == 2 and found["kilojoules"] == 2
@@ -146,14 +157,19 @@ def test_numbers_of_a_finished_run(tmp_path):
 
 def test_numbers_of_devices_are_unknown_without_any(tmp_path):
     rows = [make_row(n, **NOTHING) for n in (1, 2)]
-    found = runs.numbers(make_run(tmp_path, rows=rows))
-    assert all(math.isnan(found[name]) for name in runs.OF_DEVICES)
+    found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES)
+    of_devices = [key for key, measure in MEASURES.items() if measure.of == DEVICES]
+    assert len(of_devices) == 6 and all(math.isnan(found[key]) for key in of_devices)
     assert found["megabytes_up"] == 0
 
 
 def cells_of(table, label):
-    titles, rows = table
-    return dict(zip(titles, rows[label], strict=True))
+    columns, rows = table
+    return dict(zip(titles_of(columns), rows[label], strict=True))
+
+
+def titles_of(columns):
+    return [column.title for column in columns]
 
 
 def test_no_traffic_and_no_devices_are_never_best(tmp_path):
@@ -172,21 +188,22 @@ def test_no_traffic_and_no_devices_are_never_best(tmp_path):
 
 
 def test_columns_are_left_out_where_they_say_nothing(tmp_path):
-    told = {"Lost a round", "Stale a round", "Capacity error", "Wasted MB %"}
-    told |= {"Capacity violations a round", "Jain of participation"}
-    titles, _ = tables.table([make_run(tmp_path)])
-    assert told | {"Simulated min", "kJ"} <= set(titles)
+    losses = {"Lost a round", "Stale a round", "Capacity error", "Wasted MB %"}
+    losses |= {"Capacity violations a round", "Jain of participation"}
+    columns, _ = tables.table([make_run(tmp_path)])
+    assert losses | {"Simulated min", "kJ"} <= set(titles_of(columns))
     calm = dict(lost_memory_clients=0.0, capacity_violations=0, wasted_bytes=0.0)
     calm |= {"participation_jain": 1.0}
     rows = [make_row(n, **calm) for n in (1, 2)]  # the error 0.5 is always the same
-    titles, _ = tables.table([make_run(tmp_path, rows=rows)])
-    assert not told & set(titles) and "kJ" in titles
+    columns, _ = tables.table([make_run(tmp_path, rows=rows)])
+    titles = set(titles_of(columns))
+    assert not losses & titles and "kJ" in titles
 
 
 def test_jain_has_a_column_where_labels_differ(tmp_path):
     uneven = [make_row(1, participation_jain=0.7)]
     same = [make_run(tmp_path, label) for label in ("greedy", "random")]
-    assert "Jain of participation" not in tables.table(same)[0]
+    assert "Jain of participation" not in titles_of(tables.table(same)[0])
     both = [same[0], make_run(tmp_path, "random", uneven)]
     assert cells_of(tables.table(both), "greedy")["Jain of participation"].best
 
@@ -207,18 +224,20 @@ def test_common_mean_by_hand():
 
 def test_tracks_by_hand(tmp_path):
     time, traffic = efficiency.COSTS
+    accuracy = MEASURES["final_global_accuracy"]
     run = make_run(tmp_path)
-    minutes, percent = efficiency.track(run, "global_accuracy", time)
+    minutes, percent = efficiency.track(run, accuracy, time)
     assert minutes.tolist() == [1, 2] and percent.tolist() == [30, 42]
-    megabytes, _ = efficiency.track(run, "global_accuracy", traffic)
+    megabytes, _ = efficiency.track(run, accuracy, traffic)
     assert megabytes.tolist() == [12, 24]
-    assert efficiency.track(run, "worst_decile_accuracy", time) is None
+    worst = MEASURES["final_worst_decile_accuracy"]
+    assert efficiency.track(run, worst, time) is None
     silent = [make_row(1, global_accuracy=0.5, **NOTHING)]
     free = make_run(tmp_path, rows=silent)
-    assert efficiency.track(free, "global_accuracy", traffic) is None
+    assert efficiency.track(free, accuracy, traffic) is None
 
 
-def test_who_costs_nothing_is_left_out_and_named(tmp_path):
+def test_a_strategy_without_costs_is_left_out_and_named(tmp_path):
     silent = [make_row(2, global_accuracy=0.5, personal_accuracy=0.5, **NOTHING)]
     made = [make_run(tmp_path), make_run(tmp_path, "local", silent)]
     found = list(efficiency.cost_pictures(runs.group_runs(made)))

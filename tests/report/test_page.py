@@ -4,18 +4,23 @@ import csv
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe_jax.options import UserError
-from fedmoe_jax.report import curves, signatures, tables
+from fedmoe_jax.measures import MEASURES
+from fedmoe_jax.options import FINAL, UserError
+from fedmoe_jax.report import curves, plots, signatures, tables
 from fedmoe_jax.report import page as report
 from fedmoe_jax.report import runs as runs_
 
+ACCURACIES = [m.field for m in MEASURES.values() if m.over == FINAL]
 NAMES = [f"class{i}" for i in range(5)]
 N, L = 6, len(NAMES)
 CONFIG = {
@@ -53,7 +58,7 @@ def fake_rows(rng, top, num_experts):
             "late_clients": 0,
         }
         if at % 2 == 0:
-            for name in runs_.ACCURACIES:
+            for name in ACCURACIES:
                 row[name] = top * at / 8
             row["expert_accuracy"] = rng.uniform(0.1, 0.4, num_experts).tolist()
         rows.append(row)
@@ -61,7 +66,7 @@ def fake_rows(rng, top, num_experts):
 
 
 def fake_summary(strategy, seed, rows):
-    final = {f"final_{name}": rows[-1][name] for name in runs_.ACCURACIES}
+    final = {f"final_{name}": rows[-1][name] for name in ACCURACIES}
     reached = [r["round"] for r in rows if (r.get("global_accuracy") or 0) >= 0.35]
     return final | {
         "strategy": strategy,
@@ -193,8 +198,111 @@ def test_run_in_progress(tmp_path, num_rows):
 def test_rows_without_optional_fields(tmp_path, runs):
     bare = [{"round": 1, "seconds": 0.1}, {"round": 2, "global_accuracy": None}]
     run = runs[2]._replace(rows=bare, summary={}, arrays={})
-    assert math.isnan(runs_.numbers(run)["final_global_accuracy"])
+    assert math.isnan(runs_.numbers(run, MEASURES)["final_global_accuracy"])
     assert report.write_report(tmp_path, [run, runs[3]], "c").exists()
+
+
+def add_layers(folder, num_layers):
+    """Gives the files of a run with one MoE layer several; the load of the last halves.
+
+    Expert e of layer g has (g + 1) times the fitness of expert e of layer 0.
+    """
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        for name in {"expert_load", "expert_accuracy"} & row.keys():
+            row[name] = [row[name]] * num_layers
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with np.load(folder / "final.npz") as stored:
+        arrays = dict(stored)
+    layers = np.arange(1, num_layers + 1)
+    arrays["fitness"] = arrays["fitness"][:, None] * layers[:, None]  # [N, G, E]
+    arrays["times_held"] = np.stack([arrays["times_held"]] * num_layers, axis=1)
+    arrays["specialisation"] = np.stack([arrays["specialisation"]] * num_layers)
+    np.savez(folder / "final.npz", **arrays)
+    return folder
+
+
+def test_pages_of_several_layers(tmp_path):
+    run = runs_.load_run(add_layers(fake_run(tmp_path / "run"), 3))
+    one = runs_.load_run(fake_run(tmp_path / "one", "random"))
+    assert runs_.num_experts(run) == runs_.num_experts(one) == 4
+    text, figures = check_page(report.write_report(tmp_path / "out", [run, one], "c"))
+    alignment = {"load", "expert_accuracy", "assignment", "fitness", "specialisation"}
+    assert {f"greedy-{name}" for name in alignment} <= figures
+    assert "columns sum to 100 % in every layer." in text
+
+
+def texts_of(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_maps_lay_layers_side_by_side():
+    load = np.array([[[3.0, 1.0], [1.0, 1.0]]])  # R = 1, G = 2, E = 2
+    axes = plots.load_map(np.array([1]), load).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array()[:, 0], [75, 25, 50, 50])
+    assert [line.get_ydata()[0] for line in axes.lines] == [1.5]
+    axes.figure.draw_without_rendering()
+    assert axes.get_ylabel() == "Layer.expert"
+    assert {"0.0", "0.1", "1.0", "1.1"} <= set(texts_of(axes.yaxis))
+    fitness = np.arange(12.0).reshape(3, 2, 2)  # [N, G, E]
+    axes = plots.fitness_map(fitness).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), fitness.reshape(3, 4))
+    assert [line.get_xdata()[0] for line in axes.lines] == [1.5]
+    shares = np.array([[[0.9, 0.2], [0.1, 0.8]], [[0.5, 0.5], [0.5, 0.5]]])  # [G, E, L]
+    axes = plots.specialisation_map(shares, ["a", "b"]).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array()[1], [10, 80])
+    assert axes.get_ylabel() == "Layer.expert"
+
+
+def test_a_map_of_one_layer_has_plain_numbers():
+    axes = plots.fitness_map(np.ones((3, 1, 4))).axes[0]
+    axes.figure.draw_without_rendering()
+    assert axes.get_xlabel() == "Expert" and not axes.lines
+    assert "2" in texts_of(axes.xaxis)
+
+
+LIMIT = """
+import sys
+from pathlib import Path
+from fedmoe_jax.report.page import write_report
+from fedmoe_jax.report.runs import load_run
+from fedmoe_jax.report.tables import markdown_table, write_runs_csv
+
+runs = [load_run(Path(folder)) for folder in sys.argv[2:]]
+write_report(Path(sys.argv[1]), runs, "c")
+write_runs_csv(Path(sys.argv[1]) / "runs.csv", runs)
+print(markdown_table(runs)[:12])
+print(*sys.modules)
+"""
+
+
+def test_drawing_a_page_imports_no_jax_and_no_model(tmp_path):
+    folders = [str(fake_run(tmp_path / name, name)) for name in ("greedy", "random")]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMIT, str(tmp_path / "out"), *folders],
+        cwd=Path(report.__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    head, imported = done.stdout.splitlines()
+    assert head == "| Strategy |" and (tmp_path / "out" / "report.html").exists()
+    imported = imported.split()
+    heavy = {
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax",
+        "ml_collections",
+        "tensorboardX",
+    }
+    assert not heavy & set(imported)
+    own = {name for name in imported if name.partition(".")[0] == "fedmoe_jax"}
+    rooms = {name for name in own if not name.startswith("fedmoe_jax.report")}
+    allowed = {"measures", "options", "runtime", "runtime.files"}
+    assert rooms == {"fedmoe_jax", *(f"fedmoe_jax.{name}" for name in allowed)}
 
 
 def test_errors(tmp_path):
@@ -222,7 +330,8 @@ def test_cells_by_hand():
 
 
 def test_table_marks_best(runs):
-    titles, rows = tables.table(runs)
+    columns, rows = tables.table(runs)
+    titles = [column.title for column in columns]
     cells = {label: dict(zip(titles, row, strict=True)) for label, row in rows.items()}
     # 0.4 and 0.6: half-width is 12.7062 * 0.141421 / sqrt(2) = 1.27.
     assert cells["greedy"]["Global %"].text == "50.0 ± 127.1"
@@ -309,6 +418,7 @@ FLAT = [0.2, 0.4, 0.41, 0.41, 0.41, 0.41]
 RISING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 SWINGING = [0.1, 0.3, 0.5, 0.4, 0.5, 0.4, 0.5, 0.4]
 BALANCED = CONFIG | {"strategy": "load_balanced"}
+BOTH = ["fitness", "usage"]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +427,7 @@ BALANCED = CONFIG | {"strategy": "load_balanced"}
 )
 def test_plateau(accuracy, load, present):
     arrays = {"times_held": np.array([[3, 0], [2, 1]])}
-    found = signatures.plateau(hand_rows(accuracy, load), arrays, BALANCED)
+    found = signatures.plateau(hand_rows(accuracy, load), arrays, BALANCED, BOTH)
     assert found.present == present
     assert f"expert 0 trained {load[0] / 10:.1f} %" in found.evidence or not present
     assert "25 % of client-expert pairs never met" in found.evidence
@@ -330,7 +440,7 @@ def test_plateau(accuracy, load, present):
 )
 def test_volatile(accuracy, change, present):
     rows = hand_rows(accuracy, fitness_change=change)
-    found = signatures.volatile(rows, {}, BALANCED)
+    found = signatures.volatile(rows, {}, BALANCED, BOTH)
     assert found.present == present
     assert found.knob == ("fitness.rate: lower (now 0.3)" if present else "")
 
@@ -346,7 +456,7 @@ def test_volatile(accuracy, change, present):
 def test_stragglers(slowest, late, knob):
     times = {"simulated_seconds": slowest, "simulated_median_seconds": 20.0}
     rows = hand_rows(RISING, late_clients=late, **times)
-    found = signatures.stragglers(rows, {"capacity": np.array([1, 1, 3])}, CONFIG)
+    found = signatures.stragglers(rows, {"capacity": np.array([1, 1, 3])}, CONFIG, BOTH)
     assert found.present == bool(knob)
     assert found.knob.startswith(knob)
     assert f"{slowest / 20:.1f} times" in found.evidence
@@ -360,15 +470,49 @@ def test_stragglers(slowest, late, knob):
 def test_stuck_expert(alone, load, present):
     rows = hand_rows(RISING, load)
     rows[0]["expert_accuracy"], rows[-1]["expert_accuracy"] = [0.1, 0.1], [0.5, alone]
-    found = signatures.stuck_expert(rows, {}, CONFIG | {"strategy": "greedy"})
+    greedy = CONFIG | {"strategy": "greedy"}
+    found = signatures.stuck_expert(rows, {}, greedy, ["fitness"])
     assert found.present == present
     assert "expert 1" in found.evidence
     assert ("greedy ignores usage" in found.knob) == present
     assert ("specialised?" in found.evidence) == (load[1] == 500)
+    unsaid = signatures.stuck_expert(rows, {}, greedy, None)
+    assert ("of use where greedy reads usage" in unsaid.knob) == present
+
+
+def test_signatures_name_layer_and_expert():
+    rows = hand_rows(FLAT, [[500, 500], [950, 50]])
+    alone = [[0.1, 0.1], [0.1, 0.1]], [[0.5, 0.5], [0.5, 0.1]]
+    for row in rows:
+        row["expert_accuracy"] = alone[row["round"] == len(rows)]
+    arrays = {"times_held": np.array([[[3, 0], [2, 1]]])}  # [N, G, E]
+    found = signatures.plateau(rows, arrays, BALANCED, BOTH)
+    assert "layer 1 expert 0 trained 95.0 % and layer 1 expert 1 5.0 %" in (
+        found.evidence
+    )
+    assert "25 % of client-expert pairs never met" in found.evidence
+    found = signatures.stuck_expert(rows, {}, BALANCED, BOTH)
+    assert found.present and found.evidence == (
+        "layer 1 expert 1 alone 10.0 % -> 10.0 %, 5.0 % of the load (fair: 50.0 %)"
+    )
+
+
+def test_a_summary_says_what_the_strategy_reads(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    rows = hand_rows(FLAT, (900, 100))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    draw = lambda: report.write_report(tmp_path / "out", [runs_.load_run(folder)], "c")
+    assert "of use where greedy reads usage" in draw().read_text(encoding="utf-8")
+    summary = json.loads((folder / "summary.json").read_text())
+    for reads, ignores in ((["fitness"], True), (["fitness", "usage"], False)):
+        (folder / "summary.json").write_text(json.dumps(summary | {"reads": reads}))
+        text = draw().read_text(encoding="utf-8")
+        assert ("greedy ignores usage" in text) == ignores
+        assert "of use where" not in text and "weights.usage: raise" in text
 
 
 def test_too_few_rows_claim_nothing():
     for rows in ([], hand_rows(RISING[:3]), [{"round": 1}]):
-        for found in signatures.check(rows, {}, CONFIG):
+        for found in signatures.check(rows, {}, CONFIG, BOTH):
             assert not found.present and not found.knob
             assert found.evidence.startswith(signatures.TOO_EARLY)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import SMALL, make_federation
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from configs import default
 from fedmoe_jax.options import UserError
-from fedmoe_jax.program import init_state
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime.sharding import (
     CLIENTS,
@@ -22,8 +22,9 @@ from fedmoe_jax.runtime.sharding import (
     runs_at_once,
     spread,
 )
+from fedmoe_jax.state import init_state
 from fedmoe_jax.train import run as train
-from fedmoe_jax.types import PER_RUN, Federation
+from fedmoe_jax.types import PER_RUN
 
 DEVICES = 8
 COHORT = 3  # divisible neither by 8 devices nor by 2 devices with chunks of 3
@@ -33,24 +34,9 @@ COHORT = 3  # divisible neither by 8 devices nor by 2 devices with chunks of 3
 def run_on(num_devices, client_chunk, **changes):
     """Params, alignment state and metrics after two rounds."""
     config = default.get_config("smoke")
-    config.update_from_flattened_dict(
-        {
-            # the sizes of tests/test_train.py, whose compiled programs then serve here
-            "chunk_rounds": 1,
-            "num_clients": 4,
-            "cohort_size": COHORT,
-            "num_experts": 3,
-            "max_held": 2,
-            "batch_size": 4,
-            "partition.alpha": 1.0,
-            "model.stem_width": 4,
-            "model.expert_width": 4,
-            "model.feature_width": 4,
-            "run.num_devices": num_devices,
-            "run.client_chunk": client_chunk,
-        }
-        | changes
-    )
+    devices = {"run.num_devices": num_devices, "run.client_chunk": client_chunk}
+    # The sizes of tests/train/test_run.py, whose compiled programs then serve here.
+    config.update_from_flattened_dict(SMALL | devices | changes)
     mesh = build_mesh(num_devices)
     assert mesh.size == (num_devices or DEVICES)
     plan = train.plan_run(config, mesh)
@@ -139,11 +125,9 @@ def test_replicated_trees_are_everywhere():
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_every_run_has_its_own_clients_and_shares_the_images(monkeypatch, backend):
-    fields = dict.fromkeys(Federation.__dataclass_fields__)
-    federation = Federation(
-        **fields
-        | {"x": jnp.arange(3.0), "y": jnp.ones(())}
-        | {name: jnp.arange(4.0)[:, None] * jnp.ones((4, 2)) for name in PER_RUN}
+    rows = jnp.arange(4.0)[:, None] * jnp.ones((4, 2))
+    federation = make_federation(
+        x=jnp.arange(3.0), y=jnp.ones(()), **dict.fromkeys(PER_RUN, rows)
     )
 
     def one_run(state, federation, rate):

@@ -14,6 +14,7 @@ from factories import SMALL
 
 from configs import default
 from fedmoe_jax.data.partition import load_partition
+from fedmoe_jax.measures import MEASURES, unpack_measures
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import init_state
 from fedmoe_jax.report.page import write_report
@@ -167,6 +168,10 @@ def test_summary_follows_from_the_rows(finished):
         last = rows[3][name]  # the only evaluation in the last quarter
         assert summary[f"final_{name}"] == pytest.approx(last)
     assert summary["rounds_to"].keys() == {"0.35", "0.40", "0.45", "0.50"}
+    assert summary["simulated_seconds_to"].keys() == summary["megabytes_to"].keys()
+    assert summary["reads"] == ["fitness", "usage"]
+    assert summary["made_by"]["jax"] == jax.__version__
+    assert unpack_measures(summary["measures"], finished) == MEASURES
 
 
 def test_arrays_agree_with_the_state(finished):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from fedmoe_jax.options import UserError
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.train import writers as metrics
 
 
@@ -27,7 +27,7 @@ def write_rows(folder, rows, done=0, tensorboard=False):
 
 def read_rows(folder):
     """The rows as they were written, without the sums of costs."""
-    rows = metrics.read_metrics(folder / "metrics.jsonl")
+    rows = read_metrics(folder / "metrics.jsonl")
     return [{k: v for k, v in one.items() if k[:6] != "total_"} for one in rows]
 
 
@@ -74,7 +74,7 @@ def test_a_row_is_on_disk_at_once(tmp_path):
 
 
 def test_no_file_is_no_rows(tmp_path):
-    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
     metrics.truncate_metrics(tmp_path / "metrics.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
 
@@ -96,7 +96,7 @@ def test_costs_add_up_over_a_resume(tmp_path):
     write_rows(tmp_path, costs)
     # Rounds 3 and 4 are done again, without traffic in the third.
     write_rows(tmp_path, [row(3, simulated_seconds=2.0), costs[3]], done=2)
-    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [one["total_bytes_up"] for one in rows] == [10, 30, 30, 70]
     assert [one["total_simulated_seconds"] for one in rows] == [0.5, 1, 3, 3.5]
     assert {one["total_wasted_flops"] for one in rows} == {0}
@@ -106,7 +106,7 @@ def test_costs_add_up_in_double_precision(tmp_path):
     # In float32 the second round would be lost: 2**24 + 1 is 2**24 there.
     sizes = [jnp.float32(2**24), jnp.float32(1)]
     write_rows(tmp_path, [row(i + 1, bytes_up=x) for i, x in enumerate(sizes)])
-    last = metrics.read_metrics(tmp_path / "metrics.jsonl")[-1]
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last["total_bytes_up"] == 2**24 + 1
 
 
@@ -135,14 +135,6 @@ def test_truncated_rows_are_unique_and_sorted(tmp_path_factory, done, rounds):
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
 
 
-@pytest.mark.parametrize("bad", ["oops", "[1]", '{"loss": 1}', '{"round": null}'])
-def test_damage_within_is_reported_with_its_line(tmp_path, bad):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"round": 1}}\n{bad}\n{{"round": 3}}\n')
-    with pytest.raises(UserError, match="line 2 is damaged"):
-        metrics.read_metrics(path)
-
-
 def test_tensorboard_gets_scalars_and_vectors(tmp_path):
     values = {"expert_load": jnp.array([3.0, 4.0, jnp.nan]), "held": np.ones((2, 2))}
     write_rows(tmp_path, [row(2, name="x", missing=None, **values)], tensorboard=True)
@@ -166,48 +158,6 @@ def test_tensorboard_is_told_what_a_resume_purges(tmp_path):
         event.step for event in read_events(tmp_path) if event.HasField("session_log")
     ]
     assert purges == [1, 3]
-
-
-ROWS = [
-    row(1),
-    row(2, global_accuracy=0.2),
-    row(4, global_accuracy=0.7),
-    row(6, global_accuracy=None),
-    row(8, global_accuracy=0.6),
-    row(10, global_accuracy=0.8),
-]
-
-
-@pytest.mark.parametrize(
-    "target, expected",
-    [(0.0, 2), (0.2, 2), (0.21, 4), (0.7, 4), (0.75, 10), (0.9, None)],
-)
-def test_rounds_to(target, expected):
-    assert metrics.rounds_to(ROWS, "global_accuracy", target) == expected
-
-
-def test_rounds_to_targets():
-    found = metrics.rounds_to_targets(iter(ROWS), "global_accuracy", (0.5, 0.75, 1.0))
-    assert found == {0.5: 4, 0.75: 10, 1.0: None}
-
-
-def test_own_final_is_the_mean_over_the_last_ten_rounds():
-    rows = [row(30, global_accuracy=0.2), row(31, global_accuracy=0.6)]
-    rows += [row(34), row(40, global_accuracy=0.8)]
-    assert metrics.own_final(rows, "global_accuracy") == pytest.approx(0.7)
-    # of 20 rounds only the last five
-    short = [row(15, global_accuracy=0.2), row(16, global_accuracy=0.4)]
-    short += [row(20, global_accuracy=0.8)]
-    assert metrics.own_final(short, "global_accuracy") == pytest.approx(0.6)
-    assert metrics.own_final(rows[:1], "global_accuracy") == 0.2
-    assert metrics.own_final(rows, "personal_accuracy") is None
-
-
-def test_rounds_to_share_of_own_final():
-    # The own final of 10 rounds is of the last 2.5: 0.7.
-    assert metrics.rounds_to_share(iter(ROWS), "global_accuracy", 0.95) == 4
-    assert metrics.rounds_to_share(ROWS, "global_accuracy", 1.1) == 10
-    assert metrics.rounds_to_share(ROWS, "personal_accuracy", 0.95) is None
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import COSTS, make_config, make_devices
 
-from configs import default
+from fedmoe_jax.base import PARTS
 from fedmoe_jax.models.flops import count_forward_flops
 from fedmoe_jax.models.image_moe import build_model
-from fedmoe_jax.rules import PARTS
-from fedmoe_jax.types import Devices
 from fedmoe_jax.world.costs import (
     Costs,
     Traffic,
@@ -23,24 +22,15 @@ from fedmoe_jax.world.costs import (
     scale_costs,
 )
 
-COSTS = Costs(
-    stem_bytes=300.0,
-    head_bytes=100.0,
-    gate_bytes=100.0,
-    expert_bytes=1000.0,
-    stem_flops=4.0,
-    shared_flops=10.0,
-    expert_flops=20.0,
-)
 SLOTS = jnp.array([1.0, 3.0])
 # The second client trains one of its three experts, sends two and gets all.
-TOLD = 5 * SLOTS  # numbers of feedback
+REPORTED = 5 * SLOTS  # numbers of feedback
 TRAFFIC = Traffic(
     held=SLOTS,
     trained=jnp.ones(2),
     sent=jnp.array([1.0, 2.0]),
     received=SLOTS,
-    told=TOLD,
+    reported=REPORTED,
     shown=jnp.zeros(2),
     new=jnp.array([0.0, 1.0]),
 )
@@ -48,7 +38,7 @@ ALL = TRAFFIC.replace(trained=SLOTS, sent=SLOTS)
 PLAIN, VARIATES = Ways((), (), 1), Ways((), (), 2)
 
 
-def test_costs_are_counted_from_the_params():
+def test_count_costs_from_the_params():
     params = {
         "stem": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)},  # 20 floats
         "gate": {"kernel": jnp.zeros((4, 5)), "bias": jnp.zeros(4)},  # 24 floats
@@ -69,14 +59,14 @@ def test_costs_are_counted_from_the_params():
     assert count_costs(shapes, 7, 11, 13) == expected
 
 
-def test_scaling_multiplies_every_cost():
+def test_scale_costs_multiplies_every_cost():
     assert scale_costs(COSTS, 3) == Costs(900.0, 300.0, 300.0, 3000.0, 12.0, 30.0, 60.0)
 
 
 @pytest.mark.parametrize(
     ("personal", "always"), [((), 500), (("gate",), 400), (("gate", "head"), 300)]
 )
-def test_bytes_by_hand(personal, always):
+def test_client_bytes_by_hand(personal, always):
     up, down = client_bytes(COSTS, TRAFFIC, Ways(personal, (), 1))
     assert down.tolist() == [always + 1000, always + 3000]
     assert up.tolist() == [always + 1020, always + 2060]
@@ -85,33 +75,33 @@ def test_bytes_by_hand(personal, always):
     assert up.tolist() == [2 * always + 2020, 2 * always + 4060]
 
 
-def test_what_is_frozen_is_sent_once_and_shown_gates_go_up():
+def test_client_bytes_of_frozen_parts_go_down_once_and_shown_gates_up():
     frozen = Ways(("gate",), ("stem",), 1)  # the head's 100 bytes always travel
     up, down = client_bytes(COSTS, TRAFFIC.replace(shown=jnp.ones(2)), frozen)
     assert down.tolist() == [100 + 1000, 100 + 3000 + 300]
     assert up.tolist() == [100 + 1000 + 20 + 100, 100 + 2000 + 60 + 100]
 
 
-def test_parameters_by_hand():
+def test_client_parameters_by_hand():
     # 500 bytes of stem, gate and head, 1,000 of an expert, 4 of a parameter
     assert client_parameters(COSTS, TRAFFIC, PLAIN).tolist() == [375, 875]
     assert client_parameters(COSTS, TRAFFIC, VARIATES).tolist() == [1125, 2625]
 
 
-def test_bytes_beyond_int32():
+def test_client_bytes_beyond_int32():
     up, down = client_bytes(scale_costs(COSTS, 10**7), ALL, PLAIN)
     np.testing.assert_allclose(down, [1.5e10, 3.5e10], rtol=1e-6)
     assert np.all(up > 2.0**31)
 
 
-def test_costs_of_whole_numbers_beyond_int32_can_be_traced():
+def test_client_flops_of_whole_numbers_beyond_int32_can_be_traced():
     params = dict.fromkeys(("stem", "gate", "experts", "head"), jnp.zeros((2, 2)))
     costs = scale_costs(count_costs(params, 1, 10**12, 10**12), 10**4)
     flops = jax.jit(lambda traffic: client_flops(costs, traffic, PLAIN, 2.0))(ALL)
     np.testing.assert_allclose(flops, [12e16, 24e16], rtol=1e-6)
 
 
-def test_flops_by_hand():
+def test_client_flops_by_hand():
     one_size = client_flops(COSTS, ALL, PLAIN, jnp.float32(5))
     assert one_size.tolist() == [5 * (10 + 20), 5 * (10 + 60)]
     each_its_own = client_flops(COSTS, ALL, PLAIN, jnp.array([5.0, 1.0]))
@@ -124,16 +114,13 @@ def test_flops_by_hand():
     np.testing.assert_allclose(frozen, [3 * (30 - 8 / 3), 3 * (70 - 8 / 3)])
 
 
-def test_seconds_by_hand():
-    devices = Devices(
-        memory=jnp.ones(2),
-        flops=jnp.array([15.0, 70.0]),
-        upload=jnp.array([1520.0, 2560.0]),
-        download=jnp.array([1500.0, 7000.0]),
-        latency=jnp.array([0.0, 0.25]),
-        power=jnp.ones(2),
-        radio=jnp.ones(2),
-        tier=jnp.zeros(2, jnp.int32),
+def test_client_seconds_by_hand():
+    devices = make_devices(
+        2,
+        flops=[15.0, 70.0],
+        upload=[1520.0, 2560.0],
+        download=[1500.0, 7000.0],
+        latency=[0.0, 0.25],
     )
     traffic = TRAFFIC.replace(trained=SLOTS)
     seconds = jax.jit(client_seconds, static_argnames="ways")(
@@ -143,15 +130,15 @@ def test_seconds_by_hand():
     np.testing.assert_allclose(seconds, [[1, 10, 1], [0.75, 5, 1.25]], rtol=1e-6)
 
 
-def test_what_does_not_travel_has_no_latency():
-    devices = Devices(*(jnp.ones(2) for _ in Devices.__dataclass_fields__))
+def test_client_seconds_without_travel_have_no_latency():
+    devices = make_devices(2, latency=1.0)
     silent, still = Ways(PARTS, (), 1), jnp.zeros(2)
-    traffic = TRAFFIC.replace(sent=still, received=still, told=still)
+    traffic = TRAFFIC.replace(sent=still, received=still, reported=still)
     seconds = client_seconds(devices, COSTS, traffic, silent, jnp.ones(2))
     assert np.all(seconds[:, [0, 2]] == 0) and np.all(seconds[:, 1] > 0)
 
 
-def test_memory_by_hand():
+def test_client_memory_by_hand():
     # 4 copies of 500 + 1,000 an expert held, but 1 copy of what only runs forward
     traffic = ALL.replace(held=jnp.array([1.0, 3.0]), trained=jnp.array([1.0, 1.0]))
     bytes_needed = client_memory(COSTS, traffic, PLAIN)
@@ -160,16 +147,15 @@ def test_memory_by_hand():
     assert variates.tolist() == [6 * 1500, 4 * 1500 + 2000 + 2 * 3500]
 
 
-def test_forward_flops_are_counted_on_the_host(monkeypatch):
+def test_count_forward_flops_on_the_host(monkeypatch):
     count, host = jax.stages.Lowered.cost_analysis, jax.local_devices(backend="cpu")[0]
 
     def as_on_accelerators(lowered):  # which count only what they have compiled
         return count(lowered) if jax.config.jax_default_device == host else None
 
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", as_on_accelerators)
-    config = default.get_config()
     model = build_model(
-        **config.model, num_experts=8, num_classes=10, image_shape=(8, 8, 1)
+        **make_config().model, num_experts=8, num_classes=10, image_shape=(8, 8, 1)
     )
     stem, shared, expert = count_forward_flops.__wrapped__(model, (8, 8, 1))
     products = 2 * 64 * 64, 2 * (64 * 64 + 64 * 8 + 64 * 10), 2 * 2 * 64 * 64

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import make_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax.types import Devices
 from fedmoe_jax.world.costs import Costs, Traffic, Ways
 from fedmoe_jax.world.outcome import (
     BROKEN,
@@ -72,14 +72,14 @@ def decide(
         (dict(deadline=30.0, late="drop", finite=False), DROPPED, [1, 1, 0]),
     ],
 )
-def test_outcomes_by_hand(what, code, spent):
+def test_judge_by_hand(what, code, spent):
     got = decide(**what)
     assert int(got.code) == code and got.code.dtype == jnp.int32
     np.testing.assert_allclose(got.spent, spent, rtol=1e-6)
     assert bool(got.arrived) == (code in (MERGED, STALE))
 
 
-def test_phases_without_length_take_place_at_once():
+def test_judge_lets_phases_without_length_take_place_at_once():
     free = dict(phases=(0.0, 20.0, 0.0))
     np.testing.assert_array_equal(decide(**free).spent, [1, 1, 1])
     np.testing.assert_array_equal(decide(reachable=False, **free).spent, [0, 0, 0])
@@ -92,7 +92,7 @@ def test_phases_without_length_take_place_at_once():
     deadline=st.floats(1.0, 1e5, width=32),
     late=st.sampled_from(["wait", "drop", "stale"]),
 )
-def test_who_meets_no_mishap_spends_everything_exactly(phases, deadline, late):
+def test_judge_without_mishap_spends_everything_exactly(phases, deadline, late):
     got = decide(phases=phases, deadline=deadline, late=late)
     if int(got.code) != DROPPED:
         assert np.all(got.spent == 1.0)
@@ -103,17 +103,17 @@ def test_who_meets_no_mishap_spends_everything_exactly(phases, deadline, late):
     assert np.all(np.diff(got.spent) <= 0) or min(phases) == 0
 
 
-def test_memory_and_seconds_of_one_client_by_hand():
+def test_judge_client_by_hand():
     costs = Costs(*map(float, (30, 10, 10, 100, 1, 4, 20)))  # 50 bytes beside experts
     one = lambda value: jnp.float32(value)
     traffic = Traffic(*map(one, (2, 2, 0, 2, 0, 0, 0)))
-    device = Devices(*map(one, (1000, 44, 25, 50, 1, 0, 0)), tier=jnp.int32(0))
+    device = make_devices(1, flops=44, upload=25, download=50, latency=1)
+    device = jax.tree.map(lambda leaf: leaf[0], device)
     events = Events(**jax.tree.map(jnp.asarray, WELL))
 
     def decide_client(memory, sent, overload=True):
-        conditions = Conditions(
-            device.replace(memory=one(memory)), events, traffic, examples=one(10)
-        )
+        mine = device.replace(memory=one(memory))
+        conditions = Conditions(jnp.int32(0), mine, events, traffic, one(10))
         return judge_client(
             conditions,
             one(sent),

@@ -77,12 +77,12 @@ def play(late, overload):
     step_world, observe = round_file.step_world, round_file.observe
     now = []
 
-    def noting(keys, state, round, hyper):
+    def noting(state, keys, round, hyper, processes):
         now.append(round)
-        return step_world(keys, state, round, hyper)
+        return step_world(state, keys, round, hyper, processes)
 
-    def scripted(keys, state, federation, hyper, world):
-        view = observe(keys, state, federation, hyper, world)
+    def scripted(state, federation, hyper, processes):
+        view = observe(state, federation, hyper, processes)
         script = {name: jnp.asarray(rows)[now[-1]] for name, rows in SCRIPT.items()}
         script = {k: v if k == "dropout" else v > 0 for k, v in script.items()}
         busy = state.get("busy", jnp.zeros(3, bool))

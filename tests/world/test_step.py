@@ -13,23 +13,29 @@ from factories import (
     N,
     R,
     assert_same,
+    choose,
     make_linear_model,
     plan_run,
     tiny_config,
 )
+from fedmoe_jax.rules import CALM
 
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.program import init_state
 from fedmoe_jax.round import build_run_rounds
-from fedmoe_jax.rules import CALM
 from fedmoe_jax.runtime.sharding import replicate
 from fedmoe_jax.train import run as train
-from fedmoe_jax.types import Sizes
-from fedmoe_jax.world import step as step_file
-from fedmoe_jax.world.availability import draw_dropout, reach_share, sample_weighted
+from fedmoe_jax.types import Keys, Sizes
+from fedmoe_jax.world.availability import (
+    Reach,
+    choose_cohort,
+    draw_dropout,
+    reach_share,
+    sample_weighted,
+)
 from fedmoe_jax.world.costs import count_costs
 from fedmoe_jax.world.outcome import OUTCOMES
-from fedmoe_jax.world.step import Keys, choose_cohort, init_world, step_world
+from fedmoe_jax.world.step import init_world, observe, step_world
 
 # ---- availability
 
@@ -79,7 +85,7 @@ def test_dropouts_happen_as_often_and_when_they_should():
 
 def test_cohorts_by_sampling():
     size = jnp.array([1, 1, 1, 1, 10_000_000])
-    reach = {"reach": jnp.array([True, False, True, False, False])}
+    reach = jnp.array([True, False, True, False, False])
     sizes = Sizes(5, 2, 1, 1, 1, 1, 1, 1, 2, 1)
     draw = lambda kind, seed: choose_cohort(
         jax.random.key(seed), size, reach, sizes, kind
@@ -88,9 +94,16 @@ def test_cohorts_by_sampling():
     assert all(4 in draw("size", seed) for seed in range(10))
     seen = {tuple(draw("uniform", seed)) for seed in range(60)}
     assert len(seen) == 10  # every pair, whoever can be reached
-    busy = reach | {"busy": jnp.array([True, False, False, False, False])}
-    assert 2 in choose_cohort(jax.random.key(0), size, busy, sizes, "reachable")
-    assert not step_file.find_reachable(busy, 5)[0]
+
+
+def test_a_client_at_work_is_out_of_reach():
+    federation = plan_run().federation
+    here = jnp.arange(N) < 3
+    states = {"reach": Reach(jnp.zeros(N), here), "busy": jnp.arange(N) == 0}
+    events = observe(states, federation, None, choose("reach", "busy")).events
+    assert np.flatnonzero(events.reachable).tolist() == [1, 2]
+    alone = observe(states, federation, None, choose("busy")).events
+    assert np.flatnonzero(~alone.reachable).tolist() == [0]
 
 
 # ---- processes start and stay stationary
@@ -100,20 +113,29 @@ def test_processes_start_from_their_stationary_laws():
     plan = plan_run(**STORM | {"availability.swing": 0.0})
     hyper = jax.tree.map(jnp.asarray, plan.hyper)
     sizes = plan.program.sizes._replace(num_clients=20_000)
-    world = plan.program.rules.world
-    state = init_world(jax.random.key(0), hyper, sizes, world)
+    chain = plan.program.processes
+    state = init_world(jax.random.key(0), hyper, sizes, chain)
     run_key = jax.random.key(0)
 
     def step(state, round):
         keys = Keys(jax.random.fold_in(run_key, round), run_key)
-        return step_world(keys, state, round, hyper), state
+        return step_world(state, keys, round, hyper, chain), state
 
     last, path = jax.lax.scan(step, state, jnp.arange(4))
-    for now in (state, last):
+    latents = lambda world: {
+        "pressure": world["pressure"],
+        "reach": world["reach"].now,
+        "background": world["background"],
+        "bandwidth": world["bandwidth"],
+        "fading": world["wireless"].fading,
+        "known": world["wireless"].known,
+    }
+    for now in map(latents, (state, last)):
         assert abs(now["pressure"].mean() - 0.3) < 0.015
         assert abs(now["reach"].mean() - 0.8) < 0.015
-        for name in ("background", "bandwidth", "fading"):
+        for name in ("background", "bandwidth", "fading", "known"):
             assert abs(now[name].mean()) < 0.03 and abs(now[name].std() - 1) < 0.03
+    path, states = latents(path), path
     by_lag = lambda name, lag: np.corrcoef(
         np.ravel(path[name][0]), np.ravel(path[name][lag])
     )[0, 1]
@@ -126,7 +148,10 @@ def test_processes_start_from_their_stationary_laws():
         np.testing.assert_allclose(
             [by_lag(name, 1), by_lag(name, 3)], [r, r**3], atol=0.03
         )
-    assert path["moved"].tolist() == [0.25, 0.25, 0.5, 0.5]
+    assert states["labels"].tolist() == [0.25, 0.25, 0.5, 0.5]
+    # Clients stay where they are.
+    for leaf in (states["wireless"].gain_db, states["reach"].phase):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[0], leaf.shape))
 
 
 # ---- what is off
@@ -148,8 +173,10 @@ def run(seed=0, rounds=2, devices=1, as_users=False, **changes):
         run_rounds = run_rounds.lower(*parts).compile(compiler_options=USERS_OPTIONS)
     for _ in range(rounds):
         state, metrics = run_rounds(state, federation, hyper)
-    evaluate = build_evaluate(program.model, program.sizes, program.rules, program.mesh)
-    return jax.device_get((state, metrics, evaluate(state, federation)))
+    evaluate = build_evaluate(
+        program.model, program.sizes, program.rules, program.processes, program.mesh
+    )
+    return jax.device_get((state, metrics, evaluate(state, federation, hyper)))
 
 
 # Processes in the program, none of which does anything.
@@ -190,14 +217,16 @@ def test_a_world_without_events_is_bitwise_the_run_without_a_world(chunk):
         np.testing.assert_array_equal(metrics[name], told[name], err_msg=name)
     for name in accuracies:
         np.testing.assert_array_equal(accuracies[name], judged[name], err_msg=name)
-    assert set(state.world) == set() and len(other.world) == 6
+    idle = "pressure background bandwidth reach dropout labels images"
+    assert set(state.world) == set() and set(other.world) == set(idle.split())
     assert told["merged_clients"].tolist() == [C] * R
 
 
 def test_a_config_without_events_has_a_calm_world():
-    assert plan_run().program.rules.world == CALM
-    pooled = plan_run(**STORM | {"strategy": "centralised"})
-    assert pooled.program.rules.world == CALM
+    calm = plan_run().program
+    pooled = plan_run(**STORM | {"strategy": "centralised"}).program
+    assert calm.rules.world == pooled.rules.world == CALM
+    assert calm.processes == pooled.processes == ()
 
 
 @pytest.mark.parametrize("strategy", ["load_balanced", "hfedmoe", "scaffold"])
@@ -270,12 +299,14 @@ def test_drifted_images_are_judged_apart():
     program = plan.program
     model = make_linear_model(program.sizes.num_experts)
     rules = program.rules._replace(world=CALM)
-    evaluate = build_evaluate(model, program.sizes, rules, program.mesh)
+    evaluate = build_evaluate(model, program.sizes, rules, (), program.mesh)
     calm = state.replace(world={})
-    plain = evaluate(calm, replicate(plan.federation, program.mesh))
+    plain = evaluate(calm, replicate(plan.federation, program.mesh), plan.hyper)
     turned = np.rot90(plan.federation.test_x, axes=(1, 2)).copy()
     turned = evaluate(
-        calm, replicate(plan.federation.replace(test_x=turned), program.mesh)
+        calm,
+        replicate(plan.federation.replace(test_x=turned), program.mesh),
+        plan.hyper,
     )
     expected = np.where(drifts, turned["client_accuracy"], plain["client_accuracy"])
     np.testing.assert_allclose(accuracies["client_accuracy"], expected, atol=0.02)

@@ -6,27 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import E, K, N, all_finite, make_linear_model, plan_run
+from factories import E, K, N, all_finite, choose, make_linear_model, plan_run
+from fedmoe_jax.rules import CALM
 
 from fedmoe_jax.align.capacity import Needs, init_belief, update_belief, update_history
-from fedmoe_jax.broadcast import find_distortion
+from fedmoe_jax.broadcast import broadcast
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.program import Program, init_state
-from fedmoe_jax.round import build_round
-from fedmoe_jax.rules import CALM
+from fedmoe_jax.round import build_round, gather_evidence
 from fedmoe_jax.runtime.sharding import replicate, spread
-from fedmoe_jax.types import Devices, Federation, Hyper
+from fedmoe_jax.types import Assignment, Devices, Federation, Hyper, Keys, Sizes
+from fedmoe_jax.world.availability import Reach, init_reach, share_now
+from fedmoe_jax.world.channel import init_cell, open_links
 from fedmoe_jax.world.costs import TRAINING_COPIES, Costs, count_costs
-from fedmoe_jax.world.limits import devices_now
 from fedmoe_jax.world.outcome import MERGED, Outcome
-from fedmoe_jax.world.step import (
-    Keys,
-    drifted_federation,
-    observe,
-    open_links,
-    share_now,
-    step_world,
-)
+from fedmoe_jax.world.step import observe, step_world
 
 KEYS = Keys(jax.random.key(1), jax.random.key(2))
 RATES = ("memory", "flops", "upload", "download")
@@ -68,12 +62,11 @@ def make_hyper(**world):
 )
 def test_a_process_changes_its_own_resource_by_hand(process, latent, numbers, factors):
     before = dict(memory=8.0, flops=4.0, upload=2.0, download=16.0)
-    after = devices_now(
+    after = look(
         make_devices(3, **before),
         {process: jnp.array(latent)},
         make_hyper(**{process: numbers}),
-        CALM._replace(**{process: True}),
-    )
+    ).devices
     for name, value in before.items():
         expected = value * np.array(factors.get(name, [1.0, 1.0, 1.0]))
         np.testing.assert_allclose(getattr(after, name), expected, rtol=1e-6)
@@ -84,15 +77,22 @@ def test_a_process_changes_its_own_resource_by_hand(process, latent, numbers, fa
 CELL = dict(radius=0.5, shadowing=0.0, bandwidth=1e6, csi=1.0, backoff=1.0)
 
 
+def make_cell(count, hyper):
+    """A cell of clients whose channels are known and as good as on average."""
+    sizes = Sizes(count, *[1] * (len(Sizes._fields) - 1))
+    fading = jnp.ones((count, 2))
+    return init_cell(KEYS, hyper, sizes).replace(fading=fading, known=fading)
+
+
 def test_each_direction_has_the_power_of_its_sender():
     hyper = make_hyper(channel=CELL | dict(min_snr=-100, power_up=0, power_down=10))
-    state, devices = {"fading": jnp.ones((5, 2))}, make_devices(5)
-    (up, _), (down, _) = open_links(KEYS, state, devices, hyper)
+    cell, devices = make_cell(5, hyper), make_devices(5)
+    (up, _), (down, _) = open_links(cell, devices, hyper)
     # Shannon's rate solved for the SNR: 10 dB more power is 10 times as much.
     snr = [np.exp2(8e-6 * np.float64(rate)) - 1 for rate in (up, down)]
     np.testing.assert_allclose(snr[1] / snr[0], np.full(5, 10.0), rtol=1e-3)
     # These rates, far below what the devices could do, are the ones that count.
-    view = look(devices, state, hyper, wireless=True)
+    view = look(devices, {"wireless": cell}, hyper)
     np.testing.assert_array_equal(view.devices.upload, up)
     np.testing.assert_array_equal(view.devices.download, down)
 
@@ -103,7 +103,7 @@ def test_only_the_direction_without_signal_fails(weak):
     hyper = make_hyper(channel=CELL | dict(min_snr=-6) | powers)
     # Where there is signal enough, the device itself is the limit.
     devices = make_devices(4, upload=[1, 2, 3, 4], download=[5, 6, 7, 8])
-    view = look(devices, {"fading": jnp.ones((4, 2))}, hyper, wireless=True)
+    view = look(devices, {"wireless": make_cell(4, hyper)}, hyper)
     assert view.events.no_upload.tolist() == [weak == "up"] * 4
     assert view.events.no_download.tolist() == [weak == "down"] * 4
     np.testing.assert_array_equal(view.devices.upload, [1, 2, 3, 4])
@@ -113,28 +113,28 @@ def test_only_the_direction_without_signal_fails(weak):
 def test_a_link_that_others_share_is_slow_in_the_cell_too():
     channel = CELL | dict(min_snr=-6, power_up=100, power_down=100)
     hyper = make_hyper(channel=channel, bandwidth={"spread": 2.0})
-    state = {"fading": jnp.ones((2, 2)), "bandwidth": jnp.array([1.0, 0.0])}
-    devices = make_devices(2, upload=3.0, download=5.0)
-    view = look(devices, state, hyper, wireless=True, bandwidth=True)
+    state = {"wireless": make_cell(2, hyper), "bandwidth": jnp.array([1.0, 0.0])}
+    view = look(make_devices(2, upload=3.0, download=5.0), state, hyper)
     factor = np.exp([0, -2])
     np.testing.assert_allclose(view.devices.upload, 3 * factor, rtol=1e-6)
     np.testing.assert_allclose(view.devices.download, 5 * factor, rtol=1e-6)
 
 
-def look(devices, state, hyper, **on):
-    """What there is in a round for clients without data."""
+def look(devices, state, hyper):
+    """The view of clients without data; the processes that have a state are on."""
     nothing = dict.fromkeys(Federation.__dataclass_fields__)
     federation = Federation(**nothing | {"devices": devices})
-    return observe(KEYS, state, federation, hyper, CALM._replace(**on))
+    return observe(state, federation, hyper, choose(*state))
 
 
 # ---- who is there
 
 
 def test_the_share_of_each_client_swings_through_the_day():
-    numbers = dict(share=0.5, swing=0.3, day=4.0)
+    hyper = make_hyper(availability=dict(share=0.5, swing=0.3, day=4.0))
+    sizes = Sizes(2000, *[1] * (len(Sizes._fields) - 1))
     at = lambda round, keys=KEYS: np.array(
-        share_now(jnp.int32(round), keys, 2000, numbers)
+        share_now(jnp.int32(round), init_reach(keys, hyper, sizes).phase, hyper)
     )
     morning, evening = at(0), at(2)
     np.testing.assert_allclose(morning + evening, np.ones(2000), atol=1e-5)
@@ -148,9 +148,10 @@ def test_the_share_of_each_client_swings_through_the_day():
 def test_clients_are_reached_as_often_as_their_hour_says():
     numbers = dict(share=0.5, swing=0.5, day=4.0, persistence=0.0)
     hyper, count = make_hyper(availability=numbers), 4000
-    state = {"reach": jnp.zeros(count, bool)}
-    reach = step_world(KEYS, state, jnp.int32(1), hyper)["reach"]
-    share = np.array(share_now(jnp.int32(1), KEYS, count, numbers))
+    phase = jax.random.uniform(jax.random.key(4), (count,))
+    state, chain = {"reach": Reach(phase, jnp.zeros(count, bool))}, choose("reach")
+    reach = step_world(state, KEYS, jnp.int32(1), hyper, chain)["reach"].now
+    share = np.array(share_now(jnp.int32(1), phase, hyper))
     for low in (0.0, 0.25, 0.5, 0.75):
         these = (low <= share) & (share < low + 0.25)
         # 600 clients or more; four standard errors of at most 0.02
@@ -160,7 +161,9 @@ def test_clients_are_reached_as_often_as_their_hour_says():
 @pytest.mark.parametrize("early", [0.0, 1.0])
 def test_the_lost_are_lost_when_the_numbers_say(early):
     hyper = make_hyper(availability={"dropout": 1.0, "early": early})
-    events = look(make_devices(20), {}, hyper, dropout=True).events
+    state, chain = {"dropout": jnp.full(20, jnp.inf)}, choose("dropout")
+    state = step_world(state, KEYS, jnp.int32(0), hyper, chain)
+    events = look(make_devices(20), state, hyper).events
     during = (0 < events.dropout) & (events.dropout < 1)
     assert during.all() if early == 0 else jnp.all(events.dropout == 0)
 
@@ -247,10 +250,25 @@ def test_a_step_in_the_pace_of_training_is_forgotten_geometrically():
 
 
 def test_only_drifting_clients_of_the_cohort_see_other_images():
-    drift_source, cohort = jnp.array([0, 2, 1, 3]), jnp.array([0, 2, 3])
-    amount = find_distortion({"distorted": jnp.float32(30)}, drift_source, cohort)
-    assert amount.tolist() == [0, 30, 0]
-    assert find_distortion({"moved": jnp.float32(1)}, drift_source, cohort) is None
+    parts = plan_run(**{"cohort_size": 3})
+    source = jnp.array([0, 2, 1, *range(3, N)])
+    federation = parts.federation.replace(drift_source=source)
+    federation = jax.tree.map(jnp.asarray, federation)
+    state = init_state(jax.random.key(0), parts.hyper, parts.program)
+    cohort = jnp.array([0, 2, 3])
+
+    def send(world):
+        view = observe(world, federation, parts.hyper, choose(*world))
+        capacity = jnp.full(N, K)
+        evidence = gather_evidence(
+            state, view.federation, cohort, capacity, parts.program.sizes
+        )
+        slots = (3, parts.program.sizes.max_held)
+        assignment = Assignment(jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool))
+        return broadcast(state, view, evidence, assignment, parts.program)
+
+    assert send({"images": jnp.float32(30)}).distortion.tolist() == [0, 30, 0]
+    assert send({"labels": jnp.float32(1)}).distortion is None
 
 
 def test_a_round_shows_the_examples_that_clients_own_by_now():
@@ -265,7 +283,8 @@ def test_a_round_shows_the_examples_that_clients_own_by_now():
             drift_source=jnp.array([1, 0, 2]),
         )
     )
-    at = lambda moved: observe(KEYS, {"moved": moved}, federation, make_hyper(), CALM)
+    chain, hyper = choose("labels"), make_hyper()
+    at = lambda moved: observe({"labels": moved}, federation, hyper, chain)
     before, after = (at(jnp.float32(moved)).federation for moved in (0, 1))
     assert before.index.tolist() == [[1, 2], [3, 0], [4, 5]]
     assert after.index.tolist() == [[3, 0], [1, 2], [4, 5]]
@@ -283,18 +302,21 @@ def test_personal_accuracy_follows_the_labels_that_moved():
         drift_source == np.arange(N)
     )
     # What client 0 owns in the end has the labels of its mix and no others.
-    moved = drifted_federation(start.federation, {"moved": jnp.float32(1)})
+    program, hyper, federation = start.program, start.hyper, start.federation
+    all_moved = {"labels": jnp.float32(1)}
+    moved = observe(all_moved, federation, hyper, program.processes).federation
     label = np.asarray(moved.y)[np.asarray(moved.index[0, : moved.size[0]])]
     assert set(label) == set(np.flatnonzero(moved.label_mix[0]))
     # Clients that hold the same experts differ by their label mixes only.
     align = state.align.replace(held=jnp.ones((N, E), bool))
-    program = start.program
-    evaluate = build_evaluate(program.model, program.sizes, program.rules, program.mesh)
+    evaluate = build_evaluate(
+        program.model, program.sizes, program.rules, program.processes, program.mesh
+    )
 
     def judge(moved):
-        world = {"moved": jnp.float32(moved)}
+        world = {"labels": jnp.float32(moved)}
         moment = state.replace(align=align, world=world)
-        return evaluate(moment, start.federation)["client_accuracy"]
+        return evaluate(moment, federation, hyper)["client_accuracy"]
 
     before, after = judge(0), judge(1)
     np.testing.assert_allclose(after, before[drift_source], atol=1e-6)
@@ -403,7 +425,8 @@ def test_a_round_of_drift_trains_on_what_has_drifted():
     x[own] = np.rot90(x[own], axes=(1, 2))
     assert len(drifts) == N // 2 and not np.array_equal(x, federation.x)
 
-    program = start.program._replace(rules=start.program.rules._replace(world=CALM))
+    program = start.program
+    program = program._replace(rules=program.rules._replace(world=CALM), processes=())
     calm = start._replace(program=program, state=start.state.replace(world={}))
     one_round = calm.build()
 

@@ -1,0 +1,376 @@
+"""The measures of a run: one row each, from a round's metric to the report's column.
+
+A measure of one's own is a row `key: Measure(...)` of a module's `MEASURES`, on a field
+that the rows of a run already have; `add_measures` joins it to this table.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmoe_jax.options import (
+    COST,
+    DEVICES,
+    EXPERTS,
+    FINAL,
+    LABELS,
+    LAST,
+    LEARNING,
+    MAX,
+    MEAN,
+    ROUNDS,
+    TOTAL,
+    Curve,
+    Measure,
+    UserError,
+)
+
+OUTCOMES = (  # of a client's round, by code
+    "merged",
+    "stale",  # past the deadline, merged in the next round
+    "dropped",  # past the deadline
+    "lost_unreachable",
+    "lost_dropout",
+    "lost_memory",  # held more than its memory
+    "lost_outage",  # the link failed
+    "nonfinite",  # a broken update
+)
+# Of clients whose update does not count, whatever the reason.
+LOST = tuple(f"{name}_clients" for name in OUTCOMES if name not in ("merged", "stale"))
+
+SUMMED = (  # fields whose sum so far is in every row
+    "bytes_up",
+    "bytes_down",
+    "client_flops",
+    "compute_joules",
+    "radio_joules",
+    "wasted_bytes",
+    "wasted_flops",
+    "capacity_violations",
+    *(f"{name}_clients" for name in OUTCOMES),
+)
+
+ACCURACY = Measure("", FINAL, better=1, scale=100.0, evaluated=True)
+TRAFFIC = Measure("", MEAN, better=-1, unit=1e6, group=COST, zero_wins=False)
+
+MEASURES: dict[str, Measure] = {
+    "final_global_accuracy": ACCURACY._replace(
+        field="global_accuracy",
+        title="Global %",
+        about="top-A routing over all experts, on the whole test set",
+        printed=True,
+        line="Global",
+        curve=Curve(
+            "Global accuracy (%)",
+            "Global accuracy: top-A routing over all experts, on the whole test set; "
+            "where gates are personal, the mean over the clients' models. Look for the "
+            "curves that climb first, end highest or stop early.",
+            chance=True,
+            costs=True,
+        ),
+    ),
+    "final_global_soft_accuracy": ACCURACY._replace(
+        field="global_soft_accuracy",
+        title="Global soft %",
+        about="with all experts, weighted by the whole gate",
+        printed=True,
+        line="Global soft",
+        curve=Curve(
+            "Global soft accuracy (%)",
+            "Global accuracy of the soft mixture of all experts. Far above the top-A "
+            "curve, the gate does not send examples to the experts that know them.",
+            chance=True,
+        ),
+    ),
+    "final_personal_accuracy": ACCURACY._replace(
+        field="personal_accuracy",
+        title="Personal %",
+        about="each client's own experts on its own classes, the mean over clients",
+        printed=True,
+        line="Personal",
+        curve=Curve(
+            "Personal accuracy (%)",
+            "Personal accuracy: each client's own experts on its own classes. High "
+            "with a low global accuracy, the experts serve their clients but not one "
+            "another.",
+            costs=True,
+        ),
+    ),
+    "final_worst_decile_accuracy": ACCURACY._replace(
+        field="worst_decile_accuracy",
+        title="Worst decile %",
+        about="personal accuracy of the worst tenth of the clients",
+        line="Worst decile",
+    ),
+    "mean_load_cv": Measure(
+        "load_cv",
+        MEAN,
+        "Load CV",
+        "standard deviation over mean of the examples that experts train in a round; 0 "
+        "is even",
+        better=-1,
+        digits=2,
+        of=EXPERTS,
+        curve=Curve(
+            "CV of expert load",
+            "Coefficient of variation over experts of the examples trained in a round; "
+            "0 is perfectly even. It should stay low where the strategy counts load.",
+        ),
+    ),
+    "mean_load_entropy": Measure(
+        "load_entropy",
+        MEAN,
+        "Load entropy",
+        "of the same examples; 1 is even",
+        better=1,
+        digits=2,
+        of=EXPERTS,
+    ),
+    "starved_experts": Measure(
+        "starved_experts",
+        MEAN,
+        "Starved experts",
+        "experts with less than a tenth of the mean, in a round",
+        better=-1,
+        of=EXPERTS,
+    ),
+    "drifted_accuracy": Measure(
+        "drifted_accuracy",
+        scale=100.0,
+        evaluated=True,
+        line="Global, drifted images",
+        curve=Curve(
+            "Accuracy on drifted images (%)",
+            "Global accuracy on test images that have drifted as far as the clients' "
+            "own. Look for how deep it falls when drift begins, and for the curves "
+            "that recover.",
+            chance=True,
+        ),
+    ),
+    "expert_accuracy": Measure("expert_accuracy", scale=100.0, evaluated=True),
+    "mean_late_clients": Measure(
+        "late_clients",
+        MEAN,
+        "Late clients a round",
+        "clients that needed longer than the deadline",
+        better=-1,
+        of=DEVICES,
+        group=COST,
+    ),
+    "mean_lost_clients": Measure(
+        LOST[0],
+        MEAN,
+        "Lost a round",
+        "clients whose update did not count, for whatever reason",
+        better=-1,
+        plus=LOST[1:],
+        of=DEVICES,
+        group=COST,
+        trivial=0.0,
+        printed=True,
+    ),
+    "mean_stale_clients": Measure(
+        "stale_clients",
+        MEAN,
+        "Stale a round",
+        "clients whose update came late and counted a round later",
+        better=-1,
+        of=DEVICES,
+        group=COST,
+        trivial=0.0,
+    ),
+    "mean_capacity_violations": Measure(
+        "capacity_violations",
+        MEAN,
+        "Capacity violations a round",
+        "clients reached with more than fits into their memory, or more experts than "
+        "fit into their shares of the deadline; every client is assigned at least one, "
+        "even where none fits",
+        better=-1,
+        of=EXPERTS,
+        group=COST,
+        trivial=0.0,
+    ),
+    "mean_capacity_error": Measure(
+        "capacity_error",
+        MEAN,
+        "Capacity error",
+        "experts by which the server misjudged a client, on average",
+        better=-1,
+        digits=2,
+        of=EXPERTS,
+        group=COST,
+        trivial=0.0,
+        varies_over=ROUNDS,  # a reserve that a server keeps on purpose never changes
+        curve=Curve(
+            "Error of capacity (experts)",
+            "How far the server is off, on average over all clients, when it says how "
+            "many experts a client can hold. It should fall where the server learns "
+            "from what becomes of the clients; what remains is news that the server "
+            "has not yet.",
+        ),
+    ),
+    "final_participation_jain": Measure(
+        "participation_jain",
+        LAST,
+        "Jain of participation",
+        "Jain's index of the rounds in which each client's update counted; 1 is even",
+        better=1,
+        digits=2,
+        of=DEVICES,
+        group=COST,
+        trivial=1.0,
+        varies_over=LABELS,
+    ),
+    "megabytes_up": TRAFFIC._replace(
+        field="bytes_up", title="MB up a round", about="sent by all clients"
+    ),
+    "megabytes_down": TRAFFIC._replace(
+        field="bytes_down", title="MB down a round", about="sent to all clients"
+    ),
+    "wasted_bytes_share": Measure(
+        "wasted_bytes",
+        TOTAL,
+        "Wasted MB %",
+        "of all bytes, those of clients that were lost",
+        better=-1,
+        per=("bytes_up", "bytes_down"),
+        scale=100.0,
+        group=COST,
+        trivial=0.0,
+    ),
+    "gigaflops": Measure(
+        "client_flops",
+        MEAN,
+        "GFLOP a round",
+        "of all clients, forward and backward",
+        better=-1,
+        unit=1e9,
+        group=COST,
+    ),
+    "simulated_minutes": Measure(
+        "simulated_seconds",
+        TOTAL,
+        "Simulated min",
+        "of the whole run, each round as long as its slowest client is waited for",
+        better=-1,
+        unit=60.0,
+        of=DEVICES,
+        group=COST,
+        trivial=0.0,
+    ),
+    "kilojoules": Measure(
+        "compute_joules",
+        TOTAL,
+        "kJ",
+        "of all clients in the whole run, for training and radio",
+        better=-1,
+        plus=("radio_joules",),
+        unit=1e3,
+        of=DEVICES,
+        group=COST,
+        trivial=0.0,
+    ),
+    "peak_client_parameters": Measure(
+        "peak_client_parameters",
+        MAX,
+        "Peak client parameters, 1,000",
+        "the most that a client has in memory, without gradients and activations",
+        better=-1,
+        scale=1e-3,
+        group=COST,
+    ),
+    **{f"total_{field}": Measure(field, TOTAL, running=True) for field in SUMMED},
+    "total_simulated_seconds": Measure(
+        "simulated_seconds", TOTAL, running=True, budget="simulated_seconds_to"
+    ),
+    "total_joules": Measure("compute_joules", TOTAL, plus=("radio_joules",)),
+    "megabytes": Measure(
+        "bytes_up", TOTAL, plus=("bytes_down",), unit=1e6, budget="megabytes_to"
+    ),
+    "mean_dropped_clients": Measure("dropped_clients", MEAN),
+    "mean_simulated_seconds": Measure("simulated_seconds", MEAN),
+    "drift_alarms": Measure("drift_alarms", TOTAL),
+    "nonfinite_clients": Measure("nonfinite_clients", TOTAL),
+}
+ALLOWED = {
+    "over": ("", FINAL, MEAN, TOTAL, MAX, LAST),
+    "better": (-1, 0, 1),
+    "of": ("", EXPERTS, DEVICES),
+    "group": (LEARNING, COST),
+    "varies_over": ("", ROUNDS, LABELS),
+}
+
+
+def check_measure(key: str, measure: Measure) -> None:
+    """Checks one row of a table of measures.
+
+    Raises:
+      UserError: a field has a value that it does not allow.
+    """
+    for name, allowed in ALLOWED.items():
+        if (value := getattr(measure, name)) not in allowed:
+            names = ", ".join(map(repr, allowed))
+            raise UserError(f"measure {key}: {name}={value!r}; allowed: {names}")
+
+
+def add_measures(own: Mapping[str, Measure]) -> None:
+    """Joins measures from outside to `MEASURES`, at its end.
+
+    Raises:
+      UserError: a row that is not allowed, or a key that another measure has.
+    """
+    for key, measure in own.items():
+        check_measure(key, measure)
+        if MEASURES.setdefault(key, measure) != measure:
+            raise UserError(
+                f"measure {key}: another measure has this key; allowed: a new one"
+            )
+
+
+def running_fields(measures: Mapping[str, Measure]) -> tuple[str, ...]:
+    """Fields of which every row also has the sum so far."""
+    return tuple(measure.field for measure in measures.values() if measure.running)
+
+
+def evaluated_fields(measures: Mapping[str, Measure]) -> tuple[str, ...]:
+    """Fields of an evaluation that become fields of its row."""
+    return tuple(measure.field for measure in measures.values() if measure.evaluated)
+
+
+def pack_measures(measures: Mapping[str, Measure]) -> dict[str, dict[str, Any]]:
+    """The table as `summary.json` holds it: what differs from the defaults."""
+    return {key: _pack(measure) for key, measure in measures.items()}
+
+
+def _pack(record: Measure | Curve) -> dict[str, Any]:
+    fields, defaults = record._asdict().items(), record._field_defaults
+    tree = {k: v for k, v in fields if k not in defaults or v != defaults[k]}
+    return {k: _pack(v) if isinstance(v, Curve) else v for k, v in tree.items()}
+
+
+def unpack_measures(tree: Mapping[str, Any], path: Path) -> dict[str, Measure]:
+    """The table that `pack_measures` has written.
+
+    Args:
+      tree: as read from JSON.
+      path: of the file, for messages.
+
+    Raises:
+      UserError: it is no such table.
+    """
+    try:
+        measures = {key: _unpack(fields) for key, fields in tree.items()}
+    except (TypeError, AttributeError):
+        raise UserError(
+            f"{path} is damaged: measures hold no table of measures; restore it"
+        ) from None
+    for key, measure in measures.items():
+        check_measure(key, measure)
+    return measures
+
+
+def _unpack(fields: Mapping[str, Any]) -> Measure:
+    tree = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    curve = Curve(**tree["curve"]) if "curve" in tree else None
+    return Measure(**tree | {"curve": curve})

@@ -1,0 +1,142 @@
+"""Decisions and learning of several MoE layers, against a loop over the layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import (
+    assert_same,
+    make_align,
+    make_evidence,
+    make_feedback,
+    make_hyper,
+    make_program,
+    make_replies,
+)
+
+from fedmoe_jax.align.drift_detector import init_detector
+from fedmoe_jax.align.layers import assign, learn_layers
+from fedmoe_jax.align.learn import RESET, count_load, learn
+from fedmoe_jax.moe_layers import LAYER
+from fedmoe_jax.types import Assignment, SimState, make_keys
+
+HYPER = make_hyper(
+    fitness={"exploration": 0.5}, reaction={"threshold": 0.1, "evidence": 0}
+)
+ARRIVED = np.array([True, True, False, True])
+layers = pytest.mark.parametrize("num_layers", [1, 3])
+
+
+def make_layers(num_layers, strategy):
+    """A program of so many layers, and random evidence and state of each of them."""
+    program = make_program(**{"strategy": strategy, "reaction.kind": "reset"})
+    sizes = program.sizes._replace(num_layers=num_layers)
+    rows = [draw_layer(layer, sizes, program) for layer in range(num_layers)]
+    return program._replace(sizes=sizes), rows
+
+
+def draw_layer(layer, sizes, program):
+    rng = np.random.default_rng(layer)
+    shape = sizes.num_clients, sizes.num_experts
+    fitness = jnp.asarray(rng.random(shape), jnp.float32)
+    state = program.strategy.init(sizes)
+    align = make_align(
+        *shape,
+        fitness=fitness,
+        usage=jnp.asarray(rng.random(sizes.num_experts), jnp.float32),
+        held=jnp.asarray(rng.random(shape) < 0.5),
+        strategy=jax.tree.map(lambda leaf: leaf + rng.random(), state),
+        detector=init_detector(*shape),
+    )
+    evidence = make_evidence(sizes, usage=align.usage, state=align.strategy)
+    client = evidence.client
+    return align, evidence.replace(fitness=fitness[client], held=align.held[client])
+
+
+def join_evidence(rows):
+    """Evidence of all layers, as `gather_evidence` gives it."""
+    every = [evidence for _, evidence in rows]
+    join = lambda name, axis: jax.tree.map(
+        lambda *leaves: jnp.stack(leaves, axis), *(getattr(e, name) for e in every)
+    )
+    axes = {"fitness": 1, "held": 1, "usage": 0, "state": 0}
+    return every[0].replace(**{name: join(name, axis) for name, axis in axes.items()})
+
+
+def take_layer(align, layer):
+    """The alignment state of one layer."""
+    client = lambda leaf: leaf[:, layer]
+    own = lambda tree: jax.tree.map(lambda leaf: leaf[layer], tree)
+    return align.replace(
+        fitness=client(align.fitness),
+        usage=align.usage[layer],
+        held=client(align.held),
+        times_held=client(align.times_held),
+        strategy=own(align.strategy),
+        detector=own(align.detector),
+    )
+
+
+def join_align(rows):
+    every = [align for align, _ in rows]
+    stack = lambda axis, *leaves: jnp.stack(leaves, axis)
+    first = jax.tree.map(lambda *leaves: stack(0, *leaves), *every)
+    names = "fitness", "held", "times_held"
+    return first.replace(
+        **{name: stack(1, *(getattr(a, name) for a in every)) for name in names}
+    )
+
+
+def keys_by_hand(key, num_layers):
+    fold = lambda layer: jax.random.fold_in(key, LAYER + layer) if layer else key
+    return [fold(layer) for layer in range(num_layers)]
+
+
+@layers
+@pytest.mark.parametrize("strategy", ["load_balanced", "fedmix", "flex_moe"])
+def test_assign_is_a_loop_over_layers(strategy, num_layers):
+    program, rows = make_layers(num_layers, strategy)
+    key = jax.random.key(2)
+    found = jax.jit(lambda e: assign(e, HYPER, program, key))(join_evidence(rows))
+    for layer, key_of in enumerate(keys_by_hand(key, num_layers)):
+        _, evidence = rows[layer]
+        expected = program.strategy.assign(evidence, HYPER, program.sizes, key_of)
+        assert_same(jax.tree.map(lambda leaf, g=layer: leaf[:, g], found), expected)
+
+
+@layers
+def test_learn_layers_is_a_loop_over_layers(num_layers):
+    program, rows = make_layers(num_layers, "fedmix")
+    sizes, rng = program.sizes, np.random.default_rng(9)
+    slots = sizes.cohort_size, num_layers, sizes.max_held
+    draw = lambda *shape: jnp.asarray(rng.random(shape), jnp.float32)
+    held = rng.random((*slots[:2], sizes.num_experts)).argsort(-1)[..., : slots[2]]
+    held = jnp.asarray(held, jnp.int32)
+    assignment = Assignment(held, jnp.ones(slots, bool).at[1, :, 1].set(False))
+    feedback = make_feedback(10 * draw(*slots), accuracy=0.1 * draw(*slots))
+    report = draw(*slots[:2], sizes.num_experts)
+    replies = make_replies(feedback, ARRIVED, report=report)
+    fields = dict.fromkeys(SimState.__dataclass_fields__)
+    align, key, round = join_align(rows), jax.random.key(4), jnp.int32(7)
+    state = SimState(**fields | {"align": align, "key": key, "round": round})
+    found, load = learn_layers(
+        *(state, join_evidence(rows), assignment, replies, HYPER, program)
+    )
+    reset_key = make_keys(key, round).of(RESET)
+    for layer, key_of in enumerate(keys_by_hand(reset_key, num_layers)):
+        of_layer = lambda tree, g=layer: jax.tree.map(lambda leaf: leaf[:, g], tree)
+        align, evidence = rows[layer]
+        mine = of_layer(assignment), of_layer(feedback)
+        loads = count_load(mine[1], replies.arrived, mine[0], sizes.num_experts)
+        expected = learn(
+            *(align, evidence.client, *mine, replies.arrived, loads, key_of),
+            hyper=HYPER,
+            static=program.static,
+        )
+        # A client whose update was lost keeps the mass that it last reported.
+        mass = align.strategy["mass"].at[evidence.client[ARRIVED]]
+        mass = mass.set(of_layer(report)[ARRIVED])
+        expected = expected.replace(strategy={"mass": mass})
+        assert_same(take_layer(found, layer), expected, atol=1e-6)
+        np.testing.assert_array_equal(load[layer], loads)
+    assert float(found.detector.alarms.sum()) > 0  # the keys were used

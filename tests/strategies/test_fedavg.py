@@ -1,0 +1,58 @@
+"""The dense controls: their sizes, what each changes, FedNova's factors."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import SIZES, make_config, sizes_of
+
+from fedmoe_jax.optimizers import step_weights
+from fedmoe_jax.program import make_hyper
+from fedmoe_jax.strategies.fedavg import normalise_steps
+
+
+def test_be_total_and_be_active_match_the_mixture_in_size():
+    for name, width in (("fedavg", 5 * 16), ("fedavg_active", 2 * 16)):
+        assert sizes_of(name) == SIZES._replace(
+            num_experts=1, max_held=1, num_active=1, expert_width=width
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "group", "field"),
+    [
+        ("fedprox", "fedprox.coefficient", "client", "prox"),
+        (
+            *("fedadam_active", "fedadam.server_learning_rate"),
+            *("server", "learning_rate"),
+        ),
+    ],
+)
+def test_configure_takes_numbers_from_the_strategys_options(name, option, group, field):
+    default = make_hyper(make_config(strategy=name))
+    expected = {"fedprox": 0.1, "fedadam_active": 0.01}[name]
+    np.testing.assert_allclose(getattr(getattr(default, group), field), expected)
+    tuned = make_hyper(make_config(strategy=name, **{option: 0.07}))
+    np.testing.assert_allclose(getattr(getattr(tuned, group), field), 0.07)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_normalise_steps_counts_how_often_a_gradient_is_used(momentum):
+    """Against local SGD itself: constant gradients of 1 and a rate of 1."""
+
+    def walk(steps):
+        velocity = place = 0.0
+        for _ in range(steps):
+            velocity = momentum * velocity + 1.0
+            place += velocity
+        return place
+
+    steps, size = np.array([1, 4, 7]), np.array([10.0, 10.0, 20.0])
+    used = np.array([walk(count) for count in steps])
+    np.testing.assert_allclose(
+        step_weights(jnp.asarray(steps, jnp.float32), momentum), used, rtol=1e-5
+    )
+    mean = (used * size).sum() / size.sum()
+    scale = normalise_steps(jnp.asarray(steps), jnp.asarray(size), momentum)
+    np.testing.assert_allclose(scale, mean / used, rtol=1e-5)
+    # With the same gradient everywhere nothing changes: every client goes as far.
+    np.testing.assert_allclose(scale * used, mean, rtol=1e-5)

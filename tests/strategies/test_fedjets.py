@@ -1,0 +1,42 @@
+"""FedJETs: anchors and weights by hand."""
+
+import jax
+import jax.numpy as jnp
+from factories import list_held, make_config, make_hyper, prepare_strategy
+
+from fedmoe_jax.program import configure
+from fedmoe_jax.strategies import fedjets
+
+
+def test_choose_anchors_covers_the_labels():
+    mix = jnp.array(
+        [[0.6, 0.4, 0, 0], [0.7, 0.3, 0, 0], [0, 0, 1, 0], [0.2, 0, 0, 0.8]]
+    )
+    # 0 ties with all at 1; then 2 has most that is new, then 3, then what is left.
+    assert fedjets.choose_anchors(mix, 3).tolist() == [0, -1, 1, 2]
+    assert sorted(fedjets.choose_anchors(mix, 4).tolist()) == [0, 1, 2, 3]
+
+
+def test_assign_lets_anchors_hold_their_expert_and_teach_the_gate():
+    assign, evidence = prepare_strategy("fedjets")
+    mass = jnp.tile(jnp.array([[0.1, 0.4, 0.05, 0.3, 0.15]]), (10, 1))
+    anchor = jnp.full(10, -1).at[jnp.array([5, 8])].set(jnp.array([2, 0]))
+    evidence = evidence.replace(state={"mass": mass, "anchor": anchor})
+    got = assign(evidence, make_hyper(), key=jax.random.key(0))
+    assert list_held(got) == [
+        [1],
+        [2],
+        [1],
+        [1, 3],
+        [0],
+        [1, 3],
+    ]  # capacities 1 2 1 2 1 2
+    assert got.calibration.tolist() == [0, 1, 0, 0, 1, 0]
+    assert configure(make_config(strategy="fedjets")).loss.calibration == 1
+
+
+def test_slots_alike_and_rows_alike_average_plainly():
+    one = fedjets.slots_alike(jnp.array([True, False]), None, jnp.int32(40), None)
+    assert one.tolist() == [1, 1]
+    rows = fedjets.rows_alike(jnp.zeros(3, bool), None, jnp.int32(40), None)
+    assert rows.tolist() == [1, 1, 1]

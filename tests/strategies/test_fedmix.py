@@ -1,0 +1,48 @@
+"""FedMix: choices, loss and weights by hand."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from factories import list_held, make_feedback, make_hyper, prepare_strategy
+
+from fedmoe_jax.client import mix_outputs, mix_probabilities
+from fedmoe_jax.strategies import fedmix
+
+
+def test_assign_takes_what_the_gate_asks_for():
+    assign, evidence = prepare_strategy("fedmix")
+    mass = jnp.tile(jnp.array([[0.5, 0.02, 0.3, 0.08, 0.1]]), (10, 1)).at[4].set(0.0)
+    evidence = evidence.replace(state={"mass": mass})  # clients 4 to 9
+    got = assign(evidence, make_hyper(), key=jax.random.key(0))
+    held = list_held(got)
+    assert held[1:] == [[0, 2], [0, 2, 4], [0], [0, 2], [0, 2, 4]]
+    assert len(held[0]) == 1  # client 4 has not taken part and draws
+    few = evidence.replace(state={"mass": jnp.where(mass < 0.4, 0.01, mass)})
+    got = assign(few, make_hyper(), key=jax.random.key(0))
+    assert got.slot.sum(1)[1:].tolist() == [1, 1, 1, 1, 1]
+
+
+def test_gate_loss_by_hand():
+    logits = jnp.log(jnp.array([[0.9, 0.1], [0.1, 0.9]]))
+    hyper = make_hyper(fedmix={"sparsity": 2.0, "variety": 3.0})
+    one = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    loss = fedmix.gate_loss(logits, None, None, hyper)
+    np.testing.assert_allclose(loss, 2 * one - 3 * np.log(2), rtol=1e-5)
+
+
+def test_by_responsibility_by_hand():
+    feedback = make_feedback(jnp.zeros(2), frequency=jnp.array([0.75, 0.25]))
+    weight = fedmix.by_responsibility(jnp.ones(2, bool), feedback, jnp.int32(40), None)
+    assert weight.tolist() == [30, 10]
+
+
+def test_mix_probabilities_mixes_no_logits():
+    model = SimpleNamespace(head=lambda params, outputs: params * outputs)
+    outputs = jnp.log(jnp.array([[[0.99, 0.01], [0.2, 0.8]]]))
+    gates = jnp.array([[0.25, 0.75]])
+    mixed = jax.nn.softmax(mix_probabilities(model, 1.0, outputs, gates))
+    np.testing.assert_allclose(mixed, [[0.3975, 0.6025]], rtol=1e-5)
+    other = jax.nn.softmax(mix_outputs(model, 1.0, outputs, gates))
+    assert other[0, 0] > 0.5

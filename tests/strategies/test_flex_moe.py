@@ -1,0 +1,44 @@
+"""FLEX-MoE: bounds and deficits by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+from factories import SIZES, make_evidence, make_hyper
+
+from fedmoe_jax.strategies.flex_moe import FLEX_MOE, FLEX_MOE_EXAMPLES
+from fedmoe_jax.types import Assignment
+
+
+def test_assign_by_hand():
+    """Four clients of one slot each want expert 0; bounds let two have it."""
+    sizes = SIZES._replace(cohort_size=4, num_experts=2, max_held=1)
+    fitness = [[0.9, 0.1], [0.9, 0.6], [0.9, 0.5], [0.9, 0.2]]
+    state = {"deficit": jnp.zeros(2), "bound_violation": jnp.zeros(())}
+    one = jnp.ones(4, jnp.int32)
+    evidence = make_evidence(sizes, fitness=fitness, state=state, capacity=one)
+    hyper = make_hyper(flex_moe={"low": 0.9, "high": 1.0, "deficit": 0.5})
+    got = FLEX_MOE.assign(evidence, hyper, sizes, None)
+    assert got.held[:, 0].tolist() == [0, 1, 1, 0]  # 1 and 2 lose least by it
+    # An expert 1 that lacked 3 slots of 2 on average is worth 0.75 more to all.
+    lacking = evidence.replace(state=state | {"deficit": jnp.array([0.0, 3.0])})
+    free = make_hyper(flex_moe={"low": 0.0, "high": 2.0, "deficit": 0.5})
+    wanted = FLEX_MOE.assign(lacking, free, sizes, None)
+    assert wanted.held[:, 0].tolist() == [0, 1, 1, 1]  # 0.9 against 0.85, 1.35, 1.25...
+
+
+def test_update_counts_what_experts_lacked():
+    sizes = SIZES._replace(cohort_size=3, num_experts=3, max_held=2)
+    hyper = make_hyper()
+    state = {"deficit": jnp.array([0.0, 0.5, 1.0]), "bound_violation": jnp.zeros(())}
+    evidence = make_evidence(sizes, state=state)
+    held = jnp.array([[0, 1], [0, 1], [0, 2]], jnp.int32)
+    slot = jnp.array([[True, True], [True, False], [True, True]])
+    assignment = Assignment(held, slot)
+    learnt = FLEX_MOE.update(evidence, assignment, None, None, hyper)
+    # Loads 3, 1, 1, mean 5/3: bounds 0.8 and 1.2 of it are 1 and 2.
+    np.testing.assert_allclose(learnt["deficit"], [0, 0.5 + 2 / 3, 1 + 2 / 3])
+    assert learnt["bound_violation"] == 1
+    learnt = FLEX_MOE_EXAMPLES.update(evidence, assignment, None, None, hyper)
+    mean = 16 * 5 / 3
+    np.testing.assert_allclose(learnt["deficit"][2], 1 + mean - 16, rtol=1e-6)
+    missed = 48 - 1.2 * mean + 2 * (0.8 * mean - 16)
+    np.testing.assert_allclose(learnt["bound_violation"], missed, rtol=1e-5)

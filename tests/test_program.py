@@ -1,0 +1,201 @@
+"""From a config to a program: what a strategy leaves open, and what it overwrites."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import (
+    E,
+    K,
+    make_config,
+    make_federation,
+    make_inputs,
+    make_program,
+    tiny_config,
+    use_linear_model,
+)
+
+from fedmoe_jax.aggregate import (
+    all_rows,
+    by_examples,
+    by_routed,
+    held_rows,
+    no_rows,
+)
+from fedmoe_jax.base import PARTS, Strategy
+from fedmoe_jax.client import build_client_update
+from fedmoe_jax.loss import calibrate_gate
+from fedmoe_jax.program import (
+    configure,
+    find_overwritten,
+    longest,
+    make_hyper,
+    make_static,
+    resolve,
+)
+from fedmoe_jax.strategies import STRATEGIES, find_strategy
+
+NOTHING = Strategy(about="Leaves all to the config.", assign=None)
+OPEN = {"personal", "gate_weight", "expert_weight", "gate_loss", "every_expert"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "personal", "rows"),
+    [
+        ("global", (), all_rows),
+        ("holder_rows", (), held_rows),
+        ("personal", ("gate",), no_rows),
+    ],
+)
+@pytest.mark.parametrize(
+    ("weight", "experts"), [("examples", by_examples), ("routed", by_routed)]
+)
+def test_resolve_takes_from_the_config(mode, personal, rows, weight, experts):
+    config = make_config(**{"gate.mode": mode, "merge.weight": weight})
+    found = resolve(NOTHING, config)
+    expected = dict(personal=personal, gate_weight=rows, expert_weight=experts)
+    expected |= dict(gate_loss=calibrate_gate, every_expert=True)
+    assert expected.keys() == OPEN
+    assert found == NOTHING._replace(**expected)
+
+
+@pytest.mark.parametrize(("experts", "every"), [(16, True), (17, False)])
+def test_resolve_computes_every_expert_where_there_are_few(experts, every):
+    assert resolve(NOTHING, make_config(num_experts=experts)).every_expert is every
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_resolve_fills_exactly_what_is_none(name):
+    strategy, config = find_strategy(name), configure(make_config(strategy=name))
+    filled = resolve(NOTHING, config)
+    found = resolve(strategy, config)
+    for field in Strategy._fields:
+        value = getattr(strategy, field)
+        if value is None and field in OPEN:
+            value = getattr(filled, field)
+            assert value is not None
+        if field == "local_experts":
+            value = min(value, config.num_experts)
+        assert getattr(found, field) == value, field
+
+
+def test_resolve_keeps_what_is_false_or_empty():
+    """An empty choice is a choice: only None leaves it to the config."""
+    strategy = NOTHING._replace(personal=(), every_expert=False)
+    found = resolve(strategy, make_config(**{"gate.mode": "personal"}))
+    assert found.personal == () and found.every_expert is False
+
+
+def test_resolve_looks_up_the_rounds_of_stages():
+    stages = (0, min), ("fedmoe.warm_up", max), (7, sum)
+    found = resolve(NOTHING._replace(stages=stages), make_config())
+    assert found.stages == ((0, min), (2, max), (7, sum))
+
+
+def test_resolve_keeps_no_more_local_experts_than_there_are():
+    config = configure(make_config(strategy="fedmoe_da"))
+    assert resolve(find_strategy("fedmoe_da"), config).local_experts == 8
+    assert resolve(find_strategy("pfedmoe"), config).local_experts == 1
+
+
+def test_find_overwritten_reports_what_flex_moe_overwrites():
+    config = make_config(strategy="flex_moe")
+    expected = {
+        "gate.mode": "personal",
+        "merge.weight": "routed",
+        "fitness.idle": "keep",
+        "loss.calibration": 0.0,
+    }
+    assert find_overwritten(config) == expected
+    assert config.gate.mode == "global"  # the user's config stays
+    config.update_from_flattened_dict(expected)
+    assert find_overwritten(config) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("load_balanced", {}),
+        ("hfedmoe", {"max_held": 8}),
+        (
+            "fedadam_active",
+            {
+                "num_experts": 1,
+                "max_held": 1,
+                "num_active": 1,
+                "model.expert_width": 2 * 64,
+                "server.optimizer": "adam",
+                "server.learning_rate": 0.01,
+            },
+        ),
+    ],
+)
+def test_find_overwritten_by_hand(name, expected):
+    assert find_overwritten(make_config(strategy=name)) == expected
+
+
+def test_make_hyper_and_make_static_are_of_the_config_that_is_used():
+    prox = make_config(**{"strategy": "fedprox", "fedprox.coefficient": 0.25})
+    assert make_hyper(prox).client.prox == np.float32(0.25)
+    assert make_static(configure(prox)).prox and not make_static(prox).prox
+    whole = make_hyper(make_config(**{"drift.start": 3}))
+    assert whole.drift.start.dtype == np.int32 and whole.drift.start == 3
+    assert whole.fitness.rate.dtype == np.float32
+
+
+def test_build_program_counts_capacity_in_the_users_slots():
+    sizes = make_program(strategy="hfedmoe").sizes
+    assert (sizes.max_held, sizes.max_capacity, sizes.num_layers) == (E, K, 1)
+    program = make_program(strategy="local")
+    assert program.strategy.personal == PARTS and program.sizes.num_experts == 1
+    assert hash(program) == hash(make_program(strategy="local"))
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("fedmix", E), ("random", 0)])
+def test_build_program_counts_the_numbers_of_a_report(name, numbers):
+    assert make_program(strategy=name).report_numbers == numbers
+
+
+def train_once(**changes):
+    """The move of the head in two local steps on the same four examples."""
+    program = use_linear_model(make_program(**changes))
+    x = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1))
+    federation = make_federation(
+        x=jnp.asarray(x, jnp.uint8),
+        y=jnp.arange(4),
+        index=jnp.arange(4)[None],
+        size=jnp.array([4]),
+        mean=jnp.full((8, 8, 1), 0.5),
+        std=jnp.ones((8, 8, 1)),
+    )
+    one = (1, 1, program.sizes.max_held)
+    held = np.broadcast_to(np.arange(one[-1], dtype=np.int32), one)
+    inputs = make_inputs(held, np.ones(one, bool), steps=np.array([2], np.int32))
+    inputs = jax.tree.map(lambda leaf: leaf[0], inputs)
+    key = jax.random.key(0)
+    update = jax.jit(build_client_update(program))
+    hyper = make_hyper(tiny_config(**changes))
+    result = update(program.model.init(key), inputs, federation, hyper, key)
+    return np.asarray(result.delta["head"]["kernel"])
+
+
+@pytest.mark.parametrize("strategy", ["load_balanced", "fedavg"])
+def test_build_program_takes_the_clients_momentum(strategy):
+    """With steps so small that both have one gradient g, the second moves by 1.9 g."""
+    changes = {"strategy": strategy, "client.learning_rate": 1e-3}
+    plain = train_once(**changes, **{"client.momentum": 0.0})
+    moved = train_once(**changes, **{"client.momentum": 0.9})
+    assert np.abs(plain).max() > 1e-5
+    np.testing.assert_allclose(moved, 1.45 * plain, rtol=0.02, atol=1e-6)
+
+
+def test_build_program_takes_the_clients_optimiser():
+    changes = {"client.learning_rate": 1e-3, "client.optimizer": "adam"}
+    np.testing.assert_allclose(np.abs(train_once(**changes)).max(), 2e-3, rtol=0.01)
+
+
+def test_longest_is_a_power_of_two_where_clients_differ():
+    steps = np.array([3, 5, 4])
+    assert [longest(steps, ragged) for ragged in (False, True)] == [5, 8]
+    assert longest(np.array([8, 1]), True) == 8
+    assert longest(np.array([1, 1]), True) == 1

@@ -1,0 +1,50 @@
+"""The state before the first round, and the stages between rounds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from factories import make_federation, make_hyper, make_program
+
+from fedmoe_jax.state import BEFORE_ROUNDS, init_align, init_state, prepare_state
+
+KEY = jax.random.key(0)
+
+
+def test_init_align_of_a_million_clients_is_less_than_a_gigabyte():
+    """Counted from shapes only."""
+    program = make_program(num_clients=1_000_000, num_experts=64)
+    start = functools.partial(init_align, program=program)
+    leaves = jax.tree.leaves(jax.eval_shape(start, KEY, make_hyper()))
+    assert 4 * 64e6 < sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) < 1e9
+
+
+def test_init_align_draws_other_scores_for_every_layer():
+    program = make_program(**{"strategy": "fedmix", "reaction.kind": "reset"})
+    several = program._replace(sizes=program.sizes._replace(num_layers=3))
+    one, three = (init_align(KEY, make_hyper(), p) for p in (program, several))
+    np.testing.assert_array_equal(three.fitness[:, :1], one.fitness)
+    assert len({row.tobytes() for row in np.moveaxis(three.fitness, 1, 0)}) == 3
+    assert three.usage.shape == (3, 4) and three.held.shape == (10, 3, 4)
+    assert three.strategy["mass"].shape == (3, 10, 4)
+    assert three.detector.evidence.shape == (3, 10, 4)
+
+
+def test_prepare_state_acts_in_round_zero_alone_with_a_key_of_its_own():
+    acted = []
+
+    def act(state, federation, hyper, key, *, model, sizes):
+        acted.append((jax.random.key_data(key), model, sizes))
+        return state.replace(round=state.round + 10)
+
+    program = make_program()
+    stages = (0, act), (3, act)
+    program = program._replace(strategy=program.strategy._replace(stages=stages))
+    state = init_state(KEY, make_hyper(), program)
+    prepared = prepare_state(state, make_federation(), make_hyper(), program)
+    assert int(prepared.round) == 10
+    ((key, model, sizes),) = acted
+    expected = jax.random.fold_in(state.key, jnp.uint32(BEFORE_ROUNDS))
+    np.testing.assert_array_equal(key, jax.random.key_data(expected))
+    assert model is program.model and sizes == program.sizes
