@@ -15,7 +15,8 @@ import numpy as np
 
 from configs import default
 from fedmoe_jax import program as program_file
-from fedmoe_jax.broadcast import broadcast
+from fedmoe_jax.align.capacity import Belief, Capacity
+from fedmoe_jax.broadcast import broadcast, gather_evidence
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.models.image_moe import Model
@@ -26,6 +27,7 @@ from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train import run as train
 from fedmoe_jax.types import (
     AlignState,
+    Assignment,
     ClientInput,
     ClientUpdate,
     Devices,
@@ -342,10 +344,19 @@ def plan_run(**changes):
     return train.plan_run(config, build_mesh(config.run.num_devices))
 
 
-def send_inputs(parts, state, evidence, assignment):
-    """The inputs of a cohort in a world without events, from leaves with an axis G."""
-    view = observe({}, parts.federation, parts.hyper, ())
-    return broadcast(state, view, evidence, assignment, parts.program)
+def see_calm(parts):
+    """The view of a round in a world without events."""
+    return observe({}, parts.federation, parts.hyper, ())
+
+
+def send_inputs(parts, state, cohort, held, slot):
+    """The inputs of a cohort without events that holds `held` [C, K], in one layer."""
+    program, view = parts.program, see_calm(parts)
+    capacity = jnp.full(state.align.held.shape[0], program.sizes.max_held)
+    capacity = Capacity(Belief(capacity, {}), capacity, capacity)
+    evidence = gather_evidence(state, view, cohort, capacity, program.sizes)
+    assignment = Assignment(held[:, None].astype(jnp.int32), slot[:, None])
+    return broadcast(state, view, evidence, assignment, program)
 
 
 def assert_same(left, right, atol=0.0, rtol=0.0):
