@@ -24,7 +24,6 @@ from ml_collections import ConfigDict, config_flags
 
 ROOT = Path(__file__).parent
 DEFAULT_CONFIG = str(ROOT / "configs" / "default.py")
-DEFAULTS = ROOT / "fedmoe_jax" / "configs" / "default.py"
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an argument after a colon."
@@ -56,11 +55,14 @@ def refuse(message: str) -> int:
 
 
 def describe_fields() -> str:
-    """Every config field with its default and meaning, read from the default config."""
-    lines = DEFAULTS.read_text().splitlines()
-    pattern = re.compile(r"    config\.(\S+) = (.*?)  # (.*)")
-    fields = [match.groups() for match in map(pattern.fullmatch, lines) if match]
-    return "\n".join(f"  --config.{n}={v}\n    {about}" for n, v, about in fields)
+    """Every config field with its default, its meaning and what it allows."""
+    from fedmoe_jax.config import list_fields
+
+    return "\n".join(
+        f"  --config.{field.name}={field.default!r}\n    {field.about}"
+        + (f"; allowed: {field.allowed}" if field.allowed else "")
+        for field in list_fields()
+    )
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -1,14 +1,22 @@
-"""Every field of a config: its allowed values, checked before anything runs."""
+"""Every field of a config: its meaning, and its values, checked before anything runs.
 
-from typing import Any
+    python -m fedmoe_jax.config > docs/config.md
+
+writes the page of all fields.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from fedmoe_jax.configs import default
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.data.partition import KINDS
 from fedmoe_jax.models.image_moe import EXPERTS, STEMS
 from fedmoe_jax.options import (
     COUNT,
+    HOST,
     NON_NEGATIVE,
     POSITIVE,
     SHARE,
@@ -23,6 +31,8 @@ from fedmoe_jax.strategies import STRATEGIES, find_strategy
 from fedmoe_jax.world.channel import NEAREST
 from fedmoe_jax.world.devices import WIDEST
 from fedmoe_jax.world.drift import DISTORTIONS
+
+Allowed = Range | Mapping[str, Any] | tuple[str, ...]
 
 # Fields that may change between the calls that run and resume one simulation.
 FREE_FIELDS = frozenset(
@@ -40,111 +50,175 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "seed",
         Range(0, 2**31 - 1),
-        "of data split, devices, initial weights and every draw",
+        "seed of the split, the devices, the initial weights and every draw",
     ),
-    Option("num_rounds", COUNT, "federated rounds"),
-    Option("eval_every", COUNT, "rounds; divides num_rounds"),
     Option(
-        "chunk_rounds", COUNT, "rounds in one compiled call; divides eval_every", STATIC
+        "num_rounds",
+        COUNT,
+        "federated rounds, a multiple of eval_every; may grow when a run is resumed",
     ),
-    Option("num_clients", COUNT, "population"),
-    Option("cohort_size", COUNT, "clients per round, at most num_clients"),
-    Option("num_experts", COUNT, "experts in the server's model"),
+    Option(
+        "eval_every",
+        COUNT,
+        "rounds from one evaluation to the next, a multiple of chunk_rounds",
+    ),
+    Option("chunk_rounds", COUNT, "rounds in one compiled call", STATIC),
+    Option("num_clients", COUNT, "clients in the population"),
+    Option("cohort_size", COUNT, "clients of a round, at most num_clients"),
+    Option("num_experts", COUNT, "experts of the server's model"),
     Option(
         "max_held", COUNT, "expert slots of the largest client, at most num_experts"
     ),
-    Option("num_active", COUNT, "experts per example, at most max_held"),
-    Option("local_steps", COUNT, "optimiser steps per client and round"),
+    Option(
+        "num_active",
+        COUNT,
+        "experts that the gate mixes for an example, at most max_held",
+    ),
+    Option("local_steps", COUNT, "optimiser steps of a client in a round"),
     Option(
         "local_epochs",
         NON_NEGATIVE,
-        "passes over the client's data instead; 0: local_steps",
+        "passes over the client's data in a round; 0: local_steps instead",
     ),
-    Option("batch_size", COUNT, "examples per local step"),
-    Option("strategy", None, "see the README's table of strategies"),
-    Option("data.name", tuple(DATASETS), "digits | synthetic | cifar10"),
+    Option("batch_size", COUNT, "examples of a local step"),
     Option(
-        "data.public", NON_NEGATIVE, "training examples of the server, drawn at random"
+        "strategy",
+        None,
+        "name of the strategy, which decides who trains which experts; see "
+        "docs/strategies.md",
     ),
     Option(
-        "data.dir", None, "TFDS folder; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
+        "data.name",
+        DATASETS,
+        "data set: scikit-learn's digits, a synthetic task whose best "
+        "assignment is known, or CIFAR-10 from TFDS",
     ),
-    Option("partition.kind", tuple(KINDS), "dirichlet | shards | quantity | iid"),
     Option(
-        "partition.alpha", POSITIVE, "> 0; of dirichlet (labels) and quantity (sizes)"
+        "data.public",
+        NON_NEGATIVE,
+        "training examples that the server sets aside, drawn at random",
     ),
-    Option("partition.classes_per_client", COUNT, "of shards"),
-    Option("partition.min_size", COUNT, "examples every client gets at least"),
-    Option("model.stem", tuple(STEMS), "flat | mlp | cnn | simple_cnn | resnet8"),
-    Option("model.stem_width", COUNT, "hidden units or channels"),
-    Option("model.expert", tuple(EXPERTS), "dense | mlp | conv"),
-    Option("model.expert_width", COUNT, "hidden units or channels"),
     Option(
-        "model.feature_width", COUNT, "outputs of an expert; dense has expert_width"
+        "data.dir",
+        None,
+        "TFDS folder; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets",
+    ),
+    Option(
+        "partition.kind",
+        tuple(KINDS),
+        "division of the examples: Dirichlet over labels, shards of sorted "
+        "labels, skewed sizes, or equal shares at random",
+    ),
+    Option(
+        "partition.alpha",
+        POSITIVE,
+        "concentration of dirichlet (labels) and quantity (sizes); small is skewed",
+    ),
+    Option("partition.classes_per_client", COUNT, "shards of each client, of shards"),
+    Option("partition.min_size", COUNT, "examples that every client gets at least"),
+    Option(
+        "model.stem",
+        tuple(STEMS),
+        "stem: none, one hidden layer, two convolutions at half or at full "
+        "resolution, or ResNet-8",
+    ),
+    Option("model.stem_width", COUNT, "hidden units or channels of the stem"),
+    Option(
+        "model.expert",
+        tuple(EXPERTS),
+        "expert: one layer, one hidden layer, or a convolution and a layer",
+    ),
+    Option("model.expert_width", COUNT, "hidden units or channels of an expert"),
+    Option(
+        "model.feature_width",
+        COUNT,
+        "outputs of an expert; a dense one has expert_width",
     ),
     Option(
         "model.stem_dropout",
         Range(0, 1, open_high=True),
-        "share of the stem's outputs dropped in training",
+        "share of the stem's outputs that training drops",
     ),
     Option(
         "model.expert_dropout",
         Range(0, 1, open_high=True),
-        "share of each expert's outputs dropped",
+        "share of each expert's outputs that training drops",
     ),
     Option(
         "gate.mode",
         ("global", "holder_rows", "personal"),
-        "global | holder_rows | personal",
+        "gate rows: averaged over all clients, over the expert's holders "
+        "alone, or kept by each client",
     ),
     Option(
         "loss.calibration",
         NON_NEGATIVE,
-        "weight of -log(gate mass on held experts)",
+        "weight of -log(gate mass on held experts) in the local loss",
         TRACED,
     ),
-    Option("loss.load", NON_NEGATIVE, "weight of the Switch load loss", TRACED),
+    Option(
+        "loss.load", NON_NEGATIVE, "weight of the Switch load-balancing loss", TRACED
+    ),
     Option("loss.z", NON_NEGATIVE, "weight of the router z-loss", TRACED),
-    Option("client.optimizer", ("sgd", "adam"), "sgd | adam", STATIC),
-    Option("client.learning_rate", POSITIVE, "> 0", TRACED),
-    Option("client.momentum", Range(0, 1, open_high=True), "of sgd", STATIC),
-    Option("client.prox", NON_NEGATIVE, "FedProx coefficient", TRACED),
+    Option("client.optimizer", ("sgd", "adam"), "optimiser of the local steps", STATIC),
+    Option("client.learning_rate", POSITIVE, "step size of the local steps", TRACED),
+    Option("client.momentum", Range(0, 1, open_high=True), "momentum of sgd", STATIC),
+    Option("client.prox", NON_NEGATIVE, "mu of the FedProx term; 0: none", TRACED),
     Option(
         "server.optimizer",
         ("sgd", "momentum", "adam", "yogi", "adagrad"),
-        "sgd | momentum | adam | yogi | adagrad",
+        "optimiser that takes the mean update as a gradient",
         STATIC,
     ),
     Option(
-        "server.learning_rate", POSITIVE, "> 0; 1 with sgd is plain averaging", TRACED
+        "server.learning_rate",
+        POSITIVE,
+        "step size of the server; 1 with sgd is plain averaging",
+        TRACED,
     ),
     Option(
         "merge.weight",
         ("examples", "routed"),
-        "examples (owned) | routed (trained through it)",
+        "weight of an update in an expert's mean: examples that its client "
+        "owns, or those routed through the expert",
     ),
     Option(
         "fitness.feedback",
         ("accuracy", "loss", "mixed"),
-        "accuracy | loss | mixed",
+        "feedback of a client about an expert: gate-weighted training "
+        "accuracy, exp(-loss_scale * loss), or accuracy mixed with frequency",
         STATIC,
     ),
     Option(
         "fitness.rate",
         Range(0, 1, open_low=True),
-        "weight of the newest feedback in the EMA",
+        "weight of the newest feedback in the moving average",
         TRACED,
     ),
-    Option("fitness.idle", ("keep", "decay", "prior"), "keep | decay | prior", STATIC),
-    Option("fitness.idle_decay", SHARE, "per round, of decay and prior", TRACED),
-    Option("fitness.prior", SHARE, "score before any feedback, 0 to 1", TRACED),
     Option(
-        "fitness.noise", SHARE, "spread of the initial scores about the prior", TRACED
+        "fitness.idle",
+        ("keep", "decay", "prior"),
+        "score of a pair without feedback in a round: it stays, decays to 0, "
+        "or decays to the prior",
+        STATIC,
+    ),
+    Option(
+        "fitness.idle_decay",
+        SHARE,
+        "share of its distance to 0 or the prior that such a score keeps",
+        TRACED,
+    ),
+    Option("fitness.prior", SHARE, "score before any feedback", TRACED),
+    Option(
+        "fitness.noise",
+        SHARE,
+        "half the width of the initial scores' noise",
+        TRACED,
     ),
     Option(
         "fitness.exploration",
         SHARE,
-        "chance per client and round of random scores",
+        "chance that a client's scores are random in a round",
         TRACED,
     ),
     Option(
@@ -153,24 +227,40 @@ OPTIONS: tuple[Option, ...] = (
         "alpha of exp(-alpha * loss), of loss",
         TRACED,
     ),
-    Option("fitness.frequency_share", SHARE, "of mixed", TRACED),
-    Option("usage.decay", SHARE, "share of the usage kept per round", TRACED),
+    Option(
+        "fitness.frequency_share",
+        SHARE,
+        "share of the gate frequency in the feedback, of mixed",
+        TRACED,
+    ),
+    Option("usage.decay", SHARE, "share of the usage that a round keeps", TRACED),
     Option(
         "weights.fitness",
         NON_NEGATIVE,
-        "of normalised fitness in the desirability",
+        "weight of the normalised fitness in the desirability",
         TRACED,
     ),
-    Option("weights.usage", NON_NEGATIVE, "of normalised usage, subtracted", TRACED),
     Option(
-        "devices.csv", None, "file of one's own devices instead of tiers; see README"
+        "weights.usage",
+        NON_NEGATIVE,
+        "weight of the normalised usage, which is subtracted",
+        TRACED,
     ),
-    Option("devices.tiers", None, "kinds of device"),
-    Option("devices.shares", None, "of the population, sum to 1"),
+    Option(
+        "devices.csv",
+        None,
+        "file of your own devices, instead of tiers; see docs/world.md",
+    ),
+    Option(
+        "devices.tiers", None, "kinds of device, names of presets in world/devices.py"
+    ),
+    Option(
+        "devices.shares", None, "share of each kind in the population; they sum to 1"
+    ),
     Option(
         "devices.spread",
         Range(0, WIDEST),
-        "standard deviation of the log within a tier, to 5",
+        "standard deviation of the log of each capability within a kind",
     ),
     Option(
         "devices.free_memory",
@@ -178,38 +268,48 @@ OPTIONS: tuple[Option, ...] = (
         "share of the memory that training gets",
     ),
     Option(
-        "devices.model_scale", POSITIVE, "one simulated byte or FLOP stands for so many"
+        "devices.model_scale",
+        POSITIVE,
+        "bytes and FLOPs of the model that one simulated byte or FLOP stands for",
     ),
-    Option("devices.deadline", POSITIVE, "seconds a round may take", STATIC),
+    Option(
+        "devices.deadline",
+        POSITIVE,
+        "seconds of a round after which an update is late",
+        STATIC,
+    ),
     Option(
         "devices.communication_share",
         Range(0, 1, open_low=True, open_high=True),
-        "of the deadline, for the links",
+        "share of the deadline for the links",
         STATIC,
     ),
     Option(
         "devices.buffer",
         Range(0, 1, open_high=True),
-        "share of every resource kept in reserve",
+        "share of every resource that the server keeps in reserve",
         TRACED,
     ),
     Option(
         "devices.overload",
         ("ignore", "lose"),
-        "ignore | lose (whoever holds too much)",
+        "update of a client that holds more than its memory: it counts all "
+        "the same, or is lost",
         STATIC,
     ),
     Option(
         "late.kind",
         ("wait", "drop", "stale"),
-        "wait | drop | stale (merged a round later)",
+        "update past the deadline: the round waits for it, it is dropped, or "
+        "it is merged a round later",
         STATIC,
     ),
     Option("late.discount", SHARE, "share of a stale update that is applied", TRACED),
     Option(
         "profile.kind",
         ("oracle", "self_reported", "estimated"),
-        "oracle | self_reported | estimated",
+        "capacity that the server believes: the truth, reports with errors, "
+        "or estimates from times and failures",
         STATIC,
     ),
     Option("profile.refresh", COUNT, "rounds from one profile to the next", TRACED),
@@ -220,7 +320,10 @@ OPTIONS: tuple[Option, ...] = (
         TRACED,
     ),
     Option(
-        "profile.fixed", SHARE, "share of the error that is each client's bias", TRACED
+        "profile.fixed",
+        SHARE,
+        "share of the error that is each client's constant bias",
+        TRACED,
     ),
     Option(
         "profile.rate",
@@ -231,16 +334,27 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "profile.exploration",
         SHARE,
-        "chance per client and round of one expert more",
+        "chance that a client is given one expert more in a round, of estimated",
         TRACED,
     ),
     Option(
-        "profile.caution", Range(1), "experts by which a failure lowers the aim", TRACED
+        "profile.caution",
+        Range(1),
+        "experts by which a failure lowers the estimate",
+        TRACED,
     ),
     Option(
-        "pressure.share", SHARE, "of the time that other apps press on memory", TRACED
+        "pressure.share",
+        SHARE,
+        "share of the time in which other apps press on a client's memory; 0: never",
+        TRACED,
     ),
-    Option("pressure.persistence", SHARE, "correlation from round to round", TRACED),
+    Option(
+        "pressure.persistence",
+        SHARE,
+        "correlation of the pressure from round to round",
+        TRACED,
+    ),
     Option(
         "pressure.left",
         Range(0, 1, open_low=True),
@@ -250,53 +364,82 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "background.most",
         Range(0, 1, open_high=True),
-        "largest share of compute that other work takes",
+        "largest share of the compute that a client's other work takes; 0: none",
         TRACED,
     ),
-    Option("background.persistence", SHARE, "correlation from round to round", TRACED),
+    Option(
+        "background.persistence",
+        SHARE,
+        "correlation of that share from round to round",
+        TRACED,
+    ),
     Option(
         "bandwidth.spread",
         Range(0, 5),
-        "standard deviation of the log of a link's speed",
+        "standard deviation of the log of a link's speed; 0: constant",
         TRACED,
     ),
-    Option("bandwidth.persistence", SHARE, "correlation from round to round", TRACED),
     Option(
-        "availability.share", SHARE, "of the time that a client can be reached", TRACED
+        "bandwidth.persistence",
+        SHARE,
+        "correlation of the speed from round to round",
+        TRACED,
     ),
     Option(
-        "availability.persistence", SHARE, "correlation from round to round", TRACED
+        "availability.share",
+        SHARE,
+        "share of the time in which a client can be reached",
+        TRACED,
+    ),
+    Option(
+        "availability.persistence",
+        SHARE,
+        "correlation of being reachable from round to round",
+        TRACED,
     ),
     Option(
         "availability.swing",
         SHARE,
-        "by how much the share rises and falls in a day",
+        "amplitude of that share over a day",
         TRACED,
     ),
-    Option("availability.day", COUNT, "rounds", TRACED),
+    Option("availability.day", COUNT, "rounds of a day", TRACED),
     Option(
         "availability.sampling",
         ("uniform", "size", "reachable"),
-        "uniform | size | reachable",
+        "draw of the cohort: by chance, by the number of examples, or among "
+        "reachable clients",
         STATIC,
     ),
     Option(
         "availability.dropout",
         SHARE,
-        "chance per client and round of being lost",
+        "chance that a client of the cohort is lost in a round",
         TRACED,
     ),
     Option(
         "availability.early",
         SHARE,
-        "share of the lost that never start training",
+        "share of those that are lost before they train",
         TRACED,
     ),
-    Option("channel.kind", ("wired", "wireless"), "wired | wireless"),
     Option(
-        "channel.radius", Range(NEAREST, 100, open_low=True), "km, of the cell", TRACED
+        "channel.kind",
+        ("wired", "wireless"),
+        "links: those of the devices, or one radio cell that bounds them",
     ),
-    Option("channel.shadowing", Range(0, 50), "dB, standard deviation", TRACED),
+    Option(
+        "channel.radius",
+        Range(NEAREST, 100, open_low=True),
+        "radius of the cell, km",
+        TRACED,
+    ),
+    Option(
+        "channel.shadowing",
+        Range(0, 50),
+        "standard deviation of the shadowing, dB",
+        TRACED,
+    ),
     Option(
         "channel.persistence",
         SHARE,
@@ -313,68 +456,99 @@ OPTIONS: tuple[Option, ...] = (
         TRACED,
     ),
     Option(
-        "channel.min_snr", Range(-100, 100), "dB, below it there is no link", TRACED
+        "channel.min_snr",
+        Range(-100, 100),
+        "signal-to-noise ratio below which there is no link, dB",
+        TRACED,
     ),
-    Option("channel.bandwidth", POSITIVE, "Hz for each client", TRACED),
-    Option("channel.power_up", Range(-100, 100), "dBm, of a client", TRACED),
-    Option("channel.power_down", Range(-100, 100), "dBm, of the station", TRACED),
+    Option("channel.bandwidth", POSITIVE, "bandwidth of each client, Hz", TRACED),
     Option(
-        "drift.labels", SHARE, "share of their examples that clients hand on", TRACED
+        "channel.power_up", Range(-100, 100), "transmit power of a client, dBm", TRACED
+    ),
+    Option(
+        "channel.power_down",
+        Range(-100, 100),
+        "transmit power of the station, dBm",
+        TRACED,
+    ),
+    Option(
+        "drift.labels",
+        SHARE,
+        "share of its examples that a drifting client hands on to another; 0: none",
+        TRACED,
     ),
     Option(
         "drift.images",
         ("none", *DISTORTIONS),
-        "none | rotate | blur | contrast",
+        "drift of the images of drifting clients",
         STATIC,
     ),
     Option(
         "drift.strength",
         NON_NEGATIVE,
-        "degrees, pixels, or share of the contrast",
+        "amount of a complete image drift: degrees, pixels, or share of the contrast",
         TRACED,
     ),
-    Option("drift.share", SHARE, "of the clients"),
+    Option("drift.share", SHARE, "share of the clients that drift"),
     Option(
         "drift.start", NON_NEGATIVE, "first round with drift, counted from 0", TRACED
     ),
-    Option("drift.rounds", COUNT, "until it is complete; 1 is abrupt", TRACED),
+    Option(
+        "drift.rounds", COUNT, "rounds until the drift is complete; 1 is abrupt", TRACED
+    ),
     Option(
         "reaction.kind",
         ("none", "reset", "hasten"),
-        "none | reset | hasten, when fitness falls short",
+        "reaction when a client's feedback falls short of its fitness: its "
+        "scores are reset, or learn faster",
         STATIC,
     ),
     Option(
         "reaction.slack", NON_NEGATIVE, "shortfall of fitness that is tolerated", TRACED
     ),
     Option(
-        "reaction.threshold", POSITIVE, "accumulated shortfall that is an alarm", TRACED
-    ),
-    Option("reaction.haste", Range(1), "rounds of learning in one, of hasten", TRACED),
-    Option("reaction.rounds", NON_NEGATIVE, "of haste after an alarm", TRACED),
-    Option(
-        "reaction.evidence",
-        COUNT,
-        "scores of a pair before it raises any suspicion",
+        "reaction.threshold",
+        POSITIVE,
+        "accumulated shortfall that raises an alarm",
         TRACED,
     ),
     Option(
-        "evaluation.dense_experts", COUNT, "up to so many, all see every test image"
+        "reaction.haste",
+        Range(1),
+        "rounds of learning in one after an alarm, of hasten",
+        TRACED,
     ),
-    Option("checkpoint.every", COUNT, "rounds; a multiple of chunk_rounds"),
+    Option("reaction.rounds", NON_NEGATIVE, "rounds of haste after an alarm", TRACED),
+    Option(
+        "reaction.evidence",
+        COUNT,
+        "scores of a pair before its shortfall counts",
+        TRACED,
+    ),
+    Option(
+        "evaluation.dense_experts",
+        COUNT,
+        "largest number of experts of which each one sees every test image; "
+        "beyond it only those that some gate chooses",
+    ),
+    Option(
+        "checkpoint.every",
+        COUNT,
+        "rounds from one checkpoint to the next, a multiple of chunk_rounds",
+    ),
     Option("checkpoint.keep", COUNT, "newest checkpoints that stay on disk"),
     Option("run.client_chunk", COUNT, "clients vmapped at once on each device", STATIC),
     Option(
         "run.num_devices",
         NON_NEGATIVE,
-        "of all processes; 0: all, one per client at most",
+        "devices of all processes together; 0: all, at most one per client",
     ),
     Option(
         "run.memory_limit_gb",
         POSITIVE,
-        "estimated memory beyond which a run is refused",
+        "estimated memory beyond which a run is refused, GB",
     ),
-    Option("run.tensorboard", None, "write TensorBoard events"),
+    Option("run.tensorboard", None, "whether TensorBoard events are written"),
 )
 
 # (field, other): field <= other
@@ -392,12 +566,15 @@ MULTIPLE = (
 )
 
 
-def check(
-    name: str, value: Any, allowed: Range | tuple[str, ...], where: str = ""
-) -> None:
+def describe(allowed: Allowed) -> str:
+    """Allowed values in words, as messages and pages have them."""
+    return str(allowed) if isinstance(allowed, Range) else ", ".join(allowed)
+
+
+def check(name: str, value: Any, allowed: Allowed, where: str = "") -> None:
     """Raises UserError unless `value` is allowed in the field `name`."""
     if value not in allowed:
-        text = str(allowed) if isinstance(allowed, Range) else ", ".join(allowed)
+        text = describe(allowed)
         raise UserError(f"{name}={value!r} is not allowed{where}; allowed: {text}")
 
 
@@ -475,3 +652,75 @@ def validate(config: ConfigDict) -> None:
                 f"{name}={values[name]} is not allowed; "
                 f"allowed: multiples of {other}={values[other]}"
             )
+
+
+class Field(NamedTuple):
+    """One field of the default config, as pages show it.
+
+    Attributes:
+      group: the group of the config that it belongs to, "" for none.
+      name: dotted.
+      default: its value in `configs.default`.
+      allowed: in words; empty where the meaning says it.
+      scope: `host`, `static` or `traced`, see `Option.scope`.
+      about: its meaning and unit.
+    """
+
+    group: str
+    name: str
+    default: Any
+    allowed: str
+    scope: str
+    about: str
+
+
+def make_field(option: Option, value: Any) -> Field:
+    """The field of an option whose default is `value`."""
+    group = option.name.rpartition(".")[0]
+    allowed = "True, False" if isinstance(value, bool) else ""
+    if option.allowed is not None:
+        allowed = describe(option.allowed)
+    return Field(group, option.name, value, allowed, option.scope, option.about)
+
+
+def list_fields() -> list[Field]:
+    """Every field of the default config: the groups in the order of the tables."""
+    values = flatten(default.get_config().to_dict())
+    fields = [make_field(o, values[name]) for name, o in list_options().items()]
+    groups = list(dict.fromkeys(field.group for field in fields))
+    return sorted(fields, key=lambda field: groups.index(field.group))
+
+
+HEAD = f"""\
+# Config fields
+
+`python -m fedmoe_jax.config > docs/config.md` writes this page from the tables that
+check the fields.
+
+Every field is a flag, `--config.FIELD=VALUE`; the defaults are those of
+`fedmoe_jax/configs/default.py`. Its scope says what another value costs:
+
+* **{TRACED}**: a number that enters the compiled program as an argument. Runs that
+  differ in such fields alone share one program, side by side in a comparison.
+* **{STATIC}**: shapes the compiled program. Another value compiles another one.
+* **{HOST}**: read while a run is planned, loaded or saved. Sizes and parts of the model
+  compile another program; the seed, the split and the devices do not.
+"""
+
+
+def make_page() -> str:
+    """`docs/config.md`: a table of fields for every group of the config."""
+    lines, last = [HEAD], None
+    for field in list_fields():
+        if field.group != last:
+            title = f"`{field.group}`" if field.group else "The run"
+            head = "| field | default | allowed | scope | meaning |"
+            lines += ["", f"## {title}", "", head, "|---|---|---|---|---|"]
+        row = (f"`{field.name}`", f"`{field.default!r}`", *field[3:])
+        lines.append(f"| {' | '.join(row)} |")
+        last = field.group
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(make_page(), end="")
