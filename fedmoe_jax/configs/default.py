@@ -1,8 +1,8 @@
 """One load-balanced run on the embedded digits; every default of the project.
 
-    python launch.py --workdir=DIR
+    python -m fedmoe_jax --workdir=DIR
 
-`python launch.py --help` and docs/config.md describe every field. Other studies
+`python -m fedmoe_jax --help` and docs/config.md describe every field. Other studies
 start from this file and change what they study. The argument `smoke`
 (`--config=configs/default.py:smoke`) is the same run in a few seconds.
 """

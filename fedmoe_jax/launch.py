@@ -4,12 +4,14 @@
     python launch.py --config=configs/compare.py:digits --workdir=runs/digits
     python launch.py --workdir=runs/try --config.strategy=greedy --config.seed=3
 
-A second call with the same arguments resumes. On several hosts the same call is made
+`python -m fedmoe_jax` is the same program. A second call with the same arguments
+resumes. On several hosts the same call is made
 on each, with --coordinator_address, --num_processes and --process_id. Exit code 0:
 finished; 1: another process died; 2: a mistake in the flags, config, data or work
 folder, told in one line; 3: stopped early, resumable.
 """
 
+import functools
 import os
 import re
 import shlex
@@ -22,8 +24,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-ROOT = Path(__file__).parent
-DEFAULT_CONFIG = str(ROOT / "configs" / "default.py")
+from fedmoe_jax.options import UserError
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an argument after a colon."
@@ -65,13 +68,18 @@ def describe_fields() -> str:
     )
 
 
+def prepare_help() -> None:
+    """Makes absl's help that of this module, whichever file was started."""
+    fields = f"\nconfig fields, their defaults and meanings:\n\n{describe_fields()}\n"
+    sys.modules["__main__"].__doc__ = __doc__ + fields
+    for flag in flags.FLAGS.get_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses absl flags; a mistake ends the program with one line and code 2."""
     if {"--help", "-help", "--helpfull"} & set(argv):
-        fields = (
-            f"\nconfig fields, their defaults and meanings:\n\n{describe_fields()}\n"
-        )
-        sys.modules["__main__"].__doc__ += fields
+        prepare_help()
     if not re.search(r" --?config[ =]", " ".join(["", *argv[1:], ""])):
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
@@ -171,17 +179,23 @@ def join_hosts(config: ConfigDict, request: str) -> None:
     multihost.handshake(request)
 
 
-def main(argv: list[str]) -> int:
-    """Parses nothing more: flags are absl's. Returns the exit code."""
-    if len(argv) > 1:
-        return refuse(f"unexpected argument {argv[1]!r}; see --help")
-    stop = Stop()  # before JAX is imported, which an interrupt would break off
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+def name_command() -> str:
+    """The command that started this process, to be given again."""
     python = os.path.relpath(sys.executable)  # where packages are, maybe a venv
     if python.startswith(os.pardir):
         python = "python"
-    command = shlex.join([python, *sys.argv])
-    from fedmoe_jax.options import UserError
+    script, *words = sys.argv
+    as_module = Path(script) == Path(__file__).with_name("__main__.py")
+    program = ["-m", "fedmoe_jax"] if as_module else [script]
+    return shlex.join([python, *program, *words])
+
+
+def main(argv: list[str], stop: Stop) -> int:
+    """Parses nothing more: flags are absl's. Returns the exit code."""
+    if len(argv) > 1:
+        return refuse(f"unexpected argument {argv[1]!r}; see --help")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+    command = name_command()
     from fedmoe_jax.runtime import multihost
 
     config, workdir, profile = _CONFIG.value, Path(_WORKDIR.value), _PROFILE.value
@@ -198,5 +212,7 @@ def main(argv: list[str]) -> int:
     return 3
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+def start() -> None:
+    """Runs the program and exits."""
+    stop = Stop()  # before JAX is imported, which an interrupt would break off
+    app.run(functools.partial(main, stop=stop), flags_parser=parse_flags)
