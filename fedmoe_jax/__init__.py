@@ -1,0 +1,40 @@
+"""Federated mixture-of-experts training in JAX and Flax.
+
+A name is imported when it is first used, so that importing the package imports neither
+JAX nor a model, and the program can set signals and flags before.
+"""
+
+import importlib
+from typing import Any
+
+_MODULES = {
+    "Data": "base",
+    "Task": "base",
+    "Model": "base",
+    "Strategy": "base",
+    "Process": "base",
+    "Option": "options",
+    "UserError": "options",
+}
+__all__ = [*_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _find_version()
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _find_version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(__name__)
+    except metadata.PackageNotFoundError:
+        return "0+unknown"  # a checkout
