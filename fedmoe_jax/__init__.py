@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "load_plugins": "plugins",
     "Data": "base",
     "Task": "base",
     "Model": "base",

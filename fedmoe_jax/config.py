@@ -5,7 +5,7 @@
 writes the page of all fields.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -26,8 +26,9 @@ from fedmoe_jax.options import (
     Range,
     UserError,
 )
+from fedmoe_jax.plugins import find_tables, list_plugins
 from fedmoe_jax.runtime.files import flatten
-from fedmoe_jax.strategies import STRATEGIES, find_strategy
+from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.world.channel import NEAREST
 from fedmoe_jax.world.devices import WIDEST
 from fedmoe_jax.world.drift import DISTORTIONS
@@ -86,6 +87,11 @@ OPTIONS: tuple[Option, ...] = (
         None,
         "name of the strategy, which decides who trains which experts; see "
         "docs/strategies.md",
+    ),
+    Option(
+        "plugins",
+        None,
+        "modules whose records have joined the tables; set by --plugins",
     ),
     Option(
         "data.name",
@@ -579,9 +585,19 @@ def check(name: str, value: Any, allowed: Allowed, where: str = "") -> None:
 
 
 def list_options() -> dict[str, Option]:
-    """Every field of a config by its name: the shared ones and all strategies'."""
-    owned = [option for strategy in STRATEGIES.values() for option in strategy.options]
+    """Every field of a config by its name: the shared ones and those of all records."""
+    records = (record for table in find_tables().values() for record in table.values())
+    owned = [option for record in records for option in getattr(record, "options", ())]
     return {option.name: option for option in (*OPTIONS, *owned)}
+
+
+def check_plugins(plugins: Iterable[str]) -> None:
+    """Raises UserError unless the plug-ins of a config are those that have joined."""
+    if tuple(plugins) != list_plugins():
+        raise UserError(
+            f"the run has --plugins={','.join(plugins) or None}; here it is "
+            f"--plugins={','.join(list_plugins()) or None}; allowed: the same"
+        )
 
 
 def check_drift(values: dict[str, Any]) -> None:
@@ -634,6 +650,7 @@ def validate(config: ConfigDict) -> None:
     for name, option in options.items():
         if option.allowed is not None:
             check(name, values[name], option.allowed)
+    check_plugins(values["plugins"])
     strategy = find_strategy(values["strategy"])
     where = f" with strategy={values['strategy']!r}"
     for name, allowed in strategy.allowed:

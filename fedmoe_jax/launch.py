@@ -5,7 +5,8 @@
     python launch.py --workdir=runs/try --config.strategy=greedy --config.seed=3
 
 `python -m fedmoe_jax` is the same program. A second call with the same arguments
-resumes. On several hosts the same call is made
+resumes. --plugins names modules whose strategies, data sets and so on join the
+package's, and whose fields join the config. On several hosts the same call is made
 on each, with --coordinator_address, --num_processes and --process_id. Exit code 0:
 finished; 1: another process died; 2: a mistake in the flags, config, data or work
 folder, told in one line; 3: stopped early, resumable.
@@ -25,6 +26,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fedmoe_jax.options import UserError
+from fedmoe_jax.plugins import load_plugins
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
 
@@ -42,6 +44,9 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Which of them this is, from 0; process 0 writes and prints."
+)
+_PLUGINS = flags.DEFINE_list(
+    "plugins", [], "Modules whose records join the tables, read before the config."
 )
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "Trace a few rounds into WORKDIR/profile for TensorBoard."
@@ -76,8 +81,25 @@ def prepare_help() -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
+def join_plugins(argv: list[str]) -> None:
+    """Joins the modules that --plugins names, before the other flags are parsed."""
+    early = flags.FlagValues()
+    early.set_gnu_getopt(True)
+    flags.DEFINE_list("plugins", [], "", flag_values=early)
+    early(argv, known_only=True)
+    if early.plugins:
+        sys.path.append(os.getcwd())  # where `python -m` looks, and a script does not
+        load_plugins(*early.plugins)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses absl flags; a mistake ends the program with one line and code 2."""
+    try:
+        join_plugins(argv)
+    except UserError as error:
+        sys.exit(refuse(str(error)))
+    except flags.Error as error:
+        sys.exit(refuse(f"{error}; see --help"))
     if {"--help", "-help", "--helpfull"} & set(argv):
         prepare_help()
     if not re.search(r" --?config[ =]", " ".join(["", *argv[1:], ""])):
@@ -173,7 +195,13 @@ def join_hosts(config: ConfigDict, request: str) -> None:
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
     )
     per_process = -(-config.run.num_devices // (_NUM_PROCESSES.value or 1))
-    set_cpu_devices(per_process, local_processes)
+    try:
+        set_cpu_devices(per_process, local_processes)
+    except RuntimeError:
+        raise UserError(
+            f"--plugins={','.join(_PLUGINS.value)} computes with JAX while it is "
+            "imported; allowed: arrays made inside functions"
+        ) from None
     keep_host()
     keep_programs()
     multihost.handshake(request)
@@ -197,10 +225,12 @@ def main(argv: list[str], stop: Stop) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
     command = name_command()
     from fedmoe_jax.runtime import multihost
+    from fedmoe_jax.train.workdir import check_plugins
 
     config, workdir, profile = _CONFIG.value, Path(_WORKDIR.value), _PROFILE.value
     try:
         join_hosts(config, f"{config} {workdir} {profile}")
+        multihost.on_leader(check_plugins, workdir)
         if run(config, workdir, command, stop, profile):
             return 0
     except UserError as error:

@@ -7,7 +7,11 @@ start from this file and change what they study. The argument `smoke`
 (`--config=configs/default.py:smoke`) is the same run in a few seconds.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
+
+from fedmoe_jax.plugins import list_defaults, list_plugins
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -26,6 +30,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.local_epochs = 0.0
     config.batch_size = 32
     config.strategy = "load_balanced"
+    config.plugins = list_plugins()
 
     config.data = ConfigDict()
     config.data.name = "digits"
@@ -207,11 +212,22 @@ def get_config(argument: str = "") -> ConfigDict:
     config.run.memory_limit_gb = 8.0
     config.run.tensorboard = True
 
+    for name, value in list_defaults().items():
+        add_field(config, name, value)
+
     if argument == "smoke":
         shrink(config)
     elif argument:
         raise ValueError(f"config argument {argument!r} is unknown; allowed: smoke")
     return config
+
+
+def add_field(config: ConfigDict, name: str, value: Any) -> None:
+    """Adds the field of a plug-in, and its group where there is none yet, in place."""
+    group, _, field = name.rpartition(".")
+    if group and group not in config:
+        config[group] = ConfigDict()
+    (config[group] if group else config)[field] = value
 
 
 def shrink(config: ConfigDict) -> None:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.config import FREE_FIELDS
 from fedmoe_jax.data.partition import load_partition, save_partition
 from fedmoe_jax.options import UserError
+from fedmoe_jax.plugins import list_plugins
 from fedmoe_jax.runtime.files import read_json, write_atomically, write_json
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.types import Partition
@@ -39,6 +40,23 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
             f"workdir={workdir} cannot be used ({error.strerror or error}); "
             "allowed: a folder that can be written"
         ) from None
+
+
+def check_plugins(workdir: Path) -> None:
+    """Checks that the run in the folder, if there is one, has the plug-ins given now.
+
+    Raises:
+      UserError: it has others.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    recorded = tuple(read_json(workdir / "config.json").get("plugins", ()))
+    if recorded != list_plugins():
+        raise UserError(
+            f"--plugins={','.join(list_plugins())} is not allowed; allowed: "
+            f"--plugins={','.join(recorded)}, with which the run in {workdir} was "
+            "started, or a new workdir"
+        )
 
 
 def check_same_run(saved: dict[str, Any], config: ConfigDict) -> None:

@@ -99,6 +99,9 @@ BAD = {
     "no value": (["--config"], "--config"),
     "unknown flag": (["--rounds=3"], "'rounds'"),
     "unknown word": (["runs/here"], "'runs/here'"),
+    "no plug-in": (["--plugins=json,none_such"], "json defines no table"),
+    "unknown plug-in": (["--plugins", "none_such"], "no module 'none_such'"),
+    "plug-ins in the config": (["--config.plugins=('mine',)"], "has --plugins=mine"),
     "change": ([DIGITS, "--config.compare.changes=('lr=3',)"], "has 'lr=3'"),
     "seeds": ([DIGITS, "--config.compare.seeds=('a',)"], "compare.seeds"),
     "no seeds": ([DIGITS, "--config.compare.seeds=()"], "compare.seeds"),
@@ -214,7 +217,7 @@ def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
 def test_help_is_the_same_of_both_programs(program, tmp_path):
     _, out, _ = start(tmp_path, *program, "--help")
     assert "  --config.fitness.rate=0.3\n" in out
-    for flag in ("--workdir", "--coordinator_address", "--[no]profile"):
+    for flag in ("--plugins", "--workdir", "--coordinator_address", "--[no]profile"):
         assert f"\n  {flag}" in out
     assert "weight of the newest feedback" in out
 
