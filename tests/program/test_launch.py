@@ -230,6 +230,16 @@ def test_the_command_to_resume_is_the_one_that_was_given(monkeypatch):
     assert launch.name_command().endswith(" launch.py --workdir=x")
 
 
+def test_a_run_of_an_older_version_is_refused_in_one_line(command, tmp_path):
+    config = default.get_config("smoke").to_dict()
+    del config["plugins"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = command(SMOKE, f"--workdir={tmp_path}")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert "older version of fedmoe_jax" in err and "no field plugins" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_an_interrupt_before_the_first_round_is_a_wish_to_stop(command, monkeypatch):
     def interrupted(config, workdir, text, stop, profile):
         assert not stop()
