@@ -1,5 +1,10 @@
 """Federated mixture-of-experts training in JAX and Flax.
 
+    import fedmoe_jax
+    from fedmoe_jax.configs import default
+
+    run = fedmoe_jax.run(default.get_config("smoke"))
+
 A name is imported when it is first used, so that importing the package imports neither
 JAX nor a model, and the program can set signals and flags before.
 """
@@ -8,6 +13,10 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "run": "api",
+    "load_run": "api",
+    "predict": "api",
+    "Run": "api",
     "load_plugins": "plugins",
     "Data": "base",
     "Task": "base",
