@@ -25,28 +25,34 @@ PROFILED_CHUNKS = 3
 _compiled: dict[tuple, Callable] = {}
 
 
+def ignore_row(row: Row) -> None:
+    """For callers that read the rows from disk."""
+
+
 class Job(NamedTuple):
     """What one loop advances: a run, or the runs of a sweep that share a program.
 
     Attributes:
       names: what progress calls the runs.
-      folders: where each run's rows go.
+      folders: where each run's rows go; None for a run that is not kept on disk.
       state: the state before the first round, on the devices.
       inputs: the federation and the hyperparameters, on the devices.
       frozen: the parts in `federation.frozen` that the runs froze themselves.
       run_rounds: jitted (state, *inputs) -> (state, metrics), R rounds.
       evaluate: jitted (state, *inputs) -> accuracies.
       split: takes metrics on the host apart, one dict for each run.
+      on_row: called with every row of every run, as `metrics.jsonl` has it.
     """
 
     names: list[str]
-    folders: list[Path]
+    folders: list[Path | None]
     state: SimState
     inputs: tuple[PyTree, PyTree]
     frozen: tuple[str, ...]
     run_rounds: Callable
     evaluate: Callable
     split: Callable[[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]
+    on_row: Callable[[Row], None] = ignore_row
 
 
 def compile_once(function: Callable, *arguments: PyTree) -> tuple[Callable, float]:
@@ -132,7 +138,7 @@ def list_rows(
 def drive(
     config: ConfigDict,
     job: Job,
-    checkpoints: Path,
+    checkpoints: Path | None,
     *,
     stop: Callable[[], bool],
     profile: Path | None,
@@ -145,7 +151,7 @@ def drive(
     Args:
       config: rounds, evaluation, checkpoints; of any of the runs.
       job: what to run.
-      checkpoints: their folder.
+      checkpoints: their folder; None to restore and save nothing.
       stop: asked after every chunk of rounds; true saves and ends the loop early.
       profile: where a trace of a few chunks goes, or None.
 
@@ -155,9 +161,11 @@ def drive(
     """
     total = config.num_rounds
     with contextlib.ExitStack() as stack:
-        keep = config.checkpoint.keep
-        store = stack.enter_context(checkpoint.open_checkpoints(checkpoints, keep))
-        restored = multihost.run_on_all(checkpoint.restore_latest, store, job.state)
+        store, restored = None, None
+        if checkpoints:
+            keep = config.checkpoint.keep
+            store = stack.enter_context(checkpoint.open_checkpoints(checkpoints, keep))
+            restored = multihost.run_on_all(checkpoint.restore_latest, store, job.state)
         state, done = restored or (job.state, 0)
         write = stack.enter_context(open_writers(config, job, done))
         if done >= total:
@@ -178,7 +186,7 @@ def drive(
             write(rows)
             update([run_rows[-1] for run_rows in rows])
             last, spent = stop() or done >= total, {}
-            if last or done % config.checkpoint.every == 0:
+            if store and (last or done % config.checkpoint.every == 0):
                 spent = save(store, done, state, len(job.names))
             if last:
                 return state, done, spent
@@ -229,7 +237,7 @@ def open_writers(
         def write(rows: list[list[Row]]) -> None:
             for writer, run_rows in zip(writers, rows, strict=multihost.is_leader()):
                 for row in run_rows:
-                    writer(row)
+                    job.on_row(writer(row))
 
         yield write
 

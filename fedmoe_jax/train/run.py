@@ -29,7 +29,7 @@ from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.state import init_state, prepare_state
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train import memory
-from fedmoe_jax.train.loop import Job, compile_once, drive, settle_frozen
+from fedmoe_jax.train.loop import Job, compile_once, drive, ignore_row, settle_frozen
 from fedmoe_jax.train.workdir import claim_run, is_finished
 from fedmoe_jax.types import AlignState, Federation, Hyper, Partition
 from fedmoe_jax.world.participation import Participation
@@ -132,8 +132,8 @@ def plan_one(config: ConfigDict) -> Plan:
     return plan
 
 
-def build_job(plan: Plan, workdir: Path, label: str) -> Job:
-    """Puts one run on the devices, ready for the driver."""
+def build_job(plan: Plan, workdir: Path | None, label: str) -> Job:
+    """Puts one run on the devices, ready for the driver; see `Job.folders`."""
     program, mesh = plan.program, plan.program.mesh
     hyper = replicate(plan.hyper, mesh)
     key = jax.random.key(plan.config.seed)
@@ -176,6 +176,7 @@ def train(
     stop: Callable[[], bool],
     label: str,
     profile: bool,
+    on_row: Callable[[Row], None] = ignore_row,
 ) -> bool:
     """Runs or resumes one run; returns whether it is finished.
 
@@ -185,6 +186,7 @@ def train(
       stop: asked after every chunk of rounds; true saves and ends the run early.
       label: what progress calls the run.
       profile: whether to trace a few rounds into `workdir/profile`.
+      on_row: called with the row of every round that is run now.
 
     Raises:
       UserError: a mistake in config, data, folder or checkpoint; a bad config leaves
@@ -196,7 +198,7 @@ def train(
         print(f"{workdir} holds all {config.num_rounds} rounds already")
         return True
     claim_runs([plan], [workdir])
-    job = build_job(plan, workdir, label)
+    job = build_job(plan, workdir, label)._replace(on_row=on_row)
     folder = workdir / "profile" if profile else None
     return run_job(job, [plan], workdir / "checkpoints", stop=stop, profile=folder)
 
