@@ -11,28 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from fedmoe_jax.base import Route
 from fedmoe_jax.config import validate
 from fedmoe_jax.configs import default
-from fedmoe_jax.models.image_moe import apply_experts
-from fedmoe_jax.models.routing import gate_logits
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
+from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.files import read_json
-from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
-from fedmoe_jax.scoring import answer_experts, route_all
-from fedmoe_jax.state import init_state
-from fedmoe_jax.tasks.images import normalise
 from fedmoe_jax.train import checkpoint
-from fedmoe_jax.train.loop import drive, ignore_row
-from fedmoe_jax.train.run import Plan, build_job, plan_one, plan_run, train
+from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
+from fedmoe_jax.train.plan import Member, Plan, plan_waves
+from fedmoe_jax.train.run import build_job, train
 from fedmoe_jax.train.workdir import check_plugins, check_version
-from fedmoe_jax.train.writers import Row, read_metrics
-from fedmoe_jax.types import Array, PyTree, SimState
+from fedmoe_jax.types import PyTree, SimState
 
 BATCH = 500  # inputs that `predict` takes at once
 
@@ -45,14 +40,16 @@ class Run(NamedTuple):
       rows: field of the rows -> its values, [rounds, ...] float64 with NaN where a
         round has none, int64 where all are whole; the fields of `metrics.jsonl`.
       state: the simulation after its newest round or checkpoint, NumPy leaves, the key
-        as its data; None where the folder has no checkpoint of its own, as in a run
-        that has just begun or belongs to a comparison.
+        as its data, without an axis S; None where the folder has no checkpoint of its
+        own, as in a run that has just begun or belongs to a comparison.
+      frozen: the parts of the model that are not trained; None likewise.
       plan: its program, data and federation; None likewise.
     """
 
     config: ConfigDict
     rows: dict[str, np.ndarray]
     state: SimState | None
+    frozen: PyTree
     plan: Plan | None
 
     @property
@@ -104,10 +101,11 @@ def run(
         rows.append(row)
         on_row(row)
 
-    plan = plan_one(config)
-    job = build_job(plan, None, config.strategy)._replace(on_row=take)
-    state, _, _ = drive(config, job, None, stop=lambda: False, profile=None)
-    return Run(config, stack_rows(rows), to_host(state), plan)
+    (wave,) = plan_waves([Member(config.strategy, config)])
+    job = build_job(wave, [None])._replace(on_row=take)
+    end = drive(config, job, None, stop=lambda: False, profile=None)
+    kept = take_run(end.state, end.inputs)
+    return Run(config, stack_rows(rows), *kept, wave.plans[0])
 
 
 def load_run(folder: str | Path) -> Run:
@@ -134,26 +132,34 @@ def load_run(folder: str | Path) -> Run:
     config = ConfigDict(to_tuples(saved))
     rows = stack_rows(read_metrics(folder / "metrics.jsonl"))
     if not (folder / "checkpoints").is_dir():
-        return Run(config, rows, None, None)
+        return Run(config, rows, None, None, None)
     adopt_devices(config.run.num_devices)
-    plan = plan_run(keep_devices(config, folder), build_mesh(1))
-    found = checkpoint.read_latest(folder / "checkpoints", shape_state(plan))
-    return Run(config, rows, found and to_host(found[0]), plan)
+    (wave,) = plan_waves([Member(config.strategy, keep_devices(config, folder))])
+    job = build_job(wave, [None])
+    found = checkpoint.read_latest(folder / "checkpoints", job.state)
+    if found is None:
+        return Run(config, rows, None, None, None)
+    state, done = found
+    inputs = restore_frozen(job, folder / "checkpoints", done)
+    return Run(config, rows, *take_run(state, inputs), wave.plans[0])
 
 
-def predict(run: Run, inputs: np.ndarray, client: int | None = None) -> np.ndarray:
+def predict(
+    run: Run, inputs: np.ndarray | PyTree, client: int | None = None
+) -> np.ndarray:
     """The outputs of a run's model for new inputs, routed over all experts.
 
     It is the model of the global accuracy: top-A of all E experts.
 
     Args:
       run: from `run` or `load_run`.
-      inputs: [B, H, W, F] uint8, images as the data set has them.
+      inputs: rows as the data set has them, leaves [B, ...] by name, without the
+        targets; of images the array alone will do, [B, H, W, F] uint8.
       client: in [0, N), whose model to take where parts of it are personal.
 
     Returns:
-      [B, L] float32: logits of the classes, or their probabilities where the strategy
-      mixes probabilities.
+      [B, ...] outputs of the model: of images [B, L] float32, logits of the classes, or
+      the logarithms of their probabilities where the strategy mixes probabilities.
 
     Raises:
       UserError: inputs of another shape or dtype, a client that is missing or not
@@ -161,40 +167,63 @@ def predict(run: Run, inputs: np.ndarray, client: int | None = None) -> np.ndarr
     """
     if run.state is None or run.plan is None:
         raise UserError("run has no checkpoint; allowed: a run with a model")
-    inputs, shape = np.asarray(inputs), run.plan.data.train_x.shape[1:]
-    if inputs.shape[1:] != shape or inputs.dtype != np.uint8 or not len(inputs):
-        raise UserError(
-            f"inputs are {inputs.dtype}{list(inputs.shape)}; allowed: "
-            f"uint8[B, {', '.join(map(str, shape))}]"
-        )
+    rows = fill_rows(run.plan.data.test, inputs)
     personal = take_client(run.state.personal, client)
-    federation = run.plan.federation
-    apply = lambda x: apply_model(
-        run.plan.program, run.params, personal, federation.mean, federation.std, x
+    statistics = run.plan.federation.statistics
+    apply = lambda rows: apply_model(
+        run.plan.program, run.params, run.frozen, personal, statistics, rows
     )
-    starts = range(0, len(inputs), BATCH)
-    return np.concatenate([apply(inputs[start : start + BATCH]) for start in starts])
+    starts = range(0, len(jax.tree.leaves(rows)[0]), BATCH)
+    take = lambda start: {name: x[start : start + BATCH] for name, x in rows.items()}
+    return np.concatenate([apply(take(start)) for start in starts])
+
+
+def fill_rows(like: PyTree, inputs: np.ndarray | PyTree) -> PyTree:
+    """Rows with all leaves of a data set; those that are not given are zeros.
+
+    Raises:
+      UserError: leaves that the data set has not, or of another shape or dtype.
+    """
+    given = inputs if isinstance(inputs, dict) else {"x": inputs}
+    given = {name: np.asarray(leaf) for name, leaf in given.items()}
+    for name, leaf in given.items():
+        wanted = like.get(name)
+        fits = wanted is not None and leaf.shape[1:] == wanted.shape[1:]
+        if not fits or leaf.dtype != wanted.dtype or not len(leaf):
+            allowed = {
+                n: f"{x.dtype}[B{''.join(f', {s}' for s in x.shape[1:])}]"
+                for n, x in like.items()
+            }
+            raise UserError(
+                f"inputs[{name!r}] is {leaf.dtype}{list(leaf.shape)}; allowed: "
+                + ", ".join(f"{n!r} {shape}" for n, shape in allowed.items())
+            )
+    count = len(next(iter(given.values())))
+    empty = lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype)
+    return {name: given.get(name, empty(leaf)) for name, leaf in like.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply_model(
     program: Program,
     params: PyTree,
+    frozen: PyTree,
     personal: PyTree,
-    mean: Array,
-    std: Array,
-    x: Array,
-) -> Array:
-    """Outputs [B, L] of the whole model, with ONE client's own parts or {}."""
-    model, strategy, sizes = program.model, program.strategy, program.sizes
-    everything = jnp.arange(sizes.num_experts)[None]
+    statistics: PyTree,
+    rows: PyTree,
+) -> PyTree:
+    """Outputs of the whole model, with ONE client's own parts or {}."""
+    strategy, sizes = program.strategy, program.sizes
+    shape = sizes.num_layers, sizes.num_experts
+    everything = jnp.broadcast_to(jnp.arange(sizes.num_experts), shape)
     whole = take_submodel(params, personal, everything, strategy.local_experts)
-    features = model.stem(whole["stem"], normalise(x, mean, std), None)
-    logits = gate_logits(whole["gate"]["moe"], features)
-    gates = route_all(logits, strategy.test_active or sizes.num_active)
-    outputs = apply_experts(model, whole["experts"]["moe"], features, None)
-    answers = answer_experts(whole["head"], outputs, program)
-    return jnp.einsum("be,bel->bl", gates, answers)
+    whole |= {part: frozen[part] for part in strategy.frozen}
+    route = Route(strategy.test_active or sizes.num_active, strategy.mix)
+    batch, slots = program.task.prepare(rows, statistics), jnp.ones(shape, bool)
+    outputs, _ = program.model.apply(
+        whole, frozen, batch, everything, slots, route, None
+    )
+    return outputs
 
 
 def take_client(personal: PyTree, client: int | None) -> PyTree:
@@ -239,14 +268,10 @@ def keep_devices(config: ConfigDict, folder: Path) -> ConfigDict:
     return config
 
 
-def shape_state(plan: Plan) -> SimState:
-    """Shapes, dtypes and shardings of the run's state."""
-    init = lambda key, hyper: init_state(key, hyper, plan.program)
-    everywhere = NamedSharding(plan.program.mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(init, jax.random.key(0), plan.hyper),
-    )
+def take_run(state: SimState, inputs: tuple[PyTree, PyTree]) -> tuple:
+    """State and frozen parts of the only run of a wave, on the host."""
+    first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+    return to_host(first(state)), jax.device_get(first(inputs[0].frozen))
 
 
 def to_host(state: SimState) -> SimState:

@@ -49,11 +49,6 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
 
-def has_steps(folder: Path) -> bool:
-    """Whether a folder holds saved rounds, intact or damaged."""
-    return any(path.name.split(".")[0].isdigit() for path in folder.glob("*"))
-
-
 def save(store: ocp.CheckpointManager, step: int, state: PyTree) -> None:
     """Starts saving `state` as round `step`; the state may be donated right after.
 
@@ -90,7 +85,7 @@ def read_latest(folder: Path, like: PyTree) -> tuple[PyTree, int] | None:
 
 
 def restore_latest(
-    store: ocp.CheckpointManager, like: PyTree
+    store: ocp.CheckpointManager, like: PyTree, until: int | None = None
 ) -> tuple[PyTree, int] | None:
     """The newest intact state and its round; None where nothing was ever saved.
 
@@ -98,23 +93,25 @@ def restore_latest(
       store: from `open_checkpoints`.
       like: the state expected, of arrays or of `jax.ShapeDtypeStruct` with a sharding;
         the restored leaves take its shardings.
+      until: the newest round that is allowed; None for any.
 
     Raises:
       UserError: the state on disk has other leaves, shapes or dtypes than `like`, or
         there are steps and none is intact.
     """
-    found, damaged = _find_latest(store, like)
+    found, damaged = _find_latest(store, like, until)
     if found:
         _set_aside(store, damaged, found[1])
     return found
 
 
 def _find_latest(
-    store: ocp.CheckpointManager, like: PyTree
+    store: ocp.CheckpointManager, like: PyTree, until: int | None = None
 ) -> tuple[tuple[PyTree, int] | None, dict[int, str]]:
     """The newest intact state and its round, and what is wrong with newer steps."""
     damaged = {}
-    for step in sorted(store.all_steps(), reverse=True):
+    steps = [step for step in store.all_steps() if until is None or step <= until]
+    for step in sorted(steps, reverse=True):
         state = None
         try:
             state = _read(store, step, like)
