@@ -171,14 +171,15 @@ def make_sizes(
 
 
 def count_report(strategy: Strategy, sizes: Sizes, hyper: Hyper) -> int:
-    """Numbers in one client's report beside its update, 0 without any."""
+    """Numbers in one client's report of all layers, 0 without any."""
     if strategy.report is None:
         return 0
     batch = (sizes.batch_size,)
     shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
     routing = Routing(shape(*batch, sizes.num_experts), shape(*batch, sizes.max_held))
     report = jax.eval_shape(strategy.report, routing, {}, hyper)
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(report))
+    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(report))
+    return sizes.num_layers * numbers
 
 
 def build_program(
