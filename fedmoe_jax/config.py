@@ -62,7 +62,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("batch_size", COUNT, "examples per local step"),
     Option("strategy", None, "see the README's table of strategies"),
-    Option("data.name", tuple(DATASETS), "digits | synthetic | cifar10"),
+    Option("data.name", None, "digits | synthetic | cifar10"),
     Option(
         "data.public", NON_NEGATIVE, "training examples of the server, drawn at random"
     ),
@@ -77,7 +77,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("partition.classes_per_client", COUNT, "of shards"),
     Option("partition.min_size", COUNT, "examples every client gets at least"),
-    Option("model.kind", tuple(MODELS), "image_moe"),
+    Option("model.kind", None, "image_moe"),
     Option("model.stem", tuple(STEMS), "flat | mlp | cnn | simple_cnn | resnet8"),
     Option("model.stem_width", COUNT, "hidden units or channels"),
     Option("model.expert", tuple(EXPERTS), "dense | mlp | conv"),
@@ -272,6 +272,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("run.tensorboard", None, "write TensorBoard events"),
 )
 
+# Fields whose values are the names of a table, which may have got rows by now.
+TABLES = {"data.name": DATASETS, "model.kind": MODELS}
+
 # (field, other): field <= other
 AT_MOST = (
     ("cohort_size", "num_clients"),
@@ -300,7 +303,10 @@ def list_options() -> dict[str, Option]:
     """Every field of a config by its name: the shared ones, and those of records."""
     records = (*STRATEGIES.values(), *PROCESSES.values())
     owned = [option for record in records for option in record.options]
-    return {option.name: option for option in (*OPTIONS, *owned)}
+    options = {option.name: option for option in (*OPTIONS, *owned)}
+    for name, table in TABLES.items():
+        options[name] = options[name]._replace(allowed=tuple(table))
+    return options
 
 
 def check_drift(values: dict[str, Any]) -> None:
