@@ -16,14 +16,19 @@ import numpy as np
 from configs import default
 from fedmoe_jax import program as program_file
 from fedmoe_jax.align.capacity import Belief, Capacity
+from fedmoe_jax.base import PARTS, Model, Parts
 from fedmoe_jax.broadcast import broadcast, gather_evidence
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply
-from fedmoe_jax.models.image_moe import Model
+from fedmoe_jax.data.images import label_images
+from fedmoe_jax.models.flops import shape_params, trace_model
+from fedmoe_jax.models.image_moe import apply_parts, build_model
 from fedmoe_jax.options import replace
-from fedmoe_jax.program import Program, build_program, configure
-from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.program import Program, build_program, configure, take_frozen
+from fedmoe_jax.runtime.sharding import build_mesh, replicate
+from fedmoe_jax.state import init_state, prepare_state
 from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.tasks import find_task
 from fedmoe_jax.train import run as train
 from fedmoe_jax.types import (
     AlignState,
@@ -136,8 +141,7 @@ SIZES = Sizes(
     num_active=2,
     local_steps=2,
     batch_size=8,
-    expert_width=16,
-    num_classes=4,
+    num_strata=4,
     max_capacity=3,
 )
 
@@ -147,9 +151,10 @@ COSTS = Costs(
     head_bytes=100.0,
     gate_bytes=100.0,
     expert_bytes=1000.0,
-    stem_flops=4.0,
+    frozen_bytes=0.0,
     shared_flops=10.0,
     expert_flops=20.0,
+    frozen_flops=0.0,
 )
 
 
@@ -182,19 +187,42 @@ def make_hyper(**changes) -> Hyper:
     return hyper
 
 
-def make_program(**changes) -> Program:
-    """The program of a tiny config on one device, where all take equally many steps."""
-    config = tiny_config(**changes)
-    return build_program(
-        *(config, 10, (8, 8, 1)), local_steps=config.local_steps, mesh=build_mesh(1)
+def make_data(num_classes=10, shape=(8, 8, 1)):
+    """One blank image of each class."""
+    x = np.zeros((num_classes, *shape), np.uint8)
+    y = np.arange(num_classes, dtype=np.int32)
+    return label_images(x, y, x, y, tuple(map(str, y)))
+
+
+def make_program(data=None, steps=None, **changes) -> Program:
+    """The program of a tiny config on one device.
+
+    `steps` are of the clients, the same of all unless given.
+    """
+    config, data = tiny_config(**changes), data or make_data()
+    steps = np.array([config.local_steps]) if steps is None else steps
+    statistics = find_task(data.task).statistics(data)
+    federation = make_federation(statistics=statistics, steps=steps)
+    return build_program(config, data, federation, build_mesh(1))
+
+
+def use_model(program, model):
+    """The program with another model, each part of which costs one FLOP."""
+    params, frozen = shape_params(model)
+    sizes = program.sizes._replace(num_layers=len(params["gate"]))
+    traced = trace_model(model, program.task, program.batch, sizes)
+    trained, frozen = take_frozen(params, frozen, program.strategy)
+    costs = count_costs(trained, frozen, dict.fromkeys(PARTS, 1.0))
+    outputs, scores, routing = traced
+    return program._replace(
+        **dict(model=model, sizes=sizes, costs=costs),
+        **dict(outputs=outputs, scores=scores, routing=routing),
     )
 
 
 def use_linear_model(program):
     """The program with the linear model, which compiles faster."""
-    model = make_linear_model(program.sizes.num_experts)
-    costs = count_costs(jax.eval_shape(model.init, jax.random.key(0)), 1.0, 1.0, 1.0)
-    return program._replace(model=model, costs=costs)
+    return use_model(program, make_linear_model(program.sizes.num_experts))
 
 
 def make_evidence(sizes=SIZES, **changes):
@@ -233,10 +261,8 @@ def sizes_of(name, sizes=SIZES):
     """The sizes of a program, as the strategy configures it."""
     fields = "num_experts", "max_held", "num_active"
     config = make_config(strategy=name, **{n: getattr(sizes, n) for n in fields})
-    config.model.expert_width = sizes.expert_width
     used = configure(config)
-    changes = {name: used[name] for name in fields}
-    return sizes._replace(**changes, expert_width=used.model.expert_width)
+    return sizes._replace(**{name: used[name] for name in fields})
 
 
 def list_held(assignment):
@@ -316,7 +342,8 @@ def breakable(program):
 
     def client_update(params, inputs, federation, hyper, key):
         result = update(params, inputs, federation, hyper, key)
-        broken = federation.y[federation.index[inputs.client, 0]] >= NO_CLASS
+        first = federation.index[inputs.client, 0]
+        broken = federation.train["y"][first] >= NO_CLASS
         spoil = lambda leaf: jnp.where(broken, jnp.nan, leaf)
         names = ("delta", "feedback", "report", "loss", "accuracy")
         spoilt = jax.tree.map(spoil, {name: getattr(result, name) for name in names})
@@ -325,7 +352,10 @@ def breakable(program):
     return client_update
 
 
-class Parts(NamedTuple):
+prepare_compiled = jax.jit(prepare_state, static_argnums=3)
+
+
+class Run(NamedTuple):
     """A run on the devices, before its first round."""
 
     program: Program
@@ -344,14 +374,23 @@ def plan_run(**changes):
     return train.plan_run(config, build_mesh(config.run.num_devices))
 
 
-def see_calm(parts):
+def start_run(plan, program) -> Run:
+    """The run of a plan, after the stages of round 0."""
+    state, frozen = init_state(jax.random.key(plan.config.seed), plan.hyper, program)
+    inputs = state, plan.federation.replace(frozen=frozen), plan.hyper
+    state, federation, hyper = replicate(inputs, program.mesh)
+    state, frozen = prepare_compiled(state, federation, hyper, program)
+    return Run(program, state, federation.replace(frozen=frozen), hyper)
+
+
+def see_calm(run):
     """The view of a round in a world without events."""
-    return observe({}, parts.federation, parts.hyper, ())
+    return observe({}, run.federation, run.hyper, ())
 
 
-def send_inputs(parts, state, cohort, held, slot):
+def send_inputs(run, state, cohort, held, slot):
     """The inputs of a cohort without events that holds `held` [C, K], in one layer."""
-    program, view = parts.program, see_calm(parts)
+    program, view = run.program, see_calm(run)
     capacity = jnp.full(state.align.held.shape[0], program.sizes.max_held)
     capacity = Capacity(Belief(capacity, {}), capacity, capacity)
     evidence = gather_evidence(state, view, cohort, capacity, program.sizes)
@@ -379,6 +418,12 @@ def all_finite(tree):
     return all(bool(jnp.isfinite(x).all()) for x in numbers)
 
 
+def join_parts(init, parts, num_experts) -> Model:
+    """A model with one MoE layer from its parts."""
+    apply = functools.partial(apply_parts, parts=parts, num_experts=num_experts)
+    return Model(init, apply, parts)
+
+
 @functools.cache
 def make_linear_model(num_experts):
     """Linear stem, experts and head: the least model in which every part learns."""
@@ -391,19 +436,42 @@ def make_linear_model(num_experts):
             "kernel": 0.1 * jax.random.normal(gate, (num_experts, 4)),
             "bias": jnp.zeros(num_experts),
         }
-        return {
+        params = {
             "stem": {"kernel": jax.random.normal(stem, (64, 4)) / 8},
             "gate": {"moe": gates},
             "experts": {"moe": {"kernel": jax.random.normal(expert, experts) / 2}},
             "head": {"kernel": jax.random.normal(head, (4, 16)) / 2},
         }
+        return params, {}
 
-    return Model(
-        init=init,
-        stem=lambda params, x, key: product(params, x.reshape(x.shape[0], -1)),
-        expert=product,
-        head=product,
-    )
+    flat = lambda batch: batch["x"].reshape(batch["x"].shape[0], -1)
+    stem = lambda params, batch, key: product(params, flat(batch))
+    return join_parts(init, Parts(stem, product, product), num_experts)
+
+
+IMAGE_MODEL = dict(
+    stem="mlp",
+    stem_width=8,
+    expert="mlp",
+    expert_width=8,
+    feature_width=6,
+    stem_dropout=0.0,
+    expert_dropout=0.0,
+    num_experts=5,
+    num_classes=4,
+    image_shape=(8, 8, 1),
+)
+
+
+def make_image_model(**changes) -> Model:
+    return build_model(**IMAGE_MODEL | changes)
+
+
+def fill(shapes, seed=0):
+    """Random float32 arrays of such shapes; of params without compiling `init`."""
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: (0.5 * rng.normal(size=leaf.shape)).astype(np.float32)
+    return jax.tree.map(draw, shapes)
 
 
 def stems(one, other):

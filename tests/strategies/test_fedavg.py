@@ -6,15 +6,17 @@ import pytest
 from factories import SIZES, make_config, sizes_of
 
 from fedmoe_jax.optimizers import step_weights
-from fedmoe_jax.program import make_hyper
+from fedmoe_jax.program import configure, make_hyper
 from fedmoe_jax.strategies.fedavg import normalise_steps
 
 
-def test_be_total_and_be_active_match_the_mixture_in_size():
-    for name, width in (("fedavg", 5 * 16), ("fedavg_active", 2 * 16)):
-        assert sizes_of(name) == SIZES._replace(
-            num_experts=1, max_held=1, num_active=1, expert_width=width
-        )
+@pytest.mark.parametrize(("name", "factor"), [("fedavg", 8), ("fedavg_active", 2)])
+def test_be_total_and_be_active_match_the_mixture_in_size(name, factor):
+    assert sizes_of(name) == SIZES._replace(num_experts=1, max_held=1, num_active=1)
+    mixture = make_config(strategy=name)
+    width = mixture.model.expert_width
+    assert configure(mixture).model.expert_width == factor * width
+    assert (mixture.num_experts, mixture.num_active) == (8, 2)
 
 
 @pytest.mark.parametrize(
