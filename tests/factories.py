@@ -16,14 +16,19 @@ import numpy as np
 from configs import default
 from fedmoe_jax import program as program_file
 from fedmoe_jax.align.capacity import Belief, Capacity
+from fedmoe_jax.base import Model
+from fedmoe_jax.base import Parts as ModelParts
 from fedmoe_jax.broadcast import broadcast, gather_evidence
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply
-from fedmoe_jax.models.image_moe import Model
+from fedmoe_jax.models.flops import shape_params, trace_model
+from fedmoe_jax.models.image_moe import apply_parts
 from fedmoe_jax.options import replace
-from fedmoe_jax.program import Program, build_program, configure
-from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.program import Program, build_program, configure, take_frozen
+from fedmoe_jax.runtime.sharding import build_mesh, replicate
+from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.tasks import find_task
 from fedmoe_jax.train import run as train
 from fedmoe_jax.types import (
     AlignState,
@@ -136,8 +141,7 @@ SIZES = Sizes(
     num_active=2,
     local_steps=2,
     batch_size=8,
-    expert_width=16,
-    num_classes=4,
+    num_strata=4,
     max_capacity=3,
 )
 
@@ -147,9 +151,10 @@ COSTS = Costs(
     head_bytes=100.0,
     gate_bytes=100.0,
     expert_bytes=1000.0,
-    stem_flops=4.0,
+    frozen_bytes=0.0,
     shared_flops=10.0,
     expert_flops=20.0,
+    frozen_flops=0.0,
 )
 
 
@@ -185,16 +190,25 @@ def make_hyper(**changes) -> Hyper:
 def make_program(**changes) -> Program:
     """The program of a tiny config on one device, where all take equally many steps."""
     config = tiny_config(**changes)
-    return build_program(
-        *(config, 10, (8, 8, 1)), local_steps=config.local_steps, mesh=build_mesh(1)
+    data = train.load_dataset_once(config.data.name, config.data.dir)
+    federation = make_federation(
+        statistics=find_task(data.task).statistics(data),
+        steps=np.array([config.local_steps]),
     )
+    return build_program(config, data, federation, build_mesh(1))
 
 
-def use_linear_model(program):
-    """The program with the linear model, which compiles faster."""
+def use_linear_model(program, **flops):
+    """The program with the linear model, which compiles faster, and parts' FLOPs."""
     model = make_linear_model(program.sizes.num_experts)
-    costs = count_costs(jax.eval_shape(model.init, jax.random.key(0)), 1.0, 1.0, 1.0)
-    return program._replace(model=model, costs=costs)
+    params = take_frozen(*shape_params(model), program.strategy)
+    forward = dict(stem=1.0, gate=0.0, head=0.0, experts=1.0) | flops
+    shapes = trace_model(model, program.task, program.batch, program.sizes)
+    return program._replace(
+        model=model,
+        costs=count_costs(*params, forward),
+        **dict(zip(("outputs", "scores", "routing"), shapes, strict=True)),
+    )
 
 
 def make_evidence(sizes=SIZES, **changes):
@@ -233,10 +247,8 @@ def sizes_of(name, sizes=SIZES):
     """The sizes of a program, as the strategy configures it."""
     fields = "num_experts", "max_held", "num_active"
     config = make_config(strategy=name, **{n: getattr(sizes, n) for n in fields})
-    config.model.expert_width = sizes.expert_width
     used = configure(config)
-    changes = {name: used[name] for name in fields}
-    return sizes._replace(**changes, expert_width=used.model.expert_width)
+    return sizes._replace(**{name: used[name] for name in fields})
 
 
 def list_held(assignment):
@@ -316,7 +328,7 @@ def breakable(program):
 
     def client_update(params, inputs, federation, hyper, key):
         result = update(params, inputs, federation, hyper, key)
-        broken = federation.y[federation.index[inputs.client, 0]] >= NO_CLASS
+        broken = federation.train["y"][federation.index[inputs.client, 0]] >= NO_CLASS
         spoil = lambda leaf: jnp.where(broken, jnp.nan, leaf)
         names = ("delta", "feedback", "report", "loss", "accuracy")
         spoilt = jax.tree.map(spoil, {name: getattr(result, name) for name in names})
@@ -344,14 +356,21 @@ def plan_run(**changes):
     return train.plan_run(config, build_mesh(config.run.num_devices))
 
 
+def start(plan, program, seed=0):
+    """The run of a plan before its first round, under a program like the plan's."""
+    state, frozen = init_state(jax.random.key(seed), plan.hyper, program)
+    federation = plan.federation.replace(frozen=frozen)
+    return Parts(program, *replicate((state, federation, plan.hyper), program.mesh))
+
+
 def see_calm(parts):
     """The view of a round in a world without events."""
     return observe({}, parts.federation, parts.hyper, ())
 
 
-def send_inputs(parts, state, cohort, held, slot):
-    """The inputs of a cohort without events that holds `held` [C, K], in one layer."""
-    program, view = parts.program, see_calm(parts)
+def send_inputs(parts, state, cohort, held, slot, view=None):
+    """The inputs of a cohort that holds `held` [C, K] in one layer, without events."""
+    program, view = parts.program, view or see_calm(parts)
     capacity = jnp.full(state.align.held.shape[0], program.sizes.max_held)
     capacity = Capacity(Belief(capacity, {}), capacity, capacity)
     evidence = gather_evidence(state, view, cohort, capacity, program.sizes)
@@ -391,19 +410,23 @@ def make_linear_model(num_experts):
             "kernel": 0.1 * jax.random.normal(gate, (num_experts, 4)),
             "bias": jnp.zeros(num_experts),
         }
-        return {
+        params = {
             "stem": {"kernel": jax.random.normal(stem, (64, 4)) / 8},
             "gate": {"moe": gates},
             "experts": {"moe": {"kernel": jax.random.normal(expert, experts) / 2}},
             "head": {"kernel": jax.random.normal(head, (4, 16)) / 2},
         }
+        return params, {}
 
-    return Model(
-        init=init,
-        stem=lambda params, x, key: product(params, x.reshape(x.shape[0], -1)),
-        expert=product,
-        head=product,
-    )
+    flat = lambda x: x.reshape(x.shape[0], -1)
+    stem = lambda params, batch, key: product(params, flat(batch["x"]))
+    return join_parts(init, ModelParts(stem, product, product), num_experts)
+
+
+def join_parts(init, parts, num_experts):
+    """The model of one MoE layer that these parts make."""
+    apply = functools.partial(apply_parts, parts=parts, num_experts=num_experts)
+    return Model(init, apply, parts)
 
 
 def stems(one, other):
