@@ -24,6 +24,7 @@ _MODULES = {
     "Strategy": "base",
     "Process": "base",
     "Option": "options",
+    "Measure": "options",
     "UserError": "options",
 }
 __all__ = [*_MODULES, "__version__"]

@@ -29,7 +29,7 @@ from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.state import init_state, prepare_state
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
-from fedmoe_jax.train import run as train
+from fedmoe_jax.train import plan as planning
 from fedmoe_jax.types import (
     AlignState,
     Assignment,
@@ -371,7 +371,7 @@ def choose(*names):
 
 def plan_run(**changes):
     config = tiny_config(**changes)
-    return train.plan_run(config, build_mesh(config.run.num_devices))
+    return planning.plan_run(config, build_mesh(config.run.num_devices))
 
 
 def start_run(plan, program) -> Run:

@@ -16,10 +16,10 @@ from factories import SMALL
 
 from configs import default
 from fedmoe_jax import launch
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import run as train
-from fedmoe_jax.train.writers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

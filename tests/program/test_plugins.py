@@ -15,8 +15,8 @@ from fedmoe_jax.configs import default
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.options import COUNT, SHARE, TRACED, Option, UserError
 from fedmoe_jax.program import make_hyper
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.strategies import STRATEGIES
-from fedmoe_jax.train.writers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 RATE = Option("mine.rate", SHARE, "weight of fitness", TRACED, 0.3)
