@@ -21,7 +21,14 @@ from fedmoe_jax.report.figures import (
     run_pictures,
 )
 from fedmoe_jax.report.runs import Run, group_runs, name_runs
-from fedmoe_jax.report.tables import Cell, Column, needs_of, note_of, table
+from fedmoe_jax.report.tables import (
+    Cell,
+    Column,
+    needs_of,
+    note_of,
+    overwrites_of,
+    table,
+)
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
 STYLE = """
@@ -118,10 +125,11 @@ def _definitions_html(columns: Sequence[Column]) -> str:
 
 
 def _notes_html(groups: Mapping[str, Sequence[Run]]) -> str:
-    """Every strategy's sentence on its decisions."""
+    """Every strategy's decisions, and the config fields that it overwrites."""
     items = ""
     for label, group in groups.items():
-        items += f"<li><b>{escape(label)}</b> {escape(note_of(group))}</li>"
+        text = f"{note_of(group)} {overwrites_of(group)}".strip()
+        items += f"<li><b>{escape(label)}</b> {escape(text)}</li>"
     return f"<details><summary>What each decides</summary><ul>{items}</ul></details>"
 
 

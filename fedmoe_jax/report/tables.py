@@ -186,6 +186,13 @@ def needs_of(group: Sequence[Run]) -> str:
     return f"Needs {needs}." if needs else ""
 
 
+def overwrites_of(group: Sequence[Run]) -> str:
+    """The config fields that the strategy overwrites, as a sentence; empty for none."""
+    fields = group[0].summary.get("overwrites", {})
+    changes = ", ".join(f"{name}={value}" for name, value in fields.items())
+    return f"Overwrites {changes}." if changes else ""
+
+
 def print_table(runs: Sequence[Run], stream: TextIO) -> None:
     """The columns that are `printed`, for a terminal."""
     columns, rows = table(runs)

@@ -516,3 +516,14 @@ def test_too_few_rows_claim_nothing():
         for found in signatures.check(rows, {}, CONFIG, BOTH):
             assert not found.present and not found.knob
             assert found.evidence.startswith(signatures.TOO_EARLY)
+
+
+def test_overwrites_of_lists_the_fields_that_a_strategy_changes(tmp_path):
+    quiet = runs_.load_run(fake_run(tmp_path / "run"))
+    assert tables.overwrites_of([quiet]) == ""
+    changed = {"gate.mode": "personal", "loss.calibration": 0.0}
+    loud = quiet._replace(summary=quiet.summary | {"overwrites": changed})
+    sentence = "Overwrites gate.mode=personal, loss.calibration=0.0."
+    assert tables.overwrites_of([loud]) == sentence
+    page = report.write_report(tmp_path / "page", [loud], "command").read_text()
+    assert sentence in page
