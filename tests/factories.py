@@ -225,6 +225,13 @@ def use_linear_model(program):
     return use_model(program, make_linear_model(program.sizes.num_experts))
 
 
+def set_flops(program, **forward):
+    """The program whose model takes so many FLOPs, which devices feel as they are."""
+    params, frozen = take_frozen(*shape_params(program.model), program.strategy)
+    costs = count_costs(params, frozen, dict.fromkeys(PARTS, 0.0) | forward)
+    return program._replace(costs=costs, device_costs=costs)
+
+
 def make_evidence(sizes=SIZES, **changes):
     """Evidence of ONE layer on the last C of N clients, of capacities 1, 2, ... K."""
     rng = np.random.default_rng(0)
@@ -388,9 +395,9 @@ def see_calm(run):
     return observe({}, run.federation, run.hyper, ())
 
 
-def send_inputs(run, state, cohort, held, slot):
-    """The inputs of a cohort without events that holds `held` [C, K], in one layer."""
-    program, view = run.program, see_calm(run)
+def send_inputs(run, state, cohort, held, slot, view=None):
+    """The inputs of a cohort that holds `held` [C, K] in one layer, without events."""
+    program, view = run.program, view or see_calm(run)
     capacity = jnp.full(state.align.held.shape[0], program.sizes.max_held)
     capacity = Capacity(Belief(capacity, {}), capacity, capacity)
     evidence = gather_evidence(state, view, cohort, capacity, program.sizes)
