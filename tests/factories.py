@@ -225,13 +225,6 @@ def use_linear_model(program, **flops):
     return use_model(program, make_linear_model(program.sizes.num_experts), **flops)
 
 
-def set_flops(program, **forward):
-    """The program whose model takes so many FLOPs, which devices feel as they are."""
-    params, frozen = take_frozen(*shape_params(program.model), program.strategy)
-    costs = count_costs(params, frozen, dict.fromkeys(PARTS, 0.0) | forward)
-    return program._replace(costs=costs, device_costs=costs)
-
-
 def make_evidence(sizes=SIZES, **changes):
     """Evidence of ONE layer on the last C of N clients, of capacities 1, 2, ... K."""
     rng = np.random.default_rng(0)
@@ -381,20 +374,14 @@ def plan_run(**changes):
     return planning.plan_run(config, build_mesh(config.run.num_devices))
 
 
-def start_run(plan, program) -> Run:
-    """The run of a plan, after the stages of round 0."""
-    state, frozen = init_state(jax.random.key(plan.config.seed), plan.hyper, program)
+def start_run(plan, program, seed=None) -> Run:
+    """The run of a plan, from the plan's seed or another, after stages of round 0."""
+    key = jax.random.key(plan.config.seed if seed is None else seed)
+    state, frozen = init_state(key, plan.hyper, program)
     inputs = state, plan.federation.replace(frozen=frozen), plan.hyper
     state, federation, hyper = replicate(inputs, program.mesh)
     state, frozen = prepare_compiled(state, federation, hyper, program)
     return Run(program, state, federation.replace(frozen=frozen), hyper)
-
-
-def start(plan, program, seed=0) -> Run:
-    """The run of a plan before any stage, under a program like the plan's."""
-    state, frozen = init_state(jax.random.key(seed), plan.hyper, program)
-    inputs = state, plan.federation.replace(frozen=frozen), plan.hyper
-    return Run(program, *replicate(inputs, program.mesh))
 
 
 def see_calm(run):

@@ -18,7 +18,6 @@ from factories import (
     assert_same,
     make_devices,
     plan_run,
-    set_flops,
     start_run,
     tiny_config,
     use_linear_model,
@@ -36,10 +35,10 @@ from fedmoe_jax.world.step import observe
 
 
 @functools.cache
-def run(rounds=2, devices=1, as_users=False, **changes):
+def run(seed=0, rounds=2, devices=1, as_users=False, **changes):
     """The state after chunks of rounds, the metrics of the last, and accuracies."""
     plan = plan_run(**changes, **{"run.num_devices": devices})
-    program, state, *inputs = start_run(plan, use_linear_model(plan.program))
+    program, state, *inputs = start_run(plan, use_linear_model(plan.program), seed)
     run_rounds = build_run_rounds(program)
     if as_users:
         lowered = run_rounds.lower(state, *inputs)
@@ -84,7 +83,9 @@ def test_a_world_without_events_is_bitwise_the_run_without_a_world(chunk):
     assert_same(state.align.usage, other.align.usage)
     assert_same(state.belief.capacity, other.belief.capacity)
     for name in metrics:
-        np.testing.assert_array_equal(metrics[name], found[name], err_msg=name)
+        # The mean of the changes, which XLA may sum in another order.
+        near = {"rtol": 2e-7 if name == "fitness_change" else 0}
+        np.testing.assert_allclose(metrics[name], found[name], err_msg=name, **near)
     for name in accuracies:
         np.testing.assert_array_equal(accuracies[name], scored[name], err_msg=name)
     idle = "pressure background bandwidth reach dropout labels images"
@@ -200,9 +201,9 @@ def begin(devices=None, **changes):
     plan = plan_run(**{"cohort_size": N, "devices.buffer": 0.0} | changes)
     if devices is not None:
         plan = plan._replace(federation=plan.federation.replace(devices=devices))
-    program = use_linear_model(plan.program)
-    flops = dict(stem=100.0, gate=50.0, experts=200.0)
-    return start_run(plan, set_flops(program, **flops))
+    flops = dict(stem=100.0, gate=50.0, head=0.0, experts=200.0)
+    program = use_linear_model(plan.program, **flops)
+    return start_run(plan, program._replace(device_costs=program.costs))
 
 
 def compile_round(program):
