@@ -181,7 +181,7 @@ class Strategy(NamedTuple):
 
     `assign`, `init`, `update`, `report`, `gate_weight`, `expert_weight` and `gate_loss`
     are written for ONE MoE layer and mapped over the layers G at one place,
-    `align.layers`. What is None is taken from the config when the program is built.
+    `moe_layers`. What is None is taken from the config when the program is built.
 
     Attributes:
       about: its decision, one sentence.
