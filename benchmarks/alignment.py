@@ -22,14 +22,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import page
-from benchmarks.start import make_config, time_interleaved
+from benchmarks.start import make_config, make_images, share_out, time_interleaved
 from fedmoe_jax.align.learn import count_load
 from fedmoe_jax.align.top_k import expected_load, running_top_k
 from fedmoe_jax.align.usage import update_usage
-from fedmoe_jax.cohort import Report
-from fedmoe_jax.program import build_program, init_state
+from fedmoe_jax.federation import make_federation
+from fedmoe_jax.options import replace
+from fedmoe_jax.program import build_program, make_hyper
 from fedmoe_jax.runtime.sharding import CLIENTS, build_mesh, spread
-from fedmoe_jax.strategies import LOAD_BALANCED
+from fedmoe_jax.state import init_state
+from fedmoe_jax.strategies.load_balanced import assign
 from fedmoe_jax.types import Assignment, Evidence, Feedback, Hyper, Sizes
 
 CASES = [(1_000_000, 64, 4), (1_000_000, 64, 8), (100_000, 256, 4), (100_000, 256, 8)]
@@ -40,11 +42,14 @@ NUM_ACTIVE, NUMPY_BLOCK = 2, 2_048
 WEIGHT, DECAY = 0.5, 0.9
 
 
-def make_hyper() -> Hyper:
-    fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.0)
-    fields |= {"fitness_weight": WEIGHT, "usage_weight": WEIGHT, "usage_decay": DECAY}
-    numbers = {name: jnp.float32(value) for name, value in fields.items()}
-    return Hyper(**numbers | {"own": {}, "world": {}})
+def weigh_alike() -> Hyper:
+    """Hyperparameters without exploration, fitness and usage weighed alike."""
+    return replace(
+        make_hyper(make_config()),
+        weights={"fitness": np.float32(WEIGHT), "usage": np.float32(WEIGHT)},
+        usage={"decay": np.float32(DECAY)},
+        fitness={"exploration": np.float32(0)},
+    )
 
 
 def make_host(num_clients: int, num_experts: int, max_held: int) -> dict:
@@ -60,36 +65,16 @@ def make_host(num_clients: int, num_experts: int, max_held: int) -> dict:
 
 def decide(host: dict, hyper: Hyper, max_held: int) -> tuple[Assignment, jax.Array]:
     """One device's clients; the usage [E] is joined over the devices."""
-    evidence = Evidence(
-        round=jnp.int32(0),
-        client=jnp.arange(host["load"].shape[0]),
-        held=None,
-        **host,
-    )
-
+    clients = jnp.arange(host["load"].shape[0])
+    evidence = Evidence(round=jnp.int32(0), client=clients, held=None, **host)
     sizes = Sizes(*[1] * len(Sizes._fields))._replace(max_held=max_held)
-    assignment = LOAD_BALANCED.assign(evidence, hyper, sizes, jax.random.key(0))
+    assignment = assign(evidence, hyper, sizes, jax.random.key(0))
     share = expected_load(evidence.load, assignment.slot.sum(axis=1), NUM_ACTIVE)
     share = jnp.broadcast_to(share[:, None], assignment.slot.shape)
-    report = Report(
-        feedback=Feedback(
-            accuracy=share,
-            loss=share,
-            frequency=share,
-            load=share,
-            peak=share,
-            mass=None,
-        ),
-        loss=share,
-        accuracy=share,
-        finite=jnp.ones(len(share), bool),
-        sent=share,
-        own={},
-        variate={},
-    )
-    load = count_load(report, assignment, evidence.usage.shape[0])
+    feedback, arrived = Feedback(*[share] * 5), jnp.ones(len(share), bool)
+    load = count_load(feedback, arrived, assignment, evidence.usage.shape[0])
     load = jax.lax.psum(load, CLIENTS)
-    return assignment, update_usage(evidence.usage, load, hyper.usage_decay)
+    return assignment, update_usage(evidence.usage, load, hyper.usage.decay)
 
 
 def decide_numpy(host: dict, max_held: int) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +144,7 @@ def run_case(case: tuple[int, int, int], pool: ThreadPoolExecutor) -> tuple:
         name: jax.device_put(leaf, NamedSharding(mesh, specs[name]))
         for name, leaf in host.items()
     }
-    one_device = functools.partial(decide, hyper=make_hyper(), max_held=max_held)
+    one_device = functools.partial(decide, hyper=weigh_alike(), max_held=max_held)
     share = spread(one_device, mesh, (specs,), (P(CLIENTS), P()))
     program = jax.jit(share).lower(placed).compile()
     read = jax.jit(spread(lambda x: x.sum()[None], mesh, P(CLIENTS), P(CLIENTS)))
@@ -204,9 +189,14 @@ def seconds_per_pick() -> float:
 def state_bytes(num_clients: int, num_experts: int) -> int:
     """Bytes of the alignment state that a run starts with; nothing is allocated."""
     config = make_config(num_clients=num_clients, num_experts=num_experts)
-    program = build_program(config, 10, (8, 8, 1), local_steps=1, mesh=build_mesh(1))
+    data = make_images(10, (8, 8, 1), 10)
+    # Of one client, as nothing of the clients' data counts here.
+    federation = make_federation(
+        make_config(num_clients=1), data, share_out(1, 10, 10, 10)
+    )
+    program = build_program(config, data, federation, build_mesh(1))
     start = functools.partial(init_state, program=program)
-    state = jax.eval_shape(start, jax.random.key(0), make_hyper())
+    state, _ = jax.eval_shape(start, jax.random.key(0), make_hyper(config))
     leaves = jax.tree.leaves(state.align)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 

@@ -47,10 +47,8 @@ def start_with(num_experts: int, devices: int):
 def evaluation(started, every_expert: bool):
     """A call that evaluates the state after one round."""
     program = started.program
-    rules = program.rules._replace(every_expert=every_expert)
-    evaluate = build_evaluate(
-        program.model, program.sizes, rules, program.processes, program.mesh
-    )
+    strategy = program.strategy._replace(every_expert=every_expert)
+    evaluate = build_evaluate(program._replace(strategy=strategy))
     state = jax.tree.map(lambda leaf: leaf.copy(), started.state)
     state, _ = started.run_rounds(state, started.federation, started.hyper)
     call = functools.partial(evaluate, state, started.federation, started.hyper)

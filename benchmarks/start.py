@@ -9,12 +9,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import default
+from fedmoe_jax.base import Data
+from fedmoe_jax.data.images import label_images
 from fedmoe_jax.federation import make_federation
-from fedmoe_jax.program import Program, build_program, init_state, longest, make_hyper
+from fedmoe_jax.program import Program, build_program, make_hyper
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
+from fedmoe_jax.state import init_state
 from fedmoe_jax.train.loop import compile_once
-from fedmoe_jax.types import Dataset, Federation, Hyper, Partition, SimState
+from fedmoe_jax.types import Federation, Hyper, Partition, SimState
 
 
 class Started(NamedTuple):
@@ -35,13 +38,13 @@ def make_config(**fields) -> ConfigDict:
     return config
 
 
-def make_images(count: int, shape: tuple[int, int, int], classes: int) -> Dataset:
+def make_images(count: int, shape: tuple[int, int, int], classes: int) -> Data:
     """Uniform noise with random labels, the first 2,000 images as test set."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
     y = rng.integers(0, classes, count, dtype=np.int32)
     names = tuple(str(label) for label in range(classes))
-    return Dataset(x, y, x[:2000], y[:2000], names)
+    return label_images(x, y, x[:2000], y[:2000], names)
 
 
 def share_out(clients: int, examples: int, count: int, classes: int) -> Partition:
@@ -56,21 +59,15 @@ def share_out(clients: int, examples: int, count: int, classes: int) -> Partitio
 
 
 def start(
-    config: ConfigDict, data: Dataset, partition: Partition, devices: int
+    config: ConfigDict, data: Data, partition: Partition, devices: int
 ) -> Started:
     """Puts the run on its devices and compiles its rounds."""
     mesh = build_mesh(devices)
     federation = make_federation(config, data, partition)
-    program = build_program(
-        config,
-        len(data.label_names),
-        data.train_x.shape[1:],
-        local_steps=longest(federation.steps, config.local_epochs > 0),
-        mesh=mesh,
-    )
+    program = build_program(config, data, federation, mesh)
     hyper = replicate(make_hyper(config), mesh)
-    state = replicate(init_state(jax.random.key(0), hyper, program), mesh)
-    federation = replicate(federation, mesh)
+    state, frozen = replicate(init_state(jax.random.key(0), hyper, program), mesh)
+    federation = replicate(federation, mesh).replace(frozen=frozen)
     run_rounds, seconds = compile_once(
         build_run_rounds(program), state, federation, hyper
     )

@@ -374,20 +374,14 @@ def plan_run(**changes):
     return planning.plan_run(config, build_mesh(config.run.num_devices))
 
 
-def start_run(plan, program) -> Run:
-    """The run of a plan, after the stages of round 0."""
-    state, frozen = init_state(jax.random.key(plan.config.seed), plan.hyper, program)
+def start_run(plan, program, seed=None) -> Run:
+    """The run of a plan, from the plan's seed or another, after stages of round 0."""
+    key = jax.random.key(plan.config.seed if seed is None else seed)
+    state, frozen = init_state(key, plan.hyper, program)
     inputs = state, plan.federation.replace(frozen=frozen), plan.hyper
     state, federation, hyper = replicate(inputs, program.mesh)
     state, frozen = prepare_compiled(state, federation, hyper, program)
     return Run(program, state, federation.replace(frozen=frozen), hyper)
-
-
-def start(plan, program, seed=0) -> Run:
-    """The run of a plan before any stage, under a program like the plan's."""
-    state, frozen = init_state(jax.random.key(seed), plan.hyper, program)
-    inputs = state, plan.federation.replace(frozen=frozen), plan.hyper
-    return Run(program, *replicate(inputs, program.mesh))
 
 
 def see_calm(run):

@@ -1,16 +1,20 @@
 """fedmoe_jax: the same rounds that `launch.py` runs, dense (one expert, one slot)."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import meter
 import numpy as np
-import optax
 from meter import works
 
 from benchmarks.start import keep_running, make_config, start
-from fedmoe_jax.client import normalise
-from fedmoe_jax.models.routing import gate_logits, route
+from fedmoe_jax.base import Data, Route
+from fedmoe_jax.data.images import label_images
+from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.xla import set_cpu_devices
-from fedmoe_jax.types import Dataset, Partition
+from fedmoe_jax.tasks.batches import take_batch
+from fedmoe_jax.types import Federation, Partition, PyTree
 
 CNN = {
     "model.stem": "simple_cnn",
@@ -43,7 +47,7 @@ def describe(work: works.Work):
     return make_config(**fields, **(CNN if work.model == "cnn" else MLP))
 
 
-def load(work: works.Work) -> tuple[Dataset, Partition]:
+def load(work: works.Work) -> tuple[Data, Partition]:
     """The images and who owns them, as the simulator takes them."""
     x, y = works.load_images(work)
     test = (x[: works.CHECKED], y[: works.CHECKED])
@@ -55,34 +59,33 @@ def load(work: works.Work) -> tuple[Dataset, Partition]:
         label_counts=np.ones((work.clients, works.CLASSES), np.int32),
         public=np.zeros(0, np.int32),
     )
-    return Dataset(x, y, *test, names), partition
+    return label_images(x, y, *test, names), partition
 
 
-def check(model, params, federation) -> float:
+def check(params: PyTree, federation: Federation, *, program: Program) -> jax.Array:
     """Loss of the server's model on the checked images, without dropout."""
-    x = normalise(federation.test_x, federation.mean, federation.std)
-    features = model.stem(params["stem"], x, None)
-    gates = route(gate_logits(params["gate"], features), np.ones(1, bool), 1)
-    expert = jax.tree.map(lambda leaf: leaf[0], params["experts"])
-    outputs = gates * model.expert(expert, features, None)
-    logits = model.head(params["head"], outputs)
-    labels = federation.test_y
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    images = jnp.arange(len(federation.test_stratum))
+    batch = take_batch(federation.test, images, federation.statistics, program.task)
+    held, slot = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    logits, _ = program.model.apply(
+        *(params, federation.frozen, batch, held, slot), Route(num_active=1), None
+    )
+    return program.task.loss(logits, batch).loss.mean()
 
 
 def main() -> None:
     work, rounds, devices = meter.parse_flags()
     set_cpu_devices(devices)
     started = start(describe(work), *load(work), devices)
-    check_loss = jax.jit(check, static_argnums=0)
-    model, federation = started.program.model, started.federation
-    before = float(check_loss(model, started.state.params, federation))
+    check_loss = jax.jit(functools.partial(check, program=started.program))
+    federation = started.federation
+    before = float(check_loss(started.state.params, federation))
     advance = keep_running(started)
     clock = meter.Meter()
     for _ in range(rounds):
         state = jax.block_until_ready(advance())
         clock.end_round()
-    meter.finish(before, float(check_loss(model, state.params, federation)))
+    meter.finish(before, float(check_loss(state.params, federation)))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from fedmoe_jax.align.capacity import (
     update_history,
 )
 from fedmoe_jax.types import make_keys
+from fedmoe_jax.world.costs import TRAINING_COPIES, Costs
 from fedmoe_jax.world.outcome import DROPOUT, DROPPED, MEMORY, MERGED, Outcome
 
 N, K = 40, 6
@@ -116,6 +117,38 @@ def test_report_devices_without_deviation_is_the_truth():
     reported = believe("self_reported", devices, make_hyper(0.25, deviation=0.0))
     oracle = believe("oracle", devices, make_hyper(0.25))
     np.testing.assert_array_equal(reported.capacity, oracle.capacity)
+
+
+SMALL_EXPERTS = Costs(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1e-9, 0.0)  # a byte each
+
+
+def read_errors(fixed, rounds=4, clients=1000):
+    """Errors [rounds, N] of reports, read from how many tiny experts are believed."""
+    workload = Workload(SMALL_EXPERTS, jnp.ones(clients), 100.0, 0.5, 10**6)
+    devices = make_rows(clients, memory=TRAINING_COPIES * 1e5)
+    hyper = make_hyper(refresh=1, deviation=0.3, fixed=fixed)
+    belief, rows = init_belief(clients, 10**6, "self_reported"), []
+    for round in range(rounds):
+        now = jnp.int32(round), keys_of(round)
+        belief = update_belief(belief, devices, hyper, workload, "self_reported", *now)
+        rows.append(np.array(belief.capacity) / 1e5 - 1)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("fixed", [0.0, 1.0])
+def test_update_belief_of_reports_errs_up_to_the_deviation(fixed):
+    errors = read_errors(fixed)
+    np.testing.assert_allclose(errors.min(), -0.3, atol=0.002)
+    np.testing.assert_allclose(errors.max(), 0.3, atol=0.002)
+    np.testing.assert_allclose(errors.std(), 0.3 / np.sqrt(3), atol=0.01)
+
+
+def test_update_belief_of_reports_keeps_a_bias_and_no_noise():
+    bias, noise = read_errors(1.0), read_errors(0.0)
+    np.testing.assert_array_equal(bias, np.broadcast_to(bias[0], bias.shape))
+    # 0.03 is a standard error
+    correlation = np.corrcoef(noise)[np.triu_indices(4, 1)]
+    np.testing.assert_allclose(correlation, np.zeros(6), atol=0.12)
 
 
 # ---- estimated
@@ -302,3 +335,43 @@ def test_update_history_learns_nothing_from_what_never_began():
         max_capacity=4,
     )
     assert history.pace.tolist() == [[2, 0, 0]] and history.room.tolist() == [2]
+
+
+def test_update_history_forgets_a_step_in_the_pace_of_training_geometrically():
+    rounds, step = 14, 6
+    # Half of 100 seconds for 1 example: 1 second per FLOP allows 5 experts of 10 FLOPs
+    # each, and 2 seconds allow 2.
+    costs = Costs(0, 0, 0, 1, 0, 0, 10, 0)
+    workload = Workload(costs, jnp.ones(1), 100.0, 0.5, 6)
+    hyper = make_hyper(refresh=1, exploration=0.0)
+    belief, paces, capacity = init_belief(1, 6, "estimated"), [], []
+    for round in range(rounds):
+        seconds = 10.0 if round < step else 20.0
+        outcome = Outcome(
+            jnp.array([MERGED]), jnp.array([[1.0, seconds, 1.0]]), jnp.ones((1, 3))
+        )
+        history = update_history(
+            belief.history,
+            jnp.array([0]),
+            jnp.ones(1),
+            jnp.full((1, 3), 10.0),
+            outcome,
+            jnp.zeros(1),
+            rate=jnp.float32(0.3),
+            caution=jnp.float32(2.0),
+            max_capacity=6,
+        )
+        belief = belief.replace(history=history)
+        # A hair below 1 and 2 seconds, so that rounding does not decide.
+        now = history.replace(pace=0.999 * history.pace)
+        now = belief.replace(history=now)
+        now = update_belief(
+            now, make_rows(1), hyper, workload, "estimated", round, keys_of(round)
+        )
+        paces.append(np.array(history.pace[0]))
+        capacity.append(int(now.capacity[0]))
+    old = 0.7 ** np.maximum(np.arange(rounds) - step + 1, 0)  # weight of the old pace
+    expected = np.stack([np.full(rounds, 0.1), 2 - old, np.full(rounds, 0.1)], axis=-1)
+    np.testing.assert_allclose(paces, expected, rtol=1e-5)
+    # 5 / (2 - 0.7) = 3.8, 5 / (2 - 0.49) = 3.3, 5 / (2 - 0.343) = 3.02, ...
+    assert capacity == [5] * 6 + [3] * 3 + [2] * 5

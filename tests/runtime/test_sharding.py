@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import SMALL, make_federation
+from factories import SMALL, make_federation, start_run
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -22,8 +22,7 @@ from fedmoe_jax.runtime.sharding import (
     runs_at_once,
     spread,
 )
-from fedmoe_jax.state import init_state
-from fedmoe_jax.train import run as train
+from fedmoe_jax.train import plan as planning
 from fedmoe_jax.types import PER_RUN
 
 DEVICES = 8
@@ -35,14 +34,12 @@ def run_on(num_devices, client_chunk, **changes):
     """Params, alignment state and metrics after two rounds."""
     config = default.get_config("smoke")
     devices = {"run.num_devices": num_devices, "run.client_chunk": client_chunk}
-    # The sizes of tests/train/test_run.py, whose compiled programs then serve here.
     config.update_from_flattened_dict(SMALL | devices | changes)
     mesh = build_mesh(num_devices)
     assert mesh.size == (num_devices or DEVICES)
-    plan = train.plan_run(config, mesh)
-    run_rounds, metrics = build_run_rounds(plan.program), []
-    state = init_state(jax.random.key(config.seed), plan.hyper, plan.program)
-    state, *inputs = replicate((state, plan.federation, plan.hyper), mesh)
+    plan = planning.plan_run(config, mesh)
+    program, state, *inputs = start_run(plan, plan.program)
+    run_rounds, metrics = build_run_rounds(program), []
     for _ in range(2):
         state, new = run_rounds(state, *inputs)
         metrics.append(new)
@@ -61,7 +58,7 @@ def assert_close(left, right, rtol):
     jax.tree.map(close, left, right)
 
 
-def test_enough_devices():
+def test_there_are_enough_devices():
     assert jax.device_count() == DEVICES
 
 
@@ -124,16 +121,18 @@ def test_replicated_trees_are_everywhere():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_every_run_has_its_own_clients_and_shares_the_images(monkeypatch, backend):
+def test_map_runs_gives_every_run_its_clients_and_shares_the_images(
+    monkeypatch, backend
+):
     rows = jnp.arange(4.0)[:, None] * jnp.ones((4, 2))
     federation = make_federation(
-        x=jnp.arange(3.0), y=jnp.ones(()), **dict.fromkeys(PER_RUN, rows)
+        train=jnp.arange(3.0), statistics=jnp.ones(()), **dict.fromkeys(PER_RUN, rows)
     )
 
     def one_run(state, federation, rate):
         own = sum(getattr(federation, name) for name in PER_RUN)  # [2]
-        assert own.shape == (2,) and federation.x.shape == (3,)
-        return state + rate * own.sum() + federation.x.sum()
+        assert own.shape == (2,) and federation.train.shape == (3,)
+        return state + rate * own.sum() + federation.train.sum()
 
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     states, rates = jnp.array([0.0, 10, 20, 30]), jnp.array([1.0, 1, 2, 0])

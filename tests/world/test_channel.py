@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import SIZES, choose, make_devices, make_federation, make_hyper
 
+from fedmoe_jax.types import make_keys
 from fedmoe_jax.world import channel
 from fedmoe_jax.world.processes import gauss_markov_step
+from fedmoe_jax.world.step import observe
 
 CLIENTS = 100_000
 BANDWIDTH = 1e7  # Hz; the noise is -174 + 70 = -104 dBm.
@@ -228,3 +231,57 @@ def test_less_backoff_is_faster_and_fails_where_more_does():
     np.testing.assert_allclose(fast, 2 * slow, rtol=1e-6)
     assert jnp.all(fast_outage | ~slow_outage)
     assert fast_outage.sum() > 1.2 * slow_outage.sum() > 0
+
+
+# --- the process
+
+CELL = dict(radius=0.5, shadowing=0.0, bandwidth=1e6, csi=1.0, backoff=1.0)
+
+
+def make_cell(count, hyper):
+    """A cell of clients whose channels are known and as good as on average."""
+    sizes = SIZES._replace(num_clients=count)
+    cell = channel.init_cell(make_keys(jax.random.key(2), 0), hyper, sizes)
+    fading = jnp.ones((count, 2))
+    return cell.replace(fading=fading, known=fading)
+
+
+def look(devices, state, hyper):
+    """The view of clients without data; the processes that have a state are on."""
+    return observe(state, make_federation(devices=devices), hyper, choose(*state))
+
+
+def test_open_links_gives_each_direction_the_power_of_its_sender():
+    hyper = make_hyper(channel=CELL | dict(min_snr=-100, power_up=0, power_down=10))
+    cell, devices = make_cell(5, hyper), make_devices(5)
+    (up, _), (down, _) = channel.open_links(cell, devices, hyper)
+    # Shannon's rate solved for the SNR: 10 dB more power is 10 times as much.
+    snr = [np.exp2(8e-6 * np.float64(rate)) - 1 for rate in (up, down)]
+    np.testing.assert_allclose(snr[1] / snr[0], np.full(5, 10.0), rtol=1e-3)
+    # These rates, far below what the devices could do, are the ones that count.
+    view = look(devices, {"wireless": cell}, hyper)
+    np.testing.assert_array_equal(view.devices.upload, up)
+    np.testing.assert_array_equal(view.devices.download, down)
+
+
+@pytest.mark.parametrize("weak", ["up", "down"])
+def test_apply_cell_fails_only_the_direction_without_signal(weak):
+    powers = {"power_up": 100.0, "power_down": 100.0} | {f"power_{weak}": -200.0}
+    hyper = make_hyper(channel=CELL | dict(min_snr=-6) | powers)
+    # Where there is signal enough, the device itself is the limit.
+    devices = make_devices(4, upload=[1, 2, 3, 4], download=[5, 6, 7, 8])
+    view = look(devices, {"wireless": make_cell(4, hyper)}, hyper)
+    assert view.events.no_upload.tolist() == [weak == "up"] * 4
+    assert view.events.no_download.tolist() == [weak == "down"] * 4
+    np.testing.assert_array_equal(view.devices.upload, [1, 2, 3, 4])
+    np.testing.assert_array_equal(view.devices.download, [5, 6, 7, 8])
+
+
+def test_apply_cell_keeps_a_link_that_others_share_slow():
+    channel = CELL | dict(min_snr=-6, power_up=100, power_down=100)
+    hyper = make_hyper(channel=channel, bandwidth={"spread": 2.0})
+    state = {"wireless": make_cell(2, hyper), "bandwidth": jnp.array([1.0, 0.0])}
+    view = look(make_devices(2, upload=3.0, download=5.0), state, hyper)
+    factor = np.exp([0, -2])
+    np.testing.assert_allclose(view.devices.upload, 3 * factor, rtol=1e-6)
+    np.testing.assert_allclose(view.devices.download, 5 * factor, rtol=1e-6)

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import COSTS, make_config, make_devices
+from factories import COSTS, make_devices, make_image_model, make_program
 
 from fedmoe_jax.base import PARTS
 from fedmoe_jax.models.flops import count_forward_flops
-from fedmoe_jax.models.image_moe import build_model
 from fedmoe_jax.world.costs import (
     Costs,
     Traffic,
@@ -35,49 +34,68 @@ TRAFFIC = Traffic(
     new=jnp.array([0.0, 1.0]),
 )
 ALL = TRAFFIC.replace(trained=SLOTS, sent=SLOTS)
-PLAIN, VARIATES = Ways((), (), 1), Ways((), (), 2)
+PLAIN, VARIATES = Ways((), 1), Ways((), 2)
+# With a stem that is not trained, of 300 bytes and 4 of the 10 FLOPs.
+FROZEN = COSTS._replace(stem_bytes=0.0, frozen_bytes=300.0, frozen_flops=4.0)
+
+
+PARAMS = {
+    "stem": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)},  # 20 floats
+    "gate": {"kernel": jnp.zeros((4, 5)), "bias": jnp.zeros(4)},  # 24 floats
+    "experts": {"a": jnp.zeros((4, 5, 7)), "b": jnp.zeros((4, 7), jnp.bfloat16)},
+    "head": {"kernel": jnp.zeros((7, 2))},  # 14 floats
+}
+FORWARD = {"stem": 7, "gate": 3, "head": 1, "experts": 13}
 
 
 def test_count_costs_from_the_params():
-    params = {
-        "stem": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)},  # 20 floats
-        "gate": {"kernel": jnp.zeros((4, 5)), "bias": jnp.zeros(4)},  # 24 floats
-        "experts": {"a": jnp.zeros((4, 5, 7)), "b": jnp.zeros((4, 7), jnp.bfloat16)},
-        "head": {"kernel": jnp.zeros((7, 2))},  # 14 floats
-    }
     expected = Costs(
         stem_bytes=4 * 20,
         head_bytes=4 * 14,
         gate_bytes=4 * 24,
         expert_bytes=4 * 35 + 2 * 7,
-        stem_flops=3 * 7,  # backward is twice forward
-        shared_flops=3 * 11,
+        frozen_bytes=0,
+        shared_flops=3 * (7 + 3 + 1),  # backward is twice forward
         expert_flops=3 * 13,
+        frozen_flops=0,
     )
-    assert count_costs(params, 7, 11, 13) == expected
-    shapes = jax.eval_shape(lambda: params)
-    assert count_costs(shapes, 7, 11, 13) == expected
+    assert count_costs(PARAMS, {}, FORWARD) == expected
+    assert count_costs(jax.eval_shape(lambda: PARAMS), {}, FORWARD) == expected
+
+
+def test_count_costs_of_frozen_parts_apart():
+    trained = {part: tree for part, tree in PARAMS.items() if part != "stem"}
+    frozen = {"stem": PARAMS["stem"], "table": jnp.zeros(9)}  # the model's own
+    whole, found = (
+        count_costs(*trees, FORWARD) for trees in ((PARAMS, {}), (trained, frozen))
+    )
+    expected = whole._replace(stem_bytes=0, frozen_bytes=4 * 29, frozen_flops=3 * 7)
+    assert found == expected
+    assert found.shared_bytes == whole.shared_bytes + 4 * 9
 
 
 def test_scale_costs_multiplies_every_cost():
-    assert scale_costs(COSTS, 3) == Costs(900.0, 300.0, 300.0, 3000.0, 12.0, 30.0, 60.0)
+    scaled = Costs(900.0, 300.0, 300.0, 3000.0, 0.0, 30.0, 60.0, 0.0)
+    assert scale_costs(COSTS, 3) == scaled
+    assert scale_costs(FROZEN, 3).frozen_bytes == 900
 
 
 @pytest.mark.parametrize(
     ("personal", "always"), [((), 500), (("gate",), 400), (("gate", "head"), 300)]
 )
 def test_client_bytes_by_hand(personal, always):
-    up, down = client_bytes(COSTS, TRAFFIC, Ways(personal, (), 1))
+    up, down = client_bytes(COSTS, TRAFFIC, Ways(personal, 1))
     assert down.tolist() == [always + 1000, always + 3000]
     assert up.tolist() == [always + 1020, always + 2060]
-    up, down = client_bytes(COSTS, TRAFFIC, Ways(personal, (), 2))
+    up, down = client_bytes(COSTS, TRAFFIC, Ways(personal, 2))
     assert down.tolist() == [2 * always + 2000, 2 * always + 6000]
     assert up.tolist() == [2 * always + 2020, 2 * always + 4060]
 
 
 def test_client_bytes_of_frozen_parts_go_down_once_and_shown_gates_up():
-    frozen = Ways(("gate",), ("stem",), 1)  # the head's 100 bytes always travel
-    up, down = client_bytes(COSTS, TRAFFIC.replace(shown=jnp.ones(2)), frozen)
+    shown = TRAFFIC.replace(shown=jnp.ones(2))
+    up, down = client_bytes(FROZEN, shown, Ways(("gate",), 1))
+    # The head's 100 bytes always travel.
     assert down.tolist() == [100 + 1000, 100 + 3000 + 300]
     assert up.tolist() == [100 + 1000 + 20 + 100, 100 + 2000 + 60 + 100]
 
@@ -85,6 +103,7 @@ def test_client_bytes_of_frozen_parts_go_down_once_and_shown_gates_up():
 def test_client_parameters_by_hand():
     # 500 bytes of stem, gate and head, 1,000 of an expert, 4 of a parameter
     assert client_parameters(COSTS, TRAFFIC, PLAIN).tolist() == [375, 875]
+    assert client_parameters(FROZEN, TRAFFIC, PLAIN).tolist() == [375, 875]
     assert client_parameters(COSTS, TRAFFIC, VARIATES).tolist() == [1125, 2625]
 
 
@@ -96,21 +115,22 @@ def test_client_bytes_beyond_int32():
 
 def test_client_flops_of_whole_numbers_beyond_int32_can_be_traced():
     params = dict.fromkeys(("stem", "gate", "experts", "head"), jnp.zeros((2, 2)))
-    costs = scale_costs(count_costs(params, 1, 10**12, 10**12), 10**4)
-    flops = jax.jit(lambda traffic: client_flops(costs, traffic, PLAIN, 2.0))(ALL)
+    forward = {"stem": 10**12, "experts": 10**12}
+    costs = scale_costs(count_costs(params, {}, forward), 10**4)
+    flops = jax.jit(lambda traffic: client_flops(costs, traffic, 2.0))(ALL)
     np.testing.assert_allclose(flops, [12e16, 24e16], rtol=1e-6)
 
 
 def test_client_flops_by_hand():
-    one_size = client_flops(COSTS, ALL, PLAIN, jnp.float32(5))
+    one_size = client_flops(COSTS, ALL, jnp.float32(5))
     assert one_size.tolist() == [5 * (10 + 20), 5 * (10 + 60)]
-    each_its_own = client_flops(COSTS, ALL, PLAIN, jnp.array([5.0, 1.0]))
+    each_its_own = client_flops(COSTS, ALL, jnp.array([5.0, 1.0]))
     assert each_its_own.tolist() == [150, 70]
     # three forward, one of them backward: a third of 3, and two thirds of 1
-    one_trained = client_flops(COSTS, TRAFFIC, PLAIN, jnp.float32(3))
+    one_trained = client_flops(COSTS, TRAFFIC, jnp.float32(3))
     np.testing.assert_allclose(one_trained, [3 * (10 + 20), 3 * (10 + 20 * 5 / 3)])
     # a frozen stem has a third of its 4
-    frozen = client_flops(COSTS, ALL, Ways((), ("stem",), 1), jnp.float32(3))
+    frozen = client_flops(FROZEN, ALL, jnp.float32(3))
     np.testing.assert_allclose(frozen, [3 * (30 - 8 / 3), 3 * (70 - 8 / 3)])
 
 
@@ -132,7 +152,7 @@ def test_client_seconds_by_hand():
 
 def test_client_seconds_without_travel_have_no_latency():
     devices = make_devices(2, latency=1.0)
-    silent, still = Ways(PARTS, (), 1), jnp.zeros(2)
+    silent, still = Ways(PARTS, 1), jnp.zeros(2)
     traffic = TRAFFIC.replace(sent=still, received=still, reported=still)
     seconds = client_seconds(devices, COSTS, traffic, silent, jnp.ones(2))
     assert np.all(seconds[:, [0, 2]] == 0) and np.all(seconds[:, 1] > 0)
@@ -143,6 +163,8 @@ def test_client_memory_by_hand():
     traffic = ALL.replace(held=jnp.array([1.0, 3.0]), trained=jnp.array([1.0, 1.0]))
     bytes_needed = client_memory(COSTS, traffic, PLAIN)
     assert bytes_needed.tolist() == [4 * 1500, 4 * 1500 + 2000]
+    frozen = client_memory(FROZEN, traffic, PLAIN)
+    assert frozen.tolist() == [4 * 1200 + 300, 4 * 1200 + 2000 + 300]
     variates = client_memory(COSTS, traffic, VARIATES)  # its own and their mean
     assert variates.tolist() == [6 * 1500, 4 * 1500 + 2000 + 2 * 3500]
 
@@ -154,10 +176,16 @@ def test_count_forward_flops_on_the_host(monkeypatch):
         return count(lowered) if jax.config.jax_default_device == host else None
 
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", as_on_accelerators)
-    model = build_model(
-        **make_config().model, num_experts=8, num_classes=10, image_shape=(8, 8, 1)
-    )
-    stem, shared, expert = count_forward_flops.__wrapped__(model, (8, 8, 1))
-    products = 2 * 64 * 64, 2 * (64 * 64 + 64 * 8 + 64 * 10), 2 * 2 * 64 * 64
-    for found, product in zip((stem, shared, expert), products, strict=True):
-        assert product < found < 1.2 * product  # biases and activations besides
+    widths = dict.fromkeys(("stem_width", "expert_width", "feature_width"), 64)
+    model = make_image_model(**widths, num_experts=8, num_classes=10)
+    found = count_forward_flops.__wrapped__(model, make_program().batch)
+    products = {
+        "stem": 2 * 64 * 64,
+        "gate": 2 * 64 * 8,
+        "experts": 2 * 2 * 64 * 64,
+        "head": 2 * 64 * 10,
+    }
+    assert found.keys() == products.keys()
+    for part, product in products.items():
+        # Biases and activations besides.
+        assert product <= found[part] < 1.2 * product

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from factories import choose, make_devices, make_federation
 from hypothesis import given, settings
 
 from fedmoe_jax.world.drift import (
@@ -17,6 +18,7 @@ from fedmoe_jax.world.drift import (
     move_examples,
     progress,
 )
+from fedmoe_jax.world.step import observe
 
 N, M, L = 7, 32, 3
 move = jax.jit(move_examples)
@@ -253,3 +255,31 @@ def test_clients_may_be_distorted_differently(kind):
     for client, amount in enumerate(amounts):
         one = change(x[client], kind, amount)
         np.testing.assert_allclose(many[client], one, atol=1e-3)
+
+
+# --- the processes
+
+
+def look(**state):
+    """The view of three clients, of which the first two exchange their data."""
+    federation = make_federation(
+        devices=make_devices(3),
+        index=jnp.array([[1, 2], [3, 0], [4, 5]]),
+        size=jnp.array([2, 1, 2]),
+        label_mix=jnp.eye(3),
+        drift_source=jnp.array([1, 0, 2]),
+    )
+    return observe(jax.tree.map(jnp.float32, state), federation, None, choose(*state))
+
+
+def test_apply_labels_shows_the_examples_that_clients_own_by_now():
+    before, after = look(labels=0).federation, look(labels=1).federation
+    assert before.index.tolist() == [[1, 2], [3, 0], [4, 5]]
+    assert after.index.tolist() == [[3, 0], [1, 2], [4, 5]]
+    assert after.size.tolist() == [1, 2, 2]
+    np.testing.assert_array_equal(after.label_mix, np.eye(3)[[1, 0, 2]])
+
+
+def test_apply_images_distorts_those_of_clients_that_drift():
+    assert look(images=30).distortion.tolist() == [30, 30, 0]
+    assert look(labels=1).distortion is None

@@ -104,7 +104,8 @@ def test_judge_without_mishap_spends_everything_exactly(phases, deadline, late):
 
 
 def test_judge_client_by_hand():
-    costs = Costs(*map(float, (30, 10, 10, 100, 1, 4, 20)))  # 50 bytes beside experts
+    # 50 bytes beside experts
+    costs = Costs(*map(float, (30, 10, 10, 100, 0, 4, 20, 0)))
     one = lambda value: jnp.float32(value)
     traffic = Traffic(*map(one, (2, 2, 0, 2, 0, 0, 0)))
     device = make_devices(1, flops=44, upload=25, download=50, latency=1)
@@ -119,7 +120,7 @@ def test_judge_client_by_hand():
             one(sent),
             jnp.asarray(True),
             costs=costs,
-            ways=Ways((), (), 1),
+            ways=Ways((), 1),
             overload=overload,
             deadline=1e3,
             late="wait",

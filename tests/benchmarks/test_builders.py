@@ -1,0 +1,82 @@
+"""Every benchmark can be imported, and what it times is built and traced, small."""
+
+import functools
+import importlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import alignment, experts, start, world
+
+ROOT = Path(__file__).parents[2] / "benchmarks"
+NAMES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Benchmarks trace their rounds instead of compiling them."""
+    trace = lambda function, *inputs: (functools.partial(jax.eval_shape, function), 0.0)
+    monkeypatch.setattr(start, "compile_once", trace)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_can_be_imported(name):
+    assert importlib.import_module(f"benchmarks.{name}").__doc__
+
+
+def test_a_case_of_the_decision_for_whole_populations(monkeypatch):
+    monkeypatch.setattr(alignment, "REPEATS", 1)
+    monkeypatch.setattr(alignment, "PICKS", (64, 8, 2))
+    with ThreadPoolExecutor(1) as pool:
+        row = alignment.run_case((256, 8, 2), pool)
+    assert len(row) == len(alignment.HEADER) and row[0] == "256 x 8, K = 2"
+    assert alignment.seconds_per_pick() > 0
+
+
+def test_alignment_state_is_counted_without_being_there():
+    # Fitness, held and times_held of every pair, and the usage of every expert.
+    expected = 1_000_000 * 64 * (4 + 1 + 4) + 64 * 4
+    assert alignment.state_bytes(1_000_000, 64) == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "network", "shape"),
+    [
+        (world.NOTHING, {}, world.DIGITS),
+        (world.ALL, world.ONE_STEP, world.CIFAR10),
+    ],
+)
+def test_rounds_in_a_world(monkeypatch, traced, case, network, shape):
+    monkeypatch.setattr(world, "CLIENTS", 8)
+    for size in ("num_clients", "cohort_size"):
+        monkeypatch.setitem(world.FIELDS, size, 8)
+    (changes,) = world.add_network((case,), network).values()
+    started = world.start_with(changes, shape)
+    state, metrics = started.run_rounds(
+        started.state, started.federation, started.hyper
+    )
+    assert len(state.world) == (0 if case == world.NOTHING else 9)
+    assert metrics["train_loss"].shape == (1,)
+
+
+@pytest.mark.parametrize("every_expert", [True, False])
+def test_evaluation_with_all_experts_or_dispatched(monkeypatch, traced, every_expert):
+    build = experts.build_evaluate
+    trace = lambda program: functools.partial(jax.eval_shape, build(program))
+    monkeypatch.setattr(experts, "build_evaluate", trace)
+    found = experts.evaluation(experts.start_with(8, 1), every_expert)()
+    assert ("expert_accuracy" in found) == every_expert
+
+
+def test_rounds_beside_peers(monkeypatch, traced):
+    monkeypatch.syspath_prepend(ROOT / "runners")
+    fedmoe, meter = map(importlib.import_module, ("fedmoe", "meter"))
+    work = meter.works.WORKS["A"]._replace(clients=4, cohort=2)
+    started = start.start(fedmoe.describe(work), *fedmoe.load(work), 1)
+    inputs = started.federation, started.hyper
+    state, _ = started.run_rounds(started.state, *inputs)
+    check = functools.partial(fedmoe.check, program=started.program)
+    loss = jax.eval_shape(check, state.params, started.federation)
+    assert loss.shape == ()
