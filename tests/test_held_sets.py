@@ -1,0 +1,69 @@
+"""The distinct sets of experts that clients hold, and how often a model is run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import make_program, use_linear_model
+
+from fedmoe_jax.held_sets import WORD, find_sets, pack_bits, score_sets
+from fedmoe_jax.scoring import Examples
+
+
+def test_find_sets_by_hand():
+    """Of two layers; client 1 holds as client 0, client 3 more than two experts."""
+    held = jnp.array(
+        [
+            [[1, 0, 0, 1], [0, 1, 0, 0]],
+            [[1, 0, 0, 1], [0, 1, 0, 0]],
+            [[1, 0, 0, 1], [0, 0, 1, 0]],
+            [[1, 0, 0, 1], [1, 1, 1, 0]],
+        ],
+        bool,
+    )
+    sets = find_sets(held, 2)
+    assert sets.whole.tolist() == [False, False, False, True]
+    of_client = sets.of_client.tolist()
+    assert of_client[0] == of_client[1] and len(set(of_client)) == sets.count == 3
+    for client, number in enumerate(of_client[:3]):
+        rows = zip(sets.held[number], sets.slot[number], held[client], strict=True)
+        for ids, slot, mask in rows:
+            assert ids[slot].tolist() == np.flatnonzero(mask).tolist()
+
+
+@pytest.mark.parametrize("experts", [3, WORD, WORD + 1])
+def test_find_sets_tells_any_two_sets_apart(experts):
+    """Every client holds one expert of its own in the second layer."""
+    first = jnp.zeros((experts, experts), bool).at[:, 0].set(True)
+    held = jnp.stack([first, jnp.eye(experts, dtype=bool)], axis=1)
+    sets = find_sets(jnp.concatenate([held, held]), 1)
+    assert sets.count == experts
+    np.testing.assert_array_equal(sets.of_client[:experts], sets.of_client[experts:])
+    own = sets.held[sets.of_client, 1, 0]
+    np.testing.assert_array_equal(own, np.tile(np.arange(experts), 2))
+
+
+def test_pack_bits_by_hand():
+    rows = jnp.zeros((2, WORD + 2), bool).at[0, 0].set(True).at[1, WORD + 1].set(True)
+    rows = rows.at[1, 3].set(True)
+    assert pack_bits(rows).tolist() == [[1, 0], [8, 2]]
+
+
+def test_score_sets_runs_the_model_once_for_each_set():
+    program = use_linear_model(make_program(num_clients=6))
+    runs, apply = [], program.model.apply
+
+    def counting(*arguments):
+        jax.debug.callback(lambda: runs.append(1))
+        return apply(*arguments)
+
+    model = program.model._replace(apply=counting, parts=None)
+    program = program._replace(model=model)
+    held = jnp.array([[1, 1, 0, 0], [0, 0, 1, 0]] * 3, bool)[:, None]
+    params, frozen = model.init(jax.random.key(0))
+    batch = {"x": jnp.ones((2, 8, 8, 1)), "y": jnp.zeros(2, jnp.int32)}
+    examples = Examples(batch, jnp.ones((2, 1)), jnp.ones(2, bool))
+    sets = find_sets(held, program.sizes.max_held)
+    rows = score_sets(params, frozen, sets, examples, program)
+    jax.effects_barrier()
+    assert len(runs) == 2 and rows.shape == (6, 1)
