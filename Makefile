@@ -14,7 +14,9 @@ RUN := $(VENV)/bin/python
 STAMP = $(VENV)/installed-$(DEVICE)
 RECENT = $(shell { $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))'; } 2>/dev/null)
 
-.PHONY: help setup demo test lint format clean
+PYTEST = JAX_PLATFORMS=cpu $(RUN) -m pytest -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help setup demo test check lint format clean
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile
@@ -27,7 +29,10 @@ demo: $(STAMP) ## compare strategies on the digits, offline; a second call resum
 	  --config=configs/compare.py:digits --workdir=runs/digits
 
 test: $(STAMP) ## run all tests, on the CPU
-	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(PYTEST)
+
+check: lint ## check style, then run the tests that are not slow
+	@$(PYTEST) -m "not slow"
 
 lint: $(STAMP) ## check style and formatting
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
@@ -36,7 +41,7 @@ format: $(STAMP) ## mend style and formatting
 	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
 
 clean: ## remove the packages and the caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp comes last and --clear comes first, so a broken-off install starts anew.

@@ -1,15 +1,23 @@
-"""Every field of a config: its allowed values, checked before anything runs."""
+"""Every field of a config: its meaning, and its values, checked before anything runs.
 
-from typing import Any
+    python -m fedmoe_jax.config > docs/config.md
+
+writes the page of all fields.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from fedmoe_jax.configs import default
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.data.partition import KINDS
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.image_parts import EXPERTS, STEMS
 from fedmoe_jax.options import (
     COUNT,
+    HOST,
     NON_NEGATIVE,
     POSITIVE,
     SHARE,
@@ -19,10 +27,12 @@ from fedmoe_jax.options import (
     Range,
     UserError,
 )
+from fedmoe_jax.plugins import find_tables, list_plugins
 from fedmoe_jax.runtime.files import flatten
-from fedmoe_jax.strategies import STRATEGIES, find_strategy
-from fedmoe_jax.world import PROCESSES
+from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.world.devices import WIDEST
+
+Allowed = Range | Mapping[str, Any] | tuple[str, ...]
 
 # Fields that may change between the calls that run and resume one simulation.
 FREE_FIELDS = frozenset(
@@ -40,114 +50,181 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "seed",
         Range(0, 2**31 - 1),
-        "of data split, devices, initial weights and every draw",
+        "seed of the split, the devices, the initial weights and every draw",
     ),
-    Option("num_rounds", COUNT, "federated rounds"),
-    Option("eval_every", COUNT, "rounds; divides num_rounds"),
     Option(
-        "chunk_rounds", COUNT, "rounds in one compiled call; divides eval_every", STATIC
+        "num_rounds",
+        COUNT,
+        "federated rounds, a multiple of eval_every; may grow when a run is resumed",
     ),
-    Option("num_clients", COUNT, "population"),
-    Option("cohort_size", COUNT, "clients per round, at most num_clients"),
-    Option("num_experts", COUNT, "experts in the server's model"),
+    Option(
+        "eval_every",
+        COUNT,
+        "rounds from one evaluation to the next, a multiple of chunk_rounds",
+    ),
+    Option("chunk_rounds", COUNT, "rounds in one compiled call", STATIC),
+    Option("num_clients", COUNT, "clients in the population"),
+    Option("cohort_size", COUNT, "clients of a round, at most num_clients"),
+    Option("num_experts", COUNT, "experts of the server's model"),
     Option(
         "max_held", COUNT, "expert slots of the largest client, at most num_experts"
     ),
-    Option("num_active", COUNT, "experts per example, at most max_held"),
-    Option("local_steps", COUNT, "optimiser steps per client and round"),
+    Option(
+        "num_active",
+        COUNT,
+        "experts that the gate mixes for an example, at most max_held",
+    ),
+    Option("local_steps", COUNT, "optimiser steps of a client in a round"),
     Option(
         "local_epochs",
         NON_NEGATIVE,
-        "passes over the client's data instead; 0: local_steps",
+        "passes over the client's data in a round; 0: local_steps instead",
     ),
-    Option("batch_size", COUNT, "examples per local step"),
-    Option("strategy", None, "see the README's table of strategies"),
-    Option("data.name", tuple(DATASETS), "digits | synthetic | cifar10"),
+    Option("batch_size", COUNT, "examples of a local step"),
     Option(
-        "data.public", NON_NEGATIVE, "training examples of the server, drawn at random"
-    ),
-    Option(
-        "data.dir", None, "TFDS folder; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
+        "strategy",
+        None,
+        "name of the strategy, which decides who trains which experts; see "
+        "docs/strategies.md",
     ),
     Option(
-        "partition.kind", tuple(KINDS), "dirichlet | shards | quantity | iid | natural"
+        "plugins",
+        None,
+        "modules whose records have joined the tables; set by --plugins",
     ),
     Option(
-        "partition.alpha", POSITIVE, "> 0; of dirichlet (labels) and quantity (sizes)"
+        "data.name",
+        DATASETS,
+        "data set: scikit-learn's digits, a synthetic task whose best "
+        "assignment is known, or CIFAR-10 from TFDS",
     ),
-    Option("partition.classes_per_client", COUNT, "of shards"),
-    Option("partition.min_size", COUNT, "examples every client gets at least"),
-    Option("model.kind", tuple(MODELS), "image_moe"),
-    Option("model.stem", tuple(STEMS), "flat | mlp | cnn | simple_cnn | resnet8"),
-    Option("model.stem_width", COUNT, "hidden units or channels"),
-    Option("model.expert", tuple(EXPERTS), "dense | mlp | conv"),
-    Option("model.expert_width", COUNT, "hidden units or channels"),
     Option(
-        "model.feature_width", COUNT, "outputs of an expert; dense has expert_width"
+        "data.public",
+        NON_NEGATIVE,
+        "training examples that the server sets aside, drawn at random",
+    ),
+    Option(
+        "data.dir",
+        None,
+        "TFDS folder; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets",
+    ),
+    Option(
+        "partition.kind",
+        tuple(KINDS),
+        "division of the examples: Dirichlet over labels, shards of sorted "
+        "labels, skewed sizes, equal shares at random, or the data set's own clients",
+    ),
+    Option(
+        "partition.alpha",
+        POSITIVE,
+        "concentration of dirichlet (labels) and quantity (sizes); small is skewed",
+    ),
+    Option("partition.classes_per_client", COUNT, "shards of each client, of shards"),
+    Option("partition.min_size", COUNT, "examples that every client gets at least"),
+    Option("model.kind", MODELS, "builder of the model"),
+    Option(
+        "model.stem",
+        tuple(STEMS),
+        "stem: none, one hidden layer, two convolutions at half or at full "
+        "resolution, or ResNet-8",
+    ),
+    Option("model.stem_width", COUNT, "hidden units or channels of the stem"),
+    Option(
+        "model.expert",
+        tuple(EXPERTS),
+        "expert: one layer, one hidden layer, or a convolution and a layer",
+    ),
+    Option("model.expert_width", COUNT, "hidden units or channels of an expert"),
+    Option(
+        "model.feature_width",
+        COUNT,
+        "outputs of an expert; a dense one has expert_width",
     ),
     Option(
         "model.stem_dropout",
         Range(0, 1, open_high=True),
-        "share of the stem's outputs dropped in training",
+        "share of the stem's outputs that training drops",
     ),
     Option(
         "model.expert_dropout",
         Range(0, 1, open_high=True),
-        "share of each expert's outputs dropped",
+        "share of each expert's outputs that training drops",
     ),
     Option(
         "gate.mode",
         ("global", "holder_rows", "personal"),
-        "global | holder_rows | personal",
+        "gate rows: averaged over all clients, over the expert's holders "
+        "alone, or kept by each client",
     ),
     Option(
         "loss.calibration",
         NON_NEGATIVE,
-        "weight of -log(gate mass on held experts)",
+        "weight of -log(gate mass on held experts) in the local loss",
         TRACED,
     ),
-    Option("loss.load", NON_NEGATIVE, "weight of the Switch load loss", TRACED),
+    Option(
+        "loss.load", NON_NEGATIVE, "weight of the Switch load-balancing loss", TRACED
+    ),
     Option("loss.z", NON_NEGATIVE, "weight of the router z-loss", TRACED),
-    Option("client.optimizer", ("sgd", "adam"), "sgd | adam", STATIC),
-    Option("client.learning_rate", POSITIVE, "> 0", TRACED),
-    Option("client.momentum", Range(0, 1, open_high=True), "of sgd", STATIC),
-    Option("client.prox", NON_NEGATIVE, "FedProx coefficient", TRACED),
+    Option("client.optimizer", ("sgd", "adam"), "optimiser of the local steps", STATIC),
+    Option("client.learning_rate", POSITIVE, "step size of the local steps", TRACED),
+    Option("client.momentum", Range(0, 1, open_high=True), "momentum of sgd", STATIC),
+    Option("client.prox", NON_NEGATIVE, "mu of the FedProx term; 0: none", TRACED),
     Option(
         "server.optimizer",
         ("sgd", "momentum", "adam", "yogi", "adagrad"),
-        "sgd | momentum | adam | yogi | adagrad",
+        "optimiser that takes the mean update as a gradient",
         STATIC,
     ),
     Option(
-        "server.learning_rate", POSITIVE, "> 0; 1 with sgd is plain averaging", TRACED
+        "server.learning_rate",
+        POSITIVE,
+        "step size of the server; 1 with sgd is plain averaging",
+        TRACED,
     ),
     Option(
         "merge.weight",
         ("examples", "routed"),
-        "examples (owned) | routed (trained through it)",
+        "weight of an update in an expert's mean: examples that its client "
+        "owns, or those routed through the expert",
     ),
     Option(
         "fitness.feedback",
         ("accuracy", "loss", "mixed"),
-        "accuracy | loss | mixed",
+        "feedback of a client about an expert: gate-weighted training "
+        "accuracy, exp(-loss_scale * loss), or accuracy mixed with frequency",
         STATIC,
     ),
     Option(
         "fitness.rate",
         Range(0, 1, open_low=True),
-        "weight of the newest feedback in the EMA",
+        "weight of the newest feedback in the moving average",
         TRACED,
     ),
-    Option("fitness.idle", ("keep", "decay", "prior"), "keep | decay | prior", STATIC),
-    Option("fitness.idle_decay", SHARE, "per round, of decay and prior", TRACED),
-    Option("fitness.prior", SHARE, "score before any feedback, 0 to 1", TRACED),
     Option(
-        "fitness.noise", SHARE, "spread of the initial scores about the prior", TRACED
+        "fitness.idle",
+        ("keep", "decay", "prior"),
+        "score of a pair without feedback in a round: it stays, decays to 0, "
+        "or decays to the prior",
+        STATIC,
+    ),
+    Option(
+        "fitness.idle_decay",
+        SHARE,
+        "share of its distance to 0 or the prior that such a score keeps",
+        TRACED,
+    ),
+    Option("fitness.prior", SHARE, "score before any feedback", TRACED),
+    Option(
+        "fitness.noise",
+        SHARE,
+        "half the width of the initial scores' noise",
+        TRACED,
     ),
     Option(
         "fitness.exploration",
         SHARE,
-        "chance per client and round of random scores",
+        "chance that a client's scores are random in a round",
         TRACED,
     ),
     Option(
@@ -156,24 +233,40 @@ OPTIONS: tuple[Option, ...] = (
         "alpha of exp(-alpha * loss), of loss",
         TRACED,
     ),
-    Option("fitness.frequency_share", SHARE, "of mixed", TRACED),
-    Option("usage.decay", SHARE, "share of the usage kept per round", TRACED),
+    Option(
+        "fitness.frequency_share",
+        SHARE,
+        "share of the gate frequency in the feedback, of mixed",
+        TRACED,
+    ),
+    Option("usage.decay", SHARE, "share of the usage that a round keeps", TRACED),
     Option(
         "weights.fitness",
         NON_NEGATIVE,
-        "of normalised fitness in the desirability",
+        "weight of the normalised fitness in the desirability",
         TRACED,
     ),
-    Option("weights.usage", NON_NEGATIVE, "of normalised usage, subtracted", TRACED),
     Option(
-        "devices.csv", None, "file of one's own devices instead of tiers; see README"
+        "weights.usage",
+        NON_NEGATIVE,
+        "weight of the normalised usage, which is subtracted",
+        TRACED,
     ),
-    Option("devices.tiers", None, "kinds of device"),
-    Option("devices.shares", None, "of the population, sum to 1"),
+    Option(
+        "devices.csv",
+        None,
+        "file of your own devices, instead of tiers; see docs/world.md",
+    ),
+    Option(
+        "devices.tiers", None, "kinds of device, names of presets in world/devices.py"
+    ),
+    Option(
+        "devices.shares", None, "share of each kind in the population; they sum to 1"
+    ),
     Option(
         "devices.spread",
         Range(0, WIDEST),
-        "standard deviation of the log within a tier, to 5",
+        "standard deviation of the log of each capability within a kind",
     ),
     Option(
         "devices.free_memory",
@@ -181,31 +274,40 @@ OPTIONS: tuple[Option, ...] = (
         "share of the memory that training gets",
     ),
     Option(
-        "devices.model_scale", POSITIVE, "one simulated byte or FLOP stands for so many"
+        "devices.model_scale",
+        POSITIVE,
+        "bytes and FLOPs of the model that one simulated byte or FLOP stands for",
     ),
-    Option("devices.deadline", POSITIVE, "seconds a round may take", STATIC),
+    Option(
+        "devices.deadline",
+        POSITIVE,
+        "seconds of a round after which an update is late",
+        STATIC,
+    ),
     Option(
         "devices.communication_share",
         Range(0, 1, open_low=True, open_high=True),
-        "of the deadline, for the links",
+        "share of the deadline for the links",
         STATIC,
     ),
     Option(
         "devices.buffer",
         Range(0, 1, open_high=True),
-        "share of every resource kept in reserve",
+        "share of every resource that the server keeps in reserve",
         TRACED,
     ),
     Option(
         "devices.overload",
         ("ignore", "lose"),
-        "ignore | lose (whoever holds too much)",
+        "update of a client that holds more than its memory: it counts all "
+        "the same, or is lost",
         STATIC,
     ),
     Option(
         "profile.kind",
         ("oracle", "self_reported", "estimated"),
-        "oracle | self_reported | estimated",
+        "capacity that the server believes: the truth, reports with errors, "
+        "or estimates from times and failures",
         STATIC,
     ),
     Option("profile.refresh", COUNT, "rounds from one profile to the next", TRACED),
@@ -216,7 +318,10 @@ OPTIONS: tuple[Option, ...] = (
         TRACED,
     ),
     Option(
-        "profile.fixed", SHARE, "share of the error that is each client's bias", TRACED
+        "profile.fixed",
+        SHARE,
+        "share of the error that is each client's constant bias",
+        TRACED,
     ),
     Option(
         "profile.rate",
@@ -227,49 +332,68 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "profile.exploration",
         SHARE,
-        "chance per client and round of one expert more",
+        "chance that a client is given one expert more in a round, of estimated",
         TRACED,
     ),
     Option(
-        "profile.caution", Range(1), "experts by which a failure lowers the aim", TRACED
+        "profile.caution",
+        Range(1),
+        "experts by which a failure lowers the estimate",
+        TRACED,
     ),
     Option(
         "reaction.kind",
         ("none", "reset", "hasten"),
-        "none | reset | hasten, when fitness falls short",
+        "reaction when a client's feedback falls short of its fitness: its "
+        "scores are reset, or learn faster",
         STATIC,
     ),
     Option(
         "reaction.slack", NON_NEGATIVE, "shortfall of fitness that is tolerated", TRACED
     ),
     Option(
-        "reaction.threshold", POSITIVE, "accumulated shortfall that is an alarm", TRACED
-    ),
-    Option("reaction.haste", Range(1), "rounds of learning in one, of hasten", TRACED),
-    Option("reaction.rounds", NON_NEGATIVE, "of haste after an alarm", TRACED),
-    Option(
-        "reaction.evidence",
-        COUNT,
-        "scores of a pair before it raises any suspicion",
+        "reaction.threshold",
+        POSITIVE,
+        "accumulated shortfall that raises an alarm",
         TRACED,
     ),
     Option(
-        "evaluation.dense_experts", COUNT, "up to so many, all see every test image"
+        "reaction.haste",
+        Range(1),
+        "rounds of learning in one after an alarm, of hasten",
+        TRACED,
     ),
-    Option("checkpoint.every", COUNT, "rounds; a multiple of chunk_rounds"),
+    Option("reaction.rounds", NON_NEGATIVE, "rounds of haste after an alarm", TRACED),
+    Option(
+        "reaction.evidence",
+        COUNT,
+        "scores of a pair before its shortfall counts",
+        TRACED,
+    ),
+    Option(
+        "evaluation.dense_experts",
+        COUNT,
+        "largest number of experts of which each one sees every test image; "
+        "beyond it only those that some gate chooses",
+    ),
+    Option(
+        "checkpoint.every",
+        COUNT,
+        "rounds from one checkpoint to the next, a multiple of chunk_rounds",
+    ),
     Option("checkpoint.keep", COUNT, "newest checkpoints that stay on disk"),
     Option("run.client_chunk", COUNT, "clients vmapped at once on each device", STATIC),
     Option(
         "run.num_devices",
         NON_NEGATIVE,
-        "of all processes; 0: all, one per client at most",
+        "devices of all processes together; 0: all, at most one per client",
     ),
     Option(
         "run.memory_limit_gb",
         POSITIVE,
-        "estimated memory beyond which a run is refused",
+        "estimated memory beyond which a run is refused, GB",
     ),
-    Option("run.tensorboard", None, "write TensorBoard events"),
+    Option("run.tensorboard", None, "whether TensorBoard events are written"),
 )
 
 # (field, other): field <= other
@@ -287,20 +411,32 @@ MULTIPLE = (
 )
 
 
-def check(
-    name: str, value: Any, allowed: Range | tuple[str, ...], where: str = ""
-) -> None:
+def describe(allowed: Allowed) -> str:
+    """Allowed values in words, as messages and pages have them."""
+    return str(allowed) if isinstance(allowed, Range) else ", ".join(allowed)
+
+
+def check(name: str, value: Any, allowed: Allowed, where: str = "") -> None:
     """Raises UserError unless `value` is allowed in the field `name`."""
     if value not in allowed:
-        text = str(allowed) if isinstance(allowed, Range) else ", ".join(allowed)
+        text = describe(allowed)
         raise UserError(f"{name}={value!r} is not allowed{where}; allowed: {text}")
 
 
 def list_options() -> dict[str, Option]:
-    """Every field of a config by its name: the shared ones, and those of records."""
-    records = (*STRATEGIES.values(), *PROCESSES.values())
-    owned = [option for record in records for option in record.options]
+    """Every field of a config by its name: the shared ones and those of all records."""
+    records = (record for table in find_tables().values() for record in table.values())
+    owned = [option for record in records for option in getattr(record, "options", ())]
     return {option.name: option for option in (*OPTIONS, *owned)}
+
+
+def check_plugins(plugins: Iterable[str]) -> None:
+    """Raises UserError unless the plug-ins of a config are those that have joined."""
+    if tuple(plugins) != list_plugins():
+        raise UserError(
+            f"the run has --plugins={','.join(plugins) or None}; here it is "
+            f"--plugins={','.join(list_plugins()) or None}; allowed: the same"
+        )
 
 
 def check_drift(values: dict[str, Any]) -> None:
@@ -353,6 +489,7 @@ def validate(config: ConfigDict) -> None:
     for name, option in options.items():
         if option.allowed is not None:
             check(name, values[name], option.allowed)
+    check_plugins(values["plugins"])
     strategy = find_strategy(values["strategy"])
     where = f" with strategy={values['strategy']!r}"
     for name, allowed in strategy.allowed:
@@ -371,3 +508,75 @@ def validate(config: ConfigDict) -> None:
                 f"{name}={values[name]} is not allowed; "
                 f"allowed: multiples of {other}={values[other]}"
             )
+
+
+class Field(NamedTuple):
+    """One field of the default config, as pages show it.
+
+    Attributes:
+      group: the group of the config that it belongs to, "" for none.
+      name: dotted.
+      default: its value in `configs.default`.
+      allowed: in words; empty where the meaning says it.
+      scope: `host`, `static` or `traced`, see `Option.scope`.
+      about: its meaning and unit.
+    """
+
+    group: str
+    name: str
+    default: Any
+    allowed: str
+    scope: str
+    about: str
+
+
+def make_field(option: Option, value: Any) -> Field:
+    """The field of an option whose default is `value`."""
+    group = option.name.rpartition(".")[0]
+    allowed = "True, False" if isinstance(value, bool) else ""
+    if option.allowed is not None:
+        allowed = describe(option.allowed)
+    return Field(group, option.name, value, allowed, option.scope, option.about)
+
+
+def list_fields() -> list[Field]:
+    """Every field of the default config: the groups in the order of the tables."""
+    values = flatten(default.get_config().to_dict())
+    fields = [make_field(o, values[name]) for name, o in list_options().items()]
+    groups = list(dict.fromkeys(field.group for field in fields))
+    return sorted(fields, key=lambda field: groups.index(field.group))
+
+
+HEAD = f"""\
+# Config fields
+
+`python -m fedmoe_jax.config > docs/config.md` writes this page from the tables that
+check the fields.
+
+Every field is a flag, `--config.FIELD=VALUE`; the defaults are those of
+`fedmoe_jax/configs/default.py`. Its scope says what another value costs:
+
+* **{TRACED}**: a number that enters the compiled program as an argument. Runs that
+  differ in such fields alone share one program, side by side in a comparison.
+* **{STATIC}**: shapes the compiled program. Another value compiles another one.
+* **{HOST}**: read while a run is planned, loaded or saved. Sizes and parts of the model
+  compile another program; the seed, the split and the devices do not.
+"""
+
+
+def make_page() -> str:
+    """`docs/config.md`: a table of fields for every group of the config."""
+    lines, last = [HEAD], None
+    for field in list_fields():
+        if field.group != last:
+            title = f"`{field.group}`" if field.group else "The run"
+            head = "| field | default | allowed | scope | meaning |"
+            lines += ["", f"## {title}", "", head, "|---|---|---|---|---|"]
+        row = (f"`{field.name}`", f"`{field.default!r}`", *field[3:])
+        lines.append(f"| {' | '.join(row)} |")
+        last = field.group
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(make_page(), end="")

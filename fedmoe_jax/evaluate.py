@@ -203,7 +203,7 @@ def summarise_counts(
         / jnp.maximum(took_part.sum(), 1),
         "worst_decile_accuracy": worst_decile(client_accuracy, took_part),
         "client_accuracy": client_accuracy,
-        "specialisation": counts["routed"] * share,
+        "specialisation": counts["routed"] * share[None, None],
     }
     if "drifted" in counts:
         accuracies["drifted_accuracy"] = counts["drifted"].sum() / total.sum()

@@ -46,12 +46,13 @@ def find_sets(held: Array, max_held: int) -> HeldSets:
     A client with more than `max_held` experts in a layer uses all of them.
     """
     whole = (held.sum(axis=2) > max_held).any(axis=1)
-    held = jnp.where(whole[:, None, None], jnp.arange(held.shape[2]) == 0, held)
+    first = (jnp.arange(held.shape[2]) == 0)[None, None]
+    held = jnp.where(whole[:, None, None], first, held)
     words = pack_bits(held.reshape(len(held), -1))
-    _, first, of_client = jnp.unique(
+    _, client, of_client = jnp.unique(
         words, axis=0, size=len(held), return_index=True, return_inverse=True
     )
-    distinct = held[first]
+    distinct = held[client]
     order = jnp.argsort(~distinct, axis=2, stable=True)[..., :max_held]
     slot = jnp.take_along_axis(distinct, order, axis=2)
     return HeldSets(order, slot, of_client.max() + 1, of_client.reshape(-1), whole)
@@ -61,7 +62,9 @@ def pack_bits(rows: Array) -> Array:
     """Rows [N, n] bool as [N, ceil(n / 32)] uint32, equal where the rows are."""
     padded = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % WORD)))
     bits = padded.reshape(len(rows), -1, WORD).astype(jnp.uint32)
-    return (bits << jnp.arange(WORD, dtype=jnp.uint32)).sum(axis=2, dtype=jnp.uint32)
+    return (bits << jnp.arange(WORD, dtype=jnp.uint32)[None, None]).sum(
+        axis=2, dtype=jnp.uint32
+    )
 
 
 def run_model(

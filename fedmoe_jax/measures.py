@@ -1,7 +1,7 @@
 """The measures of a run: one row each, from a round's metric to the report's column.
 
 A measure of one's own is a row `key: Measure(...)` of a module's `MEASURES`, on a field
-that the rows of a run already have; `add_measures` joins it to this table.
+that the rows of a run already have; `plugins.load_plugins` joins it to this table.
 """
 
 from collections.abc import Mapping
@@ -312,20 +312,6 @@ def check_measure(key: str, measure: Measure) -> None:
         if (value := getattr(measure, name)) not in allowed:
             names = ", ".join(map(repr, allowed))
             raise UserError(f"measure {key}: {name}={value!r}; allowed: {names}")
-
-
-def add_measures(own: Mapping[str, Measure]) -> None:
-    """Joins measures from outside to `MEASURES`, at its end.
-
-    Raises:
-      UserError: a row that is not allowed, or a key that another measure has.
-    """
-    for key, measure in own.items():
-        check_measure(key, measure)
-        if MEASURES.setdefault(key, measure) != measure:
-            raise UserError(
-                f"measure {key}: another measure has this key; allowed: a new one"
-            )
 
 
 def running_fields(measures: Mapping[str, Measure]) -> tuple[str, ...]:

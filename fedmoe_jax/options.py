@@ -63,7 +63,8 @@ class Option(NamedTuple):
 
     Attributes:
       name: dotted, as in `--config.fitness.rate`.
-      allowed: a range or the names; None where another function checks the value.
+      allowed: a range, names, or a table of names; None where another function checks
+        the value.
       about: its meaning and unit, for `--help` and docs/config.md.
       scope: `HOST`, read while a run is planned; `STATIC`, shapes the compiled program;
         `TRACED`, a number that enters the program as an argument, so that runs with
@@ -73,7 +74,7 @@ class Option(NamedTuple):
     """
 
     name: str
-    allowed: Range | tuple[str, ...] | None
+    allowed: Range | Mapping[str, Any] | tuple[str, ...] | None
     about: str
     scope: str = HOST
     default: Any = None

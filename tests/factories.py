@@ -29,7 +29,7 @@ from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.state import init_state, prepare_state
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
-from fedmoe_jax.train import run as train
+from fedmoe_jax.train import plan as planning
 from fedmoe_jax.types import (
     AlignState,
     Assignment,
@@ -206,13 +206,13 @@ def make_program(data=None, steps=None, **changes) -> Program:
     return build_program(config, data, federation, build_mesh(1))
 
 
-def use_model(program, model):
-    """The program with another model, each part of which costs one FLOP."""
+def use_model(program, model, **flops):
+    """The program with another model; each part costs one FLOP where not given."""
     params, frozen = shape_params(model)
     sizes = program.sizes._replace(num_layers=len(params["gate"]))
     traced = trace_model(model, program.task, program.batch, sizes)
     trained, frozen = take_frozen(params, frozen, program.strategy)
-    costs = count_costs(trained, frozen, dict.fromkeys(PARTS, 1.0))
+    costs = count_costs(trained, frozen, dict.fromkeys(PARTS, 1.0) | flops)
     outputs, scores, routing = traced
     return program._replace(
         **dict(model=model, sizes=sizes, costs=costs),
@@ -220,9 +220,9 @@ def use_model(program, model):
     )
 
 
-def use_linear_model(program):
+def use_linear_model(program, **flops):
     """The program with the linear model, which compiles faster."""
-    return use_model(program, make_linear_model(program.sizes.num_experts))
+    return use_model(program, make_linear_model(program.sizes.num_experts), **flops)
 
 
 def make_evidence(sizes=SIZES, **changes):
@@ -371,7 +371,7 @@ def choose(*names):
 
 def plan_run(**changes):
     config = tiny_config(**changes)
-    return train.plan_run(config, build_mesh(config.run.num_devices))
+    return planning.plan_run(config, build_mesh(config.run.num_devices))
 
 
 def start_run(plan, program) -> Run:
@@ -383,14 +383,21 @@ def start_run(plan, program) -> Run:
     return Run(program, state, federation.replace(frozen=frozen), hyper)
 
 
+def start(plan, program, seed=0) -> Run:
+    """The run of a plan before any stage, under a program like the plan's."""
+    state, frozen = init_state(jax.random.key(seed), plan.hyper, program)
+    inputs = state, plan.federation.replace(frozen=frozen), plan.hyper
+    return Run(program, *replicate(inputs, program.mesh))
+
+
 def see_calm(run):
     """The view of a round in a world without events."""
     return observe({}, run.federation, run.hyper, ())
 
 
-def send_inputs(run, state, cohort, held, slot):
-    """The inputs of a cohort without events that holds `held` [C, K], in one layer."""
-    program, view = run.program, see_calm(run)
+def send_inputs(run, state, cohort, held, slot, view=None):
+    """The inputs of a cohort that holds `held` [C, K] in one layer, without events."""
+    program, view = run.program, view or see_calm(run)
     capacity = jnp.full(state.align.held.shape[0], program.sizes.max_held)
     capacity = Capacity(Belief(capacity, {}), capacity, capacity)
     evidence = gather_evidence(state, view, cohort, capacity, program.sizes)

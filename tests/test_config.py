@@ -21,11 +21,11 @@ from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.federation import make_devices, make_partition
 from fedmoe_jax.options import Range, UserError
 from fedmoe_jax.program import build_program, make_hyper
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.compare import list_members
-from fedmoe_jax.train.writers import read_metrics
 from fedmoe_jax.types import Dataset
 
 FILES = sorted(

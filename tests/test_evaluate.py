@@ -64,7 +64,7 @@ def draw_held(rng, sizes):
     for client in range(sizes.num_clients):
         count = 1 + client % sizes.max_held  # some hold fewer than A experts
         held[client, rng.permutation(sizes.num_experts)[:count]] = True
-    held[IDLE] = False
+    held[IDLE : IDLE + 1] = False  # of few clients none is idle
     return held
 
 
@@ -302,19 +302,20 @@ def test_evaluate_ignores_padding(form):
     """Expert 0 answers 1, expert 1 answers 2; the gate prefers the first."""
     program = build(num_clients=2, num_experts=2, max_held=1, num_active=1)
     program = program._replace(task=IMAGES._replace(loss=score_positions))
-    model = make_logit_model(2, CLASSES)
+    whole = make_logit_model(2, CLASSES)
     labels, strata = LABELS.reshape(-1), np.repeat(STRATA, 2)
     if form == "positions":
         labels, strata = LABELS, STRATA
     repeats = 1 if labels.ndim == 1 else 2
 
     def apply(*arguments):
-        outputs, routing = model.apply(*arguments)
+        outputs, routing = whole.apply(*arguments)
         repeat = lambda leaf: jnp.repeat(leaf, repeats, axis=1)
         return outputs, Routing(repeat(routing.logits), repeat(routing.gates))
 
+    model = whole
     if form != "parts":
-        model = model._replace(apply=apply, parts=None)
+        model = whole._replace(apply=apply, parts=None)
     program = use_model(program, model)
     params, _ = model.init(jax.random.key(0))
     answers = jnp.array([[0.0, 2.0, 1.0], [0.0, 1.0, 2.0]])

@@ -1,11 +1,12 @@
-"""The distinct sets of experts that clients hold, and how often a model is run."""
+"""The distinct sets of experts that clients hold, and scores of models without parts."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import make_program, use_linear_model
+from factories import K, N, make_program, plan_run, start_run, use_linear_model
 
+from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.held_sets import WORD, find_sets, pack_bits, score_sets
 from fedmoe_jax.scoring import Examples
 
@@ -67,3 +68,36 @@ def test_score_sets_runs_the_model_once_for_each_set():
     rows = score_sets(params, frozen, sets, examples, program)
     jax.effects_barrier()
     assert len(runs) == 2 and rows.shape == (6, 1)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["greedy", "flex_moe", "fedmix", "pfedmoe", "fedjets", "local"]
+)
+def test_score_model_gives_the_scores_of_the_model_with_parts(strategy):
+    """Of images that drift, one client without experts."""
+    drift = {"drift.images": "contrast", "drift.strength": 0.8}
+    plan = plan_run(strategy=strategy, **drift)
+    program = plan.program
+    run = start_run(plan, program)
+    noise = lambda x: x + 0.5 * jax.random.normal(jax.random.key(1), x.shape)
+    params, personal = jax.tree.map(noise, (run.state.params, run.state.personal))
+    drawn = jax.random.uniform(jax.random.key(2), (N, 1, program.sizes.num_experts))
+    held = (drawn.argsort(axis=2) < K).at[0].set(False)
+    participation = run.state.participation
+    state = run.state.replace(
+        params=params,
+        personal=personal,
+        align=run.state.align.replace(held=held),
+        participation=participation.replace(rounds=participation.rounds + 1),
+    )
+    whole = program._replace(model=program.model._replace(parts=None))
+    found, expected = (
+        build_evaluate(each)(state, run.federation, run.hyper)
+        for each in (whole, program)
+    )
+    assert set(expected) - set(found) <= {"global_soft_accuracy", "expert_accuracy"}
+    assert found["drifted_accuracy"].shape == ()
+    for name, value in found.items():
+        assert value.shape == expected[name].shape
+        # One image of 1,024 whose best classes are equal to rounding may differ.
+        np.testing.assert_allclose(value, expected[name], atol=4e-3, err_msg=name)

@@ -60,6 +60,15 @@ def test_summarise_feedback_ignores_positions_without_weight():
     close(feedback.peak, [[0.5, 1]])
 
 
+def test_equal_weights_change_nothing_but_the_scale():
+    rows = [1.0, 2.0, 4.0], [1.0, 0.0, 1.0], [[1.0, 0.0], [0.25, 0.75], [0.5, 0.5]]
+    plain, weighted = sum_one(*rows), sum_one(*rows, [2.0] * 3)
+    found = summarise_feedback(weighted)
+    assert_same(found, summarise_feedback(plain), rtol=1e-6)
+    loss = jnp.array(rows[0])
+    close(mean_loss(Scores(loss, loss, jnp.full(3, 2.0))), loss.mean())
+
+
 def test_sum_batch_without_padding_is_that_of_the_other_positions():
     rng = np.random.default_rng(0)
     loss, score, gates = rng.random(9), rng.integers(0, 2, 9), rng.random((9, 3))

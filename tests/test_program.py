@@ -27,6 +27,7 @@ from fedmoe_jax.client import build_client_update
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.program import (
     configure,
+    count_report,
     find_overwritten,
     longest,
     make_hyper,
@@ -154,6 +155,13 @@ def test_build_program_counts_capacity_in_the_users_slots():
 @pytest.mark.parametrize(("name", "numbers"), [("fedmix", E), ("random", 0)])
 def test_build_program_counts_the_numbers_of_a_report(name, numbers):
     assert make_program(strategy=name).report_numbers == numbers
+
+
+def test_count_report_counts_every_layer():
+    strategy, sizes = find_strategy("fedmix"), make_program(strategy="fedmix").sizes
+    hyper, three = make_hyper(tiny_config()), sizes._replace(num_layers=3)
+    assert count_report(strategy, three, hyper) == 3 * E
+    assert count_report(NOTHING, three, hyper) == 0
 
 
 def train_once(**changes):

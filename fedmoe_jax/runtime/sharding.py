@@ -56,7 +56,8 @@ def map_runs(function: Callable) -> Callable:
     """Maps `function(state, federation, ...)` of ONE run over a leading S axis.
 
     The federation's `PER_RUN` fields have that axis too, the others are shared. A loop
-    on CPU, where one run keeps a device busy; vmapped elsewhere.
+    on CPU, where one run keeps a device busy; vmapped elsewhere. One run is called as
+    it is, so that it costs nothing to be a sweep of one.
     """
 
     def mapped(states: PyTree, federation: Federation, *others: PyTree) -> PyTree:
@@ -66,9 +67,13 @@ def map_runs(function: Callable) -> Callable:
             state, own, rest = arguments
             return function(state, federation.replace(**own), *rest)
 
+        arguments = (states, own, others)
+        if jax.tree.leaves(states)[0].shape[0] == 1:
+            first = jax.tree.map(lambda leaf: leaf[0], arguments)
+            return jax.tree.map(lambda leaf: leaf[None], one_run(first))
         on_cpu = jax.default_backend() == "cpu"
         over = functools.partial(jax.lax.map, one_run) if on_cpu else jax.vmap(one_run)
-        return over((states, own, others))
+        return over(arguments)
 
     return mapped
 

@@ -82,23 +82,24 @@ def find_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-@functools.cache
 def either(names: tuple[str, ...]) -> AssignFn:
     """Decides as the strategy of these names that `hyper.strategy` counts to.
 
     So runs of several strategies of equal traits share one compiled program.
     """
-    strategies = [find_strategy(name) for name in names]
-    if len(strategies) == 1:
-        return strategies[0].assign
+    decisions = tuple(find_strategy(name).assign for name in names)
+    return _switch(decisions) if decisions[1:] else decisions[0]
 
+
+@functools.cache  # equal decisions give one function, so that programs are shared
+def _switch(decisions: tuple[AssignFn, ...]) -> AssignFn:
     def assign(
         evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array
     ) -> Assignment:
-        def branch(strategy: Strategy) -> Callable[[], Assignment]:
-            return lambda: strategy.assign(evidence, hyper, sizes, key)
+        def branch(decide: AssignFn) -> Callable[[], Assignment]:
+            return lambda: decide(evidence, hyper, sizes, key)
 
-        return jax.lax.switch(hyper.strategy, [branch(s) for s in strategies])
+        return jax.lax.switch(hyper.strategy, [branch(d) for d in decisions])
 
     return assign
 

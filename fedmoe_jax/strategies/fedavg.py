@@ -107,7 +107,7 @@ FEDPROX, FEDPROX_ACTIVE = make(
     "FedAvg with a proximal term that holds clients near the server",
     add_prox,
     options=(
-        Option("fedprox.coefficient", POSITIVE, "mu of the proximal term", TRACED),
+        Option("fedprox.coefficient", POSITIVE, "mu of the FedProx term", TRACED),
     ),
 )
 FEDNOVA, FEDNOVA_ACTIVE = make(
@@ -121,7 +121,10 @@ FEDADAM, FEDADAM_ACTIVE = make(
     use_adam,
     options=(
         Option(
-            "fedadam.server_learning_rate", POSITIVE, "Adam's step size, > 0", TRACED
+            "fedadam.server_learning_rate",
+            POSITIVE,
+            "step size of the server's Adam",
+            TRACED,
         ),
     ),
 )

@@ -115,13 +115,13 @@ FEDMOE_DA = Strategy(
         Option(
             "fedmoe_da.neighbours",
             COUNT,
-            "experts that each is mixed with",
+            "most similar experts that each expert is mixed with",
             TRACED,
         ),
         Option(
             "fedmoe_da.temperature",
             POSITIVE,
-            "> 0, of the softmax of similarities",
+            "temperature of the softmax over similarities",
             TRACED,
         ),
         Option(

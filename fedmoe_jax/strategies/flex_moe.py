@@ -110,10 +110,12 @@ OPTIONS = (
     Option(
         "flex_moe.low",
         SHARE,
-        "least load of an expert, as a share of the mean",
+        "least load of an expert, in mean loads",
         TRACED,
     ),
-    Option("flex_moe.high", Range(1), "largest load", TRACED),
+    Option(
+        "flex_moe.high", Range(1), "largest load of an expert, in mean loads", TRACED
+    ),
     Option(
         "flex_moe.deficit",
         NON_NEGATIVE,

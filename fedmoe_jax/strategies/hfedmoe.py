@@ -70,7 +70,7 @@ HFEDMOE = Strategy(
         Option(
             "hfedmoe.share",
             SHARE,
-            "of the mean gate in an expert's importance",
+            "share of the mean gate in an expert's importance",
             TRACED,
         ),
         Option(

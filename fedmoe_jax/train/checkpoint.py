@@ -49,11 +49,6 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
 
-def has_steps(folder: Path) -> bool:
-    """Whether a folder holds saved rounds, intact or damaged."""
-    return any(path.name.split(".")[0].isdigit() for path in folder.glob("*"))
-
-
 def save(store: ocp.CheckpointManager, step: int, state: PyTree) -> None:
     """Starts saving `state` as round `step`; the state may be donated right after.
 
@@ -74,8 +69,23 @@ def save(store: ocp.CheckpointManager, step: int, state: PyTree) -> None:
         raise RuntimeError(f"step {step} was not saved: the newest step is {newest}")
 
 
+def read_latest(folder: Path, like: PyTree) -> tuple[PyTree, int] | None:
+    """As `restore_latest`, and changes nothing on disk: a run may be under way there.
+
+    Args:
+      folder: where the steps are, or none.
+      like: see `restore_latest`.
+    """
+    if not Path(folder).is_dir():
+        return None
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(Path(folder).absolute(), options=options) as store:
+        found, _ = _find_latest(store, like)
+    return found
+
+
 def restore_latest(
-    store: ocp.CheckpointManager, like: PyTree
+    store: ocp.CheckpointManager, like: PyTree, until: int | None = None
 ) -> tuple[PyTree, int] | None:
     """The newest intact state and its round; None where nothing was ever saved.
 
@@ -83,13 +93,25 @@ def restore_latest(
       store: from `open_checkpoints`.
       like: the state expected, of arrays or of `jax.ShapeDtypeStruct` with a sharding;
         the restored leaves take its shardings.
+      until: the newest round that is allowed; None for any.
 
     Raises:
       UserError: the state on disk has other leaves, shapes or dtypes than `like`, or
         there are steps and none is intact.
     """
+    found, damaged = _find_latest(store, like, until)
+    if found:
+        _set_aside(store, damaged, found[1])
+    return found
+
+
+def _find_latest(
+    store: ocp.CheckpointManager, like: PyTree, until: int | None = None
+) -> tuple[tuple[PyTree, int] | None, dict[int, str]]:
+    """The newest intact state and its round, and what is wrong with newer steps."""
     damaged = {}
-    for step in sorted(store.all_steps(), reverse=True):
+    steps = [step for step in store.all_steps() if until is None or step <= until]
+    for step in sorted(steps, reverse=True):
         state = None
         try:
             state = _read(store, step, like)
@@ -99,8 +121,7 @@ def restore_latest(
             damaged[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             logging.warning("checkpoint %d is damaged: %s", step, damaged[step])
         if not multihost.any_process(state is None):
-            _set_aside(store, damaged, step)
-            return state, step
+            return (state, step), damaged
         damaged.setdefault(step, "another process cannot read it")
     if damaged:
         reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
@@ -108,7 +129,7 @@ def restore_latest(
             f"no checkpoint in {store.directory} is intact ({reasons}); "
             "remove that folder to start again from round 0"
         )
-    return None
+    return None, damaged
 
 
 def _read(store: ocp.CheckpointManager, step: int, like: PyTree) -> PyTree:

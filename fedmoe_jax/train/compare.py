@@ -9,8 +9,8 @@ from fedmoe_jax.config import validate
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import flatten
-from fedmoe_jax.train.run import load_data
-from fedmoe_jax.train.sweep import Member, plan_waves, sweep
+from fedmoe_jax.train.plan import Member, load_data, plan_waves
+from fedmoe_jax.train.sweep import sweep
 from fedmoe_jax.train.workdir import claim_workdir
 
 

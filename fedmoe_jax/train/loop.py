@@ -25,28 +25,63 @@ PROFILED_CHUNKS = 3
 _compiled: dict[tuple, Callable] = {}
 
 
+def ignore_row(row: Row) -> None:
+    """For callers that read the rows from disk."""
+
+
+class Programs(NamedTuple):
+    """The jitted functions of a loop, all with a leading S axis for its runs.
+
+    Attributes:
+      run_rounds: (state, federation, hyper) -> (state, metrics), R rounds.
+      evaluate: (state, federation, hyper) -> accuracies.
+      stages: (round, (state, federation, hyper) -> (state, frozen)), each run before
+        the round of that number.
+    """
+
+    run_rounds: Callable
+    evaluate: Callable
+    stages: tuple[tuple[int, Callable], ...]
+
+
 class Job(NamedTuple):
-    """What one loop advances: a run, or the runs of a sweep that share a program.
+    """The runs that one loop advances; they share a program.
 
     Attributes:
       names: what progress calls the runs.
-      folders: where each run's rows go.
+      folders: where each run's rows go; None for a run that is not kept on disk.
       state: the state before the first round, on the devices.
       inputs: the federation and the hyperparameters, on the devices.
       frozen: the parts in `federation.frozen` that the runs froze themselves.
-      run_rounds: jitted (state, *inputs) -> (state, metrics), R rounds.
-      evaluate: jitted (state, *inputs) -> accuracies.
+      programs: the compiled functions.
       split: takes metrics on the host apart, one dict for each run.
+      on_row: called with every row of every run, as `metrics.jsonl` has it.
     """
 
     names: list[str]
-    folders: list[Path]
+    folders: list[Path | None]
     state: SimState
     inputs: tuple[PyTree, PyTree]
     frozen: tuple[str, ...]
-    run_rounds: Callable
-    evaluate: Callable
+    programs: Programs
     split: Callable[[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]
+    on_row: Callable[[Row], None] = ignore_row
+
+
+class End(NamedTuple):
+    """Where a loop has ended.
+
+    Attributes:
+      state: the newest state.
+      inputs: the federation, with what the runs have frozen, and hyperparameters.
+      done: rounds done, fewer than configured if `stop` said so.
+      spent: seconds that are in no row, of the last save, a run's share.
+    """
+
+    state: SimState
+    inputs: tuple[PyTree, PyTree]
+    done: int
+    spent: Row
 
 
 def compile_once(function: Callable, *arguments: PyTree) -> tuple[Callable, float]:
@@ -89,7 +124,11 @@ class Clock(NamedTuple):
 
 
 def advance(
-    job: Job, programs: tuple[Callable, Callable], state: SimState, evaluated: bool
+    job: Job,
+    programs: tuple[Callable, Callable],
+    state: SimState,
+    inputs: tuple[PyTree, PyTree],
+    evaluated: bool,
 ) -> tuple[SimState, list[dict], list[dict], Clock]:
     """One compiled chunk of rounds, and its evaluation where that is due.
 
@@ -99,12 +138,12 @@ def advance(
     run_rounds, evaluate = programs
     runs = len(job.names)
     start = time.monotonic()
-    state, metrics = run_rounds(state, *job.inputs)
+    state, metrics = run_rounds(state, *inputs)
     metrics = job.split(jax.device_get(metrics))
     trained = time.monotonic()
     accuracies = [{} for _ in job.names]
     if evaluated:
-        accuracies = job.split(jax.device_get(evaluate(state, *job.inputs)))
+        accuracies = job.split(jax.device_get(evaluate(state, *inputs)))
     clock = Clock((trained - start) / runs, (time.monotonic() - trained) / runs)
     return state, metrics, accuracies, clock
 
@@ -132,11 +171,11 @@ def list_rows(
 def drive(
     config: ConfigDict,
     job: Job,
-    checkpoints: Path,
+    checkpoints: Path | None,
     *,
     stop: Callable[[], bool],
     profile: Path | None,
-) -> tuple[SimState, int, Row]:
+) -> End:
     """Restores what there is and runs the rounds that are left.
 
     Rows are written before the state is saved, so that a killed run has a row for every
@@ -145,26 +184,26 @@ def drive(
     Args:
       config: rounds, evaluation, checkpoints; of any of the runs.
       job: what to run.
-      checkpoints: their folder.
+      checkpoints: their folder; None to restore and save nothing.
       stop: asked after every chunk of rounds; true saves and ends the loop early.
       profile: where a trace of a few chunks goes, or None.
 
-    Returns:
-      The state, the rounds done, fewer than configured if `stop` said so, and the time
-      that is in no row: of the last save, a run's share.
+    Raises:
+      UserError: no checkpoint is intact, or they fit another run.
     """
-    total = config.num_rounds
+    total, inputs = config.num_rounds, job.inputs
     with contextlib.ExitStack() as stack:
         keep = config.checkpoint.keep
-        store = stack.enter_context(checkpoint.open_checkpoints(checkpoints, keep))
-        restored = multihost.run_on_all(checkpoint.restore_latest, store, job.state)
-        state, done = restored or (job.state, 0)
+        store, state, done = stack.enter_context(open_store(job, checkpoints, keep))
         write = stack.enter_context(open_writers(config, job, done))
+        if done:
+            inputs = restore_frozen(job, checkpoints, done)
         if done >= total:
-            return state, done, {}
+            return End(state, inputs, done, {})
         if done and multihost.is_leader():
             print(f"going on after round {done}/{total}", flush=True)
-        programs, spent = compile_programs(job, state)
+        state, inputs = run_stages(job, checkpoints, done, state, inputs)
+        programs, spent = compile_programs(job, state, inputs)
         update = stack.enter_context(
             open_progress(total, job.names, done=done, stream=sys.stdout)
         )
@@ -173,44 +212,80 @@ def drive(
             trace(done)
             done += config.chunk_rounds
             evaluated = done % config.eval_every == 0
-            state, *measured = advance(job, programs, state, evaluated)
+            state, *measured = advance(job, programs, state, inputs, evaluated)
             rows = list_rows(config, done, *measured, spent)
             write(rows)
             update([run_rows[-1] for run_rows in rows])
             last, spent = stop() or done >= total, {}
-            if last or done % config.checkpoint.every == 0:
+            if store and (last or done % config.checkpoint.every == 0):
                 spent = save(store, done, state, len(job.names))
             if last:
-                return state, done, spent
+                return End(state, inputs, done, spent)
+            state, inputs = run_stages(job, checkpoints, done, state, inputs)
 
 
-def settle_frozen(job: Job, checkpoints: Path) -> Job:
-    """The job with the parts that its runs froze when they were started.
+@contextlib.contextmanager
+def open_store(
+    job: Job, checkpoints: Path | None, keep: int
+) -> Iterator[tuple[CheckpointManager | None, SimState, int]]:
+    """Yields the checkpoints, the newest intact state and its round; 0 without any."""
+    if checkpoints is None:
+        yield None, job.state, 0
+        return
+    with checkpoint.open_checkpoints(checkpoints, keep) as store:
+        found = multihost.run_on_all(checkpoint.restore_latest, store, job.state)
+        yield store, *(found or (job.state, 0))
 
-    They are no part of the state, so they are saved once, beside the checkpoints; a
-    resumed run must not depend on training them again to the last bit.
+
+def run_stages(
+    job: Job,
+    checkpoints: Path | None,
+    done: int,
+    state: SimState,
+    inputs: tuple[PyTree, PyTree],
+) -> tuple[SimState, tuple[PyTree, PyTree]]:
+    """State and inputs after the stages that are due after `done` rounds.
+
+    What they freeze is no part of the state, so it is saved beside the checkpoints: a
+    resumed run must not depend on training it again to the last bit.
+    """
+    due = [act for when, act in job.programs.stages if when == done]
+    for act in due:
+        state, frozen = act(state, *inputs)
+        inputs = inputs[0].replace(frozen=frozen), inputs[1]
+    if due and job.frozen and checkpoints:
+        own = {part: inputs[0].frozen[part] for part in job.frozen}
+        with open_frozen(job, checkpoints) as store:
+            if done not in store.all_steps():
+                checkpoint.save(store, done, own)
+    return state, inputs
+
+
+def open_frozen(job: Job, checkpoints: Path) -> CheckpointManager:
+    """The parts that runs have frozen, one step for each stage."""
+    folder = checkpoints / "frozen"
+    return checkpoint.open_checkpoints(folder, keep=len(job.programs.stages))
+
+
+def restore_frozen(job: Job, checkpoints: Path, done: int) -> tuple[PyTree, PyTree]:
+    """The job's inputs with the parts that its runs had frozen by round `done`.
 
     Raises:
-      UserError: there are checkpoints, and no intact frozen parts.
+      UserError: there are no intact ones.
     """
-    if not job.frozen:
-        return job
     federation, hyper = job.inputs
-    own = {part: federation.frozen[part] for part in job.frozen}
-    folder, has_steps = checkpoints / "frozen", checkpoint.has_steps
-    begun, kept = multihost.on_leader(lambda: [*map(has_steps, (checkpoints, folder))])
-    if begun and not kept:
+    if not job.frozen or not job.programs.stages:
+        return job.inputs
+    own, folder = {part: federation.frozen[part] for part in job.frozen}, "frozen"
+    with open_frozen(job, checkpoints) as store:
+        found = multihost.run_on_all(checkpoint.restore_latest, store, own, done)
+    if found is None:
         raise UserError(
-            f"{folder} is missing, which the checkpoints beside it need; remove "
-            f"{checkpoints} to start again from round 0"
+            f"{checkpoints / folder} is missing, which the checkpoints beside it need; "
+            f"remove {checkpoints} to start again from round 0"
         )
-    with checkpoint.open_checkpoints(folder, keep=1) as store:
-        if kept:
-            own, _ = multihost.run_on_all(checkpoint.restore_latest, store, own)
-        else:
-            checkpoint.save(store, 0, own)
-    federation = federation.replace(frozen=federation.frozen | own)
-    return job._replace(inputs=(federation, hyper))
+    frozen = federation.frozen | found[0]
+    return federation.replace(frozen=frozen), hyper
 
 
 @contextlib.contextmanager
@@ -229,7 +304,7 @@ def open_writers(
         def write(rows: list[list[Row]]) -> None:
             for writer, run_rows in zip(writers, rows, strict=multihost.is_leader()):
                 for row in run_rows:
-                    writer(row)
+                    job.on_row(writer(row))
 
         yield write
 
@@ -268,9 +343,11 @@ def save(
     return {"save_seconds": (time.monotonic() - start) / runs}
 
 
-def compile_programs(job: Job, state: SimState) -> tuple[tuple, Row]:
+def compile_programs(
+    job: Job, state: SimState, inputs: tuple[PyTree, PyTree]
+) -> tuple[tuple[Callable, Callable], Row]:
     """Both programs of a job and the time that compiling took, a run's share."""
-    run_rounds, first = compile_once(job.run_rounds, state, *job.inputs)
-    evaluate, second = compile_once(job.evaluate, state, *job.inputs)
+    run_rounds, first = compile_once(job.programs.run_rounds, state, *inputs)
+    evaluate, second = compile_once(job.programs.evaluate, state, *inputs)
     seconds = (first + second) / len(job.names)
     return (run_rounds, evaluate), {"compile_seconds": seconds}

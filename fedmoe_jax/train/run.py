@@ -1,155 +1,87 @@
-"""One run: a straight line from a config to a finished run folder."""
+"""Runs that advance together as one program, from their plans to finished folders."""
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from fedmoe_jax.align.capacity import Belief
-from fedmoe_jax.base import Data
-from fedmoe_jax.config import validate
-from fedmoe_jax.data.load import load_dataset
-from fedmoe_jax.evaluate import build_evaluate
-from fedmoe_jax.federation import make_devices, make_federation, make_partition
+from fedmoe_jax.evaluate import build_evaluate_share
 from fedmoe_jax.measures import MEASURES, pack_measures
-from fedmoe_jax.models.flops import count_activation_bytes
-from fedmoe_jax.program import Program, build_program, find_overwritten, make_hyper
+from fedmoe_jax.program import Program, find_overwritten
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
-from fedmoe_jax.round import build_run_rounds
+from fedmoe_jax.round import scan_rounds
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import write_json
 from fedmoe_jax.runtime.origin import find_origin
-from fedmoe_jax.runtime.sharding import build_mesh, replicate
-from fedmoe_jax.state import init_state, prepare_state
+from fedmoe_jax.runtime.sharding import RUNS, map_runs, place, spread
+from fedmoe_jax.state import init_state, run_stage
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.train import memory
-from fedmoe_jax.train.loop import Job, compile_once, drive, settle_frozen
+from fedmoe_jax.train.loop import Job, Programs, compile_once, drive, ignore_row
+from fedmoe_jax.train.plan import Member, Plan, Wave, load_data, plan_waves
 from fedmoe_jax.train.workdir import claim_run, is_finished
-from fedmoe_jax.types import AlignState, Federation, Hyper, Partition
+from fedmoe_jax.types import (
+    PER_RUN,
+    AlignState,
+    Array,
+    Federation,
+    Hyper,
+    PyTree,
+    SimState,
+)
 from fedmoe_jax.world.participation import Participation
 
-
-class Plan(NamedTuple):
-    """One run as its config describes it, still on the host.
-
-    Attributes:
-      config: validated.
-      program: static parts.
-      data: the data set.
-      partition: who owns what.
-      federation: what a round reads.
-      hyper: traced hyperparameters.
-      tier_names: kinds of device, in the order of their numbers.
-    """
-
-    config: ConfigDict
-    program: Program
-    data: Data
-    partition: Partition
-    federation: Federation
-    hyper: Hyper
-    tier_names: tuple[str, ...]
+# How the fields of a wave's federation lie on the mesh.
+FEDERATION_SPEC = Federation(
+    **{
+        name: P(RUNS) if name in PER_RUN else P()
+        for name in Federation.__dataclass_fields__
+    }
+)
 
 
-load_dataset_once = functools.cache(load_dataset)
-init_state_compiled = jax.jit(init_state, static_argnums=2)
-prepare_compiled = jax.jit(prepare_state, static_argnums=3)
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    stop: Callable[[], bool],
+    label: str,
+    profile: bool,
+    on_row: Callable[[Row], None] = ignore_row,
+) -> bool:
+    """Runs or resumes one run, a wave of one; returns whether it is finished.
 
-
-def load_data(config: ConfigDict) -> None:
-    """Loads the data set, so that it is there for whoever asks next.
+    Args:
+      config: the run's config.
+      workdir: its folder; docs/running.md says what is written there.
+      stop: asked after every chunk of rounds; true saves and ends the run early.
+      label: the run's name in the progress.
+      profile: whether to trace a few rounds into `workdir/profile`.
+      on_row: see `Job.on_row`.
 
     Raises:
-      UserError: the config is not allowed or the data cannot be loaded.
+      UserError: a mistake in config, data, folder or checkpoint; a bad config leaves
+        no trace on disk.
     """
-    validate(config)
-    load_dataset_once(config.data.name, config.data.dir)
-
-
-def plan_run(config: ConfigDict, mesh: Mesh) -> Plan:
-    """Builds everything that a run needs on the host; touches only the data cache.
-
-    Raises:
-      UserError: the config or the data do not allow this run.
-    """
-    validate(config)
-    data = load_dataset_once(config.data.name, config.data.dir)
-    partition = make_partition(config, data)
-    federation = make_federation(config, data, partition)
-    program = build_program(config, data, federation, mesh)
-    hyper = make_hyper(config)
-    # Now, as the user's file of devices may have changed when the run ends.
-    _, names = make_devices(config)
-    return Plan(config, program, data, partition, federation, hyper, names)
-
-
-def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
-    """Estimates the memory of runs that advance together, see `memory`."""
-    widest = max(plans, key=lambda plan: plan.federation.index.shape[1])
-    key = jax.random.key(0)
-    state, frozen = jax.eval_shape(
-        lambda k, h: init_state(k, h, program), key, widest.hyper
-    )
-    sizes = program.sizes
-    evaluated = sizes.num_experts if program.strategy.every_expert else sizes.max_held
-    forward = [
-        count_activation_bytes(program.model, program.batch, count)
-        for count in (sizes.max_held, evaluated)
-    ]
-    return memory.estimate_memory(
-        state,
-        widest.federation.replace(frozen=frozen),
-        program,
-        training_bytes=2 * forward[0],
-        evaluation_bytes=forward[1],
-        num_runs=len(plans),
-    )
-
-
-def choose_devices(config: ConfigDict) -> int:
-    """Devices of a run alone: as configured, else as many as have a client to train."""
-    processes = jax.process_count()
-    pooled = find_strategy(config.strategy).pooled
-    most = 1 if pooled else -(-config.cohort_size // processes)
-    return config.run.num_devices or processes * min(jax.local_device_count(), most)
-
-
-def plan_one(config: ConfigDict) -> Plan:
-    """Plans a run that has all devices for itself.
-
-    Raises:
-      UserError: see `plan_run`; or it needs too much memory.
-    """
-    validate(config)
-    plan = plan_run(config, build_mesh(choose_devices(config)))
-    memory.check_memory(estimate([plan], plan.program), config.run.memory_limit_gb)
-    return plan
-
-
-def build_job(plan: Plan, workdir: Path, label: str) -> Job:
-    """Puts one run on the devices, ready for the driver."""
-    program, mesh = plan.program, plan.program.mesh
-    hyper = replicate(plan.hyper, mesh)
-    key = jax.random.key(plan.config.seed)
-    state, frozen = replicate(init_state_compiled(key, hyper, program), mesh)
-    federation = replicate(plan.federation, mesh).replace(frozen=frozen)
-    state, frozen = prepare_compiled(state, federation, hyper, program)
-    federation = federation.replace(frozen=frozen)
-    return Job(
-        names=[label],
-        folders=[workdir],
-        state=state,
-        inputs=(federation, hyper),
-        frozen=program.strategy.frozen,
-        run_rounds=build_run_rounds(program),
-        evaluate=build_evaluate(program),
-        split=lambda metrics: [metrics],
+    multihost.on_leader(load_data, config)  # alone, as it may have to be prepared
+    (wave,) = multihost.run_on_all(plan_waves, [Member(label, config)])
+    if multihost.on_leader(is_finished, workdir, config):
+        print(f"{workdir} holds all {config.num_rounds} rounds already")
+        return True
+    return run_wave(
+        wave,
+        [workdir],
+        workdir / "checkpoints",
+        stop=stop,
+        profile=workdir / "profile" if profile else None,
+        on_row=on_row,
     )
 
 
@@ -169,68 +101,127 @@ def claim_runs(plans: list[Plan], folders: list[Path]) -> None:
     multihost.on_leader(claim)
 
 
-def train(
-    config: ConfigDict,
-    workdir: Path,
-    *,
-    stop: Callable[[], bool],
-    label: str,
-    profile: bool,
-) -> bool:
-    """Runs or resumes one run; returns whether it is finished.
-
-    Args:
-      config: the run's config.
-      workdir: its folder; see the README for what is written there.
-      stop: asked after every chunk of rounds; true saves and ends the run early.
-      label: what progress calls the run.
-      profile: whether to trace a few rounds into `workdir/profile`.
-
-    Raises:
-      UserError: a mistake in config, data, folder or checkpoint; a bad config leaves
-        no trace on disk.
-    """
-    multihost.on_leader(load_data, config)  # alone, as it may have to be prepared
-    plan = multihost.run_on_all(plan_one, config)
-    if multihost.on_leader(is_finished, workdir, config):
-        print(f"{workdir} holds all {config.num_rounds} rounds already")
-        return True
-    claim_runs([plan], [workdir])
-    job = build_job(plan, workdir, label)
-    folder = workdir / "profile" if profile else None
-    return run_job(job, [plan], workdir / "checkpoints", stop=stop, profile=folder)
-
-
-def run_job(
-    job: Job,
-    plans: list[Plan],
+def run_wave(
+    wave: Wave,
+    folders: list[Path],
     checkpoints: Path,
     *,
     stop: Callable[[], bool],
     profile: Path | None,
+    on_row: Callable[[Row], None] = ignore_row,
 ) -> bool:
-    """Drives runs to their end and closes their folders; returns whether they are.
+    """Runs or resumes one wave and closes its folders; returns whether it is finished.
 
     Args:
-      job: the runs on the devices.
-      plans: of the same runs.
-      checkpoints: folder of their checkpoints.
+      wave: the runs.
+      folders: of the runs.
+      checkpoints: folder of their common checkpoints.
       stop: see `drive`.
       profile: see `drive`.
+      on_row: see `Job.on_row`.
     """
-    config, origin = plans[0].config, find_origin()
-    job = settle_frozen(job, checkpoints)
-    state, done, spent = drive(config, job, checkpoints, stop=stop, profile=profile)
-    if done < config.num_rounds:
+    claim_runs(wave.plans, folders)
+    config, origin = wave.plans[0].config, find_origin()
+    job = build_job(wave, folders)._replace(on_row=on_row)
+    end = drive(config, job, checkpoints, stop=stop, profile=profile)
+    if end.done < config.num_rounds:
         return False
-    evaluate, _ = compile_once(job.evaluate, state, *job.inputs)
-    results = job.split(jax.device_get(evaluate(state, *job.inputs)))
-    states = job.split(jax.device_get((state.align, state.belief, state.participation)))
+    state, inputs = end.state, end.inputs
+    evaluate, _ = compile_once(job.programs.evaluate, state, *inputs)
+    results = split_runs(jax.device_get(evaluate(state, *inputs)))
+    kept = state.align, state.belief, state.participation
+    states = split_runs(jax.device_get(kept))
     if multihost.is_leader():
-        for parts in zip(plans, job.folders, states, results, strict=True):
-            summary = finish(*parts, spent, origin)
+        for parts in zip(wave.plans, folders, states, results, strict=True):
+            summary = finish(*parts, end.spent, origin)
         print(describe_speed(summary), flush=True)
     return True
+
+
+def build_job(wave: Wave, folders: list[Path | None]) -> Job:
+    """Puts a wave on its devices, ready for the loop; see `Job.folders`."""
+    mesh, program = wave.program.mesh, wave.program
+    hypers = jax.tree.map(
+        lambda *leaves: np.stack(leaves), *(p.hyper for p in wave.plans)
+    )
+    hypers = place(hypers, mesh, P(RUNS))
+    seeds = np.array([plan.config.seed for plan in wave.plans])
+    init, programs = build_programs(program)
+    federation = stack_federations([p.federation for p in wave.plans], mesh)
+    state, frozen = init(place(seeds, mesh, P(RUNS)), federation, hypers)
+    return Job(
+        names=wave.names,
+        folders=folders,
+        state=state,
+        inputs=(federation.replace(frozen=frozen), hypers),
+        frozen=program.strategy.frozen,
+        programs=programs,
+        split=split_runs,
+    )
+
+
+def stack_federations(federations: list[Federation], mesh: Mesh) -> Federation:
+    """One federation for all runs, on the devices: `PER_RUN` fields have an S axis.
+
+    Index rows get the length of the longest; no draw depends on it.
+    """
+    longest = max(federation.index.shape[1] for federation in federations)
+    padded = [
+        f.replace(index=np.pad(f.index, ((0, 0), (0, longest - f.index.shape[1]))))
+        for f in federations
+    ]
+    own = {
+        name: jax.tree.map(
+            lambda *leaves: np.stack(leaves), *(getattr(f, name) for f in padded)
+        )
+        for name in PER_RUN
+    }
+    return Federation(
+        **{
+            name: place(
+                own.get(name, getattr(federations[0], name)),
+                mesh,
+                getattr(FEDERATION_SPEC, name),
+            )
+            for name in Federation.__dataclass_fields__
+        }
+    )
+
+
+@functools.cache
+def build_programs(program: Program) -> tuple[Callable, Programs]:
+    """Jitted init, and what the loop runs, for runs that share a program.
+
+    All have a leading S axis on state, hyperparameters, the federation's `PER_RUN`
+    fields and their results.
+    """
+    runs, mesh = P(RUNS), program.mesh
+
+    def init_run(
+        seed: Array, federation: Federation, hyper: Hyper
+    ) -> tuple[SimState, PyTree]:
+        return init_state(jax.random.key(seed), hyper, program)
+
+    def stage(number: int) -> Callable:
+        return functools.partial(run_stage, program=program, number=number)
+
+    divided = (runs, FEDERATION_SPEC, runs)
+    over_runs = lambda function: spread(map_runs(function), mesh, divided, runs)
+    rounds = [when for when, _ in program.strategy.stages]
+    return jax.jit(over_runs(init_run)), Programs(
+        run_rounds=jax.jit(over_runs(scan_rounds(program)), donate_argnums=0),
+        evaluate=jax.jit(over_runs(build_evaluate_share(program))),
+        stages=tuple(
+            (when, jax.jit(over_runs(stage(number))))
+            for number, when in enumerate(rounds)
+        ),
+    )
+
+
+def split_runs(tree: PyTree) -> list[PyTree]:
+    """A pytree of arrays with a leading S axis as S pytrees."""
+    count = len(jax.tree.leaves(tree)[0])
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
 
 
 def finish(

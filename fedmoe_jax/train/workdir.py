@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from fedmoe_jax.config import FREE_FIELDS
+from fedmoe_jax.config import FREE_FIELDS, list_options
 from fedmoe_jax.data.partition import load_partition, save_partition
 from fedmoe_jax.options import UserError
-from fedmoe_jax.runtime.files import read_json, write_atomically, write_json
+from fedmoe_jax.plugins import list_defaults, list_plugins
+from fedmoe_jax.runtime.files import flatten, read_json, write_atomically, write_json
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.types import Partition
+
+# Fields that a comparison lacks: its members have them.
+PER_MEMBER = {"strategy", "seed"}
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -41,12 +45,51 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         ) from None
 
 
+def check_version(saved: dict[str, Any], config: ConfigDict) -> None:
+    """Checks that a run was not started before one of today's fields existed.
+
+    Args:
+      saved: the nested config of the run, as read from `config.json`.
+      config: given now.
+
+    Raises:
+      UserError: it was.
+    """
+    own = list_options().keys() - list_defaults().keys() - PER_MEMBER
+    missing = own & flatten(config.to_dict()).keys() - flatten(saved).keys()
+    if missing:
+        raise UserError(
+            "the run in this folder was started with an older version of fedmoe_jax, "
+            f"which had no field {min(missing)}; allowed: that version, or another "
+            "workdir"
+        )
+
+
+def check_plugins(workdir: Path) -> None:
+    """Checks that the run in the folder, if there is one, has the plug-ins given now.
+
+    Raises:
+      UserError: it has others.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    recorded = tuple(read_json(workdir / "config.json").get("plugins", ()))
+    if recorded != list_plugins():
+        raise UserError(
+            f"--plugins={','.join(list_plugins())} is not allowed; allowed: "
+            f"--plugins={','.join(recorded)}, with which the run in {workdir} was "
+            "started, or a new workdir"
+        )
+
+
 def check_same_run(saved: dict[str, Any], config: ConfigDict) -> None:
     """Checks that `config` continues the run whose `config.json` was read.
 
     Raises:
-      UserError: a field differs that may not, or the run would become shorter.
+      UserError: it was started with an older version, a field differs that may not, or
+        the run would become shorter.
     """
+    check_version(saved, config)
     checkpoint.check_config(saved, config.to_dict(), FREE_FIELDS)
     if config.num_rounds < saved["num_rounds"]:
         raise UserError(

@@ -34,9 +34,11 @@ def truncate_metrics(path: Path, last_round: int) -> None:
 
 @contextmanager
 def open_metrics(
-    folder: Path, *, done: int, tensorboard: bool
-) -> Iterator[Callable[[Row], None]]:
+    folder: Path | None, *, done: int, tensorboard: bool
+) -> Iterator[Callable[[Row], Row]]:
     """Yields `write(row)`, which appends to `metrics.jsonl` and the TensorBoard events.
+
+    It returns the row as the file has it.
 
     A row is on disk when `write` returns. TensorBoard gets finite scalars under their
     key and vectors as `key/0`, `key/1`, ...; arrays of more axes are only in the JSON.
@@ -44,10 +46,14 @@ def open_metrics(
     The row also gets the sums so far of the measures that are `running`.
 
     Args:
-      folder: an existing folder.
+      folder: an existing folder; None to write nothing.
       done: rounds done before; later rows and events of an earlier process are dropped.
       tensorboard: whether to write TensorBoard events too.
     """
+    if folder is None:
+        sums = dict.fromkeys(running_fields(MEASURES), 0.0)
+        yield lambda row: plain(row | add_costs(sums, row))
+        return
     path = Path(folder) / "metrics.jsonl"
     truncate_metrics(path, done)
     last = (read_metrics(path) or [{}])[-1]
@@ -56,12 +62,13 @@ def open_metrics(
         file = stack.enter_context(path.open("a", encoding="utf-8"))
         board = stack.enter_context(_board(folder, done)) if tensorboard else None
 
-        def write(row: Row) -> None:
+        def write(row: Row) -> Row:
             row = row | add_costs(totals, row)
             file.write(_line(row))
             file.flush()
             if board is not None:
                 _write_events(board, row)
+            return plain(row)
 
         yield write
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from configs import default
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.train import run as train
-from fedmoe_jax.train.writers import read_metrics
 from fedmoe_jax.types import Strategy
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

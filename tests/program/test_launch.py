@@ -14,12 +14,12 @@ import pytest
 from absl import flags
 from factories import SMALL
 
-import launch
 from configs import default
+from fedmoe_jax import launch
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import run as train
-from fedmoe_jax.train.writers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -62,7 +62,7 @@ def command(monkeypatch, tmp_path, capsys):
         flags.FLAGS.unparse_flags()
         capsys.readouterr()
         try:
-            code = launch.main(launch.parse_flags(list(argv)))
+            code = launch.main(launch.parse_flags(list(argv)), launch.Stop())
         except SystemExit as exit:
             code = exit.code
         return code, *capsys.readouterr()
@@ -99,6 +99,9 @@ BAD = {
     "no value": (["--config"], "--config"),
     "unknown flag": (["--rounds=3"], "'rounds'"),
     "unknown word": (["runs/here"], "'runs/here'"),
+    "no plug-in": (["--plugins=json,none_such"], "json defines no table"),
+    "unknown plug-in": (["--plugins", "none_such"], "no module 'none_such'"),
+    "plug-ins in the config": (["--config.plugins=('mine',)"], "has --plugins=mine"),
     "change": ([DIGITS, "--config.compare.changes=('lr=3',)"], "has 'lr=3'"),
     "seeds": ([DIGITS, "--config.compare.seeds=('a',)"], "compare.seeds"),
     "no seeds": ([DIGITS, "--config.compare.seeds=()"], "compare.seeds"),
@@ -141,9 +144,10 @@ def test_help_lists_every_field():
         assert ast.literal_eval(shown[1]) == value
 
 
-def test_a_mistake_in_a_process_of_its_own(tmp_path):
+@pytest.mark.parametrize("program", [[ROOT / "launch.py"], ["-m", "fedmoe_jax"]])
+def test_a_mistake_in_a_process_of_its_own(program, tmp_path):
     words = [f"--workdir={tmp_path / 'new'}", "--config.max_held=9"]
-    code, out, err = start(tmp_path, ROOT / "launch.py", *words)
+    code, out, err = start(tmp_path, *program, *words)
     told = "error: max_held=9 is not allowed; allowed: 1 to num_experts=8\n"
     assert (code, out, err) == (2, "", told)
     assert list(tmp_path.iterdir()) == []
@@ -207,6 +211,33 @@ def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
     same = lambda a, b: a.tobytes() == b.tobytes()
     assert jax.tree.all(jax.tree.map(same, *states))
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("program", [[ROOT / "launch.py"], ["-m", "fedmoe_jax"]])
+def test_help_is_the_same_of_both_programs(program, tmp_path):
+    _, out, _ = start(tmp_path, *program, "--help")
+    assert "  --config.fitness.rate=0.3\n" in out
+    for flag in ("--plugins", "--workdir", "--coordinator_address", "--[no]profile"):
+        assert f"\n  {flag}" in out
+    assert "weight of the newest feedback" in out
+
+
+def test_the_command_to_resume_is_the_one_that_was_given(monkeypatch):
+    script = Path(launch.__file__).with_name("__main__.py")
+    monkeypatch.setattr(sys, "argv", [str(script), "--workdir=a b"])
+    assert launch.name_command().endswith(" -m fedmoe_jax '--workdir=a b'")
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--workdir=x"])
+    assert launch.name_command().endswith(" launch.py --workdir=x")
+
+
+def test_a_run_of_an_older_version_is_refused_in_one_line(command, tmp_path):
+    config = default.get_config("smoke").to_dict()
+    del config["plugins"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = command(SMOKE, f"--workdir={tmp_path}")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert "older version of fedmoe_jax" in err and "no field plugins" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_an_interrupt_before_the_first_round_is_a_wish_to_stop(command, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import fedmoe_jax
+
 ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CPU = "requirements-cpu.txt"
 OWN = {"fedmoe_jax", "configs", "launch", "benchmarks", "factories"}
 OWN |= {path.stem for path in (ROOT / "benchmarks" / "runners").glob("*.py")}
@@ -69,6 +73,31 @@ def test_gpu_requirements_build_on_cpu_requirements():
     assert {canonicalize_name(Requirement(n).name) for n in named} <= set(_required())
 
 
+def test_the_package_requires_what_the_requirements_file_lists():
+    product, tests = (ROOT / CPU).read_text().split("# Tests and style.")
+    listed = [
+        {str(Requirement(line.split("#")[0])) for line in part.splitlines() if line}
+        for part in (re.sub(r"(?m)^#.*$", "", product), tests)
+    ]
+    extras = PROJECT["optional-dependencies"]
+    declared = [PROJECT["dependencies"], extras["test"]]
+    assert [{str(Requirement(each)) for each in part} for part in declared] == listed
+    assert extras["cuda12"] == ["jax[cuda12]"]
+
+
+def test_every_folder_of_the_package_is_found():
+    folders = {file.parent for file in (ROOT / "fedmoe_jax").rglob("*.py")}
+    assert len(folders) > 8
+    assert all((folder / "__init__.py").exists() for folder in folders)
+
+
+def test_the_version_is_that_of_the_project(monkeypatch):
+    monkeypatch.setattr(metadata, "version", {"fedmoe_jax": "1.2.3"}.__getitem__)
+    assert fedmoe_jax.__version__ == "1.2.3"
+    monkeypatch.undo()
+    assert fedmoe_jax.__version__ in (PROJECT["version"], "0+unknown")
+
+
 def test_every_import_is_required():
     providers = metadata.packages_distributions()
     for module in sorted(_imports()):
@@ -99,6 +128,12 @@ def test_demo_and_tests_are_one_command_each(tmp_path):
     assert f"-r {CPU}" in test.stdout
 
 
+def test_check_lints_and_leaves_out_slow_tests(tmp_path):
+    check = _make("-n", "check", f"VENV={tmp_path}", "DEVICE=cpu").stdout
+    assert check.index("ruff check .") < check.index("-m pytest")
+    assert check.splitlines()[-1].endswith('-m "not slow"')
+
+
 def test_installed_packages_stay_in_use(tmp_path):
     stamp = tmp_path / "installed-cuda12"
     stamp.touch()
@@ -115,13 +150,3 @@ def test_old_python_gets_one_line(tmp_path):
     assert ran.returncode == 2 and ran.stdout == ""
     assert len(ran.stderr.splitlines()) == 1 and "Python 3.11" in ran.stderr
     assert not (tmp_path / "venv").exists()
-
-
-def test_readme_lists_every_field_with_its_default():
-    text = (ROOT / "fedmoe_jax" / "configs" / "default.py").read_text()
-    fields = re.findall(r"^    config\.(\S+) = (?!ConfigDict)(.*?)  # ", text, re.M)
-    assigned = re.findall(r"^    config\.\S+ = (?!ConfigDict)", text, re.M)
-    assert len(fields) == len(assigned) > 50  # every field has its comment
-    listed = (ROOT / "README.md").read_text()
-    for name, default in fields:
-        assert f"| `{name}` | `{default}` |" in listed

@@ -18,12 +18,12 @@ from factories import SMALL
 from configs import compare as study
 from configs import default
 from fedmoe_jax.options import UserError
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.compare import compare
-from fedmoe_jax.train.writers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

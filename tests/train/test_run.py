@@ -18,13 +18,13 @@ from fedmoe_jax.measures import MEASURES, unpack_measures
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import init_state
 from fedmoe_jax.report.page import write_report
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.runs import load_run
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import loop as driver
 from fedmoe_jax.train import run as train
-from fedmoe_jax.train.writers import read_metrics
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
 pytestmark = pytest.mark.filterwarnings(

@@ -9,13 +9,13 @@ from factories import SMALL
 
 from configs import compare as study
 from fedmoe_jax.options import UserError
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import CLIENTS, RUNS
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train import sweep as sweep_file
 from fedmoe_jax.train.compare import compare, list_members
 from fedmoe_jax.train.sweep import plan_waves, wave_name
-from fedmoe_jax.train.writers import read_metrics
 from fedmoe_jax.types import PER_RUN, Federation
 
 TINY = SMALL | {"chunk_rounds": 2, "run.tensorboard": False}

@@ -1,0 +1,302 @@
+"""Runs from Python: `run` a config, `load_run` a folder, `predict` with its model.
+
+`fedmoe_jax` itself hands on these names, without importing JAX before one is used.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from fedmoe_jax.base import Route
+from fedmoe_jax.config import validate
+from fedmoe_jax.configs import default
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.options import UserError
+from fedmoe_jax.program import Program
+from fedmoe_jax.report.rows import Row, read_metrics
+from fedmoe_jax.runtime.files import read_json
+from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
+from fedmoe_jax.train import checkpoint
+from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
+from fedmoe_jax.train.plan import Member, Plan, plan_waves
+from fedmoe_jax.train.run import build_job, train
+from fedmoe_jax.train.workdir import check_plugins, check_version
+from fedmoe_jax.types import PyTree, SimState
+
+BATCH = 500  # inputs that `predict` takes at once
+
+
+class Run(NamedTuple):
+    """One run, finished or not.
+
+    Attributes:
+      config: its config.
+      rows: field of the rows -> its values, [rounds, ...] float64 with NaN where a
+        round has none, int64 where all are whole; the fields of `metrics.jsonl`.
+      state: the simulation after its newest round or checkpoint, NumPy leaves, the key
+        as its data, without an axis S; None where the folder has no checkpoint of its
+        own, as in a run that has just begun or belongs to a comparison.
+      frozen: the parts of the model that are not trained; None likewise.
+      plan: its program, data and federation; None likewise.
+    """
+
+    config: ConfigDict
+    rows: dict[str, np.ndarray]
+    state: SimState | None
+    frozen: PyTree
+    plan: Plan | None
+
+    @property
+    def params(self) -> PyTree:
+        """The server's `{"stem", "gate", "experts", "head"}`; None without a state."""
+        return self.state and self.state.params
+
+    def __repr__(self) -> str:
+        rounds = len(self.rows.get("round", ()))
+        return f"Run(strategy={self.config.strategy!r}, {rounds} rounds)"
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | Path | None = None,
+    on_row: Callable[[Row], None] = ignore_row,
+) -> Run:
+    """Runs one config, with progress on stdout.
+
+    Args:
+      config: of one run, from `fedmoe_jax.configs.default.get_config()` say.
+      workdir: its folder, as of `launch.py`; a run there is resumed. None writes
+        nothing to disk.
+      on_row: called after each chunk with the row of each of its rounds, a dict of
+        numbers and lists.
+
+    Raises:
+      UserError: a mistake in the config, the data or the folder.
+    """
+    config = ConfigDict(config.to_dict())
+    if "compare" in config:
+        raise UserError("compare is not allowed here; allowed: a config of one run")
+    validate(config)
+    adopt_devices(config.run.num_devices)
+    if workdir is not None:
+        check_plugins(Path(workdir))
+        train(
+            config,
+            Path(workdir),
+            stop=lambda: False,
+            label=config.strategy,
+            profile=False,
+            on_row=on_row,
+        )
+        return load_run(workdir)
+    rows = []
+
+    def take(row: Row) -> None:
+        rows.append(row)
+        on_row(row)
+
+    (wave,) = plan_waves([Member(config.strategy, config)])
+    job = build_job(wave, [None])._replace(on_row=take)
+    end = drive(config, job, None, stop=lambda: False, profile=None)
+    kept = take_run(end.state, end.inputs)
+    return Run(config, stack_rows(rows), *kept, wave.plans[0])
+
+
+def load_run(folder: str | Path) -> Run:
+    """Reads a finished or running run, with its newest intact checkpoint.
+
+    It loads the run's data set, for the shapes and statistics of the model.
+
+    Raises:
+      UserError: the folder holds no run, one of an older version or with other
+        plug-ins; no checkpoint is intact; or its data are not there.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"folder={folder} is not allowed; allowed: one with a run's config.json"
+        )
+    check_plugins(folder)
+    saved = read_json(folder / "config.json")
+    if "compare" in saved:
+        raise UserError(
+            f"folder={folder} holds a comparison; allowed: one of its runs/ folders"
+        )
+    check_version(saved, default.get_config())
+    config = ConfigDict(to_tuples(saved))
+    rows = stack_rows(read_metrics(folder / "metrics.jsonl"))
+    if not (folder / "checkpoints").is_dir():
+        return Run(config, rows, None, None, None)
+    adopt_devices(config.run.num_devices)
+    (wave,) = plan_waves([Member(config.strategy, keep_devices(config, folder))])
+    job = build_job(wave, [None])
+    found = checkpoint.read_latest(folder / "checkpoints", job.state)
+    if found is None:
+        return Run(config, rows, None, None, None)
+    state, done = found
+    inputs = restore_frozen(job, folder / "checkpoints", done)
+    return Run(config, rows, *take_run(state, inputs), wave.plans[0])
+
+
+def predict(
+    run: Run, inputs: np.ndarray | PyTree, client: int | None = None
+) -> np.ndarray:
+    """The outputs of a run's model for new inputs, routed over all experts.
+
+    It is the model of the global accuracy: top-A of all E experts.
+
+    Args:
+      run: from `run` or `load_run`.
+      inputs: rows as the data set has them, leaves [B, ...] by name, without the
+        targets; of images the array alone will do, [B, H, W, F] uint8.
+      client: in [0, N), whose model to take where parts of it are personal.
+
+    Returns:
+      [B, ...] outputs of the model: of images [B, L] float32, logits of the classes, or
+      the logarithms of their probabilities where the strategy mixes probabilities.
+
+    Raises:
+      UserError: inputs of another shape or dtype, a client that is missing or not
+        needed, or a run without a state.
+    """
+    if run.state is None or run.plan is None:
+        raise UserError("run has no checkpoint; allowed: a run with a model")
+    rows = fill_rows(run.plan.data.test, inputs)
+    personal = take_client(run.state.personal, client)
+    statistics = run.plan.federation.statistics
+    apply = lambda rows: apply_model(
+        run.plan.program, run.params, run.frozen, personal, statistics, rows
+    )
+    starts = range(0, len(jax.tree.leaves(rows)[0]), BATCH)
+    take = lambda start: {name: x[start : start + BATCH] for name, x in rows.items()}
+    return np.concatenate([apply(take(start)) for start in starts])
+
+
+def fill_rows(like: PyTree, inputs: np.ndarray | PyTree) -> PyTree:
+    """Rows with all leaves of a data set; those that are not given are zeros.
+
+    Raises:
+      UserError: leaves that the data set has not, or of another shape or dtype.
+    """
+    given = inputs if isinstance(inputs, dict) else {"x": inputs}
+    given = {name: np.asarray(leaf) for name, leaf in given.items()}
+    for name, leaf in given.items():
+        wanted = like.get(name)
+        fits = wanted is not None and leaf.shape[1:] == wanted.shape[1:]
+        if not fits or leaf.dtype != wanted.dtype or not len(leaf):
+            allowed = {
+                n: f"{x.dtype}[B{''.join(f', {s}' for s in x.shape[1:])}]"
+                for n, x in like.items()
+            }
+            raise UserError(
+                f"inputs[{name!r}] is {leaf.dtype}{list(leaf.shape)}; allowed: "
+                + ", ".join(f"{n!r} {shape}" for n, shape in allowed.items())
+            )
+    count = len(next(iter(given.values())))
+    empty = lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype)
+    return {name: given.get(name, empty(leaf)) for name, leaf in like.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply_model(
+    program: Program,
+    params: PyTree,
+    frozen: PyTree,
+    personal: PyTree,
+    statistics: PyTree,
+    rows: PyTree,
+) -> PyTree:
+    """Outputs of the whole model, with ONE client's own parts or {}."""
+    strategy, sizes = program.strategy, program.sizes
+    shape = sizes.num_layers, sizes.num_experts
+    everything = jnp.broadcast_to(jnp.arange(sizes.num_experts), shape)
+    whole = take_submodel(params, personal, everything, strategy.local_experts)
+    whole |= {part: frozen[part] for part in strategy.frozen}
+    route = Route(strategy.test_active or sizes.num_active, strategy.mix)
+    batch, slots = program.task.prepare(rows, statistics), jnp.ones(shape, bool)
+    outputs, _ = program.model.apply(
+        whole, frozen, batch, everything, slots, route, None
+    )
+    return outputs
+
+
+def take_client(personal: PyTree, client: int | None) -> PyTree:
+    """ONE client's own parts, {} where the server has all.
+
+    Raises:
+      UserError: see `predict`.
+    """
+    if not personal:
+        if client is not None:
+            raise UserError(
+                f"client={client} is not allowed; allowed: None, as the server has all "
+                "of this model"
+            )
+        return {}
+    most = len(jax.tree.leaves(personal)[0]) - 1
+    if client is None or not 0 <= client <= most:
+        raise UserError(
+            f"client={client} is not allowed; allowed: 0 to {most}, as parts of this "
+            f"model are personal ({', '.join(personal)})"
+        )
+    return jax.tree.map(lambda leaf: leaf[client], personal)
+
+
+@functools.cache
+def adopt_devices(num_devices: int) -> None:
+    """Sets the CPU's devices as `launch.py` does, or says that it is too late."""
+    try:
+        set_cpu_devices(num_devices)
+    except RuntimeError:
+        found = f"{jax.device_count()} {jax.default_backend()} device(s)"
+        print(f"JAX was initialised before; its {found} are used as they are")
+    else:
+        keep_host()
+
+
+def keep_devices(config: ConfigDict, folder: Path) -> ConfigDict:
+    """The config with the copy of the user's device file that the folder keeps."""
+    config = ConfigDict(config.to_dict())
+    if config.devices.csv:
+        config.devices.csv = str(folder / "devices.csv")
+    return config
+
+
+def take_run(state: SimState, inputs: tuple[PyTree, PyTree]) -> tuple:
+    """State and frozen parts of the only run of a wave, on the host."""
+    first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+    return to_host(first(state)), jax.device_get(first(inputs[0].frozen))
+
+
+def to_host(state: SimState) -> SimState:
+    """The state with NumPy leaves, its key as the key's data."""
+    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+def to_tuples(tree: Any) -> Any:
+    """A config as JSON gives it, with tuples for lists."""
+    if isinstance(tree, dict):
+        return {name: to_tuples(value) for name, value in tree.items()}
+    return tuple(tree) if isinstance(tree, list) else tree
+
+
+def stack_rows(rows: list[Row]) -> dict[str, np.ndarray]:
+    """Rows of `metrics.jsonl` as arrays over rounds, see `Run.rows`."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: stack_values([row.get(name) for row in rows]) for name in names}
+
+
+def stack_values(values: list[Any]) -> np.ndarray:
+    """Numbers or equally long lists of numbers; None is NaN, alone or in a list."""
+    if all(isinstance(value, int) for value in values):
+        return np.array(values)
+    arrays = [None if value is None else np.array(value, float) for value in values]
+    shape = next((array.shape for array in arrays if array is not None), ())
+    gap = np.full(shape, np.nan)
+    return np.stack([gap if array is None else array for array in arrays])

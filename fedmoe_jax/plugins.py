@@ -1,0 +1,173 @@
+"""Records from outside the package, which join its tables: `--plugins=my_module`.
+
+A plug-in is a module that defines tables of the package's own names, such as
+`STRATEGIES = {"mine": MINE}`. Its records carry their own config fields, with defaults
+(`Option.default`), and these join the config. Nothing here imports JAX before a plug-in
+is loaded, so that the defaults can be read without it.
+"""
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from fedmoe_jax.options import Option, UserError
+
+# Every table that plug-ins can add to, by its module and its name there.
+TABLES = (
+    ("fedmoe_jax.data.load", "DATASETS"),
+    ("fedmoe_jax.tasks", "TASKS"),
+    ("fedmoe_jax.models", "MODELS"),
+    ("fedmoe_jax.strategies", "STRATEGIES"),
+    ("fedmoe_jax.world", "PROCESSES"),
+    ("fedmoe_jax.measures", "MEASURES"),
+)
+FIELD = re.compile(r"[a-z]\w*(\.[a-z]\w*)?")
+
+
+class Plugin(NamedTuple):
+    """What one module has added.
+
+    Attributes:
+      records: the names of its records, by table.
+      defaults: of the config fields that are its own, by dotted name.
+    """
+
+    records: dict[str, tuple[str, ...]]
+    defaults: dict[str, Any]
+
+
+_plugins: dict[str, Plugin] = {}  # by the name of the module, in the order of joining
+
+
+def find_tables() -> dict[str, dict[str, Any]]:
+    """Every table that plug-ins can add to, by its name: name of a record -> record."""
+    return {
+        name: getattr(importlib.import_module(module), name) for module, name in TABLES
+    }
+
+
+def list_plugins() -> tuple[str, ...]:
+    """The names of the modules that have joined."""
+    return tuple(_plugins)
+
+
+def list_defaults() -> dict[str, Any]:
+    """The defaults of the plug-ins' config fields, by dotted name."""
+    return {
+        name: value
+        for plugin in _plugins.values()
+        for name, value in plugin.defaults.items()
+    }
+
+
+def load_plugins(*modules: str) -> None:
+    """Imports modules and joins their records to the package's tables.
+
+    A config that is made afterwards has their fields. A module that has joined before
+    joins anew: in a notebook `load_plugins("__main__")` takes what its cells define.
+
+    Args:
+      *modules: as in an `import` statement.
+
+    Raises:
+      UserError: there is no such module, it defines no table, or it defines a record or
+        a config field of a name that is taken.
+    """
+    for name in modules:
+        module = _import(name)
+        leave(name)
+        _join(name, module)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the plug-in is there and misses another module
+        raise UserError(
+            f"--plugins: there is no module {name!r}; allowed: names of modules in the "
+            "current folder, in PYTHONPATH or installed"
+        ) from None
+
+
+def leave(name: str) -> None:
+    """Takes the records of a module out of the tables again, if it has joined."""
+    tables = find_tables()
+    for table, records in _plugins.pop(name, Plugin({}, {})).records.items():
+        for record in records:
+            del tables[table][record]
+
+
+def _join(name: str, module: Any) -> None:
+    from fedmoe_jax.config import list_options  # imports the models
+    from fedmoe_jax.measures import check_measure
+
+    tables, fields = find_tables(), list_options()
+    own = {
+        table: getattr(module, table)
+        for table in tables
+        if getattr(module, table, tables[table]) is not tables[table]
+    }
+    if not own:
+        raise UserError(
+            f"--plugins: {name} defines no table; allowed: {', '.join(tables)}, "
+            "each a dict of names and records"
+        )
+    for table, records in own.items():
+        _check_names(f"--plugins: {table} of {name}", records, tables[table])
+    for key, measure in own.get("MEASURES", {}).items():
+        check_measure(key, measure)
+    options = [
+        option
+        for records in own.values()
+        for record in records.values()
+        for option in getattr(record, "options", ())
+    ]
+    defaults = _take_defaults(f"--plugins: {name}", options, fields)
+    for table, records in own.items():
+        tables[table].update(records)
+    names = {table: tuple(records) for table, records in own.items()}
+    _plugins[name] = Plugin(names, defaults)
+
+
+def _check_names(where: str, records: Any, table: Mapping[str, Any]) -> None:
+    if not isinstance(records, Mapping):
+        raise UserError(
+            f"{where} is a {type(records).__name__}; allowed: a dict of names and "
+            "records"
+        )
+    for name in records:
+        if name in table:
+            raise UserError(
+                f"{where} has {name!r}, which is taken; allowed: a name other than "
+                f"{', '.join(table)}"
+            )
+
+
+def _take_defaults(
+    where: str, options: Iterable[Option], fields: Mapping[str, Option]
+) -> dict[str, Any]:
+    """Defaults of the options that are no fields yet; records may share a field."""
+    new: dict[str, Option] = {}
+    for option in options:
+        name = option.name
+        if (fields | new).get(name, option) != option:
+            raise UserError(
+                f"{where} has the option {name!r}, which is a field of another meaning "
+                "already; allowed: a group of its own"
+            )
+        if name in fields:
+            continue
+        if not FIELD.fullmatch(name):
+            raise UserError(
+                f"{where} has the option {name!r}; allowed: names such as mine.rate"
+            )
+        if option.default is None:
+            raise UserError(
+                f"{where} has the option {name!r} without a default; allowed: "
+                f"Option({name!r}, ..., default=VALUE)"
+            )
+        new[name] = option
+    return {name: option.default for name, option in new.items()}

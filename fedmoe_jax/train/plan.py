@@ -1,0 +1,198 @@
+"""Runs as their configs describe them, on the host, and which of them advance together.
+
+Runs that differ only in their seed, in `Hyper` and in a strategy of equal traits share
+one compiled program with a leading S axis, over the mesh axis `runs`: a wave. Runs that
+differ in anything static are in different waves, and so are runs that would need more
+memory together than the limit. A run alone is a wave of one.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fedmoe_jax.base import Data
+from fedmoe_jax.config import validate
+from fedmoe_jax.data.load import load_dataset
+from fedmoe_jax.federation import make_devices, make_federation, make_partition
+from fedmoe_jax.models.flops import count_activation_bytes
+from fedmoe_jax.program import Program, build_program, make_hyper
+from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.state import init_state
+from fedmoe_jax.strategies import either, find_strategy, traits
+from fedmoe_jax.train import memory
+from fedmoe_jax.types import Federation, Hyper, Partition
+
+# Fields of the config outside `Program` in which the runs of one wave must agree.
+SCHEDULE = ("num_rounds", "eval_every", "checkpoint", "data", "run")
+
+
+class Plan(NamedTuple):
+    """One run as its config describes it, still on the host.
+
+    Attributes:
+      config: validated.
+      program: static parts.
+      data: the data set.
+      partition: who owns what.
+      federation: what a round reads.
+      hyper: traced hyperparameters.
+      tier_names: kinds of device, in the order of their numbers.
+    """
+
+    config: ConfigDict
+    program: Program
+    data: Data
+    partition: Partition
+    federation: Federation
+    hyper: Hyper
+    tier_names: tuple[str, ...]
+
+
+class Member(NamedTuple):
+    """One run of a sweep: its folder's name and its config."""
+
+    name: str
+    config: ConfigDict
+
+
+class Wave(NamedTuple):
+    """Runs that advance together.
+
+    Attributes:
+      names: of the members.
+      plans: of the members.
+      program: what they share, with the mesh that they run on.
+    """
+
+    names: list[str]
+    plans: list[Plan]
+    program: Program
+
+
+load_dataset_once = functools.cache(load_dataset)
+
+
+def load_data(config: ConfigDict) -> None:
+    """Loads the data set, so that it is at hand when it is asked for again.
+
+    Raises:
+      UserError: the config is not allowed or the data cannot be loaded.
+    """
+    validate(config)
+    load_dataset_once(config.data.name, config.data.dir)
+
+
+def plan_run(config: ConfigDict, mesh: Mesh) -> Plan:
+    """Builds everything that a run needs on the host; touches only the data cache.
+
+    Raises:
+      UserError: the config or the data do not allow this run.
+    """
+    validate(config)
+    data = load_dataset_once(config.data.name, config.data.dir)
+    partition = make_partition(config, data)
+    federation = make_federation(config, data, partition)
+    program = build_program(config, data, federation, mesh)
+    hyper = make_hyper(config)
+    # Now, as the user's file of devices may have changed when the run ends.
+    _, names = make_devices(config)
+    return Plan(config, program, data, partition, federation, hyper, names)
+
+
+def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
+    """Estimates the memory of runs that advance together, see `memory`."""
+    widest = max(plans, key=lambda plan: plan.federation.index.shape[1])
+    key = jax.random.key(0)
+    state, frozen = jax.eval_shape(
+        lambda k, h: init_state(k, h, program), key, widest.hyper
+    )
+    sizes = program.sizes
+    evaluated = sizes.num_experts if program.strategy.every_expert else sizes.max_held
+    forward = [
+        count_activation_bytes(program.model, program.batch, count)
+        for count in (sizes.max_held, evaluated)
+    ]
+    return memory.estimate_memory(
+        state,
+        widest.federation.replace(frozen=frozen),
+        program,
+        training_bytes=2 * forward[0],
+        evaluation_bytes=forward[1],
+        num_runs=len(plans),
+    )
+
+
+def choose_devices(config: ConfigDict) -> int:
+    """Devices of a run alone: as configured, else as many as have a client to train."""
+    processes = jax.process_count()
+    pooled = find_strategy(config.strategy).pooled
+    most = 1 if pooled else -(-config.cohort_size // processes)
+    return config.run.num_devices or processes * min(jax.local_device_count(), most)
+
+
+def plan_waves(members: list[Member]) -> list[Wave]:
+    """Groups the members by compiled program and cuts groups into waves that fit.
+
+    Raises:
+      UserError: a member is not allowed, or one run alone needs too much memory.
+    """
+    groups: dict[tuple, list[tuple[str, Plan]]] = {}
+    for name, config in members:
+        plan = plan_run(config, build_mesh(config.run.num_devices))
+        groups.setdefault(program_key(plan), []).append((name, plan))
+    return [wave for group in groups.values() for wave in cut(group)]
+
+
+def program_key(plan: Plan) -> tuple:
+    """Equal for plans that one compiled program can run together."""
+    static = plan.program._replace(strategy=traits(plan.program.strategy))
+    schedule = tuple(str(plan.config[name]) for name in SCHEDULE)
+    return static, schedule
+
+
+def cut(group: list[tuple[str, Plan]]) -> list[Wave]:
+    """As few waves as the memory limit allows; the last may be smaller.
+
+    Raises:
+      UserError: one run alone needs too much memory.
+    """
+    limit = group[0][1].config.run.memory_limit_gb
+    for count in range(1, len(group) + 1):
+        size = math.ceil(len(group) / count)
+        waves = [make_wave(group[i : i + size]) for i in range(0, len(group), size)]
+        needed = [estimate(wave.plans, wave.program) for wave in waves]
+        if size == 1 or all(memory.fits(parts, limit) for parts in needed):
+            break
+    for parts in needed:
+        memory.check_memory(parts, limit)
+    return waves
+
+
+def make_wave(group: list[tuple[str, Plan]]) -> Wave:
+    """A wave on the mesh that suits its number of runs.
+
+    As many devices work on different runs as divide both numbers, and several share
+    the clients of one run. Several processes share the clients of every run.
+    """
+    names, plans = [name for name, _ in group], [plan for _, plan in group]
+    devices = plans[0].program.mesh.size
+    along = math.gcd(devices, len(plans)) if jax.process_count() == 1 else 1
+    if along == 1:
+        devices = choose_devices(plans[0].config)
+    else:
+        devices = along * min(devices // along, plans[0].program.sizes.cohort_size)
+    strategies = tuple(dict.fromkeys(plan.config.strategy for plan in plans))
+    program = plans[0].program
+    strategy = program.strategy._replace(assign=either(strategies))
+    program = program._replace(strategy=strategy, mesh=build_mesh(devices, along))
+
+    def number(plan: Plan) -> Plan:
+        choice = np.int32(strategies.index(plan.config.strategy))
+        return plan._replace(hyper=plan.hyper._replace(strategy=choice))
+
+    return Wave(names, [number(plan) for plan in plans], program)
