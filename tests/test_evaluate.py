@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from factories import (
-    fill,
     make_align,
     make_data,
     make_devices,
@@ -72,10 +71,12 @@ def draw_state(program, seed=0, **align):
     """Random params, gates and held experts; of some clients no update has counted."""
     rng, sizes = np.random.default_rng(seed), program.sizes
     count = sizes.num_clients
-    params = jax.tree.map(lambda leaf: 2 * leaf, fill(shape_params(program.model)[0]))
+    draw = lambda leaf: np.float32(rng.normal(size=leaf.shape))
+    params = jax.tree.map(draw, shape_params(program.model)[0])
     rows = lambda leaf: np.float32(0.4 * rng.normal(size=(count, *leaf.shape)))
     params["gate"] = jax.tree.map(lambda leaf: 0.4 * leaf, params["gate"])
     personal = {part: params[part] for part in program.strategy.personal}
+    personal = jax.tree.map(rows, personal)
     held = draw_held(rng, sizes)[:, None]
     align = make_align(count, sizes.num_experts, **{"held": held} | align)
     participation = init_participation(sizes)
@@ -86,7 +87,7 @@ def draw_state(program, seed=0, **align):
         params=params,
         server_opt={},
         align=align,
-        personal=jax.tree.map(rows, personal),
+        personal=personal,
         variate={},
         participation=participation.replace(rounds=counted),
     )

@@ -1,4 +1,4 @@
-"""The distinct sets of experts that clients hold, and scores of models without parts."""
+"""The distinct sets of experts that clients hold; scores of models without parts."""
 
 import jax
 import jax.numpy as jnp
