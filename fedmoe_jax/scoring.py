@@ -151,6 +151,21 @@ def find_needed(encoded: Encoded, clients: ClientView, num_active: int) -> Array
     return jax.lax.scan(add, need, clients)[0]
 
 
+def mix_scores(
+    gates: Array, answers: Array, examples: Examples, program: Program
+) -> Scores:
+    """Scores [B, ...positions] of one mixture, see `score_mixture`."""
+    mixed = jnp.einsum("be,bel->bl", gates, answers)
+    return program.task.loss(read_answers(mixed, program), examples.batch)
+
+
+def sum_gates(gates: Array, scores: Scores, stratum: Array) -> Array:
+    """Gate mass [E, L] of gates [B, E], each by the weight of its positions."""
+    if scores.weight is not None:
+        gates = gates * scores.weight.reshape(len(gates), -1).sum(axis=1)[:, None]
+    return jnp.einsum("be,bl->el", gates, stratum)
+
+
 def score_mixture(
     gates: Array, answers: Array, examples: Examples, program: Program
 ) -> Array:
@@ -162,8 +177,8 @@ def score_mixture(
       examples: the batch.
       program: the task, and how experts are mixed.
     """
-    mixed = jnp.einsum("be,bel->bl", gates, answers)
-    return sum_scores(read_answers(mixed, program), examples, program)
+    scores = mix_scores(gates, answers, examples, program)
+    return sum_strata(scores.score, scores, examples.stratum)
 
 
 def read_answers(answers: Array, program: Program) -> Array:
@@ -180,9 +195,10 @@ def score_routed(
     `soft` mixes every expert and is left out where not all are computed.
     """
     gates = route_all(logits, active_experts(program))
+    scores = mix_scores(gates, answers, examples, program)
     counts = {
-        "global": score_mixture(gates, answers, examples, program),
-        "routed": jnp.einsum("be,bl->el", gates, examples.stratum)[None],
+        "global": sum_strata(scores.score, scores, examples.stratum),
+        "routed": sum_gates(gates, scores, examples.stratum)[None],
     }
     if program.strategy.every_expert:
         soft = jax.nn.softmax(logits, axis=-1)

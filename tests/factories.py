@@ -450,6 +450,30 @@ def make_linear_model(num_experts):
     return join_parts(init, Parts(stem, product, product), num_experts)
 
 
+@functools.cache
+def make_logit_model(num_experts, num_classes):
+    """A model without a stem and a head whose experts are bare class logits.
+
+    Cross-entropy then has a closed minimum: the logarithm of the label frequencies.
+    """
+
+    def init(key):
+        gates = {"kernel": jnp.zeros((num_experts, 1)), "bias": jnp.zeros(num_experts)}
+        logits = jax.random.normal(key, (num_experts, num_classes))
+        experts = {"moe": {"logits": logits}}
+        return {"stem": {}, "gate": {"moe": gates}, "experts": experts, "head": {}}, {}
+
+    def answer(params, x, key):
+        return jnp.broadcast_to(params["logits"][None], (x.shape[0], num_classes))
+
+    parts = Parts(
+        stem=lambda params, batch, key: jnp.zeros((batch["x"].shape[0], 1)),
+        expert=answer,
+        head=lambda params, outputs: outputs,
+    )
+    return join_parts(init, parts, num_experts)
+
+
 IMAGE_MODEL = dict(
     stem="mlp",
     stem_width=8,

@@ -6,130 +6,121 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import (
+    fill,
+    make_data,
+    make_federation,
+    make_hyper,
+    make_inputs,
+    make_logit_model,
+    make_program,
+    tiny_config,
+    use_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import default
-from fedmoe_jax import client, program
-from fedmoe_jax.aggregate import GATE_WEIGHTS, weigh
-from fedmoe_jax.client import (
-    ClientInput,
-    add_prox,
-    all_finite,
-    build_client_update,
-    freeze_others,
-    normalise,
-    step_weights,
-    take_submodel,
-)
-from fedmoe_jax.cohort import build_train_cohort, renew_variate, train_own
+from fedmoe_jax import client
+from fedmoe_jax.base import PARTS
+from fedmoe_jax.client import all_finite, build_client_update
+from fedmoe_jax.cohort import build_train_cohort, renew_variate
 from fedmoe_jax.federation import count_steps
-from fedmoe_jax.loss import nothing_seen, see_batch, summarise_feedback
-from fedmoe_jax.models.image_moe import build_model
-from fedmoe_jax.program import longest
+from fedmoe_jax.models.flops import shape_params
+from fedmoe_jax.optimizers import step_weights
 from fedmoe_jax.runtime.sharding import build_mesh, spread
-from fedmoe_jax.types import Federation, Hyper, Sizes
+from fedmoe_jax.tasks.images import IMAGES, score_labels
 from fedmoe_jax.world.outcome import BROKEN, MERGED, Outcome
 
-SIZES = Sizes(
-    num_clients=5,
-    cohort_size=5,
-    num_experts=5,
-    max_held=3,
-    num_active=2,
-    local_steps=3,
-    batch_size=4,
-    expert_width=6,
-    num_classes=3,
-    max_capacity=3,
-)
 CLIENT, PADDED = 1, 9  # the second client owns 7 of the 9 places of its row
-IMAGE, MOMENTUM = (4, 4, 1), 0.9
+IMAGE, CLASSES, MOMENTUM = (4, 4, 1), 3, 0.9
+CHANGES = {
+    "num_clients": 5,
+    "cohort_size": 5,
+    "num_experts": 5,
+    "max_held": 3,
+    "num_active": 2,
+    "local_steps": 3,
+    "batch_size": 4,
+    "model.expert_width": 6,
+    "model.feature_width": 6,
+    "client.momentum": MOMENTUM,
+    "client.prox": 0.7,  # that the term is in the program; hyper has its coefficient
+}
 
 
-def make_model(sizes, dropout=0.0):
-    return build_model(
-        stem="mlp",
-        stem_width=8,
-        expert="mlp",
-        expert_width=sizes.expert_width,
-        feature_width=6,
-        stem_dropout=dropout,
-        expert_dropout=dropout,
-        num_experts=sizes.num_experts,
-        num_classes=sizes.num_classes,
-        image_shape=IMAGE,
-    )
+def build(steps=None, **changes):
+    return make_program(make_data(CLASSES, IMAGE), steps, **CHANGES | changes)
 
 
-def fill(shapes, seed=0):
-    """Random params in NumPy, without compiling `init`."""
-    rng = np.random.default_rng(seed)
-    draw = lambda leaf: (0.5 * rng.normal(size=leaf.shape)).astype(np.float32)
-    return jax.tree.map(draw, shapes)
+def with_dropout(rate):
+    return {"model.stem_dropout": rate, "model.expert_dropout": rate}
 
 
-def make_params(sizes, seed=0):
-    return fill(jax.eval_shape(make_model(sizes).init, jax.random.key(0)), seed)
+def use_strategy(program, **changes):
+    return program._replace(strategy=program.strategy._replace(**changes))
 
 
-def make_hyper(**changes):
-    fields = dict.fromkeys(Hyper.__dataclass_fields__, 0.0)
-    fields |= {"client_learning_rate": 0.1} | changes
-    hyper = {name: jnp.float32(value) for name, value in fields.items()}
-    return Hyper(**hyper | {"strategy": jnp.int32(0), "own": {}, "world": {}})
+def rate_hyper(**changes):
+    """No losses but the task's, unless they are given."""
+    numbers = {"learning_rate": 0.1, "prox": 0.0}
+    losses = {"calibration": 0.0, "load": 0.0, "z": 0.0}
+    take = lambda fields: {k: changes.get(k, v) for k, v in fields.items()}
+    return make_hyper(client=take(numbers), loss=take(losses))
 
 
-def make_rules(**changes):
-    rules = program.make_rules(default.get_config(), SIZES.num_experts)
-    return rules._replace(**{"prox": True, "momentum": MOMENTUM} | changes)
-
-
-def make_federation():
+def draw_federation():
     rng = np.random.default_rng(0)
     size = np.array([9, 7, 5, 2, 1], np.int32)
     index = np.zeros((5, PADDED), np.int32)
     for row, (end, count) in enumerate(zip(size.cumsum(), size, strict=True)):
         index[row, :count] = end - count + np.arange(count)
-    arrays = Federation(
-        x=rng.integers(0, 256, (24, *IMAGE), np.uint8),
-        y=rng.integers(0, 3, 24, np.int32),
-        index=index,
-        size=size,
-        steps=np.full(5, SIZES.local_steps, np.int32),
-        label_mix=np.full((5, 3), 1 / 3, np.float32),
-        public=np.zeros(0, np.int32),
-        test_x=np.zeros((1, *IMAGE), np.uint8),
-        test_y=np.zeros(1, np.int32),
-        mean=np.full(IMAGE, 0.4, np.float32),
-        std=np.full(IMAGE, 0.3, np.float32),
-        devices=None,
-        drift_source=np.arange(5),
+    images = {
+        "x": rng.integers(0, 256, (24, *IMAGE), np.uint8),
+        "y": rng.integers(0, CLASSES, 24, np.int32),
+    }
+    pixels = {
+        "mean": np.full(IMAGE, 0.4, np.float32),
+        "std": np.full(IMAGE, 0.3, np.float32),
+    }
+    federation = make_federation(
+        train=images, index=index, size=size, statistics=pixels, frozen={}
     )
-    return jax.tree.map(jnp.asarray, arrays)
+    return jax.tree.map(jnp.asarray, federation)
 
 
-def make_input(params, held=(4, 1, 4), slot=(True, True, False)):
+PROGRAM = build()
+SIZES = PROGRAM.sizes
+PARAMS = fill(shape_params(PROGRAM.model)[0])
+
+
+def make_cohort(clients, steps, held=(4, 1, 4), slot=(True, True, False), **changes):
     """The last slot is invalid and repeats an expert that is held."""
-    return ClientInput(
-        client=jnp.int32(CLIENT),
-        steps=jnp.int32(SIZES.local_steps),
-        budget=jnp.int32(sum(slot)),
-        scale=jnp.float32(1),
-        held=jnp.array(held, jnp.int32),
-        slot=jnp.array(slot),
-        calibration=jnp.float32(1),
-        correction={},
-        own={"gate": params["gate"]},
+    count = len(clients)
+    rows = lambda row, dtype: np.broadcast_to(np.array(row, dtype), (count, 1, 3))
+    gates = jax.tree.map(lambda leaf: np.stack([leaf] * count), PARAMS["gate"])
+    fields = dict(
+        client=np.array(clients, np.int32),
+        steps=np.array(steps, np.int32),
+        personal={"gate": gates},
     )
+    return make_inputs(rows(held, np.int32), rows(slot, bool), **fields | changes)
 
 
-FEDERATION = make_federation()
-PARAMS = make_params(SIZES)
-TASK = make_input(PARAMS)
+def make_input(**changes):
+    inputs = make_cohort([CLIENT], [SIZES.local_steps])
+    return jax.tree.map(lambda leaf: leaf[0], inputs).replace(**changes)
+
+
+FEDERATION = draw_federation()
+INPUT = make_input()
 KEY = jax.random.key(5)
-HYPER = make_hyper()
+HYPER = rate_hyper()
 draw_batches = jax.jit(client.draw_batches, static_argnums=3)
+
+
+def run(program, hyper=HYPER, inputs=INPUT, params=PARAMS, federation=FEDERATION):
+    update = jax.jit(build_client_update(program))
+    return update(params, inputs, federation, hyper, KEY)
 
 
 # ---- the slow twin: one example at a time, only the valid experts 4 and 1
@@ -137,18 +128,20 @@ draw_batches = jax.jit(client.draw_batches, static_argnums=3)
 
 def twin_example(submodel, x, y, hyper):
     """Cross-entropy + calibration + z of ONE example, and what was seen."""
-    model = make_model(SIZES)
-    features = model.stem(submodel["stem"], (x[None] / 255 - 0.4) / 0.3, None)
-    scores = submodel["gate"]["kernel"] @ features[0] + submodel["gate"]["bias"]
+    parts, gate = PROGRAM.model.parts, submodel["gate"]["moe"]
+    batch = {"x": (x[None] / 255 - 0.4) / 0.3}
+    features = parts.stem(submodel["stem"], batch, None)
+    scores = gate["kernel"] @ features[0] + gate["bias"]
     own = jnp.exp(jnp.stack([scores[4], scores[1]]))
     gates = own / own.sum()
-    rows = [jax.tree.map(lambda w, k=k: w[k], submodel["experts"]) for k in (0, 1)]
-    mixed = sum(gates[k] * model.expert(rows[k], features, None)[0] for k in (0, 1))
+    experts = submodel["experts"]["moe"]
+    rows = [jax.tree.map(lambda w, k=k: w[k], experts) for k in (0, 1)]
+    mixed = sum(gates[k] * parts.expert(rows[k], features, None)[0] for k in (0, 1))
     odds = jnp.exp(mixed @ submodel["head"]["kernel"] + submodel["head"]["bias"])
     entropy = jnp.log(odds.sum() / odds[y])
     calibration = jnp.log(jnp.exp(scores).sum() / own.sum())
-    loss = entropy + hyper.calibration * calibration
-    loss += hyper.z_loss * jnp.log(own.sum()) ** 2
+    loss = entropy + hyper.loss.calibration * calibration
+    loss += hyper.loss.z * jnp.log(own.sum()) ** 2
     return loss, (entropy, jnp.argmax(odds) == y, gates)
 
 
@@ -156,12 +149,12 @@ def twin_example(submodel, x, y, hyper):
 def twin_gradient(submodel, ids, hyper):
     def loss(submodel):
         example = functools.partial(twin_example, submodel, hyper=hyper)
-        x = FEDERATION.x[ids].astype(jnp.float32)
-        losses, seen = jax.vmap(example)(x, FEDERATION.y[ids])
+        x = FEDERATION.train["x"][ids].astype(jnp.float32)
+        losses, seen = jax.vmap(example)(x, FEDERATION.train["y"][ids])
         gates = seen[2]
         first = jnp.stack([gates[:, 0] > gates[:, 1], gates[:, 1] > gates[:, 0]])
         load = 2 * (first.mean(1, dtype=jnp.float32) * gates.mean(0)).sum()
-        return losses.mean() + hyper.load_loss * load, seen
+        return losses.mean() + hyper.loss.load * load, seen
 
     return jax.grad(loss, has_aux=True)(submodel)
 
@@ -187,7 +180,7 @@ def twin_step(submodel, ids, hyper):
 
 def twin_update(hyper, client=CLIENT, steps=SIZES.local_steps, key=KEY):
     """Deltas after the client's steps of momentum SGD, and everything seen."""
-    rate, prox = float(hyper.client_learning_rate), float(hyper.prox)
+    rate, prox = float(hyper.client.learning_rate), float(hyper.client.prox)
     received = submodel = twin_received()
     velocity, seen = jax.tree.map(np.zeros_like, received), []
     for ids in twin_batches(client, steps, key):
@@ -202,7 +195,7 @@ def twin_update(hyper, client=CLIENT, steps=SIZES.local_steps, key=KEY):
     return delta, [np.stack(part) for part in zip(*seen, strict=True)]
 
 
-UPDATE = jax.jit(build_client_update(make_model(SIZES), SIZES, make_rules()))
+UPDATE = jax.jit(build_client_update(PROGRAM))
 
 
 def assert_close(tree, expected):
@@ -215,6 +208,8 @@ def assert_close(tree, expected):
 
 # ---- client_update
 
+FULL_HYPER = dict(prox=0.7, calibration=0.2, load=0.3, z=0.1)
+
 
 def first_slots(delta):
     """Drops the invalid third slot."""
@@ -226,11 +221,11 @@ def first_slots(delta):
 @pytest.fixture(scope="module")
 def full_run():
     """Hyperparameters with every term of the objective, and the client's update."""
-    hyper = make_hyper(prox=0.7, calibration=0.2, load_loss=0.3, z_loss=0.1)
-    return hyper, UPDATE(PARAMS, TASK, FEDERATION, hyper, KEY)
+    hyper = rate_hyper(**FULL_HYPER)
+    return hyper, UPDATE(PARAMS, INPUT, FEDERATION, hyper, KEY)
 
 
-def test_update_equals_hand_written_sgd(full_run):
+def test_client_update_equals_hand_written_sgd(full_run):
     hyper, update = full_run
     delta, (entropy, correct, gates) = twin_update(hyper)
     assert_close(first_slots(update.delta), delta)
@@ -239,34 +234,33 @@ def test_update_equals_hand_written_sgd(full_run):
     np.testing.assert_allclose(update.loss, entropy.mean(), rtol=1e-5)
     np.testing.assert_allclose(update.accuracy, correct.mean(), rtol=1e-6)
     assert update.finite
-    np.testing.assert_array_equal(update.feedback.load[:2], (gates > 0).sum((0, 1)))
+    (load,), (frequency,) = update.feedback.load, update.feedback.frequency
+    np.testing.assert_array_equal(load[:2], (gates > 0).sum((0, 1)))
     expected = gates.sum((0, 1)) / gates.sum()
-    np.testing.assert_allclose(update.feedback.frequency[:2], expected, rtol=1e-5)
+    np.testing.assert_allclose(frequency[:2], expected, rtol=1e-5)
 
 
-def test_invalid_slots_have_exactly_zero_delta_and_feedback(full_run):
+def test_client_update_of_invalid_slots_is_exactly_zero(full_run):
     _, update = full_run
     for leaf in jax.tree.leaves(update.delta["experts"]):
         moved = np.abs(np.asarray(leaf)).reshape(3, -1).max(1)
         assert moved[2] == 0 and np.all(moved[:2] > 0)
-    for part in jax.tree.leaves(update.feedback.replace(mass=None)):
-        assert part.shape == (3,) and part[2] == 0 and np.all(np.isfinite(part))
+    for part in jax.tree.leaves(update.feedback):
+        assert part.shape == (1, 3) and part[0, 2] == 0 and np.all(np.isfinite(part))
 
 
-def test_a_diverged_client_says_so():
-    hyper = make_hyper(client_learning_rate=1e38)
-    update = UPDATE(PARAMS, TASK, FEDERATION, hyper, KEY)
+def test_client_update_says_that_it_diverged():
+    update = UPDATE(PARAMS, INPUT, FEDERATION, rate_hyper(learning_rate=1e38), KEY)
     assert not update.finite
 
 
-def test_a_client_pays_for_the_experts_it_holds_only():
+def test_client_update_costs_the_held_experts_only():
     def lower(num_experts):
-        sizes = SIZES._replace(num_experts=num_experts, expert_width=64)
-        model = make_model(sizes)
-        params = jax.eval_shape(model.init, jax.random.key(0))
-        update = build_client_update(model, sizes, make_rules())
-        inputs = make_input(params)
-        arguments = (params, inputs, FEDERATION, make_hyper(), KEY)
+        program = build(**{"num_experts": num_experts, "model.expert_width": 64})
+        params, _ = shape_params(program.model)
+        inputs = INPUT.replace(personal={})
+        arguments = (params, inputs, FEDERATION, HYPER, KEY)
+        update = build_client_update(program)
         delta = jax.eval_shape(update, *arguments).delta
         flops = jax.jit(update).lower(*arguments).cost_analysis()["flops"]
         return delta["experts"], flops
@@ -282,70 +276,63 @@ def test_a_client_pays_for_the_experts_it_holds_only():
 
 def ragged_steps():
     """One and a half passes over 9, 7, 5, 2 and 1 examples in batches of four."""
-    config = default.get_config()
-    config.local_epochs, config.batch_size = 1.5, SIZES.batch_size
+    config = tiny_config(local_epochs=1.5, batch_size=SIZES.batch_size)
     return count_steps(config, np.asarray(FEDERATION.size))
 
 
 STEPS = ragged_steps()
-RAGGED = SIZES._replace(local_steps=longest(STEPS, ragged=True))
-FULL_HYPER = dict(prox=0.7, calibration=0.2, load_loss=0.3, z_loss=0.1)
+EPOCHS = {"local_epochs": 1.5}
+MOST = build(STEPS, **EPOCHS).sizes.local_steps
 
 
-def build_ragged(model, ragged=True, gate_mode="global", client_chunk=1):
-    update = build_client_update(model, RAGGED, make_rules(ragged=ragged))
-    rules = make_rules(
-        client_chunk=client_chunk,
-        personal=("gate",) if gate_mode == "personal" else (),
-        gate_weight=GATE_WEIGHTS[gate_mode],
-    )
-    return build_train_cohort(update, judge_by_numbers, rules)
-
-
-def judge_by_numbers(inputs, sent, finite):
-    """Nobody is late or lost; whose numbers are broken does not count."""
+def judge_by_numbers(conditions, sent, finite):
+    """No client is late or lost; one whose numbers are broken does not count."""
     code = jnp.where(finite, MERGED, BROKEN).astype(jnp.int32)
     return Outcome(code, jnp.ones(3), jnp.ones(3))
 
 
-def make_cohort(clients, steps):
-    inputs = [make_input(PARAMS).replace(client=jnp.int32(c)) for c in clients]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
-    return stacked.replace(steps=jnp.asarray(steps, jnp.int32))
+def train(program, num_devices, inputs, hyper):
+    """Sums and replies of a cohort on a mesh."""
+    update = build_client_update(program)
+    cohort = build_train_cohort(update, judge_by_numbers, program)
+    conditions = {"client": inputs.client}
+    run = jax.jit(spread(cohort, build_mesh(num_devices)))
+    found = run(PARAMS, inputs, conditions, FEDERATION, hyper, KEY)
+    return jax.block_until_ready(found)
 
 
 @functools.cache
 def train_on(num_devices, client_chunk, dropout=0.0):
-    """Sums and reports of everyone on a mesh."""
-    train = build_ragged(make_model(RAGGED, dropout), client_chunk=client_chunk)
-    train = jax.jit(spread(train, build_mesh(num_devices)))
-    hyper, inputs = make_hyper(**FULL_HYPER), make_cohort(range(5), STEPS)
-    (sums,), report = train(PARAMS, inputs, FEDERATION, hyper, KEY)
-    return jax.device_get((sums, report))
+    """Sums and replies of all clients on a mesh."""
+    changes = EPOCHS | with_dropout(dropout) | {"run.client_chunk": client_chunk}
+    program, inputs = build(STEPS, **changes), make_cohort(range(5), STEPS)
+    (sums,), replies = train(program, num_devices, inputs, rate_hyper(**FULL_HYPER))
+    return jax.device_get((sums, replies))
 
 
-def test_steps_are_counted_from_the_examples():
+def test_count_steps_of_the_clients():
+    assert MOST == 4
     assert STEPS.tolist() == [4, 3, 2, 1, 1]  # 13.5, 10.5, 7.5, 3 and 1.5 by four
 
 
 @pytest.fixture(scope="module")
 def twins():
     """Deltas and what was seen of every client, by the slow twin."""
-    hyper = make_hyper(**FULL_HYPER)
+    hyper = rate_hyper(**FULL_HYPER)
     return [
         twin_update(hyper, client, int(steps), jax.random.fold_in(KEY, client))
         for client, steps in enumerate(STEPS)
     ]
 
 
-def test_ragged_clients_equal_their_twins(twins):
-    sums, report = train_on(1, 1)
+def test_train_cohort_of_ragged_clients_equals_their_twins(twins):
+    sums, replies = train_on(1, 1)
     for c, (_, (entropy, correct, gates)) in enumerate(twins):
         assert entropy.shape == (STEPS[c], SIZES.batch_size)
-        np.testing.assert_allclose(report.loss[c], entropy.mean(), rtol=1e-4)
-        np.testing.assert_allclose(report.accuracy[c], correct.mean(), rtol=1e-5)
+        np.testing.assert_allclose(replies.loss[c], entropy.mean(), rtol=1e-4)
+        np.testing.assert_allclose(replies.accuracy[c], correct.mean(), rtol=1e-5)
         load = (gates > 0).sum((0, 1))
-        np.testing.assert_array_equal(report.feedback.load[c, :2], load)
+        np.testing.assert_array_equal(replies.feedback.load[c, 0, :2], load)
     size = np.asarray(FEDERATION.size, np.float64)
     weigh = lambda *deltas: sum(w * d for w, d in zip(size, deltas, strict=True))
     expected = jax.tree.map(weigh, *[delta for delta, _ in twins])
@@ -355,7 +342,7 @@ def test_ragged_clients_equal_their_twins(twins):
     ):
         whole[[4, 1]] = rows
     assert_close(sums.delta, expected | {"experts": experts})
-    assert sums.weight["stem"] == size.sum() and report.arrived.all()
+    assert sums.weight["stem"] == size.sum() and replies.arrived.all()
 
 
 MESHES = [(1, 3), (1, 5), (2, 3), (8, 1)]
@@ -370,52 +357,60 @@ def assert_same_sums(found, expected):
 
 
 @pytest.mark.parametrize(("num_devices", "client_chunk"), MESHES)
-def test_devices_and_chunks_do_not_change_ragged_clients(num_devices, client_chunk):
+def test_train_cohort_of_ragged_clients_on_any_devices_and_chunks(
+    num_devices, client_chunk
+):
     assert_same_sums(train_on(num_devices, client_chunk), train_on(1, 1))
 
 
 @pytest.mark.parametrize("ragged", [True, False])
-def test_a_client_without_steps_adds_nothing(ragged):
-    """Whoever it is; the cohort of 4 is padded to two chunks of 3 as well."""
-    train = build_ragged(make_model(RAGGED), ragged, "personal", client_chunk=3)
-    train = jax.jit(spread(train, build_mesh(1)))
-    hyper, most = make_hyper(**FULL_HYPER), RAGGED.local_steps
-    run = lambda *cohort: train(PARAMS, make_cohort(*cohort), FEDERATION, hyper, KEY)
-    (sums,), report = run((0, 1, 2, 4), (most, most, most, 0))
-    (with_idle,), longer = run((0, 3, 1, 2), (most, 0, most, most))
+def test_train_cohort_gets_nothing_from_a_client_without_steps(ragged):
+    """Whichever it is; the cohort of 4 is padded to two chunks of 3 as well."""
+    changes = EPOCHS if ragged else {"local_steps": MOST}
+    changes = changes | {"gate.mode": "personal", "run.client_chunk": 3}
+    program = build(STEPS if ragged else None, **changes)
+    assert program.static.ragged is ragged
+    cohorts = (
+        ((0, 1, 2, 4), (MOST, MOST, MOST, 0)),
+        ((0, 3, 1, 2), (MOST, 0, *[MOST] * 2)),
+    )
+    hyper = rate_hyper(**FULL_HYPER)
+    ((sums,), replies), ((with_idle,), longer) = (
+        train(program, 1, make_cohort(*cohort), hyper) for cohort in cohorts
+    )
     assert_same_sums((with_idle,), (sums,))
     assert sums.weight["stem"] == 9 + 7 + 5
-    first = jax.tree.map(lambda leaf: leaf[:3], report)
+    first = jax.tree.map(lambda leaf: leaf[:3], replies)
     others = jax.tree.map(lambda leaf: leaf[np.array([0, 2, 3])], longer)
     for one, other in zip(jax.tree.leaves(others), jax.tree.leaves(first), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     if ragged:
         assert longer.loss[1] == 0 and longer.arrived[1]
         assert not np.any(longer.feedback.load[1])
-        for name, leaf in longer.own["gate"].items():
-            np.testing.assert_array_equal(leaf[1], PARAMS["gate"][name])
+        for name, leaf in longer.personal["gate"]["moe"].items():
+            np.testing.assert_array_equal(leaf[1], PARAMS["gate"]["moe"][name])
 
 
-def test_equal_steps_are_the_same_ragged_or_not():
-    hyper = make_hyper(**FULL_HYPER)
-    ragged = build_client_update(make_model(SIZES), SIZES, make_rules(ragged=True))
-    found = jax.jit(ragged)(PARAMS, TASK, FEDERATION, hyper, KEY)
-    expected = UPDATE(PARAMS, TASK, FEDERATION, hyper, KEY)
-    assert_close(found, expected)
+def test_client_update_of_equal_steps_is_the_same_ragged_or_not():
+    hyper = rate_hyper(**FULL_HYPER)
+    ragged = build(np.array([SIZES.local_steps]), local_epochs=1.0)
+    assert ragged.static.ragged
+    found = run(ragged, hyper)
+    assert_close(found, UPDATE(PARAMS, INPUT, FEDERATION, hyper, KEY))
 
 
 # ---- dropout
 
 
-def test_devices_and_chunks_do_not_change_dropout():
+def test_train_cohort_draws_the_same_dropout_on_any_mesh():
     expected = train_on(1, 1, dropout=0.5)
     assert_same_sums(train_on(2, 3, dropout=0.5), expected)
     with pytest.raises(AssertionError):
         assert_same_sums(train_on(1, 1), expected)
 
 
-def test_every_client_step_and_expert_draws_its_own_mask():
-    model, stems, experts = make_model(RAGGED), [], []
+def test_train_cohort_gives_every_client_step_and_expert_its_own_mask(monkeypatch):
+    stems, experts = [], []
 
     def spy(function, keys):
         def spied(params, x, key):
@@ -425,138 +420,26 @@ def test_every_client_step_and_expert_draws_its_own_mask():
 
         return spied
 
-    model = model._replace(
-        stem=spy(model.stem, stems), expert=spy(model.expert, experts)
+    program = build(STEPS, **EPOCHS)
+    parts = program.model.parts
+    parts = parts._replace(
+        stem=spy(parts.stem, stems), expert=spy(parts.expert, experts)
     )
-    train = jax.jit(spread(build_ragged(model), build_mesh(2)))
-    inputs = make_cohort(range(5), STEPS)
-    jax.block_until_ready(train(PARAMS, inputs, FEDERATION, make_hyper(), KEY))
+    apply = functools.partial(program.model.apply, parts=parts)
+    program = program._replace(model=program.model._replace(apply=apply))
+    train(program, 2, make_cohort(range(5), STEPS), HYPER)
     jax.effects_barrier()
     assert len(stems) == STEPS.sum() and len(experts) == SIZES.max_held * STEPS.sum()
     assert len(set(stems + experts)) == len(stems) + len(experts)
 
 
-def test_a_program_without_prox_is_one_with_coefficient_zero():
-    update = build_client_update(
-        make_model(SIZES),
-        SIZES,
-        make_rules(prox=False),
-    )
-    hyper = make_hyper(prox=0.7)
-    without = jax.jit(update)(PARAMS, TASK, FEDERATION, hyper, KEY)
-    zero = UPDATE(PARAMS, TASK, FEDERATION, make_hyper(prox=0.0), KEY)
-    assert_close(without, zero)
+def test_client_update_without_prox_is_one_with_coefficient_zero():
+    program, hyper = build(**{"client.prox": 0.0}), rate_hyper(prox=0.7)
+    assert not program.static.prox
+    zero = UPDATE(PARAMS, INPUT, FEDERATION, HYPER, KEY)
+    assert_close(run(program, hyper), zero)
     with pytest.raises(AssertionError):
-        some = UPDATE(PARAMS, TASK, FEDERATION, make_hyper(prox=0.7), KEY)
-        assert_close(some, zero)
-
-
-# ---- the parts
-
-
-def test_take_submodel_gathers_rows():
-    submodel = take_submodel(
-        PARAMS, {"gate": {"kernel": jnp.ones(2)}}, jnp.array([3, 0, 3]), 0
-    )
-    for name, leaf in submodel["experts"]["Dense_0"].items():
-        whole = np.asarray(PARAMS["experts"]["Dense_0"][name])
-        np.testing.assert_array_equal(leaf, whole[[3, 0, 3]])
-    assert submodel["gate"].keys() == {"kernel"}
-    assert submodel["stem"] is PARAMS["stem"] and submodel["head"] is PARAMS["head"]
-
-
-def test_normalise_by_hand():
-    x = jnp.array([0, 51, 255, 102], jnp.uint8).reshape(1, 2, 1, 2)
-    mean, std = jnp.array([[[0.5, 0.2]]] * 2), jnp.array([[[0.25, 0.1]]] * 2)
-    out = normalise(x, mean, std)
-    np.testing.assert_allclose(out.reshape(-1), [-2, 0, 2, 2], atol=1e-5)
-
-
-def test_prox_gradient_is_the_gradient_of_the_penalty():
-    shapes = {"a": np.zeros((2, 3)), "b": np.zeros(4)}
-    weights, received, grads = (fill(shapes, seed) for seed in range(3))
-
-    @jax.jit
-    def penalty_gradient(weights):
-        def penalty(weights):
-            gap = jax.tree.map(lambda w, r: jnp.square(w - r).sum(), weights, received)
-            return 0.7 / 2 * (gap["a"] + gap["b"])
-
-        return jax.grad(penalty)(weights)
-
-    expected = jax.tree.map(np.add, grads, penalty_gradient(weights))
-    assert_close(add_prox(grads, weights, received, 0.7), expected)
-
-
-def test_prox_pulls_a_quadratic_between_its_optimum_and_what_was_received():
-    # 1/2 |w - a|^2 + mu/2 |w - r|^2 is least at w = (a + mu r) / (1 + mu)
-    optimum, received, prox = np.array([4.0, 1.0]), np.array([1.0, -5.0]), 2.0
-    weights = received
-    for _ in range(50):
-        weights = weights - 0.2 * add_prox(weights - optimum, weights, received, prox)
-    np.testing.assert_allclose(weights, [2.0, -3.0], rtol=1e-6)
-
-
-def two_updates(name, momentum, grads):
-    """The updates of two equal gradients from one of the local optimisers."""
-    tx = client.client_optimizer(name, jnp.float32(0.01), momentum)
-
-    @jax.jit
-    def step(grads):
-        first, opt_state = tx.update(grads, tx.init(grads), grads)
-        return first, tx.update(grads, opt_state, grads)[0]
-
-    return step(jnp.asarray(grads))
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgd_with_momentum_by_hand(momentum):
-    grads = np.array([5.0, -0.2, 0.0], np.float32)
-    first, second = two_updates("sgd", momentum, grads)
-    np.testing.assert_allclose(first, -0.01 * grads, rtol=1e-6)
-    np.testing.assert_allclose(second, -0.01 * (1 + momentum) * grads, rtol=1e-6)
-
-
-def test_adam_steps_by_its_rate_and_leaves_what_has_no_gradient():
-    for update in two_updates("adam", 0.0, [5.0, -0.2, 0.0]):
-        np.testing.assert_allclose(update, [-0.01, 0.01, 0], rtol=1e-4)
-        assert update[2] == 0
-
-
-def test_feedback_by_hand():
-    gates = jnp.array([[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]])  # [B=2, K=3]
-    seen = see_batch(
-        jnp.array([2.0, 4.0]), jnp.array([1.0, 0.0]), gates, jnp.array([0.25, 0.75])
-    )
-    assert (seen.total_loss, seen.total_right) == (6, 1)
-    feedback = summarise_feedback(seen)
-    np.testing.assert_allclose(feedback.accuracy, [1 / 1.25, 0, 0], rtol=1e-6)
-    np.testing.assert_allclose(feedback.loss, [3 / 1.25, 4, 0], rtol=1e-6)
-    np.testing.assert_allclose(feedback.frequency, [0.625, 0.375, 0], rtol=1e-6)
-    np.testing.assert_array_equal(feedback.load, [2, 1, 0])
-
-
-def test_what_was_seen_adds_up_over_batches():
-    rng = np.random.default_rng(0)
-    parts = rng.random(8), rng.integers(0, 2, 8), rng.random((8, 3))
-    entropy, correct, gates = (jnp.asarray(part, jnp.float32) for part in parts)
-    seen = nothing_seen(3, 2)
-    for start in (0, 2, 4, 6):
-        batch = (part[start : start + 2] for part in (entropy, correct, gates))
-        mass = jnp.array([start / 6, 1 - start / 6])
-        seen = jax.tree.map(jnp.add, seen, see_batch(*batch, mass))
-    whole = see_batch(entropy, correct, gates, mass)
-    apart = {"peak": seen.peak, "mass": seen.mass, "batches": seen.batches}
-    assert_close(seen, whole.replace(**apart))
-    feedback = summarise_feedback(seen)
-    peaks = np.asarray(gates).reshape(4, 2, 3).max(1)
-    np.testing.assert_allclose(feedback.peak, peaks.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(feedback.mass, [0.5, 0.5], rtol=1e-6)
-
-
-def test_nothing_seen_is_no_feedback_and_no_nan():
-    for part in jax.tree.leaves(summarise_feedback(nothing_seen(3, 2))):
-        np.testing.assert_array_equal(part, np.zeros(part.shape))
+        assert_close(UPDATE(PARAMS, INPUT, FEDERATION, hyper, KEY), zero)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -579,7 +462,7 @@ def make_index(size, padded=PADDED, padding=-7):
 
 @settings(max_examples=30)
 @sizes_and_seeds
-def test_batches_are_passes_over_the_clients_examples(size, seed):
+def test_draw_batches_are_passes_over_the_clients_examples(size, seed):
     batches = draw_batches(jax.random.key(seed), make_index(size), size, SIZES)
     assert batches.shape == (SIZES.local_steps, SIZES.batch_size)
     draws = np.asarray(batches).ravel()
@@ -593,14 +476,14 @@ def test_batches_are_passes_over_the_clients_examples(size, seed):
 
 @settings(max_examples=15)
 @sizes_and_seeds
-def test_batches_do_not_depend_on_the_padding(size, seed):
+def test_draw_batches_does_not_depend_on_the_padding(size, seed):
     key = jax.random.key(seed)
     short = draw_batches(key, make_index(size), size, SIZES)
     long = draw_batches(key, make_index(size, 4 * PADDED, padding=3), size, SIZES)
     np.testing.assert_array_equal(short, long)
 
 
-def test_batches_depend_on_the_key_and_all_orders_occur():
+def test_draw_batches_depends_on_the_key_and_all_orders_occur():
     index, orders = make_index(3), []
     for key in jax.random.split(jax.random.key(0), 200):
         orders.append(np.asarray(draw_batches(key, index, 3, SIZES)).ravel()[:3])
@@ -608,86 +491,92 @@ def test_batches_depend_on_the_key_and_all_orders_occur():
     assert counts.size == 6 and counts.min() > 15  # 33 expected of each
 
 
-# ---- what stays with the client, and what corrects it
+# ---- what is not trained, and what corrects the gradients
 
 
-def test_personal_parts_replace_the_servers():
-    own = jax.tree.map(lambda leaf: leaf + 100, {k: PARAMS[k] for k in PARAMS})
-    held = jnp.array([4, 1, 2])  # of five experts, the last two are local
-    submodel = take_submodel(PARAMS, own, held, 2)
-    assert submodel["stem"] is own["stem"] and submodel["head"] is own["head"]
-    for name, leaf in submodel["experts"]["Dense_0"].items():
-        server = np.asarray(PARAMS["experts"]["Dense_0"][name])
-        np.testing.assert_array_equal(leaf[0], server[4] + 100)
-        np.testing.assert_array_equal(leaf[1:], server[[1, 2]])
+@pytest.mark.parametrize(("value", "still"), [([1, 2, 9], 0), ([2, 1, 9], 1)])
+def test_client_update_trains_the_most_valuable_experts_only(value, still):
+    """Of the held experts 4 and 1 there is room for one; 9 is of the invalid slot."""
+    priority = lambda gates, hyper: jnp.array(value, jnp.float32)
+    program = use_strategy(build(), expert_priority=priority)
+    delta = run(program, inputs=make_input(budget=jnp.int32(1))).delta
+    for leaf in jax.tree.leaves(delta["experts"]):
+        moved = np.abs(leaf).reshape(3, -1).max(1)
+        assert moved[still] == 0 and moved[1 - still] > 0
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(delta["stem"]))
 
 
-def test_local_experts_are_trained_on_the_client_only():
-    rules = make_rules(personal=("experts",), local_experts=2)
-    update = jax.tree.map(jnp.asarray, UPDATE(PARAMS, TASK, FEDERATION, HYPER, KEY))
-    own = {"experts": jax.tree.map(jnp.asarray, PARAMS["experts"])}
-    inputs = make_input(PARAMS, held=(4, 1, 4)).replace(own=own)
-    trained = train_own(inputs, update, rules.local_experts)["experts"]["Dense_0"]
-    before, delta = PARAMS["experts"]["Dense_0"], update.delta["experts"]["Dense_0"]
-    for name, leaf in trained.items():
-        np.testing.assert_allclose(leaf[4], before[name][4] + delta[name][0], rtol=1e-6)
-        np.testing.assert_array_equal(leaf[:4], before[name][:4])
-    weights = weigh(inputs, update, jnp.int32(7), HYPER, rules)
-    assert weights["experts"].tolist() == [0, 7, 0]  # the second is shared
-    assert weights["stem"] == 7 and weights["head"] == 7
+@pytest.mark.parametrize("parts", [("stem",), ("stem", "head")])
+def test_client_update_trains_around_frozen_parts(parts):
+    """One step moves the other parts as if nothing were frozen."""
+    program = build(local_steps=1)
+    whole = run(program).delta
+    frozen = {part: PARAMS[part] for part in parts}
+    params = {part: PARAMS[part] for part in PARTS if part not in parts}
+    federation = FEDERATION.replace(frozen=frozen)
+    program = use_strategy(program, frozen=parts)
+    delta = run(program, params=params, federation=federation).delta
+    assert_close(delta, {part: whole[part] for part in params})
 
 
-def test_focus_trains_the_most_valuable_experts_only():
-    """Of the held experts 4 and 1 there is room for one."""
-    for value, still in (([1.0, 2.0, 9.0], 0), ([2.0, 1.0, 9.0], 1)):
-        rules = make_rules(prox=False, focus=lambda gates, _, v=value: jnp.array(v))
-        update = jax.jit(build_client_update(make_model(SIZES), SIZES, rules))
-        inputs = make_input(PARAMS).replace(budget=jnp.int32(1))
-        delta = update(PARAMS, inputs, FEDERATION, HYPER, KEY).delta
-        for leaf in jax.tree.leaves(delta["experts"]):
-            moved = np.abs(leaf).reshape(3, -1).max(1)
-            assert moved[still] == 0 and moved[1 - still] > 0
-        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(delta["stem"]))
-
-
-def test_no_gradient_passes_through_experts_without_focus():
-    outputs = jnp.arange(12.0).reshape(2, 3, 2)  # [B, K, O]
-    rules = make_rules(focus=lambda gates, hyper: jnp.array([1.0, 3.0, 2.0]))
-    inputs = make_input(PARAMS).replace(
-        slot=jnp.array([True, True, True]), budget=jnp.int32(2)
-    )
-    total = lambda outputs: freeze_others(outputs, None, inputs, HYPER, rules).sum()
-    value, grads = jax.value_and_grad(total)(outputs)
-    assert value == outputs.sum()
-    np.testing.assert_array_equal(grads[:, 0], 0)
-    np.testing.assert_array_equal(grads[:, 1:], 1)
-
-
-def test_frozen_parts_stay_as_they_are():
-    update = build_client_update(make_model(SIZES), SIZES, make_rules(frozen=("stem",)))
-    delta = jax.jit(update)(PARAMS, TASK, FEDERATION, HYPER, KEY).delta
-    assert not any(np.abs(leaf).max() for leaf in jax.tree.leaves(delta["stem"]))
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(delta["head"]))
-
-
-def test_a_correction_is_added_to_every_gradient():
-    sizes = SIZES._replace(local_steps=1)
-    rules = make_rules(prox=False, momentum=0.0)
-    update = jax.jit(build_client_update(make_model(sizes), sizes, rules))
-    plain = update(PARAMS, TASK, FEDERATION, HYPER, KEY)
+def test_client_update_adds_the_correction_to_every_gradient():
+    program = build(**{"local_steps": 1, "client.prox": 0.0, "client.momentum": 0.0})
+    plain = run(program)
     correction = fill(plain.delta, 5)
-    inputs = TASK.replace(correction=correction)
-    corrected = update(PARAMS, inputs, FEDERATION, HYPER, KEY)
-    rate = float(HYPER.client_learning_rate)
+    corrected = run(program, inputs=make_input(correction=correction))
+    rate = float(HYPER.client.learning_rate)
     expected = jax.tree.map(lambda d, c: d - rate * c, plain.delta, correction)
     assert_close(corrected.delta, expected)
     # From no correction the new variate is the gradient; corrected, it is so again.
     gradient = jax.tree.map(lambda d: -d / rate, plain.delta)
-    zero = jax.tree.map(jnp.zeros_like, correction)
+    zero = jax.tree.map(np.zeros_like, correction)
     for used, result in ((zero, plain), (correction, corrected)):
-        sent = TASK.replace(correction=used, steps=jnp.int32(1))
+        sent = make_input(correction=used, steps=jnp.int32(1))
         assert_close(renew_variate(sent, result, HYPER, 0.0), gradient)
-    scaled = renew_variate(sent.replace(steps=jnp.int32(4)), corrected, HYPER, 0.9)
+    sent = make_input(correction=correction, steps=jnp.int32(4))
+    scaled = renew_variate(sent, corrected, HYPER, 0.9)
     uses = step_weights(jnp.int32(4), 0.9)
     wanted = lambda c, d: -c - d / (rate * uses)
     assert_close(scaled, jax.tree.map(wanted, correction, corrected.delta))
+
+
+# ---- positions that only pad
+
+
+def score_but_zero(logits, batch):
+    """Labels of class 0 are padding."""
+    scores = score_labels(logits, batch)
+    return scores._replace(weight=(batch["y"] > 0).astype(jnp.float32))
+
+
+@pytest.mark.parametrize(("steps", "batch", "rate"), [(1, 4, 0.5), (4, 3, 0.0)])
+def test_client_update_ignores_padding(steps, batch, rate):
+    """Bare logits learn the labels 0, 1, 2, 1, of which the first is padding.
+
+    Where nothing moves, batches with different amounts of padding are one large batch.
+    """
+    odds, labels = np.array([1, 2, 5], np.float32), np.array([0, 1, 2, 1])
+    sizes = {"num_active": 1, "max_held": 1, "local_steps": steps, "batch_size": batch}
+    program = build(**sizes)._replace(task=IMAGES._replace(loss=score_but_zero))
+    program = use_model(program, make_logit_model(5, CLASSES))
+    params, _ = program.model.init(jax.random.key(0))
+    params["experts"] = {"moe": {"logits": jnp.log(jnp.tile(odds, (5, 1)))}}
+    federation = FEDERATION.replace(
+        train={"x": FEDERATION.train["x"], "y": jnp.tile(labels, 6)},
+        index=jnp.arange(4)[None],
+        size=jnp.array([4]),
+    )
+    one = (1, 1, 1)
+    inputs = make_inputs(np.full(one, 3, np.int32), np.ones(one, bool))
+    inputs = jax.tree.map(lambda leaf: leaf[0], inputs)
+    hyper = rate_hyper(learning_rate=rate)
+    found = run(program, hyper, inputs, params, federation)
+    passes, loss = steps * batch / 4, -(2 * np.log(2 / 8) + np.log(5 / 8)) / 3
+    np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(found.accuracy, 1 / 3, rtol=1e-5)
+    np.testing.assert_allclose(found.feedback.loss, [[loss]], rtol=1e-5)
+    np.testing.assert_allclose(found.feedback.accuracy, [[1 / 3]], rtol=1e-5)
+    assert found.feedback.load == 3 * passes and found.feedback.frequency == 1
+    gradient = np.array([[1 / 8, 2 / 8 - 2 / 3, 5 / 8 - 1 / 3]])
+    delta = found.delta["experts"]["moe"]["logits"]
+    np.testing.assert_allclose(delta, -rate * gradient, rtol=1e-5)

@@ -6,128 +6,123 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import (
+    make_align,
+    make_data,
+    make_devices,
+    make_federation,
+    make_logit_model,
+    make_program,
+    use_model,
+)
 from jax.sharding import PartitionSpec as P
 
-from configs import default
-from fedmoe_jax import evaluate, program
-from fedmoe_jax import scoring as questions
-from fedmoe_jax.federation import make_devices
-from fedmoe_jax.models.image_moe import build_model
+from fedmoe_jax import evaluate
+from fedmoe_jax.base import Routing
+from fedmoe_jax.evaluate import (
+    build_evaluate,
+    build_evaluate_share,
+    read_examples,
+    schedule_examples,
+)
+from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.runtime.sharding import RUNS, build_mesh, spread
-from fedmoe_jax.types import AlignState, Federation, SimState, Sizes
+from fedmoe_jax.tasks.images import IMAGES, score_labels
+from fedmoe_jax.types import SimState
 from fedmoe_jax.world.participation import init_participation
 
-SIZES = Sizes(
-    num_clients=12,
-    cohort_size=4,
-    num_experts=4,
-    max_held=3,
-    num_active=2,
-    local_steps=1,
-    batch_size=1,
-    expert_width=5,
-    num_classes=3,
-    max_capacity=3,
-)
-IMAGES, IMAGE = 21, (4, 4, 1)  # 21 is no multiple of 8 devices nor of batches of 4
+COUNT, IMAGE, CLASSES = 21, (4, 4, 1), 3  # 21: no multiple of 8 devices, nor of 4
 IDLE, LOST = 5, 2  # one holds nothing, no update of the other has counted
 LEFT_OUT = {"global_soft_accuracy", "expert_accuracy"}  # they need every expert
+CHANGES = {
+    "num_clients": 12,
+    "num_experts": 4,
+    "max_held": 3,
+    "num_active": 2,
+    "batch_size": 1,
+    "model.stem_width": 6,
+    "model.expert_width": 5,
+    "model.feature_width": 5,
+}
 
 
-def make_model(sizes, expert="mlp", stem="mlp", image=IMAGE):
-    return build_model(
-        stem=stem,
-        stem_width=6,
-        expert=expert,
-        expert_width=sizes.expert_width,
-        feature_width=5,
-        stem_dropout=0.0,
-        expert_dropout=0.0,
-        num_experts=sizes.num_experts,
-        num_classes=sizes.num_classes,
-        image_shape=image,
-    )
+def build(mode="global", every_expert=True, devices=1, image=IMAGE, **changes):
+    """A program whose gates are `global` or `personal`."""
+    fields = CHANGES | {"gate.mode": mode} | changes
+    program = make_program(make_data(CLASSES, image), **fields)
+    strategy = program.strategy._replace(every_expert=every_expert)
+    return program._replace(strategy=strategy, mesh=build_mesh(devices))
 
 
-MODEL = make_model(SIZES)
+PROGRAM = build()
+SIZES = PROGRAM.sizes
 
 
-def make_held(rng, sizes):
+def draw_held(rng, sizes):
     held = np.zeros((sizes.num_clients, sizes.num_experts), bool)
     for client in range(sizes.num_clients):
         count = 1 + client % sizes.max_held  # some hold fewer than A experts
         held[client, rng.permutation(sizes.num_experts)[:count]] = True
-    held[IDLE] = False
+    held[IDLE : IDLE + 1] = False  # of few clients none is idle
     return held
 
 
-def make_ledger(sizes):
-    participation = init_participation(sizes)
-    counted = jnp.ones(sizes.num_clients, jnp.int32).at[LOST].set(0)
-    return participation.replace(rounds=counted)
-
-
-def make_rules(personal, every_expert):
-    rules = program.make_rules(default.get_config(), SIZES.num_experts)
-    own = ("gate",) if personal else ()
-    return rules._replace(personal=own, every_expert=every_expert)
-
-
-def make_state(personal, model=MODEL, sizes=SIZES, seed=0):
-    rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
-    params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
+def draw_state(program, seed=0, **align):
+    """Random params, gates and held experts; of some clients no update has counted."""
+    rng, sizes = np.random.default_rng(seed), program.sizes
+    count = sizes.num_clients
+    draw = lambda leaf: np.float32(rng.normal(size=leaf.shape))
+    params = jax.tree.map(draw, shape_params(program.model)[0])
+    rows = lambda leaf: np.float32(0.4 * rng.normal(size=(count, *leaf.shape)))
     params["gate"] = jax.tree.map(lambda leaf: 0.4 * leaf, params["gate"])
-    own = {}
-    if personal:
-        draw = lambda leaf: 0.4 * rng.normal(size=(sizes.num_clients, *leaf.shape))
-        gate = jax.tree.map(lambda leaf: jnp.float32(draw(leaf)), params["gate"])
-        own = {"gate": gate}
-    shape = (sizes.num_clients, sizes.num_experts)
-    align = AlignState(
-        fitness=jnp.zeros(shape),
-        usage=jnp.zeros(sizes.num_experts),
-        held=jnp.asarray(make_held(rng, sizes)),
-        times_held=jnp.zeros(shape, jnp.int32),
-    )
-    return SimState(
+    personal = {part: params[part] for part in program.strategy.personal}
+    personal = jax.tree.map(rows, personal)
+    held = draw_held(rng, sizes)[:, None]
+    align = make_align(count, sizes.num_experts, **{"held": held} | align)
+    participation = init_participation(sizes)
+    counted = jnp.ones(count, jnp.int32).at[LOST].set(0)
+    state = SimState(
         round=jnp.int32(0),
         key=jax.random.key(0),
         params=params,
         server_opt={},
         align=align,
-        personal=own,
+        personal=personal,
         variate={},
-        participation=make_ledger(sizes),
+        participation=participation.replace(rounds=counted),
     )
+    return jax.tree.map(jnp.asarray, state)
 
 
 def make_mix(seed):
     """Label mixes, [N, L]; every second client lacks a label."""
     rng = np.random.default_rng(seed)
-    mix = rng.dirichlet(np.ones(SIZES.num_classes), SIZES.num_clients)
+    mix = rng.dirichlet(np.ones(CLASSES), SIZES.num_clients)
     odd = np.arange(1, SIZES.num_clients, 2)
-    mix[odd, rng.integers(0, SIZES.num_classes, odd.size)] = 0.0
+    mix[odd, rng.integers(0, CLASSES, odd.size)] = 0.0
     return jnp.asarray(mix / mix.sum(1, keepdims=True), jnp.float32)
 
 
-def make_federation(image=IMAGE):
+def draw_federation(image=IMAGE):
     rng = np.random.default_rng(1)
-    config = default.get_config()
-    config.num_clients = SIZES.num_clients
-    fields = dict.fromkeys(Federation.__dataclass_fields__)
-    fields |= {
-        "label_mix": make_mix(3),
-        "test_x": rng.integers(0, 256, (IMAGES, *image), np.uint8),
-        "test_y": rng.integers(0, SIZES.num_classes, IMAGES, np.int32),
+    x = rng.integers(0, 256, (COUNT, *image), np.uint8)
+    y = rng.integers(0, CLASSES, COUNT, np.int32)
+    pixels = {
         "mean": np.full(image, 0.5, np.float32),
         "std": np.full(image, 0.3, np.float32),
-        "devices": make_devices(config)[0],
     }
-    return jax.tree.map(jnp.asarray, Federation(**fields))
+    federation = make_federation(
+        label_mix=make_mix(3),
+        test={"x": x, "y": y},
+        test_stratum=y,
+        statistics=pixels,
+        devices=make_devices(SIZES.num_clients),
+        frozen={},
+    )
+    return jax.tree.map(jnp.asarray, federation)
 
 
-FEDERATION = make_federation()
+FEDERATION = draw_federation()
 
 
 # ---- the slow twin
@@ -141,35 +136,35 @@ def slow_gates(logits, allowed, num_active):
     return gates / gates.sum()
 
 
-def look(state):
+def answer_all(state):
     """Features [X', D] and every expert's logits [X', E, L] of the test images."""
-    x = (np.asarray(FEDERATION.test_x, np.float32) / 255 - 0.5) / np.float32(0.3)
-    features = MODEL.stem(state.params["stem"], x, None)
+    x = np.asarray(FEDERATION.test["x"], np.float32)
+    batch, parts = {"x": (x / 255 - 0.5) / np.float32(0.3)}, PROGRAM.model.parts
+    features = parts.stem(state.params["stem"], batch, None)
     answers = []
     for e in range(SIZES.num_experts):
-        row = jax.tree.map(lambda leaf, e=e: leaf[e], state.params["experts"])
-        outputs = MODEL.expert(row, features, None)
-        answers.append(MODEL.head(state.params["head"], outputs))
+        row = jax.tree.map(lambda leaf, e=e: leaf[e], state.params["experts"]["moe"])
+        outputs = parts.expert(row, features, None)
+        answers.append(parts.head(state.params["head"], outputs))
     return np.asarray(features), np.stack(answers, axis=1)
 
 
 def slow_evaluate(state):
     """Everything `evaluate` reports, one question about one image at a time."""
-    features, answers = look(state)
-    labels = np.asarray(FEDERATION.test_y)
+    features, answers = answer_all(state)
+    labels = np.asarray(FEDERATION.test["y"])
     everyone = np.ones(SIZES.num_experts, bool)
     personal = bool(state.personal)
-    gates_of = state.personal.get("gate") or jax.tree.map(
-        lambda leaf: leaf[None], state.params["gate"]
-    )
+    one = jax.tree.map(lambda leaf: leaf[None], state.params["gate"])
+    gates_of = state.personal.get("gate", one)["moe"]
 
     def ask(client, choose):
         """Whether each image is right under gates `choose(logits)`, and the gates."""
         row = client if personal else 0
         kernel = np.asarray(gates_of["kernel"][row])
         bias = np.asarray(gates_of["bias"][row])
-        right, gates = np.zeros(IMAGES), np.zeros((IMAGES, SIZES.num_experts))
-        for i in range(IMAGES):
+        right, gates = np.zeros(COUNT), np.zeros((COUNT, SIZES.num_experts))
+        for i in range(COUNT):
             gates[i] = choose(kernel @ features[i] + bias)
             right[i] = np.argmax(gates[i] @ answers[i]) == labels[i]
         return right, gates
@@ -181,10 +176,10 @@ def slow_evaluate(state):
     soft = [ask(c, lambda row: np.exp(row) / np.exp(row).sum())[0] for c in clients]
     client_accuracy = []
     for c in range(SIZES.num_clients):
-        held = np.asarray(state.align.held[c])
+        held = np.asarray(state.align.held[c, 0])
         held = held if held.any() else everyone
         right, _ = ask(c, lambda row, held=held: slow_gates(row, held, active))
-        by_label = [right[labels == label].mean() for label in range(SIZES.num_classes)]
+        by_label = [right[labels == label].mean() for label in range(CLASSES)]
         client_accuracy.append(np.asarray(FEDERATION.label_mix[c]) @ by_label)
     client_accuracy = np.array(client_accuracy)
     counted = np.delete(client_accuracy, [IDLE, LOST])
@@ -200,8 +195,8 @@ def slow_evaluate(state):
         "client_accuracy": client_accuracy,
         "expert_accuracy": alone.mean(0),
         "specialisation": np.stack(
-            [routed[labels == k].mean(0) for k in range(SIZES.num_classes)], axis=1
-        ),
+            [routed[labels == k].mean(0) for k in range(CLASSES)], axis=1
+        )[None],
     }
 
 
@@ -212,31 +207,25 @@ def gate_mode(request):
 
 @pytest.fixture(scope="module")
 def expected(gate_mode):
-    return slow_evaluate(make_state(gate_mode == "personal"))
+    return slow_evaluate(draw_state(build(gate_mode)))
 
 
 @pytest.mark.parametrize(
     ("devices", "batch", "every_expert"),
     [(1, 4, True), (8, 500, True), (8, 2, False)],
 )
-def test_evaluation_equals_the_slow_loop(
+def test_evaluate_equals_the_slow_loop(
     monkeypatch, gate_mode, expected, devices, batch, every_expert
 ):
     monkeypatch.setattr(evaluate, "TEST_BATCH", batch)
-    evaluate.build_evaluate.cache_clear()
-    run = evaluate.build_evaluate(
-        MODEL,
-        SIZES,
-        make_rules(gate_mode == "personal", every_expert),
-        processes=(),
-        mesh=build_mesh(devices),
-    )
-    result = run(make_state(gate_mode == "personal"), FEDERATION, {})
+    build_evaluate.cache_clear()
+    program = build(gate_mode, every_expert, devices)
+    result = build_evaluate(program)(draw_state(program), FEDERATION, {})
     assert result.keys() == expected.keys() - (set() if every_expert else LEFT_OUT)
     for name, value in result.items():
         assert value.shape == np.shape(expected[name])
         np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(result["specialisation"].sum(0), 1, atol=1e-5)
+    np.testing.assert_allclose(result["specialisation"].sum(1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -247,45 +236,148 @@ def test_evaluation_equals_the_slow_loop(
         (6, 6, 3, "global", "conv"),
     ],
 )
-def test_dispatch_changes_nothing(experts, held, active, mode, expert):
-    sizes = SIZES._replace(num_experts=experts, max_held=held, num_active=active)
+def test_evaluate_by_dispatch_changes_nothing(experts, held, active, mode, expert):
     stem, image = ("cnn", (16, 16, 1)) if expert == "conv" else ("mlp", IMAGE)
-    model = make_model(sizes, expert, stem, image)
-    build = lambda every_expert: evaluate.build_evaluate(
-        model, sizes, make_rules(mode == "personal", every_expert), (), build_mesh(1)
-    )
-    state = make_state(mode == "personal", model, sizes)
-    federation = make_federation(image)
-    dense, dispatched = (build(each)(state, federation, {}) for each in (True, False))
+    changes = {"num_experts": experts, "max_held": held, "num_active": active}
+    changes |= {"model.stem": stem, "model.expert": expert}
+    programs = [build(mode, each, image=image, **changes) for each in (True, False)]
+    state, federation = draw_state(programs[0]), draw_federation(image)
+    dense, dispatched = (build_evaluate(p)(state, federation, {}) for p in programs)
     assert dense.keys() - dispatched.keys() == LEFT_OUT
     for name, value in dispatched.items():
         np.testing.assert_allclose(value, dense[name], atol=1e-6, err_msg=name)
 
 
+# ---- models without parts
+
+
+def share_sets(held):
+    """Held experts [N, G, E] of which every fourth row is the same; not of the idle."""
+    shared = held[np.arange(len(held)) % 4]
+    shared[IDLE] = False
+    return shared
+
+
+@pytest.mark.parametrize("mix", ["outputs", "probabilities"])
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("mode", ["global", "personal"])
+def test_evaluate_without_parts_is_that_with_parts(mode, devices, mix):
+    """Clients share held sets; one may use more experts than a client can hold."""
+    program = build(mode, devices=devices)
+    strategy = program.strategy._replace(mix=mix)
+    program = program._replace(strategy=strategy)
+    held = share_sets(np.asarray(draw_state(program).align.held))
+    assert len(np.unique(held, axis=0)) == 5 and not held[IDLE].any()
+    state = draw_state(program, held=jnp.asarray(held))
+    whole = program._replace(model=program.model._replace(parts=None))
+    found, expected = (
+        build_evaluate(each)(state, FEDERATION, {}) for each in (whole, program)
+    )
+    assert expected.keys() - found.keys() == LEFT_OUT
+    for name, value in found.items():
+        assert value.shape == expected[name].shape
+        np.testing.assert_allclose(value, expected[name], atol=1e-6, err_msg=name)
+    scores = [float(found[f"{n}_accuracy"]) for n in ("global", "personal")]
+    assert scores[0] != pytest.approx(scores[1], abs=1e-3)
+
+
+# ---- positions that only pad
+
+# Labels of four test examples of two positions each, or of eight of one; 0 is padding.
+LABELS = np.array([[0, 1], [1, 1], [1, 2], [0, 2]], np.int32)
+STRATA = np.array([0, 0, 1, 1], np.int32)
+
+
+def score_positions(logits, batch):
+    """Bare logits [B, L] answer every position; labels of class 0 are padding."""
+    labels = batch["y"]
+    logits = jnp.broadcast_to(
+        logits.reshape(-1, *[1] * (labels.ndim - 1), CLASSES), (*labels.shape, CLASSES)
+    )
+    scores = score_labels(logits, batch)
+    return scores._replace(weight=(labels > 0).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("form", ["parts", "no parts", "positions"])
+def test_evaluate_ignores_padding(form):
+    """Expert 0 answers 1, expert 1 answers 2; the gate prefers the first."""
+    program = build(num_clients=2, num_experts=2, max_held=1, num_active=1)
+    program = program._replace(task=IMAGES._replace(loss=score_positions))
+    whole = make_logit_model(2, CLASSES)
+    labels, strata = LABELS.reshape(-1), np.repeat(STRATA, 2)
+    if form == "positions":
+        labels, strata = LABELS, STRATA
+    repeats = 1 if labels.ndim == 1 else 2
+
+    def apply(*arguments):
+        outputs, routing = whole.apply(*arguments)
+        repeat = lambda leaf: jnp.repeat(leaf, repeats, axis=1)
+        return outputs, Routing(repeat(routing.logits), repeat(routing.gates))
+
+    model = whole
+    if form != "parts":
+        model = whole._replace(apply=apply, parts=None)
+    program = use_model(program, model)
+    params, _ = model.init(jax.random.key(0))
+    answers = jnp.array([[0.0, 2.0, 1.0], [0.0, 1.0, 2.0]])
+    params["experts"] = {"moe": {"logits": answers}}
+    params["gate"]["moe"]["bias"] = jnp.array([1.0, 0.0])
+    held = jnp.eye(2, dtype=bool)[:, None]
+    state = draw_state(program, held=held).replace(params=params)
+    counted = state.participation.replace(rounds=jnp.ones(2, jnp.int32))
+    federation = FEDERATION.replace(
+        label_mix=jnp.array([[0.75, 0.25], [0.2, 0.8]]),
+        test={"x": jnp.zeros((len(labels), *IMAGE)), "y": jnp.asarray(labels)},
+        test_stratum=jnp.asarray(strata),
+        devices=make_devices(2),
+    )
+    run = build_evaluate(program)
+    found = run(state.replace(participation=counted), federation, {})
+    # Labels of stratum 0 are 1, 1 and 1, of stratum 1 they are 1, 2 and 2.
+    expected = {
+        "global_accuracy": 4 / 6,
+        "client_accuracy": [0.75 + 0.25 / 3, 0.8 * 2 / 3],
+        "personal_accuracy": (0.75 + 0.25 / 3 + 0.8 * 2 / 3) / 2,
+        "worst_decile_accuracy": 0.8 * 2 / 3,
+        "specialisation": [[[1, 1], [0, 0]]],
+    }
+    if form == "parts":
+        expected |= {"global_soft_accuracy": 4 / 6, "expert_accuracy": [4 / 6, 2 / 6]}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+
+
+# ---- a sweep
+
+
 @pytest.mark.parametrize(
     ("walk", "every_expert"), [("map", True), ("map", False), ("vmap", False)]
 )
-def test_many_runs_equal_one_at_a_time(walk, every_expert):
+def test_evaluate_many_runs_equals_one_at_a_time(walk, every_expert):
     """Runs spread over one mesh axis and walked on each device, test images over
     the other; states and label mixes differ, the test set is shared."""
-    asked = MODEL, SIZES, make_rules(False, every_expert), ()
-    states = [make_state(False, seed=seed) for seed in range(4)]
+    program = build("global", every_expert)
+    states = [draw_state(program, seed) for seed in range(4)]
     mixes = [make_mix(seed) for seed in range(4)]
-    share = evaluate.build_evaluate_share(*asked)
+    share = build_evaluate_share(program)
     one = lambda run: share(run[0], FEDERATION.replace(label_mix=run[1]), {})
     over = {"map": lambda runs: jax.lax.map(one, runs), "vmap": jax.vmap(one)}[walk]
     sweep = jax.jit(spread(over, build_mesh(4, num_runs=2), (P(RUNS),), P(RUNS)))
     stack = lambda *leaves: jnp.stack(leaves)
     results = sweep((jax.tree.map(stack, *states), jnp.stack(mixes)))
 
-    alone = evaluate.build_evaluate(*asked, build_mesh(1))
+    alone = build_evaluate(program)
     for i, (state, mix) in enumerate(zip(states, mixes, strict=True)):
         wanted = alone(state, FEDERATION.replace(label_mix=mix), {})
         for name, value in wanted.items():
             np.testing.assert_allclose(results[name][i], value, atol=1e-6, err_msg=name)
 
 
-def test_the_questions_have_different_answers(expected):
+# ---- the parts
+
+
+def test_slow_evaluate_answers_every_question_differently(expected):
     """Equal answers could hide a wrong mask from the test above."""
     names = ("global", "global_soft", "personal", "worst_decile")
     assert len({round(expected[f"{name}_accuracy"], 6) for name in names}) == 4
@@ -298,22 +390,22 @@ def test_the_questions_have_different_answers(expected):
     ("devices", "most", "batches", "size"),
     [(1, 500, 1, 21), (2, 500, 1, 11), (8, 2, 2, 2), (1, 10, 3, 7)],
 )
-def test_test_images_are_dealt_once(devices, most, batches, size):
-    shares = [evaluate.schedule_images(21, most, d, devices) for d in range(devices)]
+def test_schedule_examples_deals_each_once(devices, most, batches, size):
+    shares = [schedule_examples(21, most, d, devices) for d in range(devices)]
     assert np.shape(shares) == (devices, batches, size)
     position = np.sort(np.ravel(shares))
     np.testing.assert_array_equal(position, np.arange(len(position)))
 
 
-def test_padding_takes_no_image():
-    position = jnp.array([IMAGES - 1, IMAGES])
-    state = make_state(False)
-    rules = make_rules(False, True)
-    images = evaluate.encode_batch(
-        state, FEDERATION, position, None, model=MODEL, rules=rules
+def test_read_examples_marks_padding():
+    examples = read_examples(
+        FEDERATION, jnp.array([COUNT - 1, COUNT]), None, program=PROGRAM
     )
-    assert images.y.tolist() == [FEDERATION.test_y[-1], -1]
-    assert images.label.sum(1).tolist() == [1.0, 0.0]
+    last = FEDERATION.test["y"][-1]
+    assert examples.real.tolist() == [True, False]
+    assert examples.batch["y"].tolist() == [last, last]
+    assert examples.stratum.sum(1).tolist() == [1.0, 0.0]
+    assert examples.stratum[0].argmax() == FEDERATION.test_stratum[-1]
 
 
 def test_worst_decile_by_hand():
@@ -324,31 +416,3 @@ def test_worst_decile_by_hand():
         worst = np.sort(accuracy[:count])[: -(-count // 10)]
         value = worst_decile(accuracy, counted)
         np.testing.assert_allclose(value, worst.mean() if count else 0, rtol=1e-6)
-
-
-def make_images(logits, y):
-    """Images of two classes as the server's gate sees them."""
-    y = jnp.array(y)
-    label = jax.nn.one_hot(y, 2)
-    return questions.Images(None, jnp.zeros((len(y), 1)), jnp.array(logits), y, label)
-
-
-def test_count_right_by_hand():
-    gates = jnp.array([[0.5, 0.5], [1.0, 0.0], [0.9, 0.1]])
-    answers = jnp.array([[[4.0, 0.0], [0.0, 3.0]]] * 3)
-    images = make_images(gates, [0, 1, -1])
-    # The first is right (2.0 against 1.5), the second wrong, the third is padding.
-    assert questions.count_right(gates, answers, images).tolist() == [1.0, 0.0]
-
-
-def test_needed_pairs_by_hand():
-    logits = [[3.0, 2.0, 1.0, 0.0]] * 3
-    clients = questions.ClientView(
-        own={},
-        held=jnp.array([[0, 0, 1, 1], [0, 1, 0, 0]], bool),
-        wanted=jnp.array([[1.0, 0.0], [0.0, 1.0]]),
-    )
-    need = questions.find_needed(make_images(logits, [0, 1, -1]), clients, 1)
-    # Expert 0 is the server's choice, 2 the first client's for its label 0, 1 the
-    # second's for its label 1; expert 3 and padding are never needed.
-    assert need.astype(int).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]

@@ -1,86 +1,103 @@
-"""A model without parts is scored as the same model with parts."""
+"""The distinct sets of experts that clients hold; scores of models without parts."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import K, N, make_program, plan_run, start_run, use_linear_model
 
-from configs import default
 from fedmoe_jax.evaluate import build_evaluate
-from fedmoe_jax.held_sets import find_sets
-from fedmoe_jax.runtime.sharding import build_mesh, replicate
-from fedmoe_jax.state import init_state, prepare_state
-from fedmoe_jax.train import run
-
-SMALL = {
-    "num_clients": 6,
-    "cohort_size": 3,
-    "num_experts": 5,
-    "max_held": 3,
-    "model.expert_width": 4,
-    "model.stem_width": 8,
-    "run.num_devices": 1,
-    "data.public": 8,
-    "fedjets.steps": 1,
-}
+from fedmoe_jax.held_sets import WORD, find_sets, pack_bits, score_sets
+from fedmoe_jax.scoring import Examples
 
 
-def test_clients_with_equal_sets_share_one():
-    held = np.zeros((5, 2, 40), bool)
-    held[0, 0, [3, 39]] = held[0, 1, 7] = True
-    held[1] = True  # all experts
-    held[2, 0, [3, 39]] = held[2, 1, 8] = True
-    held[3] = held[0]
-    held[4, 0, 3] = held[4, 1, 7] = True
-    sets = jax.jit(find_sets, static_argnums=1)(jnp.array(held), 2)
-    np.testing.assert_array_equal(sets.whole, [False, True, False, False, False])
-    assert sets.count == 4
-    of = sets.of_client
-    assert of[0] == of[3] and len({int(s) for s in of}) == 4
-    for client in (0, 2, 3, 4):
-        for layer in range(2):
-            slots = sets.held[of[client], layer], sets.slot[of[client], layer]
-            found = np.asarray(slots[0])[np.asarray(slots[1])]
-            expected = np.flatnonzero(held[client, layer])
-            np.testing.assert_array_equal(found, expected)
+def test_find_sets_by_hand():
+    """Of two layers; client 1 holds as client 0, client 3 more than two experts."""
+    held = jnp.array(
+        [
+            [[1, 0, 0, 1], [0, 1, 0, 0]],
+            [[1, 0, 0, 1], [0, 1, 0, 0]],
+            [[1, 0, 0, 1], [0, 0, 1, 0]],
+            [[1, 0, 0, 1], [1, 1, 1, 0]],
+        ],
+        bool,
+    )
+    sets = find_sets(held, 2)
+    assert sets.whole.tolist() == [False, False, False, True]
+    of_client = sets.of_client.tolist()
+    assert of_client[0] == of_client[1] and len(set(of_client)) == sets.count == 3
+    for client, number in enumerate(of_client[:3]):
+        rows = zip(sets.held[number], sets.slot[number], held[client], strict=True)
+        for ids, slot, mask in rows:
+            assert ids[slot].tolist() == np.flatnonzero(mask).tolist()
+
+
+@pytest.mark.parametrize("experts", [3, WORD, WORD + 1])
+def test_find_sets_tells_any_two_sets_apart(experts):
+    """Every client holds one expert of its own in the second layer."""
+    first = jnp.zeros((experts, experts), bool).at[:, 0].set(True)
+    held = jnp.stack([first, jnp.eye(experts, dtype=bool)], axis=1)
+    sets = find_sets(jnp.concatenate([held, held]), 1)
+    assert sets.count == experts
+    np.testing.assert_array_equal(sets.of_client[:experts], sets.of_client[experts:])
+    own = sets.held[sets.of_client, 1, 0]
+    np.testing.assert_array_equal(own, np.tile(np.arange(experts), 2))
+
+
+def test_pack_bits_by_hand():
+    rows = jnp.zeros((2, WORD + 2), bool).at[0, 0].set(True).at[1, WORD + 1].set(True)
+    rows = rows.at[1, 3].set(True)
+    assert pack_bits(rows).tolist() == [[1, 0], [8, 2]]
+
+
+def test_score_sets_runs_the_model_once_for_each_set():
+    program = use_linear_model(make_program(num_clients=6))
+    runs, apply = [], program.model.apply
+
+    def counting(*arguments):
+        jax.debug.callback(lambda: runs.append(1))
+        return apply(*arguments)
+
+    model = program.model._replace(apply=counting, parts=None)
+    program = program._replace(model=model)
+    held = jnp.array([[1, 1, 0, 0], [0, 0, 1, 0]] * 3, bool)[:, None]
+    params, frozen = model.init(jax.random.key(0))
+    batch = {"x": jnp.ones((2, 8, 8, 1)), "y": jnp.zeros(2, jnp.int32)}
+    examples = Examples(batch, jnp.ones((2, 1)), jnp.ones(2, bool))
+    sets = find_sets(held, program.sizes.max_held)
+    rows = score_sets(params, frozen, sets, examples, program)
+    jax.effects_barrier()
+    assert len(runs) == 2 and rows.shape == (6, 1)
 
 
 @pytest.mark.parametrize(
     "strategy", ["greedy", "flex_moe", "fedmix", "pfedmoe", "fedjets", "local"]
 )
-def test_scores_are_those_of_the_model_with_parts(strategy):
-    config = default.get_config("smoke")
-    config.update_from_flattened_dict(SMALL | {"strategy": strategy})
-    config.drift.images, config.num_rounds = "contrast", 4
-    config.drift.strength = 0.8
-    plan = run.plan_run(config, build_mesh(1))
-    program, hyper = plan.program, plan.hyper
-    init = jax.jit(init_state, static_argnums=2)
-    state, frozen = init(jax.random.key(0), hyper, program)
-    federation = plan.federation.replace(frozen=frozen)
-    state, frozen = jax.jit(prepare_state, static_argnums=3)(
-        state, federation, hyper, program
-    )
-    federation = federation.replace(frozen=frozen)
+def test_score_model_gives_the_scores_of_the_model_with_parts(strategy):
+    """Of images that drift, one client without experts."""
+    drift = {"drift.images": "contrast", "drift.strength": 0.8}
+    plan = plan_run(strategy=strategy, **drift)
+    program = plan.program
+    run = start_run(plan, program)
     noise = lambda x: x + 0.5 * jax.random.normal(jax.random.key(1), x.shape)
-    params, personal = jax.tree.map(noise, (state.params, state.personal))
-    sizes = program.sizes
-    drawn = jax.random.uniform(jax.random.key(2), (6, 1, sizes.num_experts))
-    held = drawn.argsort(axis=2) < sizes.max_held
-    state = state.replace(
+    params, personal = jax.tree.map(noise, (run.state.params, run.state.personal))
+    drawn = jax.random.uniform(jax.random.key(2), (N, 1, program.sizes.num_experts))
+    held = (drawn.argsort(axis=2) < K).at[0].set(False)
+    participation = run.state.participation
+    state = run.state.replace(
         params=params,
         personal=personal,
-        align=state.align.replace(held=held.at[0].set(False)),
-        participation=state.participation.replace(
-            rounds=state.participation.rounds + 1
-        ),
+        align=run.state.align.replace(held=held),
+        participation=participation.replace(rounds=participation.rounds + 1),
     )
     whole = program._replace(model=program.model._replace(parts=None))
-    arguments = [replicate(x, program.mesh) for x in (state, federation, hyper)]
-    expected = build_evaluate(program)(*arguments)
-    found = build_evaluate(whole)(*arguments)
-    assert found["specialisation"].shape == (1, sizes.num_experts, 10)
-    for name, value in found.items():
-        # One image of 360 whose best classes are equal to rounding may differ.
-        np.testing.assert_allclose(value, expected[name], atol=4e-3)
+    found, expected = (
+        build_evaluate(each)(state, run.federation, run.hyper)
+        for each in (whole, program)
+    )
     assert set(expected) - set(found) <= {"global_soft_accuracy", "expert_accuracy"}
+    assert found["drifted_accuracy"].shape == ()
+    for name, value in found.items():
+        assert value.shape == expected[name].shape
+        # One image of 1,024 whose best classes are equal to rounding may differ.
+        np.testing.assert_allclose(value, expected[name], atol=4e-3, err_msg=name)

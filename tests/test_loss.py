@@ -1,58 +1,217 @@
-"""Feedback and objective of positions with weights, by hand."""
+"""The local objective and the feedback from it, by hand, for one MoE layer and two."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from factories import assert_same, make_hyper, make_inputs, make_program, use_model
 
-from fedmoe_jax.base import Routing, Scores
-from fedmoe_jax.loss import mean_loss, sum_batch, summarise_feedback
+from fedmoe_jax.base import Model, Routing, Scores, Task
+from fedmoe_jax.loss import (
+    local_loss,
+    mean_loss,
+    mean_report,
+    sum_batch,
+    sum_gate_losses,
+    summarise_feedback,
+    zero_sums,
+)
+from fedmoe_jax.models.routing import route as route_top
+from fedmoe_jax.tasks.batches import shape_batch
 
-LOSS = jnp.array([1.0, 2.0, 4.0])
-SCORE = jnp.array([1.0, 0.0, 1.0])
-GATES = jnp.array([[1.0, 0.0], [0.25, 0.75], [0.5, 0.5]])
+REPORT = {"mass": jnp.array([[0.25, 0.75]])}
 
 
-def summarise(weight, gates=GATES[None]):
-    sums = sum_batch(
-        Scores(LOSS, SCORE, weight), Routing(None, gates), None, len(gates)
-    )
-    return sums, summarise_feedback(sums)
+def sum_one(loss, score, gates, weight=None, report=None):
+    """The sums over one batch of one layer."""
+    arrays = [jnp.asarray(row, jnp.float32) for row in (loss, score)]
+    scores = Scores(*arrays, None if weight is None else jnp.asarray(weight))
+    routing = Routing(None, jnp.asarray(gates, jnp.float32)[None])
+    return sum_batch(scores, routing, report, 1)
 
 
-def test_feedback_counts_positions_by_their_gates():
-    sums, feedback = summarise(None)
-    np.testing.assert_allclose(feedback.accuracy, [[1.5 / 1.75, 0.5 / 1.25]])
-    np.testing.assert_allclose(feedback.loss, [[3.5 / 1.75, 3.5 / 1.25]])
-    np.testing.assert_allclose(feedback.frequency, [[1.75 / 3, 1.25 / 3]])
-    np.testing.assert_array_equal(feedback.load, [[3, 2]])
-    np.testing.assert_allclose(feedback.peak, [[1.0, 0.75]])
-    assert sums.weight is None and sums.total_loss == 7 and sums.total_score == 2
+def close(found, expected):
+    np.testing.assert_allclose(found, np.float32(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_summarise_feedback_by_hand():
+    gates = [[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]  # [P=2, K=3]
+    sums = sum_one([2.0, 4.0], [1.0, 0.0], gates, report=REPORT)
+    assert (sums.total_loss, sums.total_score, sums.batches) == (6, 1, 1)
+    assert sums.weight is None and sums.report is REPORT
+    feedback = summarise_feedback(sums)
+    close(feedback.accuracy, [[1 / 1.25, 0, 0]])
+    close(feedback.loss, [[3 / 1.25, 4, 0]])
+    close(feedback.frequency, [[0.625, 0.375, 0]])
+    close(feedback.load, [[2, 1, 0]])
+    close(feedback.peak, [[1, 0.75, 0]])
+
+
+def test_summarise_feedback_ignores_positions_without_weight():
+    gates = [[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]
+    weight = [1.0, 0.0, 2.0]
+    sums = sum_one([1.0, 100.0, 3.0], [1.0, 1.0, 0.0], gates, weight)
+    assert (sums.total_loss, sums.total_score, sums.weight) == (7, 1, 3)
+    feedback = summarise_feedback(sums)
+    close(feedback.accuracy, [[1, 0.5 / 2.5]])
+    close(feedback.loss, [[1, (0.5 + 6) / 2.5]])
+    close(feedback.frequency, [[0.5 / 3, 2.5 / 3]])
+    close(feedback.load, [[1, 2]])
+    close(feedback.peak, [[0.5, 1]])
 
 
 def test_equal_weights_change_nothing_but_the_scale():
-    plain, weighted = summarise(None)[1], summarise(jnp.full(3, 2.0))[1]
-    jax.tree.map(np.testing.assert_allclose, plain, weighted)
-    scores = Scores(LOSS, SCORE, jnp.full(3, 2.0))
-    np.testing.assert_allclose(mean_loss(scores), LOSS.mean(), rtol=1e-6)
+    rows = [1.0, 2.0, 4.0], [1.0, 0.0, 1.0], [[1.0, 0.0], [0.25, 0.75], [0.5, 0.5]]
+    plain, weighted = sum_one(*rows), sum_one(*rows, [2.0] * 3)
+    found = summarise_feedback(weighted)
+    assert_same(found, summarise_feedback(plain), rtol=1e-6)
+    loss = jnp.array(rows[0])
+    close(mean_loss(Scores(loss, loss, jnp.full(3, 2.0))), loss.mean())
 
 
-def test_padding_counts_nowhere():
-    weight = jnp.array([1.0, 0.5, 0.0])
-    sums, feedback = summarise(weight)
-    np.testing.assert_allclose(feedback.accuracy, [[1 / 1.125, 0]])
-    np.testing.assert_allclose(feedback.loss, [[1.25 / 1.125, 2.0]])
-    np.testing.assert_allclose(feedback.frequency, [[0.75, 0.25]])
-    np.testing.assert_array_equal(feedback.load, [[2, 1]])
-    np.testing.assert_allclose(feedback.peak, [[1.0, 0.75]])
-    assert sums.weight == 1.5 and sums.total_loss == 2 and sums.total_score == 1
-    np.testing.assert_allclose(mean_loss(Scores(LOSS, SCORE, weight)), 2 / 1.5)
+def test_sum_batch_without_padding_is_that_of_the_other_positions():
+    rng = np.random.default_rng(0)
+    loss, score, gates = rng.random(9), rng.integers(0, 2, 9), rng.random((9, 3))
+    real = np.arange(9) % 3 > 0
+    padded = sum_one(loss, score, gates, real.astype(np.float32))
+    found = sum_one(loss[real], score[real], gates[real])
+    assert padded.weight == real.sum()
+    assert_same(padded.replace(weight=None), found, atol=1e-6)
 
 
-def test_every_layer_has_feedback_of_its_own():
-    gates = jnp.stack([GATES, GATES[:, ::-1]])
-    _, both = summarise(jnp.array([1.0, 0.5, 0.0]), gates)
-    for layer in range(2):
-        _, one = summarise(jnp.array([1.0, 0.5, 0.0]), gates[layer : layer + 1])
-        jax.tree.map(
-            lambda x, y, g=layer: np.testing.assert_allclose(x[g], y[0]), both, one
-        )
+@pytest.mark.parametrize(
+    ("weight", "mean"),
+    [(None, 16 / 3), ([1.0, 3.0, 0.0], 11 / 4), ([0.0, 0.0, 0.0], 0.0)],
+)
+def test_mean_loss_by_hand(weight, mean):
+    loss = jnp.array([2.0, 3.0, 11.0])
+    close(mean_loss(Scores(loss, loss, weight and jnp.array(weight))), mean)
+
+
+def test_sum_batch_adds_up_over_batches():
+    rng = np.random.default_rng(0)
+    rows = rng.random(8), rng.integers(0, 2, 8), rng.random((8, 3))
+    program = make_program(num_experts=3, max_held=3)
+    assert program.strategy.report is None
+    sums = zero_sums(make_hyper(), program).replace(report={"mass": jnp.zeros(2)})
+    for start in (0, 2, 4, 6):
+        batch = (row[start : start + 2] for row in rows)
+        mass = jnp.array([start / 6, 1 - start / 6])
+        one = sum_one(*batch, report={"mass": mass})
+        sums = jax.tree.map(jnp.add, sums, one)
+    whole = sum_one(*rows, report=sums.report)
+    apart = {"peak": sums.peak, "batches": sums.batches}
+    assert_same(sums, whole.replace(**apart), atol=1e-5)
+    assert sums.batches == 4
+    peaks = rows[2].reshape(4, 2, 3).max(1)
+    close(summarise_feedback(sums).peak, [peaks.mean(0)])
+    close(mean_report(sums)["mass"], [0.5, 0.5])
+
+
+@pytest.mark.parametrize("strategy", ["load_balanced", "fedmix"])
+def test_zero_sums_are_no_feedback_and_no_nan(strategy):
+    program = make_program(strategy=strategy)
+    program = program._replace(sizes=program.sizes._replace(num_layers=1))
+    sums = zero_sums(make_hyper(), program)
+    found = summarise_feedback(sums), mean_report(sums)
+    assert (found[1] is None) == (strategy == "load_balanced")
+    for part in jax.tree.leaves(found):
+        np.testing.assert_array_equal(part, np.zeros(part.shape))
+
+
+# ---- two MoE layers
+
+# Odds of four experts in each layer, [B, G, E].
+ODDS = [
+    [[1.0, 2.0, 5.0, 92.0], [9.0, 3.0, 50.0, 1.0]],
+    [[4.0, 1.0, 1.0, 10.0], [1.0, 1.0, 1.0, 1.0]],
+]
+HELD = np.array([[[2, 0, 1], [3, 1, 0]]], np.int32)
+SLOT = np.array([[[1, 1, 1], [1, 1, 0]]], bool)
+# Top-2 of the odds of the valid slots; of equal ones the lower slot.
+GATES = [
+    [[5 / 7, 0, 2 / 7], [1 / 5, 4 / 5, 0]],  # of 5, 1, 2 and 1, 4, 1
+    [[1 / 4, 3 / 4, 0], [1 / 2, 1 / 2, 0]],  # of 1, 3 and 1, 1
+]
+CALIBRATION = np.array([[1.0, 2.0]], np.float32)  # of each layer
+
+
+def make_batch(shape):
+    """Two positions of loss 2 and 3, of which the first is right."""
+    loss, score = jnp.array([2.0, 3.0]), jnp.array([1.0, 0.0])
+    return {
+        "odds": jnp.array(ODDS).reshape(*shape, 2, 4),
+        "loss": loss.reshape(shape),
+        "score": score.reshape(shape),
+    }
+
+
+def route_odds(params, frozen, batch, held, slot, route, key):
+    """Two layers that read their gates from the batch; no outputs."""
+    logits = jnp.moveaxis(jnp.log(batch["odds"]).reshape(-1, 2, 4), 1, 0)
+    allowed = lambda g: (logits[g][:, held[g]], slot[g])
+    gates = [route_top(*allowed(g), route.num_active) for g in range(2)]
+    return None, Routing(logits, jnp.stack(gates))
+
+
+def init_layers(key):
+    rows = {"first": {"bias": jnp.zeros(4)}, "second": {"bias": jnp.zeros(4)}}
+    return {"stem": {}, "gate": rows, "experts": rows, "head": {}}, {}
+
+
+TASK = Task(
+    statistics=lambda data: {},
+    prepare=lambda rows, statistics: rows,
+    loss=lambda outputs, batch: Scores(batch["loss"], batch["score"]),
+    num_outputs=lambda data: 1,
+)
+
+
+def make_two_layers(batch):
+    program = make_program(num_experts=4, max_held=3, batch_size=2)
+    report = lambda routing, batch, hyper: {"gates": routing.gates.sum(0)}
+    program = program._replace(
+        task=TASK,
+        batch=shape_batch(batch, {}, TASK),
+        strategy=program.strategy._replace(report=report),
+    )
+    return use_model(program, Model(init_layers, route_odds))
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (2, 1)])
+def test_local_loss_of_two_layers_by_hand(shape):
+    """Two images, or two tokens of a text."""
+    batch = make_batch(shape)
+    program = make_two_layers(batch)
+    assert program.sizes.num_layers == 2
+    inputs = make_inputs(HELD, SLOT, calibration=CALIBRATION)
+    inputs = jax.tree.map(lambda leaf: leaf[0], inputs)
+    hyper = make_hyper(loss={"calibration": 0.3})
+    params, frozen = init_layers(None)
+    loss, sums = local_loss(
+        *(params, frozen, batch, inputs, hyper, jax.random.key(0)), program=program
+    )
+    # Held mass: 8 / 100 and 6 / 16 in the first layer, 4 / 63 and 2 / 4 in the second.
+    first, second = -np.log([8 / 100, 6 / 16]), -np.log([4 / 63, 2 / 4])
+    close(loss, 2.5 + 0.3 * (first.mean() + 2 * second.mean()))
+    feedback = summarise_feedback(sums)
+    mass = np.array(GATES).sum(1)  # [G, K]
+    share = 1 / np.maximum(mass, 1e-6)
+    right = np.array([[5 / 7, 0, 2 / 7], [1 / 4, 3 / 4, 0]])
+    lost = np.array([[10 / 7 + 3 / 5, 12 / 5, 4 / 7], [2, 3, 0]])
+    close(feedback.accuracy, right * share)
+    close(feedback.loss, lost * share)
+    close(feedback.frequency, mass / 2)
+    close(feedback.load, [[2, 1, 1], [2, 2, 0]])
+    close(feedback.peak, [[5 / 7, 4 / 5, 2 / 7], [1 / 2, 3 / 4, 0]])
+    close(sums.report["gates"], mass)
+    assert (sums.total_loss, sums.total_score) == (5, 1)
+    start = zero_sums(hyper, program)
+    assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, sums)
+
+
+def test_sum_gate_losses_of_one_expert_is_nothing():
+    program = make_program()
+    inputs = make_inputs(HELD[:, :1], SLOT[:, :1])
+    routing = Routing(None, jnp.ones((1, 4, 1)))
+    assert sum_gate_losses(routing, inputs, make_hyper(), program) == 0

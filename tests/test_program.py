@@ -24,7 +24,7 @@ from fedmoe_jax.aggregate import (
 )
 from fedmoe_jax.base import PARTS, Strategy
 from fedmoe_jax.client import build_client_update
-from fedmoe_jax.loss import calibrate_gate
+from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.program import (
     configure,
     count_report,
@@ -169,12 +169,11 @@ def train_once(**changes):
     program = use_linear_model(make_program(**changes))
     x = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1))
     federation = make_federation(
-        x=jnp.asarray(x, jnp.uint8),
-        y=jnp.arange(4),
+        train={"x": jnp.asarray(x, jnp.uint8), "y": jnp.arange(4)},
         index=jnp.arange(4)[None],
         size=jnp.array([4]),
-        mean=jnp.full((8, 8, 1), 0.5),
-        std=jnp.ones((8, 8, 1)),
+        statistics={"mean": jnp.full((8, 8, 1), 0.5), "std": jnp.ones((8, 8, 1))},
+        frozen={},
     )
     one = (1, 1, program.sizes.max_held)
     held = np.broadcast_to(np.arange(one[-1], dtype=np.int32), one)
@@ -183,7 +182,8 @@ def train_once(**changes):
     key = jax.random.key(0)
     update = jax.jit(build_client_update(program))
     hyper = make_hyper(tiny_config(**changes))
-    result = update(program.model.init(key), inputs, federation, hyper, key)
+    params, _ = program.model.init(key)
+    result = update(params, inputs, federation, hyper, key)
     return np.asarray(result.delta["head"]["kernel"])
 
 

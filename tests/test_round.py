@@ -16,47 +16,45 @@ from factories import (
     C,
     E,
     K,
-    Parts,
     R,
+    Run,
     T,
     all_finite,
     assert_same,
     breakable,
+    make_data,
     make_devices,
     make_federation,
+    make_logit_model,
     make_program,
     plan_run,
     see_calm,
     send_inputs,
+    start,
     stems,
     tiny_config,
     use_linear_model,
+    use_model,
 )
+from jax.extend.core import jaxprs_in_params
 
-import fedmoe_jax.round as round_file
-import fedmoe_jax.state as state_file
-from fedmoe_jax.aggregate import no_rows
+from fedmoe_jax import round as round_file
+from fedmoe_jax import state as state_file
+from fedmoe_jax.aggregate import no_rows, zero_sums
 from fedmoe_jax.broadcast import build_judge
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import build_train_cohort
-from fedmoe_jax.models.image_moe import Model
 from fedmoe_jax.options import replace
 from fedmoe_jax.program import make_hyper
-from fedmoe_jax.round import build_round, build_run_rounds
+from fedmoe_jax.round import build_round, build_run_rounds, scan_rounds
 from fedmoe_jax.runtime.sharding import replicate, spread
 from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import STRATEGIES
-from fedmoe_jax.train import sweep
+from fedmoe_jax.train.plan import Member, plan_waves
+from fedmoe_jax.train.run import build_job
 from fedmoe_jax.types import Assignment
 from fedmoe_jax.world.costs import Traffic, count_bytes
 from fedmoe_jax.world.outcome import Conditions
-
-
-def make_parts(plan, program):
-    state = init_state(jax.random.key(plan.config.seed), plan.hyper, program)
-    return Parts(
-        program, *replicate((state, plan.federation, plan.hyper), plan.program.mesh)
-    )
 
 
 def compile_round(program):
@@ -66,7 +64,7 @@ def compile_round(program):
 class Base(NamedTuple):
     """A load-balanced run: its round and a chunk as compiled programs."""
 
-    parts: Parts
+    run: Run
     round_step: Callable
     run_rounds: Callable
     traces: list
@@ -86,40 +84,11 @@ def base():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(round_file, "build_client_update", breakable)
         round_step, run_rounds = compile_round(program), build_run_rounds(program)
-    return Base(make_parts(plan, program), round_step, run_rounds, traces)
+    return Base(start(plan, program), round_step, run_rounds, traces)
 
 
 def copy(tree):
     return jax.tree.map(jnp.copy, tree)
-
-
-# A model without a stem and without a head whose experts are bare class logits.
-# Cross-entropy then has a closed minimum: the logarithm of the label frequencies.
-
-
-def make_logit_model(num_experts, num_classes):
-    def init(key):
-        shape = (num_experts, num_classes)
-        return {
-            "stem": {},
-            "gate": {
-                "moe": {
-                    "kernel": jnp.zeros((num_experts, 1)),
-                    "bias": jnp.zeros(num_experts),
-                }
-            },
-            "experts": {"moe": {"logits": jax.random.normal(key, shape)}},
-            "head": {},
-        }
-
-    return Model(
-        init=init,
-        stem=lambda params, x, key: x.reshape(x.shape[0], -1)[:, :1],
-        expert=lambda params, x, key: jnp.broadcast_to(
-            params["logits"][None], (x.shape[0], num_classes)
-        ),
-        head=lambda params, outputs: outputs,
-    )
 
 
 def make_label_federation(counts):
@@ -128,20 +97,20 @@ def make_label_federation(counts):
     size, total = counts.sum(1), counts.sum()
     y = np.concatenate([np.repeat(np.arange(counts.shape[1]), row) for row in counts])
     index = np.zeros((len(counts), size.max()), np.int32)
-    for client, start in enumerate(np.cumsum(size) - size):
-        index[client, : size[client]] = np.arange(start, start + size[client])
+    for client, first in enumerate(np.cumsum(size) - size):
+        index[client, : size[client]] = np.arange(first, first + size[client])
     return make_federation(
-        x=jnp.zeros((total, 2, 2, 1), jnp.uint8),
-        y=jnp.asarray(y, jnp.int32),
+        train={
+            "x": jnp.zeros((total, 2, 2, 1), jnp.uint8),
+            "y": jnp.asarray(y, jnp.int32),
+        },
         index=jnp.asarray(index),
         size=jnp.asarray(size, jnp.int32),
         steps=jnp.ones(len(counts), jnp.int32),
         label_mix=jnp.asarray(counts / size[:, None], jnp.float32),
         public=jnp.zeros(0, jnp.int32),
-        test_x=jnp.zeros((1, 2, 2, 1), jnp.uint8),
-        test_y=jnp.zeros(1, jnp.int32),
-        mean=jnp.zeros((2, 2, 1)),
-        std=jnp.ones((2, 2, 1)),
+        statistics={"mean": jnp.zeros((2, 2, 1)), "std": jnp.ones((2, 2, 1))},
+        frozen={},
         devices=make_devices(len(counts), memory=1e12, flops=1e12, rate=1e12),
         drift_source=jnp.arange(len(counts)),
     )
@@ -153,24 +122,23 @@ def fixed_assignment(evidence, hyper, sizes, key):
     return Assignment(expert[:, None], jnp.ones((evidence.client.shape[0], 1), bool))
 
 
-def test_experts_converge_to_the_label_frequencies_of_their_holders():
+def test_run_rounds_converges_to_the_label_frequencies_of_the_holders():
     counts = np.array([[4, 1, 1], [0, 1, 1], [1, 2, 0]])  # sizes 6, 2 and 3
     # One step on 6 examples sees every example of every client equally often, so that a
     # round is exactly one step of gradient descent.
     sizes = {"num_clients": 3, "cohort_size": 3, "num_experts": 3, "max_held": 1}
     sizes |= {"num_active": 1, "local_steps": 1, "batch_size": 6, "chunk_rounds": 400}
     changes = sizes | {"client.momentum": 0.0, "client.learning_rate": 1.0}
-    program = make_program(**changes)
-    program = program._replace(
-        model=make_logit_model(3, 3),
-        sizes=program.sizes._replace(num_classes=3),
-        strategy=program.strategy._replace(assign=fixed_assignment),
+    program = use_model(
+        make_program(make_data(3, (2, 2, 1)), **changes), make_logit_model(3, 3)
     )
+    strategy = program.strategy._replace(assign=fixed_assignment)
+    program = program._replace(strategy=strategy)
     hyper = make_hyper(tiny_config(**changes))
-    start = init_state(jax.random.key(0), hyper, program)
-    first = np.array(start.params["experts"]["moe"]["logits"])
+    state, _ = init_state(jax.random.key(0), hyper, program)
+    first = np.array(state.params["experts"]["moe"]["logits"])
     federation = make_label_federation(counts)
-    state, metrics = build_run_rounds(program)(start, federation, hyper)
+    state, metrics = build_run_rounds(program)(state, federation, hyper)
     found = jax.nn.softmax(state.params["experts"]["moe"]["logits"], axis=-1)
     np.testing.assert_allclose(found[0], np.array([4, 2, 2]) / 8, atol=1e-4)
     np.testing.assert_array_equal(state.params["experts"]["moe"]["logits"][1], first[1])
@@ -183,13 +151,13 @@ def test_experts_converge_to_the_label_frequencies_of_their_holders():
     np.testing.assert_allclose(metrics["train_loss"][-1], mean_loss / 3, atol=1e-3)
 
 
-def test_scan_is_a_loop_over_rounds():
-    parts, round_step, run_rounds, _ = base()
-    state, rows = parts.state, []
+def test_run_rounds_is_a_loop_over_rounds():
+    run, round_step, run_rounds, _ = base()
+    state, rows = run.state, []
     for _ in range(R):
-        state, metrics = round_step(state, parts.federation, parts.hyper)
+        state, metrics = round_step(state, run.federation, run.hyper)
         rows.append(metrics)
-    scanned, stacked = run_rounds(copy(parts.state), parts.federation, parts.hyper)
+    scanned, stacked = run_rounds(copy(run.state), run.federation, run.hyper)
     # XLA may fuse a loop body in another way than the same program alone.
     assert_same(scanned, state, atol=1e-6)
     assert int(scanned.round) == R
@@ -199,29 +167,29 @@ def test_scan_is_a_loop_over_rounds():
         np.testing.assert_allclose(stacked[name], values, rtol=1e-5, atol=1e-6)
 
 
-def test_every_round_draws_a_cohort_of_its_own():
-    parts, round_step, *_ = base()
-    state, cohorts = parts.state, []
+def test_round_step_draws_a_cohort_of_its_own():
+    run, round_step, *_ = base()
+    state, cohorts = run.state, []
     for _ in range(4):
         before = np.array(state.align.times_held)
-        state, _ = round_step(state, parts.federation, parts.hyper)
+        state, _ = round_step(state, run.federation, run.hyper)
         took_part = np.array(state.align.times_held != before).any((1, 2))
         cohorts.append(tuple(np.flatnonzero(took_part)))
     assert all(len(cohort) == C for cohort in cohorts)
     assert len(set(cohorts)) > 1
 
 
-def test_one_trace_serves_all_rounds_seeds_and_hyperparameters():
-    parts, _, run_rounds, traces = base()
-    other = make_parts(plan_run(seed=1), parts.program)
+def test_run_rounds_is_traced_once_for_rounds_seeds_and_hyperparameters():
+    run, _, run_rounds, traces = base()
+    other = start(plan_run(seed=1), run.program, seed=1)
     before, kernels = len(traces), []
-    for start, federation in (
-        (copy(parts.state), parts.federation),
+    for state, federation in (
+        (copy(run.state), run.federation),
         (other.state, other.federation),
     ):
-        state, _ = run_rounds(start, federation, parts.hyper)
-        rate = 2 * parts.hyper.client.learning_rate
-        faster = replace(parts.hyper, client={"learning_rate": rate})
+        state, _ = run_rounds(state, federation, run.hyper)
+        rate = 2 * run.hyper.client.learning_rate
+        faster = replace(run.hyper, client={"learning_rate": rate})
         state, _ = run_rounds(state, federation, faster)
         kernels.append(state.params["head"]["kernel"])
     assert len(traces) - before <= 1  # none if another test ran it before
@@ -234,18 +202,18 @@ def test_build_run_rounds_of_equal_programs_is_one():
     assert build_run_rounds(programs[0]) is build_run_rounds(programs[1])
 
 
-def test_rounds_of_several_seeds_vmap():
-    parts, round_step, _, _ = base()
+def test_build_round_vmaps_over_seeds():
+    run, round_step, _, _ = base()
     keys = jax.random.split(jax.random.key(7), 2)
-    states = [init_state(key, parts.hyper, parts.program) for key in keys]
+    states = [init_state(key, run.hyper, run.program)[0] for key in keys]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    round_of_all = jax.vmap(build_round(parts.program), in_axes=(0, None, None))
-    together = jax.jit(spread(round_of_all, parts.program.mesh))
-    together = together(stacked, parts.federation, parts.hyper)
+    round_of_all = jax.vmap(build_round(run.program), in_axes=(0, None, None))
+    together = jax.jit(spread(round_of_all, run.program.mesh))
+    together = together(stacked, run.federation, run.hyper)
     for seed, state in enumerate(states):
         found = jax.tree.map(lambda leaf, s=seed: leaf[s], together)
-        state = replicate(state, parts.program.mesh)
-        expected = round_step(state, parts.federation, parts.hyper)
+        state = replicate(state, run.program.mesh)
+        expected = round_step(state, run.federation, run.hyper)
         assert_same(found[0].params, expected[0].params, atol=1e-5)
         assert_same(found[0].align, expected[0].align, atol=1e-5)
         np.testing.assert_array_equal(
@@ -258,28 +226,28 @@ def test_rounds_of_several_seeds_vmap():
 
 @functools.cache
 def cohort_function():
-    parts, *_ = base()
-    strategy = parts.program.strategy._replace(personal=("gate",), gate_weight=no_rows)
-    program = parts.program._replace(strategy=strategy)
+    run, *_ = base()
+    strategy = run.program.strategy._replace(personal=("gate",), gate_weight=no_rows)
+    program = run.program._replace(strategy=strategy)
     train_cohort = build_train_cohort(breakable(program), build_judge(program), program)
     return jax.jit(spread(train_cohort, program.mesh))
 
 
 def train_clients(clients, federation=None):
     """Sums and replies of a cohort; client c holds experts c and c + 1 (mod E)."""
-    parts, *_ = base()
+    run, *_ = base()
     cohort = jnp.array(clients, jnp.int32)
     held = (cohort[:, None] + jnp.arange(K)[None]) % E
-    state, data = parts.state, federation or parts.federation
-    parts = parts._replace(federation=data)
+    state, data = run.state, federation or run.federation
+    run = run._replace(federation=data)
     gates = jax.tree.map(
         lambda leaf: jnp.stack([leaf] * len(clients)), {"gate": state.params["gate"]}
     )
-    inputs = send_inputs(parts, state, cohort, held, held >= 0)
+    inputs = send_inputs(run, state, cohort, held, held >= 0)
     conditions = Conditions(
         client=cohort,
         device=make_devices(len(clients)),
-        events=jax.tree.map(lambda leaf: leaf[cohort], see_calm(parts).events),
+        events=jax.tree.map(lambda leaf: leaf[cohort], see_calm(run).events),
         traffic=Traffic(*[jnp.ones(len(clients))] * 7),
         examples=jnp.ones(len(clients)),
     )
@@ -288,13 +256,13 @@ def train_clients(clients, federation=None):
         inputs.replace(personal=gates),
         conditions,
         data,
-        parts.hyper,
+        run.hyper,
         jax.random.key(3),
     )
     return sums, replies
 
 
-def test_order_of_the_cohort_is_irrelevant():
+def test_train_cohort_in_any_order():
     sums, replies = train_clients([1, 4, 5, 8])
     order = np.array([2, 0, 3, 1])
     other_sums, other = train_clients([5, 1, 8, 4])
@@ -304,7 +272,7 @@ def test_order_of_the_cohort_is_irrelevant():
     assert_same(other, jax.tree.map(lambda leaf: leaf[order], replies))
 
 
-def test_an_update_does_not_depend_on_the_rest_of_the_cohort():
+def test_train_cohort_gives_updates_that_do_not_depend_on_the_others():
     _, replies = train_clients([1, 4, 5, 8])
     _, other = train_clients([0, 5, 6, 9])
     row = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
@@ -318,12 +286,13 @@ def test_an_update_does_not_depend_on_the_rest_of_the_cohort():
 def poison(federation, client):
     """Gives one client labels that are no classes."""
     own = federation.index[client][: int(federation.size[client])]
-    return federation.replace(y=federation.y.at[own].set(NO_CLASS))
+    y = federation.train["y"].at[own].set(NO_CLASS)
+    return federation.replace(train=federation.train | {"y": y})
 
 
-def test_a_broken_client_adds_nothing_to_the_sums():
-    parts, *_ = base()
-    with_it, replies = train_clients([1, 4, 5, 8], poison(parts.federation, 5))
+def test_train_cohort_sums_nothing_of_a_broken_client():
+    run, *_ = base()
+    with_it, replies = train_clients([1, 4, 5, 8], poison(run.federation, 5))
     np.testing.assert_array_equal(replies.arrived, [True, True, False, True])
     assert math.isnan(replies.loss[2])
     without, _ = train_clients([1, 4, 8, 8])
@@ -333,77 +302,79 @@ def test_a_broken_client_adds_nothing_to_the_sums():
     assert_same(with_it, expected, atol=1e-5 * float(expected.weight["stem"]))
 
 
-def test_a_round_goes_on_without_a_broken_client():
-    parts, round_step, *_ = base()
-    state, sound = round_step(parts.state, parts.federation, parts.hyper)
+def test_round_step_goes_on_without_a_broken_client():
+    run, round_step, *_ = base()
+    state, sound = round_step(run.state, run.federation, run.hyper)
     cohort = np.flatnonzero(np.array(state.align.times_held).any((1, 2)))
     broken = cohort[1]
-    federation = replicate(poison(parts.federation, broken), parts.program.mesh)
-    state, metrics = round_step(parts.state, federation, parts.hyper)
+    federation = replicate(poison(run.federation, broken), run.program.mesh)
+    state, metrics = round_step(run.state, federation, run.hyper)
     assert int(metrics["nonfinite_clients"]) == 1
     assert all_finite(state) and all_finite(metrics)
     held = np.array(state.align.times_held)[:, 0]
-    old, new = (np.array(s.align.fitness)[:, 0] for s in (parts.state, state))
+    old, new = (np.array(s.align.fitness)[:, 0] for s in (run.state, state))
     np.testing.assert_array_equal(
         new[broken][held[broken] > 0], old[broken][held[broken] > 0]
     )
     trained = np.delete(held, broken, axis=0).sum(0)
     np.testing.assert_array_equal(metrics["expert_load"], T * B * trained)
-    assert min(float(jnp.abs(a - b).max()) for a, b in stems(state, parts.state)) > 0
+    assert min(float(jnp.abs(a - b).max()) for a, b in stems(state, run.state)) > 0
     # It sends all before the server finds it broken.
     assert metrics["bytes_up"] == sound["bytes_up"]
     assert metrics["wasted_bytes"] > 0
 
 
-def test_params_stay_where_every_client_is_broken():
-    parts, round_step, *_ = base()
-    rate = jnp.inf * parts.hyper.client.learning_rate
-    hyper = replace(parts.hyper, client={"learning_rate": rate})
-    state, metrics = round_step(parts.state, parts.federation, hyper)
+def test_round_step_keeps_params_where_every_client_is_broken():
+    run, round_step, *_ = base()
+    rate = jnp.inf * run.hyper.client.learning_rate
+    hyper = replace(run.hyper, client={"learning_rate": rate})
+    state, metrics = round_step(run.state, run.federation, hyper)
     assert int(metrics["nonfinite_clients"]) == C
-    assert_same(state.params, parts.state.params)
+    assert_same(state.params, run.state.params)
     assert all_finite(state) and int(state.round) == 1
     assert metrics["expert_load"].sum() == 0
     assert math.isnan(metrics["train_loss"]) and math.isnan(metrics["train_accuracy"])
     # The run goes on: the next round, with a sane rate, trains.
-    state, metrics = round_step(state, parts.federation, parts.hyper)
+    state, metrics = round_step(state, run.federation, run.hyper)
     assert int(metrics["nonfinite_clients"]) == 0
-    assert min(float(jnp.abs(a - b).max()) for a, b in stems(state, parts.state)) > 0
+    assert min(float(jnp.abs(a - b).max()) for a, b in stems(state, run.state)) > 0
 
 
-def test_a_round_learns_nothing_from_updates_that_come_too_late():
-    parts, *_ = base()
+def test_round_step_learns_nothing_from_updates_that_come_too_late():
+    run, *_ = base()
     lost = {"devices": {"deadline": 1e-9}, "late": {"kind": "drop"}}
-    static = replace(parts.program.static, **lost)
-    round_step = compile_round(parts.program._replace(static=static))
-    state, metrics = round_step(parts.state, parts.federation, parts.hyper)
+    static = replace(run.program.static, **lost)
+    round_step = compile_round(run.program._replace(static=static))
+    state, metrics = round_step(run.state, run.federation, run.hyper)
     assert metrics["dropped_clients"] == C and metrics["expert_load"].sum() == 0
     held = np.array(state.align.times_held) > 0
-    old, new = (np.array(s.align.fitness) for s in (parts.state, state))
+    old, new = (np.array(s.align.fitness) for s in (run.state, state))
     assert held.any()
     np.testing.assert_array_equal(new[held], old[held])
     assert np.all(new[~held] != old[~held])  # the others were idle
     assert not np.any(state.align.usage)
-    assert_same(state.params, parts.state.params)
+    assert_same(state.params, run.state.params)
 
 
 @pytest.mark.parametrize(
     ("idle", "slope", "offset"),
     [("keep", 1.0, 0.0), ("decay", 0.8, 0.0), ("prior", 0.8, 0.2 * 0.4)],
 )
-def test_idle_rules_move_the_fitness_of_unheld_pairs(idle, slope, offset):
+def test_round_step_moves_the_fitness_of_unheld_pairs_by_the_idle_rule(
+    idle, slope, offset
+):
     config = tiny_config(
         **{"fitness.idle": idle, "fitness.idle_decay": 0.8, "fitness.prior": 0.4},
         **{"client.learning_rate": 0.3},
     )
-    parts, *_ = base()
-    static = replace(parts.program.static, fitness={"idle": idle})
-    round_step = compile_round(parts.program._replace(static=static))
-    hyper = replicate(make_hyper(config), parts.program.mesh)
-    before, state = None, parts.state
+    run, *_ = base()
+    static = replace(run.program.static, fitness={"idle": idle})
+    round_step = compile_round(run.program._replace(static=static))
+    hyper = replicate(make_hyper(config), run.program.mesh)
+    before, state = None, run.state
     for _ in range(4):  # so long that some experts are right now and then
         before = state
-        state, _ = round_step(state, parts.federation, hyper)
+        state, _ = round_step(state, run.federation, hyper)
     old, new = (np.array(s.align.fitness) for s in (before, state))
     held = np.array(state.align.times_held != before.align.times_held)
     np.testing.assert_allclose(new[~held], slope * old[~held] + offset, atol=1e-6)
@@ -418,31 +389,29 @@ def test_idle_rules_move_the_fitness_of_unheld_pairs(idle, slope, offset):
 
 @functools.cache
 def ragged_round():
-    """One round in which clients pass once over their own data, and its parts."""
+    """One round in which clients pass once over their own data, and its run."""
     plan = plan_run(
         **{"local_epochs": 1.0, "partition.kind": "dirichlet", "partition.alpha": 0.3}
     )
     program = use_linear_model(plan.program)
-    parts = make_parts(plan, program)
-    state, metrics = compile_round(program)(parts.state, parts.federation, parts.hyper)
+    run = start(plan, program)
+    state, metrics = compile_round(program)(run.state, run.federation, run.hyper)
     cohort = np.flatnonzero(np.array(state.align.times_held).any((1, 2)))
-    return plan, parts, cohort, state, jax.device_get(metrics)
+    return plan, run, cohort, state, jax.device_get(metrics)
 
 
-def test_every_client_has_its_own_steps():
-    plan, parts, *_ = ragged_round()
+def test_make_federation_gives_every_client_its_own_steps():
+    plan, run, *_ = ragged_round()
     size, steps = np.asarray(plan.partition.size), np.asarray(plan.federation.steps)
     np.testing.assert_array_equal(steps, -(-size // B))
     assert len(set(steps.tolist())) > 2
-    most = parts.program.sizes.local_steps
-    assert (
-        most == 2 ** math.ceil(math.log2(steps.max())) and parts.program.static.ragged
-    )
+    most = run.program.sizes.local_steps
+    assert most == 2 ** math.ceil(math.log2(steps.max())) and run.program.static.ragged
 
 
-def test_ragged_load_and_examples_are_counted_by_hand():
-    _, parts, cohort, state, metrics = ragged_round()
-    steps = np.asarray(parts.federation.steps)[cohort]
+def test_round_step_counts_ragged_load_and_examples():
+    _, run, cohort, state, metrics = ragged_round()
+    steps = np.asarray(run.federation.steps)[cohort]
     held = np.array(state.align.times_held)[cohort, 0]
     assert metrics["examples"] == B * steps.sum()
     # Clients hold at most A experts, so each sees all examples of its holders.
@@ -451,6 +420,77 @@ def test_ragged_load_and_examples_are_counted_by_hand():
     seconds = metrics["simulated_seconds"] / metrics["simulated_median_seconds"]
     assert seconds > 1
     assert metrics["nonfinite_clients"] == 0 and all_finite(state)
+
+
+# ---- frozen parts
+
+STEM = (64, 37)  # its kernel; no other array ends with these axes
+
+
+def list_equations(jaxpr):
+    """All equations of a program, those of its loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from list_equations(inner)
+
+
+def list_carried(equation):
+    """What a loop carries from step to step; nothing of any other equation."""
+    inputs, params = equation.invars, equation.params
+    if equation.primitive.name == "scan":
+        first = params["num_consts"]
+        return inputs[first : first + params["num_carry"]]
+    if equation.primitive.name == "while":
+        return inputs[params["cond_nconsts"] + params["body_nconsts"] :]
+    return []
+
+
+def find_stems(values):
+    """The values, or arrays, that end with the axes of the stem's kernel."""
+    shape = lambda value: getattr(value, "aval", value).shape
+    return [value for value in values if shape(value)[-2:] == STEM]
+
+
+def trace_fedjets(frozen):
+    """A run of fedjets and its traced chunk; steps of all clients are not alike."""
+    changes = {"strategy": "fedjets", "model.stem_width": STEM[1], "local_epochs": 1.0}
+    plan = plan_run(**changes, **{"server.optimizer": "adam"})
+    strategy = plan.program.strategy._replace(frozen=frozen, stages=())
+    run = start(plan, plan.program._replace(strategy=strategy))
+    rounds = spread(scan_rounds(run.program), run.program.mesh)
+    return run, jax.make_jaxpr(rounds)(*run[1:]).jaxpr
+
+
+def test_scan_rounds_carries_nothing_frozen():
+    """Neither over rounds, over clients, nor over local steps, nor in the sums."""
+    run, jaxpr = trace_fedjets(("stem",))
+    assert set(run.federation.frozen) == {"stem"}
+    assert len(find_stems(jax.tree.leaves(run.federation))) == 1
+    equations = list(list_equations(jaxpr))
+    assert any(find_stems(equation.invars) for equation in equations)  # it is read
+    assert not any(find_stems(list_carried(equation)) for equation in equations)
+    sent = [e for e in equations if e.primitive.name.startswith("psum")]
+    assert sent and not any(find_stems(equation.invars) for equation in sent)
+    for tree in (run.state, run.state.server_opt, zero_sums(run.state.params)):
+        assert not find_stems(jax.tree.leaves(tree))
+    assert not find_stems(jaxpr.outvars)
+
+
+def test_scan_rounds_carries_what_is_trained():
+    """The same search finds a stem that is not frozen in every loop."""
+    run, jaxpr = trace_fedjets(())
+    assert run.federation.frozen == {}
+    equations = list(list_equations(jaxpr))
+    loops = [e for e in equations if find_stems(list_carried(e))]
+    names = [loop.primitive.name for loop in loops]
+    # Over rounds, over chunks of clients and over the clients of one; local steps.
+    assert names == ["scan", "scan", "while", "scan"]
+    sent = [e for e in equations if e.primitive.name.startswith("psum")]
+    assert any(find_stems(equation.invars) for equation in sent)
+    assert len(find_stems(jax.tree.leaves(run.state.server_opt))) == 2
+    assert find_stems(jax.tree.leaves(zero_sums(run.state.params)))
+    assert len(find_stems(jaxpr.outvars)) == 3  # params and two moments
 
 
 # ---- keys
@@ -476,15 +516,13 @@ def with_children(keys, count=8):
     }
 
 
-def test_no_key_of_a_round_is_one_of_the_start(monkeypatch):
-    parts, *_ = base()
+def test_round_step_uses_no_key_of_the_start(monkeypatch):
+    run, *_ = base()
     start, rounds = [], []
 
     def spy(function, place):
         def spied(*args, **kwargs):
-            keys = [
-                a for a in args if getattr(a, "dtype", None) == parts.state.key.dtype
-            ]
+            keys = [a for a in args if getattr(a, "dtype", None) == run.state.key.dtype]
             (key,) = keys
             data = jax.random.key_data(key)
             jax.debug.callback(lambda d: start_or_round(d, place), data)
@@ -494,20 +532,20 @@ def test_no_key_of_a_round_is_one_of_the_start(monkeypatch):
 
     start_or_round = lambda data, place: place.append(tuple(data.tolist()))
     assign = spy(STRATEGIES["random"].assign, rounds)
-    program = parts.program._replace(
-        model=parts.program.model._replace(init=spy(parts.program.model.init, start)),
-        strategy=parts.program.strategy._replace(assign=assign),
+    program = run.program._replace(
+        model=run.program.model._replace(init=spy(run.program.model.init, start)),
+        strategy=run.program.strategy._replace(assign=assign),
     )
     update = lambda *args: spy(build_client_update(*args), rounds)
     monkeypatch.setattr(state_file, "init_fitness", spy(state_file.init_fitness, start))
     world = spy(round_file.choose_cohort, rounds)
     monkeypatch.setattr(round_file, "choose_cohort", world)
     monkeypatch.setattr(round_file, "build_client_update", update)
-    state = init_state(jax.random.key(0), parts.hyper, program)
+    state, _ = init_state(jax.random.key(0), run.hyper, program)
     round_step = compile_round(program)
     state = replicate(state, program.mesh)
     for _ in range(4):
-        state, _ = round_step(state, parts.federation, parts.hyper)
+        state, _ = round_step(state, run.federation, run.hyper)
     jax.block_until_ready(state)
     jax.effects_barrier()
     assert len(start) == 2 and len(rounds) == 4 * (2 + C)
@@ -536,23 +574,25 @@ def count_text_bytes(shapes):
 
 def split_computations(text):
     """The lines of every computation of a compiled program, by name."""
-    parts, name = {}, ""
+    computations, name = {}, ""
     for line in text.splitlines():
         head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         name = head[1] if head else name
-        parts.setdefault(name, []).append(line)
-    return parts
+        computations.setdefault(name, []).append(line)
+    return computations
 
 
-def find_called(parts, names):
+def find_called(computations, names):
     """The computations `names` and all that they call."""
     seen, left = set(), list(names)
     while left:
         name = left.pop()
         if name not in seen:
             seen.add(name)
-            for line in parts[name]:
-                left += [n for n in re.findall(r"%([\w.\-]+)", line) if n in parts]
+            for line in computations[name]:
+                left += [
+                    n for n in re.findall(r"%([\w.\-]+)", line) if n in computations
+                ]
     return seen
 
 
@@ -566,12 +606,12 @@ def list_collectives(program):
 
 
 @pytest.mark.parametrize(("num_devices", "gate_mode"), [(2, "global"), (8, "personal")])
-def test_one_collective_joins_the_devices(num_devices, gate_mode):
+def test_round_step_has_one_collective_that_joins_the_devices(num_devices, gate_mode):
     """What is sent is one copy of the params and the reports, once a round."""
     changes = {"run.num_devices": num_devices, "gate.mode": gate_mode}
     plan = plan_run(**changes, local_epochs=1.0)
-    parts = make_parts(plan, plan.program)
-    program = compile_round(parts.program).lower(*parts[1:]).compile()
+    run = start(plan, plan.program)
+    program = compile_round(run.program).lower(*run[1:]).compile()
     computations = split_computations(program.as_text())
     bodies = [
         body
@@ -582,10 +622,10 @@ def test_one_collective_joins_the_devices(num_devices, gate_mode):
     assert len(bodies) >= 2  # over the chunks and over the local steps
     ((sent, place),) = list_collectives(program)
     assert place not in find_called(computations, bodies), "a collective in a loop"
-    params = count_bytes(parts.state.params)
+    params = count_bytes(run.state.params)
     report = C * (4 * K + 9) * 4  # feedback; loss, accuracy; code, phases, spent
     if gate_mode == "personal":
-        report += C * count_bytes(parts.state.params["gate"])
+        report += C * count_bytes(run.state.params["gate"])
     weights = (2 * E + 1) * 4
     assert params <= sent <= params + report + weights
 
@@ -593,12 +633,11 @@ def test_one_collective_joins_the_devices(num_devices, gate_mode):
 def test_runs_of_a_sweep_do_not_talk_to_each_other(tmp_path):
     """One collective a round, over the devices of one run, of one run's size."""
     changes = {"run.num_devices": 8, "chunk_rounds": 1}
-    (wave,) = sweep.plan_waves(
-        [sweep.Member(f"seed{s}", tiny_config(seed=s, **changes)) for s in (0, 1)]
-    )
+    members = [Member(f"seed{s}", tiny_config(seed=s, **changes)) for s in (0, 1)]
+    (wave,) = plan_waves(members)
     assert dict(wave.program.mesh.shape) == {"runs": 2, "clients": 4}
-    job = sweep.build_wave_job(wave, [tmp_path / name for name in wave.names])
-    program = job.run_rounds.lower(job.state, *job.inputs).compile()
+    job = build_job(wave, [tmp_path / name for name in wave.names])
+    program = job.programs.run_rounds.lower(job.state, *job.inputs).compile()
     ((sent, _),) = list_collectives(program)
     one_run = count_bytes(job.state.params) / 2
     assert one_run <= sent < 1.5 * one_run

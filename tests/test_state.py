@@ -34,17 +34,34 @@ def test_init_align_draws_other_scores_for_every_layer():
 def test_prepare_state_acts_in_round_zero_alone_with_a_key_of_its_own():
     acted = []
 
-    def act(state, federation, hyper, key, *, model, sizes):
-        acted.append((jax.random.key_data(key), model, sizes))
-        return state.replace(round=state.round + 10)
+    def act(state, federation, hyper, key, **static):
+        acted.append((jax.random.key_data(key), static))
+        frozen = {"stages": federation.frozen["stages"] + 1}
+        return state.replace(round=state.round + 10), frozen
 
     program = make_program()
-    stages = (0, act), (3, act)
+    stages = (0, act), (3, act), (0, act)
     program = program._replace(strategy=program.strategy._replace(stages=stages))
-    state = init_state(KEY, make_hyper(), program)
-    prepared = prepare_state(state, make_federation(), make_hyper(), program)
-    assert int(prepared.round) == 10
-    ((key, model, sizes),) = acted
+    state, frozen = init_state(KEY, make_hyper(), program)
+    assert frozen == {}
+    federation = make_federation(frozen={"stages": 0})
+    prepared, frozen = prepare_state(state, federation, make_hyper(), program)
+    assert int(prepared.round) == 20 and frozen == {"stages": 2}
+    assert len(acted) == 2
     expected = jax.random.fold_in(state.key, jnp.uint32(BEFORE_ROUNDS))
-    np.testing.assert_array_equal(key, jax.random.key_data(expected))
-    assert model is program.model and sizes == program.sizes
+    names = "model", "task", "sizes"
+    for key, static in acted:
+        np.testing.assert_array_equal(key, jax.random.key_data(expected))
+        assert static == {name: getattr(program, name) for name in names}
+
+
+def test_init_state_leaves_frozen_parts_out_of_what_is_trained():
+    program = make_program(strategy="fedjets", **{"server.optimizer": "adam"})
+    state, frozen = init_state(KEY, make_hyper(), program)
+    assert set(state.params) == {"gate", "experts", "head"} and set(frozen) == {"stem"}
+    moments = state.server_opt[0]
+    assert set(moments.mu) == set(moments.nu) == set(state.params)
+    plain = program._replace(strategy=program.strategy._replace(frozen=()))
+    whole, nothing = init_state(KEY, make_hyper(), plain)
+    assert nothing == {}
+    jax.tree.map(np.testing.assert_array_equal, whole.params, state.params | frozen)

@@ -9,23 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from factories import fill, make_image_model
 
 from fedmoe_jax.models import dispatch
-from fedmoe_jax.models.image_moe import apply_experts, build_model
-from fedmoe_jax.types import Sizes
+from fedmoe_jax.models.flops import shape_params
+from fedmoe_jax.models.image_moe import apply_experts
 
-SIZES = Sizes(
-    num_clients=2,
-    cohort_size=1,
-    num_experts=5,
-    max_held=2,
-    num_active=1,
-    local_steps=1,
-    batch_size=1,
-    expert_width=6,
-    num_classes=3,
-    max_capacity=2,
-)
+EXPERTS = 5
 plan_blocks = jax.jit(dispatch.plan_blocks, static_argnums=1)
 STEM_OF = {"mlp": "mlp", "conv": "cnn"}
 FEATURES = {"mlp": (8,), "conv": (2, 2, 16)}  # of one 16x16 image
@@ -33,40 +23,29 @@ FEATURES = {"mlp": (8,), "conv": (2, 2, 16)}  # of one 16x16 image
 
 @functools.cache
 def make_case(expert):
-    """A model, params and the features of 9 images, drawn at random."""
-    model = build_model(
-        stem=STEM_OF[expert],
-        stem_width=8,
-        expert=expert,
-        expert_width=SIZES.expert_width,
-        feature_width=7,
-        stem_dropout=0.0,
-        expert_dropout=0.0,
-        num_experts=SIZES.num_experts,
-        num_classes=SIZES.num_classes,
-        image_shape=(16, 16, 1),
+    """Parts of a model, experts, head and the features of 9 images, drawn at random."""
+    model = make_image_model(
+        stem=STEM_OF[expert], expert=expert, image_shape=(16, 16, 1)
     )
     rng = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
-    params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
+    params = fill(shape_params(model)[0])
     features = jnp.asarray(rng.normal(size=(9, *FEATURES[expert])), jnp.float32)
-    return model, params, features
+    return model.parts, params["experts"]["moe"], params["head"], features
 
 
 def draw_need(seed, share):
-    need = np.random.default_rng(seed).random((9, SIZES.num_experts)) < share
-    need[:, 3] = False  # nobody needs this expert
+    need = np.random.default_rng(seed).random((9, EXPERTS)) < share
+    need[:, 3] = False  # no example needs this expert
     return jnp.asarray(need)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def dense(model, params, features):
+def dense(parts, experts, head, features):
     """[B, E, L] logits of every expert on every image."""
-    outputs = apply_experts(model, params["experts"], features, None)
-    return model.head(params["head"], outputs)
+    return parts.head(head, apply_experts(parts, experts, features, None))
 
 
-def test_blocks_by_hand():
+def test_plan_blocks_by_hand():
     need = np.zeros((5, 3), bool)
     need[[0, 2, 4], 0] = True
     need[[1, 3], 2] = True
@@ -77,7 +56,7 @@ def test_blocks_by_hand():
     assert np.all(blocks.image[3:] == 5)
 
 
-def test_everything_and_nothing_needed():
+def test_plan_blocks_of_everything_and_of_nothing():
     everything = plan_blocks(jnp.ones((4, 3), bool), 4)
     assert everything.count == 3 and everything.expert.tolist() == [0, 1, 2]
     assert everything.image.tolist() == [[0, 1, 2, 3]] * 3
@@ -90,7 +69,7 @@ def test_everything_and_nothing_needed():
     rows=st.sampled_from([1, 3, 9]),
 )
 @hypothesis.settings(max_examples=25)
-def test_every_needed_pair_is_in_one_block(need, rows):
+def test_plan_blocks_has_every_needed_pair_once(need, rows):
     blocks = jax.device_get(plan_blocks(jnp.asarray(need), rows))
     sizes = need.sum(0)
     assert blocks.count == sum(-(-size // rows) for size in sizes)
@@ -105,36 +84,30 @@ def test_every_needed_pair_is_in_one_block(need, rows):
 
 
 @pytest.mark.parametrize(("expert", "rows"), [("mlp", 2), ("mlp", 64), ("conv", 2)])
-def test_needed_pairs_equal_the_dense_ones(monkeypatch, expert, rows):
+def test_dispatch_gives_needed_pairs_their_dense_logits(monkeypatch, expert, rows):
     monkeypatch.setattr(dispatch, "BLOCK_ROWS", rows)
-    model, params, features = make_case(expert)
-    run = jax.jit(lambda *args: dispatch.dispatch(model, *args, SIZES))
-    everything = dense(model, params, features)
+    parts, *case = make_case(expert)
+    run = jax.jit(lambda *args: dispatch.dispatch(parts, *args))
+    everything = dense(parts, *case)
     for share in (0.0, 0.4, 1.1):
         need = draw_need(0, share)
         wanted = jnp.where(need[..., None], everything, 0.0)
-        np.testing.assert_allclose(run(params, features, need), wanted, atol=1e-5)
+        np.testing.assert_allclose(run(*case, need), wanted, atol=1e-5)
 
 
-def test_work_follows_the_need(monkeypatch):
-    """The loop runs once per block, and an expert that nobody needs is never read."""
+def test_dispatch_works_as_much_as_is_needed(monkeypatch):
+    """The loop runs once per block, and an expert that is not needed is never read."""
     monkeypatch.setattr(dispatch, "BLOCK_ROWS", 2)
-    model, params, features = make_case("mlp")
-    poisoned = jax.tree.map(lambda leaf: leaf.at[3].set(jnp.nan), params["experts"])
+    parts, experts, head, features = make_case("mlp")
+    poisoned = jax.tree.map(lambda leaf: jnp.asarray(leaf).at[3].set(jnp.nan), experts)
     rows = []
 
     def expert(one, x, key):
         jax.debug.callback(lambda: rows.append(len(x)))
-        return model.expert(one, x, key)
+        return parts.expert(one, x, key)
 
-    need = draw_need(0, 0.4)
-    result = dispatch.dispatch(
-        model._replace(expert=expert),
-        params | {"experts": poisoned},
-        features,
-        need,
-        SIZES,
-    )
+    need, spied = draw_need(0, 0.4), parts._replace(expert=expert)
+    result = dispatch.dispatch(spied, poisoned, head, features, need)
     jax.effects_barrier()
     assert np.isfinite(result).all()
     assert sum(rows) == sum(2 * -(-size // 2) for size in np.asarray(need).sum(0))
@@ -144,13 +117,13 @@ def test_work_follows_the_need(monkeypatch):
 def test_dispatch_over_runs(monkeypatch, walk):
     """Runs need different numbers of blocks and have experts of their own."""
     monkeypatch.setattr(dispatch, "BLOCK_ROWS", 2)
-    model, params, features = make_case("mlp")
-    runs = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), params)
+    parts, *trained, features = make_case("mlp")
+    runs = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), trained)
     need = jnp.stack([draw_need(0, 0.3), draw_need(1, 0.8), draw_need(2, 0.0)])
-    one = lambda run: dispatch.dispatch(model, run[0], features, run[1], SIZES)
+    one = lambda run: dispatch.dispatch(parts, *run[0], features, run[1])
     over = {"map": lambda x: jax.lax.map(one, x), "vmap": jax.vmap(one)}[walk]
     result = jax.jit(over)((runs, need))
     for i in range(3):
         run = jax.tree.map(lambda leaf, i=i: leaf[i], runs)
-        wanted = jnp.where(need[i, ..., None], dense(model, run, features), 0.0)
+        wanted = jnp.where(need[i, ..., None], dense(parts, *run, features), 0.0)
         np.testing.assert_allclose(result[i], wanted, atol=1e-5)

@@ -1,37 +1,23 @@
-"""The model's four functions, and routing against gates computed by hand."""
+"""Image models: shapes, parts by hand, dropout, mixtures and what they freeze."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from factories import fill, make_image_model
 
-from fedmoe_jax.models import routing
-from fedmoe_jax.models.image_moe import apply_experts, build_model, pool
+from fedmoe_jax.base import Route
+from fedmoe_jax.models.flops import shape_params
+from fedmoe_jax.models.image_moe import apply_experts, freeze_others
 from fedmoe_jax.models.routing import gate_logits, route
 from fedmoe_jax.options import UserError
 
 BATCH, EXPERTS, LABELS, FEATURES = 3, 5, 4, 6
-ROUTE = jax.jit(route, static_argnums=2)
-calibration_loss = jax.jit(routing.calibration_loss)
-load_loss = jax.jit(routing.load_loss)
-z_loss = jax.jit(routing.z_loss)
 
 
 def build(stem="mlp", expert="mlp", image_shape=(8, 8, 1), **changes):
-    sizes = {
-        "stem_width": 8,
-        "expert_width": 8,
-        "feature_width": FEATURES,
-        "stem_dropout": 0.0,
-        "expert_dropout": 0.0,
-        "num_experts": EXPERTS,
-        "num_classes": LABELS,
-    }
-    return build_model(
-        stem=stem, expert=expert, image_shape=image_shape, **(sizes | changes)
+    return make_image_model(
+        stem=stem, expert=expert, image_shape=image_shape, **changes
     )
 
 
@@ -39,11 +25,9 @@ def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def fill(shapes, seed=0):
+def draw_params(model):
     """Random params without compiling `init`."""
-    leaves, tree = jax.tree.flatten(shapes)
-    drawn = [0.5 * draw(*leaf.shape, seed=seed + i) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(tree, drawn)
+    return jax.tree.map(jnp.asarray, fill(shape_params(model)[0]))
 
 
 def softmax(logits):
@@ -73,36 +57,35 @@ ALLOWED = [
 
 
 @pytest.mark.parametrize(("stem", "expert", "image_shape", "feature_shape"), ALLOWED)
-def test_every_allowed_combination_has_the_promised_shapes(
+def test_build_model_of_every_allowed_combination_has_its_shapes(
     stem, expert, image_shape, feature_shape
 ):
     model = build(stem, expert, image_shape)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    assert set(params) == {"stem", "gate", "experts", "head"}
+    params, frozen = shape_params(model)
+    assert set(params) == {"stem", "gate", "experts", "head"} and frozen == {}
     for leaf in jax.tree.leaves((params["gate"], params["experts"])):
         assert leaf.shape[0] == EXPERTS
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    images = jax.ShapeDtypeStruct((BATCH, *image_shape), jnp.float32)
-    features = jax.eval_shape(model.stem, params["stem"], images, None)
+    parts, (experts,) = model.parts, params["experts"].values()
+    batch = {"x": jax.ShapeDtypeStruct((BATCH, *image_shape), jnp.float32)}
+    features = jax.eval_shape(parts.stem, params["stem"], batch, None)
     assert features.shape == (BATCH, *feature_shape)
-    logits = jax.eval_shape(gate_logits, params["gate"], features)
+    logits = jax.eval_shape(gate_logits, params["gate"]["moe"], features)
     assert logits.shape == (BATCH, EXPERTS)
     outputs = jax.eval_shape(
-        lambda experts, x: apply_experts(model, experts, x, None),
-        params["experts"],
-        features,
+        lambda experts, x: apply_experts(parts, experts, x, None), experts, features
     )
     width = 8 if expert == "dense" else FEATURES
     assert outputs.shape == (BATCH, EXPERTS, width)
-    predictions = jax.eval_shape(model.head, params["head"], outputs)
+    predictions = jax.eval_shape(parts.head, params["head"], outputs)
     assert predictions.shape == (BATCH, EXPERTS, LABELS)
 
 
 @pytest.mark.parametrize("stem", ["cnn", "simple_cnn", "resnet8"])
-def test_widths_that_are_no_multiple_of_a_group_are_allowed(stem):
+def test_build_model_allows_widths_that_are_no_multiple_of_a_group(stem):
     model = build(stem, "conv", (16, 16, 1), stem_width=28, expert_width=44)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    assert params["experts"]["Conv_0"]["kernel"].shape[-1] == 44
+    params, frozen = shape_params(model)
+    assert params["experts"]["moe"]["Conv_0"]["kernel"].shape[-1] == 44
 
 
 @pytest.mark.parametrize(
@@ -117,7 +100,7 @@ def test_widths_that_are_no_multiple_of_a_group_are_allowed(stem):
         ("cnn", "conv", (24, 32, 3), "model.expert='conv'", "dense, mlp"),
     ],
 )
-def test_combinations_that_do_not_fit_are_refused(
+def test_build_model_refuses_parts_that_do_not_fit(
     stem, expert, image_shape, field, allowed
 ):
     with pytest.raises(UserError) as error:
@@ -138,7 +121,7 @@ def test_simple_cnn_has_the_params_of_the_benchmark():
         num_experts=1,
         num_classes=10,
     )
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params, frozen = shape_params(model)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert count(params["stem"]) == 9 * 3 * 32 + 32 + 9 * 32 * 64 + 64
     assert count(params["experts"]) == 14 * 14 * 64 * 128 + 128
@@ -150,27 +133,27 @@ def test_simple_cnn_has_the_params_of_the_benchmark():
 def test_flat_stem_and_dense_expert_by_hand():
     model = build("flat", "dense", (2, 3, 2), expert_width=4, num_experts=1)
     images = draw(BATCH, 2, 3, 2)
-    features = model.stem({}, images, None)
+    features = model.parts.stem({}, {"x": images}, None)
     np.testing.assert_array_equal(features, images.reshape(BATCH, 12))
-    params = fill(jax.eval_shape(model.init, jax.random.key(0)))
+    params = draw_params(model)
     assert params["stem"] == {}
-    row = jax.tree.map(lambda leaf: leaf[0], params["experts"])
+    row = jax.tree.map(lambda leaf: leaf[0], params["experts"]["moe"])
     linear = (
         np.asarray(features @ row["Dense_0"]["kernel"]) + row["Dense_0"]["bias"][None]
     )
-    out = model.expert(row, features, None)
+    out = model.parts.expert(row, features, None)
     np.testing.assert_allclose(out, np.maximum(linear, 0), rtol=1e-5, atol=1e-6)
 
 
 def test_resnet_shortcuts_subsample():
     """With zero branches a block is relu(Dense(x[::2, ::2]))."""
     model = build("resnet8", "mlp", (8, 8, 1), stem_width=2)
-    params = fill(jax.eval_shape(model.init, jax.random.key(0))["stem"])
+    params = draw_params(model)["stem"]
     for block in range(3):
         norm = params[f"norm{block}b"]
         params[f"norm{block}b"] = jax.tree.map(jnp.zeros_like, norm)
     x = draw(BATCH, 8, 8, 1)
-    out = model.stem(params, x, None)
+    out = model.parts.stem(params, {"x": x}, None)
     first = jax.lax.conv_general_dilated(
         x,
         params["Conv_0"]["kernel"],
@@ -194,28 +177,28 @@ def test_resnet_shortcuts_subsample():
 
 @pytest.fixture(scope="module")
 def dropping():
-    """A model that drops, one that does not, and params and features for both."""
+    """Parts of a model that drops, of one that does not, params and images for both."""
     changes = {"stem_dropout": 0.25, "expert_dropout": 0.5, "expert_width": 256}
     model = build("flat", "dense", (16, 16, 1), **changes)
     whole = build("flat", "dense", (16, 16, 1), expert_width=256)
-    params = fill(jax.eval_shape(model.init, jax.random.key(0)))
-    return model, whole, params, jnp.abs(draw(64, 16, 16, 1)) + 0.1
+    images = {"x": jnp.abs(draw(64, 16, 16, 1)) + 0.1}
+    return model.parts, whole.parts, draw_params(model), images
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_experts_and_stem_drop_their_rates(monkeypatch, dropping, backend):
-    model, whole, params, images = dropping
+    parts, whole, params, images = dropping
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     key = jax.random.key(1)
-    features = model.stem(params["stem"], images, key)
+    features = parts.stem(params["stem"], images, key)
     kept = np.asarray(features) != 0
     np.testing.assert_allclose(kept.mean(), 0.75, atol=0.02)
     before = whole.stem(params["stem"], images, None)
     np.testing.assert_allclose(
         np.asarray(features)[kept], np.asarray(before)[kept] / 0.75, rtol=1e-5
     )
-    dropped = apply_experts(model, params["experts"], features, key)
-    outputs = np.asarray(apply_experts(whole, params["experts"], features, None))
+    dropped = apply_experts(parts, params["experts"]["moe"], features, key)
+    outputs = np.asarray(apply_experts(whole, params["experts"]["moe"], features, None))
     kept = (np.asarray(dropped) != 0)[outputs != 0]
     np.testing.assert_allclose(kept.mean(), 0.5, atol=0.02)
     # Every expert draws a mask of its own.
@@ -227,38 +210,41 @@ def test_experts_and_stem_drop_their_rates(monkeypatch, dropping, backend):
 
 
 def test_no_key_means_no_dropout(dropping):
-    model, whole, params, images = dropping
-    features = model.stem(params["stem"], images, None)
+    parts, whole, params, images = dropping
+    features = parts.stem(params["stem"], images, None)
     np.testing.assert_array_equal(features, whole.stem(params["stem"], images, None))
-    outputs = apply_experts(model, params["experts"], features, None)
-    expected = apply_experts(whole, params["experts"], features, jax.random.key(0))
+    outputs = apply_experts(parts, params["experts"]["moe"], features, None)
+    expected = apply_experts(
+        whole, params["experts"]["moe"], features, jax.random.key(0)
+    )
     np.testing.assert_array_equal(outputs, expected)
 
 
-def test_loop_and_vmap_over_experts_draw_the_same_masks(monkeypatch, dropping):
-    model, _, params, images = dropping
-    features, found = model.stem(params["stem"], images, None), []
+def test_apply_experts_draws_the_same_masks_on_any_backend(monkeypatch, dropping):
+    parts, _, params, images = dropping
+    features, found = parts.stem(params["stem"], images, None), []
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda b=backend: b)
         key = jax.random.key(2)
-        found.append(apply_experts(model, params["experts"], features, key))
+        found.append(apply_experts(parts, params["experts"]["moe"], features, key))
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
-def test_equal_arguments_give_the_same_functions():
+def test_build_model_of_equal_arguments_is_the_same():
     assert build() is build()
     assert build() is not build(num_experts=EXPERTS + 1)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return fill(jax.eval_shape(build().init, jax.random.key(0)))
+    return draw_params(build())
 
 
-def test_every_expert_starts_differently():
+def test_init_draws_every_expert_differently():
     def kernels(key):
-        params = build(num_experts=3).init(key)
-        return params["experts"]["Dense_0"]["kernel"], params["gate"]["kernel"]
+        params, _ = build(num_experts=3).init(key)
+        dense, gate = params["experts"]["moe"]["Dense_0"], params["gate"]["moe"]
+        return dense["kernel"], gate["kernel"]
 
     for kernel in jax.jit(kernels)(jax.random.key(0)):
         assert len(np.unique(np.asarray(kernel).reshape(3, -1)[:, 0])) == 3
@@ -268,152 +254,83 @@ def test_every_expert_starts_differently():
 @pytest.mark.parametrize("expert", ["mlp", "conv"])
 def test_apply_experts_equals_one_by_one(monkeypatch, expert, backend):
     model = build("resnet8", expert, stem_width=2)
-    experts = fill(jax.eval_shape(model.init, jax.random.key(0))["experts"])
+    parts, experts = model.parts, draw_params(model)["experts"]["moe"]
     features = draw(BATCH, 2, 2, 8, seed=9)
     # The loop of one backend and the vmap of the other must be the same function.
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    outputs = jax.jit(lambda e, x: apply_experts(model, e, x, None))(experts, features)
-    one = jax.jit(lambda e, x: model.expert(e, x, None))
+    outputs = jax.jit(lambda e, x: apply_experts(parts, e, x, None))(experts, features)
+    one = jax.jit(lambda e, x: parts.expert(e, x, None))
     for i in range(EXPERTS):
         alone = one(jax.tree.map(lambda leaf, i=i: leaf[i], experts), features)
         np.testing.assert_allclose(outputs[:, i], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_mixing_outputs_equals_mixing_logits(params):
-    model = build()
+    parts = build().parts
     outputs = draw(BATCH, EXPERTS, FEATURES)
     gates = jnp.asarray(softmax(draw(BATCH, EXPERTS, seed=1)), jnp.float32)
     head = {"kernel": params["head"]["kernel"], "bias": draw(LABELS, seed=2)}
-    mixed = model.head(head, jnp.einsum("be,beo->bo", gates, outputs))
-    separate = jnp.einsum("be,bel->bl", gates, model.head(head, outputs))
+    mixed = parts.head(head, jnp.einsum("be,beo->bo", gates, outputs))
+    separate = jnp.einsum("be,bel->bl", gates, parts.head(head, outputs))
     np.testing.assert_allclose(mixed, separate, rtol=1e-5, atol=1e-5)
 
 
-# ---- routing
+def apply(model, params, held, slot, active, **route):
+    """Predictions and routing of 3 images by a client that holds some experts."""
+    batch, held = {"x": draw(BATCH, 8, 8, 1)}, jnp.array([held])
+    experts = jax.tree.map(lambda leaf: leaf[held[0]], params["experts"])
+    submodel = params | {"experts": experts}
+    slots = held, jnp.array([slot], bool)
+    return model.apply(submodel, {}, batch, *slots, Route(active, **route), None)
 
 
-def test_gate_logits_average_positions():
-    features = draw(BATCH, 2, 3, 4)
-    gate = {"kernel": draw(EXPERTS, 4, seed=1), "bias": draw(EXPERTS, seed=2)}
-    pooled = np.asarray(features).reshape(BATCH, 6, 4).mean(1)
-    np.testing.assert_allclose(pool(features), pooled, atol=1e-6)
-    expected = pooled @ np.asarray(gate["kernel"]).T + np.asarray(gate["bias"])
-    np.testing.assert_allclose(gate_logits(gate, features), expected, atol=1e-5)
-    flat = gate_logits(gate, jnp.asarray(pooled))
-    np.testing.assert_allclose(flat, expected, atol=1e-5)
-
-
-def test_gates_by_hand():
-    logits = jnp.log(jnp.array([[1.0, 2.0, 3.0, 4.0], [8.0, 1.0, 1.0, 2.0]]))
-    gates = ROUTE(logits, jnp.ones(4, bool), 2)
-    expected = [[0, 0, 3 / 7, 4 / 7], [0.8, 0, 0, 0.2]]
-    np.testing.assert_allclose(gates, expected, atol=1e-6)
-    held = ROUTE(logits, jnp.array([True, True, True, False]), 2)
-    expected = [[0, 2 / 5, 3 / 5, 0], [8 / 9, 1 / 9, 0, 0]]  # a tie: the lower index
-    np.testing.assert_allclose(held, expected, atol=1e-6)
-    alone = ROUTE(logits, jnp.array([False, True, False, False]), 2)
-    np.testing.assert_array_equal(alone, [[0, 1, 0, 0]] * 2)
-
-
-def slow_route(logits, mask, num_active):
-    """Gates one example at a time."""
-    gates = np.zeros(logits.shape)
-    for row, out in zip(logits, gates, strict=True):
-        allowed = [e for e in range(len(row)) if mask[e]]
-        chosen = sorted(allowed, key=lambda e: (-row[e], e))[:num_active]
-        out[chosen] = softmax(row[chosen])
-    return gates
-
-
-whole_logits = hnp.arrays(np.int64, (BATCH, EXPERTS), elements=st.integers(-4, 4))
-any_mask = st.lists(st.booleans(), min_size=EXPERTS, max_size=EXPERTS).filter(any)
-
-
-@settings(max_examples=60)
-@given(whole_logits, any_mask, st.sampled_from([1, 2, EXPERTS]))
-def test_routing_equals_the_slow_loop(logits, mask, num_active):
-    gates = ROUTE(jnp.float32(logits), jnp.array(mask), num_active)
-    gates = np.asarray(gates)
-    np.testing.assert_allclose(gates, slow_route(logits, mask, num_active), atol=1e-6)
-    np.testing.assert_allclose(gates.sum(1), 1.0, atol=1e-6)
-    assert np.all((gates > 0).sum(1) == min(num_active, sum(mask)))
-    assert np.all(gates[:, ~np.array(mask)] == 0)  # never an unheld expert
-
-
-def test_all_experts_active_is_the_dense_softmax_mixture(params):
-    model = build()
-    features = draw(BATCH, 8)
-    logits = gate_logits(params["gate"], features)
-    outputs = apply_experts(model, params["experts"], features, None)
-    gates = ROUTE(logits, jnp.ones(EXPERTS, bool), EXPERTS)
-    mixed = jnp.einsum("be,beo->bo", gates, outputs)
-    dense = np.zeros((BATCH, FEATURES))
+def answer_slowly(model, params, mix):
+    """Predictions of the dense softmax mixture of all experts, one by one."""
+    parts, total = model.parts, 0.0
+    features = parts.stem(params["stem"], {"x": draw(BATCH, 8, 8, 1)}, None)
+    gates = softmax(gate_logits(params["gate"]["moe"], features))
     for e in range(EXPERTS):
-        row = jax.tree.map(lambda leaf, e=e: leaf[e], params["experts"])
-        dense += softmax(logits)[:, [e]] * np.asarray(model.expert(row, features, None))
-    np.testing.assert_allclose(mixed, dense, rtol=1e-5, atol=1e-6)
+        row = jax.tree.map(lambda leaf, e=e: leaf[e], params["experts"]["moe"])
+        logits = parts.head(params["head"], parts.expert(row, features, None))
+        answer = softmax(logits) if mix == "probabilities" else np.asarray(logits)
+        total = total + gates[:, [e]] * answer
+    return np.log(total) if mix == "probabilities" else total
 
 
-def test_gradients_reach_the_router_and_only_the_chosen_rows():
-    features = jnp.abs(draw(BATCH, 8)) + 0.1
-    kernel = jnp.array([3.0, 0.0, 2.0, 1.0, 0.5])[:, None] * jnp.ones((EXPERTS, 8))
-    gate = {"kernel": kernel, "bias": jnp.zeros(EXPERTS)}
-    values = jnp.arange(1.0, EXPERTS + 1)  # what each expert would answer
-
-    def answer(gate, mask):
-        gates = route(gate_logits(gate, features), mask, 2)
-        return jnp.einsum("be,e->b", gates, values).sum()
-
-    grad = jax.jit(jax.grad(answer))
-    for held, chosen in [([1, 1, 1, 1, 1], [0, 2]), ([0, 1, 0, 1, 1], [3, 4])]:
-        grads = grad(gate, jnp.array(held, bool))
-        for leaf in grads.values():
-            moved = np.abs(np.asarray(leaf)).reshape(EXPERTS, -1).max(1)
-            assert np.all(moved[chosen] > 1e-3)
-            assert np.all(np.delete(moved, chosen) == 0)
-
-
-# ---- auxiliary losses
-
-
-def test_calibration_loss_by_hand():
-    uniform = jnp.zeros((2, 3))
-    one, two = jnp.array([False, True, False]), jnp.array([True, True, False])
-    np.testing.assert_allclose(calibration_loss(uniform, one), np.log(3), rtol=1e-6)
-    masses = jnp.log(jnp.array([[1.0, 2.0, 5.0], [3.0, 3.0, 2.0]]))
-    assert calibration_loss(masses, jnp.ones(3, bool)) == 0
-    expected = -(np.log(3 / 8) + np.log(6 / 8)) / 2
-    np.testing.assert_allclose(calibration_loss(masses, two), expected, rtol=1e-6)
-
-
-def test_calibration_gradient_moves_mass_to_held_experts():
-    logits, held = draw(BATCH, EXPERTS), np.array([1, 0, 1, 0, 0], bool)
-    grad = jax.jit(jax.grad(calibration_loss))(logits, jnp.array(held))
-    among_held = softmax(np.where(held, logits, -np.inf))
-    expected = (softmax(logits) - among_held) / BATCH
-    np.testing.assert_allclose(grad, expected, atol=1e-6)
-    assert np.all(np.asarray(grad)[:, held] < 0)
-
-
-def test_load_loss_by_hand():
-    everyone, some = jnp.ones(4, bool), jnp.array([True, True, True, False])
-    np.testing.assert_allclose(load_loss(jnp.zeros((4, 4)), everyone), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(load_loss(jnp.zeros((4, 4)), some), 1.0, rtol=1e-6)
-    confident = 100 * jnp.eye(4)  # every expert is chosen once: balanced
-    np.testing.assert_allclose(load_loss(confident, everyone), 1.0, rtol=1e-6)
-    collapsed = confident[np.zeros(4, int)]
-    np.testing.assert_allclose(load_loss(collapsed, everyone), 4.0, rtol=1e-6)
-    rows = np.array([[6.0, 3.0, 1.0, 90.0], [2.0, 7.0, 1.0, 90.0]])
-    # f = (1/2, 1/2, 0) and P = (0.4, 0.5, 0.1) among the three allowed
-    loss = load_loss(jnp.log(jnp.float32(rows[[0, 1, 0, 1]])), some)
-    np.testing.assert_allclose(loss, 3 * 0.45, rtol=1e-5)
-
-
-def test_z_loss_by_hand():
-    some = jnp.array([True, True, True, False])
+@pytest.mark.parametrize("mix", ["outputs", "probabilities"])
+def test_apply_of_all_experts_is_the_dense_softmax_mixture(params, mix):
+    model, every = build(), range(EXPERTS)
+    found, routing = apply(model, params, [*every], [1] * EXPERTS, EXPERTS, mix=mix)
     np.testing.assert_allclose(
-        z_loss(jnp.zeros((2, 4)), some), np.log(3) ** 2, rtol=1e-6
+        found, answer_slowly(model, params, mix), rtol=1e-5, atol=1e-5
     )
-    masses = jnp.log(jnp.array([[1.0, 2.0, 5.0, 90.0], [3.0, 3.0, 4.0, 90.0]]))
-    expected = (np.log(8) ** 2 + np.log(10) ** 2) / 2
-    np.testing.assert_allclose(z_loss(masses, some), expected, rtol=1e-5)
+    assert routing.logits.shape == routing.gates.shape == (1, BATCH, EXPERTS)
+    np.testing.assert_allclose(routing.gates[0], softmax(routing.logits[0]), atol=1e-6)
+
+
+def test_apply_routes_among_the_held_experts(params):
+    model = build()
+    _, routing = apply(model, params, [4, 1, 4], [1, 1, 0], 2)
+    assert routing.logits.shape == (1, BATCH, EXPERTS)
+    own = jnp.take(routing.logits[0], jnp.array([4, 1, 4]), axis=1)
+    expected = route(own, jnp.array([True, True, False]), 2)
+    np.testing.assert_array_equal(routing.gates[0], expected)
+
+
+def test_apply_of_one_expert_has_nothing_to_route():
+    model = build(num_experts=1)
+    params = draw_params(model)
+    _, routing = apply(model, params, [0], [1], 1)
+    assert routing.logits is None
+    np.testing.assert_array_equal(routing.gates, np.ones((1, BATCH, 1)))
+
+
+def test_freeze_others_lets_gradients_pass_the_most_valuable_only():
+    outputs, slot = jnp.arange(12.0).reshape(2, 3, 2), jnp.ones(3, bool)  # [B, K, O]
+    priority = lambda gates: jnp.array([1.0, 3.0, 2.0])
+    two = Route(1, priority=priority, budget=jnp.int32(2))
+    total = lambda outputs: freeze_others(outputs, None, slot, two).sum()
+    value, grads = jax.value_and_grad(total)(outputs)
+    assert value == outputs.sum()
+    np.testing.assert_array_equal(grads[:, 0], 0)
+    np.testing.assert_array_equal(grads[:, 1:], 1)

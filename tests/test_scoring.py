@@ -1,0 +1,97 @@
+"""Mixtures, needed pairs and views of clients, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import make_align, make_data, make_federation, make_program
+
+from fedmoe_jax.base import Scores
+from fedmoe_jax.scoring import (
+    ClientView,
+    Encoded,
+    Examples,
+    find_needed,
+    read_answers,
+    score_mixture,
+    sum_strata,
+    view_clients,
+)
+from fedmoe_jax.types import SimState
+
+PROGRAM = make_program(make_data(2))
+
+
+def make_examples(labels):
+    """Examples of two classes, which are the strata too; -1 for padding."""
+    y = jnp.array(labels)
+    return Examples({"y": y}, jax.nn.one_hot(y, 2), y >= 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "expected"),
+    [
+        ((3,), None, [1.0 + 2.0, 4.0]),
+        ((3,), [1.0, 0.0, 3.0], [1.0, 12.0]),
+        ((3, 2), None, [1.0 + 2.0 + 4.0 + 8.0, 16.0 + 32.0]),
+        ((3, 2), [1.0, 0.0, 3.0, 0.0, 0.0, 1.0], [1.0 + 12.0, 32.0]),
+    ],
+)
+def test_sum_strata_by_hand(shape, weight, expected):
+    """Powers of two in three examples, of one position or two."""
+    values = 2.0 ** jnp.arange(np.prod(shape)).reshape(shape)
+    if weight:
+        weight = jnp.array(weight).reshape(shape)
+    stratum = make_examples([0, 0, 1]).stratum
+    found = sum_strata(values, Scores(values, values, weight), stratum)
+    assert found.tolist() == expected
+
+
+def test_score_mixture_by_hand():
+    gates = jnp.array([[0.5, 0.5], [1.0, 0.0], [0.9, 0.1]])
+    answers = jnp.array([[[4.0, 0.0], [0.0, 3.0]]] * 3)
+    examples = make_examples([0, 1, -1])
+    # The first is right (2.0 against 1.5), the second wrong, the third is padding.
+    found = score_mixture(gates, answers, examples, PROGRAM)
+    assert found.tolist() == [1.0, 0.0]
+
+
+def test_read_answers_of_probabilities_are_their_logarithms():
+    strategy = PROGRAM.strategy._replace(mix="probabilities")
+    odds = jnp.array([0.25, 0.75])
+    found = read_answers(odds, PROGRAM._replace(strategy=strategy))
+    np.testing.assert_allclose(found, np.log([0.25, 0.75]), rtol=1e-6)
+    assert read_answers(odds, PROGRAM) is odds
+
+
+def test_find_needed_by_hand():
+    logits = jnp.array([[3.0, 2.0, 1.0, 0.0]] * 3)
+    clients = ClientView(
+        personal={},
+        held=jnp.array([[0, 0, 1, 1], [0, 1, 0, 0]], bool),
+        wanted=jnp.array([[1.0, 0.0], [0.0, 1.0]]),
+    )
+    encoded = Encoded(make_examples([0, 1, -1]), jnp.zeros((3, 1)), logits)
+    need = find_needed(encoded, clients, 1)
+    # Expert 0 is the server's choice, 2 the first client's for its label 0, 1 the
+    # second's for its label 1; expert 3 and padding are never needed.
+    assert need.astype(int).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def view(held, mix):
+    held = jnp.array(held, bool)[:, None]
+    fields = dict.fromkeys(SimState.__dataclass_fields__) | {"personal": {}}
+    align = make_align(len(held), held.shape[2], held=held)
+    state = SimState(**fields | {"align": align})
+    return view_clients(state, make_federation(label_mix=jnp.array(mix)))
+
+
+def test_view_clients_lets_the_idle_use_all_experts():
+    clients = view([[0, 1, 0], [0, 0, 0]], [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    assert clients.held[:, 0].tolist() == [[False, True, False], [True] * 3]
+    assert clients.wanted.tolist() == [[1, 1, 0], [0, 0, 1]]
+
+
+def test_view_clients_of_pooled_data_is_one_with_all_strata():
+    clients = view([[1]], [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    assert clients.held.shape == (1, 1, 1) and clients.wanted.tolist() == [[1, 0, 1]]
