@@ -26,7 +26,7 @@ from fedmoe_jax.models.image_moe import apply_parts, build_model
 from fedmoe_jax.options import replace
 from fedmoe_jax.program import Program, build_program, configure, take_frozen
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
-from fedmoe_jax.state import init_state, prepare_state
+from fedmoe_jax.state import init_state, run_stage
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
 from fedmoe_jax.train import plan as planning
@@ -350,6 +350,16 @@ def breakable(program):
         return result.replace(finite=result.finite & ~broken, **spoilt)
 
     return client_update
+
+
+def prepare_state(state, federation, hyper, program):
+    """State and `frozen` of ONE run after the stages of round 0."""
+    frozen = federation.frozen
+    for number, (when, _) in enumerate(program.strategy.stages):
+        if when == 0:
+            federation = federation.replace(frozen=frozen)
+            state, frozen = run_stage(state, federation, hyper, program, number)
+    return state, frozen
 
 
 prepare_compiled = jax.jit(prepare_state, static_argnums=3)

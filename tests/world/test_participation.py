@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import STORM, assert_same, make_linear_model, plan_run
+from factories import STORM, assert_same, make_linear_model, plan_run, prepare_state
 
 import fedmoe_jax.round as round_file
-from fedmoe_jax.program import init_state, prepare_state
 from fedmoe_jax.round import build_round
 from fedmoe_jax.runtime.sharding import replicate, spread
+from fedmoe_jax.state import init_state
 from fedmoe_jax.types import Devices, Sizes
 from fedmoe_jax.world.costs import count_costs, scale_costs
 from fedmoe_jax.world.outcome import OUTCOMES, Outcome
