@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import prepare_compiled
+from factories import prepare_state
 
 from configs import default
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.held_sets import find_sets
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.state import init_state
-from fedmoe_jax.train.plan import plan_run
+from fedmoe_jax.train import run
 
 SMALL = {
     "num_clients": 6,
@@ -54,12 +54,14 @@ def test_scores_are_those_of_the_model_with_parts(strategy):
     config.update_from_flattened_dict(SMALL | {"strategy": strategy})
     config.drift.images, config.num_rounds = "contrast", 4
     config.drift.strength = 0.8
-    plan = plan_run(config, build_mesh(1))
+    plan = run.plan_run(config, build_mesh(1))
     program, hyper = plan.program, plan.hyper
     init = jax.jit(init_state, static_argnums=2)
     state, frozen = init(jax.random.key(0), hyper, program)
     federation = plan.federation.replace(frozen=frozen)
-    state, frozen = prepare_compiled(state, federation, hyper, program)
+    state, frozen = jax.jit(prepare_state, static_argnums=3)(
+        state, federation, hyper, program
+    )
     federation = federation.replace(frozen=frozen)
     noise = lambda x: x + 0.5 * jax.random.normal(jax.random.key(1), x.shape)
     params, personal = jax.tree.map(noise, (state.params, state.personal))

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from factories import make_federation, make_hyper, make_program
+from factories import make_federation, make_hyper, make_program, prepare_state
 
-from fedmoe_jax.state import BEFORE_ROUNDS, init_align, init_state, run_stage
+from fedmoe_jax.state import BEFORE_ROUNDS, init_align, init_state
 
 KEY = jax.random.key(0)
 
@@ -31,27 +31,20 @@ def test_init_align_draws_other_scores_for_every_layer():
     assert three.detector.evidence.shape == (3, 10, 4)
 
 
-def test_run_stage_acts_once_with_a_key_of_its_own():
+def test_prepare_state_acts_in_round_zero_alone_with_a_key_of_its_own():
     acted = []
 
-    def act(state, federation, hyper, key, *, model, task, sizes):
-        acted.append((key, model, task, sizes))
-        return state.replace(round=state.round + 10), {"stem": federation.frozen}
+    def act(state, federation, hyper, key, *, model, sizes):
+        acted.append((jax.random.key_data(key), model, sizes))
+        return state.replace(round=state.round + 10)
 
     program = make_program()
     stages = (0, act), (3, act)
     program = program._replace(strategy=program.strategy._replace(stages=stages))
-    state, _ = init_state(KEY, make_hyper(), program)
-    federation = make_federation(frozen="given")
-    for number in (0, 1):
-        after, frozen = run_stage(state, federation, make_hyper(), program, number)
-        assert int(after.round) == 10 and frozen == {"stem": "given"}
-    first, second = acted
-    before = jax.random.fold_in(state.key, jnp.uint32(BEFORE_ROUNDS))
-    expected = before, jax.random.fold_in(before, 3)
-    for (key, *static), own in zip(acted, expected, strict=True):
-        assert jax.random.key_data(key).tolist() == jax.random.key_data(own).tolist()
-        assert static == [program.model, program.task, program.sizes]
-    assert jax.random.key_data(first[0]).tolist() != (
-        jax.random.key_data(second[0]).tolist()
-    )
+    state = init_state(KEY, make_hyper(), program)
+    prepared = prepare_state(state, make_federation(), make_hyper(), program)
+    assert int(prepared.round) == 10
+    ((key, model, sizes),) = acted
+    expected = jax.random.fold_in(state.key, jnp.uint32(BEFORE_ROUNDS))
+    np.testing.assert_array_equal(key, jax.random.key_data(expected))
+    assert model is program.model and sizes == program.sizes
