@@ -35,8 +35,8 @@ class Programs(NamedTuple):
     Attributes:
       run_rounds: (state, federation, hyper) -> (state, metrics), R rounds.
       evaluate: (state, federation, hyper) -> accuracies.
-      stages: (round, (state, federation, hyper) -> (state, frozen)), each run before
-        the round of that number.
+      stages: (rounds, (state, federation, hyper) -> (state, frozen)), each run once so
+        many rounds are done.
     """
 
     run_rounds: Callable
