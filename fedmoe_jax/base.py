@@ -198,10 +198,10 @@ class Strategy(NamedTuple):
         round; feedback is 0 for clients whose update did not arrive.
       report: (routing of the layer, batch, hyper) -> pytree that a client sends beside
         its update, the mean over its local batches; None for nothing.
-      stages: (round, (state, federation, hyper, key, model=, task=, sizes=) -> (state,
-        frozen)), run between chunks, before the round of that number; the number
-        may be the name of a config field. `frozen` is `federation.frozen`, as the
-        stage leaves it.
+      stages: (rounds, (state, federation, hyper, key, model=, task=, sizes=) ->
+        (state, frozen)), run between chunks, once so many rounds are done; the number,
+        a multiple of `chunk_rounds`, may be the name of a config field. `frozen` is
+        `federation.frozen`, as the stage leaves it.
       exchange: (personal parts [N, ...], state, evidence, arrived [C], hyper) ->
         personal parts, state, and the experts that each client of the cohort has sent
         to and received from others, [C] each; it sees all layers. None for nothing.

@@ -80,8 +80,10 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
     Args:
       strategy: as its file defines it.
       config: as the strategy configures it.
+
+    Raises:
+      UserError: a stage is due within a chunk of rounds.
     """
-    values = flatten(config.to_dict())
     open_to_config = {
         "personal": ("gate",) if config.gate.mode == "personal" else (),
         "gate_weight": GATE_WEIGHTS[config.gate.mode],
@@ -96,9 +98,25 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
     }
     return strategy._replace(
         local_experts=min(strategy.local_experts, config.num_experts),
-        stages=tuple((values.get(when, when), act) for when, act in strategy.stages),
+        stages=tuple((find_round(when, config), act) for when, act in strategy.stages),
         **chosen,
     )
+
+
+def find_round(when: int | str, config: ConfigDict) -> int:
+    """The round of a stage, which may be given as the name of a config field.
+
+    Raises:
+      UserError: it is no multiple of `chunk_rounds`, between which stages run.
+    """
+    number = flatten(config.to_dict())[when] if isinstance(when, str) else when
+    if number % config.chunk_rounds:
+        given = f"{when}={number}" if isinstance(when, str) else f"round {number}"
+        raise UserError(
+            f"strategy={config.strategy!r} has a stage at {given}, which is not "
+            f"allowed; allowed: multiples of chunk_rounds={config.chunk_rounds}"
+        )
+    return number
 
 
 def list_processes(config: ConfigDict) -> Chain:

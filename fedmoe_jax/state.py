@@ -79,15 +79,3 @@ def run_stage(
     key = jax.random.fold_in(key, when) if when else key
     static = dict(model=program.model, task=program.task, sizes=program.sizes)
     return act(state, federation, hyper, key, **static)
-
-
-def prepare_state(
-    state: SimState, federation: Federation, hyper: Hyper, program: Program
-) -> tuple[SimState, PyTree]:
-    """State and `frozen` after the stages of round 0."""
-    frozen = federation.frozen
-    for number, (when, _) in enumerate(program.strategy.stages):
-        if when == 0:
-            federation = federation.replace(frozen=frozen)
-            state, frozen = run_stage(state, federation, hyper, program, number)
-    return state, frozen

@@ -25,11 +25,14 @@ from fedmoe_jax.models.flops import shape_params, trace_model
 from fedmoe_jax.models.image_moe import apply_parts, build_model
 from fedmoe_jax.options import replace
 from fedmoe_jax.program import Program, build_program, configure, take_frozen
+from fedmoe_jax.report.rows import read_metrics
+from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
-from fedmoe_jax.state import init_state, prepare_state
+from fedmoe_jax.state import init_state, run_stage
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
 from fedmoe_jax.train import plan as planning
+from fedmoe_jax.train.run import build_job, train
 from fedmoe_jax.types import (
     AlignState,
     Assignment,
@@ -352,6 +355,16 @@ def breakable(program):
     return client_update
 
 
+def prepare_state(state, federation, hyper, program):
+    """State and `frozen` of ONE run after the stages of round 0."""
+    frozen = federation.frozen
+    for number, (when, _) in enumerate(program.strategy.stages):
+        if when == 0:
+            federation = federation.replace(frozen=frozen)
+            state, frozen = run_stage(state, federation, hyper, program, number)
+    return state, frozen
+
+
 prepare_compiled = jax.jit(prepare_state, static_argnums=3)
 
 
@@ -503,3 +516,46 @@ def stems(one, other):
     """Pairs of leaves of two states' stems."""
     leaves = [jax.tree.leaves(state.params["stem"]) for state in (one, other)]
     return zip(*leaves, strict=True)
+
+
+def never():
+    """A run's `stop` that never ends it early."""
+    return False
+
+
+def run_alone(config, folder, stop=never):
+    """Runs or resumes one run in its folder; whether it is finished."""
+    return train(config, folder, stop=stop, label="tiny", profile=False)
+
+
+def restart(config):
+    """The job of a run alone before its first round, as a resumed run builds it."""
+    (wave,) = planning.plan_waves([planning.Member("tiny", config)])
+    return build_job(wave, [None])
+
+
+def rows_of(folder, *left_out):
+    """The rows of a run without what depends on the clock, and these fields."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    left_out = {*SPENT, *left_out}
+    return [{k: v for k, v in row.items() if k not in left_out} for row in rows]
+
+
+def arrays_of(folder):
+    """The arrays of `final.npz`."""
+    with np.load(folder / "final.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def assert_same_results(folder, other, *left_out):
+    """Bitwise the same arrays, and the same rows but for the clock and such fields."""
+    assert rows_of(folder, *left_out) == rows_of(other, *left_out)
+    found, expected = arrays_of(folder), arrays_of(other)
+    assert found.keys() == expected.keys()
+    differing = [n for n in found if found[n].tobytes() != expected[n].tobytes()]
+    assert not differing
+
+
+def stop_at(folder, done):
+    """Ends a run early, once `done` rounds have rows."""
+    return lambda: len(read_metrics(folder / "metrics.jsonl")) >= done

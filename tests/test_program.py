@@ -25,6 +25,7 @@ from fedmoe_jax.aggregate import (
 from fedmoe_jax.base import PARTS, Strategy
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.models.routing import calibrate_gate
+from fedmoe_jax.options import UserError
 from fedmoe_jax.program import (
     configure,
     count_report,
@@ -88,9 +89,23 @@ def test_resolve_keeps_what_is_false_or_empty():
 
 
 def test_resolve_looks_up_the_rounds_of_stages():
-    stages = (0, min), ("fedmoe.warm_up", max), (7, sum)
+    stages = (0, min), ("fedmoe.warm_up", max), (8, sum)
     found = resolve(NOTHING._replace(stages=stages), make_config())
-    assert found.stages == ((0, min), (2, max), (7, sum))
+    assert found.stages == ((0, min), (2, max), (8, sum))
+
+
+@pytest.mark.parametrize(
+    ("when", "given"), [(7, "round 7"), ("drift.start", "drift.start=3")]
+)
+def test_resolve_refuses_stages_within_a_chunk(when, given):
+    config = make_config(**{"drift.start": 3, "chunk_rounds": 2})
+    config.strategy = "mine"
+    with pytest.raises(UserError) as caught:
+        resolve(NOTHING._replace(stages=((0, min), (when, max))), config)
+    assert str(caught.value) == (
+        f"strategy='mine' has a stage at {given}, which is not allowed; allowed: "
+        "multiples of chunk_rounds=2"
+    )
 
 
 def test_resolve_keeps_no_more_local_experts_than_there_are():

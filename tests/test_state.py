@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from factories import make_federation, make_hyper, make_program
+from factories import make_federation, make_hyper, make_program, prepare_state
 
-from fedmoe_jax.state import BEFORE_ROUNDS, init_align, init_state, prepare_state
+from fedmoe_jax.state import BEFORE_ROUNDS, init_align, init_state
 
 KEY = jax.random.key(0)
 

@@ -35,8 +35,8 @@ class Programs(NamedTuple):
     Attributes:
       run_rounds: (state, federation, hyper) -> (state, metrics), R rounds.
       evaluate: (state, federation, hyper) -> accuracies.
-      stages: (round, (state, federation, hyper) -> (state, frozen)), each run before
-        the round of that number.
+      stages: (rounds, (state, federation, hyper) -> (state, frozen)), each run once so
+        many rounds are done.
     """
 
     run_rounds: Callable
@@ -268,18 +268,22 @@ def open_frozen(job: Job, checkpoints: Path) -> CheckpointManager:
 
 
 def restore_frozen(job: Job, checkpoints: Path, done: int) -> tuple[PyTree, PyTree]:
-    """The job's inputs with the parts that its runs had frozen by round `done`.
+    """The job's inputs with the parts that its runs had frozen before round `done`.
+
+    A checkpoint is older than the stage of its own round, which is run again.
 
     Raises:
       UserError: there are no intact ones.
     """
     federation, hyper = job.inputs
-    if not job.frozen or not job.programs.stages:
+    past = [when for when, _ in job.programs.stages if when < done]
+    if not job.frozen or not past:
         return job.inputs
     own, folder = {part: federation.frozen[part] for part in job.frozen}, "frozen"
     with open_frozen(job, checkpoints) as store:
-        found = multihost.run_on_all(checkpoint.restore_latest, store, own, done)
-    if found is None:
+        restore = checkpoint.restore_latest
+        found = multihost.run_on_all(restore, store, own, max(past))
+    if found is None or found[1] < max(past):
         raise UserError(
             f"{checkpoints / folder} is missing, which the checkpoints beside it need; "
             f"remove {checkpoints} to start again from round 0"

@@ -18,6 +18,7 @@ from factories import (
     assert_same,
     breakable,
     plan_run,
+    prepare_state,
     send_inputs,
     stems,
     use_linear_model,
@@ -30,7 +31,7 @@ from fedmoe_jax.models.routing import gate_logits
 from fedmoe_jax.round import build_round
 from fedmoe_jax.runtime.sharding import replicate, spread
 from fedmoe_jax.scoring import route_all
-from fedmoe_jax.state import init_state, prepare_state
+from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import STRATEGIES, fedjets
 from fedmoe_jax.tasks.images import normalise
 from fedmoe_jax.train import checkpoint

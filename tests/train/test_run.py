@@ -10,21 +10,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from factories import SMALL
+from factories import SMALL, never, restart, rows_of, run_alone, stop_at
 
 from configs import default
 from fedmoe_jax.data.partition import load_partition
 from fedmoe_jax.measures import MEASURES, unpack_measures
 from fedmoe_jax.options import UserError
-from fedmoe_jax.program import init_state
 from fedmoe_jax.report.page import write_report
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.runs import load_run
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import build_mesh
-from fedmoe_jax.train import checkpoint
-from fedmoe_jax.train import loop as driver
-from fedmoe_jax.train import run as train
+from fedmoe_jax.state import init_state
+from fedmoe_jax.train import checkpoint, loop
+from fedmoe_jax.train.plan import plan_run
+from fedmoe_jax.train.run import save_arrays, train
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
 pytestmark = pytest.mark.filterwarnings(
@@ -56,24 +56,14 @@ def tiny_config(**changes):
     return config
 
 
-def run(folder, stop=lambda: False, **changes):
-    config = tiny_config(**changes)
-    return train.train(config, folder, stop=stop, label="tiny", profile=False)
-
-
-def rows_of(folder):
-    """The rows without what depends on the clock."""
-    rows = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in SPENT} for row in rows]
+def run(folder, stop=never, **changes):
+    return run_alone(tiny_config(**changes), folder, stop)
 
 
 def state_of(folder, **changes):
-    """The newest state on disk, as NumPy arrays, and its round."""
-    config = tiny_config(**changes)
-    plan = train.plan_run(config, build_mesh(config.run.num_devices))
-    like = train.build_job(plan, folder, "tiny").state
-    with checkpoint.open_checkpoints(folder / "checkpoints", 9) as store:
-        state, done = checkpoint.restore_latest(store, like)
+    """The newest state on disk, as NumPy arrays with an axis S, and its round."""
+    like = restart(tiny_config(**changes)).state
+    state, done = checkpoint.read_latest(folder / "checkpoints", like)
     state = state.replace(key=jax.random.key_data(state.key))
     return jax.device_get(state), done
 
@@ -105,14 +95,9 @@ def snapshot(folder):
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
-def stop_at(folder, done):
-    """Wishes to stop once `done` rounds have rows."""
-    return lambda: len(read_metrics(folder / "metrics.jsonl")) >= done
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of 4 rounds, and how `train` called it."""
+    """A run of 4 rounds."""
     folder = tmp_path_factory.mktemp("finished") / "new" / "run"
     assert run(folder) is True
     return folder
@@ -125,7 +110,7 @@ def six_rounds(tmp_path_factory):
     return folder
 
 
-def test_folder_holds_what_is_promised(finished):
+def test_train_writes_the_files_that_are_promised(finished):
     recorded = json.loads((finished / "config.json").read_text())
     assert recorded == json.loads(json.dumps(tiny_config().to_dict()))
     names = {path.name for path in finished.iterdir()}
@@ -139,7 +124,7 @@ def test_folder_holds_what_is_promised(finished):
     assert partition.index.shape[0] == 4 and partition.size.sum() == 1437
 
 
-def test_rows_hold_what_is_promised(finished):
+def test_train_writes_the_fields_that_are_promised(finished):
     rows = read_metrics(finished / "metrics.jsonl")
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
     always = {"seconds", "train_loss", "load_cv", "bytes_up", "bytes_down"}
@@ -155,7 +140,7 @@ def test_rows_hold_what_is_promised(finished):
         assert len(row.get("expert_accuracy", "abc")) == E
 
 
-def test_summary_follows_from_the_rows(finished):
+def test_finish_summarises_the_rows(finished):
     rows = read_metrics(finished / "metrics.jsonl")
     summary = read_summary(finished)
     assert (summary["strategy"], summary["seed"]) == ("load_balanced", 0)
@@ -174,12 +159,13 @@ def test_summary_follows_from_the_rows(finished):
     assert unpack_measures(summary["measures"], finished) == MEASURES
 
 
-def test_arrays_agree_with_the_state(finished):
+def test_save_arrays_agrees_with_the_state(finished):
     state, done = state_of(finished)
-    assert done == state.round == 4
+    assert done == state.round[0] == 4
+    align = jax.tree.map(lambda leaf: leaf[0], state.align)  # the only run
     with np.load(finished / "final.npz") as arrays:
-        np.testing.assert_array_equal(arrays["times_held"], state.align.times_held)
-        np.testing.assert_array_equal(arrays["fitness"], state.align.fitness)
+        np.testing.assert_array_equal(arrays["times_held"], align.times_held[:, 0])
+        np.testing.assert_array_equal(arrays["fitness"], align.fitness[:, 0])
         assert arrays["capacity"].shape == arrays["tier"].shape == (4,)
         assert arrays["label_counts"].sum() == 1437
         # Every class spreads its gate mass over the experts.
@@ -187,20 +173,20 @@ def test_arrays_agree_with_the_state(finished):
         assert arrays["label_names"].tolist() == [str(i) for i in range(10)]
 
 
-def test_a_run_ends_without_the_file_of_devices(tmp_path):
+def test_save_arrays_needs_no_file_of_devices(tmp_path):
     file = tmp_path / "devices.csv"
     columns = "memory,flops,upload,download,latency,power,radio,tier"
     file.write_text(f"{columns}\n4e9,1e11,5e6,15e6,0.02,5,2,mine\n")
-    plan = train.plan_run(tiny_config(**{"devices.csv": str(file)}), build_mesh(1))
-    state = init_state(jax.random.key(0), plan.hyper, plan.program)
+    plan = plan_run(tiny_config(**{"devices.csv": str(file)}), build_mesh(1))
+    state, _ = init_state(jax.random.key(0), plan.hyper, plan.program)
     file.unlink()
     parts = state.align, state.belief, state.participation
-    train.save_arrays(tmp_path / "final.npz", plan, *parts, np.zeros((3, 10)))
+    save_arrays(tmp_path / "final.npz", plan, *parts, np.zeros((1, 3, 10)))
     with np.load(tmp_path / "final.npz") as arrays:
         assert arrays["tier_names"].tolist() == ["mine"]
 
 
-def test_a_finished_run_is_left_as_it_is(finished, tmp_path):
+def test_train_leaves_a_finished_run_as_it_is(finished, tmp_path):
     again = shutil.copytree(finished, tmp_path / "again")
     assert run(again)
     assert_same_run(again, finished)
@@ -211,7 +197,7 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path):
     [({}, 1), ({}, 3), (OTHER, 2), ({"run.num_devices": 2, "local_epochs": 0.1}, 2)],
     ids=["one", "odd", "other", "ragged on two devices"],
 )
-def test_a_stopped_run_resumes_bitwise(finished, tmp_path, changes, first):
+def test_train_resumes_a_stopped_run_bitwise(finished, tmp_path, changes, first):
     whole = finished
     if changes:
         whole = tmp_path / "whole"
@@ -225,15 +211,15 @@ def test_a_stopped_run_resumes_bitwise(finished, tmp_path, changes, first):
     assert_same_run(parts, whole, **changes)
 
 
-def test_a_profile_is_one_trace_of_a_few_chunks(tmp_path):
+def test_train_traces_a_few_chunks_for_a_profile(tmp_path):
     config = tiny_config(num_rounds=6)
-    assert train.train(config, tmp_path, stop=lambda: False, label="tiny", profile=True)
+    assert train(config, tmp_path, stop=never, label="tiny", profile=True)
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     text = gzip.decompress(trace.read_bytes()).decode()
     assert len(re.findall(r'"PjitFunction|jit_|ThunkExecutor', text)) > 0
 
 
-def test_many_experts_are_evaluated_where_they_are_asked(tmp_path):
+def test_train_evaluates_many_experts_where_they_are_asked(tmp_path):
     fields = {"num_experts": 5, "evaluation.dense_experts": 4}
     assert run(tmp_path, **fields)
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
@@ -244,28 +230,28 @@ def test_many_experts_are_evaluated_where_they_are_asked(tmp_path):
     assert page.exists()
 
 
-def test_scratch_memory_does_not_grow_with_the_cohort(tmp_path):
+def test_build_job_needs_no_more_scratch_memory_for_a_larger_cohort():
     def scratch(cohort_size):
         widths = {f"model.{part}_width": 64 for part in ("stem", "expert", "feature")}
         changes = {"num_clients": 64, "cohort_size": cohort_size} | widths
-        plan = train.plan_run(tiny_config(**changes), build_mesh(1))
-        job = train.build_job(plan, tmp_path, "tiny")
-        program, _ = driver.compile_once(job.run_rounds, job.state, *job.inputs)
+        job = restart(tiny_config(**changes))
+        rounds = job.programs.run_rounds
+        program, _ = loop.compile_once(rounds, job.state, *job.inputs)
         return program.memory_analysis().temp_size_in_bytes
 
     assert scratch(64) < 1.1 * scratch(4)
 
 
-def test_a_run_compiles_its_two_programs_once(tmp_path):
-    before = len(driver._compiled)
+def test_train_compiles_its_two_programs_once(tmp_path):
+    before = len(loop._compiled)
     changes = {"batch_size": 3, "num_rounds": 4}  # sizes of no other test
     assert run(tmp_path / "a", **changes)
-    assert len(driver._compiled) == before + 2
+    assert len(loop._compiled) == before + 2
     assert run(tmp_path / "b", **changes, seed=1)
-    assert len(driver._compiled) == before + 2
+    assert len(loop._compiled) == before + 2
 
 
-def test_more_rounds_continue_the_same_run(finished, six_rounds, tmp_path):
+def test_train_continues_the_same_run_for_more_rounds(finished, six_rounds, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     assert run(folder, num_rounds=6)
     assert_same_run(folder, six_rounds)
@@ -273,7 +259,7 @@ def test_more_rounds_continue_the_same_run(finished, six_rounds, tmp_path):
     assert json.loads((folder / "config.json").read_text())["num_rounds"] == 6
 
 
-def test_a_damaged_checkpoint_costs_rounds_but_changes_nothing(
+def test_train_repeats_rounds_after_a_damaged_checkpoint(
     finished, six_rounds, tmp_path
 ):
     folder = shutil.copytree(finished, tmp_path / "run")
@@ -286,7 +272,7 @@ def test_a_damaged_checkpoint_costs_rounds_but_changes_nothing(
     gc.collect()  # reports Orbax's unawaited reads here and not at the end
 
 
-def test_rows_of_lost_rounds_are_written_once(finished, six_rounds, tmp_path):
+def test_train_writes_rows_of_lost_rounds_once(finished, six_rounds, tmp_path):
     """A run killed between two saves has rows of rounds that it will do again."""
     folder = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "4")
@@ -298,7 +284,7 @@ def test_rows_of_lost_rounds_are_written_once(finished, six_rounds, tmp_path):
     assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_another_config_is_refused_and_nothing_changes(finished):
+def test_train_refuses_another_config_and_changes_nothing(finished):
     before = snapshot(finished)
     with pytest.raises(UserError) as caught:
         run(finished, **{"seed": 3, "client.learning_rate": 0.5, "num_rounds": 8})
@@ -322,14 +308,14 @@ def test_another_config_is_refused_and_nothing_changes(finished):
         ("run.memory_limit_gb", 1e-5),
     ],
 )
-def test_a_refused_config_leaves_no_trace(tmp_path, field, value):
+def test_train_leaves_no_trace_of_a_refused_config(tmp_path, field, value):
     with pytest.raises(UserError, match=field) as caught:
         run(tmp_path / "new" / "run", **{field: value})
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_train_refuses_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=f"workdir={folder} cannot be used"):
@@ -338,21 +324,36 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
-def test_a_folder_with_a_run_of_unknown_config_is_refused(tmp_path, name):
+def test_train_refuses_a_folder_with_a_run_of_unknown_config(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="without its config.json"):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_damaged_config_is_refused(tmp_path):
+def test_train_refuses_a_run_of_an_older_version_in_one_line(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = folder / "config.json"
+    recorded = json.loads(path.read_text())
+    del recorded["plugins"], recorded["loss"]["z"]  # fields that came later
+    path.write_text(json.dumps(recorded))
+    before = snapshot(folder)
+    with pytest.raises(UserError) as caught:
+        run(folder, num_rounds=6)
+    told = str(caught.value)
+    assert told.startswith("the run in this folder was started with an older version")
+    assert "which had no field loss.z; allowed: that version" in told
+    assert "\n" not in told and snapshot(folder) == before
+
+
+def test_train_refuses_a_damaged_config(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match="config.json cannot be read"):
         run(tmp_path)
     assert (tmp_path / "config.json").read_text() == '{"seed": '
 
 
-def test_a_run_that_diverges_goes_on_and_says_so(tmp_path):
+def test_train_goes_on_when_clients_diverge_and_says_so(tmp_path):
     assert run(tmp_path, num_rounds=2, **{"client.learning_rate": 1e38})
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert row["nonfinite_clients"] == C and row["train_loss"] is None
