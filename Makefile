@@ -31,11 +31,12 @@ demo: $(STAMP) ## compare strategies on the digits, offline; a second call resum
 test: $(STAMP) ## run all tests, on the CPU
 	@$(PYTEST)
 
-check: lint ## check style, then run the tests that are not slow
+check: lint ## check style and types, then run the tests that are not slow
 	@$(PYTEST) -m "not slow"
 
-lint: $(STAMP) ## check style and formatting
+lint: $(STAMP) ## check style, formatting and types
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	@$(RUN) -m basedpyright --pythonpath $(RUN)
 
 format: $(STAMP) ## mend style and formatting
 	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .

@@ -157,6 +157,7 @@ def run_case(case: tuple[int, int, int], pool: ThreadPoolExecutor) -> tuple:
     }
     seconds = measure(forms)
     memory = program.memory_analysis()
+    assert memory is not None
     scratch = mesh.size * memory.temp_size_in_bytes / 1e6
     return (
         "{:,} x {}, K = {}".format(*case),

@@ -11,6 +11,7 @@ in a thousand, within 10 seconds a case).
 
 import time
 from statistics import median
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,9 @@ def make_case(seed: int, shape: tuple[int, int], whole: bool) -> tuple:
     if whole:
         low, high = np.floor(low), np.ceil(high)
     every = np.ones(experts, np.float32)
-    bounds = Bounds(
-        np.float32(weight), np.float32(low) * every, np.float32(high) * every
-    )
+    weight, low, high = np.float32(weight), np.float32(low), np.float32(high)
+    fields: dict[str, Any] = dict(weight=weight, low=low * every, high=high * every)
+    bounds = Bounds(**fields)
     return np.float32(scores), capacity, bounds
 
 

@@ -142,6 +142,7 @@ def launch(command: list[str], variables: dict[str, str], timeout: float) -> Lau
         timer.start()
         with process:
             try:
+                assert process.stdout is not None  # a pipe
                 for event in filter(None, map(parse_event, process.stdout)):
                     if event["event"] == "round" and not events:
                         startup = time.perf_counter() - start

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks import launches, peers_page, works
 from benchmarks.launches import Launch, PeerError
@@ -92,7 +92,7 @@ def parse_flags() -> argparse.Namespace:
 def install_all(names: list[str], folder: Path) -> dict[str, Path | PeerError]:
     """The interpreter of each environment that peers need, or why there is none."""
     pythons = {}
-    for environment in {PEERS[name].environment for name in names} - {None}:
+    for environment in {e for name in names if (e := PEERS[name].environment)}:
         try:
             pythons[environment] = launches.install(environment, folder)
         except PeerError as error:
@@ -172,7 +172,7 @@ def build_rows(
         peer = PEERS[key]
         label = peer.label.format(p=processes)
         notes = [peer.note, peer.cnn_note if work.model == "cnn" else ""]
-        row = {"work": name, "peer": label, "kind": peer.kind}
+        row: dict[str, Any] = {"work": name, "peer": label, "kind": peer.kind}
         if launched:
             row |= summarise(work, launched)
             rate = row["examples_per_s"] * works.flops_per_example(work.model) / 1e9

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from benchmarks import page
 from benchmarks.works import WORKS
@@ -76,8 +77,8 @@ def ratio_table(rows: list[dict], names: list[str]) -> str:
         for kind in ("pytorch", "jax"):
             best = fastest(rows, name, kind)
             line.append(best["peer"] if best else "none")
-            known = best and "ratio" in best
-            line.append(f"**{best['ratio']:.2f}**" if known else "unknown")
+            ratio = (best or {}).get("ratio")
+            line.append("unknown" if ratio is None else f"**{ratio:.2f}**")
         lines.append(tuple(line))
     header = ("work", "fastest PyTorch peer", "ours / it", "fastest JAX peer")
     return page.table((*header, "ours / it"), lines)
@@ -115,7 +116,7 @@ def render(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def draw(rows: list[dict]) -> plt.Figure:
+def draw(rows: list[dict]) -> Figure:
     """Examples per second, a panel for each work, ours in colour."""
     names = [name for name in WORKS if any(row["work"] == name for row in rows)]
     figure, axes = plt.subplots(

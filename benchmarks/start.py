@@ -1,7 +1,7 @@
 """A run on synthetic images, started without a work folder: what benchmarks time."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -75,7 +75,7 @@ def start(
 
 
 def time_interleaved(
-    calls: dict[str, Callable[[], object]], repetitions: int
+    calls: Mapping[str, Callable[[], object]], repetitions: int
 ) -> dict[str, list[float]]:
     """Seconds of each call, all of them in turn in every repetition."""
     seconds = {name: [] for name in calls}

@@ -27,7 +27,7 @@ _MODULES = {
     "Measure": "options",
     "UserError": "options",
 }
-__all__ = [*_MODULES, "__version__"]
+__all__ = [*_MODULES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll] see `__getattr__`
 
 
 def __getattr__(name: str) -> Any:

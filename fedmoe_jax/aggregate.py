@@ -35,8 +35,7 @@ from fedmoe_jax.types import (
 LAYERED = ("gate", "experts")  # parts with a subtree and rows [E] per MoE layer
 
 
-@struct.dataclass
-class Sums:
+class Sums(struct.PyTreeNode):
     """Running weighted sums of client deltas.
 
     Attributes:
@@ -155,7 +154,7 @@ def weigh(
 
 def accumulate(
     sums: Sums,
-    which: Array,
+    which: Array | int,
     inputs: ClientInput,
     update: ClientUpdate,
     weights: dict[str, Array],

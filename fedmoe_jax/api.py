@@ -167,11 +167,11 @@ def predict(
     """
     if run.state is None or run.plan is None:
         raise UserError("run has no checkpoint; allowed: a run with a model")
+    program, federation = run.plan.program, run.plan.federation
     rows = fill_rows(run.plan.data.test, inputs)
     personal = take_client(run.state.personal, client)
-    statistics = run.plan.federation.statistics
     apply = lambda rows: apply_model(
-        run.plan.program, run.params, run.frozen, personal, statistics, rows
+        program, run.params, run.frozen, personal, federation.statistics, rows
     )
     starts = range(0, len(jax.tree.leaves(rows)[0]), BATCH)
     take = lambda start: {name: x[start : start + BATCH] for name, x in rows.items()}
@@ -188,8 +188,11 @@ def fill_rows(like: PyTree, inputs: np.ndarray | PyTree) -> PyTree:
     given = {name: np.asarray(leaf) for name, leaf in given.items()}
     for name, leaf in given.items():
         wanted = like.get(name)
-        fits = wanted is not None and leaf.shape[1:] == wanted.shape[1:]
-        if not fits or leaf.dtype != wanted.dtype or not len(leaf):
+        fits = wanted is not None and (leaf.shape[1:], leaf.dtype) == (
+            wanted.shape[1:],
+            wanted.dtype,
+        )
+        if not fits or not len(leaf):
             allowed = {
                 n: f"{x.dtype}[B{''.join(f', {s}' for s in x.shape[1:])}]"
                 for n, x in like.items()
@@ -268,7 +271,7 @@ def keep_devices(config: ConfigDict, folder: Path) -> ConfigDict:
     return config
 
 
-def take_run(state: SimState, inputs: tuple[PyTree, PyTree]) -> tuple:
+def take_run(state: SimState, inputs: tuple[PyTree, PyTree]) -> tuple[SimState, PyTree]:
     """State and frozen parts of the only run of a wave, on the host."""
     first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
     return to_host(first(state)), jax.device_get(first(inputs[0].frozen))

@@ -26,6 +26,8 @@ from fedmoe_jax.types import (
 
 PARTS = ("stem", "gate", "experts", "head")  # of a model
 ALL_EXPERTS = 2**31 - 1  # as `Strategy.local_experts`
+# None in the record that a user fills, and never None in a program: the config decides.
+Open = Any
 
 
 class Data(NamedTuple):
@@ -243,15 +245,15 @@ class Strategy(NamedTuple):
     init: Callable[[Sizes], PyTree] = no_state
     update: UpdateFn = same_state
     report: Callable[..., PyTree] | None = None
-    stages: tuple[tuple[int | str, Callable[..., tuple[Any, PyTree]]], ...] = ()
+    stages: tuple[tuple[Any, Callable[..., tuple[Any, PyTree]]], ...] = ()
     exchange: Callable[..., tuple[PyTree, PyTree, Array, Array]] | None = None
-    gate_weight: Callable[..., Array] | None = None
-    expert_weight: Callable[..., Array] | None = None
-    gate_loss: Callable[..., Array] | None = None
+    gate_weight: Callable[..., Array] | Open = None
+    expert_weight: Callable[..., Array] | Open = None
+    gate_loss: Callable[..., Array] | Open = None
     expert_priority: Callable[[Array, Hyper], Array] | None = None
     mix: str = "outputs"
     step_scale: Callable[[Array, Array, float], Array] | None = None
-    personal: tuple[str, ...] | None = None
+    personal: tuple[str, ...] | Open = None
     local_experts: int = 0
     frozen: tuple[str, ...] = ()
     silent: bool = False
@@ -259,7 +261,7 @@ class Strategy(NamedTuple):
     variates: bool = False
     gate_period: Callable[[Hyper], Array] | None = None
     test_active: int = 0
-    every_expert: bool | None = None
+    every_expert: bool | Open = None
     one_layer: bool = False
 
 

@@ -38,8 +38,7 @@ from fedmoe_jax.world.outcome import STALE, Conditions, Outcome
 JudgeFn = Callable[[Conditions, Array, Array], Outcome]
 
 
-@struct.dataclass
-class Reply:
+class Reply(struct.PyTreeNode):
     """The part of each client's update that the server keeps (leading C axis).
 
     Attributes:
@@ -213,9 +212,9 @@ def train_share(
         return update, keep_if(outcome.arrived, weights), reply
 
     def add_client(totals: Sums, client: tuple) -> tuple[Sums, None]:
-        code, *client = client
+        code, *sent = client
         which = (code == STALE).astype(jnp.int32) if stale else 0
-        return accumulate(totals, which, *client), None
+        return accumulate(totals, which, *sent), None
 
     def one_chunk(totals: Sums, chunk: tuple) -> tuple[Sums, Reply]:
         inputs, _ = chunk
@@ -320,7 +319,7 @@ def exchange(
     if act is None:
         nothing = jnp.zeros(evidence.client.shape)
         return personal, align, (nothing, nothing)
-    personal, state, *counts = act(
+    personal, state, sent, received = act(
         personal, align.strategy, evidence, replies.arrived, hyper
     )
-    return personal, align.replace(strategy=state), tuple(counts)
+    return personal, align.replace(strategy=state), (sent, received)

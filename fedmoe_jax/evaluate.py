@@ -143,7 +143,7 @@ def count_examples(
     examples = read_examples(federation, position, amount, program)
     params = join_frozen(state, federation, program)
     clients = view_clients(state, federation)
-    if program.model.parts:
+    if sets is None:
         counts = score_parts(params, clients, examples, program)
     else:
         own = params, federation.frozen

@@ -1,5 +1,7 @@
 """From a config and its data to the federation: who owns what, on which device."""
 
+from typing import Any
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -104,7 +106,7 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     if find_strategy(config.strategy).pooled:
         partition, devices = pool(partition), unlimited_device()
         drift_source = np.zeros(1, np.int32)
-    return Federation(
+    on_host: dict[str, Any] = dict(
         train=data.train,
         index=partition.index,
         size=partition.size,
@@ -118,3 +120,4 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
         frozen={},
         drift_source=drift_source,
     )
+    return Federation(**on_host)

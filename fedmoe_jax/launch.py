@@ -76,7 +76,7 @@ def describe_fields() -> str:
 def prepare_help() -> None:
     """Makes absl's help that of this module, whichever file was started."""
     fields = f"\nconfig fields, their defaults and meanings:\n\n{describe_fields()}\n"
-    sys.modules["__main__"].__doc__ = __doc__ + fields
+    sys.modules["__main__"].__doc__ = f"{__doc__}{fields}"
     for flag in flags.FLAGS.get_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 

@@ -11,8 +11,7 @@ from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, ClientInput, Feedback, Hyper, PyTree
 
 
-@struct.dataclass
-class FeedbackSums:
+class FeedbackSums(struct.PyTreeNode):
     """Running sums over the positions that one client has trained on in a round.
 
     A position is an image or a token; it counts with its weight.
@@ -61,11 +60,11 @@ def make_report(
     routing: Routing, batch: PyTree, hyper: Hyper, program: Program
 ) -> PyTree:
     """The strategy's report on a batch, leaves [G, ...]; None without one."""
-    strategy, num_layers = program.strategy, program.sizes.num_layers
-    if strategy.report is None or routing.logits is None:
+    report, num_layers = program.strategy.report, program.sizes.num_layers
+    if report is None or routing.logits is None:
         return None
-    report = lambda layer: strategy.report(layer, batch, hyper)
-    return map_layers(report, num_layers, in_axes=0)(routing)
+    report_layer = lambda layer: report(layer, batch, hyper)
+    return map_layers(report_layer, num_layers, in_axes=0)(routing)
 
 
 def shape_report(hyper: Hyper, program: Program) -> PyTree:
@@ -168,8 +167,8 @@ def sum_gate_losses(
 def make_route(inputs: ClientInput, hyper: Hyper, program: Program) -> Route:
     """How the strategy has ONE client route its examples in training."""
     strategy, priority = program.strategy, None
-    if strategy.expert_priority:
-        priority = lambda gates: strategy.expert_priority(gates, hyper)
+    if rate := strategy.expert_priority:
+        priority = lambda gates: rate(gates, hyper)
     return Route(program.sizes.num_active, strategy.mix, priority, inputs.budget)
 
 

@@ -357,6 +357,9 @@ def unpack_measures(tree: Mapping[str, Any], path: Path) -> dict[str, Measure]:
 
 
 def _unpack(fields: Mapping[str, Any]) -> Measure:
-    tree = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    curve = Curve(**tree["curve"]) if "curve" in tree else None
-    return Measure(**tree | {"curve": curve})
+    tree: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+    }
+    if "curve" in tree:
+        tree["curve"] = Curve(**tree["curve"])
+    return Measure(**tree)

@@ -147,7 +147,7 @@ def _check_names(where: str, records: Any, table: Mapping[str, Any]) -> None:
 
 
 def _take_defaults(
-    where: str, options: Iterable[Option], fields: Mapping[str, Option]
+    where: str, options: Iterable[Option], fields: dict[str, Option]
 ) -> dict[str, Any]:
     """Defaults of the options that are no fields yet; records may share a field."""
     new: dict[str, Option] = {}

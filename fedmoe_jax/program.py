@@ -19,7 +19,7 @@ from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
 from fedmoe_jax.tasks.batches import BatchShapes, shape_batch
-from fedmoe_jax.types import Federation, Hyper, PyTree, Sizes, Static
+from fedmoe_jax.types import Array, Federation, Hyper, PyTree, Sizes, Static
 from fedmoe_jax.world import PROCESSES
 from fedmoe_jax.world.costs import Costs, count_costs, scale_costs
 from fedmoe_jax.world.step import Chain
@@ -153,7 +153,7 @@ def make_hyper(config: ConfigDict) -> Hyper:
     return group(numbers | {"strategy": np.int32(0)}, "hyper")
 
 
-def longest(steps: np.ndarray, ragged: bool) -> int:
+def longest(steps: np.ndarray | Array, ragged: bool) -> int:
     """T: the most steps of any client.
 
     Where they differ it is rounded up to a power of two, so that most seeds share one
@@ -205,12 +205,13 @@ def count_report(
       batch: shapes of the batch.
       hyper: hyperparameters.
     """
-    if strategy.report is None or routing.logits is None:
+    make_report = strategy.report
+    if make_report is None or routing.logits is None:
         return 0
     layer = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), routing
     )
-    report = jax.eval_shape(lambda *r: strategy.report(*r, hyper), layer, batch)
+    report = jax.eval_shape(lambda *r: make_report(*r, hyper), layer, batch)
     each = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(report))
     return len(routing.gates) * each
 

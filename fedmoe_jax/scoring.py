@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.base import Scores
+from fedmoe_jax.base import Parts, Scores
 from fedmoe_jax.models.dispatch import dispatch
 from fedmoe_jax.models.image_moe import apply_experts, log_probabilities
 from fedmoe_jax.models.routing import gate_logits, route
@@ -98,9 +98,15 @@ def sum_scores(outputs: PyTree, examples: Examples, program: Program) -> Array:
     return sum_strata(scores.score, scores, examples.stratum)
 
 
+def take_parts(program: Program) -> Parts:
+    """The parts of the model, which has them wherever this file scores it."""
+    assert program.model.parts is not None
+    return program.model.parts
+
+
 def encode(params: PyTree, examples: Examples, program: Program) -> Encoded:
     """The examples behind the server's stem and gate."""
-    stem = program.model.parts.stem
+    stem = take_parts(program).stem
     features = stem(params["stem"], examples.batch, None)
     logits = None
     if not program.strategy.personal:
@@ -112,6 +118,7 @@ def encode(params: PyTree, examples: Examples, program: Program) -> Encoded:
 def own_logits(client: ClientView, encoded: Encoded) -> Array:
     """[B, E] gate logits of ONE client: the server's, unless gates are personal."""
     if "gate" not in client.personal:
+        assert encoded.logits is not None
         return encoded.logits
     (gate,) = client.personal["gate"].values()
     return gate_logits(gate, encoded.features)
@@ -221,7 +228,7 @@ def score_experts(
 
 def answer_experts(head: PyTree, outputs: Array, program: Program) -> Array:
     """Every expert's outputs [B, E, L], or probabilities where they are mixed."""
-    answers = program.model.parts.head(head, outputs)
+    answers = take_parts(program).head(head, outputs)
     mixed = program.strategy.mix == "probabilities"
     return jax.nn.softmax(answers) if mixed else answers
 
@@ -231,7 +238,7 @@ def answer_personal(
 ) -> tuple[Array, Array]:
     """Gate logits [B, E] and answers [B, E, L] of ONE client's own whole model."""
     everything = jnp.arange(program.sizes.num_experts)[None]
-    parts, local = program.model.parts, program.strategy.local_experts
+    parts, local = take_parts(program), program.strategy.local_experts
     own = take_submodel(params, client.personal, everything, local)
     (gate,), (experts,) = own["gate"].values(), own["experts"].values()
     features = parts.stem(own["stem"], examples.batch, None)
@@ -244,7 +251,7 @@ def answer_needed(
 ) -> Array:
     """Answers [B, E, L] of the server's experts, of all or of those that are needed."""
     (experts,), head = params["experts"].values(), params["head"]
-    parts = program.model.parts
+    parts = take_parts(program)
     if program.strategy.every_expert:
         outputs = apply_experts(parts, experts, encoded.features, None)
         return answer_experts(head, outputs, program)
@@ -313,6 +320,6 @@ def score_parts(
     answers = answer_needed(params, encoded, clients, program)
     answer = lambda client: (own_logits(client, encoded), answers)
     counts = score_clients(clients, answer, examples, program)
-    if not personal:
+    if encoded.logits is not None:
         counts |= score_whole(encoded.logits, answers, examples, program)
     return counts

@@ -70,7 +70,7 @@ class Keys(NamedTuple):
         return jax.random.fold_in(self.run, purpose)
 
 
-def make_keys(run: Array, round: Array) -> Keys:
+def make_keys(run: Array, round: Array | int) -> Keys:
     """The keys of a round from the run's key, which is not consumed."""
     key = jax.random.fold_in(run, round)
     return Keys(key, run, *jax.random.split(key, 3))
@@ -121,8 +121,7 @@ class Partition(NamedTuple):
     public: Any
 
 
-@struct.dataclass
-class Devices:
+class Devices(struct.PyTreeNode):
     """What every client's device can do, true values.
 
     Attributes:
@@ -146,8 +145,7 @@ class Devices:
     tier: Array
 
 
-@struct.dataclass
-class Federation:
+class Federation(struct.PyTreeNode):
     """Everything a round reads and never writes; replicated on every device.
 
     Attributes:
@@ -190,8 +188,7 @@ PER_RUN = (
 )
 
 
-@struct.dataclass
-class AlignState:
+class AlignState(struct.PyTreeNode):
     """What the server has learnt about clients and experts.
 
     Attributes:
@@ -214,8 +211,7 @@ class AlignState:
     detector: PyTree = struct.field(default_factory=dict)
 
 
-@struct.dataclass
-class SimState:
+class SimState(struct.PyTreeNode):
     """The simulation. One pytree of arrays; a checkpoint is exactly this.
 
     Attributes:
@@ -250,8 +246,7 @@ class SimState:
     participation: PyTree = struct.field(default_factory=dict)
 
 
-@struct.dataclass
-class Assignment:
+class Assignment(struct.PyTreeNode):
     """Which experts each cohort client holds, as slots.
 
     Attributes:
@@ -267,8 +262,7 @@ class Assignment:
     calibration: Array | None = None
 
 
-@struct.dataclass
-class Evidence:
+class Evidence(struct.PyTreeNode):
     """What a strategy may look at when it decides for a cohort.
 
     Attributes:
@@ -292,8 +286,7 @@ class Evidence:
     state: PyTree = struct.field(default_factory=dict)
 
 
-@struct.dataclass
-class Feedback:
+class Feedback(struct.PyTreeNode):
     """What a client reports about the experts in its slots (leading C axis in a round).
 
     Attributes:
@@ -311,8 +304,7 @@ class Feedback:
     peak: Array
 
 
-@struct.dataclass
-class ClientInput:
+class ClientInput(struct.PyTreeNode):
     """The inputs of one client's round (a leading C axis in a round).
 
     Attributes:
@@ -340,8 +332,7 @@ class ClientInput:
     distortion: Array | None = None
 
 
-@struct.dataclass
-class ClientUpdate:
+class ClientUpdate(struct.PyTreeNode):
     """The result of one client's round.
 
     Attributes:

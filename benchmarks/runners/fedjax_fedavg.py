@@ -6,7 +6,7 @@ Its `pmap` backend does not run on current JAX. The data are float32 ahead of ti
 
 import jax
 
-jax.tree_map = jax.tree.map
+jax.tree_map = jax.tree.map  # pyright: ignore[reportAttributeAccessIssue] see above
 
 import fedjax  # noqa: E402
 import jax_models  # noqa: E402

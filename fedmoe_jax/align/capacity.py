@@ -25,8 +25,7 @@ REPORT, EXPLORE = 1100, 1101
 HONESTY = 2**32 - 5
 
 
-@struct.dataclass
-class History:
+class History(struct.PyTreeNode):
     """What the server has seen of every client's rounds.
 
     Attributes:
@@ -41,8 +40,7 @@ class History:
     room: Array
 
 
-@struct.dataclass
-class Belief:
+class Belief(struct.PyTreeNode):
     """What the server believes.
 
     Attributes:

@@ -14,8 +14,7 @@ from fedmoe_jax.align.fitness import init_fitness
 from fedmoe_jax.types import Array
 
 
-@struct.dataclass
-class Detector:
+class Detector(struct.PyTreeNode):
     """What the detector knows about every client.
 
     Attributes:
@@ -118,7 +117,7 @@ def reset_fitness(
       noise: as in `init_fitness`.
     """
     chex.assert_shape(alarm, (fitness.shape[0],))
-    fresh = init_fitness(key, *fitness.shape, prior, noise)
+    fresh = init_fitness(key, *fitness.shape, prior=prior, noise=noise)
     return jnp.where(alarm[:, None], fresh, fitness)
 
 

@@ -23,6 +23,7 @@ def init_mass(sizes: Sizes) -> PyTree:
 
 def report_mass(routing: Routing, batch: PyTree, hyper: Hyper) -> Array:
     """ONE client's report on a batch: its mean gate over all experts, [E]."""
+    assert routing.logits is not None  # with one expert there is no report
     return jax.nn.softmax(routing.logits).mean(0)
 
 

@@ -1,5 +1,7 @@
 """Steps 3 and 6 of a round over the MoE layers of the model."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,9 @@ from fedmoe_jax.types import (
 )
 
 # The place of G in the leaves; None where all layers share the leaf.
-EVIDENCE = Evidence(
-    *(None, None),
+_EVIDENCE: dict[str, Any] = dict(
+    round=None,
+    client=None,
     fitness=1,
     usage=0,
     capacity=None,
@@ -30,7 +33,10 @@ EVIDENCE = Evidence(
     held=1,
     state=0,
 )
-ALIGN = AlignState(fitness=1, usage=0, held=1, times_held=1, strategy=0, detector=0)
+_ALIGN: dict[str, Any] = dict(
+    fitness=1, usage=0, held=1, times_held=1, strategy=0, detector=0
+)
+EVIDENCE, ALIGN = Evidence(**_EVIDENCE), AlignState(**_ALIGN)
 
 
 def assign(

@@ -101,7 +101,7 @@ def learn(
         idle_decay=decay,
         idle_target=target,
     )
-    if reaction == "reset":
+    if alarm is not None and reaction == "reset":
         numbers = hyper.fitness
         fitness = reset_fitness(key, fitness, alarm, numbers.prior, numbers.noise)
         forgotten = jnp.where(alarm[:, None], 0, detector.evidence)

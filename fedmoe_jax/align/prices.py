@@ -16,8 +16,7 @@ COARSEST, RIDGE = 0.05, 0.05
 GROW, SHRINK = 1.2, 0.5
 
 
-@struct.dataclass
-class Bounds:
+class Bounds(struct.PyTreeNode):
     """What every expert's load should keep to.
 
     Attributes:

@@ -55,7 +55,7 @@ def load_cifar10(data_dir: Path) -> Data:
 
 def _label(arrays: dict[str, np.ndarray]) -> Data:
     names = tuple(str(name) for name in arrays["label_names"])
-    return label_images(*(arrays[name] for name in ARRAYS[:-1]), names)
+    return label_images(*(arrays[name] for name in ARRAYS[:-1]), label_names=names)
 
 
 def prepare_cifar10(data_dir: Path, manual_dir: str) -> Path:
@@ -178,7 +178,9 @@ def _make_builder(data_dir: Path) -> Any:
 
 def _read_member(archive: Path, name: str) -> bytes:
     with tarfile.open(archive) as tar:
-        return tar.extractfile(f"cifar-10-batches-bin/{name}").read()
+        member = tar.extractfile(f"cifar-10-batches-bin/{name}")
+        assert member is not None  # it is a file
+        return member.read()
 
 
 def _read_examples(archive: Path, split: str) -> Iterator[tuple[int, dict]]:

@@ -184,6 +184,7 @@ def _own_natural(
     stratum: np.ndarray, options: Options, rng: np.random.Generator
 ) -> np.ndarray:
     """The data's own clients."""
+    assert options.owner is not None  # `_check_natural`
     return options.owner
 
 

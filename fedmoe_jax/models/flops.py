@@ -55,6 +55,7 @@ def count_flops(function: Callable, *arguments: PyTree) -> float:
     host = jax.local_devices(backend="cpu")[0]  # others cannot count before compiling
     with jax.default_device(host):
         analysis = jax.jit(function).lower(*arguments).cost_analysis()
+    assert analysis is not None
     return float(analysis.get("flops", 0.0))  # a flat stem has none
 
 
@@ -106,8 +107,8 @@ def count_activation_bytes(model: Model, batch: BatchShapes, experts: int) -> fl
     rows, parts = batch.of(MARK), model.parts
     inputs = shape_inputs(model, rows, experts)
     if parts is None:
-        forward = lambda *inputs: model.apply(*inputs, Route(experts), None)
-        return _sum_marked(forward, *inputs)
+        whole = lambda *inputs: model.apply(*inputs, Route(experts), None)
+        return _sum_marked(whole, *inputs)
     params = inputs[0]
     (held,) = params["experts"].values()
 

@@ -40,13 +40,13 @@ def apply_experts(
     count = jax.tree.leaves(experts)[0].shape[0]
     keys = None if key is None else jax.random.split(key, count)
     if jax.default_backend() != "cpu":
-        axes = (0, None, None if key is None else 0)
+        axes = (0, None, None if keys is None else 0)
         return jax.vmap(parts.expert, axes, out_axes=1)(experts, features, keys)
     # On CPU a loop is faster: vmapping batches small products and groups convolutions.
     outputs = []
     for i in range(count):
         row = jax.tree.map(lambda leaf, i=i: leaf[i], experts)
-        outputs.append(parts.expert(row, features, None if key is None else keys[i]))
+        outputs.append(parts.expert(row, features, None if keys is None else keys[i]))
     return jnp.stack(outputs, axis=1)
 
 
@@ -59,6 +59,7 @@ def freeze_others(outputs: Array, gates: Array, slot: Array, route: Route) -> Ar
       slot: [K] bool.
       route: with `priority` and `budget`.
     """
+    assert route.priority is not None and route.budget is not None
     value = jax.lax.stop_gradient(route.priority(gates))
     rank = jnp.argsort(jnp.argsort(jnp.where(slot, -value, jnp.inf)))
     chosen = (rank < route.budget)[None, :, None]
@@ -186,7 +187,8 @@ def build_model(
     parts = Parts(
         stem=run_stem,
         expert=run_expert,
-        head=lambda params, x: head_module.apply({"params": params}, x),
+        # A tuple only of mutable collections.
+        head=lambda params, x: head_module.apply({"params": params}, x),  # pyright: ignore[reportArgumentType]
     )
     apply = functools.partial(apply_parts, parts=parts, num_experts=num_experts)
     return Model(init=init, apply=apply, parts=parts)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedmoe_jax.measures import MEASURES
-from fedmoe_jax.options import FINAL, Measure
+from fedmoe_jax.options import FINAL, Curve, Measure
 from fedmoe_jax.report.curves import Tracks, cost_curves
 from fedmoe_jax.report.figures import Picture, find_chance
 from fedmoe_jax.report.rows import measured, spend_so_far
@@ -92,7 +92,7 @@ def _single(
 
 
 def _compared(
-    groups: Mapping[str, Sequence[Run]], measure: Measure, cost: Cost
+    groups: Mapping[str, Sequence[Run]], measure: Measure, curve: Curve, cost: Cost
 ) -> Iterator[Picture]:
     """One measure of all strategies that have the cost."""
     lines, missing = [], []
@@ -102,12 +102,12 @@ def _compared(
         missing += [] if found else [label]
     if lines:
         runs = [run for group in groups.values() for run in group]
-        chance = find_chance(runs) if measure.curve.chance else None
-        name = f"{measure.line} accuracy" if measure.line else measure.curve.label
+        chance = find_chance(runs) if curve.chance else None
+        name = f"{measure.line} accuracy" if measure.line else curve.label
         caption = f"{name} {cost.caption}"
         if missing:
             caption += f" Left out: {', '.join(missing)}, which {cost.without}."
-        figure = cost_curves(lines, cost.label, measure.curve.label, chance)
+        figure = cost_curves(lines, cost.label, curve.label, chance)
         yield Picture(f"{measure.field}_{cost.name}", caption, figure)
 
 
@@ -122,4 +122,4 @@ def cost_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
         for measure in measures:
             if measure.curve and measure.curve.costs:
                 for cost in COSTS:
-                    yield from _compared(groups, measure, cost)
+                    yield from _compared(groups, measure, measure.curve, cost)

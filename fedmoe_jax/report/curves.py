@@ -88,40 +88,43 @@ def _look(place: int) -> dict[str, Any]:
     return dict(color=COLOURS[place % len(COLOURS)], ls=dash)
 
 
-def _axes(labels: Sequence[str], xlabel: str, ylabel: str) -> Axes:
-    """Axes of a figure with room for the names at the curves' ends."""
+def _open(labels: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """A figure and its axes, with room for the names at the curves' ends."""
     height = max(2.5, LINE_INCHES * len(labels) + 0.8)
     size = (3.0 + 0.06 * max(map(len, labels)), height)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_locator(ticks(5))
-    return axes
+    return figure, axes
 
 
 def _compare(axes: Axes, reference: Reference) -> None:
     if reference is not None:
         level, name = reference
         axes.axhline(level, color=GREY, lw=0.8, ls=":")
-        at = dict(xycoords=axes.get_yaxis_transform(), textcoords="offset points")
+        at: dict[str, Any] = dict(
+            xycoords=axes.get_yaxis_transform(), textcoords="offset points"
+        )
         axes.annotate(name, (0.02, level), (0, 2), color=GREY, size=6.5, **at)
 
 
 def _label_ends(
-    axes: Axes, last: float, ends: Sequence[tuple[float, float, str, str]]
+    figure: Figure, last: float, ends: Sequence[tuple[float, float, str, str]]
 ) -> None:
     """Fits the axes to 0 .. `last`; writes (x, y, text, colour) at their right."""
+    (axes,) = figure.axes
     axes.set_xlim(0, last)
     low, high = axes.get_ylim()
     low = 0 if low < high / 2 else low
     axes.set_ylim(low, high)
-    gap = (high - low) * LINE_INCHES / (axes.figure.get_figheight() - 0.55)
+    gap = (high - low) * LINE_INCHES / (figure.get_figheight() - 0.55)
     places = spread(np.array([end[1] for end in ends]), gap, low, high)
     beside = axes.get_yaxis_transform()
-    leader = dict(lw=0.6, clip_on=False, transform=beside)
+    leader: dict[str, Any] = dict(lw=0.6, clip_on=False, transform=beside)
     for (x, y, text, colour), place in zip(ends, places, strict=True):
         axes.plot([x, last], [y, y], color=colour, lw=0.5, alpha=0.5)
         axes.plot([1, 1.04], [y, place], color=colour, **leader)
-        letters = dict(color=colour, size=7, va="center")
+        letters: dict[str, Any] = dict(color=colour, size=7, va="center")
         axes.text(1.055, place, text, transform=beside, **letters)
 
 
@@ -134,7 +137,7 @@ def curves(series: Sequence[Series], ylabel: str, reference: Reference) -> Figur
       ylabel: name and unit of the values.
       reference: a level to compare with and its name, drawn as a dotted line.
     """
-    axes = _axes([line.label for line in series], "Round", ylabel)
+    figure, axes = _open([line.label for line in series], "Round", ylabel)
     _compare(axes, reference)
     ends = []
     for place, label, rounds, values in series:
@@ -144,8 +147,8 @@ def curves(series: Sequence[Series], ylabel: str, reference: Reference) -> Figur
             band = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
             axes.fill_between(rounds, *band, color=look["color"], alpha=0.13, lw=0)
         ends.append((rounds[-1], mean[-1], label, look["color"]))
-    _label_ends(axes, max(line.rounds[-1] for line in series), ends)
-    return axes.figure
+    _label_ends(figure, max(line.rounds[-1] for line in series), ends)
+    return figure
 
 
 @rc_context(STYLE)
@@ -160,7 +163,7 @@ def cost_curves(
       ylabel: name and unit of the values.
       reference: as in `curves`.
     """
-    axes = _axes([track.label for track in tracks], xlabel, ylabel)
+    figure, axes = _open([track.label for track in tracks], xlabel, ylabel)
     _compare(axes, reference)
     ends = []
     for place, label, seeds in tracks:
@@ -173,5 +176,5 @@ def cost_curves(
         ends.append((end[0][-1], end[1][-1], label, look["color"]))
         axes.plot(*ends[-1][:2], "o", ms=2.5, color=look["color"], clip_on=False)
     last = max(costs[-1] for track in tracks for costs, _ in track.seeds)
-    _label_ends(axes, last, ends)
-    return axes.figure
+    _label_ends(figure, last, ends)
+    return figure

@@ -105,7 +105,7 @@ def _participation(run: Run) -> Iterator[Picture]:
                 counted,
                 run.rows[-1]["round"],
                 arrays["tier"],
-                arrays.get("tier_names", run.config["devices"]["tiers"]),
+                arrays.get("tier_names", np.array(run.config["devices"]["tiers"])),
             ),
         )
 

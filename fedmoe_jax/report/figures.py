@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedmoe_jax.options import EXPERTS, FINAL, ROUNDS, Measure
+from fedmoe_jax.options import EXPERTS, FINAL, ROUNDS, Curve, Measure
 from fedmoe_jax.report import plots
 from fedmoe_jax.report.curves import Series, curves
 from fedmoe_jax.report.rows import measured, name_experts, stack_experts
@@ -82,11 +82,14 @@ def curve_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
         yield from _accuracy_picture(runs, [m for m in measures if m.line])
     for measure in measures:
         if measure.curve and not (alone and measure.line):
-            yield from _curve_picture(groups, runs, measure)
+            yield from _curve_picture(groups, runs, measure, measure.curve)
 
 
 def _curve_picture(
-    groups: Mapping[str, Sequence[Run]], runs: Sequence[Run], measure: Measure
+    groups: Mapping[str, Sequence[Run]],
+    runs: Sequence[Run],
+    measure: Measure,
+    curve: Curve,
 ) -> Iterator[Picture]:
     """One measure of all strategies; none where no run has it."""
     if measure.varies_over == ROUNDS and not any(varies(run, measure) for run in runs):
@@ -96,7 +99,7 @@ def _curve_picture(
         if measure.of != EXPERTS or num_experts(group[0]) != 1:
             lines += measure_series(place, label, group, measure)
     if lines:
-        label, caption, chance, _ = measure.curve
+        label, caption, chance, _ = curve
         reference = find_chance(runs) if chance else None
         yield Picture(measure.field, caption, curves(lines, label, reference))
 
@@ -134,7 +137,7 @@ def population_pictures(run: Run) -> Iterator[Picture]:
         "mean strongly non-IID clients, which one shared model serves badly.",
         plots.partition_bubbles(arrays["label_counts"], names),
     )
-    tiers = arrays.get("tier_names", run.config["devices"]["tiers"])
+    tiers = arrays.get("tier_names", np.array(run.config["devices"]["tiers"]))
     if len(arrays["capacity"]) < len(arrays["label_counts"]):
         return  # all data in one place, and no devices
     yield Picture(

@@ -5,7 +5,7 @@ those of a paper's column, so that the letters stay readable in print.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -22,11 +22,13 @@ GREY = "#666666"
 DPI = 200
 PARTICIPATION_BARS = 20  # at most
 LINE_INCHES = 0.125  # height of one line of the small letters
-STYLE = {"font.size": 8, "axes.linewidth": 0.6, "legend.frameon": False}
+STYLE: dict[Any, Any] = {"font.size": 8, "axes.linewidth": 0.6, "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.fontsize": 7, "legend.title_fontsize": 7, "legend.loc": "upper left"}
 for _axis in ("xtick", "ytick"):
     STYLE |= {f"{_axis}.labelsize": 7, f"{_axis}.major.width": 0.6}
+
+Names = Sequence[str] | np.ndarray
 
 
 class Dots(NamedTuple):
@@ -58,7 +60,7 @@ def dots(labels: Sequence[str], panels: Sequence[Dots]) -> Figure:
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(grid, panels, strict=True):
         for row, values in enumerate(panel.points):
-            look = dict(color=COLOURS[row % len(COLOURS)])
+            look: dict[str, Any] = dict(color=COLOURS[row % len(COLOURS)])
             axes.plot(values, np.full(len(values), row), "o", ms=3, alpha=0.45, **look)
             look |= dict(fmt="|", ms=8, mew=1.4, elinewidth=0.9)
             axes.errorbar(panel.mean[row], row, xerr=panel.half[row], **look)
@@ -80,8 +82,8 @@ def _heat(
     """A heat map; names are of the x axis, the y axis and the colours."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot(xlabel=names[0], ylabel=names[1])
-    look = dict(cmap=MAP, aspect="auto", interpolation="nearest") | look
-    image = axes.imshow(values, **look)
+    shown: dict[str, Any] = dict(cmap=MAP, aspect="auto", interpolation="nearest")
+    image = axes.imshow(values, **shown | look)
     axes.spines[:].set_visible(False)
     axes.xaxis.set_major_locator(ticks(8))
     axes.yaxis.set_major_locator(ticks(10))
@@ -103,7 +105,8 @@ def _mark_layers(figure: Figure, name: str, num_layers: int, num_experts: int) -
     if num_layers == 1:
         return
     axes = figure.axes[0]
-    axis, line = getattr(axes, f"{name}axis"), dict(color="white", lw=1.0)
+    axis = getattr(axes, f"{name}axis")
+    line: dict[str, Any] = dict(color="white", lw=1.0)
     axis.set_label_text("Layer.expert")
     axis.set_major_formatter(
         lambda at, _: ".".join(map(str, divmod(int(at), num_experts)))
@@ -149,7 +152,7 @@ def _pair_map(values: np.ndarray, names: tuple[str, str, str], **look) -> Figure
 
 
 @rc_context(STYLE)
-def specialisation_map(shares: np.ndarray, label_names: Sequence[str]) -> Figure:
+def specialisation_map(shares: np.ndarray, label_names: Names) -> Figure:
     """Share of each class's gate mass that goes to each expert, [G, E, L] in [0, 1]."""
     num_layers, num_experts, num_labels = shares.shape
     shares = shares.reshape(-1, num_labels)
@@ -160,7 +163,7 @@ def specialisation_map(shares: np.ndarray, label_names: Sequence[str]) -> Figure
     _mark_layers(figure, "y", num_layers, num_experts)
     axes = figure.axes[0]
     _name_classes(axes, label_names)
-    place = dict(ha="center", va="center", size=5.5)
+    place: dict[str, Any] = dict(ha="center", va="center", size=5.5)
     for expert, label in np.argwhere(shares >= 0.005):
         share = shares[expert, label]
         place["color"] = "black" if share > 0.45 * np.nanmax(shares) else "white"
@@ -168,16 +171,16 @@ def specialisation_map(shares: np.ndarray, label_names: Sequence[str]) -> Figure
     return figure
 
 
-def _name_classes(axes: Axes, names: Sequence[str]) -> None:
+def _name_classes(axes: Axes, names: Names) -> None:
     """Names the x axis's ticks; names that would touch one another are turned."""
-    turned = dict(rotation=45, ha="right", rotation_mode="anchor")
+    turned: dict[str, Any] = dict(rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xticks(
         range(len(names)), names, **turned if max(map(len, names)) > 2 else {}
     )
 
 
 @rc_context(STYLE)
-def partition_bubbles(label_counts: np.ndarray, label_names: Sequence[str]) -> Figure:
+def partition_bubbles(label_counts: np.ndarray, label_names: Names) -> Figure:
     """Examples of every client and class, [N, L], as areas of bubbles."""
     num_clients, num_labels = label_counts.shape
     size = _client_size(0.2 * num_labels + 1.3, num_clients)
@@ -185,7 +188,7 @@ def partition_bubbles(label_counts: np.ndarray, label_names: Sequence[str]) -> F
     axes = figure.add_subplot(xlabel="Class", ylabel="Client")
     # The widest bubble is a little wider than a row; scatter wants points squared.
     widest = 1.4 * 72 * (size[1] - 0.9) / num_clients
-    look = dict(color=COLOURS[0], lw=0)
+    look: dict[str, Any] = dict(color=COLOURS[0], lw=0)
     client, label = np.nonzero(label_counts)
     most = max(int(label_counts.max()), 1)
     areas = widest**2 * label_counts[client, label] / most
@@ -201,9 +204,7 @@ def partition_bubbles(label_counts: np.ndarray, label_names: Sequence[str]) -> F
 
 
 @rc_context(STYLE)
-def capacity_bars(
-    capacity: np.ndarray, tier: np.ndarray, tier_names: Sequence[str]
-) -> Figure:
+def capacity_bars(capacity: np.ndarray, tier: np.ndarray, tier_names: Names) -> Figure:
     """A histogram of the experts that clients can hold, [N] each, by device tier."""
     edges = np.arange(min(capacity.min(), 1), max(capacity.max(), 1) + 2) - 0.5
     return _tier_bars("Experts a client can hold", capacity, edges, tier, tier_names)
@@ -214,7 +215,7 @@ def participation_bars(
     participation: np.ndarray,
     num_rounds: int,
     tier: np.ndarray,
-    tier_names: Sequence[str],
+    tier_names: Names,
 ) -> Figure:
     """A histogram of the rounds in which clients counted, [N] each, by device tier."""
     width = -(-(num_rounds + 1) // PARTICIPATION_BARS)
@@ -228,7 +229,7 @@ def _tier_bars(
     values: np.ndarray,
     edges: np.ndarray,
     tier: np.ndarray,
-    tier_names: Sequence[str],
+    tier_names: Names,
 ) -> Figure:
     """A histogram of clients [N], stacked by device tier."""
     figure = Figure(figsize=(2.9, 2.2), layout="constrained")

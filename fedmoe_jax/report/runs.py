@@ -174,7 +174,7 @@ def numbers(run: Run, measures: Mapping[str, Measure]) -> dict[str, float]:
     return known | {k: NAN for k, m in measures.items() if m.over and m.of in absent}
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and half-width of its 95 % t-interval.
 
     Needs at least one value; the half-width is NaN for a single one.

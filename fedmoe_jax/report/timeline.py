@@ -1,7 +1,7 @@
 """Pictures of devices at work: arrays in, a matplotlib Figure out."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -87,7 +87,8 @@ def timeline(
     # An endless plan is drawn to the edge of the picture.
     lengths = np.minimum(phases, 2 * last)
     starts = np.cumsum(lengths, axis=1) - lengths
-    rows, bar = np.arange(len(clients)), dict(height=0.72, lw=0)
+    rows = np.arange(len(clients))
+    bar: dict[str, Any] = dict(height=0.72, lw=0)
     for phase, colour in enumerate(PHASES.values()):
         begin, length = starts[:, phase], lengths[:, phase]
         axes.barh(rows, length, left=begin, color=colour, alpha=0.22, **bar)
@@ -95,8 +96,10 @@ def timeline(
         axes.barh(rows, done, left=begin, color=colour, **bar)
     if deadline <= last:
         axes.axvline(deadline, color=GREY, lw=0.9, ls=":")
-    for row, words in zip(rows, endings, strict=True):
-        place = dict(transform=axes.get_yaxis_transform(), va="center", size=6.5)
+    for row, words in zip(range(len(clients)), endings, strict=True):
+        place: dict[str, Any] = dict(
+            transform=axes.get_yaxis_transform(), va="center", size=6.5
+        )
         axes.text(1.02, row, words, color=GREY, **place)
     axes.set(xlim=(0, last), ylim=(len(clients) - 0.4, -0.6))
     axes.set_yticks(rows, map(str, clients), size=6)
@@ -112,8 +115,10 @@ def _explain(axes: Axes, *, pale: bool, deadline: bool) -> None:
         shown.append(Patch(color=GREY, alpha=0.3, label="did not happen"))
     if deadline:
         shown += axes.plot([], [], color=GREY, lw=0.9, ls=":", label="deadline")
-    look = dict(handlelength=1.1, columnspacing=1.0, handletextpad=0.4)
-    place = dict(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=len(shown))
+    look: dict[str, Any] = dict(handlelength=1.1, columnspacing=1.0, handletextpad=0.4)
+    place: dict[str, Any] = dict(
+        loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=len(shown)
+    )
     axes.legend(handles=shown, **place, **look)
 
 
@@ -131,7 +136,7 @@ def outcome_bands(rounds: np.ndarray, bands: Sequence[Band]) -> Figure:
     bottom = np.zeros(len(rounds))
     for name, colour, counts in bands:
         top = bottom + counts
-        look = dict(fill=True, color=colour, lw=0, label=name)
+        look: dict[str, Any] = dict(fill=True, color=colour, lw=0, label=name)
         axes.stairs(top, edges, baseline=bottom, **look)
         bottom = top
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, bottom.max()))
@@ -167,7 +172,7 @@ def belief_bubbles(capacity: np.ndarray, belief: np.ndarray) -> Figure:
     areas = np.maximum(widest**2 * counts / counts.max(), 60.0)
     axes.scatter(*pairs.T, s=areas, c=colours, lw=0)
     if most <= 12:
-        look = dict(ha="center", va="center_baseline", size=6.5)
+        look: dict[str, Any] = dict(ha="center", va="center_baseline", size=6.5)
         for (x, y), count in zip(pairs, counts, strict=True):
             axes.text(x, y, f"{count}", color="k" if x == y else "w", **look)
     axes.set(xlim=span, ylim=span, aspect="equal")

@@ -45,7 +45,7 @@ def check_flags(
     if len(missing) < len(flags) and (missing or find):
         wrong = f"{missing[0]} is missing" if missing else "--distributed is given too"
         raise UserError(f"{wrong}; allowed: all of {', '.join(flags)}, or none of them")
-    if missing:
+    if address is None or num_processes is None or process_id is None:
         return
     if not re.fullmatch(r"\S+:\d+", address):
         raise UserError(f"--coordinator_address={address} is not allowed; HOST:PORT is")
@@ -91,7 +91,7 @@ def join(
             "see --coordinator_address and --distributed"
         ) from None
     local = address is not None and address.rpartition(":")[0] in LOOPBACK
-    return num_processes if local else 1
+    return num_processes if local and num_processes else 1
 
 
 def handshake(request: str) -> None:

@@ -7,6 +7,7 @@ cut into chunks of similar clients, and each chunk goes to the least busy device
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedmoe_jax.types import Array
 
@@ -16,7 +17,7 @@ def chunk_size(cohort_size: int, num_devices: int, client_chunk: int) -> int:
     return min(client_chunk, -(-cohort_size // num_devices))
 
 
-def schedule(steps: Array, num_devices: int, chunk: int) -> Array:
+def schedule(steps: Array | np.ndarray, num_devices: int, chunk: int) -> Array:
     """Positions in the cohort, by device and chunk.
 
     Clients are walked from most to fewest steps, D chunks at a time, and of each such
@@ -46,7 +47,7 @@ def schedule(steps: Array, num_devices: int, chunk: int) -> Array:
     return jax.lax.scan(schedule_hand, busy, (hands, longest))[1].swapaxes(0, 1)
 
 
-def wasted_share(steps: Array, num_devices: int, chunk: int) -> Array:
+def wasted_share(steps: Array | np.ndarray, num_devices: int, chunk: int) -> Array:
     """Share in [0, 1) of the devices' time in which they wait or compute for nothing.
 
     Counted in local steps: what the clients need, against what the devices could do

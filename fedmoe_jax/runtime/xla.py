@@ -54,7 +54,7 @@ def keep_host() -> None:
 
     FLOPs are counted there.
     """
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] JAX adds its flags at run time
     if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")
 
@@ -64,7 +64,7 @@ def keep_programs() -> None:
 
     Each kind of processor has its own, as homes are shared and machine code is not.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue] likewise
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = home / "fedmoe_jax" / f"programs-{name_processor()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))

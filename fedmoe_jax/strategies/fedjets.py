@@ -59,6 +59,7 @@ def train_stem(
     Expert and head are thrown away; experts of a run start as in every other system.
     """
     (experts,), parts = params["experts"].values(), model.parts
+    assert parts is not None
     one = jax.tree.map(lambda leaf: leaf[0], experts)
     start = {"stem": stem, "expert": one, "head": params["head"]}
     tx = optax.sgd(hyper.client.learning_rate, momentum=MOMENTUM)
@@ -129,8 +130,9 @@ def prepare_anchors(
     sizes: Sizes,
 ) -> tuple[SimState, PyTree]:
     """Trains the stem and chooses the anchors."""
-    static = dict(model=model, task=task, sizes=sizes)
-    state, frozen = prepare(state, federation, hyper, key, **static)
+    state, frozen = prepare(
+        *(state, federation, hyper, key), model=model, task=task, sizes=sizes
+    )
     anchor = choose_anchors(federation.label_mix, sizes.num_experts)
     own = state.align.strategy | {"anchor": anchor[None]}
     return state.replace(align=state.align.replace(strategy=own)), frozen

@@ -1,6 +1,6 @@
 """From rows of a data set to a batch as the model reads it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -44,7 +44,7 @@ class BatchShapes(NamedTuple):
     """
 
     leaves: tuple[jax.ShapeDtypeStruct, ...]
-    tree: jax.tree_util.PyTreeDef
+    tree: Any  # a PyTreeDef, which is no type
 
     def of(self, batch_size: int) -> PyTree:
         """The shapes of a batch of `batch_size` rows."""

@@ -211,7 +211,8 @@ def _spec(leaf: Any) -> str:
 
 
 def _sha256(leaf: Array) -> str:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    is_key = jax.dtypes.issubdtype  # pyright: ignore[reportPrivateImportUsage] is public
+    if is_key(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     values = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ class Job(NamedTuple):
     """
 
     names: list[str]
-    folders: list[Path | None]
+    folders: Sequence[Path | None]
     state: SimState
     inputs: tuple[PyTree, PyTree]
     frozen: tuple[str, ...]
@@ -196,7 +196,7 @@ def drive(
         keep = config.checkpoint.keep
         store, state, done = stack.enter_context(open_store(job, checkpoints, keep))
         write = stack.enter_context(open_writers(config, job, done))
-        if done:
+        if checkpoints and done:
             inputs = restore_frozen(job, checkpoints, done)
         if done >= total:
             return End(state, inputs, done, {})
@@ -212,8 +212,10 @@ def drive(
             trace(done)
             done += config.chunk_rounds
             evaluated = done % config.eval_every == 0
-            state, *measured = advance(job, programs, state, inputs, evaluated)
-            rows = list_rows(config, done, *measured, spent)
+            state, metrics, accuracies, clock = advance(
+                job, programs, state, inputs, evaluated
+            )
+            rows = list_rows(config, done, metrics, accuracies, clock, spent)
             write(rows)
             update([run_rows[-1] for run_rows in rows])
             last, spent = stop() or done >= total, {}
@@ -234,7 +236,8 @@ def open_store(
         return
     with checkpoint.open_checkpoints(checkpoints, keep) as store:
         found = multihost.run_on_all(checkpoint.restore_latest, store, job.state)
-        yield store, *(found or (job.state, 0))
+        state, done = found or (job.state, 0)
+        yield store, state, done
 
 
 def run_stages(

@@ -1,7 +1,7 @@
 """Runs that advance together as one program, from their plans to finished folders."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,11 @@ from fedmoe_jax.types import (
 from fedmoe_jax.world.participation import Participation
 
 # How the fields of a wave's federation lie on the mesh.
-FEDERATION_SPEC = Federation(
-    **{
-        name: P(RUNS) if name in PER_RUN else P()
-        for name in Federation.__dataclass_fields__
-    }
-)
+_SPECS: dict[str, Any] = {
+    name: P(RUNS) if name in PER_RUN else P()
+    for name in Federation.__dataclass_fields__
+}
+FEDERATION_SPEC = Federation(**_SPECS)
 
 
 def train(
@@ -138,7 +137,7 @@ def run_wave(
     return True
 
 
-def build_job(wave: Wave, folders: list[Path | None]) -> Job:
+def build_job(wave: Wave, folders: Sequence[Path | None]) -> Job:
     """Puts a wave on its devices, ready for the loop; see `Job.folders`."""
     mesh, program = wave.program.mesh, wave.program
     hypers = jax.tree.map(
@@ -251,7 +250,7 @@ def finish(
     return summary
 
 
-def drop_single(rows: np.ndarray) -> np.ndarray:
+def drop_single(rows: np.ndarray | Array) -> np.ndarray | Array:
     """[N, G, E] as it is, or [N, E] where the model has one MoE layer."""
     return rows[:, 0] if rows.shape[1] == 1 else rows
 

@@ -109,7 +109,7 @@ def _write_events(board: SummaryWriter, row: Row) -> None:
 @contextmanager
 def open_progress(
     total: int, names: list[str], *, done: int, stream: TextIO
-) -> Iterator[Callable[[list[Row]], None]]:
+) -> Iterator[Callable[[list[Row]], object]]:
     """Yields `update(rows)`, one row per run: live bars on a terminal, else lines.
 
     The time left follows from the rounds of this process: a resumed run does not look
@@ -189,7 +189,7 @@ def _print_row(label: str, row: Row, pace: float, total: int, stream: TextIO) ->
     print(text, file=stream, flush=True)
 
 
-def _shown(row: Row, pace: float, total: int) -> dict[str, str]:
+def _shown(row: Row, pace: float, total: int) -> dict[str, Any]:
     seconds = round(pace * (total - row["round"])) if row else None
     return {
         "global": _number(row.get("global_accuracy"), 3),

@@ -14,8 +14,7 @@ from fedmoe_jax.world.step import DROPOUT, PHASE, REACH, View
 # ---- reach
 
 
-@struct.dataclass
-class Reach:
+class Reach(struct.PyTreeNode):
     """Clients that can be reached.
 
     Attributes:

@@ -176,8 +176,7 @@ def link(
 # ---- the process
 
 
-@struct.dataclass
-class Cell:
+class Cell(struct.PyTreeNode):
     """The radio cell in one round.
 
     Attributes:

@@ -97,8 +97,7 @@ def scale_costs(costs: Costs, scale: float) -> Costs:
     return Costs(*(float(scale * cost) for cost in costs))
 
 
-@struct.dataclass
-class Traffic:
+class Traffic(struct.PyTreeNode):
     """What each client of a cohort holds, trains, sends and receives, as [C] float32.
 
     Attributes:

@@ -1,6 +1,7 @@
 """What the clients' devices can do: drawn from presets or read from a CSV file."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,7 +145,7 @@ def read_devices(
 def unlimited_device() -> Devices:
     """One device that can do everything at once and at no cost, [1]."""
     endless, nothing = jnp.full(1, jnp.inf), jnp.zeros(1)
-    values = Tier(*4 * [endless], *3 * [nothing])._asdict()
+    values = dict(zip(Tier._fields, 4 * [endless] + 3 * [nothing], strict=True))
     return Devices(tier=jnp.zeros(1, jnp.int32), **values)
 
 
@@ -154,8 +155,9 @@ def _build(values: np.ndarray, tier: np.ndarray, free_memory: float) -> Devices:
         raise UserError(
             f"devices.free_memory={free_memory} is not allowed; it is in (0, 1]"
         )
-    values = Tier(*jnp.asarray((values * ([free_memory] + 6 * [1.0])).T, jnp.float32))
-    return Devices(tier=jnp.asarray(tier, jnp.int32), **values._asdict())
+    columns = jnp.asarray((values * ([free_memory] + 6 * [1.0])).T, jnp.float32)
+    named = dict(zip(Tier._fields, columns, strict=True))
+    return Devices(tier=jnp.asarray(tier, jnp.int32), **named)
 
 
 def _check(tiers: tuple[str, ...], shares: tuple[float, ...], spread: float) -> None:
@@ -210,7 +212,7 @@ def _read_rows(path: str) -> list[dict]:
     return rows
 
 
-def _check_header(path: str, header: list[str]) -> None:
+def _check_header(path: str, header: Sequence[str]) -> None:
     for column in Tier._fields:
         if column not in header:
             raise _fault(

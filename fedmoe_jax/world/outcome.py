@@ -17,8 +17,7 @@ MERGED, STALE, DROPPED, UNREACHABLE, DROPOUT, MEMORY, OUTAGE, BROKEN = range(
 )
 
 
-@struct.dataclass
-class Conditions:
+class Conditions(struct.PyTreeNode):
     """Under which one client works (a leading C axis in a round).
 
     Attributes:
@@ -37,8 +36,7 @@ class Conditions:
     examples: Array
 
 
-@struct.dataclass
-class Outcome:
+class Outcome(struct.PyTreeNode):
     """What became of one client's round (a leading C axis in a round).
 
     Attributes:

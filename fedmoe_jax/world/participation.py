@@ -7,8 +7,7 @@ from fedmoe_jax.types import Array, Sizes
 from fedmoe_jax.world.outcome import OUTAGE, Outcome
 
 
-@struct.dataclass
-class Participation:
+class Participation(struct.PyTreeNode):
     """Who took part so far, and the last round in detail.
 
     Attributes:

@@ -29,8 +29,7 @@ PHASE, PLACE, BEGINNING = 2**32 - 2, 2**32 - 3, 2**32 - 4
 Chain = tuple[tuple[str, Process], ...]  # names and records, in order of application
 
 
-@struct.dataclass
-class Events:
+class Events(struct.PyTreeNode):
     """The events that clients meet in one round (a leading N or C axis).
 
     Attributes:
@@ -47,8 +46,7 @@ class Events:
     no_upload: Array
 
 
-@struct.dataclass
-class View:
+class View(struct.PyTreeNode):
     """The world in one round.
 
     Attributes:
