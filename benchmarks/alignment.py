@@ -66,7 +66,12 @@ def make_host(num_clients: int, num_experts: int, max_held: int) -> dict:
 def decide(host: dict, hyper: Hyper, max_held: int) -> tuple[Assignment, jax.Array]:
     """One device's clients; the usage [E] is joined over the devices."""
     clients = jnp.arange(host["load"].shape[0])
-    evidence = Evidence(round=jnp.int32(0), client=clients, held=None, **host)
+    evidence = Evidence(
+        round=jnp.int32(0),
+        client=clients,
+        held=jnp.zeros_like(host["fitness"], bool),
+        **host,
+    )
     sizes = Sizes(*[1] * len(Sizes._fields))._replace(max_held=max_held)
     assignment = assign(evidence, hyper, sizes, jax.random.key(0))
     share = expected_load(evidence.load, assignment.slot.sum(axis=1), NUM_ACTIVE)

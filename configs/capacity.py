@@ -1,11 +1,11 @@
-"""What the server must know about devices under memory pressure, on CIFAR-10.
+"""Knowledge of devices that the server needs under memory pressure, on CIFAR-10.
 
     python launch.py --config=configs/capacity.py --workdir=runs/capacity
 
-Other apps press on a device's memory for 30 % of the time and halve it. Whoever then
-holds too much is lost, whoever is late is dropped. Self-reported profiles (up to 30 %
-wrong), estimated ones and the truth, with margins of 0 to 50 % and profiles every 1, 5
-and 20 rounds, one factor at a time. The argument `full` is the whole grid, for
+Other apps press on a device's memory for 30 % of the time and halve it. A client
+that then holds too much is lost, a late one is dropped. Self-reported profiles (up to
+30 % wrong), estimated ones and the truth, with margins of 0 to 50 % and profiles every
+1, 5 and 20 rounds, one factor at a time. The argument `full` is the whole grid, for
 accelerators; `digits` and `smoke` as in `compare.py`.
 """
 

@@ -1,4 +1,4 @@
-"""What decides the comparison: a few factors around their defaults.
+"""The causes of the comparison's outcome: a few factors around their defaults.
 
     python launch.py --config=configs/causes.py:idle --workdir=runs/idle
     python launch.py --config=configs/causes.py:gate --workdir=runs/gate

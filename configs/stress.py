@@ -4,9 +4,9 @@
 
 The paper's three stresses alone and together: 20 % of the clients drop out of every
 round, devices report their capacity up to 30 % wrong, and clients' labels drift
-gradually to those of others. Whoever holds too much is lost, whoever is late is
-dropped, in all conditions. The argument `full` adds the reactions to drift and runs for
-longer; `digits` and `smoke` as in `compare.py`.
+gradually to those of others. Clients that hold too much are lost, late ones
+are dropped, in all conditions. The argument `full` adds the reactions to drift and runs
+for longer; `digits` and `smoke` as in `compare.py`.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
         if full:
             config.num_rounds = 90
             config.drift.start, config.drift.rounds = 30, 30
-    # No margin, so that whoever reports too much is lost.
+    # No margin, so that clients that report too much are lost.
     config.devices.free_memory, config.devices.buffer = 0.2, 0.0
     config.devices.deadline = 240.0
     config.devices.overload, config.late.kind = "lose", "drop"

@@ -119,7 +119,7 @@ class Routing(NamedTuple):
 class Parts(NamedTuple):
     """The functions of a model with ONE MoE layer.
 
-    With them evaluation computes every expert once per batch, whoever asks.
+    With them evaluation computes every expert once per batch, for all clients.
 
     Attributes:
       stem: (stem params, batch, key or None) -> features [B, ...].

@@ -84,7 +84,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "strategy",
         None,
-        "name of the strategy, which decides who trains which experts; see "
+        "name of the strategy, which decides which client trains which experts; see "
         "docs/strategies.md",
     ),
     Option(
@@ -456,7 +456,7 @@ def check_drift(values: dict[str, Any]) -> None:
     if on and round(values["drift.share"] * values["num_clients"]) < 2:
         raise UserError(
             f"drift.share={values['drift.share']} is not allowed; allowed: two of "
-            f"num_clients={values['num_clients']} or more, who drift to one another"
+            f"num_clients={values['num_clients']} or more, which drift to one another"
         )
     if values["drift.labels"] > 0 and values["local_epochs"] > 0:
         raise UserError(

@@ -174,7 +174,7 @@ def worst_decile(accuracy: Array, counted: Array) -> Array:
       counted: [N] bool.
 
     Returns:
-      [] float32, 0 when nobody counts.
+      [] float32, 0 when no client counts.
     """
     number = jnp.ceil(0.1 * counted.sum())
     ordered = jnp.sort(jnp.where(counted, accuracy, jnp.inf))
@@ -190,7 +190,7 @@ def summarise_counts(
     Args:
       counts: see `count_batch`; the rows of all clients are alike where the data are
         pooled, and there is one of them only.
-      took_part: [N] bool, likewise; who is in personal accuracy.
+      took_part: [N] bool, likewise; the clients in personal accuracy.
       label_mix: [N, L] float32, rows sum to 1.
     """
     total = counts["total"]  # [L]

@@ -1,4 +1,4 @@
-"""From a config and its data to the federation: who owns what, on which device."""
+"""From a config and its data to the federation: every client's examples and device."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ def count_steps(config: ConfigDict, size: np.ndarray) -> np.ndarray:
     """Local steps of every client in a round, [N] int32 >= 1, from its examples [N].
 
     Passes over its own data where `local_epochs` is set, the last batch filled up
-    from the start of the pass; else `local_steps` for everyone. Who owns the pooled
-    data takes the steps of a whole cohort.
+    from the start of the pass; else `local_steps` for each. The owner of pooled data
+    takes the steps of a whole cohort.
     """
     if not config.local_epochs:
         each = config.cohort_size if find_strategy(config.strategy).pooled else 1
@@ -93,7 +93,7 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     What is frozen comes with the state, see `state.init_state`.
 
     Where a strategy pools the data, one client owns all of it, on a device without
-    limits; `label_mix` is still of those who own it otherwise.
+    limits; `label_mix` is still that of the clients.
 
     Raises:
       UserError: device tiers or shares that are not allowed.

@@ -9,7 +9,7 @@ resumes. --plugins names modules whose strategies, data sets and so on join the
 package's, and whose fields join the config. On several hosts the same call is made
 on each, with --coordinator_address, --num_processes and --process_id. Exit code 0:
 finished; 1: another process died; 2: a mistake in the flags, config, data or work
-folder, told in one line; 3: stopped early, resumable.
+folder, in one line; 3: stopped early, resumable.
 """
 
 import functools
@@ -114,8 +114,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(refuse(f"unknown config field {text}; --help lists all fields"))
     except (OSError, flags.Error) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = lines[-1].removeprefix("ValueError: ")  # as config files raise it
-        sys.exit(refuse(f"{told}; see --help"))
+        fault = lines[-1].removeprefix("ValueError: ")  # as config files raise it
+        sys.exit(refuse(f"{fault}; see --help"))
 
 
 class Stop:

@@ -44,7 +44,7 @@ def account(
     exchanged: tuple[Array, Array],
     program: Program,
 ) -> dict[str, Array]:
-    """What a round cost, as metrics.
+    """The costs of a round, as metrics.
 
     Args:
       participation: after the round.
@@ -76,7 +76,7 @@ def account(
     # Some systems take more memory than the experts that they train.
     fits = client_memory(program.device_costs, traffic, ways) <= devices.memory
     too_many = (traffic.trained > participation.capacity[cohort]) | ~fits
-    if program.static.late.kind == "stale":  # nobody waits for them
+    if program.static.late.kind == "stale":  # no one waits for them
         longest = jnp.minimum(longest, deadline)
     return {
         "bytes_up": up.sum(),
@@ -144,7 +144,7 @@ def measure(
 def measure_learning(
     before: AlignState, after: AlignState, replies: Reply, cohort: Array
 ) -> dict[str, Array]:
-    """What the cohort [C] and the server learnt; means over clients are taken here."""
+    """Learning of the cohort [C] and the server, means over clients."""
     held = after.held[cohort]
     arrived = replies.arrived
     count = arrived.sum()  # 0 gives NaN: a loss of 0 would look like success

@@ -122,7 +122,7 @@ class Partition(NamedTuple):
 
 
 class Devices(struct.PyTreeNode):
-    """What every client's device can do, true values.
+    """The devices of all clients, true values.
 
     Attributes:
       memory: [N] float32, bytes free for training.
@@ -189,7 +189,7 @@ PER_RUN = (
 
 
 class AlignState(struct.PyTreeNode):
-    """What the server has learnt about clients and experts.
+    """The server's knowledge of clients and experts.
 
     Attributes:
       fitness: [N, G, E] float32, client-expert fitness score (paper section III-B-1).
@@ -229,7 +229,7 @@ class SimState(struct.PyTreeNode):
       belief: what the server believes about the devices, see `profile`.
       stale: sums of the updates that came too late for the last round and are merged
         in the next, {} where no such update is merged.
-      participation: who took part, and the last round in detail, see
+      participation: of the clients so far, and the last round in detail, see
         `world.participation`.
     """
 
@@ -263,7 +263,7 @@ class Assignment(struct.PyTreeNode):
 
 
 class Evidence(struct.PyTreeNode):
-    """What a strategy may look at when it decides for a cohort.
+    """The evidence on which a strategy decides for a cohort.
 
     Attributes:
       round: [] int32.
@@ -287,7 +287,7 @@ class Evidence(struct.PyTreeNode):
 
 
 class Feedback(struct.PyTreeNode):
-    """What a client reports about the experts in its slots (leading C axis in a round).
+    """One client's feedback on the experts in its slots (a leading C axis in a round).
 
     Attributes:
       accuracy: [K] float32 in [0, 1], gate-weighted share of correct predictions.

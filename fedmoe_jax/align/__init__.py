@@ -1,1 +1,1 @@
-"""What the server learns about clients and experts, and how it decides from it."""
+"""Scores of clients and experts, and decisions from them."""

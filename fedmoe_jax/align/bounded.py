@@ -32,7 +32,7 @@ def violation(load: Array, bounds: Bounds) -> Array:
 
 
 def price_moves(scores: Array, assignment: Assignment) -> Array:
-    """What it costs a client to swap the expert of a slot for another: [C, K, E].
+    """The cost for a client of swapping the expert of a slot for another: [C, K, E].
 
     Infinite where the slot is empty or the client holds the other expert already.
     """
@@ -46,7 +46,7 @@ def price_moves(scores: Array, assignment: Assignment) -> Array:
 
 
 def cheapest_moves(cost: Array, held: Array) -> tuple[Array, Array]:
-    """The cheapest move of one slot from expert to expert, and whose it is.
+    """The cheapest move of one slot from expert to expert, and its slot.
 
     Args:
       cost: [C, K, E] float32, of moving each slot to each expert.

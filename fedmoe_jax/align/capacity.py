@@ -1,4 +1,4 @@
-"""What the server believes about the clients' devices (paper III-B-3).
+"""The server's belief about the clients' devices (paper III-B-3).
 
 It sees the truth (`oracle`), what clients report of themselves (`self_reported`, with
 errors), or only how long they took and whether they failed (`estimated`). A belief is
@@ -26,7 +26,7 @@ HONESTY = 2**32 - 5
 
 
 class History(struct.PyTreeNode):
-    """What the server has seen of every client's rounds.
+    """The times and failures of every client's rounds so far.
 
     Attributes:
       pace: [N, 3] float32, seconds per byte down, per FLOP and per byte up; an EMA.
@@ -41,7 +41,7 @@ class History(struct.PyTreeNode):
 
 
 class Belief(struct.PyTreeNode):
-    """What the server believes.
+    """The belief of the server.
 
     Attributes:
       capacity: [N] int32, experts of every client as of the last profile.
@@ -102,7 +102,7 @@ def count_workload(federation: Federation, program: Program) -> Workload:
 
 
 def init_belief(num_clients: int, max_capacity: int, kind: str) -> Belief:
-    """What the server believes before the first round: everyone can hold all."""
+    """The belief before the first round: every client can hold all experts."""
     capacity = jnp.full(num_clients, max_capacity, jnp.int32)
     if kind != "estimated":
         return Belief(capacity, {})
@@ -117,7 +117,7 @@ def init_belief(num_clients: int, max_capacity: int, kind: str) -> Belief:
 def report_devices(
     key: Array, bias_key: Array, devices: Devices, *, deviation: Array, fixed: Array
 ) -> Devices:
-    """What clients report: every resource times `1 + error`, one error for a client.
+    """The devices as clients report them: each client's resources times `1 + error`.
 
     The error is `deviation (fixed u + (1 - fixed) v)`, u and v uniform on [-1, 1], u of
     the client and v of the report.
@@ -179,7 +179,7 @@ def estimate_capacity(
     explore = hyper.profile.exploration
     more = jax.random.bernoulli(key, explore, history.room.shape)
     usual = jnp.floor((1 - hyper.devices.buffer) * history.room + 0.5)
-    # Without the margin: only more than there was room for can tell of more room.
+    # Without the margin: only a load beyond the room so far can show more room.
     by_room = jnp.where(more, jnp.floor(history.room) + 1, usual).astype(jnp.int32)
     by_room = jnp.minimum(by_room, workload.max_capacity)
     return jnp.minimum(by_pace, by_room)
@@ -299,9 +299,9 @@ def update_history(
     """Learns from one round's times and failures.
 
     Times are known of every phase that at least began, from how far it got, but not of
-    clients that dropped out, who tell nothing. The mean of the first few counts until
+    clients that dropped out and report nothing. The mean of the first few counts until
     there are enough for the EMA. Memory that failed at `trained` experts pulls the room
-    towards `trained - caution`; who got to training has room for them.
+    towards `trained - caution`; a client that got to training has room for them.
 
     Args:
       history: before the round.
@@ -315,19 +315,19 @@ def update_history(
       max_capacity: K.
     """
     code = outcome.code
-    tells = (outcome.spent > 0) & (code != DROPOUT)[:, None]
+    reports = (outcome.spent > 0) & (code != DROPOUT)[:, None]
     travel = jnp.stack([latency, jnp.zeros_like(latency), latency], axis=-1)
     pace = (outcome.phases - travel) / jnp.where(work > 0, work, 1.0)
     old, seen = history.pace[client], history.seen[client]
     weight = jnp.maximum(rate, 1 / (seen + 1.0))
-    known = tells & (work > 0)
+    known = reports & (work > 0)
     pace = jnp.where(known, (1 - weight) * old + weight * pace, old)
 
     room = history.room[client]
     aim = jnp.minimum(trained - caution, room)
     less = jnp.maximum((1 - rate) * room + rate * aim, 1.0)
     enough = jnp.minimum(jnp.maximum(room, trained), max_capacity)
-    enough = jnp.where(tells[:, 1], enough, room)
+    enough = jnp.where(reports[:, 1], enough, room)
     room = jnp.where(code == MEMORY, less, enough)
     return History(
         pace=history.pace.at[client].set(pace),

@@ -15,7 +15,7 @@ from fedmoe_jax.types import Array
 
 
 class Detector(struct.PyTreeNode):
-    """What the detector knows about every client.
+    """The detector's memory of every client.
 
     Attributes:
       suspicion: [N] float32 >= 0, the CUSUM.

@@ -50,7 +50,7 @@ SCORES: dict[str, Callable[[Feedback, Hyper], Array]] = {
 
 
 def score(kind: str, feedback: Feedback, hyper: Hyper) -> Array:
-    """What one round of feedback says about each held pair.
+    """The score of each held pair by one round of feedback.
 
     `accuracy` and `loss` are the feedback of FLEX-MoE (arXiv 2512.23070); `mixed`
     adds the selection frequency that the paper names beside the error.
@@ -74,7 +74,7 @@ def score(kind: str, feedback: Feedback, hyper: Hyper) -> Array:
 
 
 def idle_rule(kind: str, hyper: Hyper) -> tuple[Array | float, Array | float]:
-    """What an idle pair keeps of its distance to a target, in [0, 1], and the target.
+    """The share of its distance to a target that an idle pair keeps, and the target.
 
     Args:
       kind: `keep` (FLEX-MoE: unheld pairs keep their score), `decay` (the paper's

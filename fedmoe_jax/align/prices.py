@@ -17,7 +17,7 @@ GROW, SHRINK = 1.2, 0.5
 
 
 class Bounds(struct.PyTreeNode):
-    """What every expert's load should keep to.
+    """The bounds of every expert's load.
 
     Attributes:
       weight: [C] float32 > 0, load of one slot of each client.
@@ -42,7 +42,7 @@ def find_span(scores: Array) -> Array:
 
 
 def excess(price: Array, load: Array, bounds: Bounds) -> Array:
-    """What each load [E] has above what its price [E] wants; the dual's subgradient.
+    """The excess of each load [E] over the one its price [E] wants: a subgradient.
 
     A price above 0 wants the upper bound tight, one below 0 the lower bound, and no
     price any load between them.

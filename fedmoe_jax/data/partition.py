@@ -59,7 +59,7 @@ def split(
         that straddles two labels adds one more.
       min_size: >= 1, examples that every client gets at least. A random rule is
         drawn anew up to 100 times for it; then each short client takes examples,
-        drawn at random, from whoever is largest at that moment.
+        drawn at random, from the client that is largest then.
       seed: >= 0; the same arguments always give the same partition.
       owner: [X] int in [0, N), of `natural`, which leaves every client what it has.
 
@@ -122,8 +122,8 @@ def _check_natural(options: Options) -> None:
     if options.owner is None:
         others = ", ".join(kind for kind in KINDS if kind != "natural")
         raise UserError(
-            "partition.kind='natural' is not allowed with data that do not say whose "
-            f"each example is; allowed: {others}"
+            "partition.kind='natural' is not allowed with data that do not name the "
+            f"owner of each example; allowed: {others}"
         )
     size = np.bincount(options.owner)
     if len(size) != options.num_clients:

@@ -2,8 +2,8 @@
 
 Every process runs the same lines on equal values, and the compiled programs hold all
 their devices. Process 0, the leader, alone writes and prints. What only one process
-can know (a signal, a folder that cannot be written) is told to all before anyone acts
-on it, so that none waits for one that has left. A single process is the case of one.
+can know (a signal, a folder that cannot be written) is sent to all before any acts on
+it, so that none waits for one that has left. A single process is the case of one.
 """
 
 import json
@@ -31,7 +31,7 @@ TEXT_STEP = 1024  # texts are padded to its multiples, so that few programs move
 def check_flags(
     address: str | None, num_processes: int | None, process_id: int | None, find: bool
 ) -> None:
-    """Checks how a process is told about the others.
+    """Checks the flags by which a process finds the others.
 
     Raises:
       UserError: flags that are incomplete or contradict each other.
@@ -159,10 +159,10 @@ def run_on_all(function: Callable, *arguments: Any) -> Any:
       UserError: on any process; then all end.
     """
     try:
-        result, told = function(*arguments), ""
+        result, fault = function(*arguments), ""
     except UserError as error:
-        result, told = None, str(error)
-    for message in filter(None, allgather_text(told)):
+        result, fault = None, str(error)
+    for message in filter(None, allgather_text(fault)):
         _end_all(message)
     return result
 
@@ -195,7 +195,7 @@ def exit_all(code: int) -> int:
 
 
 def _end_all(message: str) -> NoReturn:
-    """Ends all processes, each of which calls it; the leader tells why."""
+    """Ends all processes, each of which calls it; the leader says why."""
     jax.distributed.shutdown()
     if is_leader():
         raise UserError(message)

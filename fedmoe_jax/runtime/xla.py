@@ -60,7 +60,7 @@ def keep_host() -> None:
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told where.
+    """Keeps compiled programs in the user's cache folder, unless JAX has one already.
 
     Each kind of processor has its own, as homes are shared and machine code is not.
     """

@@ -1,4 +1,4 @@
-"""FedJETs, later DDOME (arXiv 2306.08586): a gate that anchors teach who knows what.
+"""FedJETs, later DDOME (arXiv 2306.08586): anchors teach the gate its experts.
 
 A feature extractor is trained on a public slice of the data (`data.public`) and
 frozen. One anchor client per expert, chosen for its labels, trains that expert alone

@@ -5,8 +5,8 @@ recommendations could not be read. Chosen here: in its first `warm_up` rounds a 
 trains all experts; then it keeps the smallest set of experts that answers a share
 `coverage` of its routing, as far as it has room; after every `period` further rounds it
 swaps its least used expert for the one that similar clients of the cohort hold most.
-An expert that nobody holds stays, one that one client holds is copied from it, others
-are averaged; gate rows alike.
+An expert that no client holds stays, one that one client holds is copied from it,
+others are averaged; gate rows alike.
 """
 
 import jax.numpy as jnp

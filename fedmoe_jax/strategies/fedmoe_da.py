@@ -88,7 +88,7 @@ def count_sent(mixing: Array, num_experts: int) -> tuple[Array, Array]:
     """
     count = len(mixing) // num_experts
     used = (mixing > 0).reshape(count, num_experts, count, num_experts)
-    taken = used.any(axis=1).sum(axis=2)  # [C, C], by whom and from whom
+    taken = used.any(axis=1).sum(axis=2)  # [C, C], to and from which client
     taken = jnp.where(jnp.eye(count, dtype=bool), 0, taken).astype(jnp.float32)
     return taken.sum(axis=0), taken.sum(axis=1)
 

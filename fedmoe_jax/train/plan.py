@@ -38,7 +38,7 @@ class Plan(NamedTuple):
       config: validated.
       program: static parts.
       data: the data set.
-      partition: who owns what.
+      partition: the examples of each client.
       federation: what a round reads.
       hyper: traced hyperparameters.
       tier_names: kinds of device, in the order of their numbers.

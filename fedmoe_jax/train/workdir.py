@@ -1,4 +1,4 @@
-"""Whose a work folder is: it holds one run or comparison, and goes on with that one."""
+"""Work folders: each holds one run or comparison, and goes on with that one."""
 
 import os
 from pathlib import Path
@@ -99,7 +99,7 @@ def check_same_run(saved: dict[str, Any], config: ConfigDict) -> None:
 
 
 def keep_partition(path: Path, partition: Partition) -> None:
-    """Saves who owns what, or checks that it is what the run was started with.
+    """Saves the partition, or checks that it is what the run was started with.
 
     Raises:
       UserError: the run in this folder was started with another partition.

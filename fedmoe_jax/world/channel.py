@@ -53,7 +53,7 @@ def place(key: Array, num_clients: int, radius: Array, shadowing: Array) -> Arra
     Args:
       key: a JAX key, consumed.
       num_clients: N.
-      radius: [] float32 km, above `NEAREST`; nobody is nearer than that.
+      radius: [] float32 km, above `NEAREST`; no client is nearer than that.
       shadowing: [] float32 dB >= 0, standard deviation of the log-normal shadowing.
 
     Returns:
@@ -68,7 +68,7 @@ def place(key: Array, num_clients: int, radius: Array, shadowing: Array) -> Arra
 
 
 def known_fading(key: Array, fading: Array, csi: Array) -> Array:
-    """What the sender knows of the fading: `csi h + sqrt(1 - csi^2) n`.
+    """The fading as the sender knows it: `csi h + sqrt(1 - csi^2) n`.
 
     It is distributed like the fading itself.
 

@@ -1,4 +1,4 @@
-"""What a client's round costs: bytes on the wire, FLOPs, and seconds on its device.
+"""The costs of a client's round: bytes on the wire, FLOPs, and seconds on its device.
 
 Two sets of costs are kept apart. `count_costs` counts the simulated model, and these
 bytes are reported. `scale_costs` makes the costs of the larger model that it stands
@@ -98,7 +98,7 @@ def scale_costs(costs: Costs, scale: float) -> Costs:
 
 
 class Traffic(struct.PyTreeNode):
-    """What each client of a cohort holds, trains, sends and receives, as [C] float32.
+    """Experts that each client holds, trains, sends and receives, as [C] float32.
 
     Attributes:
       held: experts.

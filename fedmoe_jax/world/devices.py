@@ -1,4 +1,4 @@
-"""What the clients' devices can do: drawn from presets or read from a CSV file."""
+"""The clients' devices: drawn from presets or read from a CSV file."""
 
 import csv
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def draw_devices(
       num_clients: N.
       tiers: names from `TIERS`.
       shares: share >= 0 of the population in each tier, summing to 1; the counts are
-        exact up to rounding (largest remainder), only who is in which tier is drawn.
+        exact up to rounding (largest remainder), only the tier of each client is drawn.
       spread: standard deviation >= 0 of the logarithm of each value within a tier.
       free_memory: share in (0, 1] of the memory that training gets.
 
@@ -115,8 +115,8 @@ def read_devices(
     """Reads the clients' devices from a CSV file with a header.
 
     Its columns are the fields of `Tier`, in any order, and perhaps tier, a name. Only
-    latency, power and radio may be 0. Of N rows, row c is client c; of more or fewer,
-    every client draws one.
+    latency, power and radio may be 0. With exactly N rows, row c is client c; otherwise
+    each client draws a row.
 
     Args:
       path: of the file.

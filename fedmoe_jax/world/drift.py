@@ -32,7 +32,7 @@ def draw_drift_sources(
     Args:
       rng: NumPy generator, advanced.
       num_clients: N.
-      share: in [0, 1]; `round(share * N)` clients drift, nobody if that is below 2.
+      share: in [0, 1]; `round(share * N)` clients drift, none if that is below 2.
 
     Returns:
       drift_source [N] int32, a permutation: the clients that drift form one random
@@ -62,7 +62,7 @@ def progress(round: Array, start: Array, rounds: Array) -> Array:
 def move_examples(
     index: Array, size: Array, label_mix: Array, drift_source: Array, moved: Array
 ) -> tuple[Array, Array, Array]:
-    """Label drift: who owns which example once a share of them has moved.
+    """Label drift: the owner of each example once a share of them has moved.
 
     With `k(n) = ceil((1 - moved) n)`, client c keeps the first `k(size_c)` examples of
     its row and takes those after the first `k(size_s)` of the row of
@@ -76,8 +76,8 @@ def move_examples(
       size: [N] int32 in [1, 2**24).
       label_mix: [N, L] float32, label histograms at the start, rows sum to 1.
       drift_source: [N] int32, a permutation, see `draw_drift_sources`.
-      moved: [] float32 in [0, 1]; 0 gives back the arguments, 1 everyone the row of
-        its drift_source.
+      moved: [] float32 in [0, 1]; 0 gives back the arguments, 1 every client the row
+        of its drift_source.
 
     Returns:
       index, size and label_mix of this moment; same shapes and dtypes. label_mix is
@@ -170,7 +170,7 @@ def blur(x: Array, amount: Array) -> Array:
 
 
 def _blur_matrix(size: int, amount: Array) -> Array:
-    """What each of `size` pixels in a line takes from each, rows sum to 1."""
+    """The weight of each pixel of a line in each blurred one, rows sum to 1."""
     offset = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
     # The bound makes the kernel of a deviation of 0 exactly 0 beside its middle.
     density = jnp.exp(-0.5 * (offset / jnp.maximum(amount, 1e-6)) ** 2)

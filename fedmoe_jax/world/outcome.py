@@ -1,4 +1,4 @@
-"""What becomes of a client's round: its update counts, comes late or is lost.
+"""The outcome of a client's round: its update counts, comes late or is lost.
 
 Everything here is written for ONE client. Whatever becomes of its update, the client
 has spent what it had spent by then.
@@ -37,7 +37,7 @@ class Conditions(struct.PyTreeNode):
 
 
 class Outcome(struct.PyTreeNode):
-    """What became of one client's round (a leading C axis in a round).
+    """The outcome of one client's round (a leading C axis in a round).
 
     Attributes:
       code: [] int32, index into `OUTCOMES`.
@@ -56,7 +56,7 @@ class Outcome(struct.PyTreeNode):
 
 
 def find_end(phases: Array, events: Events, fits: Array, finite: Array) -> tuple:
-    """When the client's work ends and how, if nobody ends it from outside.
+    """When the client's work ends and how, if nothing ends it from outside.
 
     Args:
       phases: [3] float32 seconds.
@@ -96,7 +96,7 @@ def judge_client(
     deadline: float,
     late: str,
 ) -> Outcome:
-    """What becomes of ONE client's round.
+    """The outcome of ONE client's round.
 
     Args:
       conditions: under which it works.
@@ -125,7 +125,7 @@ def judge(
     deadline: float,
     late: str,
 ) -> Outcome:
-    """What becomes of ONE client's round.
+    """The outcome of ONE client's round.
 
     Args:
       phases: [3] float32 seconds that download, training and upload take.
@@ -133,7 +133,7 @@ def judge(
       fits: [] bool, whether its memory has room for what it holds.
       finite: [] bool, whether its update has only finite numbers.
       deadline: seconds.
-      late: `wait` for those who need longer, `drop` whoever is still at work then, or
+      late: `wait` for clients that need longer, `drop` those still at work then, or
         take their updates as `stale` in the next round.
     """
     moment, code = find_end(phases, events, fits, finite)

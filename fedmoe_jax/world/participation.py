@@ -1,4 +1,4 @@
-"""Who took part so far, and the last round in detail."""
+"""The participation of clients so far, and the last round in detail."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -8,7 +8,7 @@ from fedmoe_jax.world.outcome import OUTAGE, Outcome
 
 
 class Participation(struct.PyTreeNode):
-    """Who took part so far, and the last round in detail.
+    """The participation of clients so far, and the last round in detail.
 
     Attributes:
       rounds: [N] int32, rounds in which the client's update counted.

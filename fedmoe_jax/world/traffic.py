@@ -24,7 +24,7 @@ def plan_traffic(
     hyper: Hyper,
     program: Program,
 ) -> Traffic:
-    """What the cohort holds, trains and receives; what it sends is not known yet.
+    """The cohort's traffic, but for what it sends, which is not known yet.
 
     `equipped` [C] bool are the clients that have the frozen parts.
     """
