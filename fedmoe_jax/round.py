@@ -50,12 +50,12 @@ def round_step(
     Returns:
       The state after the round, shaped as before, and the round's metrics.
     """
-    keys, static = make_keys(state.key, state.round), program.static
+    keys = make_keys(state.key, state.round)
 
     # 1 world
     world = step_world(state.world, keys, state.round, hyper, program.processes)
     view = observe(world, federation, hyper, program.processes)
-    cohort = choose_cohort(keys.cohort, view, program.sizes, static)
+    cohort = choose_cohort(keys.cohort, view, program.sizes, program.static)
     # 2 capacity
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
@@ -68,12 +68,12 @@ def round_step(
         state.params, inputs, conditions, view.federation, hyper, keys.train
     )
     # 5 aggregate
-    params, server_opt = aggregate(state, sums[0], hyper, static)
+    params, server_opt = aggregate(state, sums[0], hyper, program.static)
     personal, variate = renew_clients(state, cohort, replies)
     # 6 learn
     align, load = learn_layers(state, evidence, assignment, replies, hyper, program)
     personal, align, sent = exchange(personal, align, evidence, replies, hyper, program)
-    late = is_late(replies.outcome, static.devices.deadline)
+    late = is_late(replies.outcome, program.static.devices.deadline)
     belief = learn_devices(capacity.belief, conditions, replies, hyper, program)
     after = SimState(
         round=state.round + 1,

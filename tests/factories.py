@@ -387,14 +387,20 @@ def plan_run(**changes):
     return planning.plan_run(config, build_mesh(config.run.num_devices))
 
 
-def start_run(plan, program, seed=None) -> Run:
-    """The run of a plan, from the plan's seed or another, after stages of round 0."""
+def start(plan, program, seed=None) -> Run:
+    """The run of a plan, from the plan's seed or another, before any stage."""
     key = jax.random.key(plan.config.seed if seed is None else seed)
     state, frozen = init_state(key, plan.hyper, program)
     inputs = state, plan.federation.replace(frozen=frozen), plan.hyper
-    state, federation, hyper = replicate(inputs, program.mesh)
-    state, frozen = prepare_compiled(state, federation, hyper, program)
-    return Run(program, state, federation.replace(frozen=frozen), hyper)
+    return Run(program, *replicate(inputs, program.mesh))
+
+
+def start_run(plan, program, seed=None) -> Run:
+    """As `start`, after the stages of round 0."""
+    run = start(plan, program, seed)
+    state, frozen = prepare_compiled(run.state, run.federation, run.hyper, program)
+    federation = run.federation.replace(frozen=frozen)
+    return run._replace(state=state, federation=federation)
 
 
 def see_calm(run):

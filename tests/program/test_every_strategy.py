@@ -12,14 +12,15 @@ from factories import (
     NO_CLASS,
     B,
     N,
-    Parts,
     R,
+    Run,
     all_finite,
     assert_same,
     breakable,
     plan_run,
-    prepare_state,
     send_inputs,
+    start,
+    start_run,
     stems,
     use_linear_model,
 )
@@ -31,9 +32,7 @@ from fedmoe_jax.models.routing import gate_logits
 from fedmoe_jax.round import build_round
 from fedmoe_jax.runtime.sharding import replicate, spread
 from fedmoe_jax.scoring import route_all
-from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import STRATEGIES, fedjets
-from fedmoe_jax.tasks.images import normalise
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.types import SimState
 from fedmoe_jax.world.costs import count_bytes
@@ -58,7 +57,7 @@ class Trial(NamedTuple):
         with other keys, of which the first is the one above.
     """
 
-    parts: Parts
+    parts: Run
     state: SimState
     metrics: dict
     held: np.ndarray
@@ -97,15 +96,13 @@ def try_strategy(strategy, gate_mode):
     plan = plan_run(**{"strategy": strategy, "gate.mode": gate_mode})
     program = use_linear_model(plan.program)
     sizes, mesh = program.sizes, program.mesh
-    state = init_state(jax.random.key(0), plan.hyper, program)
-    federation = replicate(plan.federation, mesh)
-    state = prepare_state(state, federation, plan.hyper, program)
+    _, state, federation, hyper = start_run(plan, program, seed=0)
     # Expert 0 is the first choice of all clients under greedy, expert 3 of none.
     preference = jnp.array([0.04, 0.02, 0.0, -0.04])[None, None]
     preference = preference[..., : sizes.num_experts]
     fitness = state.align.fitness + preference
     state = state.replace(align=state.align.replace(fitness=fitness))
-    parts = Parts(program, *replicate((state, federation, plan.hyper), mesh))
+    parts = Run(program, *replicate((state, federation, hyper), mesh))
     chunk = compile_chunk(program)
     trial = Trial(parts, state, {}, np.zeros(0), chunk)
     state, (metrics, times_held) = trial.run(parts.state, parts.federation)
@@ -122,9 +119,12 @@ def test_chunk_keeps_shapes_and_stays_finite(strategy, gate_mode):
     assert all_finite(state) and all_finite(metrics)
     assert all(len(values) == R for values in metrics.values())
     assert int(state.round) == R and metrics["nonfinite_clients"].sum() == 0
-    moved = [float(jnp.abs(a - b).max()) for a, b in stems(state, parts.state)]
     record = parts.program.strategy
-    if "stem" in record.personal + record.frozen:
+    if "stem" in record.frozen:
+        assert "stem" not in state.params
+        return
+    moved = [float(jnp.abs(a - b).max()) for a, b in stems(state, parts.state)]
+    if "stem" in record.personal:
         assert max(moved) == 0
     else:
         assert min(moved) > 1e-5
@@ -147,7 +147,8 @@ def test_held_experts_fit_the_clients(strategy, gate_mode):
 @pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
 def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, gate_mode):
     parts, state, metrics, held, _ = try_strategy(strategy, gate_mode)
-    count = lambda part: count_bytes(state.params[part])
+    params = state.params | parts.federation.frozen
+    count = lambda part: count_bytes(params[part])
     sizes, record = parts.program.sizes, parts.program.strategy
     slots = held.sum(2)  # [R, N]
     parts_sent = {"stem", "gate", "head"} - set(record.personal + record.frozen)
@@ -226,9 +227,10 @@ def test_a_broken_client_spoils_nothing(strategy, gate_mode):
     trial = try_strategy(strategy, gate_mode)
     parts, sizes = trial.parts, trial.parts.program.sizes
     broken = BROKEN % sizes.num_clients
-    y = parts.federation.y
-    y = y.at[parts.federation.index[broken, 0]].set(NO_CLASS)
-    data = replicate(parts.federation.replace(y=y), parts.program.mesh)
+    train = parts.federation.train
+    y = train["y"].at[parts.federation.index[broken, 0]].set(NO_CLASS)
+    data = parts.federation.replace(train=train | {"y": y})
+    data = replicate(data, parts.program.mesh)
     state, (metrics, times_held) = trial.run(parts.state, data)
     took_part = np.diff(times_held.sum(2)[:, broken], prepend=0) > 0
     assert took_part.any()
@@ -274,7 +276,7 @@ def answer_slowly(trial, client):
     """Class predictions for the test images by the model that one client has."""
     program, state, data = trial.parts.program, trial.state, trial.parts.federation
     mine = jax.tree.map(lambda leaf: leaf[client], state.personal)
-    params = dict(state.params) | mine
+    params = state.params | data.frozen | mine
     local = program.strategy.local_experts
     if "experts" in mine:
         first = program.sizes.num_experts - local
@@ -283,16 +285,15 @@ def answer_slowly(trial, client):
             state.params["experts"],
             mine["experts"],
         )
-    x = normalise(data.test_x, data.mean, data.std)
-    features = program.model.stem(params["stem"], x, None)
+    batch = program.task.prepare(data.test, data.statistics)
+    model = program.model.parts
+    features = model.stem(params["stem"], batch, None)
     active = program.strategy.test_active or program.sizes.num_active
     gates = route_all(gate_logits(params["gate"]["moe"], features), active)
     total = 0.0
     for expert in range(program.sizes.num_experts):
         one = jax.tree.map(lambda leaf, e=expert: leaf[e], params["experts"]["moe"])
-        logits = program.model.head(
-            params["head"], program.model.expert(one, features, None)
-        )
+        logits = model.head(params["head"], model.expert(one, features, None))
         each = (
             jax.nn.softmax(logits)
             if program.strategy.mix == "probabilities"
@@ -306,8 +307,8 @@ def answer_slowly(trial, client):
 def test_evaluation_asks_every_clients_own_model(strategy, gate_mode):
     trial = try_strategy(strategy, gate_mode)
     program, data = trial.parts.program, trial.parts.federation
-    found = build_evaluate(program)(trial.state, data)
-    y = np.array(data.test_y)
+    found = build_evaluate(program)(trial.state, data, trial.parts.hyper)
+    y = np.array(data.test["y"])
     took_part = np.flatnonzero(np.array(trial.state.participation.rounds))
     clients = took_part if program.strategy.personal else took_part[:1]
     right = [(answer_slowly(trial, client) == y).mean() for client in clients]
@@ -406,10 +407,11 @@ def test_scaffold_corrects_towards_the_mean_of_the_variates():
 
 def test_fedjets_keeps_its_prepared_stem_and_one_anchor_per_expert():
     trial = try_strategy("fedjets", "global")
-    plain = init_state(jax.random.key(0), trial.parts.hyper, trial.parts.program)
-    trained = trial.parts.state.params["stem"]["kernel"]
-    assert np.abs(trained - plain.params["stem"]["kernel"]).max() > 1e-6
-    assert moved(trial, "stem")[0].max() == 0
+    plan = plan_run(strategy="fedjets")
+    plain = start(plan, trial.parts.program).federation.frozen["stem"]["kernel"]
+    trained = trial.parts.federation.frozen["stem"]["kernel"]
+    assert np.abs(trained - plain).max() > 1e-6
+    assert "stem" not in trial.state.params
     anchor = np.array(trial.state.align.strategy["anchor"])[0]
     experts = np.arange(trial.parts.program.sizes.num_experts)
     assert sorted(anchor[anchor >= 0]) == experts.tolist()
