@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from factories import list_held, make_feedback, make_hyper, prepare_strategy
 
-from fedmoe_jax.client import mix_outputs, mix_probabilities
+from fedmoe_jax.models.image_moe import mix_outputs, mix_probabilities
 from fedmoe_jax.strategies import fedmix
 
 
