@@ -61,3 +61,23 @@ def test_activations_grow_by_the_experts_outputs():
     for kind in (model, model._replace(parts=None)):
         one, three = (count_activation_bytes(kind, shapes(), n) for n in (1, 3))
         assert three - one >= 2 * 4 * (WIDTH + OUTPUTS)
+
+
+def test_count_forward_flops_on_the_host(monkeypatch):
+    count, host = jax.stages.Lowered.cost_analysis, jax.local_devices(backend="cpu")[0]
+
+    def as_on_accelerators(lowered):  # which count only what they have compiled
+        return count(lowered) if jax.config.jax_default_device == host else None
+
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", as_on_accelerators)
+    found = count_forward_flops.__wrapped__(build(8), shapes())
+    products = {
+        "stem": 2 * 64 * STEM,
+        "gate": 2 * STEM * 8,
+        "experts": 2 * (STEM * WIDTH + WIDTH * OUTPUTS),
+        "head": 2 * OUTPUTS * 10,
+    }
+    assert found.keys() == products.keys()
+    for part, product in products.items():
+        # Biases and activations besides.
+        assert product <= found[part] < 1.2 * product

@@ -10,7 +10,7 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime import files
 
 
-def test_json_is_strict_and_whole(tmp_path):
+def test_write_json_is_strict_and_whole(tmp_path):
     path = tmp_path / "summary.json"
     files.write_json(path, {"loss": np.float32("nan"), "load": jnp.ones(2)})
     assert json.loads(path.read_text()) == {"loss": None, "load": [1.0, 1.0]}
@@ -20,7 +20,7 @@ def test_json_is_strict_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'"text"'])
-def test_damaged_json_is_refused_in_one_line(tmp_path, content):
+def test_read_json_refuses_damaged_files_in_one_line(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -28,6 +28,6 @@ def test_damaged_json_is_refused_in_one_line(tmp_path, content):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_absent_json_is_refused(tmp_path):
+def test_read_json_refuses_absent_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         files.read_json(tmp_path / "summary.json")

@@ -1,4 +1,4 @@
-"""Dealing ragged clients to devices: every client once, and devices end together."""
+"""Scheduling ragged clients on devices: each once, and devices end together."""
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,11 @@ def device_loads(steps, scheduled):
     ("cohort", "devices", "asked", "chunk"),
     [(20, 1, 4, 4), (20, 8, 4, 3), (3, 8, 4, 1), (3, 2, 50, 2), (8, 8, 1, 1)],
 )
-def test_a_chunk_is_at_most_the_share_of_a_device(cohort, devices, asked, chunk):
+def test_chunk_size_is_at_most_the_share_of_a_device(cohort, devices, asked, chunk):
     assert chunk_size(cohort, devices, asked) == chunk
 
 
-def test_two_devices_by_hand():
+def test_schedule_of_two_devices_by_hand():
     steps = jnp.array([5, 1, 4, 2, 3, 3])
     # Hands of 5 and 4, 3 and 3, 2 and 1; the device that has less gets the larger:
     # 5 | 4, then 5 + 3 | 4 + 3, then 8 + 1 | 7 + 2.
@@ -39,7 +39,7 @@ def test_two_devices_by_hand():
     assert wasted_share(steps, 2, 1) == 0
 
 
-def test_chunks_of_similar_clients_by_hand():
+def test_schedule_of_chunks_of_similar_clients_by_hand():
     steps = jnp.array([1, 5, 2])
     assert schedule(steps, 1, 2).tolist() == [[[1, 2], [0, 3]]]  # position 3 pads
     # Chunks of 5 and 1 steps, each for two clients, of which 8 are wanted.
@@ -66,7 +66,7 @@ meshes = st.sampled_from([(1, 1), (1, 4), (2, 1), (3, 2), (8, 1), (8, 3)])
 
 @settings(max_examples=60)
 @given(cohorts, meshes)
-def test_everyone_is_dealt_once_and_devices_end_together(steps, mesh):
+def test_schedule_places_every_client_once_and_devices_end_together(steps, mesh):
     num_devices, chunk = mesh
     scheduled = schedule(jnp.array(steps), num_devices, chunk)
     assert scheduled.dtype == jnp.int32 and scheduled.shape[::2] == mesh
@@ -82,13 +82,13 @@ def test_everyone_is_dealt_once_and_devices_end_together(steps, mesh):
 
 @settings(max_examples=20)
 @given(st.integers(1, 24), st.integers(1, 9), meshes)
-def test_equal_clients_keep_their_order(count, steps, mesh):
+def test_schedule_keeps_the_order_of_equal_clients(count, steps, mesh):
     scheduled = schedule(jnp.full(count, steps), *mesh)
     walked = scheduled.swapaxes(0, 1).ravel()
     np.testing.assert_array_equal(walked, np.arange(scheduled.size))
 
 
-def test_dealing_beats_the_order_of_the_cohort():
+def test_schedule_beats_the_order_of_the_cohort():
     steps = np.round(np.random.default_rng(0).lognormal(2, 1, 64)).astype(int) + 1
     in_order = device_loads(steps, np.arange(64).reshape(8, 2, 4))
     scheduled = device_loads(steps, schedule(jnp.asarray(steps), 8, 4))

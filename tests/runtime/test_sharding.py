@@ -79,26 +79,26 @@ def test_devices_and_chunks_change_nothing(num_devices, client_chunk, local_epoc
 
 
 @pytest.mark.parametrize("num_devices", [-1, DEVICES + 1])
-def test_mesh_of_devices_that_are_not_there_is_refused(num_devices):
+def test_build_mesh_refuses_devices_that_are_not_there(num_devices):
     with pytest.raises(UserError, match=rf"run.num_devices={num_devices}\b.*to 8"):
         build_mesh(num_devices)
 
 
 @pytest.mark.parametrize(("asked", "size"), [(0, DEVICES), (1, 1), (3, 3)])
-def test_mesh_has_the_devices_asked_for(asked, size):
+def test_build_mesh_has_the_devices_asked_for(asked, size):
     mesh = build_mesh(asked)
     assert mesh.shape == {RUNS: 1, CLIENTS: size}
     assert mesh.axis_types == (AxisType.Auto,) * 2
     assert list(mesh.devices.ravel()) == jax.devices()[:size]
 
 
-def test_runs_divide_the_devices():
+def test_build_mesh_divides_the_devices_among_runs():
     mesh = build_mesh(0, num_runs=4)
     assert mesh.shape == {RUNS: 4, CLIENTS: 2}
     assert mesh.devices.tolist() == np.reshape(jax.devices(), (4, 2)).tolist()
 
 
-def test_spread_functions_know_their_device():
+def test_spread_lets_functions_know_their_device():
     def number(x):
         device = jax.lax.axis_index(RUNS) * 2 + jax.lax.axis_index(CLIENTS)
         return (x + device)[None], jax.lax.psum(device, CLIENTS)[None]
@@ -112,7 +112,7 @@ def test_spread_functions_know_their_device():
     assert sums.tolist() == [1, 5, 9, 13]
 
 
-def test_replicated_trees_are_everywhere():
+def test_replicate_puts_trees_on_every_device():
     mesh = build_mesh(3)
     leaf = replicate({"x": np.arange(4)}, mesh)["x"]
     assert leaf.sharding.is_fully_replicated and leaf.devices() == set(

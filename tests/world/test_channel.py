@@ -61,7 +61,7 @@ def test_path_loss_by_hand():
     np.testing.assert_allclose(loss, [73.35696, 90.5, 128.1, 165.7], rtol=1e-6)
 
 
-def test_noise_is_thermal_at_290_kelvin():
+def test_noise_density_is_thermal_at_290_kelvin():
     milliwatts = 1.380649e-23 * 290 * 1e3
     assert abs(channel.NOISE_DENSITY - 10 * np.log10(milliwatts)) < 0.05
 
@@ -71,7 +71,7 @@ def distances(gain_db):
     return 10 ** ((loss - channel.PATH_LOSS_AT_KM) / channel.PATH_LOSS_PER_DECADE)
 
 
-def test_clients_lie_uniformly_on_the_disk():
+def test_place_spreads_clients_uniformly_over_the_disk():
     key, near, far = jax.random.key(0), channel.NEAREST, 0.25
     gain_db = channel.place(key, CLIENTS, jnp.float32(far), jnp.float32(0))
     distance = distances(gain_db)
@@ -82,7 +82,7 @@ def test_clients_lie_uniformly_on_the_disk():
     about(distance**2, (near**2 + far**2) / 2)
 
 
-def test_shadowing_is_normal_in_decibels_and_independent_of_the_place():
+def test_place_draws_shadowing_normal_in_decibels_and_independent_of_the_place():
     key, radius, spread = jax.random.key(1), jnp.float32(0.5), 8.0
     bare = channel.place(key, CLIENTS, radius, jnp.float32(0))
     shadow = channel.place(key, CLIENTS, radius, jnp.float32(spread)) - bare
@@ -118,7 +118,7 @@ def test_fading_power_is_correlated_by_the_square(persistence):
 
 
 @pytest.mark.parametrize("csi", [0.0, 0.7])
-def test_what_is_known_is_correlated_as_csi_says(csi):
+def test_known_fading_is_correlated_as_csi_says(csi):
     fading = rayleigh(5)
     known = channel.known_fading(jax.random.key(6), fading, jnp.float32(csi))
     about(fading * known, csi)
@@ -126,7 +126,7 @@ def test_what_is_known_is_correlated_as_csi_says(csi):
     about(known[:, 0] * fading[:, 1], 0)
 
 
-def test_perfect_csi_is_the_truth_bit_by_bit():
+def test_known_fading_of_perfect_csi_is_the_truth_bit_by_bit():
     fading = rayleigh(5)
     known = channel.known_fading(jax.random.key(6), fading, jnp.float32(1))
     assert jnp.array_equal(known, fading)
@@ -144,14 +144,14 @@ def test_snr_by_hand():
     np.testing.assert_allclose(snr, expected, rtol=1e-5)
 
 
-def test_shannon_by_hand():
+def test_rate_by_hand():
     # 1 MHz at an SNR of 3 carries 2 Mbit/s, and of 1e-9 its derivative at zero.
     rate = channel.rate(jnp.array([0.0, 1.0, 3.0, 1e-9]), jnp.float32(1e6))
     expected = [0, 125_000, 250_000, 1e-3 / 8 / np.log(2)]
     np.testing.assert_allclose(rate, expected, rtol=1e-6)
 
 
-def test_the_link_takes_shannons_rate_of_what_is_known():
+def test_link_takes_shannons_rate_of_the_known_channel():
     known = jnp.sqrt(jnp.array([[3.0, 3.0], [3.0, 3.0], [0.0, 0.0]]))
     true = jnp.sqrt(jnp.array([[4.0, 4.0], [0.9, 0.9], [3.0, 3.0]]))
     speed, outage = use(gains(0.0)[:3], true, known, backoff=0.5, min_snr=0.0)
@@ -161,7 +161,7 @@ def test_the_link_takes_shannons_rate_of_what_is_known():
     assert outage.tolist() == [False, True, False]
 
 
-def test_a_slow_device_does_not_overshoot_the_channel():
+def test_link_of_a_slow_device_does_not_overshoot_the_channel():
     known, true = jnp.full((1, 2), jnp.sqrt(3.0)), jnp.full((1, 2), jnp.sqrt(0.9))
     # SNR 0.9 carries 0.93 bits per Hz, less than the 2 of SNR 3.
     for bits, limit, fails in ((2, 3, True), (0.95, 0.95, True), (0.9, 0.9, False)):
@@ -170,7 +170,7 @@ def test_a_slow_device_does_not_overshoot_the_channel():
         assert outage.tolist() == [fails]
 
 
-def test_a_link_below_the_least_snr_fails_however_slow():
+def test_link_below_the_least_snr_fails_however_slow():
     fading = jnp.ones((CLIENTS, 2))
     _, outage = use(gains(-5.0), fading, fading, backoff=0.01, min_snr=-4.9)
     assert outage.all()
@@ -182,14 +182,14 @@ def test_a_link_below_the_least_snr_fails_however_slow():
 
 
 @pytest.mark.parametrize(("mean", "least"), [(10.0, 0.0), (0.0, -10.0), (0.0, 5.0)])
-def test_outage_of_perfect_csi_is_that_of_rayleigh_fading(mean, least):
+def test_link_with_perfect_csi_has_the_outage_of_rayleigh_fading(mean, least):
     fading = rayleigh(7)
     _, outage = use(gains(mean), fading, fading, min_snr=least)
     about(outage, 1 - np.exp(-(10 ** ((least - mean) / 10))))
 
 
 @pytest.mark.parametrize("mean", [-60.0, 0.0, 60.0])
-def test_perfect_csi_never_overshoots(mean):
+def test_link_with_perfect_csi_never_overshoots(mean):
     fading = rayleigh(8)
     known = channel.known_fading(jax.random.key(9), fading, jnp.float32(1))
     speed, outage = use(gains(mean), fading, known, min_snr=mean - 10)
@@ -202,7 +202,7 @@ def test_perfect_csi_never_overshoots(mean):
 
 
 @pytest.mark.parametrize("csi", [0.0, 0.5, 0.99])
-def test_without_backoff_half_of_what_is_not_known_exactly_fails(csi):
+def test_link_without_backoff_fails_half_the_time_where_csi_is_not_perfect(csi):
     """The known and the true channel may be exchanged: either is the better one."""
     fading = rayleigh(10)
     known = channel.known_fading(jax.random.key(11), fading, jnp.float32(csi))
@@ -211,7 +211,7 @@ def test_without_backoff_half_of_what_is_not_known_exactly_fails(csi):
 
 @pytest.mark.parametrize("csi", [0.0, 0.9])
 @pytest.mark.parametrize("backoff", [0.25, 0.8])
-def test_outage_of_a_weak_signal_with_backoff(csi, backoff):
+def test_link_outage_of_a_weak_signal_with_backoff(csi, backoff):
     """Rates are proportional to |h|^2: P(b |h^|^2 > |h|^2) of correlated Gaussians.
 
     It follows from the eigenvalues of diag(b, -1) times the covariance of (h^, h).
@@ -223,7 +223,7 @@ def test_outage_of_a_weak_signal_with_backoff(csi, backoff):
     about(use(gains(-40.0), fading, known, backoff)[1], expected)
 
 
-def test_less_backoff_is_faster_and_fails_where_more_does():
+def test_link_with_less_backoff_is_faster_and_fails_where_more_does():
     fading = rayleigh(14)
     known = channel.known_fading(jax.random.key(15), fading, jnp.float32(0.8))
     slow, slow_outage = use(gains(10.0), fading, known, 0.3, -10.0)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from fedmoe_jax.options import UserError
-from fedmoe_jax.train.workdir import keep_devices
 from fedmoe_jax.types import Devices
 from fedmoe_jax.world.devices import TIERS, Tier, draw_devices, read_devices
 from fedmoe_jax.world.devices import unlimited_device as unlimited
@@ -40,19 +39,19 @@ def columns(devices):
         (100, (0.29, 0.57, 0.14), [29, 57, 14]),
     ],
 )
-def test_tiers_are_dealt_by_largest_remainder(num_clients, shares, counts):
+def test_draw_devices_divides_tiers_by_largest_remainder(num_clients, shares, counts):
     devices = draw(num_clients, shares=shares, spread=0.0)
     assert np.bincount(devices.tier, minlength=3).tolist() == counts
 
 
-def test_without_spread_every_device_is_the_median_of_its_tier():
+def test_draw_devices_without_spread_gives_the_median_of_the_tier():
     devices = draw(20, spread=0.0)
     assert len(np.unique(devices.tier[:8])) > 1  # shuffled, not in blocks
     medians = np.array([TIERS[name] for name in NAMES], np.float32)
     np.testing.assert_array_equal(columns(devices), medians[devices.tier])
 
 
-def test_the_first_four_values_are_those_of_versions_without_the_others():
+def test_draw_devices_keeps_the_first_four_values_of_versions_without_the_others():
     # 4 phones, 4 laptops, 2 workstations; bytes, FLOP/s, bytes/s up and down.
     medians = np.array(
         4 * [[4e9, 1e11, 5e6, 15e6]]
@@ -71,7 +70,7 @@ def test_the_first_four_values_are_those_of_versions_without_the_others():
     np.testing.assert_allclose(columns(devices)[0, :4], first, rtol=1e-6)
 
 
-def test_all_values_are_log_normal_within_a_tier_and_drawn_apart():
+def test_draw_devices_draws_log_normal_values_apart_within_a_tier():
     devices = draw(4000, ("phone",), (1.0,))
     logs = np.log(columns(devices) / np.array(TIERS["phone"]))
     np.testing.assert_allclose(logs.mean(axis=0), 0.0, atol=0.02)
@@ -81,7 +80,7 @@ def test_all_values_are_log_normal_within_a_tier_and_drawn_apart():
     assert devices.tier.dtype == np.int32
 
 
-def test_training_gets_a_share_of_the_memory_and_devices_repeat_with_the_seed():
+def test_draw_devices_gives_training_a_share_of_the_memory_and_repeats_with_the_seed():
     whole, part = draw(9), draw(9, free_memory=0.25)
     np.testing.assert_allclose(part.memory, 0.25 * whole.memory, rtol=1e-6)
     jax.tree.map(
@@ -105,7 +104,7 @@ def test_training_gets_a_share_of_the_memory_and_devices_repeat_with_the_seed():
         (dict(free_memory=float("nan")), "devices.free_memory=nan"),
     ],
 )
-def test_bad_device_settings_are_refused(changes, message):
+def test_draw_devices_refuses_bad_settings(changes, message):
     good = dict(tiers=("phone", "laptop"), shares=(0.5, 0.5))
     with pytest.raises(UserError, match=message):
         draw(4, **(good | changes))
@@ -115,7 +114,7 @@ def test_bad_device_settings_are_refused(changes, message):
 
 
 @pytest.mark.parametrize("name", TIERS)
-def test_presets_are_plausible_in_their_units(name):
+def test_tiers_are_plausible_in_their_units(name):
     tier = TIERS[name]
     assert 1e9 <= tier.memory <= 1e11  # bytes, not gigabytes
     assert 1e10 <= tier.flops <= 1e14
@@ -124,7 +123,7 @@ def test_presets_are_plausible_in_their_units(name):
     assert 0.1 <= tier.radio <= tier.power <= 1000  # watts, not milliwatts
 
 
-def test_presets_by_hand():
+def test_tiers_by_hand():
     """Peak = cores x clock x operations per cycle; training sustains 0.3 of it."""
     peaks = {
         "raspberry_pi_4": 4 * 1.8e9 * 8,
@@ -141,7 +140,7 @@ def test_presets_by_hand():
     assert TIERS["jetson_nano"].download == 9.875e6  # 79.0 Mbit/s
 
 
-def test_the_unlimited_device_has_everything_at_no_cost():
+def test_unlimited_device_has_everything_at_no_cost():
     device = unlimited()
     assert columns(device).tolist() == [4 * [np.inf] + 3 * [0.0]]
     assert device.tier.tolist() == [0] and device.tier.dtype == np.int32
@@ -160,7 +159,7 @@ def write(tmp_path):
     return write
 
 
-def test_as_many_rows_as_clients_are_the_clients(write):
+def test_read_devices_with_a_row_per_client_keeps_their_order(write):
     text = "tier, radio, power,latency,download,upload,flops,memory\n"
     text += "tv,0,0,0,4,3,2,1\nphone, 7, 6, 5, 4, 3, 2, 10\n\ntv,7,6,5,4,3,2,100\n"
     devices, names = read_devices(write(text), 3, rng(), 0.5)
@@ -174,14 +173,14 @@ def test_as_many_rows_as_clients_are_the_clients(write):
     ]
 
 
-def test_the_generator_is_not_advanced_when_every_client_has_a_row(write):
+def test_read_devices_with_a_row_per_client_draws_nothing(write):
     used = rng()
     read_devices(write(f"{HEADER}\n{ROW}\n"), 1, used, 1.0)
     assert used.random() == rng().random()
 
 
 @pytest.mark.parametrize("num_clients", [2, 900])
-def test_otherwise_every_client_draws_a_row(write, num_clients):
+def test_read_devices_otherwise_draws_a_row_for_each_client(write, num_clients):
     rows = "\n".join(f"{value},2,3,4,5,6,7,t{value}" for value in (1, 10, 100))
     path = write(f"{HEADER},tier\n{rows}\n")
     devices, names = read_devices(path, num_clients, rng(), 1.0)
@@ -193,7 +192,7 @@ def test_otherwise_every_client_draws_a_row(write, num_clients):
         np.testing.assert_allclose(np.bincount(expected), 300, atol=60)
 
 
-def test_without_a_tier_column_all_are_devices(write):
+def test_read_devices_without_a_tier_column_has_one_tier(write):
     path = write(f"{HEADER}\n{ROW}\n{ROW}\n", encoding="utf-8-sig")  # as from Excel
     devices, names = read_devices(path, 2, rng(), 1.0)
     assert names == ("device",) and devices.tier.tolist() == [0, 0]
@@ -231,7 +230,7 @@ def row(**changes):
         ),
     ],
 )
-def test_bad_files_are_refused(write, text, message):
+def test_read_devices_refuses_bad_files(write, text, message):
     path = write(text)
     with pytest.raises(UserError, match=message) as caught:
         read_devices(path, 2, rng(), 1.0)
@@ -239,7 +238,7 @@ def test_bad_files_are_refused(write, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_unreadable_files_are_refused(tmp_path):
+def test_read_devices_refuses_missing_and_unreadable_files(tmp_path):
     binary = tmp_path / "binary.csv"
     binary.write_bytes(b"\xff\xfe\x00")
     endless = tmp_path / "endless.csv"
@@ -249,16 +248,6 @@ def test_missing_and_unreadable_files_are_refused(tmp_path):
             read_devices(str(path), 2, rng(), 1.0)
 
 
-def test_the_share_of_the_memory_is_checked_for_files_too(write):
+def test_read_devices_checks_the_share_of_the_memory(write):
     with pytest.raises(UserError, match="devices.free_memory=2"):
         read_devices(write(f"{HEADER}\n{ROW}\n"), 1, rng(), 2)
-
-
-def test_a_run_goes_on_with_the_devices_it_was_started_with(write, tmp_path):
-    path, kept = write(f"{HEADER}\n{ROW}\n"), tmp_path / "run.csv"
-    keep_devices(kept, path)
-    keep_devices(kept, path)
-    write(f"{HEADER}\n{ROW}\n{ROW}\n")
-    with pytest.raises(UserError, match="devices.csv=.*has changed.*run.csv"):
-        keep_devices(kept, path)
-    assert kept.read_text() == f"{HEADER}\n{ROW}\n"

@@ -54,13 +54,13 @@ def images(shape=(3, 8, 8, 2)):
     return np.random.default_rng(1).integers(0, 256, shape).astype(np.float32)
 
 
-# --- who drifts, and when
+# --- sources and schedule
 
 
 @pytest.mark.parametrize(
     ("share", "count"), [(0.0, 0), (0.1, 0), (0.2, 2), (0.55, 6), (1.0, 10)]
 )
-def test_drifting_clients_form_one_cycle(share, count):
+def test_draw_drift_sources_forms_one_cycle(share, count):
     drift_source = draw_drift_sources(np.random.default_rng(3), 10, share)
     assert drift_source.dtype == np.int32
     drifting = np.flatnonzero(drift_source != np.arange(10))
@@ -72,7 +72,7 @@ def test_drifting_clients_form_one_cycle(share, count):
         assert sorted(walk) == drifting.tolist()
 
 
-def test_every_client_drifts_equally_often_towards_every_other():
+def test_draw_drift_sources_sends_clients_equally_often_towards_every_other():
     rng = np.random.default_rng(5)
     pairs = np.zeros((4, 4))
     for _ in range(2000):
@@ -89,7 +89,7 @@ def test_every_client_drifts_equally_often_towards_every_other():
         (0.0, 2.0, [0.5, 1, 1, 1, 1, 1, 1]),
     ],
 )
-def test_the_schedule_by_hand(start, rounds, expected):
+def test_progress_by_hand(start, rounds, expected):
     schedule = jax.jit(jax.vmap(progress, in_axes=(0, None, None)))
     moved = schedule(jnp.arange(7), start, rounds)
     assert moved.dtype == jnp.float32
@@ -97,7 +97,7 @@ def test_the_schedule_by_hand(start, rounds, expected):
 
 
 @pytest.mark.parametrize("rounds", [3.0, 7.0, 49.0])
-def test_the_schedule_ends_at_exactly_one(rounds):
+def test_progress_ends_at_exactly_one(rounds):
     assert progress(jnp.int32(9 + rounds), 10.0, rounds) == 1.0
     assert progress(jnp.int32(8 + rounds), 10.0, rounds) < 1.0
 
@@ -105,7 +105,7 @@ def test_the_schedule_ends_at_exactly_one(rounds):
 # --- labels
 
 
-def test_an_exchange_by_hand():
+def test_move_examples_by_hand():
     index = jnp.array([[1, 2, 3, 4], [5, 6, 0, 0], [7, 8, 9, 0]])
     mix = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     drift_source = jnp.array([1, 0, 2])
@@ -121,7 +121,7 @@ shares = st.floats(0, 1, width=32)
 
 @given(clients, shares, shares, st.integers(0, 9))
 @settings(max_examples=60)
-def test_every_example_always_has_one_owner(sizes, share, moved, seed):
+def test_move_examples_leaves_every_example_one_owner(sizes, share, moved, seed):
     index, size, mix = make_clients(sizes)
     drift_source = draw_drift_sources(np.random.default_rng(seed), N, share)
     new, new_size, new_mix = map(
@@ -144,7 +144,7 @@ def test_every_example_always_has_one_owner(sizes, share, moved, seed):
 
 @given(clients, st.integers(0, 9))
 @settings(max_examples=20)
-def test_the_ends_of_the_drift_are_exact(sizes, seed):
+def test_move_examples_is_exact_at_both_ends(sizes, seed):
     start = make_clients(sizes)
     drift_source = draw_drift_sources(np.random.default_rng(seed), N, 1.0)
     for fresh, old in zip(move(*start, drift_source, 0.0), start, strict=True):
@@ -154,7 +154,7 @@ def test_the_ends_of_the_drift_are_exact(sizes, seed):
 
 
 @pytest.mark.parametrize("moved", [2.0**-24, 0.1, 1 / 3, 0.7, 1 - 2.0**-24])
-def test_rounding_never_lets_a_row_overflow(moved):
+def test_move_examples_never_lets_a_row_overflow_by_rounding(moved):
     """What the proof of the bound needs of float32: k grows by 0 or 1."""
     size = jnp.arange(1, 60001)
     index, mix = jnp.zeros((60000, 1), jnp.int32), jnp.ones((60000, 1))
@@ -164,7 +164,7 @@ def test_rounding_never_lets_a_row_overflow(moved):
     assert set(np.unique(grown - np.arange(1, 60000))) <= {0, 1}
 
 
-def test_moving_works_under_vmap():
+def test_move_examples_under_vmap():
     start = jax.tree.map(jnp.asarray, make_clients([5, 9, 2, 7, 32, 1, 1]))
     drift_source = draw_drift_sources(np.random.default_rng(0), N, 1.0)
     moved = jnp.array([0.0, 0.4, 1.0])
@@ -179,7 +179,7 @@ def test_moving_works_under_vmap():
 
 @pytest.mark.parametrize("kind", DISTORTIONS)
 @pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 5, 6, 3), (2, 2, 1, 3)])
-def test_an_amount_of_zero_changes_no_bit(kind, shape):
+def test_distort_by_zero_changes_no_bit(kind, shape):
     x = images(shape)
     same = change(x, kind, 0.0)
     assert same.dtype == jnp.float32
@@ -187,7 +187,7 @@ def test_an_amount_of_zero_changes_no_bit(kind, shape):
 
 
 @pytest.mark.parametrize("kind", DISTORTIONS)
-def test_distorted_images_are_still_images(kind):
+def test_distort_keeps_images_in_their_range(kind):
     x = images((4, 6, 9, 3))
     for amount in (0.3, 0.9):
         new = np.asarray(change(x, kind, amount))
@@ -197,7 +197,7 @@ def test_distorted_images_are_still_images(kind):
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 @pytest.mark.parametrize("side", [4, 7])
-def test_quarter_turns_are_counterclockwise(turns, side):
+def test_rotate_by_quarter_turns_is_counterclockwise(turns, side):
     x = images((2, side, side, 3))
     turned = change(x, "rotate", 90.0 * turns)
     expected = np.rot90(x, turns, axes=(1, 2))  # counterclockwise as well
@@ -205,7 +205,7 @@ def test_quarter_turns_are_counterclockwise(turns, side):
 
 
 @pytest.mark.parametrize("degrees", [10.0, -33.0, 77.0])
-def test_rotation_matches_a_slow_one(degrees):
+def test_rotate_matches_a_slow_one(degrees):
     x = images((1, 6, 9, 1))[0, :, :, 0]
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     matrix = np.array([[cos, sin], [-sin, cos]])  # of a target to its source
@@ -227,12 +227,12 @@ def test_blur_matches_scipy(deviation):
     np.testing.assert_allclose(change(x, "blur", deviation), slow, atol=1e-3)
 
 
-def test_blur_leaves_constant_images():
+def test_blur_keeps_constant_images():
     x = np.full((1, 5, 5, 2), 77, np.float32)
     np.testing.assert_allclose(change(x, "blur", 1.3), x, rtol=1e-6)
 
 
-def test_contrast_by_hand():
+def test_reduce_contrast_by_hand():
     x = np.array([[0.0, 200.0], [40.0, 80.0], [100.0, 100.0]], np.float32)
     x = x[:, None, :, None]  # three images of two pixels: means 100, 60, 100
     half = np.asarray(change(x, "contrast", 0.5))[:, 0, :, 0]
@@ -241,14 +241,14 @@ def test_contrast_by_hand():
     assert none.tolist() == [[100.0, 100.0], [60.0, 60.0], [100.0, 100.0]]
 
 
-def test_channels_keep_their_own_mean_without_contrast():
+def test_reduce_contrast_keeps_the_mean_of_each_channel():
     x = np.array([10.0, 200.0, 30.0, 100.0], np.float32).reshape(1, 1, 2, 2)
     grey = np.asarray(change(x, "contrast", 1.0))
     assert grey.ravel().tolist() == [20.0, 150.0, 20.0, 150.0]
 
 
 @pytest.mark.parametrize("kind", DISTORTIONS)
-def test_clients_may_be_distorted_differently(kind):
+def test_distort_by_an_amount_of_each_client(kind):
     x = images((3, 2, 5, 5, 1))
     amounts = jnp.array([0.0, 0.5, 1.0])
     many = jax.jit(jax.vmap(functools.partial(distort, kind=kind)))(x, amount=amounts)

@@ -48,11 +48,11 @@ def normal(seed):
     return jax.random.normal(jax.random.key(seed), (CLIENTS,))
 
 
-# --- flip
+# --- markov_step
 
 
 @pytest.mark.parametrize(("share", "persistence"), [(0.3, 0.8), (0.9, 0.5), (0.5, 0.0)])
-def test_a_flip_stays_stationary_and_forgets_geometrically(share, persistence):
+def test_markov_step_stays_stationary_and_forgets_geometrically(share, persistence):
     start = jax.random.bernoulli(jax.random.key(1), share, (CLIENTS,))
     step = lambda key, state: markov_step(
         key, state, jnp.float32(share), jnp.float32(persistence)
@@ -65,14 +65,14 @@ def test_a_flip_stays_stationary_and_forgets_geometrically(share, persistence):
         correlated(states[0], states[lag], share, variance, persistence**lag)
 
 
-def test_a_flip_changes_sides_as_often_as_its_mean_stay_says():
+def test_markov_step_changes_sides_as_often_as_its_mean_stay_says():
     share, persistence = jnp.float32(0.3), jnp.float32(0.8)
     here = jnp.ones(CLIENTS, bool)
     about(~markov_step(jax.random.key(2), here, share, persistence), 0.2 * 0.7)
     about(markov_step(jax.random.key(2), ~here, share, persistence), 0.2 * 0.3)
 
 
-def test_every_client_of_a_flip_has_its_own_share():
+def test_markov_step_has_a_share_of_every_client():
     share = jnp.repeat(jnp.array([0.0, 0.2, 0.7, 1.0]), CLIENTS // 4)
     start = jnp.zeros(CLIENTS, bool)
     states = markov_step(jax.random.key(3), start, share, jnp.float32(0)).reshape(4, -1)
@@ -81,13 +81,13 @@ def test_every_client_of_a_flip_has_its_own_share():
     about(states[2], 0.7)
 
 
-def test_a_flip_that_persists_never_changes():
+def test_markov_step_that_persists_never_changes():
     start = jax.random.bernoulli(jax.random.key(1), 0.5, (CLIENTS,))
     after = markov_step(jax.random.key(4), start, jnp.float32(0.5), jnp.float32(1))
     assert jnp.array_equal(after, start)
 
 
-def test_clients_flip_independently():
+def test_markov_step_moves_clients_independently():
     start = jnp.zeros(CLIENTS, bool)
     states = markov_step(jax.random.key(5), start, jnp.float32(0.5), jnp.float32(0.2))
     correlated(states[::2], states[1::2], 0.4, 0.4 * 0.6, 0.0)
@@ -97,7 +97,7 @@ def test_clients_flip_independently():
 
 
 @pytest.mark.parametrize("persistence", [0.0, 0.6, 0.95])
-def test_a_wanderer_stays_standard_normal_and_forgets_geometrically(persistence):
+def test_gauss_markov_step_stays_standard_normal_and_forgets_geometrically(persistence):
     step = lambda key, latent: gauss_markov_step(key, latent, jnp.float32(persistence))
     latents = path(step, normal(1), 4)
     about(latents[-1], 0)
@@ -107,14 +107,14 @@ def test_a_wanderer_stays_standard_normal_and_forgets_geometrically(persistence)
         correlated(latents[0], latents[lag], 0, 1, persistence**lag)
 
 
-def test_a_wanderer_that_persists_stays_bit_by_bit():
+def test_gauss_markov_step_that_persists_stays_bit_by_bit():
     latent = normal(3)
     assert jnp.array_equal(
         gauss_markov_step(jax.random.key(4), latent, jnp.float32(1)), latent
     )
 
 
-def test_wanderers_of_any_shape_are_independent():
+def test_gauss_markov_step_of_any_shape_is_independent():
     latent = gauss_markov_step(
         jax.random.key(5), jnp.zeros((CLIENTS, 2)), jnp.float32(0)
     )
@@ -125,13 +125,13 @@ def test_wanderers_of_any_shape_are_independent():
 # --- what the latents stand for
 
 
-def test_background_load_by_hand():
+def test_taken_share_by_hand():
     latent = jnp.array([-jnp.inf, 0.0, 1.959964, jnp.inf])
     share = taken_share(latent, jnp.float32(0.8))
     np.testing.assert_allclose(share, [0, 0.4, 0.78, 0.8], atol=1e-6)
 
 
-def test_background_load_is_uniform():
+def test_taken_share_is_uniform():
     share = taken_share(normal(6), jnp.float32(0.5))
     for power in (1, 2, 3):
         about(share**power, 0.5**power / (power + 1))
@@ -139,7 +139,7 @@ def test_background_load_is_uniform():
 
 
 @pytest.mark.parametrize("persistence", [0.6, 0.9])
-def test_background_load_is_correlated_as_its_copula_says(persistence):
+def test_taken_share_is_correlated_as_its_copula_says(persistence):
     latent = normal(7)
     later = gauss_markov_step(jax.random.key(8), latent, jnp.float32(persistence))
     shares = [taken_share(z, jnp.float32(0.6)) for z in (latent, later)]
@@ -147,7 +147,7 @@ def test_background_load_is_correlated_as_its_copula_says(persistence):
     correlated(*shares, 0.3, 0.6**2 / 12, expected)
 
 
-def test_a_speed_factor_has_mean_one():
+def test_speed_factor_has_mean_one():
     spread = 0.5
     factor = speed_factor(normal(9), jnp.float32(spread))
     assert factor.min() > 0
@@ -156,7 +156,7 @@ def test_a_speed_factor_has_mean_one():
     about(jnp.log(factor), -(spread**2) / 2)
 
 
-def test_a_speed_factor_is_correlated_like_log_normals():
+def test_speed_factor_is_correlated_like_log_normals():
     spread, persistence = 0.5, 0.8
     latent = normal(10)
     later = gauss_markov_step(jax.random.key(11), latent, jnp.float32(persistence))
@@ -166,5 +166,5 @@ def test_a_speed_factor_is_correlated_like_log_normals():
     correlated(*factors, 1, variance, expected)
 
 
-def test_without_spread_every_speed_is_the_same():
+def test_speed_factor_without_spread_is_one():
     assert jnp.all(speed_factor(normal(12), jnp.float32(0)) == 1)
