@@ -173,10 +173,14 @@ def test_build_program_counts_the_numbers_of_a_report(name, numbers):
 
 
 def test_count_report_counts_every_layer():
-    strategy, sizes = find_strategy("fedmix"), make_program(strategy="fedmix").sizes
-    hyper, three = make_hyper(tiny_config()), sizes._replace(num_layers=3)
-    assert count_report(strategy, three, hyper) == 3 * E
-    assert count_report(NOTHING, three, hyper) == 0
+    program, hyper = make_program(strategy="fedmix"), make_hyper(tiny_config())
+    batch = program.batch.of(program.sizes.batch_size)
+    repeat = lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape[1:]), leaf.dtype)
+    three = jax.tree.map(repeat, program.routing)
+    assert count_report(program.strategy, three, batch, hyper) == 3 * E
+    assert count_report(NOTHING, three, batch, hyper) == 0
+    dense = three._replace(logits=None)  # one expert: nothing is routed
+    assert count_report(program.strategy, dense, batch, hyper) == 0
 
 
 def train_once(**changes):

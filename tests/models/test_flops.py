@@ -1,41 +1,26 @@
 """FLOPs and bytes of a model without parts are those of its parts."""
 
-import jax
-import jax.numpy as jnp
 import pytest
+from factories import make_data, make_image_model
 
 from fedmoe_jax.models.flops import count_activation_bytes, count_forward_flops
-from fedmoe_jax.models.image_moe import build_model
-from fedmoe_jax.tasks.batches import BatchShapes
+from fedmoe_jax.tasks.batches import shape_batch
+from fedmoe_jax.tasks.images import IMAGES, measure_pixels
 
 WIDTH, OUTPUTS, STEM = 32, 16, 64
 
 
 def build(num_experts):
-    return build_model(
-        stem="mlp",
-        stem_width=STEM,
-        expert="mlp",
-        expert_width=WIDTH,
-        feature_width=OUTPUTS,
-        stem_dropout=0.0,
-        expert_dropout=0.0,
-        num_experts=num_experts,
-        num_classes=10,
-        image_shape=(8, 8, 1),
-    )
+    widths = dict(stem_width=STEM, expert_width=WIDTH, feature_width=OUTPUTS)
+    return make_image_model(num_experts=num_experts, **widths)
 
 
 def shapes():
-    batch = {
-        "x": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),
-        "y": jax.ShapeDtypeStruct((1,), jnp.int32),
-    }
-    leaves, tree = jax.tree.flatten(batch)
-    return BatchShapes(tuple(leaves), tree)
+    data = make_data()
+    return shape_batch(data.train, measure_pixels(data), IMAGES)
 
 
-def test_one_expert_is_the_difference_that_a_second_makes():
+def test_count_forward_flops_of_an_expert_is_what_a_second_adds():
     model = build(4)
     parts = count_forward_flops(model, shapes())
     whole = count_forward_flops(model._replace(parts=None), shapes())
@@ -47,7 +32,7 @@ def test_one_expert_is_the_difference_that_a_second_makes():
     assert whole["shared"] == pytest.approx(shared, rel=0.1)
 
 
-def test_a_single_expert_without_parts_is_shared():
+def test_count_forward_flops_of_a_single_expert_is_shared():
     model = build(1)
     parts = count_forward_flops(model, shapes())
     whole = count_forward_flops(model._replace(parts=None), shapes())
@@ -56,7 +41,7 @@ def test_a_single_expert_without_parts_is_shared():
     assert whole["shared"] == pytest.approx(total, rel=0.1)
 
 
-def test_activations_grow_by_the_experts_outputs():
+def test_count_activation_bytes_grows_by_the_experts_outputs():
     model = build(4)
     for kind in (model, model._replace(parts=None)):
         one, three = (count_activation_bytes(kind, shapes(), n) for n in (1, 3))
