@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import pytest
-from factories import SMALL
+from factories import SMALL, USERS_OPTIONS, assert_same_results, never, run_alone
 
 from configs import compare as study
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import flatten
+from fedmoe_jax.train import loop
 from fedmoe_jax.train.compare import apply_change, compare, list_members
 
 TINY = SMALL | {
@@ -22,10 +24,6 @@ def tiny_config(**changes):
     config.update_from_flattened_dict(TINY | changes)
     config.lock()  # as it comes from the command line
     return config
-
-
-def never():
-    return False
 
 
 def members_of(**changes):
@@ -207,3 +205,44 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"batch_size: 4 -> 5, compare.seeds: \[0\] ->"):
         compare(other, tmp_path, stop=never, profile=False)
     assert snapshot(tmp_path) == before
+
+
+# Strategies, traced hyperparameters and seeds in one program; personal gates and a
+# server optimiser with moments have the most state.
+MIXED = {
+    "compare.strategies": ("random", "load_balanced_running"),
+    "compare.changes": ("", "weights.usage=0.9,fitness.rate=0.7,fitness.prior=0.8"),
+    "compare.seeds": (0, 3),
+    "gate.mode": "personal",
+    "server.optimizer": "adam",
+    "chunk_rounds": 2,
+    "checkpoint.every": 4,
+}
+# What is frozen, and between rounds, is each run's own.
+STAGED = {
+    "compare.strategies": ("fedjets",),
+    "compare.seeds": (0, 3),
+    "data.public": 50,
+}
+
+
+@pytest.fixture
+def users_flags(monkeypatch):
+    """Programs are compiled as users compile them, and anew."""
+    compile = jax.stages.Lowered.compile
+    as_users = lambda lowered: compile(lowered, USERS_OPTIONS)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", as_users)
+    monkeypatch.setattr(loop, "_compiled", {})
+
+
+@pytest.mark.parametrize("study", [MIXED, STAGED], ids=["mixed", "staged"])
+def test_compare_gives_every_run_as_it_is_alone_bitwise(users_flags, tmp_path, study):
+    config = tiny_config(**study)
+    folders, whole = compare(config, tmp_path / "runs", stop=never, profile=False)
+    members = list_members(config)
+    assert whole and len(list((tmp_path / "runs" / "checkpoints").iterdir())) == 1
+    assert len(members) == len(folders) > 1
+    for member, folder in zip(members, folders, strict=True):
+        alone = tmp_path / "alone" / member.name
+        assert run_alone(member.config, alone)
+        assert_same_results(folder, alone)
