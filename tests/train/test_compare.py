@@ -31,7 +31,7 @@ def members_of(**changes):
     return list_members(tiny_config(**fields))
 
 
-def test_members_are_strategies_times_changes_times_seeds():
+def test_list_members_is_strategies_times_changes_times_seeds():
     members = members_of(
         strategies=("greedy", "random"),
         changes=("", "fitness.idle=keep"),
@@ -54,7 +54,7 @@ def test_members_are_strategies_times_changes_times_seeds():
         assert "compare" not in config
 
 
-def test_a_change_touches_its_own_members_only():
+def test_list_members_changes_their_own_members_only():
     config = tiny_config(**{"compare.changes": ("weights.usage=2", "client.prox=1")})
     before = config.to_dict()
     first, second = (member.config.to_dict() for member in list_members(config))
@@ -73,7 +73,7 @@ def test_a_change_touches_its_own_members_only():
         ("data.dir=a=b", "data.dir", "a=b"),
     ],
 )
-def test_a_change_has_the_type_of_its_field(change, name, value):
+def test_apply_change_keeps_the_type_of_the_field(change, name, value):
     (member,) = members_of(changes=(change,))
     found = flatten(member.config.to_dict())[name]
     assert found == value and type(found) is type(value)
@@ -97,7 +97,7 @@ def test_a_change_has_the_type_of_its_field(change, name, value):
         "compare.seeds=3",
     ],
 )
-def test_a_change_that_makes_no_sense_is_refused(change):
+def test_apply_change_refuses_what_makes_no_sense(change):
     with pytest.raises(UserError) as caught:
         members_of(changes=("", change))
     text = str(caught.value)
@@ -121,12 +121,12 @@ def test_a_change_that_makes_no_sense_is_refused(change):
         ({"strategies": ()}, "they name 0"),
     ],
 )
-def test_members_that_are_not_allowed_are_refused(fields, told):
+def test_list_members_refuses_what_is_not_allowed(fields, told):
     with pytest.raises(UserError, match=told):
         members_of(**fields)
 
 
-def test_changes_apply_in_place():
+def test_apply_change_is_in_place():
     (member,) = members_of()
     apply_change(member.config, "local_steps=9")
     assert member.config.local_steps == 9
@@ -142,7 +142,7 @@ def test_changes_apply_in_place():
         ("compare.strategies", ("load_balanced", "bogus")),
     ],
 )
-def test_a_refused_comparison_leaves_no_trace(tmp_path, field, value):
+def test_compare_leaves_no_trace_of_what_is_refused(tmp_path, field, value):
     told = "strategy" if field.startswith("compare") else field
     with pytest.raises(UserError, match=told):
         compare(
@@ -155,7 +155,7 @@ def snapshot(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_comparison_resumes_where_it_stopped(tmp_path, capsys):
+def test_compare_resumes_where_it_stopped(tmp_path, capsys):
     fields = {
         "compare.strategies": ("random", "greedy", "fedavg"),
         "compare.seeds": (0, 1),
@@ -198,7 +198,7 @@ def test_a_comparison_resumes_where_it_stopped(tmp_path, capsys):
     assert (folders[0] / "metrics.jsonl").read_text().startswith(rows)
 
 
-def test_another_comparison_in_the_folder_is_refused(tmp_path):
+def test_compare_refuses_the_folder_of_another_comparison(tmp_path):
     compare(tiny_config(), tmp_path, stop=never, profile=False)
     before = snapshot(tmp_path)
     other = tiny_config(**{"compare.seeds": (0, 1), "batch_size": 5})
