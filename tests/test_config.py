@@ -3,8 +3,10 @@
 import importlib
 import itertools
 import math
+import operator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,20 +15,21 @@ from fedmoe_jax.config import (
     AT_MOST,
     FREE_FIELDS,
     MULTIPLE,
-    flatten,
-    list_allowed,
+    list_options,
     validate,
 )
+from fedmoe_jax.data.images import label_images
 from fedmoe_jax.data.load import load_dataset
-from fedmoe_jax.federation import make_devices, make_partition
-from fedmoe_jax.options import Range, UserError
+from fedmoe_jax.federation import make_devices, make_federation, make_partition
+from fedmoe_jax.options import TRACED, Range, UserError
 from fedmoe_jax.program import build_program, make_hyper
 from fedmoe_jax.report.rows import read_metrics
+from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.train import plan as planning
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.compare import list_members
-from fedmoe_jax.types import Dataset
 
 FILES = sorted(
     path.stem
@@ -34,9 +37,10 @@ FILES = sorted(
     if path.stem != "__init__"
 )
 # Checked where they are used: a name by `find_strategy`, paths by the loaders, a pair
-# of lists by `draw_devices`; flags by ConfigDict, which keeps their type.
+# of lists by `draw_devices`; plug-ins by `check_plugins`; flags by ConfigDict, which
+# keeps their type.
 CHECKED_ELSEWHERE = {"strategy", "data.dir", "devices.tiers", "devices.shares"}
-CHECKED_ELSEWHERE |= {"run.tensorboard", "devices.csv"}
+CHECKED_ELSEWHERE |= {"run.tensorboard", "devices.csv", "plugins"}
 ARGUMENTS = {
     "compare": ("", "digits", "smoke", "digits,smoke"),
     "causes": ("idle", "gate", "personal", "gate,digits,smoke", "smoke"),
@@ -85,14 +89,14 @@ def test_every_study_builds(name, argument):
     for config in runs_of(get_config(name, argument)):
         if config.seed == 0:
             cifar = config.data.name == "cifar10"
-            shape = (32, 32, 3) if cifar else (8, 8, 1)
-            program = build_program(
-                config, 10, shape, local_steps=1, mesh=build_mesh(1)
-            )
+            load = draw_images if cifar else load_dataset
+            data = load(config.data.name, config.data.dir)
+            if cifar:
+                with config.unlocked():
+                    config.data.public = min(config.data.public, 50)
+            federation = make_federation(config, data, make_partition(config, data))
+            program = build_program(config, data, federation, build_mesh(1))
             assert program.costs.expert_bytes > 0
-            if not cifar:
-                data = load_dataset(config.data.name, config.data.dir)
-                make_partition(config, data)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -115,9 +119,9 @@ def test_unknown_argument_is_refused(name):
 
 
 def test_every_field_is_checked():
-    fields = set(DEFAULTS)
-    checked = set(list_allowed())
-    assert checked <= fields
+    fields, options = set(DEFAULTS), list_options()
+    assert set(options) == fields
+    checked = {name for name, option in options.items() if option.allowed is not None}
     assert fields - checked == CHECKED_ELSEWHERE
     assert FREE_FIELDS <= fields
     of_strategies = (strategy.at_most for strategy in STRATEGIES.values())
@@ -155,6 +159,8 @@ def test_a_strategy_refuses_what_it_cannot_work_with(strategy, fields, text):
 
 def outside(allowed):
     """Values just outside of what a field allows."""
+    if allowed is None:  # checked elsewhere
+        return []
     if not isinstance(allowed, Range):
         return ["", "bogus"]
     low = allowed.low if allowed.open_low else allowed.low - 1
@@ -163,7 +169,7 @@ def outside(allowed):
     return [low, allowed.high if allowed.open_high else allowed.high + 1]
 
 
-BAD = [(n, value) for n, rule in list_allowed().items() for value in outside(rule)]
+BAD = [(n, v) for n, o in list_options().items() for v in outside(o.allowed)]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
@@ -275,12 +281,11 @@ def test_devices_of_ones_own_are_read_and_checked(tmp_path):
 
 def test_numbers_of_the_world_are_traced_by_group_and_field():
     config = changed(**{"pressure.left": 0.25, "profile.refresh": 7})
-    world = make_hyper(config).world
-    assert world["pressure"] == {"share": 0, "persistence": 0.5, "left": 0.25}
-    assert world["profile"]["refresh"] == 7 and "kind" not in world["profile"]
-    assert all(
-        x.dtype == np.float32 for fields in world.values() for x in fields.values()
-    )
+    hyper = make_hyper(config)
+    pressure = {"share": 0, "persistence": 0.5, "left": 0.25}
+    assert hyper.pressure._asdict() == pressure
+    assert hyper.profile.refresh == 7 and not hasattr(hyper.profile, "kind")
+    assert all(x.dtype == np.float32 for x in hyper.pressure)
 
 
 def test_range_spells_its_ends():
@@ -297,54 +302,28 @@ def test_flatten_joins_names_with_dots():
 
 
 def test_hyperparameters_are_read_from_their_fields():
-    hyper = make_hyper(
-        changed(
-            **{
-                "client.learning_rate": 0.125,
-                "server.learning_rate": 0.5,
-                "client.prox": 0.25,
-                "loss.calibration": 0.0625,
-                "loss.load": 2.0,
-                "loss.z": 3.0,
-                "fitness.prior": 0.6875,
-                "fitness.noise": 0.03125,
-                "fitness.rate": 0.75,
-                "fitness.idle": "decay",
-                "fitness.idle_decay": 0.375,
-                "fitness.loss_scale": 4.0,
-                "fitness.frequency_share": 0.625,
-                "fitness.exploration": 0.875,
-                "usage.decay": 0.1875,
-                "weights.fitness": 5.0,
-                "weights.usage": 6.0,
-                "devices.buffer": 0.3125,
-            }
-        )
-    )
-    assert hyper.own == {}
-    groups = {"own", "world"}
-    values = {n: float(x) for n, x in vars(hyper).items() if n not in groups}
-    assert values == {
-        "strategy": 0,
-        "client_learning_rate": 0.125,
-        "server_learning_rate": 0.5,
-        "prox": 0.25,
-        "calibration": 0.0625,
-        "load_loss": 2.0,
-        "z_loss": 3.0,
-        "prior": 0.6875,
-        "noise": 0.03125,
-        "fitness_rate": 0.75,
-        "idle_decay": 0.375,
-        "idle_target": 0.0,
-        "loss_scale": 4.0,
-        "frequency_share": 0.625,
-        "usage_decay": 0.1875,
-        "fitness_weight": 5.0,
-        "usage_weight": 6.0,
-        "exploration": 0.875,
-        "buffer": 0.3125,
+    """Every traced field, as float32 or int32, by its own dotted name."""
+    traced = [n for n, o in list_options().items() if o.scope == TRACED]
+    fields = {
+        "client.learning_rate": 0.125,
+        "server.learning_rate": 0.5,
+        "loss.load": 2.0,
+        "fitness.rate": 0.75,
+        "weights.usage": 6.0,
+        "devices.buffer": 0.3125,
+        "profile.refresh": 7,
+        "pressure.left": 0.25,
     }
+    assert set(fields) < set(traced)
+    config = changed(**fields)
+    values, hyper = fields_of(config), make_hyper(config)
+    assert hyper.strategy == 0
+    assert len(jax.tree.leaves(hyper)) == 1 + len(traced)
+    for name in traced:
+        found = operator.attrgetter(name)(hyper)
+        assert found == np.float32(fields.get(name, values[name])), name
+        whole = isinstance(values[name], int)
+        assert found.dtype == (np.int32 if whole else np.float32), name
 
 
 def draw_images(name, data_dir):
@@ -353,14 +332,14 @@ def draw_images(name, data_dir):
     x = rng.integers(0, 256, (400, 32, 32, 3), np.uint8)
     y = np.arange(400, dtype=np.int32) % 10
     names = tuple(str(label) for label in range(10))
-    return Dataset(x[:300], y[:300], x[300:], y[300:], names)
+    return label_images(x[:300], y[:300], x[300:], y[300:], names)
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_study_runs(file, tmp_path, monkeypatch):
     config = runs_of(get_config(file, "smoke"))[0]
     if config.data.name == "cifar10":
-        monkeypatch.setattr(train, "load_dataset_once", draw_images)
+        monkeypatch.setattr(planning, "load_dataset_once", draw_images)
     with config.unlocked():
         config.run.tensorboard = False
         config.data.public = min(config.data.public, 50)

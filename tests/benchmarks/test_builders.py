@@ -8,7 +8,18 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import alignment, experts, start, world
+from benchmarks import (
+    alignment,
+    bounded,
+    devices,
+    experts,
+    memory,
+    start,
+    sweeps,
+    world,
+)
+from fedmoe_jax.train.compare import list_members
+from fedmoe_jax.train.plan import plan_waves
 
 ROOT = Path(__file__).parents[2] / "benchmarks"
 NAMES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
@@ -80,3 +91,36 @@ def test_rounds_beside_peers(monkeypatch, traced):
     check = functools.partial(fedmoe.check, program=started.program)
     loss = jax.eval_shape(check, state.params, started.federation)
     assert loss.shape == ()
+
+
+def test_the_round_whose_compiling_is_timed(monkeypatch, traced):
+    monkeypatch.setattr(memory, "keep_programs", lambda: None)
+    started = []
+    record = lambda *study: started.append(start.start(*study)) or started[-1]
+    monkeypatch.setattr(memory, "start", record)
+    assert memory.compile_round() == {"compile_seconds": 0.0}
+    (run,) = started
+    _, metrics = run.run_rounds(run.state, run.federation, run.hyper)
+    rounds = memory.cifar10.get_config().chunk_rounds
+    assert metrics["train_loss"].shape == (rounds,)
+
+
+def test_the_sweep_is_one_program():
+    config = sweeps.study()
+    config.run.num_devices = 1
+    (wave,) = plan_waves(list_members(config))
+    assert len(wave.names) == len(sweeps.STRATEGIES) * len(sweeps.SEEDS)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_gaps_of_bounded_assignments_to_the_optimum(monkeypatch, whole):
+    monkeypatch.setattr(bounded, "CASES", 1)
+    row = bounded.measure_gaps((12, 4), whole)
+    assert row[0] == "12 x 4" and -1e-3 <= float(row[2]) < 10
+    monkeypatch.setattr(bounded, "REPETITIONS", 1)
+    assert min(bounded.time_case((12, 4), whole)[2:]) > 0
+
+
+def test_the_waste_of_ragged_clients():
+    table = devices.waste_table()
+    assert len(table.splitlines()) == 2 + 4

@@ -41,7 +41,7 @@ def assert_same(one, other):
 
 def accuracy(result, client=None):
     data = result.plan.data
-    return (predict(result, data.test_x, client).argmax(-1) == data.test_y).mean()
+    return (predict(result, data.test["x"], client).argmax(-1) == data.test["y"]).mean()
 
 
 def snapshot(folder):
@@ -119,7 +119,7 @@ def test_stack_rows_marks_what_is_missing():
 def test_predict_is_the_model_of_the_global_accuracy(result, launched):
     last = result.rows["global_accuracy"][-1]
     assert accuracy(result) == pytest.approx(last, abs=1e-6)
-    images = result.plan.data.test_x[:7]
+    images = result.plan.data.test["x"][:7]
     outputs = predict(fedmoe_jax.load_run(launched), images)
     assert outputs.shape == (7, 10) and outputs.dtype == np.float32
     np.testing.assert_array_equal(outputs, predict(result, images))
@@ -139,15 +139,15 @@ def test_predict_with_a_clients_own_parts(changes):
     assert len(set(each)) > 1
     for client in (None, -1, SMALL["num_clients"]):
         with pytest.raises(UserError, match=r"client=.* allowed: 0 to 3, as parts"):
-            predict(own, own.plan.data.test_x, client)
+            predict(own, own.plan.data.test["x"], client)
 
 
 def test_predict_refuses_in_one_line(result):
-    images = result.plan.data.test_x
+    images = result.plan.data.test["x"]
     with pytest.raises(UserError, match="client=0 is not allowed; allowed: None"):
         predict(result, images, 0)
     for wrong in (images / 255, images[0], images[:, :4], images[:0]):
-        with pytest.raises(UserError, match=r"allowed: uint8\[B, 8, 8, 1\]"):
+        with pytest.raises(UserError, match=r"allowed: 'x' uint8\[B, 8, 8, 1\]"):
             predict(result, wrong)
     with pytest.raises(UserError, match="no checkpoint"):
         predict(result._replace(state=None), images)

@@ -1,40 +1,73 @@
-"""What the README shows runs as it stands there."""
+"""The README and the guides agree with the code, and their links lead somewhere."""
 
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from configs import default
-from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.strategies import STRATEGIES
-from fedmoe_jax.train import run as train
-from fedmoe_jax.types import Strategy
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "strategies.md").read_text()
+PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted((ROOT / "results").glob("*.md"))
 
 
-def test_the_guides_strategy_is_a_file_and_a_row(tmp_path, monkeypatch):
+def take_section(page, title):
+    """The text between a heading and the next of its level."""
+    level = title.split()[0]
+    return page.split(f"{title}\n", 1)[1].split(f"\n{level} ", 1)[0]
+
+
+def make_anchors(text):
+    """The anchors of a page's headings, as GitHub names them."""
+    titles = re.findall(r"(?m)^#+ (.*)$", text)
+    bare = (re.sub(r"[^\w\- ]", "", title.lower()) for title in titles)
+    return {title.replace(" ", "-") for title in bare}
+
+
+def test_the_lines_of_the_readme_run(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(code.splitlines()) <= 45
+    assert len(code.splitlines()) < 10
     names = {}
-    exec(compile(code, "rotating.py", "exec"), names)
-    assert isinstance(names["ROTATING"], Strategy)
-    monkeypatch.setitem(STRATEGIES, "rotating", names["ROTATING"])
-    config = default.get_config("smoke")
-    config.strategy, config.run.num_devices = "rotating", 1
-    run = tmp_path / "run"
-    assert train.train(config, run, stop=lambda: False, label="run", profile=False)
-    rows = read_metrics(run / "metrics.jsonl")
-    assert len(rows) == config.num_rounds
-    with np.load(run / "final.npz") as arrays:
-        held, capacity = arrays["times_held"], arrays["belief"]
-    np.testing.assert_array_equal(held.sum(1), config.num_rounds * capacity)
-    assert (np.ptp(held, axis=1) <= 1).all()  # nobody holds one twice before all once
+    exec(compile(code, "README.md", "exec"), names)
+    run = names["run"]
+    assert run.config.strategy == "greedy" and run.config.num_rounds == 4
+    losses = run.rows["train_loss"]
+    assert losses.shape == (4,) and losses[-1] < losses[0]
+    assert capsys.readouterr().out.endswith(f"{np.array(losses)}\n")
 
 
-def test_every_strategy_has_its_row():
-    table = README[README.index("## Strategies") : README.index("### Your own")]
+@pytest.mark.parametrize(
+    "text", [take_section(README, "## Strategies"), GUIDE], ids=["README", "guide"]
+)
+def test_every_strategy_is_named(text):
     for name in STRATEGIES:
         plain = name.removesuffix("_active")
-        assert f"`{name}`" in table or f"`{plain}`" in table, name
+        assert f"`{name}`" in text or f"`{plain}`" in text, name
+
+
+def test_the_tree_of_the_readme_names_what_is_there():
+    tree, named = take_section(README, "## The tree").split("```")[1], []
+    for line in tree.strip().splitlines():
+        folder = ROOT / "fedmoe_jax" if line.startswith("  ") else ROOT
+        names = re.split(r" {2,}", line.strip())[0].split()
+        named += [folder / name for name in names]
+    assert all(path.exists() for path in named)
+    folders = {path.parent for path in (ROOT / "fedmoe_jax").glob("*/__init__.py")}
+    assert len(folders) > 8 and folders <= set(named)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[path.name for path in PAGES])
+def test_links_lead_to_files_and_headings(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in make_anchors(target.read_text()), link

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from absl import flags
-from factories import SMALL
+from factories import SMALL, restart
 
 from configs import default
 from fedmoe_jax import launch
@@ -197,7 +197,7 @@ def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
     config = default.get_config("smoke")
     config.update_from_flattened_dict(SIZES)
     train.train(config, tmp_path, stop=lambda: False, label="whole", profile=False)
-    like = train.build_job(train.plan_one(config), tmp_path, "whole").state
+    like = restart(config).state
     states, rows = [], []
     for run in (folder, tmp_path):
         with checkpoint.open_checkpoints(run / "checkpoints", 9) as store:

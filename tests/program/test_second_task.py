@@ -26,6 +26,7 @@ from fedmoe_jax.state import init_state
 from fedmoe_jax.tasks import TASKS
 from fedmoe_jax.train import run
 from fedmoe_jax.train.compare import compare
+from fedmoe_jax.train.plan import plan_run
 
 N, L, E, G, K, V, LENGTH, WIDTH = 6, 3, 4, 2, 2, 9, 7, 12
 PAD = 0
@@ -200,7 +201,7 @@ def test_runs_of_a_comparison_are_those_alone(tmp_path):
 
 def start(**changes):
     config = make_config(**changes)
-    plan = run.plan_run(config, build_mesh(1))
+    plan = plan_run(config, build_mesh(1))
     state, frozen = jax.jit(init_state, static_argnums=2)(
         jax.random.key(0), plan.hyper, plan.program
     )

@@ -107,7 +107,7 @@ def warnings(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("personal", [False, True])
-def test_round_trip_is_bitwise(tmp_path, optimizer, personal):
+def test_restore_latest_is_bitwise_what_was_saved(tmp_path, optimizer, personal):
     state = make_state(7, optimizer, personal)
     with checkpoint.open_checkpoints(tmp_path, 2) as store:
         checkpoint.save(store, 7, state)
@@ -118,11 +118,11 @@ def test_round_trip_is_bitwise(tmp_path, optimizer, personal):
     assert_same_bits(restored, state)
 
 
-def test_nothing_saved_is_none(tmp_path):
+def test_restore_latest_is_none_where_nothing_was_saved(tmp_path):
     assert restore(tmp_path / "new") is None
 
 
-def test_keeps_the_newest(tmp_path):
+def test_open_checkpoints_keeps_the_newest(tmp_path):
     save_rounds(tmp_path, [2, 4, 6], keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "6"]
 
@@ -135,7 +135,7 @@ def test_save_is_never_skipped_silently(tmp_path, step):
             checkpoint.save(store, step, make_state(step))
 
 
-def test_state_may_be_donated_after_save(tmp_path):
+def test_save_lets_the_state_be_donated(tmp_path):
     step = jax.jit(lambda x: jax.tree.map(lambda a: a + 1, x), donate_argnums=0)
     state = make_state(1)
     big = state.replace(params={"kernel": jnp.ones((1000, 1000))})
@@ -150,7 +150,7 @@ def test_state_may_be_donated_after_save(tmp_path):
     np.testing.assert_array_equal(restored.params["kernel"], 1.0)
 
 
-def test_flipped_bit_falls_back_and_saving_goes_on(tmp_path, warnings):
+def test_restore_latest_passes_over_a_flipped_bit(tmp_path, warnings):
     save_rounds(tmp_path, [2, 4])
     flip_middle(tmp_path / "4")
     with checkpoint.open_checkpoints(tmp_path, 5) as store:
@@ -165,7 +165,7 @@ def test_flipped_bit_falls_back_and_saving_goes_on(tmp_path, warnings):
     assert names == ["2", "4", "4.damaged"]
 
 
-def test_damaged_twice_at_one_round_keeps_both(tmp_path, warnings):
+def test_restore_latest_sets_aside_every_damaged_step(tmp_path, warnings):
     save_rounds(tmp_path, [2])
     for _ in range(2):
         (tmp_path / "4").mkdir()
@@ -174,7 +174,7 @@ def test_damaged_twice_at_one_round_keeps_both(tmp_path, warnings):
     assert names == ["2", "4.damaged", "4.damaged1"]
 
 
-def test_every_flip_in_array_data_is_noticed_or_harmless(tmp_path, warnings):
+def test_restore_latest_notices_every_harmful_flip(tmp_path, warnings):
     save_rounds(tmp_path, [2])
     path = array_files(tmp_path / "2")[0]
     noticed = 0
@@ -221,7 +221,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_falls_back_or_is_reported(tmp_path, warnings, damage):
+def test_restore_latest_falls_back_or_reports_damage(tmp_path, warnings, damage):
     save_rounds(tmp_path, [2, 4])
     DAMAGE[damage](tmp_path / "4")
     restored, step = restore(tmp_path)
@@ -234,7 +234,7 @@ def test_damage_falls_back_or_is_reported(tmp_path, warnings, damage):
     assert (tmp_path / "2").exists()
 
 
-def test_empty_numeric_folder_is_passed_over(tmp_path, warnings):
+def test_restore_latest_passes_over_an_empty_step(tmp_path, warnings):
     save_rounds(tmp_path, [2])
     (tmp_path / "9").mkdir()
     assert restore(tmp_path)[1] == 2
@@ -252,7 +252,7 @@ def test_empty_numeric_folder_is_passed_over(tmp_path, warnings):
         ({name: jnp.zeros(1) for name in "abcde"}, r", and 2 more leaves$"),
     ],
 )
-def test_checkpoint_of_another_config_is_refused(tmp_path, params, message):
+def test_restore_latest_refuses_the_state_of_another_config(tmp_path, params, message):
     state = make_state(0).replace(params={"a": jnp.zeros((2, 3))})
     with checkpoint.open_checkpoints(tmp_path, 2) as store:
         checkpoint.save(store, 3, state)
@@ -270,7 +270,7 @@ def sharded(state, devices, spec):
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 forced devices")
 @pytest.mark.parametrize("abstract", [False, True])
-def test_restores_onto_other_devices(tmp_path, abstract):
+def test_restore_latest_puts_the_state_on_other_devices(tmp_path, abstract):
     state = make_state(3).replace(params={"x": jnp.arange(32.0).reshape(8, 4)})
     with checkpoint.open_checkpoints(tmp_path, 2) as store:
         spec = PartitionSpec("clients")
@@ -303,7 +303,7 @@ with checkpoint.open_checkpoints(sys.argv[1], 5) as store:
 """
 
 
-def test_kill_in_the_middle_of_a_save(tmp_path):
+def test_save_that_is_killed_leaves_no_step(tmp_path):
     tests, product = Path(__file__).parent, Path(checkpoint.__file__).parent.parent
     command = [sys.executable, "-c", KILLED, tmp_path, product, tests]
     flags = "--xla_backend_optimization_level=0"  # as here, or other bits come out
@@ -324,14 +324,14 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
 CONFIG = {"seed": 0, "data": {"name": "digits"}, "devices": {"shares": (0.4, 0.6)}}
 
 
-def test_same_config_passes_also_through_json(tmp_path):
+def test_check_config_passes_what_went_through_json(tmp_path):
     files.write_json(tmp_path / "config.json", CONFIG)
     saved = json.loads((tmp_path / "config.json").read_text())
     checkpoint.check_config(saved, CONFIG, frozenset())
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_config_mismatch_lists_every_field():
+def test_check_config_lists_every_differing_field():
     given = {"seed": 1, "data": {"name": "cifar10", "dir": "x"}, "devices": {}}
     with pytest.raises(UserError) as error:
         checkpoint.check_config(CONFIG, given, frozenset({"data.dir"}))
@@ -341,6 +341,6 @@ def test_config_mismatch_lists_every_field():
     assert "data.dir" not in text and "\n" not in text
 
 
-def test_free_fields_may_differ():
+def test_check_config_lets_free_fields_differ():
     given = {**CONFIG, "seed": 5}
     checkpoint.check_config(CONFIG, given, frozenset({"seed"}))

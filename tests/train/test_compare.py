@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import pytest
-from factories import SMALL
+from factories import SMALL, USERS_OPTIONS, assert_same_results, never, run_alone
 
 from configs import compare as study
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import flatten
+from fedmoe_jax.train import loop
 from fedmoe_jax.train.compare import apply_change, compare, list_members
 
 TINY = SMALL | {
@@ -24,16 +26,12 @@ def tiny_config(**changes):
     return config
 
 
-def never():
-    return False
-
-
 def members_of(**changes):
     fields = {f"compare.{name}": tuple(value) for name, value in changes.items()}
     return list_members(tiny_config(**fields))
 
 
-def test_members_are_strategies_times_changes_times_seeds():
+def test_list_members_is_strategies_times_changes_times_seeds():
     members = members_of(
         strategies=("greedy", "random"),
         changes=("", "fitness.idle=keep"),
@@ -56,7 +54,7 @@ def test_members_are_strategies_times_changes_times_seeds():
         assert "compare" not in config
 
 
-def test_a_change_touches_its_own_members_only():
+def test_list_members_changes_their_own_members_only():
     config = tiny_config(**{"compare.changes": ("weights.usage=2", "client.prox=1")})
     before = config.to_dict()
     first, second = (member.config.to_dict() for member in list_members(config))
@@ -75,7 +73,7 @@ def test_a_change_touches_its_own_members_only():
         ("data.dir=a=b", "data.dir", "a=b"),
     ],
 )
-def test_a_change_has_the_type_of_its_field(change, name, value):
+def test_apply_change_keeps_the_type_of_the_field(change, name, value):
     (member,) = members_of(changes=(change,))
     found = flatten(member.config.to_dict())[name]
     assert found == value and type(found) is type(value)
@@ -99,7 +97,7 @@ def test_a_change_has_the_type_of_its_field(change, name, value):
         "compare.seeds=3",
     ],
 )
-def test_a_change_that_makes_no_sense_is_refused(change):
+def test_apply_change_refuses_what_makes_no_sense(change):
     with pytest.raises(UserError) as caught:
         members_of(changes=("", change))
     text = str(caught.value)
@@ -123,12 +121,12 @@ def test_a_change_that_makes_no_sense_is_refused(change):
         ({"strategies": ()}, "they name 0"),
     ],
 )
-def test_members_that_are_not_allowed_are_refused(fields, told):
+def test_list_members_refuses_what_is_not_allowed(fields, told):
     with pytest.raises(UserError, match=told):
         members_of(**fields)
 
 
-def test_changes_apply_in_place():
+def test_apply_change_is_in_place():
     (member,) = members_of()
     apply_change(member.config, "local_steps=9")
     assert member.config.local_steps == 9
@@ -144,7 +142,7 @@ def test_changes_apply_in_place():
         ("compare.strategies", ("load_balanced", "bogus")),
     ],
 )
-def test_a_refused_comparison_leaves_no_trace(tmp_path, field, value):
+def test_compare_leaves_no_trace_of_what_is_refused(tmp_path, field, value):
     told = "strategy" if field.startswith("compare") else field
     with pytest.raises(UserError, match=told):
         compare(
@@ -157,7 +155,7 @@ def snapshot(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_comparison_resumes_where_it_stopped(tmp_path, capsys):
+def test_compare_resumes_where_it_stopped(tmp_path, capsys):
     fields = {
         "compare.strategies": ("random", "greedy", "fedavg"),
         "compare.seeds": (0, 1),
@@ -200,10 +198,51 @@ def test_a_comparison_resumes_where_it_stopped(tmp_path, capsys):
     assert (folders[0] / "metrics.jsonl").read_text().startswith(rows)
 
 
-def test_another_comparison_in_the_folder_is_refused(tmp_path):
+def test_compare_refuses_the_folder_of_another_comparison(tmp_path):
     compare(tiny_config(), tmp_path, stop=never, profile=False)
     before = snapshot(tmp_path)
     other = tiny_config(**{"compare.seeds": (0, 1), "batch_size": 5})
     with pytest.raises(UserError, match=r"batch_size: 4 -> 5, compare.seeds: \[0\] ->"):
         compare(other, tmp_path, stop=never, profile=False)
     assert snapshot(tmp_path) == before
+
+
+# Strategies, traced hyperparameters and seeds in one program; personal gates and a
+# server optimiser with moments have the most state.
+MIXED = {
+    "compare.strategies": ("random", "load_balanced_running"),
+    "compare.changes": ("", "weights.usage=0.9,fitness.rate=0.7,fitness.prior=0.8"),
+    "compare.seeds": (0, 3),
+    "gate.mode": "personal",
+    "server.optimizer": "adam",
+    "chunk_rounds": 2,
+    "checkpoint.every": 4,
+}
+# What is frozen, and between rounds, is each run's own.
+STAGED = {
+    "compare.strategies": ("fedjets",),
+    "compare.seeds": (0, 3),
+    "data.public": 50,
+}
+
+
+@pytest.fixture
+def users_flags(monkeypatch):
+    """Programs are compiled as users compile them, and anew."""
+    compile = jax.stages.Lowered.compile
+    as_users = lambda lowered: compile(lowered, USERS_OPTIONS)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", as_users)
+    monkeypatch.setattr(loop, "_compiled", {})
+
+
+@pytest.mark.parametrize("study", [MIXED, STAGED], ids=["mixed", "staged"])
+def test_compare_gives_every_run_as_it_is_alone_bitwise(users_flags, tmp_path, study):
+    config = tiny_config(**study)
+    folders, whole = compare(config, tmp_path / "runs", stop=never, profile=False)
+    members = list_members(config)
+    assert whole and len(list((tmp_path / "runs" / "checkpoints").iterdir())) == 1
+    assert len(members) == len(folders) > 1
+    for member, folder in zip(members, folders, strict=True):
+        alone = tmp_path / "alone" / member.name
+        assert run_alone(member.config, alone)
+        assert_same_results(folder, alone)

@@ -9,11 +9,13 @@ import pytest
 
 from configs import default
 from fedmoe_jax.models.flops import count_activation_bytes
-from fedmoe_jax.options import UserError
-from fedmoe_jax.program import Program, init_state
+from fedmoe_jax.options import UserError, replace
+from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.state import init_state
 from fedmoe_jax.train import memory
-from fedmoe_jax.train import run as train
+from fedmoe_jax.train.plan import plan_run
+from fedmoe_jax.train.run import train
 from fedmoe_jax.types import Federation, SimState
 
 
@@ -42,9 +44,9 @@ def parts():
             "client.optimizer": "sgd",
         }
     )
-    plan = train.plan_run(config, build_mesh(2))
+    plan = plan_run(config, build_mesh(2))
     key = jax.random.key(0)
-    state = jax.eval_shape(lambda k: init_state(k, plan.hyper, plan.program), key)
+    state, _ = jax.eval_shape(lambda k: init_state(k, plan.hyper, plan.program), key)
     return Parts(plan.program, plan.federation, state)
 
 
@@ -69,8 +71,9 @@ PARAMS = STEM + 4 * EXPERT + GATE + HEAD
 
 
 SUBMODEL = STEM + 2 * EXPERT + GATE + HEAD
-# 1437 training and 360 test images with labels, mean and standard deviation.
-IMAGES = (1437 + 360) * (64 + 4) + 2 * 64 * 4
+# 1437 training and 360 test images with labels, mean and standard deviation, and the
+# strata of the test images.
+IMAGES = (1437 + 360) * (64 + 4) + 2 * 64 * 4 + 360 * 4
 # 1437 examples on 4 clients: up to 360 each, padded to 512; size, steps, label mix of
 # 10 classes, 8 numbers of the device, drift_source.
 PER_RUN = 4 * 4 * (512 + 1 + 1 + 10 + 8 + 1)
@@ -120,8 +123,8 @@ def test_runs_of_a_sweep_by_hand(monkeypatch, parts, backend, at_once):
 
 
 def test_cohort_limits_the_clients_at_once(parts):
-    rules = parts.program.rules._replace(client_chunk=50)
-    wide = estimate(parts, 10.0, program=parts.program._replace(rules=rules))
+    static = replace(parts.program.static, run={"client_chunk": 50})
+    wide = estimate(parts, 10.0, program=parts.program._replace(static=static))
     # Three clients on two devices: two on each, one of them padding.
     assert wide["compute"] == 2 * estimate(parts, 10.0)["compute"]
 
@@ -140,7 +143,8 @@ def test_count_bytes_by_hand():
 
 
 def test_activations_by_hand(parts):
-    count = lambda held: count_activation_bytes(parts.program.model, (8, 8, 1), held)
+    program = parts.program
+    count = lambda held: count_activation_bytes(program.model, program.batch, held)
     # One more expert adds its hidden units before and after bias and relu, and its
     # outputs before and after bias, and a row of the stack.
     more = count(2) - count(1)
@@ -171,5 +175,5 @@ def test_run_beyond_the_limit_is_refused_before_it_is_built(tmp_path):
     config.model.expert_width = 10**7  # tens of gigabytes of experts
     folder = tmp_path / "run"
     with pytest.raises(UserError, match="run.memory_limit_gb=8 is too low"):
-        train.train(config, folder, stop=lambda: True, label="", profile=False)
+        train(config, folder, stop=lambda: True, label="", profile=False)
     assert not folder.exists()

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import CLIENTS, RUNS
 from fedmoe_jax.train import run as train
-from fedmoe_jax.train import sweep as sweep_file
 from fedmoe_jax.train.compare import compare, list_members
-from fedmoe_jax.train.sweep import plan_waves, wave_name
+from fedmoe_jax.train.plan import estimate, plan_waves
+from fedmoe_jax.train.sweep import name_wave
 from fedmoe_jax.types import PER_RUN, Federation
 
 TINY = SMALL | {"chunk_rounds": 2, "run.tensorboard": False}
@@ -63,7 +64,7 @@ def arrays_of(folder):
 # server optimiser with moments have the most state.
 MIXED = {
     "strategies": ("random", "load_balanced_running", "greedy"),
-    "changes": ("", "weights.usage=0.9,fitness.idle=keep,fitness.prior=0.8"),
+    "changes": ("", "weights.usage=0.9,fitness.rate=0.7,fitness.prior=0.8"),
     "gate.mode": "personal",
     "server.optimizer": "adam",
 }
@@ -108,10 +109,10 @@ def test_accelerators_vmap_what_cpus_loop_over(tmp_path, monkeypatch):
     """The mapping is chosen by backend; both give the same runs."""
     folders, _ = run(tiny_config(("random", "greedy")), tmp_path / "loop")
     with monkeypatch.context() as patch:
-        sweep_file.build_programs.cache_clear()
+        train.build_programs.cache_clear()
         patch.setattr(jax, "default_backend", lambda: "tpu")
         others, _ = run(tiny_config(("random", "greedy")), tmp_path / "vmap")
-    sweep_file.build_programs.cache_clear()
+    train.build_programs.cache_clear()
     for folder, other in zip(folders, others, strict=True):
         assert_rows_close(rows_of(folder), rows_of(other))
 
@@ -130,24 +131,22 @@ def test_what_is_static_has_a_program_of_its_own():
         [f"{s}-gate.mode=personal-seed{i}" for s in ("random", "greedy") for i in "01"],
         [f"fedavg-gate.mode=personal-seed{i}" for i in "01"],
     ]
-    assert len({wave_name(wave) for wave in waves}) == 4
+    assert len({name_wave(wave) for wave in waves}) == 4
 
 
 def test_a_sweep_is_compiled_once(tmp_path, monkeypatch):
     """Any second trace of the round raises."""
-    import chex
-
-    real = sweep_file.scan_rounds
+    real = train.scan_rounds
     monkeypatch.setattr(
-        sweep_file,
+        train,
         "scan_rounds",
         lambda program: chex.assert_max_traces(real(program), n=1),
     )
-    sweep_file.build_programs.cache_clear()
+    train.build_programs.cache_clear()
     chex.clear_trace_counter()
     config = tiny_config(("random", "greedy"), num_rounds=8, local_steps=3)
     assert run(config, tmp_path)[1]
-    sweep_file.build_programs.cache_clear()
+    train.build_programs.cache_clear()
 
 
 def test_a_stopped_sweep_resumes_bitwise(tmp_path):
@@ -170,7 +169,7 @@ def test_memory_cuts_a_group_into_waves(tmp_path):
     members = list_members(config)
     (wave,) = plan_waves(members)
     needed = [
-        sum(train.estimate(wave.plans[:count], wave.program).values()) / 1e9
+        sum(estimate(wave.plans[:count], wave.program).values()) / 1e9
         for count in (1, 2, 3, 6)
     ]
     assert needed == sorted(needed)
@@ -230,7 +229,7 @@ def test_runs_differ_in_their_own_fields_only():
     assert len(others) == 3
     for name in set(Federation.__dataclass_fields__) - set(PER_RUN):
         for other in others:
-            np.testing.assert_array_equal(getattr(first, name), getattr(other, name))
+            chex.assert_trees_all_equal(getattr(first, name), getattr(other, name))
     for other in others:
         assert not np.array_equal(first.label_mix, other.label_mix)
 
@@ -239,7 +238,7 @@ def test_waves_cut_anew_leave_no_half_runs_behind(tmp_path):
     """Another memory limit cuts other waves: their runs start again, unfinished."""
     config = tiny_config(("random", "greedy"), seeds=(0, 1))
     (wave,) = plan_waves(list_members(config))
-    half = sum(train.estimate(wave.plans[:2], wave.program).values()) / 1e9
+    half = sum(estimate(wave.plans[:2], wave.program).values()) / 1e9
     config.run.memory_limit_gb = half * 1.0001
     first = tmp_path / "runs" / "random-seed0"
     stop = lambda: (tmp_path / "runs" / "greedy-seed0" / "metrics.jsonl").exists()

@@ -45,7 +45,7 @@ def read_events(folder) -> list[Event]:
     return events
 
 
-def test_rows_are_strict_json(tmp_path):
+def test_open_metrics_writes_strict_json(tmp_path):
     values = {
         "global_accuracy": jnp.float32(0.5),
         "expert_load": jnp.array([1.0, jnp.inf]),
@@ -66,32 +66,32 @@ def test_rows_are_strict_json(tmp_path):
     }
 
 
-def test_a_row_is_on_disk_at_once(tmp_path):
+def test_open_metrics_has_a_row_on_disk_at_once(tmp_path):
     with metrics.open_metrics(tmp_path, done=0, tensorboard=False) as write:
         write(row(1))
         assert read_rows(tmp_path) == [row(1)]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_no_file_is_no_rows(tmp_path):
+def test_truncate_metrics_makes_no_file(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     metrics.truncate_metrics(tmp_path / "metrics.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_drops_later_rows(tmp_path):
+def test_open_metrics_drops_later_rows_of_a_resumed_run(tmp_path):
     write_rows(tmp_path, [row(n) for n in range(1, 6)])
     write_rows(tmp_path, [row(4, again=True)], done=3)
     assert read_rows(tmp_path) == [row(1), row(2), row(3), row(4, again=True)]
 
 
-def test_a_fresh_run_starts_an_empty_file(tmp_path):
+def test_open_metrics_empties_the_file_of_a_fresh_run(tmp_path):
     write_rows(tmp_path, [row(1), row(2)])
     write_rows(tmp_path, [row(1, new=1)], done=0)
     assert read_rows(tmp_path) == [row(1, new=1)]
 
 
-def test_costs_add_up_over_a_resume(tmp_path):
+def test_add_costs_goes_on_over_a_resume(tmp_path):
     costs = [row(n, bytes_up=10.0 * n, simulated_seconds=0.5) for n in (1, 2, 3, 4)]
     write_rows(tmp_path, costs)
     # Rounds 3 and 4 are done again, without traffic in the third.
@@ -102,7 +102,7 @@ def test_costs_add_up_over_a_resume(tmp_path):
     assert {one["total_wasted_flops"] for one in rows} == {0}
 
 
-def test_costs_add_up_in_double_precision(tmp_path):
+def test_add_costs_is_in_double_precision(tmp_path):
     # In float32 the second round would be lost: 2**24 + 1 is 2**24 there.
     sizes = [jnp.float32(2**24), jnp.float32(1)]
     write_rows(tmp_path, [row(i + 1, bytes_up=x) for i, x in enumerate(sizes)])
@@ -111,7 +111,7 @@ def test_costs_add_up_in_double_precision(tmp_path):
 
 
 @pytest.mark.parametrize("tail", [b'{"round": 3, "tr', b'{"round": 3}', b"\xff\xfe"])
-def test_unfinished_last_line_is_dropped(tmp_path, tail):
+def test_truncate_metrics_drops_an_unfinished_last_line(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     write_rows(tmp_path, [row(1), row(2)])
     whole = path.read_bytes()
@@ -125,7 +125,7 @@ def test_unfinished_last_line_is_dropped(tmp_path, tail):
     done=st.integers(0, 12),
     rounds=st.lists(st.integers(1, 12), min_size=1, max_size=20),
 )
-def test_truncated_rows_are_unique_and_sorted(tmp_path_factory, done, rounds):
+def test_truncate_metrics_leaves_unique_sorted_rows(tmp_path_factory, done, rounds):
     path = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
     lines = [json.dumps({"round": n, "at": i}) for i, n in enumerate(rounds)]
     path.write_text("\n".join(lines) + "\n")
@@ -135,7 +135,7 @@ def test_truncated_rows_are_unique_and_sorted(tmp_path_factory, done, rounds):
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
 
 
-def test_tensorboard_gets_scalars_and_vectors(tmp_path):
+def test_open_metrics_gives_tensorboard_scalars_and_vectors(tmp_path):
     values = {"expert_load": jnp.array([3.0, 4.0, jnp.nan]), "held": np.ones((2, 2))}
     write_rows(tmp_path, [row(2, name="x", missing=None, **values)], tensorboard=True)
     found = {
@@ -151,7 +151,7 @@ def test_tensorboard_gets_scalars_and_vectors(tmp_path):
     }
 
 
-def test_tensorboard_is_told_what_a_resume_purges(tmp_path):
+def test_open_metrics_purges_events_of_a_resumed_run(tmp_path):
     write_rows(tmp_path, [row(n) for n in (1, 2, 3)], tensorboard=True)
     write_rows(tmp_path, [row(3)], done=2, tensorboard=True)
     purges = [
@@ -173,7 +173,7 @@ def evaluated(number: int, **more):
     return row(number, load_cv=0.123, **accuracy, **more)
 
 
-def test_plain_lines_where_there_is_no_terminal(clock):
+def test_open_progress_prints_lines_without_a_terminal(clock):
     stream = io.StringIO()
     with metrics.open_progress(40, ["run"], done=0, stream=stream) as update:
         for number in range(1, 10):
@@ -186,7 +186,7 @@ def test_plain_lines_where_there_is_no_terminal(clock):
     )
 
 
-def test_several_runs_have_their_names_and_about_ten_lines_each(clock):
+def test_open_progress_names_several_runs_about_ten_times(clock):
     stream = io.StringIO()
     with metrics.open_progress(40, ["a", "run"], done=0, stream=stream) as update:
         for number in range(1, 41):
@@ -197,7 +197,7 @@ def test_several_runs_have_their_names_and_about_ten_lines_each(clock):
     assert lines[-1].startswith("run  round 40/40")
 
 
-def test_time_left_of_a_resumed_run_counts_its_own_rounds(clock):
+def test_open_progress_times_the_rounds_of_this_process(clock):
     stream = io.StringIO()
     with metrics.open_progress(1020, ["run"], done=10, stream=stream) as update:
         clock[0] += 40.0
@@ -206,7 +206,7 @@ def test_time_left_of_a_resumed_run_counts_its_own_rounds(clock):
     assert stream.getvalue().endswith("4 s/round  left 1:06:40\n")
 
 
-def test_unmeasured_values_are_dashes(clock):
+def test_open_progress_shows_dashes_for_what_is_not_measured(clock):
     stream = io.StringIO()
     with metrics.open_progress(4, ["run"], done=0, stream=stream) as update:
         update([row(4, global_accuracy=0.5, load_cv=None)])
@@ -218,7 +218,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_bar_on_a_terminal(monkeypatch):
+def test_open_progress_shows_bars_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "140")
     stream = Terminal()
@@ -231,7 +231,7 @@ def test_bar_on_a_terminal(monkeypatch):
     assert "\x1b[" in stream.getvalue()
 
 
-def test_a_terminal_without_control_sequences_gets_lines(monkeypatch):
+def test_open_progress_prints_lines_on_a_dumb_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
     with metrics.open_progress(40, ["my run"], done=0, stream=stream) as update:
