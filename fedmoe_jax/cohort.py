@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from fedmoe_jax.aggregate import Sums, accumulate, weigh, zero_sums
 from fedmoe_jax.models.submodel import is_local
@@ -143,7 +144,7 @@ def keep_if(condition: Array, weights: dict[str, Array]) -> dict[str, Array]:
     return jax.tree.map(lambda weight: jnp.where(condition, weight, 0.0), weights)
 
 
-def cast_code(reply: Reply, dtype: jnp.dtype) -> Reply:
+def cast_code(reply: Reply, dtype: DTypeLike) -> Reply:
     """The reply with outcomes' codes in another dtype."""
     code = reply.outcome.code.astype(dtype)
     return reply.replace(outcome=reply.outcome.replace(code=code))

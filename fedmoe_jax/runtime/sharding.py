@@ -121,7 +121,7 @@ def place(tree: PyTree, mesh: Mesh, spec: P) -> PyTree:
     """
     sharding = NamedSharding(mesh, spec)
 
-    def place_leaf(leaf: Array | np.ndarray) -> Array:
+    def place_leaf(leaf: Array | np.ndarray | np.generic) -> Array:
         if isinstance(leaf, jax.Array):
             return jax.device_put(leaf, sharding)
         host = align(leaf) if jax.default_backend() == "cpu" else np.asarray(leaf)
@@ -131,7 +131,7 @@ def place(tree: PyTree, mesh: Mesh, spec: P) -> PyTree:
     return jax.tree.map(place_leaf, tree)
 
 
-def align(leaf: np.ndarray) -> np.ndarray:
+def align(leaf: np.ndarray | np.generic) -> np.ndarray:
     """The leaf, or a copy that starts where XLA's CPU client can use it as it is."""
     leaf = np.ascontiguousarray(leaf).reshape(np.shape(leaf))
     if leaf.ctypes.data % ALIGNMENT == 0:

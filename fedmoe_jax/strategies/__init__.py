@@ -1,7 +1,7 @@
 """The strategies: which client holds which experts. One table names them all."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 
@@ -104,7 +104,7 @@ def _switch(decisions: tuple[AssignFn, ...]) -> AssignFn:
     return assign
 
 
-def traits(strategy: Strategy) -> Strategy:
+def traits(strategy: Strategy) -> Hashable:
     """All but the decision: strategies with equal traits can share a program."""
     texts = {"about": "", "reads": (), "needs": "", "allowed": (), "at_most": ()}
     return strategy._replace(assign=None, configure=None, options=(), **texts)
