@@ -1,5 +1,6 @@
 """FLOPs and bytes of a model without parts are those of its parts."""
 
+import jax
 import pytest
 from factories import make_data, make_image_model
 
@@ -7,12 +8,12 @@ from fedmoe_jax.models.flops import count_activation_bytes, count_forward_flops
 from fedmoe_jax.tasks.batches import shape_batch
 from fedmoe_jax.tasks.images import IMAGES, measure_pixels
 
-WIDTH, OUTPUTS, STEM = 32, 16, 64
+WIDTH, OUTPUTS, STEM, CLASSES = 32, 16, 64, 10
 
 
 def build(num_experts):
     widths = dict(stem_width=STEM, expert_width=WIDTH, feature_width=OUTPUTS)
-    return make_image_model(num_experts=num_experts, **widths)
+    return make_image_model(num_experts=num_experts, num_classes=CLASSES, **widths)
 
 
 def shapes():
@@ -60,7 +61,7 @@ def test_count_forward_flops_on_the_host(monkeypatch):
         "stem": 2 * 64 * STEM,
         "gate": 2 * STEM * 8,
         "experts": 2 * (STEM * WIDTH + WIDTH * OUTPUTS),
-        "head": 2 * OUTPUTS * 10,
+        "head": 2 * OUTPUTS * CLASSES,
     }
     assert found.keys() == products.keys()
     for part, product in products.items():

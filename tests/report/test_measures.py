@@ -137,7 +137,6 @@ def test_a_damaged_table_is_refused_in_one_line(tree):
             "measure mean_x: over='median'; allowed: '', 'final', 'mean'",
         ),
         ({"mean_x": Measure("x", MEAN, better=2)}, "better=2; allowed: -1, 0, 1"),
-        ({"mean_load_cv": SURPRISE}, "measure mean_load_cv: another measure has"),
     ],
 )
 def test_rows_that_are_not_allowed_are_refused(row, message):
