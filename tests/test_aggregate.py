@@ -24,6 +24,8 @@ from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.program import resolve
 from fedmoe_jax.strategies import find_strategy
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, SLOTS = 4, 2
 GATE_MODES = ("global", "holder_rows", "personal")
 WEIGHTS = ("examples", "routed")

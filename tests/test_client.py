@@ -31,6 +31,8 @@ from fedmoe_jax.runtime.sharding import build_mesh, spread
 from fedmoe_jax.tasks.images import IMAGES, score_labels
 from fedmoe_jax.world.outcome import BROKEN, MERGED, Outcome
 
+pytestmark = pytest.mark.slow
+
 CLIENT, PADDED = 1, 9  # the second client owns 7 of the 9 places of its row
 IMAGE, CLASSES, MOMENTUM = (4, 4, 1), 3, 0.9
 CHANGES = {

@@ -29,6 +29,8 @@ from fedmoe_jax.cohort import (
 from fedmoe_jax.runtime.sharding import build_mesh, spread
 from fedmoe_jax.world.outcome import BROKEN, MERGED, STALE, Outcome
 
+pytestmark = pytest.mark.slow
+
 C, E, K = 6, 4, 2
 HELD = np.array([[0, 1], [2, 3], [1, 0], [3, 0], [0, 2], [2, 0]], np.int32)[:, None]
 SLOT = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]], bool)[:, None]

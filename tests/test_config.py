@@ -23,7 +23,6 @@ from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.options import TRACED, Range, UserError
 from fedmoe_jax.program import build_program, make_hyper
-from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.strategies import STRATEGIES
@@ -84,6 +83,7 @@ def test_every_study_is_valid(name, argument):
         validate(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), STUDIES)
 def test_every_study_builds(name, argument):
     for config in runs_of(get_config(name, argument)):
@@ -335,17 +335,18 @@ def draw_images(name, data_dir):
     return label_images(x[:300], y[:300], x[300:], y[300:], names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
-def test_every_study_runs(file, tmp_path, monkeypatch):
+def test_every_study_can_be_traced(file, monkeypatch):
+    """The first run of every study: a chunk of rounds and an evaluation, by shape."""
     config = runs_of(get_config(file, "smoke"))[0]
     if config.data.name == "cifar10":
         monkeypatch.setattr(planning, "load_dataset_once", draw_images)
     with config.unlocked():
-        config.run.tensorboard = False
         config.data.public = min(config.data.public, 50)
-    finished = train.train(
-        config, tmp_path, stop=lambda: True, label=file, profile=False
-    )
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert not finished and len(rows) == config.chunk_rounds
-    assert 0 <= rows[-1]["global_accuracy"] <= 1
+    (wave,) = planning.plan_waves([planning.Member(file, config)])
+    job = train.build_job(wave, [None])
+    _, metrics = jax.eval_shape(job.programs.run_rounds, job.state, *job.inputs)
+    scores = jax.eval_shape(job.programs.evaluate, job.state, *job.inputs)
+    assert metrics["train_loss"].shape == (1, config.chunk_rounds)
+    assert scores["global_accuracy"].shape == (1,)

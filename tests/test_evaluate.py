@@ -31,6 +31,8 @@ from fedmoe_jax.tasks.images import IMAGES, score_labels
 from fedmoe_jax.types import SimState
 from fedmoe_jax.world.participation import init_participation
 
+pytestmark = pytest.mark.slow
+
 COUNT, IMAGE, CLASSES = 21, (4, 4, 1), 3  # 21: no multiple of 8 devices, nor of 4
 IDLE, LOST = 5, 2  # one holds nothing, no update of the other has counted
 LEFT_OUT = {"global_soft_accuracy", "expert_accuracy"}  # they need every expert

@@ -10,6 +10,8 @@ from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.held_sets import WORD, find_sets, pack_bits, score_sets
 from fedmoe_jax.scoring import Examples
 
+pytestmark = pytest.mark.slow
+
 
 def test_find_sets_by_hand():
     """Of two layers; client 1 holds as client 0, client 3 more than two experts."""

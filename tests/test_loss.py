@@ -19,6 +19,8 @@ from fedmoe_jax.loss import (
 from fedmoe_jax.models.routing import route as route_top
 from fedmoe_jax.tasks.batches import shape_batch
 
+pytestmark = pytest.mark.slow
+
 REPORT = {"mass": jnp.array([[0.25, 0.75]])}
 
 

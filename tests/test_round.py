@@ -56,6 +56,8 @@ from fedmoe_jax.types import Assignment
 from fedmoe_jax.world.costs import Traffic, count_bytes
 from fedmoe_jax.world.outcome import Conditions
 
+pytestmark = pytest.mark.slow
+
 
 def compile_round(program):
     return jax.jit(spread(build_round(program), program.mesh))

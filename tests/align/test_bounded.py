@@ -14,6 +14,8 @@ from fedmoe_jax.align.bounded import bounded_top_k, violation
 from fedmoe_jax.align.prices import Bounds, sum_load
 from fedmoe_jax.types import Assignment
 
+pytestmark = pytest.mark.slow
+
 K = 4
 
 

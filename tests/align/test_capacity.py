@@ -20,6 +20,8 @@ from fedmoe_jax.types import make_keys
 from fedmoe_jax.world.costs import TRAINING_COPIES, Costs
 from fedmoe_jax.world.outcome import DROPOUT, DROPPED, MEMORY, MERGED, Outcome
 
+pytestmark = pytest.mark.slow
+
 N, K = 40, 6
 WORKLOAD = Workload(COSTS, jnp.full(N, 5.0), 100.0, 0.5, K)
 KEY = jax.random.key(3)

@@ -20,6 +20,8 @@ from fedmoe_jax.align.learn import RESET, count_load, learn
 from fedmoe_jax.moe_layers import LAYER
 from fedmoe_jax.types import Assignment, SimState, make_keys
 
+pytestmark = pytest.mark.slow
+
 HYPER = make_hyper(
     fitness={"exploration": 0.5}, reaction={"threshold": 0.1, "evidence": 0}
 )

@@ -18,6 +18,8 @@ from fedmoe_jax.runtime.sharding import CLIENTS, build_mesh, spread
 from fedmoe_jax.strategies.greedy import GREEDY
 from fedmoe_jax.strategies.load_balanced import LOAD_BALANCED
 
+pytestmark = pytest.mark.slow
+
 C, E, K = 4, 6, 3
 SPECIAL = np.float32([0.0, -0.0, 1.0, -1.0, np.nan, np.inf, -np.inf])
 decide = jax.jit(top_k, static_argnums=2)

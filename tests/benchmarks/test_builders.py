@@ -21,6 +21,8 @@ from benchmarks import (
 from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.plan import plan_waves
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2] / "benchmarks"
 NAMES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
 

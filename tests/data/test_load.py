@@ -374,6 +374,7 @@ def test_two_writers_leave_one_whole_cache(tmp_path):
         np.testing.assert_array_equal(found[name], value)
 
 
+@pytest.mark.slow
 def test_command_line(prepared_once, tmp_path):
     def command(*arguments):
         line = [sys.executable, "-m", "fedmoe_jax.data", *arguments]
@@ -388,6 +389,7 @@ def test_command_line(prepared_once, tmp_path):
     assert listing(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_real_cifar10():
     where = os.environ.get("TFDS_DATA_DIR", "")
     if not (Path(where) / "cifar10" / cifar10.VERSION / "dataset_info.json").exists():

@@ -15,6 +15,8 @@ from fedmoe_jax.models import dispatch
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.models.image_moe import apply_experts
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = 5
 plan_blocks = jax.jit(dispatch.plan_blocks, static_argnums=1)
 STEM_OF = {"mlp": "mlp", "conv": "cnn"}

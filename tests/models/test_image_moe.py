@@ -12,6 +12,8 @@ from fedmoe_jax.models.image_moe import apply_experts, freeze_others
 from fedmoe_jax.models.routing import gate_logits, route
 from fedmoe_jax.options import UserError
 
+pytestmark = pytest.mark.slow
+
 BATCH, EXPERTS, LABELS, FEATURES = 3, 5, 4, 6
 
 

@@ -23,6 +23,8 @@ from fedmoe_jax.models.layers import (
     strided_conv,
 )
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 CANONICAL = "dim_labels=b01f_01io->b01f"
 

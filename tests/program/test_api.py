@@ -19,9 +19,10 @@ from fedmoe_jax.options import UserError
 ROOT = Path(__file__).parents[2]
 CLOCK = {"seconds", "evaluation_seconds", "save_seconds", "compile_seconds"}
 # Orbax leaves reads unawaited when one of them meets a damaged file.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 def make_config(**changes):

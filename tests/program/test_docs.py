@@ -28,6 +28,7 @@ def make_anchors(text):
     return {title.replace(" ", "-") for title in bare}
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_readme_run(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(code.splitlines()) < 10

@@ -37,6 +37,8 @@ from fedmoe_jax.train import checkpoint
 from fedmoe_jax.types import SimState
 from fedmoe_jax.world.costs import count_bytes
 
+pytestmark = pytest.mark.slow
+
 # A control of the active size differs from the one of the total size in its width only.
 CASES = [(n, "global") for n in STRATEGIES if not n.endswith("_active")]
 CASES += [("greedy", "holder_rows"), ("greedy", "personal")]

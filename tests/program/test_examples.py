@@ -15,6 +15,8 @@ from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import read_json
 from fedmoe_jax.train.run import train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT, NOTEBOOK = (ROOT / "examples" / f"quickstart.{end}" for end in ("py", "ipynb"))
 

@@ -168,6 +168,7 @@ def interrupted(tmp_path_factory):
     return folder, results
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_how_to_go_on(interrupted):
     folder, ((code, out, err, rows), *_) = interrupted
     assert code == 3, err
@@ -177,11 +178,13 @@ def test_a_stopped_run_says_how_to_go_on(interrupted):
     assert f"--workdir={folder}" in last and "--config.num_clients=4" in last
 
 
+@pytest.mark.slow
 def test_a_killed_run_was_killed(interrupted):
     _, (_, (code, *_), *_) = interrupted
     assert code == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_the_same_call_finishes(interrupted):
     folder, (*_, (code, out, err)) = interrupted
     assert code == 0, err
@@ -191,6 +194,7 @@ def test_the_same_call_finishes(interrupted):
     assert json.loads((folder / "summary.json").read_text())["num_rounds"] == 6
 
 
+@pytest.mark.slow
 def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
     """Bitwise the state and, but for the clock, the rows of an undisturbed run."""
     folder, _ = interrupted

@@ -17,6 +17,8 @@ from fedmoe_jax.world.costs import scale_costs
 from fedmoe_jax.world.outcome import OUTCOMES
 from fedmoe_jax.world.step import Events
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 5
 # What happens to the three clients in each round, and from which moment of training.
 NEVER, AT_START, HALFWAY = np.inf, 0.0, 0.5

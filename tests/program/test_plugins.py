@@ -177,6 +177,7 @@ def start(folder, *words):
     return ran.returncode, ran.stderr
 
 
+@pytest.mark.slow
 def test_launch_reads_plugins_before_the_config(tmp_path):
     """From the current folder; a run without its plug-in ends in one line."""
     (tmp_path / "my_module.py").write_text(MODULE)
@@ -192,6 +193,7 @@ def test_launch_reads_plugins_before_the_config(tmp_path):
     assert "allowed: --plugins=my_module, with which the run in run was started" in err
 
 
+@pytest.mark.slow
 def test_a_plugin_that_computes_while_it_is_imported_is_refused(tmp_path):
     text = MODULE + "\nZEROS = jnp.zeros(3)\n"
     (tmp_path / "my_module.py").write_text(text)

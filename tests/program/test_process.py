@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import E, K, N, make_devices, plan_run, start_run, use_linear_model
 
 from fedmoe_jax.base import Process
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.world import PROCESSES
+
+pytestmark = pytest.mark.slow
 
 
 def step_toy(state, keys, round, hyper):

@@ -28,6 +28,8 @@ from fedmoe_jax.train import run
 from fedmoe_jax.train.compare import compare
 from fedmoe_jax.train.plan import plan_run
 
+pytestmark = pytest.mark.slow
+
 N, L, E, G, K, V, LENGTH, WIDTH = 6, 3, 4, 2, 2, 9, 7, 12
 PAD = 0
 

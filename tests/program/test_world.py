@@ -31,6 +31,8 @@ from fedmoe_jax.world.costs import TRAINING_COPIES
 from fedmoe_jax.world.outcome import OUTCOMES
 from fedmoe_jax.world.step import observe
 
+pytestmark = pytest.mark.slow
+
 # ---- what is off
 
 
@@ -73,9 +75,8 @@ IDLE = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_a_world_without_events_is_bitwise_the_run_without_a_world(chunk):
-    alike = {"devices.deadline": 1e9, "run.client_chunk": chunk}
+def test_a_world_without_events_is_bitwise_the_run_without_a_world():
+    alike = {"devices.deadline": 1e9, "run.client_chunk": 4}
     state, metrics, accuracies = run(as_users=True, **alike)
     other, found, scored = run(as_users=True, **IDLE | alike)
     assert_same(state.params, other.params)

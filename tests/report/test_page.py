@@ -20,6 +20,8 @@ from fedmoe_jax.report import curves, plots, signatures, tables
 from fedmoe_jax.report import page as report
 from fedmoe_jax.report import runs as runs_
 
+pytestmark = pytest.mark.slow
+
 ACCURACIES = [m.field for m in MEASURES.values() if m.over == FINAL]
 NAMES = [f"class{i}" for i in range(5)]
 N, L = 6, len(NAMES)

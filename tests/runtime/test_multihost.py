@@ -25,6 +25,8 @@ from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.compare import compare
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 NEVER = lambda: False

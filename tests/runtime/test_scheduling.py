@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from fedmoe_jax.runtime import scheduling
 from fedmoe_jax.runtime.scheduling import chunk_size
 
+pytestmark = pytest.mark.slow
+
 schedule = jax.jit(scheduling.schedule, static_argnums=(1, 2))
 wasted_share = jax.jit(scheduling.wasted_share, static_argnums=(1, 2))
 

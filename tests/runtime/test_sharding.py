@@ -25,6 +25,8 @@ from fedmoe_jax.runtime.sharding import (
 from fedmoe_jax.train import plan as planning
 from fedmoe_jax.types import PER_RUN
 
+pytestmark = pytest.mark.slow
+
 DEVICES = 8
 COHORT = 3  # divisible neither by 8 devices nor by 2 devices with chunks of 3
 

@@ -19,6 +19,8 @@ from fedmoe_jax.align.top_k import to_mask
 from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies import STRATEGIES, either, find_strategy, traits
 
+pytestmark = pytest.mark.slow
+
 RESIZED = tuple(n for n in STRATEGIES if sizes_of(n) != SIZES)
 HOLD_ALL = ("hfedmoe", "fedmoe", "fedmoe_da", "pfedmoe", "fedmix_all")  # at first
 SHARED = tuple(  # decide differently for the same training, so they share a program

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import (
     SIZES,
     list_held,
@@ -15,6 +16,8 @@ from factories import (
 from fedmoe_jax.align.top_k import to_mask
 from fedmoe_jax.strategies import fedmoe
 from fedmoe_jax.types import Assignment
+
+pytestmark = pytest.mark.slow
 
 
 def test_assign_covers_the_routing_with_sub_models():

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import SIZES, make_hyper
 
 from fedmoe_jax.strategies import fedmoe_da
+
+pytestmark = pytest.mark.slow
 
 
 def test_mixing_weights_are_of_the_most_similar():

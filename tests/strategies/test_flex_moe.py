@@ -2,10 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import SIZES, make_evidence, make_hyper
 
 from fedmoe_jax.strategies.flex_moe import FLEX_MOE, FLEX_MOE_EXAMPLES
 from fedmoe_jax.types import Assignment
+
+pytestmark = pytest.mark.slow
 
 
 def test_assign_by_hand():

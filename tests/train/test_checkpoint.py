@@ -21,9 +21,10 @@ from fedmoe_jax.train import checkpoint
 from fedmoe_jax.types import AlignState, SimState
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 OPTIMIZERS = {
     "adam": optax.adam(1e-3),

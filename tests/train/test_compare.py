@@ -155,6 +155,7 @@ def snapshot(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_compare_resumes_where_it_stopped(tmp_path, capsys):
     fields = {
         "compare.strategies": ("random", "greedy", "fedavg"),
@@ -198,6 +199,7 @@ def test_compare_resumes_where_it_stopped(tmp_path, capsys):
     assert (folders[0] / "metrics.jsonl").read_text().startswith(rows)
 
 
+@pytest.mark.slow
 def test_compare_refuses_the_folder_of_another_comparison(tmp_path):
     compare(tiny_config(), tmp_path, stop=never, profile=False)
     before = snapshot(tmp_path)
@@ -235,6 +237,7 @@ def users_flags(monkeypatch):
     monkeypatch.setattr(loop, "_compiled", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", [MIXED, STAGED], ids=["mixed", "staged"])
 def test_compare_gives_every_run_as_it_is_alone_bitwise(users_flags, tmp_path, study):
     config = tiny_config(**study)

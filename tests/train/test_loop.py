@@ -31,6 +31,8 @@ from fedmoe_jax.train.loop import (
     run_stages,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def make_job(value, *rounds, frozen=("stem",)):
     """A job with stages at these rounds, which add one to the run's own frozen part.

@@ -27,9 +27,10 @@ from fedmoe_jax.train.plan import plan_run
 from fedmoe_jax.train.run import save_arrays, train
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 TINY = SMALL | {"checkpoint.every": 1, "checkpoint.keep": 3}
 C, E, T, B = (

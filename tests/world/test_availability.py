@@ -27,6 +27,8 @@ from fedmoe_jax.world.availability import (
 )
 from fedmoe_jax.world.step import observe, start_view, step_world
 
+pytestmark = pytest.mark.slow
+
 KEYS = make_keys(jax.random.key(2), 0)
 
 # ---- reach

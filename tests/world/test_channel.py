@@ -15,6 +15,8 @@ from fedmoe_jax.world import channel
 from fedmoe_jax.world.processes import gauss_markov_step
 from fedmoe_jax.world.step import observe
 
+pytestmark = pytest.mark.slow
+
 CLIENTS = 100_000
 BANDWIDTH = 1e7  # Hz; the noise is -174 + 70 = -104 dBm.
 POWER = 23.0  # dBm

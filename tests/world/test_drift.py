@@ -20,6 +20,8 @@ from fedmoe_jax.world.drift import (
 )
 from fedmoe_jax.world.step import observe
 
+pytestmark = pytest.mark.slow
+
 N, M, L = 7, 32, 3
 move = jax.jit(move_examples)
 change = jax.jit(distort, static_argnames="kind")

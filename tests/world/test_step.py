@@ -22,6 +22,8 @@ from fedmoe_jax.world.step import (
     step_world,
 )
 
+pytestmark = pytest.mark.slow
+
 GROUPS = "pressure background bandwidth availability channel drift late".split()
 STORMY = plan_run(**STORM)
 
