@@ -195,7 +195,8 @@ class Strategy(NamedTuple):
       at_most: (field, other field) of the config: the one may not exceed the other.
       configure: config -> config of its program: sizes, optimisers, loss weights. Data,
         split, devices and capacity keep the user's config.
-      init: sizes -> its own state before the first round.
+      init: sizes -> its own state before the first round, a dict of arrays; scalars
+        among them are metrics of every round.
       update: (evidence, assignment, feedback, reports, hyper) -> its state after a
         round; feedback is 0 for clients whose update did not arrive.
       report: (routing of the layer, batch, hyper) -> pytree that a client sends beside
@@ -231,7 +232,7 @@ class Strategy(NamedTuple):
         for never.
       test_active: experts per example in evaluation, 0 for as many as in training.
       every_expert: whether evaluation computes all E experts for every example.
-      one_layer: whether it is defined for models with one MoE layer only.
+      one_layer: whether it is defined for models with one MoE layer and `parts` only.
     """
 
     about: str

@@ -231,13 +231,27 @@ def take_frozen(
     return trained, frozen | own
 
 
-def check_layers(config: ConfigDict, strategy: Strategy, num_layers: int) -> None:
-    """Raises UserError where a strategy for one MoE layer meets a model with more."""
-    if strategy.one_layer and num_layers > 1:
+def check_layers(
+    config: ConfigDict, strategy: Strategy, model: Model, num_layers: int
+) -> None:
+    """Raises UserError where a strategy for one MoE layer meets another model."""
+    if strategy.one_layer and (num_layers > 1 or model.parts is None):
+        reason = f"has {num_layers} MoE layers" if num_layers > 1 else "has no parts"
         raise UserError(
             f"strategy={config.strategy!r} is not allowed with model.kind="
-            f"{config.model.kind!r}, which has {num_layers} MoE layers; allowed: "
-            "strategies that are defined for more than one"
+            f"{config.model.kind!r}, which {reason}; allowed: strategies without "
+            "`one_layer`"
+        )
+
+
+def check_state(config: ConfigDict, strategy: Strategy, sizes: Sizes) -> None:
+    """Raises UserError where the strategy's own state is no dict of arrays."""
+    own = jax.eval_shape(lambda: strategy.init(sizes))
+    arrays = isinstance(own, dict) and all(hasattr(x, "shape") for x in own.values())
+    if not arrays:
+        raise UserError(
+            f"strategy={config.strategy!r} has an `init` that returns {own!r}; "
+            "allowed: a dict of arrays"
         )
 
 
@@ -253,7 +267,8 @@ def build_program(
       mesh: the devices.
 
     Raises:
-      UserError: model parts that do not fit each other or the data.
+      UserError: model parts that do not fit each other or the data; a strategy that
+        does not fit the model, or whose state is no dict of arrays.
     """
     used, task = configure(config), find_task(data.task)
     drifts = ("none", *dict(task.drifts))
@@ -269,7 +284,8 @@ def build_program(
         num_strata=len(data.stratum_names),
         local_steps=longest(federation.steps, config.local_epochs > 0),
     )
-    check_layers(config, strategy, sizes.num_layers)
+    check_layers(config, strategy, model, sizes.num_layers)
+    check_state(config, strategy, sizes)
     outputs, scores, routing = trace_model(model, task, batch, sizes)
     trained, frozen = take_frozen(params, frozen, strategy)
     costs = count_costs(trained, frozen, count_forward_flops(model, batch))

@@ -74,8 +74,8 @@ def run_stage(
     state: SimState, federation: Federation, hyper: Hyper, program: Program, number: int
 ) -> tuple[SimState, PyTree]:
     """State and `frozen` after the strategy's stage of that number, see `Strategy`."""
-    when, act = program.strategy.stages[number]
+    _, act = program.strategy.stages[number]
     key = jax.random.fold_in(state.key, BEFORE_ROUNDS)
-    key = jax.random.fold_in(key, when) if when else key
+    key = jax.random.fold_in(key, number) if number else key
     static = dict(model=program.model, task=program.task, sizes=program.sizes)
     return act(state, federation, hyper, key, **static)

@@ -27,6 +27,8 @@ from fedmoe_jax.client import build_client_update
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import (
+    check_layers,
+    check_state,
     configure,
     count_report,
     find_overwritten,
@@ -219,6 +221,25 @@ def test_build_program_takes_the_clients_momentum(strategy):
 def test_build_program_takes_the_clients_optimiser():
     changes = {"client.learning_rate": 1e-3, "client.optimizer": "adam"}
     np.testing.assert_allclose(np.abs(train_once(**changes)).max(), 2e-3, rtol=0.01)
+
+
+def test_check_layers_refuses_a_model_without_parts():
+    program = make_program()
+    config, whole = make_config(strategy="fedjets"), program.model._replace(parts=None)
+    fedjets = find_strategy("fedjets")
+    check_layers(config, fedjets, program.model, 1)
+    check_layers(config, program.strategy, whole, 1)
+    with pytest.raises(UserError, match="strategy='fedjets' .* which has no parts"):
+        check_layers(config, fedjets, whole, 1)
+
+
+@pytest.mark.parametrize("state", [jnp.zeros(3), [jnp.zeros(3)], {"a": {"b": 0.0}}])
+def test_check_state_refuses_all_but_a_dict_of_arrays(state):
+    config, sizes = make_config(strategy="greedy"), make_program().sizes
+    check_state(config, NOTHING, sizes)
+    odd = NOTHING._replace(init=lambda sizes: state)
+    with pytest.raises(UserError, match="strategy='greedy' has an `init`"):
+        check_state(config, odd, sizes)
 
 
 def test_longest_is_a_power_of_two_where_clients_differ():

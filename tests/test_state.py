@@ -48,10 +48,11 @@ def test_prepare_state_acts_in_round_zero_alone_with_a_key_of_its_own():
     prepared, frozen = prepare_state(state, federation, make_hyper(), program)
     assert int(prepared.round) == 20 and frozen == {"stages": 2}
     assert len(acted) == 2
-    expected = jax.random.fold_in(state.key, jnp.uint32(BEFORE_ROUNDS))
+    first = jax.random.fold_in(state.key, jnp.uint32(BEFORE_ROUNDS))
+    expected = first, jax.random.fold_in(first, 2)  # the number of the stage
     names = "model", "task", "sizes"
-    for key, static in acted:
-        np.testing.assert_array_equal(key, jax.random.key_data(expected))
+    for (key, static), own in zip(acted, expected, strict=True):
+        np.testing.assert_array_equal(key, jax.random.key_data(own))
         assert static == {name: getattr(program, name) for name in names}
 
 
