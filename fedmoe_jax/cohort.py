@@ -98,7 +98,7 @@ def renew_variate(
 ) -> PyTree:
     """ONE client's new control variate: its mean gradient (SCAFFOLD, option II).
 
-    `c_i <- c_i - c - delta / (a lr)` with `c - c_i` the inputs's correction and `a` how
+    `c_i <- c_i - c - delta / (a lr)` with `c - c_i` the input's correction and `a` how
     often a gradient ends up in the delta, which is the number of steps in the paper,
     where there is no momentum.
     """

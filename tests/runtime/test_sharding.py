@@ -64,8 +64,9 @@ def test_there_are_enough_devices():
     assert jax.device_count() == DEVICES
 
 
-@pytest.mark.parametrize("local_epochs", [0.0, 0.125])
-@pytest.mark.parametrize(("num_devices", "client_chunk"), [(0, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("num_devices", "client_chunk", "local_epochs"), [(0, 1, 0.0), (2, 3, 0.125)]
+)
 def test_devices_and_chunks_change_nothing(num_devices, client_chunk, local_epochs):
     found = run_on(num_devices, client_chunk, local_epochs=local_epochs)
     params, align, metrics = found
