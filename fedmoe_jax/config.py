@@ -27,9 +27,9 @@ from fedmoe_jax.options import (
     Range,
     UserError,
 )
-from fedmoe_jax.plugins import find_tables, list_plugins
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.tables import find_tables, list_plugins
 from fedmoe_jax.world.devices import WIDEST
 
 Allowed = Range | Mapping[str, Any] | tuple[str, ...]

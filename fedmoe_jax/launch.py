@@ -26,7 +26,6 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fedmoe_jax.options import UserError
-from fedmoe_jax.plugins import load_plugins
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
 
@@ -88,6 +87,8 @@ def join_plugins(argv: list[str]) -> None:
     flags.DEFINE_list("plugins", [], "", flag_values=early)
     early(argv, known_only=True)
     if early.plugins:
+        from fedmoe_jax.plugins import load_plugins  # imports JAX
+
         sys.path.append(os.getcwd())  # where `python -m` looks, and a script does not
         load_plugins(*early.plugins)
 

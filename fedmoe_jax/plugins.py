@@ -2,63 +2,20 @@
 
 A plug-in is a module that defines tables of the package's own names, such as
 `STRATEGIES = {"mine": MINE}`. Its records carry their own config fields, with defaults
-(`Option.default`), and these join the config. Nothing here imports JAX before a plug-in
-is loaded, so that the defaults can be read without it.
+(`Option.default`), and these join the config.
 """
 
 import importlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from fedmoe_jax.config import list_options
+from fedmoe_jax.measures import check_measure
 from fedmoe_jax.options import Option, UserError
+from fedmoe_jax.tables import PLUGINS, Plugin, find_tables
 
-# Every table that plug-ins can add to, by its module and its name there.
-TABLES = (
-    ("fedmoe_jax.data.load", "DATASETS"),
-    ("fedmoe_jax.tasks", "TASKS"),
-    ("fedmoe_jax.models", "MODELS"),
-    ("fedmoe_jax.strategies", "STRATEGIES"),
-    ("fedmoe_jax.world", "PROCESSES"),
-    ("fedmoe_jax.measures", "MEASURES"),
-)
 FIELD = re.compile(r"[a-z]\w*(\.[a-z]\w*)?")
-
-
-class Plugin(NamedTuple):
-    """What one module has added.
-
-    Attributes:
-      records: the names of its records, by table.
-      defaults: of the config fields that are its own, by dotted name.
-    """
-
-    records: dict[str, tuple[str, ...]]
-    defaults: dict[str, Any]
-
-
-_plugins: dict[str, Plugin] = {}  # by the name of the module, in the order of joining
-
-
-def find_tables() -> dict[str, dict[str, Any]]:
-    """Every table that plug-ins can add to, by its name: name of a record -> record."""
-    return {
-        name: getattr(importlib.import_module(module), name) for module, name in TABLES
-    }
-
-
-def list_plugins() -> tuple[str, ...]:
-    """The names of the modules that have joined."""
-    return tuple(_plugins)
-
-
-def list_defaults() -> dict[str, Any]:
-    """The defaults of the plug-ins' config fields, by dotted name."""
-    return {
-        name: value
-        for plugin in _plugins.values()
-        for name, value in plugin.defaults.items()
-    }
 
 
 def load_plugins(*modules: str) -> None:
@@ -95,15 +52,12 @@ def _import(name: str) -> Any:
 def leave(name: str) -> None:
     """Takes the records of a module out of the tables again, if it has joined."""
     tables = find_tables()
-    for table, records in _plugins.pop(name, Plugin({}, {})).records.items():
+    for table, records in PLUGINS.pop(name, Plugin({}, {})).records.items():
         for record in records:
             del tables[table][record]
 
 
 def _join(name: str, module: Any) -> None:
-    from fedmoe_jax.config import list_options  # imports the models
-    from fedmoe_jax.measures import check_measure
-
     tables, fields = find_tables(), list_options()
     own = {
         table: getattr(module, table)
@@ -129,7 +83,7 @@ def _join(name: str, module: Any) -> None:
     for table, records in own.items():
         tables[table].update(records)
     names = {table: tuple(records) for table, records in own.items()}
-    _plugins[name] = Plugin(names, defaults)
+    PLUGINS[name] = Plugin(names, defaults)
 
 
 def _check_names(where: str, records: Any, table: Mapping[str, Any]) -> None:

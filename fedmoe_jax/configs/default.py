@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.plugins import list_defaults, list_plugins
+from fedmoe_jax.tables import list_defaults, list_plugins
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from fedmoe_jax.config import FREE_FIELDS, list_options
 from fedmoe_jax.data.partition import load_partition, save_partition
 from fedmoe_jax.options import UserError
-from fedmoe_jax.plugins import list_defaults, list_plugins
 from fedmoe_jax.runtime.files import flatten, read_json, write_atomically, write_json
+from fedmoe_jax.tables import list_defaults, list_plugins
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.types import Partition
 
