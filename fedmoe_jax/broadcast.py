@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.align.capacity import Capacity, count_examples
+from fedmoe_jax.capacity import Capacity, count_examples
 from fedmoe_jax.cohort import JudgeFn
 from fedmoe_jax.program import Program
+from fedmoe_jax.traffic import find_ways, plan_traffic
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -17,7 +18,6 @@ from fedmoe_jax.types import (
 )
 from fedmoe_jax.world.outcome import Conditions, Outcome, judge_client
 from fedmoe_jax.world.step import View
-from fedmoe_jax.world.traffic import find_ways, plan_traffic
 
 
 def gather_evidence(

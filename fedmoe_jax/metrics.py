@@ -8,12 +8,13 @@ stands for.
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.align.capacity import Capacity
 from fedmoe_jax.align.usage import load_cv, load_entropy, starved
+from fedmoe_jax.capacity import Capacity
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
 from fedmoe_jax.runtime.sharding import CLIENTS
+from fedmoe_jax.traffic import find_ways
 from fedmoe_jax.types import AlignState, Array, Devices, Federation, SimState
 from fedmoe_jax.world.costs import (
     client_bytes,
@@ -24,7 +25,6 @@ from fedmoe_jax.world.costs import (
 from fedmoe_jax.world.outcome import DROPPED, OUTCOMES, Conditions, Outcome
 from fedmoe_jax.world.participation import Participation, jain
 from fedmoe_jax.world.step import View, measure_processes
-from fedmoe_jax.world.traffic import find_ways
 
 LISTED = 100  # clients up to which each has its numbers in every row
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from configs import default
 from fedmoe_jax import program as program_file
-from fedmoe_jax.align.capacity import Belief, Capacity
 from fedmoe_jax.base import PARTS, Model, Parts
 from fedmoe_jax.broadcast import broadcast, gather_evidence
+from fedmoe_jax.capacity import Belief, Capacity
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.data.images import label_images

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fedmoe_jax.align.capacity import Belief
+from fedmoe_jax.capacity import Belief
 from fedmoe_jax.evaluate import build_evaluate_share
 from fedmoe_jax.measures import MEASURES, pack_measures
 from fedmoe_jax.program import Program, find_overwritten

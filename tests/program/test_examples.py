@@ -10,9 +10,10 @@ import matplotlib
 import numpy as np
 import pytest
 
-from fedmoe_jax import plugins, tables
+from fedmoe_jax import plugins
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import read_json
+from fedmoe_jax.tables import list_plugins
 from fedmoe_jax.train.run import train
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,7 @@ def files(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     yield sorted(path.stem for path in tmp_path.glob("*.py"))
-    for name in tables.list_plugins():
+    for name in list_plugins():
         plugins.leave(name)
         sys.modules.pop(name, None)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from factories import STORM, assert_same, plan_run, start_run, use_linear_model
 
-import fedmoe_jax.align.capacity as capacity_file
+import fedmoe_jax.capacity as capacity_file
 import fedmoe_jax.round as round_file
 from fedmoe_jax.round import build_round
 from fedmoe_jax.runtime.sharding import spread

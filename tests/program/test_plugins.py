@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from factories import SMALL
 
-from fedmoe_jax import plugins, tables
+from fedmoe_jax import plugins
 from fedmoe_jax.config import list_options, validate
 from fedmoe_jax.configs import default
 from fedmoe_jax.data.load import DATASETS
@@ -17,6 +17,7 @@ from fedmoe_jax.options import COUNT, SHARE, TRACED, Option, UserError
 from fedmoe_jax.program import make_hyper
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.tables import find_tables, list_plugins
 
 ROOT = Path(__file__).parents[2]
 RATE = Option("mine.rate", SHARE, "weight of fitness", TRACED, 0.3)
@@ -71,7 +72,7 @@ def test_a_module_that_joins_again_replaces_its_records(join):
     renewed = MINE._replace(about="Renewed.")
     join(STRATEGIES={"mine": renewed})
     assert STRATEGIES["mine"] is renewed
-    assert tables.list_plugins() == ("my_module",)
+    assert list_plugins() == ("my_module",)
 
 
 def test_tables_that_a_module_imports_are_not_its_own(join):
@@ -115,11 +116,11 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_load_plugins_refuses_in_one_line(join, case):
     tables, told = REFUSED[case]
-    before = {name: dict(table) for name, table in tables.find_tables().items()}
+    before = {name: dict(table) for name, table in find_tables().items()}
     with pytest.raises(UserError, match=told) as error:
         join(**tables)
     assert "\n" not in str(error.value)
-    assert tables.find_tables() == before and tables.list_plugins() == ()
+    assert find_tables() == before and list_plugins() == ()
 
 
 def test_a_module_that_a_plugin_misses_is_no_missing_plugin(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from factories import COSTS
 from factories import make_devices as make_rows
 from factories import make_hyper as change_hyper
 
-from fedmoe_jax.align.capacity import (
+from fedmoe_jax.capacity import (
     Workload,
     count_capacity,
     init_belief,

@@ -13,12 +13,12 @@ from flax import struct
 
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.program import Program
+from fedmoe_jax.traffic import find_ways
 from fedmoe_jax.types import Array, Devices, Federation, Hyper, Keys, PyTree, Sizes
 from fedmoe_jax.world.costs import Costs, client_bytes, client_flops
 from fedmoe_jax.world.limits import true_capacity
 from fedmoe_jax.world.outcome import DROPOUT, MEMORY, Conditions, Outcome
 from fedmoe_jax.world.step import View
-from fedmoe_jax.world.traffic import find_ways
 
 # Purposes, folded into the key of a round, and into the run's key.
 REPORT, EXPLORE = 1100, 1101
