@@ -65,7 +65,7 @@ class Run(NamedTuple):
 def run(
     config: ConfigDict,
     workdir: str | Path | None = None,
-    on_row: Callable[[Row], None] = ignore_row,
+    on_row: Callable[[Row], None] | None = None,
 ) -> Run:
     """Runs one config, with progress on stdout.
 
@@ -74,11 +74,12 @@ def run(
       workdir: its folder, as of `launch.py`; a run there is resumed. None writes
         nothing to disk.
       on_row: called after each chunk with the row of each of its rounds, a dict of
-        numbers and lists.
+        numbers and lists; None for no call.
 
     Raises:
       UserError: a mistake in the config, the data or the folder.
     """
+    on_row = on_row or ignore_row
     config = ConfigDict(config.to_dict())
     if "compare" in config:
         raise UserError("compare is not allowed here; allowed: a config of one run")

@@ -277,10 +277,10 @@ class Process(NamedTuple):
       is_on: config -> whether it would change anything.
       init: (keys, hyper, sizes) -> its state before the first round, a pytree of
         arrays, from its stationary law. What never changes is drawn here, from
-        `keys.always(purpose)`.
+        `keys.always(purpose)`; purposes from 2**31 to 2**32 - 100 are free, smaller
+        ones are the numbers of rounds.
       step: (state, keys, round [], hyper) -> its state in the round. All draws of the
-        round are made here, from `keys.of(purpose)`; `world.step` lists the purposes
-        in use, those from 2000 on are free.
+        round are made here, from `keys.of(purpose)`; purposes from 2000 on are free.
       apply: (state, view, hyper) -> view of the round, a `world.step.View`, from the
         one that the processes before it have left. It draws nothing, so that
         evaluation sees the world of the round.

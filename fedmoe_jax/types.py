@@ -226,7 +226,7 @@ class SimState(struct.PyTreeNode):
       variate: control variates of SCAFFOLD, like params with a leading N axis, else {}.
       world: the states of the world's processes that are on, by their names, see
         `world.step`.
-      belief: what the server believes about the devices, see `profile`.
+      belief: what the server believes about the devices, see `capacity`.
       stale: sums of the updates that came too late for the last round and are merged
         in the next, {} where no such update is merged.
       participation: of the clients so far, and the last round in detail, see
@@ -312,9 +312,9 @@ class ClientInput(struct.PyTreeNode):
       steps: [] int32, local steps to take; 0 for what only pads the cohort.
       budget: [] int32 >= 1, experts that the client has room to train.
       scale: [] float32, factor of its delta in the averages, 1 for most.
-      held: [K] int32, ids of the held experts.
-      slot: [K] bool, which of them count.
-      calibration: [] float32 >= 0, factor of the calibration loss, 1 for most.
+      held: [G, K] int32, ids of the held experts of each MoE layer.
+      slot: [G, K] bool, which of them count.
+      calibration: [G] float32 >= 0, factor of the calibration loss, 1 for most.
       correction: what control variates add to its gradients, like params; {} for none.
       personal: the client's own parts, by name like params; {} where there are none.
       distortion: [] float32, how far its images have drifted; None where none do.

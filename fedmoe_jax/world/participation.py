@@ -46,7 +46,7 @@ def record(
     participation: Participation, cohort: Array, capacity: Array, outcome: Outcome
 ) -> Participation:
     """The participation after a round; `capacity` [N] is the truth of the round."""
-    # Who began to train had received all, even if its link failed on the way up.
+    # A client that began to train had received all, even if its link fails later.
     no_download = (outcome.code == OUTAGE) & (outcome.spent[:, 1] == 0)
     received = (outcome.spent[:, 0] == 1) & ~no_download
     took_part = outcome.arrived.astype(jnp.int32)

@@ -95,6 +95,12 @@ def test_run_with_a_folder_is_load_run_of_it(result, tmp_path):
     assert (tmp_path / "summary.json").exists()
 
 
+def test_on_row_may_be_none(tmp_path):
+    for folder in (None, tmp_path / "run"):
+        found = run(make_config(num_rounds=2), folder, on_row=None)
+        assert len(found.rows["round"]) == 2
+
+
 def test_on_row_gets_every_row(result, told):
     assert [row["round"] for row in told] == [1, 2, 3, 4]
     assert stack_rows(told).keys() == result.rows.keys()
