@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedmoe_jax.config import list_options
 from fedmoe_jax.measures import check_measure
 from fedmoe_jax.options import Option, UserError
 from fedmoe_jax.tables import PLUGINS, Plugin, find_tables
@@ -58,6 +57,8 @@ def leave(name: str) -> None:
 
 
 def _join(name: str, module: Any) -> None:
+    from fedmoe_jax.config import list_options  # imports JAX
+
     tables, fields = find_tables(), list_options()
     own = {
         table: getattr(module, table)
