@@ -1,8 +1,8 @@
 """Records from outside the package, which join its tables: `--plugins=my_module`.
 
 A plug-in is a module that defines tables of the package's own names, such as
-`STRATEGIES = {"mine": MINE}`. Its records carry their own config fields, with defaults
-(`Option.default`), and these join the config.
+`STRATEGIES = {"mine": MINE}`. Its strategies and processes carry their own config
+fields, with defaults (`Option.default`), and these join the config.
 """
 
 import importlib

@@ -72,7 +72,9 @@ def test_score_sets_runs_the_model_once_for_each_set():
     assert len(runs) == 2 and rows.shape == (6, 1)
 
 
-@pytest.mark.parametrize("strategy", ["flex_moe", "fedmix", "fedjets", "local"])
+@pytest.mark.parametrize(
+    "strategy", ["greedy", "flex_moe", "fedmix", "pfedmoe", "fedjets", "local"]
+)
 def test_score_model_gives_the_scores_of_the_model_with_parts(strategy):
     """Of images that drift, one client without experts."""
     drift = {"drift.images": "contrast", "drift.strength": 0.8}

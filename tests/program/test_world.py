@@ -75,8 +75,9 @@ IDLE = {
 }
 
 
-def test_a_world_without_events_is_bitwise_the_run_without_a_world():
-    alike = {"devices.deadline": 1e9, "run.client_chunk": 4}
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_world_without_events_is_bitwise_the_run_without_a_world(chunk):
+    alike = {"devices.deadline": 1e9, "run.client_chunk": chunk}
     state, metrics, accuracies = run(as_users=True, **alike)
     other, found, scored = run(as_users=True, **IDLE | alike)
     assert_same(state.params, other.params)
