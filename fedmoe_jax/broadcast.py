@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from fedmoe_jax.capacity import Capacity, count_examples
 from fedmoe_jax.cohort import JudgeFn
+from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.program import Program
-from fedmoe_jax.traffic import find_ways, plan_traffic
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -16,6 +16,7 @@ from fedmoe_jax.types import (
     SimState,
     Sizes,
 )
+from fedmoe_jax.world.costs import FEEDBACK_NUMBERS, Traffic
 from fedmoe_jax.world.outcome import Conditions, Outcome, judge_client
 from fedmoe_jax.world.step import View
 
@@ -34,6 +35,40 @@ def gather_evidence(
         load=count_examples(view.federation, sizes)[cohort],
         held=align.held[cohort],
         state=align.strategy,
+    )
+
+
+def plan_traffic(
+    evidence: Evidence,
+    assignment: Assignment,
+    equipped: Array,
+    hyper: Hyper,
+    program: Program,
+) -> Traffic:
+    """The cohort's traffic, but for what it sends, which is not known yet.
+
+    `equipped` [C] bool are the clients that have the frozen parts.
+    """
+    strategy, num_experts = program.strategy, program.sizes.num_experts
+    per_layer = lambda slots: slots.sum((1, 2)) / program.sizes.num_layers
+    held = per_layer(assignment.slot)
+    local = is_local(assignment.held, num_experts, strategy.local_experts)
+    local = per_layer(assignment.slot & local)
+    some = strategy.expert_priority is not None
+    trained = jnp.minimum(held, evidence.capacity) if some else held
+    shown = jnp.zeros(held.shape)
+    if strategy.gate_period:
+        shown += evidence.round % strategy.gate_period(hyper) == 0
+    talks = 0.0 if strategy.silent else 1.0
+    feedback = FEEDBACK_NUMBERS * assignment.slot.sum((1, 2))
+    return Traffic(
+        held=held,
+        trained=trained,
+        sent=jnp.zeros(held.shape),
+        received=talks * (held - local),
+        reported=talks * (feedback + program.report_numbers),
+        shown=shown,
+        new=(~equipped).astype(jnp.float32),
     )
 
 
@@ -94,7 +129,7 @@ def broadcast(
 
 def build_judge(program: Program) -> JudgeFn:
     """Builds `judge(conditions, sent, finite) -> Outcome` of ONE client's round."""
-    static, ways = program.static, find_ways(program.strategy)
+    static = program.static
 
     def judge(conditions: Conditions, sent: Array, finite: Array) -> Outcome:
         return judge_client(
@@ -102,7 +137,6 @@ def build_judge(program: Program) -> JudgeFn:
             jnp.zeros(()) if program.strategy.silent else sent,
             finite,
             costs=program.device_costs,
-            ways=ways,
             overload=static.devices.overload == "lose",
             deadline=static.devices.deadline,
             late=static.late.kind,

@@ -13,7 +13,6 @@ from flax import struct
 
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.program import Program
-from fedmoe_jax.traffic import find_ways
 from fedmoe_jax.types import Array, Devices, Federation, Hyper, Keys, PyTree, Sizes
 from fedmoe_jax.world.costs import Costs, client_bytes, client_flops
 from fedmoe_jax.world.limits import true_capacity
@@ -266,9 +265,9 @@ def learn_devices(
     """The belief after the round; an estimating server has seen times and failures."""
     if not belief.history:
         return belief
-    costs, ways = program.device_costs, find_ways(program.strategy)
+    costs = program.device_costs
     traffic = conditions.traffic.replace(sent=replies.sent)
-    up, down = client_bytes(costs, traffic, ways)
+    up, down = client_bytes(costs, traffic)
     flops = client_flops(costs, traffic, conditions.examples)
     history = update_history(
         belief.history,

@@ -30,6 +30,7 @@ from fedmoe_jax.options import (
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tables import find_tables, list_plugins
+from fedmoe_jax.tasks import TASKS
 from fedmoe_jax.world.devices import WIDEST
 
 Allowed = Range | Mapping[str, Any] | tuple[str, ...]
@@ -441,6 +442,8 @@ def check_plugins(plugins: Iterable[str]) -> None:
 
 def check_drift(values: dict[str, Any]) -> None:
     """Raises UserError for a drift that the run would not see or could not have."""
+    kinds = dict(drift for task in TASKS.values() for drift in task.drifts)
+    check("drift.images", values["drift.images"], ("none", *kinds))
     on = values["drift.labels"] > 0 or values["drift.images"] != "none"
     last = values["num_rounds"] - values["drift.rounds"]
     if on and last < 0:

@@ -14,7 +14,6 @@ from fedmoe_jax.cohort import Reply
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
 from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.traffic import find_ways
 from fedmoe_jax.types import AlignState, Array, Devices, Federation, SimState
 from fedmoe_jax.world.costs import (
     client_bytes,
@@ -65,18 +64,17 @@ def account(
         sent=talks * (sent + exchanged[0]),
         received=traffic.received + talks * exchanged[1],
     )
-    ways = find_ways(program.strategy)
-    up, down = client_bytes(program.costs, traffic, ways)
+    up, down = client_bytes(program.costs, traffic)
     flops = client_flops(program.costs, traffic, conditions.examples)
-    parameters = client_parameters(program.costs, traffic, ways)
+    parameters = client_parameters(program.costs, traffic)
     down, flops, up = outcome.spent.T * jnp.stack([down, flops, up])
     wasted = jnp.where(outcome.arrived, 0.0, 1.0)
     longest, worked_at_all = seconds.max(), outcome.spent[:, 0] > 0
     late = (seconds > deadline) | (outcome.code == DROPPED)
     # Some systems take more memory than the experts that they train.
-    fits = client_memory(program.device_costs, traffic, ways) <= devices.memory
+    fits = client_memory(program.device_costs, traffic) <= devices.memory
     too_many = (traffic.trained > participation.capacity[cohort]) | ~fits
-    if program.static.late.kind == "stale":  # no one waits for them
+    if program.static.late.kind == "stale":  # the round ends without them
         longest = jnp.minimum(longest, deadline)
     return {
         "bytes_up": up.sum(),

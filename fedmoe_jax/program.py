@@ -288,7 +288,8 @@ def build_program(
     check_state(config, strategy, sizes)
     outputs, scores, routing = trace_model(model, task, batch, sizes)
     trained, frozen = take_frozen(params, frozen, strategy)
-    costs = count_costs(trained, frozen, count_forward_flops(model, batch))
+    forward = count_forward_flops(model, batch)
+    costs = count_costs(trained, frozen, forward, strategy)
     rows = batch.of(sizes.batch_size)
     return Program(
         task=task,

@@ -15,7 +15,7 @@ import chex
 import jax
 
 from fedmoe_jax.aggregate import Sums, aggregate
-from fedmoe_jax.alignment import assign, learn_layers
+from fedmoe_jax.align_layers import assign, learn_layers
 from fedmoe_jax.broadcast import broadcast, build_judge, gather_evidence, set_conditions
 from fedmoe_jax.capacity import learn_devices, measure_capacity
 from fedmoe_jax.client import build_client_update

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fedmoe_jax.base import Parts, Scores
 from fedmoe_jax.models.dispatch import dispatch
-from fedmoe_jax.models.image_moe import apply_experts, log_probabilities
+from fedmoe_jax.models.one_layer import apply_experts, log_probabilities
 from fedmoe_jax.models.routing import gate_logits, route
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.program import Program

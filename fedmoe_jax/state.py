@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from fedmoe_jax.aggregate import zero_sums
 from fedmoe_jax.align.drift_detector import init_detector
 from fedmoe_jax.align.fitness import init_fitness
-from fedmoe_jax.alignment import ALIGN
+from fedmoe_jax.align_layers import ALIGN
 from fedmoe_jax.capacity import init_belief
 from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import server_optimizer

@@ -158,6 +158,8 @@ COSTS = Costs(
     shared_flops=10.0,
     expert_flops=20.0,
     frozen_flops=0.0,
+    travel_bytes=500.0,
+    copies=1,
 )
 
 
@@ -215,7 +217,8 @@ def use_model(program, model, **flops):
     sizes = program.sizes._replace(num_layers=len(params["gate"]))
     traced = trace_model(model, program.task, program.batch, sizes)
     trained, frozen = take_frozen(params, frozen, program.strategy)
-    costs = count_costs(trained, frozen, dict.fromkeys(PARTS, 1.0) | flops)
+    forward = dict.fromkeys(PARTS, 1.0) | flops
+    costs = count_costs(trained, frozen, forward, program.strategy)
     outputs, scores, routing = traced
     return program._replace(
         **dict(model=model, sizes=sizes, costs=costs),

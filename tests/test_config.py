@@ -26,6 +26,7 @@ from fedmoe_jax.program import build_program, make_hyper
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.tasks import TASKS
 from fedmoe_jax.train import plan as planning
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.compare import list_members
@@ -36,10 +37,10 @@ FILES = sorted(
     if path.stem != "__init__"
 )
 # Checked where they are used: a name by `find_strategy`, paths by the loaders, a pair
-# of lists by `draw_devices`; plug-ins by `check_plugins`; flags by ConfigDict, which
-# keeps their type.
+# of lists by `draw_devices`; plug-ins by `check_plugins`; drifts of the tasks by
+# `check_drift`; flags by ConfigDict, which keeps their type.
 CHECKED_ELSEWHERE = {"strategy", "data.dir", "devices.tiers", "devices.shares"}
-CHECKED_ELSEWHERE |= {"run.tensorboard", "devices.csv", "plugins"}
+CHECKED_ELSEWHERE |= {"run.tensorboard", "devices.csv", "plugins", "drift.images"}
 ARGUMENTS = {
     "compare": ("", "digits", "smoke", "digits,smoke"),
     "causes": ("idle", "gate", "personal", "gate,digits,smoke", "smoke"),
@@ -243,6 +244,14 @@ def test_fields_that_contradict_each_other(name, value, told):
     with pytest.raises(UserError) as caught:
         validate(changed(**{name: value}))
     assert str(caught.value).endswith(f"allowed: {told}")
+
+
+def test_a_drift_is_one_of_a_task(monkeypatch):
+    with pytest.raises(UserError, match="^drift.images='typos' .* none, rotate, blur"):
+        validate(changed(**{"drift.images": "typos"}))
+    typing = TASKS["images"]._replace(drifts=(("typos", lambda rows, amount: rows),))
+    monkeypatch.setitem(TASKS, "texts", typing)
+    validate(changed(**{"drift.images": "typos"}))
 
 
 def test_a_drift_must_end_within_the_run():

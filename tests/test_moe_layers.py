@@ -7,7 +7,7 @@ import pytest
 from factories import SIZES, assert_same, make_align, make_evidence
 
 from fedmoe_jax.align.top_k import top_k
-from fedmoe_jax.alignment import ALIGN, EVIDENCE
+from fedmoe_jax.align_layers import ALIGN, EVIDENCE
 from fedmoe_jax.moe_layers import layer_keys, layer_names, map_layers
 
 N, E, K = SIZES.num_clients, SIZES.num_experts, SIZES.max_held

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.base import Model, Route, Routing, Scores, Task
-from fedmoe_jax.models.image_moe import apply_experts
+from fedmoe_jax.models.one_layer import apply_experts
 from fedmoe_jax.models.routing import gate_logits
 from fedmoe_jax.tasks.batches import BatchShapes
 from fedmoe_jax.types import PyTree, Sizes

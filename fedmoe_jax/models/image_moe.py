@@ -14,106 +14,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from fedmoe_jax.base import Model, Parts, Route, Routing
-from fedmoe_jax.models import routing
+from fedmoe_jax.base import Model, Parts
 from fedmoe_jax.models.image_parts import EXPERTS, STEMS, check_fit
 from fedmoe_jax.models.layers import dropout
+from fedmoe_jax.models.one_layer import apply_parts
 from fedmoe_jax.types import Array, PyTree
 
 LAYER = "moe"  # the name of the one MoE layer in `gate` and `experts`
-
-
-def apply_experts(
-    parts: Parts, experts: PyTree, features: Array, key: Array | None
-) -> Array:
-    """Runs several experts on the same features.
-
-    Args:
-      parts: of the model.
-      experts: params with a leading axis of n experts.
-      features: [B, ...] float.
-      key: of dropout, or None for none.
-
-    Returns:
-      outputs [B, n, O].
-    """
-    count = jax.tree.leaves(experts)[0].shape[0]
-    keys = None if key is None else jax.random.split(key, count)
-    if jax.default_backend() != "cpu":
-        axes = (0, None, None if keys is None else 0)
-        return jax.vmap(parts.expert, axes, out_axes=1)(experts, features, keys)
-    # On CPU a loop is faster: vmapping batches small products and groups convolutions.
-    outputs = []
-    for i in range(count):
-        row = jax.tree.map(lambda leaf, i=i: leaf[i], experts)
-        outputs.append(parts.expert(row, features, None if keys is None else keys[i]))
-    return jnp.stack(outputs, axis=1)
-
-
-def freeze_others(outputs: Array, gates: Array, slot: Array, route: Route) -> Array:
-    """Experts' outputs [B, K, O]; gradients pass the `budget` of highest priority.
-
-    Args:
-      outputs: [B, K, O] float.
-      gates: [B, K] float.
-      slot: [K] bool.
-      route: with `priority` and `budget`.
-    """
-    assert route.priority is not None and route.budget is not None
-    value = jax.lax.stop_gradient(route.priority(gates))
-    rank = jnp.argsort(jnp.argsort(jnp.where(slot, -value, jnp.inf)))
-    chosen = (rank < route.budget)[None, :, None]
-    return jnp.where(chosen, outputs, jax.lax.stop_gradient(outputs))
-
-
-def mix_outputs(parts: Parts, head: PyTree, outputs: Array, gates: Array) -> Array:
-    """Logits [B, L] of the mixture of the experts' outputs [B, K, O]."""
-    return parts.head(head, jnp.einsum("bk,bko->bo", gates, outputs))
-
-
-def mix_probabilities(
-    parts: Parts, head: PyTree, outputs: Array, gates: Array
-) -> Array:
-    """Logits [B, L] of the mixture of the experts' own class probabilities."""
-    answers = jax.nn.softmax(parts.head(head, outputs))  # [B, K, L]
-    return log_probabilities(jnp.einsum("bk,bkl->bl", gates, answers))
-
-
-def log_probabilities(probabilities: Array) -> Array:
-    """Logits of class probabilities, finite where one is 0."""
-    return jnp.log(jnp.maximum(probabilities, 1e-12))
-
-
-def apply_parts(
-    params: PyTree,
-    frozen: PyTree,
-    batch: PyTree,
-    held: Array,
-    slot: Array,
-    route: Route,
-    key: Array | None,
-    *,
-    parts: Parts,
-    num_experts: int,
-) -> tuple[Array, Routing]:
-    """`Model.apply` of a model with one MoE layer from its parts.
-
-    A model with one expert has nothing to route: its gates are 1.
-    """
-    stem_key, expert_key = (None, None) if key is None else jax.random.split(key)
-    features = parts.stem(params["stem"], batch, stem_key)
-    (gate,), (experts,) = params["gate"].values(), params["experts"].values()
-    logits, gates = None, jnp.ones((features.shape[0], 1))
-    if num_experts > 1:
-        logits = routing.gate_logits(gate, features)  # [B, E]
-        allowed = logits[:, held[0]], slot[0]
-        gates = routing.route(*allowed, route.num_active)  # [B, K]
-    outputs = apply_experts(parts, experts, features, expert_key)
-    if route.priority:
-        outputs = freeze_others(outputs, gates, slot[0], route)
-    mix = mix_probabilities if route.mix == "probabilities" else mix_outputs
-    predictions = mix(parts, params["head"], outputs, gates)
-    return predictions, Routing(None if logits is None else logits[None], gates[None])
 
 
 @functools.cache

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 
 from fedmoe_jax.base import Data, Scores, Task
+from fedmoe_jax.tasks.distortion import DISTORTIONS, distort
 from fedmoe_jax.types import Array, PyTree
-from fedmoe_jax.world.drift import DISTORTIONS, distort
 
 
 def measure_channels(data: Data) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +53,7 @@ def score_labels(logits: Array, batch: PyTree) -> Scores:
 
 
 def distort_rows(rows: PyTree, amount: Array, kind: str) -> PyTree:
-    """Rows whose images are distorted, see `world.drift.distort`."""
+    """Rows whose images are distorted, see `distortion.distort`."""
     return rows | {"x": distort(rows["x"].astype(jnp.float32), kind, amount)}
 
 

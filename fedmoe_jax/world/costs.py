@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from fedmoe_jax.base import PARTS, Strategy
 from fedmoe_jax.types import Array, Devices, PyTree
 
 # Training holds the parameters, their gradients, the momentum, and activations that
@@ -40,6 +41,8 @@ class Costs(NamedTuple):
       expert_flops: one expert in every MoE layer, likewise.
       frozen_flops: the share of `shared_flops` of parts that have no backward pass
         where they are frozen.
+      travel_bytes: the stem, gate and head, but for those that stay with the clients.
+      copies: 2 where control variates travel beside the model, else 1; no cost.
     """
 
     stem_bytes: float
@@ -50,6 +53,8 @@ class Costs(NamedTuple):
     shared_flops: float
     expert_flops: float
     frozen_flops: float
+    travel_bytes: float
+    copies: int
 
     @property
     def shared_bytes(self) -> float:
@@ -67,7 +72,9 @@ def count_bytes(tree: PyTree) -> float:
     )
 
 
-def count_costs(params: PyTree, frozen: PyTree, forward: dict[str, float]) -> Costs:
+def count_costs(
+    params: PyTree, frozen: PyTree, forward: dict[str, float], strategy: Strategy
+) -> Costs:
     """The costs of the simulated model.
 
     Args:
@@ -76,25 +83,33 @@ def count_costs(params: PyTree, frozen: PyTree, forward: dict[str, float]) -> Co
       forward: FLOPs of the parts, see `flops.count_forward_flops`. A part that is
         frozen has no backward pass; what a model itself keeps fixed is counted with
         one.
+      strategy: of a program, decides which parts travel and how often.
     """
     num_experts = jax.tree.leaves(params["experts"])[0].shape[0]
     shared = {part: flops for part, flops in forward.items() if part != "experts"}
     idle = sum(flops for part, flops in shared.items() if part in frozen)
+    size = {
+        part: count_bytes(params.get(part, {})) for part in PARTS if part != "experts"
+    }
+    personal = PARTS if strategy.silent else strategy.personal
     return Costs(
-        stem_bytes=count_bytes(params.get("stem", {})),
-        head_bytes=count_bytes(params.get("head", {})),
-        gate_bytes=count_bytes(params["gate"]),
+        stem_bytes=size["stem"],
+        head_bytes=size["head"],
+        gate_bytes=size["gate"],
         expert_bytes=count_bytes(params["experts"]) / num_experts,
         frozen_bytes=count_bytes(frozen),
         shared_flops=float(TRAINING_PASSES * sum(shared.values())),
         expert_flops=float(TRAINING_PASSES * forward["experts"]),
         frozen_flops=float(TRAINING_PASSES * idle),
+        travel_bytes=sum(size[part] for part in size if part not in personal),
+        copies=2 if strategy.variates else 1,
     )
 
 
 def scale_costs(costs: Costs, scale: float) -> Costs:
     """The costs of a model `scale` > 0 times as large in every part."""
-    return Costs(*(float(scale * cost) for cost in costs))
+    scaled = Costs(*(float(scale * cost) for cost in costs))
+    return scaled._replace(copies=costs.copies)
 
 
 class Traffic(struct.PyTreeNode):
@@ -119,19 +134,7 @@ class Traffic(struct.PyTreeNode):
     new: Array
 
 
-class Ways(NamedTuple):
-    """How the parts of a run's model travel.
-
-    Attributes:
-      personal: parts that never do, but for experts, which `Traffic` counts.
-      copies: 2 where control variates travel beside the model, else 1.
-    """
-
-    personal: tuple[str, ...]
-    copies: int
-
-
-def client_bytes(costs: Costs, traffic: Traffic, ways: Ways) -> tuple[Array, Array]:
+def client_bytes(costs: Costs, traffic: Traffic) -> tuple[Array, Array]:
     """Bytes that each client sends and receives in one round.
 
     Both ways go stem, gate and head, but for what stays, and some experts. Upwards go
@@ -140,34 +143,28 @@ def client_bytes(costs: Costs, traffic: Traffic, ways: Ways) -> tuple[Array, Arr
     Args:
       costs: of the model that travels.
       traffic: what travels.
-      ways: how parts travel.
 
     Returns:
       `(up, down)`, each [C] float32 bytes. Not int32, which ends at 2 GiB; float32
       rounds beyond 16 MiB, by less than one part in ten million.
     """
-    parts = {
-        "stem": costs.stem_bytes,
-        "gate": costs.gate_bytes,
-        "head": costs.head_bytes,
-    }
-    always = sum(size for part, size in parts.items() if part not in ways.personal)
-    up = ways.copies * (always + costs.expert_bytes * traffic.sent)
+    up = costs.copies * (costs.travel_bytes + costs.expert_bytes * traffic.sent)
     up += NUMBER_BYTES * traffic.reported + costs.gate_bytes * traffic.shown
-    down = ways.copies * (always + costs.expert_bytes * traffic.received)
+    down = costs.copies * (costs.travel_bytes + costs.expert_bytes * traffic.received)
     return up, down + costs.frozen_bytes * traffic.new
 
 
-def client_parameters(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
+def client_parameters(costs: Costs, traffic: Traffic) -> Array:
     """Parameters that each client has while it trains: [C] float32.
+
+    Where control variates travel, these include its own and their mean.
 
     Args:
       costs: of the model that is trained.
       traffic: experts held.
-      ways: where control variates travel, a client has its own and their mean.
     """
     held = costs.shared_bytes + costs.gate_bytes + costs.expert_bytes * traffic.held
-    return (1 + 2 * (ways.copies - 1)) * held / NUMBER_BYTES
+    return (1 + 2 * (costs.copies - 1)) * held / NUMBER_BYTES
 
 
 def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
@@ -192,21 +189,21 @@ def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     return (per_example - backward * costs.frozen_flops) * examples
 
 
-def client_memory(costs: Costs, traffic: Traffic, ways: Ways) -> Array:
+def client_memory(costs: Costs, traffic: Traffic) -> Array:
     """Bytes that training takes on each client: [C] float32.
 
-    What only runs forward needs its parameters alone.
+    What only runs forward needs its parameters alone. Where control variates travel, a
+    client has its own and their mean.
 
     Args:
       costs: scaled, what the devices feel.
       traffic: experts held and trained.
-      ways: where control variates travel, a client has its own and their mean.
     """
     shared = costs.shared_bytes + costs.gate_bytes
     all_parts = shared + costs.expert_bytes * traffic.held
     untrained = costs.expert_bytes * (traffic.held - traffic.trained)
     untrained += costs.frozen_bytes
-    variates = 2 * (ways.copies - 1) * all_parts
+    variates = 2 * (costs.copies - 1) * all_parts
     return TRAINING_COPIES * (all_parts - untrained) + untrained + variates
 
 
@@ -214,7 +211,6 @@ def client_seconds(
     devices: Devices,
     costs: Costs,
     traffic: Traffic,
-    ways: Ways,
     examples: Array,
 ) -> Array:
     """Seconds that each client needs for one round: download, training, upload.
@@ -225,14 +221,13 @@ def client_seconds(
       devices: rows [C] of the cohort.
       costs: scaled, what the devices feel.
       traffic: what is trained and travels.
-      ways: how parts travel.
       examples: [] or [C] float32, examples each client trains, repeats included.
 
     Returns:
       [C, 3] float32, one part after the other, without overlap.
     """
     chex.assert_equal_shape([devices.flops, traffic.held])
-    up, down = client_bytes(costs, traffic, ways)
+    up, down = client_bytes(costs, traffic)
     training = client_flops(costs, traffic, examples) / devices.flops
     travel = lambda count, rate: jnp.where(
         count > 0, count / rate + devices.latency, 0.0

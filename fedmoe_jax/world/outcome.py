@@ -9,7 +9,7 @@ from flax import struct
 
 from fedmoe_jax.measures import OUTCOMES
 from fedmoe_jax.types import Array, Devices
-from fedmoe_jax.world.costs import Costs, Traffic, Ways, client_memory, client_seconds
+from fedmoe_jax.world.costs import Costs, Traffic, client_memory, client_seconds
 from fedmoe_jax.world.step import Events
 
 MERGED, STALE, DROPPED, UNREACHABLE, DROPOUT, MEMORY, OUTAGE, BROKEN = range(
@@ -91,7 +91,6 @@ def judge_client(
     finite: Array,
     *,
     costs: Costs,
-    ways: Ways,
     overload: bool,
     deadline: float,
     late: str,
@@ -103,16 +102,15 @@ def judge_client(
       sent: [] float32, experts that it sends.
       finite: [] bool, whether its update has only finite numbers.
       costs: scaled, what the devices feel.
-      ways: how parts of the model travel.
       overload: whether it is lost where it holds more than its memory.
       deadline: seconds.
       late: see `judge`.
     """
     device, traffic = conditions.device, conditions.traffic.replace(sent=sent)
-    phases = client_seconds(device, costs, traffic, ways, conditions.examples)
+    phases = client_seconds(device, costs, traffic, conditions.examples)
     fits = jnp.ones((), bool)
     if overload:
-        fits = client_memory(costs, traffic, ways) <= device.memory
+        fits = client_memory(costs, traffic) <= device.memory
     return judge(phases, conditions.events, fits, finite, deadline=deadline, late=late)
 
 

@@ -13,7 +13,7 @@ from factories import fill, make_image_model
 
 from fedmoe_jax.models import dispatch
 from fedmoe_jax.models.flops import shape_params
-from fedmoe_jax.models.image_moe import apply_experts
+from fedmoe_jax.models.one_layer import apply_experts
 
 pytestmark = pytest.mark.slow
 

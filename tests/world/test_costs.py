@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from factories import COSTS, make_devices
 
-from fedmoe_jax.base import PARTS
+from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.world.costs import (
     Costs,
     Traffic,
-    Ways,
     client_bytes,
     client_flops,
     client_memory,
@@ -33,9 +32,12 @@ TRAFFIC = Traffic(
     new=jnp.array([0.0, 1.0]),
 )
 ALL = TRAFFIC.replace(trained=SLOTS, sent=SLOTS)
-PLAIN, VARIATES = Ways((), 1), Ways((), 2)
+VARIATES = COSTS._replace(copies=2)
 # With a stem that is not trained, of 300 bytes and 4 of the 10 FLOPs.
-FROZEN = COSTS._replace(stem_bytes=0.0, frozen_bytes=300.0, frozen_flops=4.0)
+FROZEN = COSTS._replace(
+    stem_bytes=0.0, frozen_bytes=300.0, frozen_flops=4.0, travel_bytes=200.0
+)
+PLAIN = STRATEGIES["random"]._replace(personal=())
 
 
 PARAMS = {
@@ -57,43 +59,63 @@ def test_count_costs_from_the_params():
         shared_flops=3 * (7 + 3 + 1),  # backward is twice forward
         expert_flops=3 * 13,
         frozen_flops=0,
+        travel_bytes=4 * (20 + 14 + 24),
+        copies=1,
     )
-    assert count_costs(PARAMS, {}, FORWARD) == expected
-    assert count_costs(jax.eval_shape(lambda: PARAMS), {}, FORWARD) == expected
+    assert count_costs(PARAMS, {}, FORWARD, PLAIN) == expected
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert count_costs(shapes, {}, FORWARD, PLAIN) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "travel", "copies"),
+    [
+        ({"personal": ("gate", "head")}, 4 * 20, 1),
+        ({"personal": ("experts",)}, 4 * (20 + 14 + 24), 1),
+        ({"silent": True}, 0, 1),
+        ({"variates": True}, 4 * (20 + 14 + 24), 2),
+    ],
+)
+def test_count_costs_of_what_the_strategy_lets_travel(changes, travel, copies):
+    costs = count_costs(PARAMS, {}, FORWARD, PLAIN._replace(**changes))
+    assert (costs.travel_bytes, costs.copies) == (travel, copies)
+    assert costs.gate_bytes == 4 * 24
 
 
 def test_count_costs_of_frozen_parts_apart():
     trained = {part: tree for part, tree in PARAMS.items() if part != "stem"}
     frozen = {"stem": PARAMS["stem"], "table": jnp.zeros(9)}  # the model's own
     whole, found = (
-        count_costs(*trees, FORWARD) for trees in ((PARAMS, {}), (trained, frozen))
+        count_costs(*trees, FORWARD, PLAIN)
+        for trees in ((PARAMS, {}), (trained, frozen))
     )
-    expected = whole._replace(stem_bytes=0, frozen_bytes=4 * 29, frozen_flops=3 * 7)
+    expected = whole._replace(
+        stem_bytes=0, frozen_bytes=4 * 29, frozen_flops=3 * 7, travel_bytes=4 * 38
+    )
     assert found == expected
     assert found.shared_bytes == whole.shared_bytes + 4 * 9
 
 
 def test_scale_costs_multiplies_every_cost():
-    scaled = Costs(900.0, 300.0, 300.0, 3000.0, 0.0, 30.0, 60.0, 0.0)
-    assert scale_costs(COSTS, 3) == scaled
+    scaled = Costs(900.0, 300.0, 300.0, 3000.0, 0.0, 30.0, 60.0, 0.0, 1500.0, copies=2)
+    assert scale_costs(VARIATES, 3) == scaled
     assert scale_costs(FROZEN, 3).frozen_bytes == 900
 
 
-@pytest.mark.parametrize(
-    ("personal", "always"), [((), 500), (("gate",), 400), (("gate", "head"), 300)]
-)
-def test_client_bytes_by_hand(personal, always):
-    up, down = client_bytes(COSTS, TRAFFIC, Ways(personal, 1))
+@pytest.mark.parametrize("always", [0, 300, 500])
+def test_client_bytes_by_hand(always):
+    costs = COSTS._replace(travel_bytes=always)
+    up, down = client_bytes(costs, TRAFFIC)
     assert down.tolist() == [always + 1000, always + 3000]
     assert up.tolist() == [always + 1020, always + 2060]
-    up, down = client_bytes(COSTS, TRAFFIC, Ways(personal, 2))
+    up, down = client_bytes(costs._replace(copies=2), TRAFFIC)
     assert down.tolist() == [2 * always + 2000, 2 * always + 6000]
     assert up.tolist() == [2 * always + 2020, 2 * always + 4060]
 
 
 def test_client_bytes_of_frozen_parts_go_down_once_and_shown_gates_up():
     shown = TRAFFIC.replace(shown=jnp.ones(2))
-    up, down = client_bytes(FROZEN, shown, Ways(("gate",), 1))
+    up, down = client_bytes(FROZEN._replace(travel_bytes=100.0), shown)
     # The head's 100 bytes always travel.
     assert down.tolist() == [100 + 1000, 100 + 3000 + 300]
     assert up.tolist() == [100 + 1000 + 20 + 100, 100 + 2000 + 60 + 100]
@@ -101,13 +123,13 @@ def test_client_bytes_of_frozen_parts_go_down_once_and_shown_gates_up():
 
 def test_client_parameters_by_hand():
     # 500 bytes of stem, gate and head, 1,000 of an expert, 4 of a parameter
-    assert client_parameters(COSTS, TRAFFIC, PLAIN).tolist() == [375, 875]
-    assert client_parameters(FROZEN, TRAFFIC, PLAIN).tolist() == [375, 875]
-    assert client_parameters(COSTS, TRAFFIC, VARIATES).tolist() == [1125, 2625]
+    assert client_parameters(COSTS, TRAFFIC).tolist() == [375, 875]
+    assert client_parameters(FROZEN, TRAFFIC).tolist() == [375, 875]
+    assert client_parameters(VARIATES, TRAFFIC).tolist() == [1125, 2625]
 
 
 def test_client_bytes_beyond_int32():
-    up, down = client_bytes(scale_costs(COSTS, 10**7), ALL, PLAIN)
+    up, down = client_bytes(scale_costs(COSTS, 10**7), ALL)
     np.testing.assert_allclose(down, [1.5e10, 3.5e10], rtol=1e-6)
     assert np.all(up > 2.0**31)
 
@@ -115,7 +137,7 @@ def test_client_bytes_beyond_int32():
 def test_client_flops_of_whole_numbers_beyond_int32_can_be_traced():
     params = dict.fromkeys(("stem", "gate", "experts", "head"), jnp.zeros((2, 2)))
     forward = {"stem": 10**12, "experts": 10**12}
-    costs = scale_costs(count_costs(params, {}, forward), 10**4)
+    costs = scale_costs(count_costs(params, {}, forward, PLAIN), 10**4)
     flops = jax.jit(lambda traffic: client_flops(costs, traffic, 2.0))(ALL)
     np.testing.assert_allclose(flops, [12e16, 24e16], rtol=1e-6)
 
@@ -142,27 +164,25 @@ def test_client_seconds_by_hand():
         latency=[0.0, 0.25],
     )
     traffic = TRAFFIC.replace(trained=SLOTS)
-    seconds = jax.jit(client_seconds, static_argnames="ways")(
-        devices, COSTS, traffic, ways=PLAIN, examples=jnp.float32(5)
-    )
+    seconds = jax.jit(client_seconds)(devices, COSTS, traffic, examples=jnp.float32(5))
     # download 1500 and 3500 bytes, train 150 and 350 FLOPs, upload 1520 and 2560 bytes
     np.testing.assert_allclose(seconds, [[1, 10, 1], [0.75, 5, 1.25]], rtol=1e-6)
 
 
 def test_client_seconds_without_travel_have_no_latency():
     devices = make_devices(2, latency=1.0)
-    silent, still = Ways(PARTS, 1), jnp.zeros(2)
+    silent, still = COSTS._replace(travel_bytes=0.0), jnp.zeros(2)
     traffic = TRAFFIC.replace(sent=still, received=still, reported=still)
-    seconds = client_seconds(devices, COSTS, traffic, silent, jnp.ones(2))
+    seconds = client_seconds(devices, silent, traffic, jnp.ones(2))
     assert np.all(seconds[:, [0, 2]] == 0) and np.all(seconds[:, 1] > 0)
 
 
 def test_client_memory_by_hand():
     # 4 copies of 500 + 1,000 an expert held, but 1 copy of what only runs forward
     traffic = ALL.replace(held=jnp.array([1.0, 3.0]), trained=jnp.array([1.0, 1.0]))
-    bytes_needed = client_memory(COSTS, traffic, PLAIN)
+    bytes_needed = client_memory(COSTS, traffic)
     assert bytes_needed.tolist() == [4 * 1500, 4 * 1500 + 2000]
-    frozen = client_memory(FROZEN, traffic, PLAIN)
+    frozen = client_memory(FROZEN, traffic)
     assert frozen.tolist() == [4 * 1200 + 300, 4 * 1200 + 2000 + 300]
-    variates = client_memory(COSTS, traffic, VARIATES)  # its own and their mean
+    variates = client_memory(VARIATES, traffic)  # its own and their mean
     assert variates.tolist() == [6 * 1500, 4 * 1500 + 2000 + 2 * 3500]

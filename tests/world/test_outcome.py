@@ -8,7 +8,7 @@ from factories import make_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax.world.costs import Costs, Traffic, Ways
+from fedmoe_jax.world.costs import Costs, Traffic
 from fedmoe_jax.world.outcome import (
     BROKEN,
     DROPOUT,
@@ -105,7 +105,7 @@ def test_judge_without_mishap_spends_everything_exactly(phases, deadline, late):
 
 def test_judge_client_by_hand():
     # 50 bytes beside experts
-    costs = Costs(*map(float, (30, 10, 10, 100, 0, 4, 20, 0)))
+    costs = Costs(*map(float, (30, 10, 10, 100, 0, 4, 20, 0, 50)), copies=1)
     one = lambda value: jnp.float32(value)
     traffic = Traffic(*map(one, (2, 2, 0, 2, 0, 0, 0)))
     device = make_devices(1, flops=44, upload=25, download=50, latency=1)
@@ -120,7 +120,6 @@ def test_judge_client_by_hand():
             one(sent),
             jnp.asarray(True),
             costs=costs,
-            ways=Ways((), 1),
             overload=overload,
             deadline=1e3,
             late="wait",

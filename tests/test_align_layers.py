@@ -16,7 +16,7 @@ from factories import (
 
 from fedmoe_jax.align.drift_detector import init_detector
 from fedmoe_jax.align.learn import RESET, count_load, learn
-from fedmoe_jax.alignment import assign, learn_layers
+from fedmoe_jax.align_layers import assign, learn_layers
 from fedmoe_jax.moe_layers import LAYER
 from fedmoe_jax.types import Assignment, SimState, make_keys
 

@@ -1,0 +1,127 @@
+"""Models with one MoE layer: experts one by one, mixtures, and what they freeze."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import fill, make_image_model
+
+from fedmoe_jax.base import Route
+from fedmoe_jax.models.flops import shape_params
+from fedmoe_jax.models.one_layer import apply_experts, freeze_others
+from fedmoe_jax.models.routing import gate_logits, route
+
+pytestmark = pytest.mark.slow
+
+BATCH, EXPERTS, LABELS, FEATURES = 3, 5, 4, 6
+
+
+def build(stem="mlp", expert="mlp", image_shape=(8, 8, 1), **changes):
+    return make_image_model(
+        stem=stem, expert=expert, image_shape=image_shape, **changes
+    )
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def draw_params(model):
+    """Random params without compiling `init`."""
+    return jax.tree.map(jnp.asarray, fill(shape_params(model)[0]))
+
+
+def softmax(logits):
+    weights = np.exp(np.asarray(logits, np.float64))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return draw_params(build())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("expert", ["mlp", "conv"])
+def test_apply_experts_equals_one_by_one(monkeypatch, expert, backend):
+    model = build("resnet8", expert, stem_width=2)
+    parts, experts = model.parts, draw_params(model)["experts"]["moe"]
+    features = draw(BATCH, 2, 2, 8, seed=9)
+    # The loop of one backend and the vmap of the other must be the same function.
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    outputs = jax.jit(lambda e, x: apply_experts(parts, e, x, None))(experts, features)
+    one = jax.jit(lambda e, x: parts.expert(e, x, None))
+    for i in range(EXPERTS):
+        alone = one(jax.tree.map(lambda leaf, i=i: leaf[i], experts), features)
+        np.testing.assert_allclose(outputs[:, i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_mixing_outputs_equals_mixing_logits(params):
+    parts = build().parts
+    outputs = draw(BATCH, EXPERTS, FEATURES)
+    gates = jnp.asarray(softmax(draw(BATCH, EXPERTS, seed=1)), jnp.float32)
+    head = {"kernel": params["head"]["kernel"], "bias": draw(LABELS, seed=2)}
+    mixed = parts.head(head, jnp.einsum("be,beo->bo", gates, outputs))
+    separate = jnp.einsum("be,bel->bl", gates, parts.head(head, outputs))
+    np.testing.assert_allclose(mixed, separate, rtol=1e-5, atol=1e-5)
+
+
+def apply(model, params, held, slot, active, **route):
+    """Predictions and routing of 3 images by a client that holds some experts."""
+    batch, held = {"x": draw(BATCH, 8, 8, 1)}, jnp.array([held])
+    experts = jax.tree.map(lambda leaf: leaf[held[0]], params["experts"])
+    submodel = params | {"experts": experts}
+    slots = held, jnp.array([slot], bool)
+    return model.apply(submodel, {}, batch, *slots, Route(active, **route), None)
+
+
+def answer_slowly(model, params, mix):
+    """Predictions of the dense softmax mixture of all experts, one by one."""
+    parts, total = model.parts, 0.0
+    features = parts.stem(params["stem"], {"x": draw(BATCH, 8, 8, 1)}, None)
+    gates = softmax(gate_logits(params["gate"]["moe"], features))
+    for e in range(EXPERTS):
+        row = jax.tree.map(lambda leaf, e=e: leaf[e], params["experts"]["moe"])
+        logits = parts.head(params["head"], parts.expert(row, features, None))
+        answer = softmax(logits) if mix == "probabilities" else np.asarray(logits)
+        total = total + gates[:, [e]] * answer
+    return np.log(total) if mix == "probabilities" else total
+
+
+@pytest.mark.parametrize("mix", ["outputs", "probabilities"])
+def test_apply_of_all_experts_is_the_dense_softmax_mixture(params, mix):
+    model, every = build(), range(EXPERTS)
+    found, routing = apply(model, params, [*every], [1] * EXPERTS, EXPERTS, mix=mix)
+    np.testing.assert_allclose(
+        found, answer_slowly(model, params, mix), rtol=1e-5, atol=1e-5
+    )
+    assert routing.logits.shape == routing.gates.shape == (1, BATCH, EXPERTS)
+    np.testing.assert_allclose(routing.gates[0], softmax(routing.logits[0]), atol=1e-6)
+
+
+def test_apply_routes_among_the_held_experts(params):
+    model = build()
+    _, routing = apply(model, params, [4, 1, 4], [1, 1, 0], 2)
+    assert routing.logits.shape == (1, BATCH, EXPERTS)
+    own = jnp.take(routing.logits[0], jnp.array([4, 1, 4]), axis=1)
+    expected = route(own, jnp.array([True, True, False]), 2)
+    np.testing.assert_array_equal(routing.gates[0], expected)
+
+
+def test_apply_of_one_expert_has_nothing_to_route():
+    model = build(num_experts=1)
+    params = draw_params(model)
+    _, routing = apply(model, params, [0], [1], 1)
+    assert routing.logits is None
+    np.testing.assert_array_equal(routing.gates, np.ones((1, BATCH, 1)))
+
+
+def test_freeze_others_lets_gradients_pass_the_most_valuable_only():
+    outputs, slot = jnp.arange(12.0).reshape(2, 3, 2), jnp.ones(3, bool)  # [B, K, O]
+    priority = lambda gates: jnp.array([1.0, 3.0, 2.0])
+    two = Route(1, priority=priority, budget=jnp.int32(2))
+    total = lambda outputs: freeze_others(outputs, None, slot, two).sum()
+    value, grads = jax.value_and_grad(total)(outputs)
+    assert value == outputs.sum()
+    np.testing.assert_array_equal(grads[:, 0], 0)
+    np.testing.assert_array_equal(grads[:, 1:], 1)
