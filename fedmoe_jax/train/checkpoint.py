@@ -62,7 +62,8 @@ def save(store: ocp.CheckpointManager, step: int, state: PyTree) -> None:
     leaves = {name: [_spec(leaf), _sha256(leaf)] for name, leaf in _named(state)}
     meta = {"leaves": leaves, "sha256": _sha256_of_list(leaves)}
     arguments = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        state=ocp.args.StandardSave(jax.tree.map(_one_copy, state)),
+        meta=ocp.args.JsonSave(meta),
     )
     if not store.save(step, args=arguments):
         newest = store.latest_step()
@@ -208,6 +209,16 @@ def _named(tree: PyTree) -> Iterator[tuple[str, Any]]:
 
 def _spec(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _one_copy(leaf: Array) -> Array:
+    """The copy on the first device of a leaf that all devices of one process have.
+
+    Otherwise Orbax writes a slice of it from every device, each cut by a program that
+    has to be compiled.
+    """
+    whole = leaf.is_fully_replicated and leaf.is_fully_addressable
+    return leaf.addressable_data(0) if whole else leaf
 
 
 def _sha256(leaf: Array) -> str:
