@@ -13,6 +13,7 @@ folder, in one line; 3: stopped early, resumable.
 """
 
 import functools
+import gc
 import os
 import re
 import shlex
@@ -149,6 +150,8 @@ def run(
     from fedmoe_jax.train.compare import compare
     from fedmoe_jax.train.run import train
 
+    gc.freeze()  # what is imported stays
+    gc.enable()
     start = time.monotonic()
     wished = lambda: any_process(stop())
     profile = profile and is_leader()
@@ -245,5 +248,6 @@ def main(argv: list[str], stop: Stop) -> int:
 
 def start() -> None:
     """Runs the program and exits."""
+    gc.disable()  # until all is imported: walking the modules takes a second
     stop = Stop()  # before JAX is imported, which an interrupt would break off
     app.run(functools.partial(main, stop=stop), flags_parser=parse_flags)
