@@ -68,9 +68,8 @@ def start(
     hyper = replicate(make_hyper(config), mesh)
     state, frozen = replicate(init_state(jax.random.key(0), hyper, program), mesh)
     federation = replicate(federation, mesh).replace(frozen=frozen)
-    run_rounds, seconds = compile_once(
-        build_run_rounds(program), state, federation, hyper
-    )
+    functions = [build_run_rounds(program)]
+    (run_rounds,), seconds = compile_once(functions, state, federation, hyper)
     return Started(program, federation, hyper, state, run_rounds, seconds)
 
 

@@ -232,7 +232,8 @@ def build_evaluate_share(
       `drifted_accuracy` [], the global one on drifted images; with `every_expert` also
       `global_soft_accuracy` [] and `expert_accuracy` [E].
     """
-    one_batch = functools.partial(count_batch, program=program)
+    # Jitted, so that its shapes and the loop over batches share one trace.
+    one_batch = jax.jit(functools.partial(count_batch, program=program), inline=True)
     sizes = program.sizes
 
     def evaluate_share(

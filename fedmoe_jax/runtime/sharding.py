@@ -60,6 +60,7 @@ def map_runs(function: Callable) -> Callable:
     it is, so that it costs nothing to be a sweep of one.
     """
 
+    @functools.wraps(function)
     def mapped(states: PyTree, federation: Federation, *others: PyTree) -> PyTree:
         own = {name: getattr(federation, name) for name in PER_RUN}
 

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,19 +85,23 @@ class End(NamedTuple):
     spent: Row
 
 
-def compile_once(function: Callable, *arguments: PyTree) -> tuple[Callable, float]:
-    """The jitted `function`, compiled for such arguments, and the seconds it took.
+def compile_once(
+    functions: Sequence[Callable], *arguments: PyTree
+) -> tuple[list[Callable], float]:
+    """The jitted `functions`, compiled for such arguments, and the seconds it took.
 
-    Later calls with equal shapes and shardings get the same program in no time. The
+    Later calls with equal shapes and shardings get the same programs in no time. A
     program refuses anything else, so that no round is ever compiled by surprise.
     """
     leaves, tree = jax.tree.flatten(arguments)
     specs = tuple((leaf.shape, str(leaf.dtype), leaf.sharding) for leaf in leaves)
     start = time.monotonic()
-    key = (function, tree, specs)
-    if key not in _compiled:
-        _compiled[key] = function.lower(*arguments).compile()
-    return _compiled[key], time.monotonic() - start
+    keys = [(function, tree, specs) for function in functions]
+    new = {key: key[0].lower(*arguments) for key in keys if key not in _compiled}
+    with ThreadPoolExecutor() as pool:  # XLA compiles several at a time
+        compiled = pool.map(lambda lowered: lowered.compile(), new.values())
+        _compiled.update(zip(new, compiled, strict=True))
+    return [_compiled[key] for key in keys], time.monotonic() - start
 
 
 def make_rows(metrics: dict[str, np.ndarray], done: int, extra: Row) -> list[Row]:
@@ -354,7 +359,6 @@ def compile_programs(
     job: Job, state: SimState, inputs: tuple[PyTree, PyTree]
 ) -> tuple[tuple[Callable, Callable], Row]:
     """Both programs of a job and the time that compiling took, a run's share."""
-    run_rounds, first = compile_once(job.programs.run_rounds, state, *inputs)
-    evaluate, second = compile_once(job.programs.evaluate, state, *inputs)
-    seconds = (first + second) / len(job.names)
-    return (run_rounds, evaluate), {"compile_seconds": seconds}
+    functions = job.programs.run_rounds, job.programs.evaluate
+    (run_rounds, evaluate), seconds = compile_once(functions, state, *inputs)
+    return (run_rounds, evaluate), {"compile_seconds": seconds / len(job.names)}

@@ -126,7 +126,7 @@ def run_wave(
     if end.done < config.num_rounds:
         return False
     state, inputs = end.state, end.inputs
-    evaluate, _ = compile_once(job.programs.evaluate, state, *inputs)
+    (evaluate,), _ = compile_once([job.programs.evaluate], state, *inputs)
     results = split_runs(jax.device_get(evaluate(state, *inputs)))
     kept = state.align, state.belief, state.participation
     states = split_runs(jax.device_get(kept))

@@ -108,8 +108,8 @@ def count_costs(
 
 def scale_costs(costs: Costs, scale: float) -> Costs:
     """The costs of a model `scale` > 0 times as large in every part."""
-    scaled = Costs(*(float(scale * cost) for cost in costs))
-    return scaled._replace(copies=costs.copies)
+    scaled = {name: float(scale * cost) for name, cost in costs._asdict().items()}
+    return costs._replace(**scaled | {"copies": costs.copies})
 
 
 class Traffic(struct.PyTreeNode):

@@ -30,7 +30,10 @@ NAMES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__
 @pytest.fixture
 def traced(monkeypatch):
     """Benchmarks trace their rounds instead of compiling them."""
-    trace = lambda function, *inputs: (functools.partial(jax.eval_shape, function), 0.0)
+    trace = lambda functions, *inputs: (
+        [functools.partial(jax.eval_shape, function) for function in functions],
+        0.0,
+    )
     monkeypatch.setattr(start, "compile_once", trace)
 
 

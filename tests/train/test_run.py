@@ -236,8 +236,8 @@ def test_build_job_needs_no_more_scratch_memory_for_a_larger_cohort():
         widths = {f"model.{part}_width": 64 for part in ("stem", "expert", "feature")}
         changes = {"num_clients": 64, "cohort_size": cohort_size} | widths
         job = restart(tiny_config(**changes))
-        rounds = job.programs.run_rounds
-        program, _ = loop.compile_once(rounds, job.state, *job.inputs)
+        rounds = [job.programs.run_rounds]
+        (program,), _ = loop.compile_once(rounds, job.state, *job.inputs)
         return program.memory_analysis().temp_size_in_bytes
 
     assert scratch(64) < 1.1 * scratch(4)
