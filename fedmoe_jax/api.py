@@ -23,9 +23,11 @@ from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.files import read_json
 from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
 from fedmoe_jax.train import checkpoint
+from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
-from fedmoe_jax.train.plan import Member, Plan, plan_waves
+from fedmoe_jax.train.plan import Member, Plan, Wave, plan_waves
 from fedmoe_jax.train.run import build_job, train
+from fedmoe_jax.train.sweep import name_wave
 from fedmoe_jax.train.workdir import check_plugins, check_version
 from fedmoe_jax.types import PyTree, SimState
 
@@ -40,8 +42,7 @@ class Run(NamedTuple):
       rows: field of the rows -> its values, [rounds, ...] float64 with NaN where a
         round has none, int64 where all are whole; the fields of `metrics.jsonl`.
       state: the simulation after its newest round or checkpoint, NumPy leaves, the key
-        as its data, without an axis S; None where the folder has no checkpoint of its
-        own, as in a run that has just begun or belongs to a comparison.
+        as its data, without an axis S; None where no round has been saved yet.
       frozen: the parts of the model that are not trained; None likewise.
       plan: its program, data and federation; None likewise.
     """
@@ -112,7 +113,11 @@ def run(
 def load_run(folder: str | Path) -> Run:
     """Reads a finished or running run, with its newest intact checkpoint.
 
-    It loads the run's data set, for the shapes and statistics of the model.
+    It loads the run's data set, for the shapes and statistics of the model. Runs of a
+    comparison share checkpoints with others, which are planned, too.
+
+    Args:
+      folder: a run's own, `WORKDIR` or, in a comparison, `WORKDIR/runs/NAME`.
 
     Raises:
       UserError: the folder holds no run, one of an older version or with other
@@ -132,17 +137,46 @@ def load_run(folder: str | Path) -> Run:
     check_version(saved, default.get_config())
     config = ConfigDict(to_tuples(saved))
     rows = stack_rows(read_metrics(folder / "metrics.jsonl"))
-    if not (folder / "checkpoints").is_dir():
-        return Run(config, rows, None, None, None)
     adopt_devices(config.run.num_devices)
-    (wave,) = plan_waves([Member(config.strategy, keep_devices(config, folder))])
-    job = build_job(wave, [None])
-    found = checkpoint.read_latest(folder / "checkpoints", job.state)
+    wave, checkpoints = find_wave(folder.absolute(), config)
+    if not checkpoints.is_dir():
+        return Run(config, rows, None, None, None)
+    job = build_job(wave, [None] * len(wave.names))
+    found = checkpoint.read_latest(checkpoints, job.state)
     if found is None:
         return Run(config, rows, None, None, None)
     state, done = found
-    inputs = restore_frozen(job, folder / "checkpoints", done)
-    return Run(config, rows, *take_run(state, inputs), wave.plans[0])
+    inputs = restore_frozen(job, checkpoints, done)
+    number = wave.names.index(folder.absolute().name)
+    return Run(config, rows, *take_run(state, inputs, number), wave.plans[number])
+
+
+def find_wave(folder: Path, config: ConfigDict) -> tuple[Wave, Path]:
+    """The runs that share checkpoints with the run in a folder, and these.
+
+    Args:
+      folder: of the run, absolute.
+      config: of the run.
+    """
+    name, members = folder.name, find_members(folder)
+    if name not in [member.name for member in members]:
+        (wave,) = plan_waves([Member(name, keep_devices(config, folder))])
+        return wave, folder / "checkpoints"
+    waves = plan_waves(members)
+    wave = next(wave for wave in waves if name in wave.names)
+    return wave, folder.parents[1] / "checkpoints" / name_wave(wave)
+
+
+def find_members(folder: Path) -> list[Member]:
+    """The runs of the comparison that has a run's folder; none for a run alone."""
+    recorded = folder.parents[1] / "config.json"
+    study = read_json(recorded) if recorded.is_file() else {}
+    if folder.parent.name != "runs" or "compare" not in study:
+        return []
+    return [
+        Member(name, keep_devices(config, folder.with_name(name)))
+        for name, config in list_members(ConfigDict(to_tuples(study)))
+    ]
 
 
 def predict(
@@ -167,7 +201,7 @@ def predict(
         needed, or a run without a state.
     """
     if run.state is None or run.plan is None:
-        raise UserError("run has no checkpoint; allowed: a run with a model")
+        raise UserError("run has no round that is saved; allowed: one with a model")
     program, federation = run.plan.program, run.plan.federation
     rows = fill_rows(run.plan.data.test, inputs)
     personal = take_client(run.state.personal, client)
@@ -267,15 +301,17 @@ def adopt_devices(num_devices: int) -> None:
 def keep_devices(config: ConfigDict, folder: Path) -> ConfigDict:
     """The config with the copy of the user's device file that the folder keeps."""
     config = ConfigDict(config.to_dict())
-    if config.devices.csv:
+    if config.devices.csv and (folder / "devices.csv").is_file():
         config.devices.csv = str(folder / "devices.csv")
     return config
 
 
-def take_run(state: SimState, inputs: tuple[PyTree, PyTree]) -> tuple[SimState, PyTree]:
-    """State and frozen parts of the only run of a wave, on the host."""
-    first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
-    return to_host(first(state)), jax.device_get(first(inputs[0].frozen))
+def take_run(
+    state: SimState, inputs: tuple[PyTree, PyTree], number: int = 0
+) -> tuple[SimState, PyTree]:
+    """State and frozen parts of one run of a wave, on the host."""
+    take = lambda tree: jax.tree.map(lambda leaf: leaf[number], tree)
+    return to_host(take(state)), jax.device_get(take(inputs[0].frozen))
 
 
 def to_host(state: SimState) -> SimState:

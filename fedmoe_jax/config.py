@@ -474,6 +474,31 @@ def check_drift(values: dict[str, Any]) -> None:
         )
 
 
+def check_at_most(
+    values: dict[str, Any], pairs: Iterable[tuple[str, str]], where: str
+) -> None:
+    """Raises UserError unless field <= other field for every (field, other)."""
+    for name, other in pairs:
+        if values[name] > values[other]:
+            raise UserError(
+                f"{name}={values[name]} is not allowed{where}; "
+                f"allowed: 1 to {other}={values[other]}"
+            )
+
+
+def check_values(values: dict[str, Any], where: str = "") -> None:
+    """Raises UserError unless every field is allowed by its option, and by the sizes.
+
+    Args:
+      values: all fields by dotted name.
+      where: for the message, with a leading space.
+    """
+    for name, option in list_options().items():
+        if option.allowed is not None:
+            check(name, values[name], option.allowed, where)
+    check_at_most(values, AT_MOST, where)
+
+
 def validate(config: ConfigDict) -> None:
     """Checks every field by itself and against the others.
 
@@ -489,21 +514,13 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config field {name!r} {fault}; allowed: the fields that --help lists"
         )
-    for name, option in options.items():
-        if option.allowed is not None:
-            check(name, values[name], option.allowed)
+    check_values(values)
     check_plugins(values["plugins"])
     strategy = find_strategy(values["strategy"])
     where = f" with strategy={values['strategy']!r}"
     for name, allowed in strategy.allowed:
         check(name, values[name], allowed, where)
-    for name, other in (*AT_MOST, *strategy.at_most):
-        if values[name] > values[other]:
-            raise UserError(
-                f"{name}={values[name]} is not allowed"
-                f"{where if (name, other) in strategy.at_most else ''}; "
-                f"allowed: 1 to {other}={values[other]}"
-            )
+    check_at_most(values, strategy.at_most, where)
     check_drift(values)
     for name, other in MULTIPLE:
         if values[name] % values[other]:

@@ -94,6 +94,17 @@ def join_plugins(argv: list[str]) -> None:
         load_plugins(*early.plugins)
 
 
+def put_config_first(argv: list[str]) -> list[str]:
+    """The flags with the config's file before those that change its fields."""
+    for i, word in enumerate(argv):
+        if re.fullmatch(r"--?config(=.*)?", word):
+            end = i + 1 if "=" in word else i + 2
+            if end > len(argv):
+                return argv  # absl misses the file
+            return [argv[0], *argv[i:end], *argv[1:i], *argv[end:]]
+    return [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses absl flags; a mistake ends the program with one line and code 2."""
     try:
@@ -104,10 +115,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(refuse(f"{error}; see --help"))
     if {"--help", "-help", "--helpfull"} & set(argv):
         prepare_help()
-    if not re.search(r" --?config[ =]", " ".join(["", *argv[1:], ""])):
-        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(put_config_first(argv))
         _CONFIG.value.to_dict()  # a config that could not be loaded fails here
         return rest
     except AttributeError as error:  # how ml_collections tells an unknown field

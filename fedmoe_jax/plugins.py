@@ -14,6 +14,7 @@ from fedmoe_jax.measures import check_measure
 from fedmoe_jax.options import Option, UserError
 from fedmoe_jax.tables import PLUGINS, Plugin, find_tables
 
+MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 FIELD = re.compile(r"[a-z]\w*(\.[a-z]\w*)?")
 
 
@@ -37,6 +38,12 @@ def load_plugins(*modules: str) -> None:
 
 
 def _import(name: str) -> Any:
+    file = not isinstance(name, str) or name.endswith(".py")
+    if file or not MODULE.fullmatch(name):
+        raise UserError(
+            f"--plugins: {name!r} is no name of a module; allowed: my_module, without "
+            "folder and .py, and each by itself: load_plugins('one', 'other')"
+        )
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

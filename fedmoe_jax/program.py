@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
 from fedmoe_jax.base import Data, Model, Routing, Scores, Strategy, Task
-from fedmoe_jax.config import check, list_options
+from fedmoe_jax.config import check, check_values, list_options
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
 from fedmoe_jax.models.routing import calibrate_gate
@@ -82,7 +82,7 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
       config: as the strategy configures it.
 
     Raises:
-      UserError: a stage is due within a chunk of rounds.
+      UserError: a stage is due within a chunk of rounds or beyond the run.
     """
     open_to_config = {
         "personal": ("gate",) if config.gate.mode == "personal" else (),
@@ -107,14 +107,16 @@ def find_round(when: int | str, config: ConfigDict) -> int:
     """The round of a stage, which may be given as the name of a config field.
 
     Raises:
-      UserError: it is no multiple of `chunk_rounds`, between which stages run.
+      UserError: it is no multiple of `chunk_rounds`, between which stages run, or
+        beyond the run.
     """
     number = flatten(config.to_dict())[when] if isinstance(when, str) else when
-    if number % config.chunk_rounds:
+    if number % config.chunk_rounds or not 0 <= number <= config.num_rounds:
         given = f"{when}={number}" if isinstance(when, str) else f"round {number}"
         raise UserError(
             f"strategy={config.strategy!r} has a stage at {given}, which is not "
-            f"allowed; allowed: multiples of chunk_rounds={config.chunk_rounds}"
+            f"allowed; allowed: multiples of chunk_rounds={config.chunk_rounds}, 0 to "
+            f"num_rounds={config.num_rounds}"
         )
     return number
 
@@ -271,6 +273,8 @@ def build_program(
         does not fit the model, or whose state is no dict of arrays.
     """
     used, task = configure(config), find_task(data.task)
+    where = f", as strategy={config.strategy!r} configures it"
+    check_values(flatten(used.to_dict()), where)
     drifts = ("none", *dict(task.drifts))
     check("drift.images", config.drift.images, drifts, " with these data")
     strategy = resolve(find_strategy(config.strategy), used)

@@ -97,16 +97,22 @@ def test_resolve_looks_up_the_rounds_of_stages():
 
 
 @pytest.mark.parametrize(
-    ("when", "given"), [(7, "round 7"), ("drift.start", "drift.start=3")]
+    ("when", "given"),
+    [
+        (7, "round 7"),
+        (-2, "round -2"),
+        (42, "round 42"),
+        ("drift.start", "drift.start=3"),
+    ],
 )
-def test_resolve_refuses_stages_within_a_chunk(when, given):
+def test_resolve_refuses_stages_within_a_chunk_or_beyond_the_run(when, given):
     config = make_config(**{"drift.start": 3, "chunk_rounds": 2})
     config.strategy = "mine"
     with pytest.raises(UserError) as caught:
         resolve(NOTHING._replace(stages=((0, min), (when, max))), config)
     assert str(caught.value) == (
         f"strategy='mine' has a stage at {given}, which is not allowed; allowed: "
-        "multiples of chunk_rounds=2"
+        "multiples of chunk_rounds=2, 0 to num_rounds=40"
     )
 
 
@@ -231,6 +237,24 @@ def test_check_layers_refuses_a_model_without_parts():
     check_layers(config, program.strategy, whole, 1)
     with pytest.raises(UserError, match="strategy='fedjets' .* which has no parts"):
         check_layers(config, fedjets, whole, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [("client.learning_rate", 0.0, "> 0"), ("num_active", 9, "1 to max_held=2")],
+)
+def test_build_program_refuses_what_a_strategy_configures_beyond_its_range(
+    monkeypatch, field, value, allowed
+):
+    def configure(config):
+        config.update_from_flattened_dict({field: value})
+        return config
+
+    odd = find_strategy("greedy")._replace(configure=configure)
+    monkeypatch.setitem(STRATEGIES, "greedy", odd)
+    told = f"^{field}={value} is not allowed, as strategy='greedy' configures it; "
+    with pytest.raises(UserError, match=f"{told}allowed: {allowed}"):
+        make_program(strategy="greedy")
 
 
 @pytest.mark.parametrize("state", [jnp.zeros(3), [jnp.zeros(3)], {"a": {"b": 0.0}}])

@@ -129,6 +129,7 @@ def top_k(scores: Array, capacity: Array, max_held: int) -> Assignment:
       The exact top k_c of each row, best first, ties to the lowest expert id.
     """
     chex.assert_rank(scores, 2)
+    chex.assert_axis_dimension_gteq(scores, 1, max_held)
     chex.assert_shape(capacity, (scores.shape[0],))
     return Assignment(_rank(scores, max_held), fill_slots(capacity, max_held))
 

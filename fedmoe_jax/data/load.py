@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import chex
 import numpy as np
 from absl import flags
 
@@ -31,30 +30,46 @@ def load_dataset(name: str, data_dir: str) -> Data:
         ~/tensorflow_datasets. The other two ignore it and touch no disk.
 
     Raises:
-      UserError: unknown name, or CIFAR-10 is absent or damaged.
+      UserError: unknown name, CIFAR-10 is absent or damaged, or arrays do not fit each
+        other.
     """
     if name not in DATASETS:
         allowed = ", ".join(DATASETS)
         raise UserError(f"data.name={name!r} is unknown; allowed: {allowed}")
     data = DATASETS[name](data_dir)
-    check_data(data)
+    check_data(name, data)
     return data
 
 
-def check_data(data: Data) -> None:
-    """Checks that the arrays of a data set fit each other."""
-    chex.assert_trees_all_equal_structs(data.train, data.test)
-    for part, stratum in ((data.train, data.stratum), (data.test, data.test_stratum)):
-        chex.assert_shape(stratum, (None,))
-        chex.assert_type(stratum, np.int32)
-        chex.assert_tree_shape_prefix(part, stratum.shape)
-        if stratum.min() < 0 or stratum.max() >= len(data.stratum_names):
-            raise ValueError(f"strata are not in [0, {len(data.stratum_names)})")
-    first = lambda leaf: leaf[:1]
-    rows = [{name: first(x) for name, x in d.items()} for d in (data.train, data.test)]
-    chex.assert_trees_all_equal_shapes_and_dtypes(*rows)
-    if data.owner is not None:
-        chex.assert_equal_shape([data.owner, data.stratum])
+def check_data(name: str, data: Data) -> None:
+    """Raises UserError unless the arrays of the data set fit each other."""
+
+    def require(holds: bool, fault: str, allowed: str) -> None:
+        if not holds:
+            raise UserError(f"data.name={name!r} has {fault}; allowed: {allowed}")
+
+    form = lambda leaf, first=1: f"{leaf.dtype}{list(leaf.shape[first:])}"
+    most = len(data.stratum_names) - 1
+    parts = {"train": (data.train, data.stratum)}
+    parts["test"] = (data.test, data.test_stratum)
+    for part, (rows, stratum) in parts.items():
+        flat = stratum.ndim == 1 and stratum.dtype == np.int32 and len(stratum) > 0
+        require(flat, f"strata of {part} {form(stratum, 0)}", "int32[X], X >= 1")
+        low, high = stratum.min(), stratum.max()
+        found = f"strata of {part} from {low} to {high}"
+        require(low >= 0 and high <= most, found, f"0 to {most}")
+        for leaf, values in rows.items():
+            found = f"{len(values)} rows of {part}[{leaf!r}] and {len(stratum)} strata"
+            require(len(values) == len(stratum), found, "equally many")
+    found = f"the leaves {sorted(data.train)} in train and {sorted(data.test)} in test"
+    require(data.train.keys() == data.test.keys(), found, "the same in both")
+    for leaf, values in data.train.items():
+        pair = form(values), form(data.test[leaf])
+        found = f"rows of {leaf!r} {pair[0]} in train and {pair[1]} in test"
+        require(pair[0] == pair[1], found, "the same in both")
+    owners = data.stratum if data.owner is None else data.owner
+    found = f"owners {form(owners, 0)} of {len(data.stratum)} examples"
+    require(owners.shape == data.stratum.shape, found, "one owner of each, or None")
 
 
 def resolve_data_dir(data_dir: str) -> Path:

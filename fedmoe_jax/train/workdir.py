@@ -22,14 +22,20 @@ PER_MEMBER = {"strategy", "seed"}
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """Makes the work folder this run's own, or checks that it already is.
 
+    A run that ended before its first round has left nothing that is worth keeping.
+
     Raises:
       UserError: the folder cannot be written or holds another run.
     """
     recorded = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if recorded.exists():
+        if recorded.exists() and has_begun(workdir):
             check_same_run(read_json(recorded), config)
+        elif recorded.exists():
+            check_version(read_json(recorded), config)
+            for name in ("partition.npz", "devices.csv"):
+                (workdir / name).unlink(missing_ok=True)
         elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
             raise UserError(
                 f"workdir={workdir} holds a run without its config.json; "
@@ -65,20 +71,32 @@ def check_version(saved: dict[str, Any], config: ConfigDict) -> None:
         )
 
 
+def has_begun(workdir: Path) -> bool:
+    """Whether a run or comparison in the folder has a round or checkpoint."""
+    kept = (workdir / "metrics.jsonl", *workdir.glob("runs/*/metrics.jsonl"))
+    rows = any(path.is_file() and path.stat().st_size > 0 for path in kept)
+    return rows or any(workdir.glob("checkpoints/*"))
+
+
 def check_plugins(workdir: Path) -> None:
     """Checks that the run in the folder, if there is one, has the plug-ins given now.
 
     Raises:
       UserError: it has others.
     """
-    if not (workdir / "config.json").exists():
+    if not (workdir / "config.json").exists() or not has_begun(workdir):
         return
     recorded = tuple(read_json(workdir / "config.json").get("plugins", ()))
     if recorded != list_plugins():
+        given, names = (
+            ",".join(list_plugins()) or "none",
+            ", ".join(map(repr, recorded)),
+        )
+        flag = f"--plugins={','.join(recorded)}" if recorded else "no --plugins"
+        call = f" (from Python load_plugins({names}))" if recorded else ""
         raise UserError(
-            f"--plugins={','.join(list_plugins())} is not allowed; allowed: "
-            f"--plugins={','.join(recorded)}, with which the run in {workdir} was "
-            "started, or a new workdir"
+            f"plug-ins {given} are not allowed; allowed: {flag}{call}, in this order, "
+            f"with which the run in {workdir} was started, or a new workdir"
         )
 
 

@@ -156,7 +156,7 @@ def test_predict_refuses_in_one_line(result):
     for wrong in (images / 255, images[0], images[:, :4], images[:0]):
         with pytest.raises(UserError, match=r"allowed: 'x' uint8\[B, 8, 8, 1\]"):
             predict(result, wrong)
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no round that is saved"):
         predict(result._replace(state=None), images)
 
 
@@ -193,6 +193,19 @@ def test_load_run_without_a_checkpoint_has_rows_alone(launched, tmp_path):
     assert found.params is None and len(found.rows["train_loss"]) == 4
     with pytest.raises(UserError, match="allowed: one with a run's config.json"):
         fedmoe_jax.load_run(tmp_path / "none")
+
+
+def test_load_run_reads_a_run_of_a_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "report", lambda *args, **kwargs: None)
+    config, strategies = make_config(), ("greedy", "random", "fedavg_active")
+    config.compare = dict(strategies=strategies, changes=("",), seeds=(0, 1))
+    assert launch.run(config, tmp_path, "", lambda: False, False)
+    for strategy in strategies:
+        found = fedmoe_jax.load_run(tmp_path / "runs" / f"{strategy}-seed1")
+        assert (found.config.strategy, found.config.seed) == (strategy, 1)
+        np.testing.assert_allclose(accuracy(found), found.rows["global_accuracy"][-1])
+    moved = (tmp_path / "runs" / "greedy-seed1").rename(tmp_path / "alone")
+    assert fedmoe_jax.load_run(moved).params is None
 
 
 SCRIPT = """

@@ -98,6 +98,7 @@ BAD = {
     ),
     "no value": (["--config"], "--config"),
     "unknown flag": (["--rounds=3"], "'rounds'"),
+    "file of a plug-in": (["--plugins=mine.py"], "'mine.py' is no name of a module"),
     "unknown word": (["runs/here"], "'runs/here'"),
     "no plug-in": (["--plugins=json,none_such"], "json defines no table"),
     "unknown plug-in": (["--plugins", "none_such"], "no module 'none_such'"),
@@ -111,6 +112,21 @@ BAD = {
         "workdir=/dev/null/run cannot be used",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--x=1"], [f"--config={launch.DEFAULT_CONFIG}", "--x=1"]),
+        (["--config=a.py", "--x=1"], ["--config=a.py", "--x=1"]),
+        (["--config.x=1", "--config=a.py"], ["--config=a.py", "--config.x=1"]),
+        (["--x=1", "--config"], ["--x=1", "--config"]),
+        (["--x=1", "-config", "a.py", "-y"], ["-config", "a.py", "--x=1", "-y"]),
+    ],
+)
+def test_put_config_first_lets_its_fields_stand_before_it(words, expected):
+    found = launch.put_config_first(["launch.py", *words])
+    assert found == ["launch.py", *expected]
 
 
 @pytest.mark.parametrize("case", BAD)

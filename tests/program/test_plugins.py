@@ -123,6 +123,12 @@ def test_load_plugins_refuses_in_one_line(join, case):
     assert find_tables() == before and list_plugins() == ()
 
 
+@pytest.mark.parametrize("name", ["mine.py", "one,two", "folder/mine", ["one"]])
+def test_load_plugins_takes_names_of_modules_alone(name):
+    with pytest.raises(UserError, match="is no name of a module; .* each by itself"):
+        plugins.load_plugins(name)
+
+
 def test_a_module_that_a_plugin_misses_is_no_missing_plugin(tmp_path, monkeypatch):
     (tmp_path / "half_module.py").write_text("import none_such\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -191,7 +197,7 @@ def test_launch_reads_plugins_before_the_config(tmp_path):
     assert all(row["expert_load"][0] > 0 for row in rows)
     code, err = start(tmp_path, "--config.strategy=mine")
     assert code == 2 and len(err.splitlines()) == 1
-    assert "allowed: --plugins=my_module, with which the run in run was started" in err
+    assert "allowed: --plugins=my_module (from Python load_plugins('my_module'))" in err
 
 
 @pytest.mark.slow

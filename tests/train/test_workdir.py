@@ -2,8 +2,9 @@
 
 import pytest
 
+from fedmoe_jax.configs import default
 from fedmoe_jax.options import UserError
-from fedmoe_jax.train.workdir import keep_devices
+from fedmoe_jax.train.workdir import check_plugins, claim_workdir, keep_devices
 
 
 def test_keep_devices_refuses_a_file_that_has_changed_since_the_start(tmp_path):
@@ -15,3 +16,42 @@ def test_keep_devices_refuses_a_file_that_has_changed_since_the_start(tmp_path):
     with pytest.raises(UserError, match="devices.csv=.*has changed.*run.csv"):
         keep_devices(kept, str(mine))
     assert kept.read_text() == "memory,flops\n4e9,1e11\n"
+
+
+def test_claim_workdir_takes_over_a_run_without_a_round(tmp_path):
+    config = default.get_config("smoke")
+    claim_workdir(tmp_path, config)
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "partition.npz").touch()
+    config.num_experts = 4
+    claim_workdir(tmp_path, config)
+    assert not (tmp_path / "partition.npz").exists()
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n')
+    claim_workdir(tmp_path, config)
+    config.num_experts = 5
+    with pytest.raises(UserError, match="num_experts: 4 -> 5"):
+        claim_workdir(tmp_path, config)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="holds a run without its config.json"):
+        claim_workdir(tmp_path, config)
+
+
+def test_claim_workdir_keeps_a_comparison_of_which_one_run_has_a_round(tmp_path):
+    config = default.get_config("smoke")
+    claim_workdir(tmp_path, config)
+    (tmp_path / "runs" / "greedy-seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "greedy-seed0" / "metrics.jsonl").write_text("{}\n")
+    config.num_experts = 4
+    with pytest.raises(UserError, match="num_experts: 8 -> 4"):
+        claim_workdir(tmp_path, config)
+
+
+def test_check_plugins_names_those_of_the_run(tmp_path):
+    config = default.get_config("smoke")
+    config.plugins = ("one", "two")
+    claim_workdir(tmp_path, config)
+    check_plugins(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n')
+    told = r"plug-ins none .* --plugins=one,two .*load_plugins\('one', 'two'\)"
+    with pytest.raises(UserError, match=told):
+        check_plugins(tmp_path)
