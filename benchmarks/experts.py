@@ -1,4 +1,4 @@
-"""What E costs: rounds and evaluation with 64 experts against 8, all else equal.
+"""The cost of E: rounds and evaluation with 64 experts against 8, all else equal.
 
 python -m benchmarks.experts
 """

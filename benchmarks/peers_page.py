@@ -1,4 +1,4 @@
-"""What a comparison of peers leaves: a CSV file, a picture and a page section."""
+"""The results of a comparison of peers: a CSV file, a picture and a page section."""
 
 import csv
 import datetime

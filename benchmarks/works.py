@@ -68,7 +68,7 @@ def normalise(images: np.ndarray) -> np.ndarray:
 
 
 def load_ids(work: Work) -> np.ndarray:
-    """Which images each client owns: int32 [N, M]; they overlap if there is a pool."""
+    """Images of each client: int32 [N, M]; they overlap if there is a pool."""
     shape = (work.clients, work.examples)
     if work.pool is None:
         return np.arange(num_images(work), dtype=np.int32).reshape(shape)

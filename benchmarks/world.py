@@ -1,4 +1,4 @@
-"""What the world costs: rounds of 1,000 clients with its processes against without.
+"""The cost of the world: rounds of 1,000 clients with its processes against without.
 
     python -m benchmarks.world
 

@@ -87,7 +87,7 @@ class Task(NamedTuple):
 
 
 class Route(NamedTuple):
-    """How a strategy changes the routing inside the model.
+    """The routing inside the model, as a strategy has it.
 
     Attributes:
       num_active: A.

@@ -253,10 +253,9 @@ def build_train_cohort(
 
     Returns:
       A function of params, inputs [C], conditions [C], the federation, hyperparameters
-      and the round's training key, which returns sums and replies [C], the same on all
-      devices. There are the sums
-      of what is merged now and, with `late="stale"`, of what is merged in the next
-      round.
+      and the round's training key. It returns the sums of the updates that are merged
+      now and, with `late="stale"`, of those that are merged in the next round; and the
+      replies [C]. Both are the same on all devices.
     """
 
     def train_cohort(

@@ -1,17 +1,17 @@
 """Global, personal and per-expert scores from one pass over the test examples.
 
-Test examples are dealt over the devices and walked in batches; scores are summed by
+Devices share out the test examples and take them in batches; scores are summed by
 stratum, so that each client is scored on its own mix of strata:
 
 * global: top-A of all E experts; also softly over all E.
 * personal: each client's held experts, the test set weighted to its own mix.
 * expert: one expert alone.
 
-A model with parts computes each expert's own outputs once, and each question is one
-more mixture of them (see `scoring`). The soft and the expert question need every expert
-of every example. Without them only the pairs of example and expert that some gate
+A model with parts computes each expert's own outputs once, and each score is that of
+one mixture of them (see `scoring`). The soft and expert scores need every expert of
+every example. Without them only the pairs of example and expert that some gate
 chooses are computed (see `dispatch`). A model without parts is run once for each
-distinct held set, and is not asked softly or for single experts (see `held_sets`).
+distinct held set, and has no soft and no expert scores (see `held_sets`).
 
 Where the gate or more is personal the server has none: global then means the average,
 over the clients that have taken part, of the score with the client's own gate over all
@@ -123,7 +123,7 @@ def count_examples(
     *,
     program: Program,
 ) -> dict[str, Array]:
-    """Scores of one batch by stratum, for every question asked.
+    """All scores of one batch, by stratum.
 
     Args:
       state: the simulation.

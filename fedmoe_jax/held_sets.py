@@ -155,7 +155,7 @@ def score_model(
     examples: Examples,
     program: Program,
 ) -> dict[str, Array]:
-    """Scores of one batch for the global and the personal question.
+    """The global and personal scores of one batch.
 
     Args:
       params: with the parts that the strategy has frozen.

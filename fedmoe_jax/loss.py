@@ -165,7 +165,7 @@ def sum_gate_losses(
 
 
 def make_route(inputs: ClientInput, hyper: Hyper, program: Program) -> Route:
-    """How the strategy has ONE client route its examples in training."""
+    """The routing of ONE client's examples in training, as the strategy has it."""
     strategy, priority = program.strategy, None
     if rate := strategy.expert_priority:
         priority = lambda gates: rate(gates, hyper)

@@ -160,7 +160,7 @@ def measure_learning(
 
 
 def measure_load(load: Array) -> dict[str, Array]:
-    """How evenly the examples [G, E] of the round were trained, mean over layers."""
+    """Balance of the examples [G, E] that the round has trained, mean over layers."""
     mean = lambda measure: jax.vmap(measure)(load).mean(0)
     return {
         "expert_load": load[0] if len(load) == 1 else load,

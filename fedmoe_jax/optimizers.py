@@ -38,7 +38,7 @@ def add_prox(grads: PyTree, submodel: PyTree, received: PyTree, prox: Array) -> 
 
 
 def step_weights(steps: Array, momentum: float) -> Array:
-    """How often, in sum over its steps, a gradient of local SGD ends up in the delta.
+    """Sum over the steps of how often a gradient of local SGD is in the delta.
 
     The gradient of a step is in the momentum of all later ones; without momentum each
     counts once. FedNova's |a|_1 (arXiv 2007.07481, section 4).

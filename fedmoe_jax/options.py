@@ -122,7 +122,7 @@ def replace(record: Any, **changes: Any) -> Any:
 
 
 class Curve(NamedTuple):
-    """How a measure is drawn over rounds.
+    """The curve of a measure over rounds.
 
     Attributes:
       label: of the axis, name and unit.

@@ -1,11 +1,12 @@
-"""The gates' questions about one batch of test examples, of a model with parts.
+"""Scores of one batch of test examples, of a model with parts.
 
-* global: the top-A of all E experts; also softly over all E.
+* global: the top-A of all E experts; soft: all E, weighted by the gate.
 * personal: the top-A of each client's held experts.
+* expert: one expert alone.
 
-With the experts' own outputs [B, E, L] each question is one more mixture. Where parts
-of the model are personal the server has none of them, and each client's own model is
-asked the global questions as well.
+Every expert's own outputs [B, E, L] are computed once, and each score is that of one
+mixture of them. Where parts of the model are personal the server has none of them, and
+the global scores are those of each client's own model.
 """
 
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Encoded(NamedTuple):
 
 
 class ClientView(NamedTuple):
-    """ONE client that is asked (a leading N axis for all of them).
+    """ONE client in evaluation (a leading N axis for all of them).
 
     Attributes:
       personal: the client's own parts, {} where the server's serve all.
@@ -267,16 +268,16 @@ def score_clients(
     examples: Examples,
     program: Program,
 ) -> dict[str, Array]:
-    """Scores [N, L] `personal`; with personal parts also of the global questions.
+    """Scores [N, L] `personal`; with personal parts those of `score_whole`, too.
 
     Args:
       clients: all clients [N].
       answer: ONE client -> its gate logits [B, E] and answers [B, E, L].
       examples: the batch.
-      program: whether all experts have answered, so that more can be asked.
+      program: whether the outputs of all experts are there, and how they are mixed.
     """
 
-    def ask(client: ClientView) -> dict[str, Array]:
+    def score(client: ClientView) -> dict[str, Array]:
         logits, answers = answer(client)
         gates = route(logits, client.held, active_experts(program))
         counts = {"personal": score_mixture(gates, answers, examples, program)}
@@ -284,13 +285,13 @@ def score_clients(
             counts |= score_whole(logits, answers, examples, program)
         return counts
 
-    return jax.lax.map(ask, clients)
+    return jax.lax.map(score, clients)
 
 
 def score_whole(
     logits: Array, answers: Array, examples: Examples, program: Program
 ) -> dict[str, Array]:
-    """Scores of all global questions to one gate and its experts."""
+    """Scores of one gate over all experts: those of `score_routed`, and `expert`."""
     counts = score_routed(logits, answers, examples, program)
     if program.strategy.every_expert:
         counts |= score_experts(answers, examples, program)
@@ -300,7 +301,7 @@ def score_whole(
 def score_parts(
     params: PyTree, clients: ClientView, examples: Examples, program: Program
 ) -> dict[str, Array]:
-    """Scores of one batch for every question, where every expert is computed once.
+    """All scores of one batch; every expert is computed once.
 
     Args:
       params: with the parts that are frozen.

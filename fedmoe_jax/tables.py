@@ -19,7 +19,7 @@ TABLES = (
 
 
 class Plugin(NamedTuple):
-    """What one module has added.
+    """The records and config fields of one module.
 
     Attributes:
       records: the names of its records, by table.

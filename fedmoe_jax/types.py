@@ -106,7 +106,7 @@ class Sizes(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """Which client owns which training example, on the host.
+    """The owner of each training example, on the host.
 
     Attributes:
       index: [N, M] int32, row c lists the examples of client c and then zeros.
@@ -247,7 +247,7 @@ class SimState(struct.PyTreeNode):
 
 
 class Assignment(struct.PyTreeNode):
-    """Which experts each cohort client holds, as slots.
+    """The experts that each cohort client holds, as slots.
 
     Attributes:
       held: [C, K] int32, expert ids; distinct among the valid slots of a row.
@@ -290,10 +290,10 @@ class Feedback(struct.PyTreeNode):
     """One client's feedback on the experts in its slots (a leading C axis in a round).
 
     Attributes:
-      accuracy: [K] float32 in [0, 1], gate-weighted share of correct predictions.
-      loss: [K] float32 >= 0 nats, gate-weighted mean cross-entropy.
+      accuracy: [K] float32 in [0, 1], gate-weighted mean of `Scores.score`.
+      loss: [K] float32, gate-weighted mean of `Scores.loss`, nats of cross-entropies.
       frequency: [K] float32, share of the gate mass, sums to 1 over valid slots.
-      load: [K] float32, examples whose top-A includes the slot's expert.
+      load: [K] float32, positions (images or tokens) whose top-A includes the expert.
       peak: [K] float32 in [0, 1], largest gate of a batch, mean over the batches.
     """
 
@@ -336,12 +336,12 @@ class ClientUpdate(struct.PyTreeNode):
     """The result of one client's round.
 
     Attributes:
-      delta: sub-model `{stem, gate [E, ...], experts [K, ...], head}`, trained less
-        received.
-      feedback: per-slot feedback.
+      delta: sub-model `{stem, gate, experts, head}`, trained less received; leaves of
+        each MoE layer [E, ...] under `gate` and [K, ...] under `experts`.
+      feedback: of every slot, leaves [G, K].
       report: the strategy's, mean over the batches; None without one.
-      loss: [] float32 nats, mean training loss (cross-entropy) over the steps.
-      accuracy: [] float32 in [0, 1], mean training accuracy over the steps.
+      loss: [] float32, mean of `Scores.loss` over the steps.
+      accuracy: [] float32 in [0, 1], mean of `Scores.score` over the steps.
       finite: [] bool, whether every number of the update is finite.
     """
 

@@ -14,7 +14,7 @@ app = ClientApp()
 
 @functools.cache
 def load(name: str):
-    """What an actor keeps between clients: model, images, labels, ids."""
+    """Model, images, labels and ids, which an actor keeps between clients."""
     torch.set_num_threads(1)
     work = works.WORKS[name]
     images, labels = works.load_images(work)

@@ -1,4 +1,4 @@
-"""What every runner reports, as JSON lines on standard output.
+"""The report of every runner, as JSON lines on standard output.
 
     {"event": "round", "seconds": s, "cpu_seconds": c}    after every round
     {"event": "check", "before": b, "value": v}           loss before and after training

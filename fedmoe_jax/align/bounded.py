@@ -142,7 +142,7 @@ def mend_counts(scores: Array, assignment: Assignment, bounds: Bounds) -> Assign
 
 
 def change_violation(held: Array, load: Array, bounds: Bounds) -> Array:
-    """How moving each slot to each expert changes the total violation: [C, K, E]."""
+    """Change of the total violation by moving each slot to each expert: [C, K, E]."""
     now, each = violation(load, bounds)[None], bounds.weight[:, None]
     given = violation(load[None] - each, bounds) - now  # [C, E]
     taken = violation(load[None] + each, bounds) - now

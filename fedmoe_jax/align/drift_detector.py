@@ -41,7 +41,7 @@ def init_detector(num_clients: int, num_experts: int) -> Detector:
 
 
 def residuals(fitness: Array, score: Array, counted: Array) -> tuple[Array, Array]:
-    """How much worse each client's experts do than was believed.
+    """The fall of each client's experts below their fitness.
 
     Args:
       fitness: [C, K] float32, scores of the held pairs before the round.

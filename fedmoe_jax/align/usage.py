@@ -42,5 +42,5 @@ def load_entropy(load: Array) -> Array:
 
 
 def starved(load: Array) -> Array:
-    """How many of the experts got less than a tenth of the mean load [E], [] int32."""
+    """[] int32, number of experts with less than a tenth of the mean load [E]."""
     return jnp.sum(load < 0.1 * load.mean(), dtype=jnp.int32)

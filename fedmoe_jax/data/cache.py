@@ -13,7 +13,7 @@ from fedmoe_jax.options import UserError
 
 
 def cache_folders(source: Path) -> tuple[Path, Path]:
-    """Where decoded arrays of exactly these records may be, in order of preference."""
+    """The folders for decoded arrays of exactly these records, by preference."""
     stats = [(path.name, path.stat()) for path in sorted(source.glob("cifar10-*"))]
     stamp = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,4 +1,4 @@
-"""Which client owns which training example, drawn once on the host.
+"""The owner of each training example, drawn once on the host.
 
 Every rule gives an owner to every example, so each example is used exactly once.
 """
@@ -163,7 +163,7 @@ def _own_quantity(
 def _own_shards(
     stratum: np.ndarray, options: Options, rng: np.random.Generator
 ) -> np.ndarray:
-    """Examples sorted by label, cut into equal shards, dealt at random."""
+    """Examples sorted by label, cut into equal shards, which clients draw at random."""
     shuffled = rng.permutation(len(stratum))
     by_label = shuffled[np.argsort(stratum[shuffled], kind="stable")]
     clients = np.arange(options.num_clients)

@@ -9,13 +9,13 @@ from fedmoe_jax.types import Array, PyTree
 
 
 def held_mask(held: Array, slot: Array, num_experts: int) -> Array:
-    """Which experts ONE client holds, [E] bool, from its slots [K]."""
+    """[E] bool, the experts that ONE client holds, from its slots [K]."""
     chex.assert_equal_shape([held, slot])
     return jnp.zeros(num_experts, bool).at[held].max(slot)
 
 
 def is_local(held: Array, num_experts: int, local_experts: int) -> Array:
-    """Which of the held experts [K] never leave the client: the last ones of E."""
+    """[K] bool, the held experts that never leave the client: the last ones of E."""
     return held >= num_experts - local_experts
 
 

@@ -49,7 +49,7 @@ def find_commit(folder: Path) -> tuple[str | None, bool | None]:
 
 @functools.cache
 def find_origin() -> dict[str, Any]:
-    """What made the numbers of this process, for `summary.json`.
+    """The code, versions and device of this process, for `summary.json`.
 
     The sources are looked at once, as early as they are asked for: a long run may see
     another commit before it ends.

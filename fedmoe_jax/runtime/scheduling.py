@@ -1,4 +1,4 @@
-"""Which client trains on which device: devices end together, clients are ragged.
+"""The device of each client: devices end together, though clients are ragged.
 
 Clients vmapped in one chunk all run as long as the longest of them, and a round lasts
 as long as the busiest device. So clients are sorted by their number of local steps,

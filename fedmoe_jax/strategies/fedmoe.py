@@ -27,7 +27,7 @@ from fedmoe_jax.types import (
 
 
 def cover(frequency: Array, coverage: Array) -> Array:
-    """How many of the most used experts reach the share `coverage`: [C] int32 >= 1.
+    """[C] int32 >= 1, number of most used experts that reach the share `coverage`.
 
     Args:
       frequency: [C, E] float32, shares of each client's routing.

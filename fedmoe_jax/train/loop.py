@@ -70,7 +70,7 @@ class Job(NamedTuple):
 
 
 class End(NamedTuple):
-    """Where a loop has ended.
+    """The end of a loop.
 
     Attributes:
       state: the newest state.

@@ -1,4 +1,4 @@
-"""How much memory a run will need, estimated before anything is compiled."""
+"""The memory that a run will need, estimated before anything is compiled."""
 
 import math
 

@@ -40,7 +40,7 @@ def draw_drift_sources(
 
 
 def progress(round: Array, start: Array, rounds: Array) -> Array:
-    """How far the drift has come in a round.
+    """The share of the drift that is complete in a round.
 
     Args:
       round: [] int32, counted from 0.

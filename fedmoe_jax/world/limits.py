@@ -17,7 +17,7 @@ def true_capacity(
     communication_share: float,
     max_capacity: int,
 ) -> Array:
-    """How many experts each device can hold: the least of three limits.
+    """The number of experts that each device can hold: the least of three limits.
 
     Stem, gate and head are paid for first; what is left is divided by the cost of one
     expert. Memory: `TRAINING_COPIES` of the parameters must fit. Network: down and up

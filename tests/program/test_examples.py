@@ -61,8 +61,10 @@ def test_the_files_of_the_guide_are_plug_ins(files, tmp_path):
     run = tmp_path / "run"
     assert train(config, run, stop=lambda: False, label="run", profile=False)
     rows = read_metrics(run / "metrics.jsonl")
-    assert [row["night"] for row in rows] == [0.0] * 6 + [1.0] * 2
-    assert read_json(run / "summary.json")["nights"] == 0.25
+    nights = [row["night"] for row in rows]
+    assert 0 < min(nights) < max(nights) < 1 and len(set(nights)) > 2
+    found = read_json(run / "summary.json")["nights"]
+    assert found == pytest.approx(sum(nights) / len(nights))
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     with np.load(run / "final.npz") as arrays:
         held, capacity = arrays["times_held"], arrays["belief"]
