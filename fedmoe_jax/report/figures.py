@@ -113,7 +113,8 @@ def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
         if not (measure.line and measure.over == FINAL):
             continue
         points = [
-            np.array([measure.scale * one[key] for one in each]) for each in found
+            np.array([measure.scale * one.get(key, NAN) for one in each])
+            for each in found
         ]
         finite = [values[np.isfinite(values)] for values in points]
         spans = [interval(v) if len(v) else (NAN, NAN) for v in finite]

@@ -18,6 +18,7 @@ from fedmoe_jax.runtime.files import flatten, read_json
 NAN = float("nan")
 # Config fields that do not change what a run computes, or that number its repetition.
 INCIDENTAL = ("seed", "run.", "checkpoint.", "data.dir", "chunk_rounds")
+ABSENT = "absent"  # in place of the value where a run has no such field
 # Parts of a summary that are no numbers of the run.
 RECORDS = ("measures", "made_by")
 
@@ -96,8 +97,8 @@ def varied_fields(runs: Sequence[Run]) -> list[str]:
     varied = {}
     for group in group_runs(runs).values():
         configs = [flatten(run.config) for run in group]
-        for field in configs[0]:
-            values = {str(config.get(field)) for config in configs}
+        for field in dict.fromkeys(field for config in configs for field in config):
+            values = {str(config.get(field, ABSENT)) for config in configs}
             if len(values) > 1 and not field.startswith(INCIDENTAL):
                 varied[field] = None
     return list(varied)
@@ -106,7 +107,9 @@ def varied_fields(runs: Sequence[Run]) -> list[str]:
 def usual_values(runs: Sequence[Run], fields: Sequence[str]) -> dict[str, Any]:
     """The value of each field that most of the configs of some runs have, if one is."""
     configs = [flatten(run.config) for run in runs]
-    distinct = {tuple(str(config[field]) for field in fields) for config in configs}
+    distinct = {
+        tuple(str(config.get(field, ABSENT)) for field in fields) for config in configs
+    }
     usual = {}
     for place, field in enumerate(fields):
         value, count = Counter(each[place] for each in distinct).most_common(1)[0]
@@ -127,10 +130,11 @@ def name_runs(runs: Sequence[Run]) -> list[Run]:
     named = []
     for run in runs:
         (varied, usual), flat = changed[run.label], flatten(run.config)
+        values = {field: str(flat.get(field, ABSENT)) for field in varied}
         changes = [
-            f"{field}={flat[field]}"
-            for field in varied
-            if str(flat[field]) != usual.get(field)
+            f"{field}={value}"
+            for field, value in values.items()
+            if value != usual.get(field)
         ]
         named.append(run._replace(label=" ".join([run.label, *changes])))
     return named

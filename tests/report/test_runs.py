@@ -1,0 +1,135 @@
+"""Run folders read back, their labels and their numbers."""
+
+import json
+import math
+
+import pytest
+
+from fedmoe_jax.measures import MEASURES
+from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
+from fedmoe_jax.report import runs, summary
+
+from .fake_runs import NOTHING, ROWS, make_row, make_run, stop_run, write_run
+
+
+def test_load_run_needs_a_config(tmp_path):
+    with pytest.raises(UserError, match="config.json"):
+        runs.load_run(tmp_path)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3])
+def test_load_run_leaves_out_a_half_written_row(tmp_path, num_rows):
+    run = runs.load_run(stop_run(write_run(tmp_path / "run"), num_rows))
+    assert [row["round"] for row in run.rows] == list(range(1, num_rows + 1))
+    assert run.summary == {} and run.arrays == {} and run.measures is MEASURES
+
+
+def test_group_runs_keeps_the_order_of_first_appearance(tmp_path):
+    labels = ("random", "greedy", "random")
+    made = [make_run(tmp_path, label, seed=at) for at, label in enumerate(labels)]
+    groups = runs.group_runs(made)
+    assert list(groups) == ["random", "greedy"]
+    assert groups["random"] == [made[0], made[2]]
+
+
+def load_weights(tmp_path, weights):
+    """Loads greedy runs with such (fitness, usage, seed)."""
+    folders = [
+        write_run(tmp_path / f"{at}", seed=seed, fitness=fitness, usage=usage)
+        for at, (fitness, usage, seed) in enumerate(weights)
+    ]
+    return [runs.load_run(folder) for folder in folders]
+
+
+def test_name_runs_splits_labels_by_varied_fields(tmp_path):
+    made = load_weights(
+        tmp_path, [(0.5, usage, seed) for usage in (0.3, 0.7) for seed in (0, 1)]
+    )
+    made.append(runs.load_run(write_run(tmp_path / "random", "random")))
+    groups = runs.group_runs(runs.name_runs(made))
+    low, high = "greedy weights.usage=0.3", "greedy weights.usage=0.7"
+    assert {k: len(g) for k, g in groups.items()} == {low: 2, high: 2, "random": 1}
+
+
+def test_name_runs_leaves_out_what_most_configs_share(tmp_path):
+    cases = [(0.3, 0.5), (0.5, 0.5), (0.5, 0.7), (0.5, 0.9)]
+    named = runs.name_runs(
+        load_weights(
+            tmp_path,
+            [
+                (fitness, usage, seed)
+                for fitness, usage in cases
+                for seed in ((0, 1) if usage == 0.9 else (0,))  # seeds do not count
+            ],
+        )
+    )
+    assert [run.label for run in named] == [
+        "greedy weights.fitness=0.3 weights.usage=0.5",  # half of all is not most
+        "greedy weights.usage=0.5",
+        "greedy weights.usage=0.7",
+        "greedy weights.usage=0.9",
+        "greedy weights.usage=0.9",
+    ]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_name_runs_splits_labels_by_a_field_that_one_run_lacks(tmp_path, order):
+    plain = make_run(tmp_path)
+    stormy = plain._replace(config=plain.config | {"storms": {"rate": 0.5}})
+    named = runs.name_runs([plain, stormy][::order])[::order]
+    labels = ["greedy storms.rate=absent", "greedy storms.rate=0.5"]
+    assert [run.label for run in named] == labels
+
+
+def test_num_experts_are_those_of_a_layer(tmp_path):
+    count = lambda rows: runs.num_experts(make_run(tmp_path, rows=rows))
+    assert count([]) == 0
+    assert count([make_row(1, expert_load=[1.0, 2.0, 3.0])]) == 3
+    assert count([make_row(1, expert_load=[[1.0, 2.0, 3.0]] * 2)]) == 3
+
+
+def test_varies_needs_two_values(tmp_path):
+    varies = lambda rows: runs.varies(make_run(tmp_path, rows=rows), Measure("x"))
+    rows = [{"round": n, "x": x} for n, x in enumerate((1.0, None, 1.0, 2.0), start=1)]
+    assert varies(rows) and not varies(rows[:3]) and not varies([])
+
+
+def test_numbers_of_a_finished_run(tmp_path):
+    made = summary.make_summary(ROWS, {}, MEASURES)
+    made = json.loads(json.dumps(made))
+    found = runs.numbers(make_run(tmp_path)._replace(summary=made), MEASURES)
+    assert found["megabytes_to.0.40"] == 24 and found["megabytes_to.0.50"] == math.inf
+    assert found["simulated_seconds_to.0.45"] == math.inf
+    assert found["simulated_minutes"] == 2 and found["kilojoules"] == 2
+    assert found["megabytes_up"] == 2 and found["gigaflops"] == 1
+
+
+def test_numbers_of_devices_are_unknown_without_any(tmp_path):
+    rows = [make_row(n, **NOTHING) for n in (1, 2)]
+    found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES)
+    of_devices = [key for key, measure in MEASURES.items() if measure.of == DEVICES]
+    assert len(of_devices) == 6 and all(math.isnan(found[key]) for key in of_devices)
+    assert found["megabytes_up"] == 0
+
+
+def test_numbers_of_experts_are_unknown_with_one(tmp_path):
+    rows = [make_row(1, expert_load=[1.0])]
+    found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES)
+    of_experts = [key for key, measure in MEASURES.items() if measure.of == EXPERTS]
+    assert of_experts and all(math.isnan(found[key]) for key in of_experts)
+    assert runs.numbers(make_run(tmp_path), MEASURES)["mean_capacity_violations"] == 1
+
+
+def test_numbers_without_an_evaluation_are_unknown(tmp_path):
+    bare = [{"round": 1, "seconds": 0.1}, {"round": 2, "global_accuracy": None}]
+    for rows in ([], bare):
+        found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES)
+        assert math.isnan(found["final_global_accuracy"])
+
+
+def test_interval_by_hand():
+    # Mean 2, standard deviation 1, t(0.975, 2) = 4.30265: 4.30265 / sqrt(3).
+    mean, half = runs.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(2.48414, abs=1e-5)
+    assert math.isnan(runs.interval([1.0])[1])

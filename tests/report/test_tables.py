@@ -1,0 +1,137 @@
+"""Runs side by side: cells, columns and best numbers by hand."""
+
+import csv
+import io
+import math
+import re
+
+import pytest
+
+from fedmoe_jax.report import tables
+from fedmoe_jax.report.runs import load_run
+
+from .fake_runs import NOTHING, load_runs, make_row, make_run, write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return load_runs(tmp_path_factory.mktemp("runs"))
+
+
+def titles_of(columns):
+    return [column.title for column in columns]
+
+
+def cells_of(table, label):
+    columns, rows = table
+    return dict(zip(titles_of(columns), rows[label], strict=True))
+
+
+def test_mean_cell_by_hand():
+    assert tables.mean_cell([0.1, 0.2, 0.3], 100, 1).text == "20.0 ± 24.8"
+    assert tables.mean_cell([0.1, math.nan], 100, 1).text == "10.0 (1/2)"
+    assert tables.mean_cell([2.0, 2.0], 1, 1).text == "2.0"
+    assert tables.mean_cell([math.nan], 1, 1).text == "–"
+
+
+def test_median_cell_by_hand():
+    assert tables.median_cell([10, math.inf, 20]).text == "20 (2/3)"
+    assert tables.median_cell([10, math.inf, math.inf]).text == "– (1/3)"
+    assert tables.median_cell([math.nan]).text == "–"
+    assert tables.median_cell([10, math.nan]).text == "10 (1/1)"
+
+
+def test_table_never_calls_no_traffic_and_no_devices_best(tmp_path):
+    silent = [make_row(n, **NOTHING) for n in (1, 2)]
+    cheap = [make_row(n, bytes_up=1e6, radio_joules=50.0) for n in (1, 2)]
+    made = [make_run(tmp_path, "local", silent), make_run(tmp_path, "greedy")]
+    two = tables.table(made)
+    three = tables.table([*made, make_run(tmp_path, "random", cheap)])
+    assert cells_of(three, "local")["MB up a round"].text == "0.0"
+    assert cells_of(three, "local")["kJ"].text == "–"
+    for title in ("MB up a round", "kJ"):
+        best = [label for label in three[1] if cells_of(three, label)[title].best]
+        assert best == ["random"]
+        # With one rival only there is no comparison.
+        assert not any(cells_of(two, label)[title].best for label in two[1])
+
+
+def test_table_leaves_out_columns_that_say_nothing(tmp_path):
+    losses = {"Lost a round", "Stale a round", "Capacity error", "Wasted MB %"}
+    losses |= {"Capacity violations a round", "Jain of participation"}
+    columns, _ = tables.table([make_run(tmp_path)])
+    assert losses | {"Simulated min", "kJ"} <= set(titles_of(columns))
+    calm = dict(lost_memory_clients=0.0, capacity_violations=0, wasted_bytes=0.0)
+    calm |= {"participation_jain": 1.0}
+    rows = [make_row(n, **calm) for n in (1, 2)]  # the error 0.5 is always the same
+    columns, _ = tables.table([make_run(tmp_path, rows=rows)])
+    titles = set(titles_of(columns))
+    assert not losses & titles and "kJ" in titles
+
+
+def test_table_has_a_column_of_jain_where_labels_differ(tmp_path):
+    uneven = [make_row(1, participation_jain=0.7)]
+    same = [make_run(tmp_path, label) for label in ("greedy", "random")]
+    assert "Jain of participation" not in titles_of(tables.table(same)[0])
+    both = [same[0], make_run(tmp_path, "random", uneven)]
+    assert cells_of(tables.table(both), "greedy")["Jain of participation"].best
+
+
+def test_table_marks_best(runs):
+    made = tables.table(runs)
+    cells = {label: cells_of(made, label) for label in made[1]}
+    # 0.4 and 0.6: half-width is 12.7062 * 0.141421 / sqrt(2) = 1.27.
+    assert cells["greedy"]["Global %"].text == "50.0 ± 127.1"
+    assert cells["random"]["Global %"].text == "40.0 (1/2)"
+    best = [label for label in cells if cells[label]["Global %"].best]
+    assert best == ["fedavg", "greedy"]
+    assert not any(row["MB up a round"].best for row in cells.values())  # all equal
+    assert cells["fedavg"]["Load CV"].text == "–"
+    assert cells["greedy"]["MB up a round"].text == "2.0"
+    # 0.4 * 8 / 8 reaches 0.35 in round 8; 0.6 * 6 / 8 in round 6.
+    assert cells["greedy"]["Rounds to 35 %"].text == "7 (2/2)"
+
+
+def test_overwrites_of_lists_the_fields_that_a_strategy_changes(tmp_path):
+    quiet = make_run(tmp_path)
+    assert tables.overwrites_of([quiet]) == ""
+    changed = {"gate.mode": "personal", "loss.calibration": 0.0}
+    loud = quiet._replace(summary={"overwrites": changed})
+    sentence = "Overwrites gate.mode=personal, loss.calibration=0.0."
+    assert tables.overwrites_of([loud]) == sentence
+
+
+def test_print_table_has_the_printed_columns_alone(runs):
+    stream = io.StringIO()
+    tables.print_table(runs, stream)
+    head, *lines = stream.getvalue().splitlines()
+    columns, _ = tables.table(runs)
+    for column in columns:
+        assert (column.title in head) == column.printed
+    strategies = [line.split()[:2] for line in lines if line.strip()]
+    assert strategies == [["fedavg", "2"], ["greedy", "2"], ["random", "2"]]
+    assert "50.0 ± 127.1" in lines[1]
+
+
+def test_markdown_table(runs):
+    lines = tables.markdown_table(runs).splitlines()
+    assert len(lines) == 2 + 3
+    columns = [len(re.findall(r"(?<!\\)\|", line)) for line in lines]
+    assert set(columns) == {columns[0]}
+    assert "**50.0 ± 127.1**" in lines[3] and "`greedy`" in lines[3]
+
+
+def test_write_runs_csv_has_varied_fields(tmp_path):
+    folders = [
+        write_run(tmp_path / f"{usage}-{seed}", "greedy", seed, usage=usage)
+        for usage in (0.3, 0.7)
+        for seed in (0, 1)
+    ]
+    folders.append(write_run(tmp_path / "random", "random"))
+    tables.write_runs_csv(tmp_path / "runs.csv", [load_run(f) for f in folders])
+    with open(tmp_path / "runs.csv", newline="", encoding="utf-8") as file:
+        records = list(csv.DictReader(file))
+    assert [r["weights.usage"] for r in records] == ["0.3", "0.3", "0.7", "0.7", "0.5"]
+    assert [r["seed"] for r in records] == ["0", "1", "0", "1", "0"]
+    assert records[0]["rounds_to.0.35"] == "6" and records[0]["rounds_to.0.50"] == ""
+    assert float(records[0]["final_global_accuracy"]) == 0.5
