@@ -150,3 +150,14 @@ def test_old_python_gets_one_line(tmp_path):
     assert ran.returncode == 2 and ran.stdout == ""
     assert len(ran.stderr.splitlines()) == 1 and "Python 3.11" in ran.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_every_module_has_its_tests_at_the_same_place():
+    package, tests = ROOT / "fedmoe_jax", ROOT / "tests"
+    # Records alone, and defaults, which the tests of the config read.
+    without = {Path("base.py"), Path("configs/default.py")}
+    modules = {path.relative_to(package) for path in package.rglob("*.py")}
+    named = {path for path in modules if not path.name.startswith("__")}
+    mirrored = {path.with_name(f"test_{path.name}") for path in named - without}
+    assert len(mirrored) > 80
+    assert {path for path in mirrored if not (tests / path).exists()} == set()

@@ -21,7 +21,7 @@ from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import run as train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 SIZES = SMALL | {"num_rounds": 6}
 TINY = [f"--config={CONFIGS / 'default.py'}:smoke"]

@@ -19,7 +19,7 @@ from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.tables import find_tables, list_plugins
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 RATE = Option("mine.rate", SHARE, "weight of fitness", TRACED, 0.3)
 MINE = STRATEGIES["greedy"]._replace(about="Mine.", options=(RATE,))
 

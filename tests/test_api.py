@@ -16,7 +16,7 @@ from fedmoe_jax.api import predict, run, stack_rows
 from fedmoe_jax.configs import default
 from fedmoe_jax.options import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CLOCK = {"seconds", "evaluation_seconds", "save_seconds", "compile_seconds"}
 # Orbax leaves reads unawaited when one of them meets a damaged file.
 pytestmark = [
