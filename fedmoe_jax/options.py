@@ -4,6 +4,7 @@ import collections
 import functools
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ class Range(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: Any) -> bool:
+        if not isinstance(value, Real):
+            return False
         try:
             with np.errstate(over="ignore", under="ignore"):
                 kept, low, high = map(np.float32, (value, self.low, self.high))

@@ -297,19 +297,6 @@ def test_numbers_of_the_world_are_traced_by_group_and_field():
     assert all(x.dtype == np.float32 for x in hyper.pressure)
 
 
-def test_range_spells_its_ends():
-    rules = (Range(1), Range(0, open_low=True), Range(0, 1), Range(0, 1, True, True))
-    assert [str(rule) for rule in rules] == [">= 1", "> 0", "[0, 1]", "(0, 1)"]
-
-
-def test_flatten_joins_names_with_dots():
-    assert flatten({"a": 1, "b": {"c": (2, 3), "d": {"e": "x"}}}) == {
-        "a": 1,
-        "b.c": (2, 3),
-        "b.d.e": "x",
-    }
-
-
 def test_hyperparameters_are_read_from_their_fields():
     """Every traced field, as float32 or int32, by its own dotted name."""
     traced = [n for n, o in list_options().items() if o.scope == TRACED]

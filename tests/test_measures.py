@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe_jax.measures import MEASURES, check_measure, pack_measures, unpack_measures
+from fedmoe_jax.measures import (
+    MEASURES,
+    check_measure,
+    evaluated_fields,
+    pack_measures,
+    running_fields,
+    unpack_measures,
+)
 from fedmoe_jax.options import FINAL, LAST, MAX, MEAN, TOTAL, Curve, Measure, UserError
 from fedmoe_jax.report import page, runs, summary, tables
 from fedmoe_jax.train.writers import open_metrics
@@ -59,14 +66,14 @@ def make_folder(tmp_path, name, table, **changes):
     return folder
 
 
-def test_a_measure_from_outside_is_a_number_of_the_summary(tmp_path, own):
+def test_measures_from_outside_are_numbers_of_the_summary(tmp_path, own):
     folder = make_folder(tmp_path, "run", own)
     made = json.loads((folder / "summary.json").read_text())
     assert made["mean_surprise"] == pytest.approx(6.5 / 3)  # null does not count
     assert made["measures"]["mean_surprise"]["title"] == SURPRISE.title
 
 
-def test_a_report_reads_measures_from_the_runs(tmp_path):
+def test_measures_of_the_runs_are_what_a_report_reads(tmp_path):
     own = MEASURES | {"mean_surprise": SURPRISE}  # nothing has added it to the table
     folder = make_folder(tmp_path, "run", own)
     other = make_folder(tmp_path, "other", MEASURES, strategy="random")
@@ -90,7 +97,7 @@ def test_a_report_reads_measures_from_the_runs(tmp_path):
     assert "It should fall." in text
 
 
-def test_numbers_over_rounds_by_hand():
+def test_measure_rows_by_hand():
     rows = [{"round": n, "x": x} for n, x in ((1, 4), (2, 1.0), (3, None), (4, 2))]
     rows.insert(2, {"round": 2, "y": 3.0})
     number = lambda over, **more: summary.measure_rows(rows, Measure("x", over, **more))
@@ -103,20 +110,19 @@ def test_numbers_over_rounds_by_hand():
     assert summary.measure_rows(rows, Measure("z", MEAN)) is None
 
 
-def test_vectors_have_no_number():
-    assert summary.measure_rows(
-        [{"round": 1, "x": [1.0, 2.0]}], Measure("x", MEAN)
-    ) is (None)
+def test_measure_rows_of_vectors_have_no_number():
+    rows = [{"round": 1, "x": [1.0, 2.0]}]
+    assert summary.measure_rows(rows, Measure("x", MEAN)) is None
 
 
-def test_every_column_has_a_definition_and_a_sense():
+def test_measures_with_a_column_have_a_definition_and_a_sense():
     for key, measure in MEASURES.items():
         check_measure(key, measure)
         if measure.title:
             assert measure.over and measure.about and measure.better, key
 
 
-def test_the_table_survives_json():
+def test_pack_measures_survives_json():
     table = MEASURES | {"mean_surprise": SURPRISE}
     tree = json.loads(json.dumps(pack_measures(table)))
     assert unpack_measures(tree, Path("summary.json")) == table
@@ -124,7 +130,7 @@ def test_the_table_survives_json():
 
 
 @pytest.mark.parametrize("tree", [["a"], {"a": 3}, {"a": {"fields": "b"}}, {"a": {}}])
-def test_a_damaged_table_is_refused_in_one_line(tree):
+def test_unpack_measures_refuses_a_damaged_table_in_one_line(tree):
     with pytest.raises(UserError, match="^run/summary.json is damaged: measures"):
         unpack_measures(tree, Path("run/summary.json"))
 
@@ -139,13 +145,13 @@ def test_a_damaged_table_is_refused_in_one_line(tree):
         ({"mean_x": Measure("x", MEAN, better=2)}, "better=2; allowed: -1, 0, 1"),
     ],
 )
-def test_rows_that_are_not_allowed_are_refused(row, message):
+def test_check_measure_refuses_rows_that_are_not_allowed(row, message):
     (item,) = row.items()
     with pytest.raises(UserError, match=message):
         check_measure(*item)
 
 
-def test_measures_of_several_runs_are_joined_in_order():
+def test_join_measures_of_several_runs_keeps_their_order():
     rows = lambda *keys: {key: Measure(key, MEAN) for key in keys}
     made = [
         runs.Run({}, [], {}, {}, Path(), "a", rows("x", "y")),
@@ -154,7 +160,7 @@ def test_measures_of_several_runs_are_joined_in_order():
     assert list(runs.join_measures(made)) == ["x", "y", "z"]
 
 
-def test_running_sums_are_in_every_row(tmp_path, monkeypatch):
+def test_running_fields_have_their_sums_in_every_row(tmp_path, monkeypatch):
     row = Measure("surprise", TOTAL, running=True)
     monkeypatch.setitem(MEASURES, "total_surprise", row)
     with open_metrics(tmp_path, done=0, tensorboard=False) as write:
@@ -162,3 +168,14 @@ def test_running_sums_are_in_every_row(tmp_path, monkeypatch):
             write({"round": number, "surprise": 0.5})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["total_surprise"] for line in lines] == [0.5, 1.0, 1.5]
+
+
+def test_running_fields_and_evaluated_fields_by_hand():
+    table = {
+        "total": Measure("x", TOTAL, running=True),
+        "mean": Measure("x", MEAN),
+        "final": Measure("y", FINAL, evaluated=True),
+        "other": Measure("z", TOTAL, running=True, plus=("w",)),
+    }
+    assert running_fields(table) == ("x", "z")
+    assert evaluated_fields(table) == ("y",)

@@ -1,5 +1,7 @@
 """Models with one MoE layer: experts one by one, mixtures, and what they freeze."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,12 @@ from factories import fill, make_image_model
 
 from fedmoe_jax.base import Route
 from fedmoe_jax.models.flops import shape_params
-from fedmoe_jax.models.one_layer import apply_experts, freeze_others
+from fedmoe_jax.models.one_layer import (
+    apply_experts,
+    freeze_others,
+    mix_outputs,
+    mix_probabilities,
+)
 from fedmoe_jax.models.routing import gate_logits, route
 
 pytestmark = pytest.mark.slow
@@ -125,3 +132,13 @@ def test_freeze_others_lets_gradients_pass_the_most_valuable_only():
     assert value == outputs.sum()
     np.testing.assert_array_equal(grads[:, 0], 0)
     np.testing.assert_array_equal(grads[:, 1:], 1)
+
+
+def test_mix_probabilities_mixes_no_logits():
+    model = SimpleNamespace(head=lambda params, outputs: params * outputs)
+    outputs = jnp.log(jnp.array([[[0.99, 0.01], [0.2, 0.8]]]))
+    gates = jnp.array([[0.25, 0.75]])
+    mixed = jax.nn.softmax(mix_probabilities(model, 1.0, outputs, gates))
+    np.testing.assert_allclose(mixed, [[0.3975, 0.6025]], rtol=1e-5)
+    other = jax.nn.softmax(mix_outputs(model, 1.0, outputs, gates))
+    assert other[0, 0] > 0.5

@@ -31,3 +31,11 @@ def test_read_json_refuses_damaged_files_in_one_line(tmp_path, content):
 def test_read_json_refuses_absent_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         files.read_json(tmp_path / "summary.json")
+
+
+def test_flatten_joins_names_with_dots():
+    assert files.flatten({"a": 1, "b": {"c": (2, 3), "d": {"e": "x"}}}) == {
+        "a": 1,
+        "b.c": (2, 3),
+        "b.d.e": "x",
+    }

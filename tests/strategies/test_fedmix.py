@@ -1,13 +1,10 @@
 """FedMix: choices, loss and weights by hand."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from factories import list_held, make_feedback, make_hyper, prepare_strategy
 
-from fedmoe_jax.models.image_moe import mix_outputs, mix_probabilities
 from fedmoe_jax.strategies import fedmix
 
 
@@ -36,13 +33,3 @@ def test_by_responsibility_by_hand():
     feedback = make_feedback(jnp.zeros(2), frequency=jnp.array([0.75, 0.25]))
     weight = fedmix.by_responsibility(jnp.ones(2, bool), feedback, jnp.int32(40), None)
     assert weight.tolist() == [30, 10]
-
-
-def test_mix_probabilities_mixes_no_logits():
-    model = SimpleNamespace(head=lambda params, outputs: params * outputs)
-    outputs = jnp.log(jnp.array([[[0.99, 0.01], [0.2, 0.8]]]))
-    gates = jnp.array([[0.25, 0.75]])
-    mixed = jax.nn.softmax(mix_probabilities(model, 1.0, outputs, gates))
-    np.testing.assert_allclose(mixed, [[0.3975, 0.6025]], rtol=1e-5)
-    other = jax.nn.softmax(mix_outputs(model, 1.0, outputs, gates))
-    assert other[0, 0] > 0.5

@@ -2,10 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from factories import make_data
 
-from fedmoe_jax.tasks.batches import shape_batch, take_batch
 from fedmoe_jax.tasks.images import (
     IMAGES,
     measure_channels,
@@ -57,25 +55,3 @@ def test_score_labels_by_hand():
 
 def test_num_outputs_of_images_are_the_classes():
     assert IMAGES.num_outputs(make_data(7)) == 7
-
-
-@pytest.mark.parametrize("drift", [name for name, _ in IMAGES.drifts])
-def test_take_batch_drifts_the_images_alone(drift):
-    data = draw_data()
-    taken = data.train, jnp.array([7, 2]), measure_pixels(data), IMAGES
-    plain = take_batch(*taken)
-    np.testing.assert_array_equal(plain["y"], [7, 2])
-    drifted = take_batch(*taken, drift, jnp.float32(0.5))
-    np.testing.assert_array_equal(drifted["y"], [7, 2])
-    assert np.abs(drifted["x"] - plain["x"]).max() > 1e-3
-    same = take_batch(*taken, drift, jnp.float32(0))
-    np.testing.assert_allclose(same["x"], plain["x"], atol=1e-3)
-
-
-def test_shape_batch_of_any_size():
-    data = draw_data()
-    shapes = shape_batch(data.train, measure_pixels(data), IMAGES)
-    batch = shapes.of(5)
-    assert batch["x"].shape == (5, 4, 6, 2) and batch["x"].dtype == jnp.float32
-    assert batch["y"].shape == (5,) and batch["y"].dtype == jnp.int32
-    assert hash(shapes) == hash(shape_batch(data.train, measure_pixels(data), IMAGES))

@@ -9,15 +9,12 @@ import pytest
 from factories import SMALL
 
 from configs import compare as study
-from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import CLIENTS, RUNS
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.compare import compare, list_members
 from fedmoe_jax.train.plan import estimate, plan_waves
-from fedmoe_jax.train.sweep import name_wave
-from fedmoe_jax.types import PER_RUN, Federation
 
 pytestmark = pytest.mark.slow
 
@@ -118,23 +115,6 @@ def test_accelerators_vmap_what_cpus_loop_over(tmp_path, monkeypatch):
         assert_rows_close(rows_of(folder), rows_of(other))
 
 
-def test_what_is_static_has_a_program_of_its_own():
-    config = tiny_config(
-        ("random", "fedavg", "greedy"), ("", "loss.z=0.1", "gate.mode=personal")
-    )
-    waves = plan_waves(list_members(config))
-    assert [wave.names for wave in waves] == [
-        [
-            *("random-seed0", "random-seed1", "greedy-seed0", "greedy-seed1"),
-            *(f"{s}-loss.z=0.1-seed{i}" for s in ("random", "greedy") for i in "01"),
-        ],
-        ["fedavg-seed0", "fedavg-seed1"] + [f"fedavg-loss.z=0.1-seed{i}" for i in "01"],
-        [f"{s}-gate.mode=personal-seed{i}" for s in ("random", "greedy") for i in "01"],
-        [f"fedavg-gate.mode=personal-seed{i}" for i in "01"],
-    ]
-    assert len({name_wave(wave) for wave in waves}) == 4
-
-
 def test_a_sweep_is_compiled_once(tmp_path, monkeypatch):
     """Any second trace of the round raises."""
     real = train.scan_rounds
@@ -165,33 +145,6 @@ def test_a_stopped_sweep_resumes_bitwise(tmp_path):
         assert all(found[name].tobytes() == expected[name].tobytes() for name in found)
 
 
-def test_memory_cuts_a_group_into_waves(tmp_path):
-    config = tiny_config(("random", "greedy"), seeds=(0, 1, 2))
-    members = list_members(config)
-    (wave,) = plan_waves(members)
-    needed = [
-        sum(estimate(wave.plans[:count], wave.program).values()) / 1e9
-        for count in (1, 2, 3, 6)
-    ]
-    assert needed == sorted(needed)
-    for limit, expected in [
-        (needed[3], [6]),
-        (needed[2], [3, 3]),
-        (needed[0], [1] * 6),
-    ]:
-        for member in members:
-            member.config.run.memory_limit_gb = limit * 1.0001
-        assert [len(wave.names) for wave in plan_waves(members)] == expected
-    for member in members:
-        member.config.run.memory_limit_gb = needed[0] * 0.99
-    with pytest.raises(UserError, match="run.memory_limit_gb"):
-        plan_waves(members)
-    config.run.memory_limit_gb = needed[2] * 1.0001
-    folders, whole = run(config, tmp_path)
-    assert whole and len(folders) == 6
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-
-
 def test_seeds_with_longer_index_rows_share_the_program(tmp_path):
     """M differs between these seeds: shorter rows are padded and nothing changes."""
     fields = {"partition.alpha": 0.1, "num_clients": 6, "partition.min_size": 1}
@@ -220,19 +173,6 @@ def test_folders_hold_what_a_run_alone_leaves(tmp_path):
         summary = json.loads((folder / "summary.json").read_text())
         shares = [summary[share] for share in SPENT.values()]
         assert sum(shares) == pytest.approx(1) and min(shares) >= 0
-
-
-def test_runs_differ_in_their_own_fields_only():
-    """A field that differs and is not in `PER_RUN` would come from the first run."""
-    config = tiny_config(("random",), ("", "partition.alpha=5"))
-    (wave,) = plan_waves(list_members(config))
-    first, *others = [plan.federation for plan in wave.plans]
-    assert len(others) == 3
-    for name in set(Federation.__dataclass_fields__) - set(PER_RUN):
-        for other in others:
-            chex.assert_trees_all_equal(getattr(first, name), getattr(other, name))
-    for other in others:
-        assert not np.array_equal(first.label_mix, other.label_mix)
 
 
 def test_waves_cut_anew_leave_no_half_runs_behind(tmp_path):

@@ -1,0 +1,33 @@
+"""Labelled images as the data of a task: the label is the stratum."""
+
+import numpy as np
+import pytest
+
+from fedmoe_jax.data.images import label_images
+
+TRAIN, TEST = np.zeros((3, 4, 5, 1), np.uint8), np.ones((2, 4, 5, 1), np.uint8)
+TRAIN_Y, TEST_Y = np.int32([1, 0, 1]), np.int32([0, 1])
+
+
+def test_label_images_makes_the_labels_the_strata():
+    data = label_images(TRAIN, TRAIN_Y, TEST, TEST_Y, ("cat", "dog"))
+    assert data.train.keys() == data.test.keys() == {"x", "y"}
+    assert data.train["x"] is TRAIN and data.test["x"] is TEST
+    assert data.train["y"] is data.stratum is TRAIN_Y
+    assert data.test["y"] is data.test_stratum is TEST_Y
+    assert data.stratum_names == ("cat", "dog") and data.task == "images"
+    assert data.owner is None  # the partition decides
+
+
+@pytest.mark.parametrize(
+    ("train_x", "train_y"),
+    [
+        (TRAIN[..., 0], TRAIN_Y),
+        (TRAIN.astype(np.float32), TRAIN_Y),
+        (TRAIN, TRAIN_Y.astype(np.int64)),
+    ],
+    ids=["no channels", "floats", "wide labels"],
+)
+def test_label_images_refuses_other_shapes_and_types(train_x, train_y):
+    with pytest.raises(AssertionError):
+        label_images(train_x, train_y, TEST, TEST_Y, ("cat", "dog"))

@@ -1,0 +1,154 @@
+"""The parts of image models by hand, and which of them fit each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import fill, make_image_model
+
+from fedmoe_jax.models.flops import shape_params
+from fedmoe_jax.models.image_parts import MlpExpert, MlpStem, check_fit
+from fedmoe_jax.options import UserError
+
+BATCH = 3
+
+
+def build(stem="mlp", expert="mlp", image_shape=(8, 8, 1), **changes):
+    return make_image_model(
+        stem=stem, expert=expert, image_shape=image_shape, **changes
+    )
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def draw_params(model):
+    """Random params without compiling `init`."""
+    return jax.tree.map(jnp.asarray, fill(shape_params(model)[0]))
+
+
+@pytest.mark.parametrize(
+    ("stem", "expert", "image_shape", "field", "allowed"),
+    [
+        ("mlp", "conv", (8, 8, 1), "model.expert='conv'", "dense, mlp"),
+        ("flat", "conv", (8, 8, 1), "model.expert='conv'", "dense, mlp"),
+        ("cnn", "mlp", (12, 8, 1), "model.stem='cnn'", "flat, mlp"),
+        ("simple_cnn", "mlp", (8, 12, 1), "model.stem='simple_cnn'", "flat, mlp"),
+        ("resnet8", "mlp", (8, 10, 1), "model.stem='resnet8'", "flat, mlp"),
+        ("cnn", "conv", (8, 8, 1), "model.expert='conv'", "dense, mlp"),
+        ("cnn", "conv", (24, 32, 3), "model.expert='conv'", "dense, mlp"),
+    ],
+)
+def test_check_fit_refuses_parts_that_do_not_fit(
+    stem, expert, image_shape, field, allowed
+):
+    with pytest.raises(UserError) as error:
+        build(stem, expert, image_shape)
+    message = str(error.value)
+    assert field in message and message.endswith(f": {allowed}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("stem", "expert", "image_shape"),
+    [
+        ("flat", "mlp", (5, 7, 2)),
+        ("mlp", "dense", (1, 9, 1)),
+        ("simple_cnn", "conv", (8, 24, 3)),
+        ("resnet8", "conv", (8, 8, 1)),
+        ("cnn", "mlp", (8, 8, 1)),
+        ("cnn", "conv", (16, 32, 3)),
+    ],
+)
+def test_check_fit_allows_the_least_sides(stem, expert, image_shape):
+    check_fit(stem, expert, image_shape)
+
+
+def test_mlp_stem_normalises_features_by_hand():
+    x = np.float32([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]]).reshape(2, 1, 3, 1)
+    kernel = np.float32([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    norm = {"scale": np.float32([1.0, 3.0]), "bias": np.float32([0.5, 0.0])}
+    params = {
+        "Dense_0": {"kernel": kernel, "bias": np.float32([0.0, 1.0])},
+        "LayerNorm_0": norm,
+    }
+    # Hidden units 1, 5 and -3, 3, so after the relu 1, 5 and 0, 3.
+    out = jax.jit(MlpStem(2).apply)({"params": params}, x)
+    np.testing.assert_allclose(out, [[-0.5, 3.0], [-0.5, 3.0]], atol=1e-4)
+
+
+def test_mlp_expert_has_one_hidden_layer_by_hand():
+    x = np.float32([[1.0, -2.0], [0.0, 1.0]]).reshape(2, 1, 2, 1)
+    kernel = np.float32([[1.0, -1.0], [2.0, 1.0]])
+    first = {"kernel": kernel, "bias": np.zeros(2, np.float32)}
+    second = {"kernel": np.float32([[1.0], [10.0]]), "bias": np.float32([-5.0])}
+    params = {"Dense_1": first, "Dense_0": second}  # named from the outside in
+    # Hidden units -3, -3 and 2, 1; the outputs have no relu.
+    out = jax.jit(MlpExpert(2, 1).apply)({"params": params}, x)
+    assert out.tolist() == [[-5.0], [7.0]]
+
+
+@pytest.mark.slow
+def test_simple_cnn_stem_has_the_params_of_the_benchmark():
+    """Without the gate: McMahan's CIFAR-10 network of two convolutions."""
+    model = build(
+        "simple_cnn",
+        "dense",
+        (32, 32, 3),
+        stem_width=32,
+        expert_width=128,
+        num_experts=1,
+        num_classes=10,
+    )
+    params, frozen = shape_params(model)
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert count(params["stem"]) == 9 * 3 * 32 + 32 + 9 * 32 * 64 + 64
+    assert count(params["experts"]) == 14 * 14 * 64 * 128 + 128
+    assert count(params["head"]) == 128 * 10 + 10
+    assert count(params["gate"]) == 64 + 1
+    assert count(params) == 1_626_442 + 65
+
+
+@pytest.mark.slow
+def test_flat_stem_and_dense_expert_by_hand():
+    model = build("flat", "dense", (2, 3, 2), expert_width=4, num_experts=1)
+    images = draw(BATCH, 2, 3, 2)
+    features = model.parts.stem({}, {"x": images}, None)
+    np.testing.assert_array_equal(features, images.reshape(BATCH, 12))
+    params = draw_params(model)
+    assert params["stem"] == {}
+    row = jax.tree.map(lambda leaf: leaf[0], params["experts"]["moe"])
+    linear = (
+        np.asarray(features @ row["Dense_0"]["kernel"]) + row["Dense_0"]["bias"][None]
+    )
+    out = model.parts.expert(row, features, None)
+    np.testing.assert_allclose(out, np.maximum(linear, 0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_resnet8_stem_subsamples_in_its_shortcuts():
+    """With zero branches a block is relu(Dense(x[::2, ::2]))."""
+    model = build("resnet8", "mlp", (8, 8, 1), stem_width=2)
+    params = draw_params(model)["stem"]
+    for block in range(3):
+        norm = params[f"norm{block}b"]
+        params[f"norm{block}b"] = jax.tree.map(jnp.zeros_like, norm)
+    x = draw(BATCH, 8, 8, 1)
+    out = model.parts.stem(params, {"x": x}, None)
+    first = jax.lax.conv_general_dilated(
+        x,
+        params["Conv_0"]["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    flat = np.asarray(first).reshape(BATCH, -1)
+    normed = (flat - flat.mean(1)[:, None]) / flat.std(1)[:, None]
+    normed = normed.reshape(BATCH, 8, 8, 2)
+    scale, bias = (np.asarray(params["norm"][name]) for name in ("scale", "bias"))
+    y = np.maximum(normed * scale + bias, 0)
+    for block in (1, 2):
+        kernel = np.asarray(params[f"shortcut{block}"]["kernel"])
+        y = np.maximum(y[:, ::2, ::2] @ kernel, 0)
+    np.testing.assert_allclose(out, y, rtol=1e-3, atol=1e-4)

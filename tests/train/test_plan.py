@@ -1,0 +1,168 @@
+"""Plans of runs, and which of them advance together as waves."""
+
+import chex
+import numpy as np
+import pytest
+from factories import SMALL, make_config, never, plan_run
+
+from configs import compare as study
+from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.sharding import CLIENTS, RUNS, build_mesh
+from fedmoe_jax.train.compare import compare, list_members
+from fedmoe_jax.train.plan import (
+    choose_devices,
+    estimate,
+    load_data,
+    load_dataset_once,
+    make_wave,
+    plan_waves,
+    program_key,
+)
+from fedmoe_jax.train.sweep import name_wave
+from fedmoe_jax.types import PER_RUN, Federation
+
+TINY = SMALL | {"chunk_rounds": 2, "run.tensorboard": False}
+
+
+def tiny_config(strategies, changes=("",), seeds=(0, 1), **fields):
+    config = study.get_config("digits,smoke")
+    named = {"strategies": strategies, "changes": changes, "seeds": seeds}
+    config.update_from_flattened_dict(
+        TINY | fields | {f"compare.{k}": v for k, v in named.items()}
+    )
+    return config
+
+
+def test_load_data_has_it_at_hand_for_every_later_run():
+    config = make_config(**{"data.name": "synthetic"})
+    load_data(config)
+    before = load_dataset_once.cache_info().misses
+    assert load_dataset_once("synthetic", "").task == "images"
+    assert load_dataset_once.cache_info().misses == before
+    with pytest.raises(UserError, match="cohort_size=21"):
+        load_data(make_config(cohort_size=21))
+
+
+@pytest.mark.parametrize(
+    ("fields", "devices"),
+    [
+        ({"cohort_size": 3}, 3),  # of eight, as many as have a client
+        ({"cohort_size": 10}, 8),
+        ({"cohort_size": 10, "run.num_devices": 2}, 2),
+        ({"cohort_size": 10, "strategy": "centralised"}, 1),  # one owner of all data
+    ],
+)
+def test_choose_devices_by_hand(fields, devices):
+    assert choose_devices(make_config(**fields)) == devices
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """Plans of a tiny config, by what is changed of it."""
+    changes = {
+        "plain": {},
+        "seed": {"seed": 5, "fitness.rate": 0.9},
+        "greedy": {"strategy": "greedy"},
+        "fedavg": {"strategy": "fedavg"},
+        "steps": {"local_steps": 3},
+        "rounds": {"num_rounds": 80},
+    }
+    return {name: plan_run(**change) for name, change in changes.items()}
+
+
+@pytest.mark.slow
+def test_program_key_is_that_of_what_can_run_together(plans):
+    keys = {name: program_key(plan) for name, plan in plans.items()}
+    assert keys["plain"] == keys["seed"] == keys["greedy"]
+    assert len(set(keys.values())) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runs", "devices", "shape"),
+    [
+        (6, 4, (2, 2)),  # two devices share the clients of a run
+        (3, 4, (1, 4)),  # as of a run alone
+        (4, 8, (4, 2)),
+        (1, 2, (1, 2)),
+    ],
+)
+def test_make_wave_divides_devices_among_runs_by_hand(plans, runs, devices, shape):
+    config = plans["plain"].config.copy_and_resolve_references()
+    config.run.num_devices = devices
+    program = plans["plain"].program._replace(mesh=build_mesh(devices))
+    plan = plans["plain"]._replace(config=config, program=program)
+    wave = make_wave([(str(number), plan) for number in range(runs)])
+    found = wave.program.mesh.shape
+    assert (found[RUNS], found[CLIENTS]) == shape
+    assert wave.names == [str(number) for number in range(runs)]
+
+
+@pytest.mark.slow
+def test_make_wave_numbers_the_strategies_of_its_runs(plans):
+    names = "greedy", "plain", "seed", "greedy"
+    wave = make_wave([(name, plans[name]) for name in names])
+    assert [int(plan.hyper.strategy) for plan in wave.plans] == [0, 1, 1, 0]
+    assert plans["greedy"].hyper.strategy == 0
+    rates = [float(plan.hyper.fitness.rate) for plan in wave.plans]
+    assert rates[2] == np.float32(0.9) != rates[1]
+
+
+@pytest.mark.slow
+def test_plan_waves_gives_what_is_static_a_program_of_its_own():
+    config = tiny_config(
+        ("random", "fedavg", "greedy"), ("", "loss.z=0.1", "gate.mode=personal")
+    )
+    waves = plan_waves(list_members(config))
+    assert [wave.names for wave in waves] == [
+        [
+            *("random-seed0", "random-seed1", "greedy-seed0", "greedy-seed1"),
+            *(f"{s}-loss.z=0.1-seed{i}" for s in ("random", "greedy") for i in "01"),
+        ],
+        ["fedavg-seed0", "fedavg-seed1"] + [f"fedavg-loss.z=0.1-seed{i}" for i in "01"],
+        [f"{s}-gate.mode=personal-seed{i}" for s in ("random", "greedy") for i in "01"],
+        [f"fedavg-gate.mode=personal-seed{i}" for i in "01"],
+    ]
+    assert len({name_wave(wave) for wave in waves}) == 4
+
+
+@pytest.mark.slow
+def test_cut_makes_waves_that_fit_into_the_memory(tmp_path):
+    config = tiny_config(("random", "greedy"), seeds=(0, 1, 2))
+    members = list_members(config)
+    (wave,) = plan_waves(members)
+    needed = [
+        sum(estimate(wave.plans[:count], wave.program).values()) / 1e9
+        for count in (1, 2, 3, 6)
+    ]
+    assert needed == sorted(needed)
+    for limit, expected in [
+        (needed[3], [6]),
+        (needed[2], [3, 3]),
+        (needed[0], [1] * 6),
+    ]:
+        for member in members:
+            member.config.run.memory_limit_gb = limit * 1.0001
+        assert [len(wave.names) for wave in plan_waves(members)] == expected
+    for member in members:
+        member.config.run.memory_limit_gb = needed[0] * 0.99
+    with pytest.raises(UserError, match="run.memory_limit_gb"):
+        plan_waves(members)
+    config.run.memory_limit_gb = needed[2] * 1.0001
+    folders, whole = compare(config, tmp_path, stop=never, profile=False)
+    assert whole and len(folders) == 6
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_plan_waves_joins_runs_that_differ_in_their_own_fields_only():
+    """A field that differs and is not in `PER_RUN` would come from the first run."""
+    config = tiny_config(("random",), ("", "partition.alpha=5"))
+    (wave,) = plan_waves(list_members(config))
+    first, *others = [plan.federation for plan in wave.plans]
+    assert len(others) == 3
+    for name in set(Federation.__dataclass_fields__) - set(PER_RUN):
+        for other in others:
+            chex.assert_trees_all_equal(getattr(first, name), getattr(other, name))
+    for other in others:
+        assert not np.array_equal(first.label_mix, other.label_mix)
