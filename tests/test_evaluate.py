@@ -303,7 +303,8 @@ def score_positions(logits, batch):
 @pytest.mark.parametrize("form", ["parts", "no parts", "positions"])
 def test_evaluate_ignores_padding(form):
     """Expert 0 answers 1, expert 1 answers 2; the gate prefers the first."""
-    program = build(num_clients=2, num_experts=2, max_held=1, num_active=1)
+    sizes = dict(num_experts=2, max_held=1, num_active=1)
+    program = build(num_clients=2, cohort_size=2, **sizes)
     program = program._replace(task=IMAGES._replace(loss=score_positions))
     whole = make_logit_model(2, CLASSES)
     labels, strata = LABELS.reshape(-1), np.repeat(STRATA, 2)

@@ -181,7 +181,7 @@ def test_drive_is_refused_a_stage_within_a_chunk(tmp_path, monkeypatch):
         run_alone(config, tmp_path / "run")
     assert str(caught.value) == (
         "strategy='staged' has a stage at round 3, which is not allowed; allowed: "
-        "multiples of chunk_rounds=2"
+        "multiples of chunk_rounds=2, 0 to num_rounds=6"
     )
     assert list(tmp_path.iterdir()) == []
 
