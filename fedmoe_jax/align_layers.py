@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.learn import RESET, count_load, learn
 from fedmoe_jax.cohort import Reply
+from fedmoe_jax.forms import check_form, check_type
 from fedmoe_jax.moe_layers import layer_keys, map_layers
-from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import (
     AlignState,
@@ -48,23 +48,13 @@ def assign(
 
     def assign_layer(evidence: Evidence, key: Array) -> Assignment:
         assignment = strategy.assign(evidence, hyper, sizes, key)
+        check_type("the strategy has an `assign` that", assignment, Assignment)
         slots = (sizes.cohort_size, sizes.max_held)
         chex.assert_shape([assignment.held, assignment.slot], slots)
         return assignment
 
     over_layers = map_layers(assign_layer, sizes.num_layers, (EVIDENCE, 0), 1)
     return over_layers(evidence, layer_keys(key, sizes.num_layers))
-
-
-def check_update(own: PyTree, before: PyTree) -> None:
-    """Raises UserError where a strategy's `update` changes the form of its state."""
-    form = lambda x: f"{getattr(x, 'dtype', type(x).__name__)}{list(jnp.shape(x))}"
-    forms = [jax.tree.map(form, tree) for tree in (own, before)]
-    if forms[0] != forms[1]:
-        raise UserError(
-            f"the strategy has an `update` that returns {forms[0]}; allowed: "
-            f"{forms[1]}, as its `init` returns"
-        )
 
 
 def learn_layers(
@@ -98,7 +88,7 @@ def learn_layers(
         )
         feedback, report = jax.tree.map(known, (feedback, report))
         own = program.strategy.update(evidence, assignment, feedback, report, hyper)
-        check_update(own, evidence.state)
+        check_form("the strategy has an `update` that", own, evidence.state)
         return learnt.replace(strategy=own), load
 
     over_layers = map_layers(

@@ -97,12 +97,17 @@ def join_plugins(argv: list[str]) -> None:
 def put_config_first(argv: list[str]) -> list[str]:
     """The flags with the config's file before those that change its fields."""
     for i, word in enumerate(argv):
-        if re.fullmatch(r"--?config(=.*)?", word):
+        if is_config(word):
             end = i + 1 if "=" in word else i + 2
             if end > len(argv):
                 return argv  # absl misses the file
             return [argv[0], *argv[i:end], *argv[1:i], *argv[end:]]
-    return [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+    return argv
+
+
+def is_config(word: str) -> bool:
+    """Whether a word of the command line is the flag of the config's file."""
+    return re.fullmatch(r"--?config(=.*)?", word) is not None
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -116,7 +121,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     if {"--help", "-help", "--helpfull"} & set(argv):
         prepare_help()
     try:
-        rest = flags.FLAGS(put_config_first(argv))
+        sys.argv = put_config_first(argv)  # where ml_collections finds its fields
+        given = any(map(is_config, sys.argv))
+        default = [] if given else [f"--config={DEFAULT_CONFIG}"]
+        rest = flags.FLAGS([sys.argv[0], *default, *sys.argv[1:]])
         _CONFIG.value.to_dict()  # a config that could not be loaded fails here
         return rest
     except AttributeError as error:  # how ml_collections tells an unknown field

@@ -100,11 +100,18 @@ def _check_names(where: str, records: Any, table: Mapping[str, Any]) -> None:
             f"{where} is a {type(records).__name__}; allowed: a dict of names and "
             "records"
         )
-    for name in records:
+    row = next(iter(table.values()))
+    kind = "a function" if callable(row) else type(row).__name__
+    for name, record in records.items():
         if name in table:
             raise UserError(
                 f"{where} has {name!r}, which is taken; allowed: a name other than "
                 f"{', '.join(table)}"
+            )
+        if not (callable(record) if callable(row) else isinstance(record, type(row))):
+            raise UserError(
+                f"{where} has {name!r}, a value of type {type(record).__name__}; "
+                f"allowed: {kind}"
             )
 
 

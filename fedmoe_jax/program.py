@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
 from fedmoe_jax.base import Data, Model, Routing, Scores, Strategy, Task
 from fedmoe_jax.config import check, check_values, list_options
+from fedmoe_jax.forms import check_type
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
 from fedmoe_jax.models.routing import calibrate_gate
@@ -64,8 +65,14 @@ class Program(NamedTuple):
 
 
 def configure(config: ConfigDict) -> ConfigDict:
-    """The config of the run's program: a copy, as its strategy needs it."""
-    return find_strategy(config.strategy).configure(ConfigDict(config.to_dict()))
+    """The config of the run's program: a copy, as its strategy needs it.
+
+    Raises:
+      UserError: the strategy's `configure` returns no config.
+    """
+    used = find_strategy(config.strategy).configure(ConfigDict(config.to_dict()))
+    check_type(f"strategy={config.strategy!r} has a `configure` that", used, ConfigDict)
+    return used
 
 
 def find_overwritten(config: ConfigDict) -> dict[str, object]:

@@ -16,9 +16,8 @@ from factories import (
 
 from fedmoe_jax.align.drift_detector import init_detector
 from fedmoe_jax.align.learn import RESET, count_load, learn
-from fedmoe_jax.align_layers import assign, check_update, learn_layers
+from fedmoe_jax.align_layers import assign, learn_layers
 from fedmoe_jax.moe_layers import LAYER
-from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Assignment, SimState, make_keys
 
 pytestmark = pytest.mark.slow
@@ -105,22 +104,6 @@ def test_assign_is_a_loop_over_layers(strategy, num_layers):
         _, evidence = rows[layer]
         expected = program.strategy.assign(evidence, HYPER, program.sizes, key_of)
         assert_same(jax.tree.map(lambda leaf, g=layer: leaf[:, g], found), expected)
-
-
-@pytest.mark.parametrize(
-    ("own", "told"),
-    [
-        ({"seen": jnp.zeros(4, jnp.int32)}, r"'int32\[4\]'.*'float32\[4\]'"),
-        ({"seen": jnp.zeros(3)}, r"'float32\[3\]'.*'float32\[4\]'"),
-        ({"seen": 0.0}, r"'float\[\]'"),
-        ({}, r"returns {}; allowed: {'seen'"),
-    ],
-)
-def test_check_update_refuses_a_state_of_another_form(own, told):
-    before = {"seen": jnp.zeros(4)}
-    check_update(before, before)
-    with pytest.raises(UserError, match=told):
-        check_update(own, before)
 
 
 @layers

@@ -81,6 +81,7 @@ BAD = {
     "slots": (["--config.max_held=9"], "max_held=9 .* num_experts=8"),
     "cohort": (["--config.cohort_size=21"], "cohort_size=21 .* num_clients=20"),
     "no cohort": (["--config.cohort_size=0"], "cohort_size=0 .* >= 1"),
+    "before the config": (["--config.cohort_size=0", SMOKE], "cohort_size=0 .* >= 1"),
     "alpha": (["--config.partition.alpha=0"], "partition.alpha=0.0 .* > 0"),
     "not a number": (["--config.partition.alpha=nan"], "partition.alpha=nan .* > 0"),
     "strategy": (["--config.strategy=best"], "strategy='best' .* random, fixed_random"),
@@ -117,7 +118,7 @@ BAD = {
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--x=1"], [f"--config={launch.DEFAULT_CONFIG}", "--x=1"]),
+        (["--x=1"], ["--x=1"]),
         (["--config=a.py", "--x=1"], ["--config=a.py", "--x=1"]),
         (["--config.x=1", "--config=a.py"], ["--config=a.py", "--config.x=1"]),
         (["--x=1", "--config"], ["--x=1", "--config"]),

@@ -89,6 +89,14 @@ REFUSED = {
     ),
     "no table": (dict(strategies={"mine": MINE}), "defines no table; .* STRATEGIES"),
     "a list": (dict(STRATEGIES=[MINE]), "is a list; allowed: a dict"),
+    "no record": (
+        dict(STRATEGIES={"mine": lambda: MINE}),
+        "has 'mine', a value of type function; allowed: Strategy",
+    ),
+    "no loader": (
+        dict(DATASETS={"mine": MINE}),
+        "has 'mine', a value of type Strategy; allowed: a function",
+    ),
     "another meaning": (
         dict(STRATEGIES={"m": MINE._replace(options=(RATE._replace(name="seed"),))}),
         "the option 'seed', which is a field",

@@ -18,6 +18,7 @@ from fedmoe_jax.base import Data
 from fedmoe_jax.data import cifar10
 from fedmoe_jax.data.digits import load_digits
 from fedmoe_jax.data.synthetic import load_synthetic
+from fedmoe_jax.forms import check_type
 from fedmoe_jax.options import UserError
 
 
@@ -37,6 +38,7 @@ def load_dataset(name: str, data_dir: str) -> Data:
         allowed = ", ".join(DATASETS)
         raise UserError(f"data.name={name!r} is unknown; allowed: {allowed}")
     data = DATASETS[name](data_dir)
+    check_type(f"data.name={name!r} has a loader that", data, Data)
     check_data(name, data)
     return data
 

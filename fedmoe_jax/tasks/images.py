@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from fedmoe_jax.base import Data, Scores, Task
+from fedmoe_jax.options import UserError
 from fedmoe_jax.tasks.distortion import DISTORTIONS, distort
 from fedmoe_jax.types import Array, PyTree
 
@@ -23,7 +24,17 @@ def measure_channels(data: Data) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure_pixels(data: Data) -> PyTree:
-    """`mean` and `std` [H, W, F] float32 of each channel, repeated at every pixel."""
+    """`mean` and `std` [H, W, F] float32 of each channel, repeated at every pixel.
+
+    Raises:
+      UserError: the images `x` are no uint8 [X, H, W, F].
+    """
+    x = data.train.get("x", np.zeros(0))
+    if x.dtype != np.uint8 or x.ndim != 4:
+        raise UserError(
+            f"the task images has train['x'] {x.dtype}{list(x.shape)}; allowed: "
+            "uint8[X, H, W, F]"
+        )
     mean, std = measure_channels(data)
     shape = data.train["x"].shape[1:]
     return {"mean": np.broadcast_to(mean, shape), "std": np.broadcast_to(std, shape)}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from fedmoe_jax.base import Process
+from fedmoe_jax.forms import check_form, check_type
 from fedmoe_jax.types import (
     Array,
     Devices,
@@ -97,10 +98,13 @@ def step_world(
       hyper: numbers of the processes.
       processes: those that are on.
     """
-    return {
+    found = {
         name: process.step(state[name], keys, round, hyper)
         for name, process in processes
     }
+    for name in found:
+        check_form(f"the process {name!r} has a `step` that", found[name], state[name])
+    return found
 
 
 def start_view(federation: Federation) -> View:
@@ -128,6 +132,7 @@ def observe(
     view = start_view(federation)
     for name, process in processes:
         view = process.apply(state[name], view, hyper)
+        check_type(f"the process {name!r} has an `apply` that", view, View)
     return view
 
 
@@ -149,12 +154,16 @@ def close_round(
       hyper: numbers of the processes.
       processes: those that are on.
     """
-    seen = {
+    after = {
         name: process.after(state[name], cohort, outcome, late, hyper)
         for name, process in processes
         if process.after
     }
-    return state | seen
+    for name in after:
+        check_form(
+            f"the process {name!r} has an `after` that", after[name], state[name]
+        )
+    return state | after
 
 
 def measure_processes(state: dict[str, PyTree], processes: Chain) -> dict[str, Array]:

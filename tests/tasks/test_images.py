@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import make_data
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.tasks.images import (
     IMAGES,
     measure_channels,
@@ -34,6 +36,16 @@ def test_measure_channels_by_hand():
     np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(std, [pixels[..., 0].std(), 1e-3], rtol=1e-4)
     assert mean.dtype == std.dtype == np.float32
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x / 255.0, lambda x: x[..., 0]])
+def test_measure_pixels_takes_images_of_bytes_alone(wrong):
+    data = draw_data()
+    odd = data._replace(train=data.train | {"x": wrong(data.train["x"])})
+    with pytest.raises(
+        UserError, match=r"train\['x'\] .* allowed: uint8\[X, H, W, F\]"
+    ):
+        measure_pixels(odd)
 
 
 def test_prepare_gives_training_images_unit_variance():

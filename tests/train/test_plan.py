@@ -3,13 +3,15 @@
 import chex
 import numpy as np
 import pytest
-from factories import SMALL, make_config, never, plan_run
+from factories import SMALL, make_config, make_data, never, plan_run
 
 from configs import compare as study
+from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.sharding import CLIENTS, RUNS, build_mesh
 from fedmoe_jax.train.compare import compare, list_members
 from fedmoe_jax.train.plan import (
+    _load,
     choose_devices,
     estimate,
     load_data,
@@ -36,11 +38,20 @@ def tiny_config(strategies, changes=("",), seeds=(0, 1), **fields):
 def test_load_data_has_it_at_hand_for_every_later_run():
     config = make_config(**{"data.name": "synthetic"})
     load_data(config)
-    before = load_dataset_once.cache_info().misses
+    before = _load.cache_info().misses
     assert load_dataset_once("synthetic", "").task == "images"
-    assert load_dataset_once.cache_info().misses == before
+    assert _load.cache_info().misses == before
     with pytest.raises(UserError, match="cohort_size=21"):
         load_data(make_config(cohort_size=21))
+
+
+def test_load_dataset_once_takes_the_loader_of_a_plugin_that_has_joined_anew(
+    monkeypatch,
+):
+    for count in (4, 5):
+        mine = make_data(count)
+        monkeypatch.setitem(DATASETS, "mine", lambda folder, mine=mine: mine)
+        assert load_dataset_once("mine", "") is load_dataset_once("mine", "") is mine
 
 
 @pytest.mark.parametrize(

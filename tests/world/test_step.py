@@ -7,7 +7,7 @@ import pytest
 from factories import STORM, C, N, assert_same, choose, make_config, plan_run
 
 from fedmoe_jax.base import Process
-from fedmoe_jax.options import HOST, STATIC, TRACED, Range
+from fedmoe_jax.options import HOST, STATIC, TRACED, Range, UserError
 from fedmoe_jax.program import list_processes
 from fedmoe_jax.state import init_state
 from fedmoe_jax.types import make_keys
@@ -120,6 +120,32 @@ def test_observe_gives_a_process_the_view_that_those_before_it_have_left():
     look = lambda chain: observe(dict(double=0, cap=0), start, None, chain)
     assert look(chain).devices.upload.tolist() == [3.0] * N
     assert look(chain[::-1]).devices.upload.tolist() == [4.0] * N
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"step": lambda *_: jnp.zeros(3)}, r"a `step` that returns float32\[3\]; "),
+        (
+            {"apply": lambda *_: None},
+            "an `apply` that returns a value of type NoneType",
+        ),
+        ({"after": lambda *_: jnp.zeros(N)}, r"an `after` that returns float32\[\d+\]"),
+    ],
+)
+def test_a_process_that_returns_another_form_is_named(changes, told):
+    still = Process(
+        about="Nothing moves.",
+        is_on=lambda config: True,
+        init=lambda keys, hyper, sizes: jnp.zeros(()),
+        step=lambda state, keys, round, hyper: state,
+        apply=lambda state, view, hyper: view,
+    )
+    chain, state = (("still", still._replace(**changes)),), {"still": jnp.zeros(())}
+    with pytest.raises(UserError, match=f"the process 'still' has {told}"):
+        step_world(state, None, jnp.int32(0), None, chain)
+        observe(state, federation(), None, chain)
+        close_round(state, None, None, None, None, chain)
 
 
 def test_observe_makes_no_channel_faster_than_the_links_that_others_have_left():
