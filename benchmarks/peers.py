@@ -127,7 +127,7 @@ def run_peer(
 def repeat(
     names: list[str], repetitions: int, run: Callable[[str], Launch]
 ) -> tuple[dict[str, list[Launch]], dict[str, str]]:
-    """Launches every peer `repetitions` times in turn; who fails is not run again.
+    """Launches every peer `repetitions` times in turn; one that fails is not run again.
 
     Returns:
       Launches and reasons of failure, each by name.

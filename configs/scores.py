@@ -1,4 +1,4 @@
-"""How long scores remember, on CIFAR-10: fitness, usage and idle pairs.
+"""The memory of scores, on CIFAR-10: fitness, usage and idle pairs.
 
     python launch.py --config=configs/scores.py --workdir=runs/scores
 

@@ -1,4 +1,4 @@
-"""Where alignment breaks: drop-out, wrong profiles and drift, on CIFAR-10.
+"""Limits of alignment: drop-out, wrong profiles and drift, on CIFAR-10.
 
     python launch.py --config=configs/stress.py --workdir=runs/stress
 

@@ -42,7 +42,9 @@ class Run(NamedTuple):
       rows: field of the rows -> its values, [rounds, ...] float64 with NaN where a
         round has none, int64 where all are whole; the fields of `metrics.jsonl`.
       state: the simulation after its newest round or checkpoint, NumPy leaves, the key
-        as its data, without an axis S; None where no round has been saved yet.
+        as its data, without an axis S; None where no checkpoint is found: none is saved
+        yet, the folder is a copy without them, or the comparison was cut into other
+        waves on another machine.
       frozen: the parts of the model that are not trained; None likewise.
       plan: its program, data and federation; None likewise.
     """
@@ -138,7 +140,7 @@ def load_run(folder: str | Path) -> Run:
     config = ConfigDict(to_tuples(saved))
     rows = stack_rows(read_metrics(folder / "metrics.jsonl"))
     adopt_devices(config.run.num_devices)
-    wave, checkpoints = find_wave(folder.absolute(), config)
+    wave, checkpoints = find_wave(folder.resolve(), config)
     if not checkpoints.is_dir():
         return Run(config, rows, None, None, None)
     job = build_job(wave, [None] * len(wave.names))
@@ -147,7 +149,7 @@ def load_run(folder: str | Path) -> Run:
         return Run(config, rows, None, None, None)
     state, done = found
     inputs = restore_frozen(job, checkpoints, done)
-    number = wave.names.index(folder.absolute().name)
+    number = wave.names.index(folder.resolve().name)
     return Run(config, rows, *take_run(state, inputs, number), wave.plans[number])
 
 
@@ -164,12 +166,12 @@ def find_wave(folder: Path, config: ConfigDict) -> tuple[Wave, Path]:
         return wave, folder / "checkpoints"
     waves = plan_waves(members)
     wave = next(wave for wave in waves if name in wave.names)
-    return wave, folder.parents[1] / "checkpoints" / name_wave(wave)
+    return wave, folder.parent.parent / "checkpoints" / name_wave(wave)
 
 
 def find_members(folder: Path) -> list[Member]:
     """The runs of the comparison that has a run's folder; none for a run alone."""
-    recorded = folder.parents[1] / "config.json"
+    recorded = folder.parent.parent / "config.json"
     study = read_json(recorded) if recorded.is_file() else {}
     if folder.parent.name != "runs" or "compare" not in study:
         return []
@@ -201,7 +203,9 @@ def predict(
         needed, or a run without a state.
     """
     if run.state is None or run.plan is None:
-        raise UserError("run has no round that is saved; allowed: one with a model")
+        raise UserError(
+            "run has no state, as no checkpoint was found; allowed: one with a state"
+        )
     program, federation = run.plan.program, run.plan.federation
     rows = fill_rows(run.plan.data.test, inputs)
     personal = take_client(run.state.personal, client)

@@ -203,8 +203,9 @@ class Strategy(NamedTuple):
         its update, the mean over its local batches; None for nothing.
       stages: (rounds, (state, federation, hyper, key, model=, task=, sizes=) ->
         (state, frozen)), run between chunks, once so many rounds are done; the number,
-        a multiple of `chunk_rounds`, may be the name of a config field. `frozen` is
-        `federation.frozen`, as the stage leaves it.
+        a multiple of `chunk_rounds`, may be the name of a config field. One at
+        `num_rounds` acts only if the run is extended. `frozen` is `federation.frozen`,
+        as the stage leaves it.
       exchange: (personal parts [N, ...], state, evidence, arrived [C], hyper) ->
         personal parts, state, and the experts that each client of the cohort has sent
         to and received from others, [C] each; it sees all layers. None for nothing.

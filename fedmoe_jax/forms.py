@@ -1,4 +1,4 @@
-"""What the functions of a user's record return, checked while they are traced."""
+"""The returns of a user's functions, checked while they are traced."""
 
 from typing import Any
 

@@ -8,8 +8,8 @@
 resumes. --plugins names modules whose strategies, data sets and so on join the
 package's, and whose fields join the config. On several hosts the same call is made
 on each, with --coordinator_address, --num_processes and --process_id. Exit code 0:
-finished; 1: another process died; 2: a mistake in the flags, config, data or work
-folder, in one line; 3: stopped early, resumable.
+finished; 1: an unforeseen error, or another process died; 2: a mistake in the flags,
+config, data or work folder, in one line; 3: stopped early, resumable.
 """
 
 import functools

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from fedmoe_jax.align.usage import load_cv, load_entropy, starved
 from fedmoe_jax.capacity import Capacity
 from fedmoe_jax.cohort import Reply
+from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
 from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.types import AlignState, Array, Devices, Federation, SimState
+from fedmoe_jax.types import AlignState, Array, Devices, Federation, PyTree, SimState
 from fedmoe_jax.world.costs import (
     client_bytes,
     client_flops,
@@ -126,17 +127,41 @@ def measure(
       exchanged: see `account`.
       load: [G, E] examples trained.
       program: the static parts.
+
+    Raises:
+      UserError: a metric of the strategy or of a process has a name that is taken.
     """
     participation = after.participation
     cohort = participation.client
-    return (
+    found = (
         measure_learning(before.align, after.align, replies, cohort)
         | measure_load(load)
         | account(participation, conditions, replies.sent, exchanged, program)
         | count_outcomes(participation.outcome)
         | measure_work(view.federation, cohort, program)
-        | measure_world(after, capacity.buffered, program)
+        | measure_server(after, capacity.buffered)
     )
+    found = add_metrics(found, measure_strategy(after.align.strategy))
+    return add_metrics(found, measure_processes(after.world, program.processes))
+
+
+def measure_strategy(state: PyTree) -> dict[str, Array]:
+    """The scalars of a strategy's own state, leaves [G], summed over layers."""
+    return {name: leaf.sum() for name, leaf in state.items() if leaf.ndim == 1}
+
+
+def add_metrics(found: dict[str, Array], own: dict[str, Array]) -> dict[str, Array]:
+    """Metrics with those of a strategy or of processes.
+
+    Raises:
+      UserError: a name is taken.
+    """
+    for name in own.keys() & found.keys():
+        raise UserError(
+            f"a strategy or process has the metric {name!r}, which is taken; allowed: "
+            "another name"
+        )
+    return found | own
 
 
 def measure_learning(
@@ -156,7 +181,7 @@ def measure_learning(
     if after.detector:
         alarms = after.detector.alarms - before.detector.alarms
         found["drift_alarms"] = alarms.sum()
-    return found | {n: x.sum() for n, x in after.strategy.items() if x.ndim == 1}
+    return found
 
 
 def measure_load(load: Array) -> dict[str, Array]:
@@ -181,12 +206,9 @@ def measure_work(federation: Federation, cohort: Array, program: Program) -> dic
     }
 
 
-def measure_world(
-    state: SimState, buffered: Array, program: Program
-) -> dict[str, Array]:
-    """The metrics of the processes, and the server's error about the devices."""
-    found = measure_processes(state.world, program.processes)
-    found["capacity_error"] = jnp.abs(state.belief.capacity - buffered).mean()
+def measure_server(state: SimState, buffered: Array) -> dict[str, Array]:
+    """The server's error about the devices, and the participation so far."""
+    found = {"capacity_error": jnp.abs(state.belief.capacity - buffered).mean()}
     if len(buffered) <= LISTED:
         found["participation"] = state.participation.rounds
     return found

@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ SHARE = Range(0, 1)
 NON_NEGATIVE = Range(0)
 POSITIVE = Range(0, open_low=True)
 
+Allowed = Range | Mapping[str, Any] | tuple[str, ...] | Callable[[], tuple[str, ...]]
 
 HOST, STATIC, TRACED = "host", "static", "traced"  # scopes of an option
 
@@ -66,8 +67,8 @@ class Option(NamedTuple):
 
     Attributes:
       name: dotted, as in `--config.fitness.rate`.
-      allowed: a range, names, or a table of names; None where another function checks
-        the value.
+      allowed: a range, names, a table of names, or a function that lists names; None
+        where another function checks the value.
       about: its meaning and unit, for `--help` and docs/config.md.
       scope: `HOST`, read while a run is planned; `STATIC`, shapes the compiled program;
         `TRACED`, a number that enters the program as an argument, so that runs with
@@ -77,7 +78,7 @@ class Option(NamedTuple):
     """
 
     name: str
-    allowed: Range | Mapping[str, Any] | tuple[str, ...] | None
+    allowed: Allowed | None
     about: str
     scope: str = HOST
     default: Any = None

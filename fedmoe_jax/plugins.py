@@ -7,6 +7,7 @@ fields, with defaults (`Option.default`), and these join the config.
 
 import importlib
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,7 +23,8 @@ def load_plugins(*modules: str) -> None:
     """Imports modules and joins their records to the package's tables.
 
     A config that is made afterwards has their fields. A module that has joined before
-    joins anew: in a notebook `load_plugins("__main__")` takes what its cells define.
+    joins anew, at its place: its file is read again, and in a notebook
+    `load_plugins("__main__")` takes what the cells define.
 
     Args:
       *modules: as in an `import` statement.
@@ -31,10 +33,24 @@ def load_plugins(*modules: str) -> None:
       UserError: there is no such module, it defines no table, or it defines a record or
         a config field of a name that is taken.
     """
-    for name in modules:
-        module = _import(name)
-        leave(name)
-        _join(name, module)
+    imported = {name: _import(name) for name in modules}
+    before, tables = dict(PLUGINS), find_tables()
+    rows = {name: dict(table) for name, table in tables.items()}
+    try:
+        for name in before:
+            leave(name)
+        for name in dict.fromkeys([*before, *imported]):  # each keeps its place
+            _join(name, imported.get(name) or sys.modules[name])
+    except UserError:
+        _replace(PLUGINS, before)
+        for name, table in tables.items():
+            _replace(table, rows[name])
+        raise
+
+
+def _replace(table: dict, rows: dict) -> None:
+    table.clear()
+    table.update(rows)
 
 
 def _import(name: str) -> Any:
@@ -45,7 +61,9 @@ def _import(name: str) -> Any:
             "folder and .py, and each by itself: load_plugins('one', 'other')"
         )
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
+        file = name in PLUGINS and getattr(module, "__file__", None)
+        return importlib.reload(module) if file and name != "__main__" else module
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the plug-in is there and misses another module

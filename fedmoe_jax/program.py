@@ -115,9 +115,15 @@ def find_round(when: int | str, config: ConfigDict) -> int:
 
     Raises:
       UserError: it is no multiple of `chunk_rounds`, between which stages run, or
-        beyond the run.
+        beyond the run; or there is no such field.
     """
-    number = flatten(config.to_dict())[when] if isinstance(when, str) else when
+    values = flatten(config.to_dict())
+    if isinstance(when, str) and when not in values:
+        raise UserError(
+            f"strategy={config.strategy!r} has a stage at {when!r}, which is no field; "
+            "allowed: a number of rounds, or a config field that gives it"
+        )
+    number = values[when] if isinstance(when, str) else when
     if number % config.chunk_rounds or not 0 <= number <= config.num_rounds:
         given = f"{when}={number}" if isinstance(when, str) else f"round {number}"
         raise UserError(

@@ -8,6 +8,7 @@ from fedmoe_jax.align.drift_detector import init_detector
 from fedmoe_jax.align.fitness import init_fitness
 from fedmoe_jax.align_layers import ALIGN
 from fedmoe_jax.capacity import init_belief
+from fedmoe_jax.forms import check_type
 from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.program import Program, take_frozen
@@ -78,4 +79,6 @@ def run_stage(
     key = jax.random.fold_in(state.key, BEFORE_ROUNDS)
     key = jax.random.fold_in(key, number) if number else key
     static = dict(model=program.model, task=program.task, sizes=program.sizes)
-    return act(state, federation, hyper, key, **static)
+    found = act(state, federation, hyper, key, **static)
+    check_type(f"the strategy has a stage {number} that", found, tuple)
+    return found

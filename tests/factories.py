@@ -278,7 +278,7 @@ def list_held(assignment):
 
 
 def make_align(num_clients, num_experts, **changes):
-    """What is learnt of ONE layer before the first round, all fitness a half."""
+    """The scores of ONE layer before the first round, all fitness a half."""
     shape = num_clients, num_experts
     fields = dict(
         fitness=jnp.full(shape, 0.5),

@@ -156,7 +156,7 @@ def test_predict_refuses_in_one_line(result):
     for wrong in (images / 255, images[0], images[:, :4], images[:0]):
         with pytest.raises(UserError, match=r"allowed: 'x' uint8\[B, 8, 8, 1\]"):
             predict(result, wrong)
-    with pytest.raises(UserError, match="no round that is saved"):
+    with pytest.raises(UserError, match="no checkpoint was found"):
         predict(result._replace(state=None), images)
 
 

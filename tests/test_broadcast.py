@@ -1,4 +1,4 @@
-"""What a cohort is sent."""
+"""The inputs of a cohort, its conditions and its traffic."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""What the server believes about the devices."""
+"""Capacity: the server's belief about the devices, and the truth."""
 
 import jax
 import jax.numpy as jnp

@@ -37,10 +37,10 @@ FILES = sorted(
     if path.stem != "__init__"
 )
 # Checked where they are used: a name by `find_strategy`, paths by the loaders, a pair
-# of lists by `draw_devices`; plug-ins by `check_plugins`; drifts of the tasks by
-# `check_drift`; flags by ConfigDict, which keeps their type.
+# of lists by `draw_devices`; plug-ins by `check_plugins`; flags by ConfigDict, which
+# keeps their type.
 CHECKED_ELSEWHERE = {"strategy", "data.dir", "devices.tiers", "devices.shares"}
-CHECKED_ELSEWHERE |= {"run.tensorboard", "devices.csv", "plugins", "drift.images"}
+CHECKED_ELSEWHERE |= {"run.tensorboard", "devices.csv", "plugins"}
 ARGUMENTS = {
     "compare": ("", "digits", "smoke", "digits,smoke"),
     "causes": ("idle", "gate", "personal", "gate,digits,smoke", "smoke"),

@@ -1,4 +1,4 @@
-"""Who owns what, and how many steps each takes."""
+"""The examples of each client, and its local steps."""
 
 import numpy as np
 import pytest

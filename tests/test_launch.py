@@ -101,7 +101,7 @@ BAD = {
     "unknown flag": (["--rounds=3"], "'rounds'"),
     "file of a plug-in": (["--plugins=mine.py"], "'mine.py' is no name of a module"),
     "unknown word": (["runs/here"], "'runs/here'"),
-    "no plug-in": (["--plugins=json,none_such"], "json defines no table"),
+    "no plug-in": (["--plugins=json"], "json defines no table"),
     "unknown plug-in": (["--plugins", "none_such"], "no module 'none_such'"),
     "plug-ins in the config": (["--config.plugins=('mine',)"], "has --plugins=mine"),
     "change": ([DIGITS, "--config.compare.changes=('lr=3',)"], "has 'lr=3'"),

@@ -15,18 +15,19 @@ from factories import (
     make_replies,
 )
 
-from fedmoe_jax.base import Process
 from fedmoe_jax.metrics import (
     LISTED,
     account,
+    add_metrics,
     count_exchange,
     count_outcomes,
     measure_learning,
     measure_load,
+    measure_server,
+    measure_strategy,
     measure_work,
-    measure_world,
 )
-from fedmoe_jax.options import group
+from fedmoe_jax.options import UserError, group
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.world.costs import Traffic, scale_costs
 from fedmoe_jax.world.outcome import (
@@ -209,12 +210,20 @@ def test_measure_learning_has_no_loss_where_nobody_arrived():
     assert found["assignment_change"] == 1 / 4
 
 
-def test_measure_learning_has_alarms_and_what_a_strategy_counts():
-    strategy = {"swapped": np.array([3, 4]), "mass": np.ones((2, 3))}
-    found = learn_from([True, True], alarms=[4, 2], strategy=strategy)
-    assert found["drift_alarms"] == 3
-    assert found["swapped"] == 7 and "mass" not in found
-    assert found["train_loss"] == 51.5
+def test_measure_learning_has_alarms():
+    found = learn_from([True, True], alarms=[4, 2])
+    assert found["drift_alarms"] == 3 and found["train_loss"] == 51.5
+
+
+def test_measure_strategy_sums_scalars_over_layers():
+    state = {"swapped": np.array([3, 4]), "mass": np.ones((2, 3))}
+    assert measure_strategy(state) == {"swapped": 7}
+
+
+def test_add_metrics_refuses_a_name_that_is_taken():
+    assert add_metrics({"load_cv": 0.5}, {"wet": 1.0}) == {"load_cv": 0.5, "wet": 1.0}
+    with pytest.raises(UserError, match="the metric 'load_cv', which is taken"):
+        add_metrics({"load_cv": 0.5}, {"load_cv": 0.0})
 
 
 def test_measure_load_is_the_mean_over_layers():
@@ -240,19 +249,13 @@ def test_measure_work_counts_the_steps_of_ragged_clients(chunk, wasted):
 
 
 @pytest.mark.parametrize("clients", [LISTED, LISTED + 1])
-def test_measure_world_lists_the_participation_of_few_clients(clients):
+def test_measure_server_lists_the_participation_of_few_clients(clients):
     state = SimpleNamespace(
-        world={"count": {"events": np.int32(3)}, "quiet": {}},
         belief=SimpleNamespace(capacity=np.full(clients, 2)),
         participation=SimpleNamespace(rounds=np.arange(clients)),
     )
-    rest = dict.fromkeys(Process._fields) | {"metrics": None}
-    count = Process(**rest | {"metrics": lambda state: {"seen": state["events"]}})
-    program = make_program()
-    program.processes = ("count", count), ("quiet", Process(**rest))
     buffered = np.full(clients, 2)
     buffered[:2] = 1, 4
-    found = measure_world(state, jnp.asarray(buffered), program)
-    assert found["seen"] == 3
+    found = measure_server(state, jnp.asarray(buffered))
     np.testing.assert_allclose(found["capacity_error"], 3 / clients, rtol=1e-6)
     assert ("participation" in found) == (clients <= LISTED)

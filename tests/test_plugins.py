@@ -75,6 +75,31 @@ def test_a_module_that_joins_again_replaces_its_records(join):
     assert list_plugins() == ("my_module",)
 
 
+def test_a_module_that_joins_again_keeps_its_place(join):
+    join("one", STRATEGIES={"first": MINE})
+    join("two", STRATEGIES={"second": MINE})
+    join("one", STRATEGIES={"first": MINE, "third": MINE})
+    assert list_plugins() == ("one", "two")
+    assert list(STRATEGIES)[-3:] == ["first", "third", "second"]
+    with pytest.raises(UserError, match="'greedy', which is taken"):
+        join("one", STRATEGIES={"greedy": MINE})
+    assert list_plugins() == ("one", "two") and "third" in STRATEGIES
+
+
+def test_load_plugins_reads_the_file_of_a_module_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    text = "from fedmoe_jax.strategies import STRATEGIES as S\nSTRATEGIES = "
+    try:
+        for name in ("first", "second"):
+            code = f"{text}{{{name!r}: S['greedy']._replace(about='Mine.')}}\n"
+            (tmp_path / "edited_module.py").write_text(code)
+            plugins.load_plugins("edited_module")
+            assert list(STRATEGIES)[-1] == name and "first" not in list(STRATEGIES)[:-1]
+    finally:
+        plugins.leave("edited_module")
+
+
 def test_tables_that_a_module_imports_are_not_its_own(join):
     join(STRATEGIES={"mine": MINE}, DATASETS=DATASETS)
     assert set(DATASETS) >= {"digits", "synthetic"}

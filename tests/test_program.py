@@ -116,6 +116,11 @@ def test_resolve_refuses_stages_within_a_chunk_or_beyond_the_run(when, given):
     )
 
 
+def test_resolve_refuses_a_stage_at_a_field_that_is_missing():
+    with pytest.raises(UserError, match="a stage at 'mine.when', which is no field"):
+        resolve(NOTHING._replace(stages=(("mine.when", min),)), make_config())
+
+
 def test_resolve_keeps_no_more_local_experts_than_there_are():
     config = configure(make_config(strategy="fedmoe_da"))
     assert resolve(find_strategy("fedmoe_da"), config).local_experts == 8

@@ -438,7 +438,7 @@ def list_equations(jaxpr):
 
 
 def list_carried(equation):
-    """What a loop carries from step to step; nothing of any other equation."""
+    """The carry of a loop; nothing of any other equation."""
     inputs, params = equation.invars, equation.params
     if equation.primitive.name == "scan":
         first = params["num_consts"]
@@ -609,7 +609,7 @@ def list_collectives(program):
 
 @pytest.mark.parametrize(("num_devices", "gate_mode"), [(2, "global"), (8, "personal")])
 def test_round_step_has_one_collective_that_joins_the_devices(num_devices, gate_mode):
-    """What is sent is one copy of the params and the reports, once a round."""
+    """Devices exchange one copy of the params and the reports, once a round."""
     changes = {"run.num_devices": num_devices, "gate.mode": gate_mode}
     plan = plan_run(**changes, local_epochs=1.0)
     run = start(plan, plan.program)

@@ -27,7 +27,7 @@ MLP = {"model.stem": "flat", "model.expert_width": works.HIDDEN}
 
 
 def describe(work: works.Work):
-    """The work as a config: with one expert that everyone holds it is plain FedAvg."""
+    """The work as a config: one expert that all clients hold is plain FedAvg."""
     fields = {
         "num_clients": work.clients,
         "cohort_size": work.cohort,
@@ -48,7 +48,7 @@ def describe(work: works.Work):
 
 
 def load(work: works.Work) -> tuple[Data, Partition]:
-    """The images and who owns them, as the simulator takes them."""
+    """The images and their owners, as the simulator takes them."""
     x, y = works.load_images(work)
     test = (x[: works.CHECKED], y[: works.CHECKED])
     names = tuple(str(label) for label in range(works.CLASSES))

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -50,13 +51,13 @@ def check_data(name: str, data: Data) -> None:
         if not holds:
             raise UserError(f"data.name={name!r} has {fault}; allowed: {allowed}")
 
-    form = lambda leaf, first=1: f"{leaf.dtype}{list(leaf.shape[first:])}"
+    form = lambda leaf: f"{leaf.dtype}{list(leaf.shape[1:])}"
     most = len(data.stratum_names) - 1
     parts = {"train": (data.train, data.stratum)}
     parts["test"] = (data.test, data.test_stratum)
     for part, (rows, stratum) in parts.items():
-        flat = stratum.ndim == 1 and stratum.dtype == np.int32 and len(stratum) > 0
-        require(flat, f"strata of {part} {form(stratum, 0)}", "int32[X], X >= 1")
+        flat = is_ids(stratum) and stratum.dtype == np.int32
+        require(flat, f"no strata of {part}", "int32[X], X >= 1")
         low, high = stratum.min(), stratum.max()
         found = f"strata of {part} from {low} to {high}"
         require(low >= 0 and high <= most, found, f"0 to {most}")
@@ -69,9 +70,15 @@ def check_data(name: str, data: Data) -> None:
         pair = form(values), form(data.test[leaf])
         found = f"rows of {leaf!r} {pair[0]} in train and {pair[1]} in test"
         require(pair[0] == pair[1], found, "the same in both")
-    owners = data.stratum if data.owner is None else data.owner
-    found = f"owners {form(owners, 0)} of {len(data.stratum)} examples"
-    require(owners.shape == data.stratum.shape, found, "one owner of each, or None")
+    owner = data.stratum if data.owner is None else data.owner
+    fits = is_ids(owner) and len(owner) == len(data.stratum) and owner.min() >= 0
+    require(fits, "no owner of every example", "integers [X] >= 0, or None")
+
+
+def is_ids(ids: Any) -> bool:
+    """Whether these are integers [X], X >= 1."""
+    array = isinstance(ids, np.ndarray) and ids.ndim == 1 and len(ids) > 0
+    return array and np.issubdtype(ids.dtype, np.integer)
 
 
 def resolve_data_dir(data_dir: str) -> Path:

@@ -1,4 +1,4 @@
-"""Where a number comes from: the code, the versions and the device that made it."""
+"""The origin of a number: the code, the versions and the device that made it."""
 
 import functools
 import importlib.metadata

@@ -34,8 +34,6 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
             check_same_run(read_json(recorded), config)
         elif recorded.exists():
             check_version(read_json(recorded), config)
-            for name in ("partition.npz", "devices.csv"):
-                (workdir / name).unlink(missing_ok=True)
         elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
             raise UserError(
                 f"workdir={workdir} holds a run without its config.json; "
@@ -75,7 +73,8 @@ def has_begun(workdir: Path) -> bool:
     """Whether a run or comparison in the folder has a round or checkpoint."""
     kept = (workdir / "metrics.jsonl", *workdir.glob("runs/*/metrics.jsonl"))
     rows = any(path.is_file() and path.stat().st_size > 0 for path in kept)
-    return rows or any(workdir.glob("checkpoints/*"))
+    steps = (workdir.glob(f"checkpoints/{at}[0-9]*") for at in ("", "*/", "*/frozen/"))
+    return rows or any(map(any, steps))
 
 
 def check_plugins(workdir: Path) -> None:
@@ -92,11 +91,13 @@ def check_plugins(workdir: Path) -> None:
             ",".join(list_plugins()) or "none",
             ", ".join(map(repr, recorded)),
         )
-        flag = f"--plugins={','.join(recorded)}" if recorded else "no --plugins"
-        call = f" (from Python load_plugins({names}))" if recorded else ""
+        allowed = "a process without plug-ins"
+        if recorded:
+            flag = f"--plugins={','.join(recorded)}"
+            allowed = f"{flag} (from Python load_plugins({names})) in this order"
         raise UserError(
-            f"plug-ins {given} are not allowed; allowed: {flag}{call}, in this order, "
-            f"with which the run in {workdir} was started, or a new workdir"
+            f"plug-ins {given} are not allowed; allowed: {allowed}, as the run in "
+            f"{workdir} was started, or another folder"
         )
 
 
@@ -116,13 +117,13 @@ def check_same_run(saved: dict[str, Any], config: ConfigDict) -> None:
         )
 
 
-def keep_partition(path: Path, partition: Partition) -> None:
-    """Saves the partition, or checks that it is what the run was started with.
+def keep_partition(path: Path, partition: Partition, begun: bool) -> None:
+    """Saves the partition, or checks that it is what the run was begun with.
 
     Raises:
-      UserError: the run in this folder was started with another partition.
+      UserError: the run in this folder was begun with another partition.
     """
-    if not path.exists():
+    if not begun or not path.exists():
         save_partition(path, partition)
         return
     saved = load_partition(path)
@@ -133,14 +134,14 @@ def keep_partition(path: Path, partition: Partition) -> None:
         )
 
 
-def keep_devices(path: Path, csv: str) -> None:
-    """Copies the file of one's own devices, or checks that it is still the same.
+def keep_devices(path: Path, csv: str, begun: bool) -> None:
+    """Copies the file of one's own devices, or checks that a run has begun with it.
 
     Raises:
       UserError: the run in this folder was started with other devices.
     """
     text = Path(csv).read_text(encoding="utf-8-sig")
-    if not path.exists():
+    if not begun or not path.exists():
         write_atomically(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise UserError(
@@ -158,10 +159,11 @@ def claim_run(workdir: Path, config: ConfigDict, partition: Partition) -> None:
     Raises:
       UserError: the folder cannot be written or holds another run.
     """
+    begun = has_begun(workdir)
     claim_workdir(workdir, config)
-    keep_partition(workdir / "partition.npz", partition)
+    keep_partition(workdir / "partition.npz", partition, begun)
     if config.devices.csv:
-        keep_devices(workdir / "devices.csv", config.devices.csv)
+        keep_devices(workdir / "devices.csv", config.devices.csv, begun)
     (workdir / "summary.json").unlink(missing_ok=True)
 
 

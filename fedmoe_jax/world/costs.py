@@ -101,7 +101,7 @@ def count_costs(
         shared_flops=float(TRAINING_PASSES * sum(shared.values())),
         expert_flops=float(TRAINING_PASSES * forward["experts"]),
         frozen_flops=float(TRAINING_PASSES * idle),
-        travel_bytes=sum(size[part] for part in size if part not in personal),
+        travel_bytes=float(sum(size[part] for part in size if part not in personal)),
         copies=2 if strategy.variates else 1,
     )
 

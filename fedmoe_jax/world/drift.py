@@ -15,6 +15,7 @@ from fedmoe_jax.options import (
     TRACED,
     Option,
 )
+from fedmoe_jax.tasks import TASKS
 from fedmoe_jax.types import Array, Hyper, Keys, Sizes
 from fedmoe_jax.world.step import View
 
@@ -172,6 +173,12 @@ LABELS_PROCESS = Process(
 )
 
 
+def list_drifts() -> tuple[str, ...]:
+    """`none`, and the drifts of all tasks, those of plug-ins too."""
+    drifts = (drift for task in TASKS.values() for drift in task.drifts)
+    return "none", *dict(drifts)
+
+
 # images: [] float32 >= 0, the amount by which images are distorted, in its unit
 
 
@@ -212,8 +219,8 @@ IMAGES_PROCESS = Process(
     options=(
         Option(
             "drift.images",
-            None,
-            "none, or a drift of the task: images rotate, blur or lose contrast",
+            list_drifts,
+            "the drift of the task that examples take on",
             STATIC,
         ),
         Option(

@@ -56,7 +56,7 @@ class Outcome(struct.PyTreeNode):
 
 
 def find_end(phases: Array, events: Events, fits: Array, finite: Array) -> tuple:
-    """When the client's work ends and how, if nothing ends it from outside.
+    """The end of the client's work, if nothing ends it from outside.
 
     Args:
       phases: [3] float32 seconds.

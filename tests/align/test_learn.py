@@ -1,4 +1,4 @@
-"""What ONE layer learns from a round, against hand numbers and NumPy."""
+"""Learning of ONE layer from a round, against hand numbers and NumPy."""
 
 import jax
 import jax.numpy as jnp

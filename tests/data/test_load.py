@@ -39,6 +39,10 @@ MISFITS = {
     "no labels": lambda data: {"test": {"x": data.test["x"]}},
     "smaller images": lambda data: {"test": data.test | {"x": data.test["x"][:, 1:]}},
     "fewer owners": lambda data: {"owner": data.stratum[1:]},
+    "owner of none": lambda data: {"owner": data.stratum - 1},
+    "half owners": lambda data: {"owner": data.stratum / 2},
+    "list of strata": lambda data: {"stratum": data.stratum.tolist()},
+    "other strata": lambda data: {"stratum": data.stratum.astype(np.int64)},
 }
 
 

@@ -333,7 +333,7 @@ def test_evaluation_asks_every_clients_own_model(strategy, gate_mode):
 
 
 def moved(trial, part, leaf="kernel"):
-    """How far the server's values of a part moved, and each client's own."""
+    """The largest change of the server's values of a part, and of each client's."""
     start, end = trial.parts.state, trial.state
     take = lambda tree: tree.get("moe", tree)[leaf]
     far = lambda get: np.abs(np.array(get(end)) - np.array(get(start)))

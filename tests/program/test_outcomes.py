@@ -1,4 +1,4 @@
-"""What whole rounds cost and what becomes of them, against a slow twin in Python."""
+"""Costs and outcomes of whole rounds, against a slow twin in Python."""
 
 import functools
 
@@ -106,7 +106,7 @@ def play(late, overload):
 
 
 def slow_round(program, devices, busy, number, late, overload):
-    """What one round costs, client by client, and the clients busy in the next."""
+    """The costs of one round, client by client, and the clients busy in the next."""
     costs, scale = program.costs, MODEL_SCALE
     examples = program.sizes.local_steps * program.sizes.batch_size
     shared = costs.shared_bytes + costs.gate_bytes

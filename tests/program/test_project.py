@@ -161,3 +161,31 @@ def test_every_module_has_its_tests_at_the_same_place():
     mirrored = {path.with_name(f"test_{path.name}") for path in named - without}
     assert len(mirrored) > 80
     assert {path for path in mirrored if not (tests / path).exists()} == set()
+
+
+def _rooms():
+    """Folders and files of the package -> those that they import, also in functions."""
+    package, rooms = ROOT / "fedmoe_jax", {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
+        found = rooms.setdefault(parts[0], set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            own = (n.split(".")[1] for n in names if n.startswith("fedmoe_jax."))
+            found |= {name for name in own if name != parts[0]}
+    return rooms
+
+
+def test_no_rooms_of_the_package_import_each_other_in_a_circle():
+    rooms = _rooms()
+    assert "types" in rooms["round"] and "world" in rooms["train"]
+    left = dict(rooms)
+    while ground := [room for room, needs in left.items() if not needs & left.keys()]:
+        for room in ground:
+            del left[room]
+    assert left == {}

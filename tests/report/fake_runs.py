@@ -118,7 +118,7 @@ def draw_rows(rng, top, num_experts):
 
 
 def summarise(strategy, seed, rows):
-    """What a finished run's `summary.json` holds, as far as a report reads it."""
+    """The `summary.json` of a finished run, as far as a report reads it."""
     final = {f"final_{name}": rows[-1][name] for name in ACCURACIES}
     reached = [r["round"] for r in rows if (r.get("global_accuracy") or 0) >= 0.35]
     return final | {

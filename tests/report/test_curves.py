@@ -54,7 +54,7 @@ def lines_of(axes):
 
 
 def places_of(axes):
-    """Where the name at each curve's end points to, by name."""
+    """The place that the name at each curve's end points to, by name."""
     names = [text.get_text() for text in axes.texts]
     leaders = [line for line in axes.lines if line.get_transform() != axes.transData]
     starts = [float(line.get_ydata()[0]) for line in leaders]

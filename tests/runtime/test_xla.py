@@ -1,4 +1,4 @@
-"""What JAX is told before it looks at its devices."""
+"""Flags that are set before JAX looks at its devices."""
 
 import os
 from types import SimpleNamespace

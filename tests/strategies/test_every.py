@@ -45,7 +45,7 @@ def assert_valid(assignment, capacity, sizes):
 
 
 def slots_of(name, evidence):
-    """How many experts every client is to hold in the first round."""
+    """The number of experts that every client is to hold in the first round."""
     sizes = sizes_of(name)
     if name in HOLD_ALL:
         return np.full(len(evidence.client), sizes.max_held)

@@ -152,7 +152,7 @@ def newest(config, folder):
 
 
 def acted(state):
-    """How often the stage has acted, in a run alone with one layer."""
+    """The number of times that the stage has acted, in a run with one layer."""
     return int(state.align.strategy["acted"][0, 0])
 
 

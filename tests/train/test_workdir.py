@@ -4,28 +4,34 @@ import pytest
 
 from fedmoe_jax.configs import default
 from fedmoe_jax.options import UserError
-from fedmoe_jax.train.workdir import check_plugins, claim_workdir, keep_devices
+from fedmoe_jax.train.workdir import (
+    check_plugins,
+    claim_workdir,
+    has_begun,
+    keep_devices,
+)
 
 
 def test_keep_devices_refuses_a_file_that_has_changed_since_the_start(tmp_path):
     mine, kept = tmp_path / "mine.csv", tmp_path / "run.csv"
     mine.write_text("memory,flops\n4e9,1e11\n")
-    keep_devices(kept, str(mine))
-    keep_devices(kept, str(mine))
+    keep_devices(kept, str(mine), False)
+    keep_devices(kept, str(mine), True)
     mine.write_text("memory,flops\n4e9,2e11\n")
     with pytest.raises(UserError, match="devices.csv=.*has changed.*run.csv"):
-        keep_devices(kept, str(mine))
+        keep_devices(kept, str(mine), True)
     assert kept.read_text() == "memory,flops\n4e9,1e11\n"
+    keep_devices(kept, str(mine), False)
+    assert kept.read_text() == mine.read_text()
 
 
 def test_claim_workdir_takes_over_a_run_without_a_round(tmp_path):
     config = default.get_config("smoke")
     claim_workdir(tmp_path, config)
     (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "partition.npz").touch()
+    (tmp_path / "checkpoints" / "a-and-2-fe51").mkdir(parents=True)
     config.num_experts = 4
     claim_workdir(tmp_path, config)
-    assert not (tmp_path / "partition.npz").exists()
     (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n')
     claim_workdir(tmp_path, config)
     config.num_experts = 5
@@ -44,6 +50,14 @@ def test_claim_workdir_keeps_a_comparison_of_which_one_run_has_a_round(tmp_path)
     config.num_experts = 4
     with pytest.raises(UserError, match="num_experts: 8 -> 4"):
         claim_workdir(tmp_path, config)
+
+
+@pytest.mark.parametrize("step", ["40", "a-and-2-fe51/4", "frozen/0"])
+def test_has_begun_where_a_step_is_saved(tmp_path, step):
+    (tmp_path / "checkpoints").mkdir()
+    assert not has_begun(tmp_path)
+    (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    assert has_begun(tmp_path)
 
 
 def test_check_plugins_names_those_of_the_run(tmp_path):

@@ -144,7 +144,7 @@ def test_move_examples_is_exact_at_both_ends(sizes, seed):
 
 @pytest.mark.parametrize("moved", [2.0**-24, 0.1, 1 / 3, 0.7, 1 - 2.0**-24])
 def test_move_examples_never_lets_a_row_overflow_by_rounding(moved):
-    """What the proof of the bound needs of float32: k grows by 0 or 1."""
+    """The proof of the bound needs of float32 that k grows by 0 or 1."""
     size = jnp.arange(1, 60001)
     index, mix = jnp.zeros((60000, 1), jnp.int32), jnp.ones((60000, 1))
     # Everyone takes from the client with one more: k(n) + (n + 1) - k(n + 1).

@@ -1,4 +1,4 @@
-"""What becomes of a client's round, and what it had cost by then."""
+"""The outcome of a client's round, and its cost by then."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Which clients took part so far, by hand."""
+"""Participation of the clients so far, by hand."""
 
 import jax.numpy as jnp
 import numpy as np
