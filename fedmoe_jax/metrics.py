@@ -19,8 +19,8 @@ from fedmoe_jax.types import AlignState, Array, Devices, Federation, PyTree, Sim
 from fedmoe_jax.world.costs import (
     client_bytes,
     client_flops,
-    client_memory,
     client_parameters,
+    fits_memory,
 )
 from fedmoe_jax.world.outcome import DROPPED, OUTCOMES, Conditions, Outcome
 from fedmoe_jax.world.participation import Participation, jain
@@ -73,7 +73,7 @@ def account(
     longest, worked_at_all = seconds.max(), outcome.spent[:, 0] > 0
     late = (seconds > deadline) | (outcome.code == DROPPED)
     # Some systems take more memory than the experts that they train.
-    fits = client_memory(program.device_costs, traffic) <= devices.memory
+    fits = fits_memory(program.device_costs, traffic, devices.memory)
     too_many = (traffic.trained > participation.capacity[cohort]) | ~fits
     if program.static.late.kind == "stale":  # the round ends without them
         longest = jnp.minimum(longest, deadline)

@@ -25,6 +25,9 @@ TRAINING_COPIES = 4
 TRAINING_PASSES = 3
 
 NUMBER_BYTES = 4  # of a float32
+
+# Share by which a resource may fall short, as its float32 does where it just suffices.
+ROUNDING = 1e-6
 FEEDBACK_NUMBERS = 5  # accuracy, loss, frequency, load and peak of one held expert
 
 
@@ -205,6 +208,11 @@ def client_memory(costs: Costs, traffic: Traffic) -> Array:
     untrained += costs.frozen_bytes
     variates = 2 * (costs.copies - 1) * all_parts
     return TRAINING_COPIES * (all_parts - untrained) + untrained + variates
+
+
+def fits_memory(costs: Costs, traffic: Traffic, memory: Array) -> Array:
+    """[C] bool, whether training fits into each client's memory, [C] bytes."""
+    return client_memory(costs, traffic) <= (1 + ROUNDING) * memory
 
 
 def client_seconds(

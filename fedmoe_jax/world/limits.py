@@ -4,7 +4,7 @@ import chex
 import jax.numpy as jnp
 
 from fedmoe_jax.types import Array, Devices
-from fedmoe_jax.world.costs import TRAINING_COPIES, Costs
+from fedmoe_jax.world.costs import ROUNDING, TRAINING_COPIES, Costs
 
 
 def true_capacity(
@@ -23,7 +23,7 @@ def true_capacity(
     expert. Memory: `TRAINING_COPIES` of the parameters must fit. Network: down and up
     within `communication_share` of the deadline. Compute: every held expert on every
     example within the other part of it. The fixed split avoids a limit that depends
-    on the other.
+    on the other. A resource that just suffices for k experts gives k.
 
     Args:
       devices: leaves [N].
@@ -38,7 +38,7 @@ def true_capacity(
       [N] int32 in [0, K].
     """
     chex.assert_equal_shape([devices.memory, devices.flops, devices.upload])
-    usable = 1 - buffer
+    usable = (1 + ROUNDING) * (1 - buffer)
     shared_bytes = costs.shared_bytes + costs.gate_bytes
     copies = usable * devices.memory / TRAINING_COPIES
     by_memory = (copies - shared_bytes) / costs.expert_bytes

@@ -9,7 +9,7 @@ from flax import struct
 
 from fedmoe_jax.measures import OUTCOMES
 from fedmoe_jax.types import Array, Devices
-from fedmoe_jax.world.costs import Costs, Traffic, client_memory, client_seconds
+from fedmoe_jax.world.costs import Costs, Traffic, client_seconds, fits_memory
 from fedmoe_jax.world.step import Events
 
 MERGED, STALE, DROPPED, UNREACHABLE, DROPOUT, MEMORY, OUTAGE, BROKEN = range(
@@ -110,7 +110,7 @@ def judge_client(
     phases = client_seconds(device, costs, traffic, conditions.examples)
     fits = jnp.ones((), bool)
     if overload:
-        fits = client_memory(costs, traffic) <= device.memory
+        fits = fits_memory(costs, traffic, device.memory)
     return judge(phases, conditions.events, fits, finite, deadline=deadline, late=late)
 
 

@@ -16,6 +16,7 @@ from fedmoe_jax.world.costs import (
     client_parameters,
     client_seconds,
     count_costs,
+    fits_memory,
     scale_costs,
 )
 
@@ -175,6 +176,15 @@ def test_client_seconds_without_travel_have_no_latency():
     traffic = TRAFFIC.replace(sent=still, received=still, reported=still)
     seconds = client_seconds(devices, silent, traffic, jnp.ones(2))
     assert np.all(seconds[:, [0, 2]] == 0) and np.all(seconds[:, 1] > 0)
+
+
+def test_fits_memory_of_what_just_suffices():
+    held = jnp.arange(1.0, 41.0)
+    costs = COSTS._replace(expert_bytes=16_640.0)
+    traffic = Traffic(held, held, *[held] * 5)
+    exact = np.float32(4 * (500 + 16_640.0 * np.arange(1, 41)))
+    assert fits_memory(costs, traffic, exact).all()
+    assert not fits_memory(costs, traffic, 0.99999 * exact).any()
 
 
 def test_client_memory_by_hand():

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from factories import COSTS, make_devices
 
+from fedmoe_jax.world.costs import TRAINING_COPIES
 from fedmoe_jax.world.limits import true_capacity
 
 # Deadline 100 s, half of it for the network, 5 examples, no buffer:
@@ -32,6 +34,28 @@ def test_true_capacity_by_hand(limits, expected):
     devices = make_devices(1, **limits)
     got = true_capacity(devices, COSTS, buffer=0.0, **SETTING)
     assert got.dtype == jnp.int32 and got.tolist() == [expected]
+
+
+@pytest.mark.parametrize("buffer", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("expert", [1000.0, 16_640.0, 5_767_168.0])
+def test_true_capacity_of_what_just_suffices_is_exact(expert, buffer):
+    """Memory, rate and speed for exactly k experts, as a device's float32."""
+    costs = COSTS._replace(expert_bytes=expert, expert_flops=expert / 7)
+    setting = SETTING | {"max_capacity": 99, "buffer": jnp.float32(buffer)}
+    held = np.arange(1, 41)
+    size = costs.shared_bytes + costs.gate_bytes + held * expert
+    work = 5 * (costs.shared_flops + held * costs.expert_flops)
+    exact = {
+        "memory": TRAINING_COPIES * size,
+        "rate": 2 * size / 50,
+        "flops": work / 50,
+    }
+    capacity = jax.jit(lambda devices: true_capacity(devices, costs, **setting))
+    for name, amount in exact.items():
+        for share, expected in ((1, held), (0.9999, held - 1)):
+            limit = {name: np.float32(share * amount / (1 - buffer))}
+            devices = make_devices(40, **dict.fromkeys(exact, 1e15) | limit)
+            np.testing.assert_array_equal(capacity(devices), expected, name)
 
 
 @pytest.mark.parametrize("limit", [{"memory": 14e3}, {"rate": 140.0}, {"flops": 8.0}])
