@@ -28,7 +28,7 @@ from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
 from fedmoe_jax.train.plan import Member, Plan, Wave, plan_waves
 from fedmoe_jax.train.run import build_job, train
 from fedmoe_jax.train.sweep import name_wave
-from fedmoe_jax.train.workdir import check_plugins, check_version
+from fedmoe_jax.train.workdir import check_plugins, check_version, resolve_folder
 from fedmoe_jax.types import PyTree, SimState
 
 BATCH = 500  # inputs that `predict` takes at once
@@ -89,16 +89,17 @@ def run(
     validate(config)
     adopt_devices(config.run.num_devices)
     if workdir is not None:
-        check_plugins(Path(workdir))
+        folder = resolve_folder("workdir", workdir)
+        check_plugins(folder)
         train(
             config,
-            Path(workdir),
+            folder,
             stop=lambda: False,
             label=config.strategy,
             profile=False,
             on_row=on_row,
         )
-        return load_run(workdir)
+        return load_run(folder)
     rows = []
 
     def take(row: Row) -> None:
@@ -125,7 +126,7 @@ def load_run(folder: str | Path) -> Run:
       UserError: the folder holds no run, one of an older version or with other
         plug-ins; no checkpoint is intact; or its data are not there.
     """
-    folder = Path(folder)
+    folder = resolve_folder("folder", folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"folder={folder} is not allowed; allowed: one with a run's config.json"

@@ -246,10 +246,11 @@ def main(argv: list[str], stop: Stop) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
     command = name_command()
     from fedmoe_jax.runtime import multihost
-    from fedmoe_jax.train.workdir import check_plugins
+    from fedmoe_jax.train.workdir import check_plugins, resolve_folder
 
-    config, workdir, profile = _CONFIG.value, Path(_WORKDIR.value), _PROFILE.value
+    config, profile = _CONFIG.value, _PROFILE.value
     try:
+        workdir = resolve_folder("workdir", _WORKDIR.value)
         join_hosts(config, f"{config} {workdir} {profile}")
         multihost.on_leader(check_plugins, workdir)
         if run(config, workdir, command, stop, profile):

@@ -108,6 +108,9 @@ BAD = {
     "seeds": ([DIGITS, "--config.compare.seeds=('a',)"], "compare.seeds"),
     "no seeds": ([DIGITS, "--config.compare.seeds=()"], "compare.seeds"),
     "member": ([DIGITS, "--config.partition.min_size=999"], "partition.min_size=999"),
+    "no folder": ([*TINY, "--workdir="], "workdir='' is not allowed"),
+    "bucket": ([*TINY, "--workdir=gs://mine/run"], "workdir='gs://mine/run' .* copied"),
+    "no home": ([*TINY, "--workdir=~nobody-here/run"], "~ has no home here"),
     "folder": (
         [*TINY, "--workdir=/dev/null/run"],
         "workdir=/dev/null/run cannot be used",

@@ -1,6 +1,7 @@
 """The clients' devices: drawn from presets or read from a CSV file."""
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -102,7 +103,9 @@ def draw_devices(
         of the memory outside its range.
     """
     _check(tiers, shares, spread)
-    tier = rng.permutation(np.repeat(np.arange(len(tiers)), _deal(num_clients, shares)))
+    tier = rng.permutation(
+        np.repeat(np.arange(len(tiers)), _count(num_clients, shares))
+    )
     # Two draws, so that the first four values are those of versions without the rest.
     factors = [np.exp(spread * rng.standard_normal((num_clients, n))) for n in (4, 3)]
     medians = np.array([TIERS[name] for name in tiers])[tier]
@@ -182,7 +185,7 @@ def _check(tiers: tuple[str, ...], shares: tuple[float, ...], spread: float) -> 
         raise UserError(f"devices.spread={spread} is not allowed; {allowed}")
 
 
-def _deal(num_clients: int, shares: tuple[float, ...]) -> np.ndarray:
+def _count(num_clients: int, shares: tuple[float, ...]) -> np.ndarray:
     """Whole numbers that sum to N, as near to the shares as possible."""
     exact = num_clients * np.asarray(shares) / np.sum(shares)
     # A share such as 0.29 of 100 is 28.999... in binary; it must not lose a client.
@@ -196,7 +199,8 @@ def _read_rows(path: str) -> list[dict]:
     """Every row as numbers by column, and its tier."""
     try:
         # Spreadsheets write a byte order mark, which is no part of the first name.
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+        lines = lines.splitlines()
     except (OSError, ValueError) as error:
         raise _fault(
             path, f"cannot be read ({type(error).__name__}); needed: a CSV file"

@@ -173,6 +173,13 @@ def test_read_devices_with_a_row_per_client_keeps_their_order(write):
     ]
 
 
+def test_read_devices_expands_the_home(write, tmp_path, monkeypatch):
+    write(f"{HEADER}\n{ROW}\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    devices, _ = read_devices("~/mine.csv", 3, rng(), 1.0)
+    assert devices.tier.shape == (3,)
+
+
 def test_read_devices_with_a_row_per_client_draws_nothing(write):
     used = rng()
     read_devices(write(f"{HEADER}\n{ROW}\n"), 1, used, 1.0)
