@@ -19,7 +19,7 @@ from flax import struct
 
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.models.submodel import held_mask, is_local
-from fedmoe_jax.moe_layers import layer_names, map_layers
+from fedmoe_jax.moe_layers import LAYERED, layer_names, map_layers
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.types import (
     Array,
@@ -31,8 +31,6 @@ from fedmoe_jax.types import (
     SimState,
     Static,
 )
-
-LAYERED = ("gate", "experts")  # parts with a subtree and rows [E] per MoE layer
 
 
 class Sums(struct.PyTreeNode):
@@ -239,8 +237,7 @@ def keep_untrained(new: PyTree, old: PyTree, weight: dict[str, Array]) -> PyTree
     """Takes `old` where no client has trained, in params and optimiser states alike.
 
     Args:
-      new: like params, or an optax state of which some subtrees are like params;
-        leaves of it outside of these (step counts) always advance.
+      new: params, or the state of `optimizers.server_optimizer`, step counts too.
       old: likewise.
       weight: of every part the sum of the weights, see `Sums`.
     """
@@ -250,14 +247,7 @@ def keep_untrained(new: PyTree, old: PyTree, weight: dict[str, Array]) -> PyTree
         shape = trained.shape + (1,) * (new_leaf.ndim - trained.ndim)
         return jnp.where(trained.reshape(shape), new_leaf, old_leaf)
 
-    like_params = lambda tree: isinstance(tree, dict) and set(tree) == set(weight)
-
-    def choose_tree(new_tree: PyTree, old_tree: PyTree) -> PyTree:
-        if like_params(new_tree):
-            return map_rows(choose, weight, new_tree, old_tree)
-        return new_tree
-
-    return jax.tree.map(choose_tree, new, old, is_leaf=like_params)
+    return map_rows(choose, weight, new, old)
 
 
 def aggregate(

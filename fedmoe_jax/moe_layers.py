@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fedmoe_jax.types import Array, PyTree
 
+LAYERED = ("gate", "experts")  # parts with a subtree and rows [E] per MoE layer
 LAYER = 1300  # purpose, plus the layer's number folded into a key; layer 0 has the key
 
 

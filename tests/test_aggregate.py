@@ -19,7 +19,7 @@ from fedmoe_jax.aggregate import (
     zero_sums,
 )
 from fedmoe_jax.cohort import keep_if
-from fedmoe_jax.moe_layers import layer_names
+from fedmoe_jax.moe_layers import LAYERED, layer_names
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.program import resolve
 from fedmoe_jax.strategies import find_strategy
@@ -232,8 +232,8 @@ def test_merge_changes_nothing_where_no_client_counts():
     params, opt_state = init_server("adam", PARAMS)
     new, new_opt = server_step("adam", params, opt_state, sums, 1.0)
     for leaf, old in zip(
-        jax.tree.leaves((new, new_opt[0].mu)),
-        jax.tree.leaves((params, opt_state[0].mu)),
+        jax.tree.leaves((new, new_opt)),
+        jax.tree.leaves((params, opt_state)),
         strict=True,
     ):
         np.testing.assert_array_equal(leaf, old)
@@ -317,10 +317,23 @@ def make_sums(seed, experts, rows=None):
 
 
 def moments(opt_state):
-    """The parts of an optimiser state that mirror the params."""
-    is_mirror = lambda node: isinstance(node, dict) and set(node) == set(PARTS)
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_mirror)
-    return [node for node in nodes if is_mirror(node)]
+    """The moments of the server's optimiser, trees like the params."""
+    is_moment = lambda node: isinstance(node, dict)
+
+    def take(state):
+        nodes = jax.tree.leaves(state, is_leaf=is_moment)
+        return [node for node in nodes if is_moment(node)]
+
+    layers = lambda part: {
+        name: take(opt_state[part][name]) for name in opt_state[part]
+    }
+    found = {p: layers(p) if p in LAYERED else take(opt_state[p]) for p in opt_state}
+    count = len(found["stem"])
+    pick = lambda part, i: {name: nodes[i] for name, nodes in found[part].items()}
+    return [
+        {p: pick(p, i) if p in LAYERED else found[p][i] for p in found}
+        for i in range(count)
+    ]
 
 
 def assert_moved(tree, old, weight):
@@ -381,7 +394,31 @@ def test_keep_untrained_of_an_optimiser_state_of_two_layers(name, mirrors):
                 first = np.asarray(leaf).reshape(EXPERTS, -1)[:, 0]
                 assert first.tolist() == [5 + count for count in rows]
     if name == "adam":
-        assert int(kept[0].count) == 6  # steps are counted for all
+        assert kept["stem"][0].count == 5 and kept["head"][0].count == 6
+        for layer, experts in enumerate(TRAINED):
+            steps = kept["experts"][f"moe_{layer}"][0].count
+            assert steps.tolist() == [5 + count for count in experts]
+
+
+@pytest.mark.parametrize("name", ["adam", "yogi"])
+def test_merge_takes_the_first_step_of_an_expert_whenever_it_comes(name):
+    """As if the rounds before, in which nothing trained it, had not been."""
+    params, opt_state = start = init_server(name, PARAMS)
+    for round in range(9):
+        others = make_sums(80 + round, [[0, 1, 1, 1]], [[0, 1, 1, 1]])
+        params, opt_state = server_step(name, params, opt_state, others, 0.1)
+    every = make_sums(99, np.ones((1, EXPERTS)))
+    late, _ = server_step(name, params, opt_state, every, 0.1)
+    first, _ = server_step(name, *start, every, 0.1)
+    for part in ("gate", "experts"):
+        (names,) = layer_names(PARAMS[part])
+        for leaf, other in zip(
+            jax.tree.leaves(late[part][names]),
+            jax.tree.leaves(first[part][names]),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(leaf[0], other[0])
+            assert np.all(np.asarray(leaf[1]) != np.asarray(other[1]))
 
 
 def test_merge_by_hand():

@@ -3,10 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from factories import assert_same, fill
 
-from fedmoe_jax.optimizers import add_prox, client_optimizer, step_weights
+from fedmoe_jax.optimizers import (
+    add_prox,
+    by_row,
+    client_optimizer,
+    step_weights,
+)
 
 
 def test_add_prox_is_the_gradient_of_the_penalty():
@@ -74,3 +80,27 @@ def test_step_weights_count_each_gradient_in_the_delta(momentum):
         expected.append(-float(place))
     found = step_weights(jnp.array(steps), momentum)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1, 0.9), optax.adam(0.1), optax.yogi(0.1)])
+def test_by_row_is_the_optimiser_itself_where_every_row_is_trained(tx):
+    rows = {
+        "moe_0": {"kernel": np.zeros((4, 3))},
+        "moe_1": {"kernel": np.zeros((4, 3))},
+    }
+    shapes = {"stem": {}, "gate": rows, "experts": rows, "head": {"bias": np.zeros(3)}}
+    params = fill(shapes)
+
+    @jax.jit
+    def descend(params):
+        found = []
+        for one in (tx, by_row(tx)):
+            state, at = one.init(params), params
+            for _ in range(3):
+                updates, state = one.update(jax.tree.map(jnp.sin, at), state, at)
+                at = optax.apply_updates(at, updates)
+            found.append(at)
+        return found
+
+    whole, apart = descend(params)
+    assert_same(apart, whole, atol=1e-7)
