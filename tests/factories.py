@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import compare as study
 from configs import default
 from fedmoe_jax import program as program_file
 from fedmoe_jax.base import PARTS, Model, Parts
@@ -497,21 +498,21 @@ def make_logit_model(num_experts, num_classes):
 
 
 IMAGE_MODEL = dict(
-    stem="mlp",
     stem_width=8,
-    expert="mlp",
     expert_width=8,
     feature_width=6,
     stem_dropout=0.0,
     expert_dropout=0.0,
     num_experts=5,
     num_classes=4,
-    image_shape=(8, 8, 1),
 )
 
 
-def make_image_model(**changes) -> Model:
-    return build_model(**IMAGE_MODEL | changes)
+def make_image_model(
+    stem="mlp", expert="mlp", image_shape=(8, 8, 1), **changes
+) -> Model:
+    parts = dict(stem=stem, expert=expert, image_shape=image_shape)
+    return build_model(**IMAGE_MODEL | parts | changes)
 
 
 def fill(shapes, seed=0):
@@ -521,10 +522,31 @@ def fill(shapes, seed=0):
     return jax.tree.map(draw, shapes)
 
 
+def draw(*shape, seed=0):
+    """Standard normal float32 numbers."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def draw_params(model):
+    """Random params without compiling `init`."""
+    return jax.tree.map(jnp.asarray, fill(shape_params(model)[0]))
+
+
 def stems(one, other):
     """Pairs of leaves of two states' stems."""
     leaves = [jax.tree.leaves(state.params["stem"]) for state in (one, other)]
     return zip(*leaves, strict=True)
+
+
+def tiny_study(strategies, changes=("",), seeds=(0, 1), **fields):
+    """The config of a small comparison."""
+    config = study.get_config("digits,smoke")
+    named = {"strategies": strategies, "changes": changes, "seeds": seeds}
+    small = SMALL | {"chunk_rounds": 2, "run.tensorboard": False}
+    config.update_from_flattened_dict(
+        small | fields | {f"compare.{k}": v for k, v in named.items()}
+    )
+    return config
 
 
 def never():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import fill, make_image_model
+from factories import draw, draw_params, make_image_model
 
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.models.one_layer import apply_experts
@@ -13,21 +13,6 @@ from fedmoe_jax.models.routing import gate_logits
 pytestmark = pytest.mark.slow
 
 BATCH, EXPERTS, LABELS, FEATURES = 3, 5, 4, 6
-
-
-def build(stem="mlp", expert="mlp", image_shape=(8, 8, 1), **changes):
-    return make_image_model(
-        stem=stem, expert=expert, image_shape=image_shape, **changes
-    )
-
-
-def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def draw_params(model):
-    """Random params without compiling `init`."""
-    return jax.tree.map(jnp.asarray, fill(shape_params(model)[0]))
 
 
 # ---- models
@@ -55,7 +40,7 @@ ALLOWED = [
 def test_build_model_of_every_allowed_combination_has_its_shapes(
     stem, expert, image_shape, feature_shape
 ):
-    model = build(stem, expert, image_shape)
+    model = make_image_model(stem, expert, image_shape)
     params, frozen = shape_params(model)
     assert set(params) == {"stem", "gate", "experts", "head"} and frozen == {}
     for leaf in jax.tree.leaves((params["gate"], params["experts"])):
@@ -78,7 +63,7 @@ def test_build_model_of_every_allowed_combination_has_its_shapes(
 
 @pytest.mark.parametrize("stem", ["cnn", "simple_cnn", "resnet8"])
 def test_build_model_allows_widths_that_are_no_multiple_of_a_group(stem):
-    model = build(stem, "conv", (16, 16, 1), stem_width=28, expert_width=44)
+    model = make_image_model(stem, "conv", (16, 16, 1), stem_width=28, expert_width=44)
     params, frozen = shape_params(model)
     assert params["experts"]["moe"]["Conv_0"]["kernel"].shape[-1] == 44
 
@@ -90,8 +75,8 @@ def test_build_model_allows_widths_that_are_no_multiple_of_a_group(stem):
 def dropping():
     """Parts of a model that drops, of one that does not, params and images for both."""
     changes = {"stem_dropout": 0.25, "expert_dropout": 0.5, "expert_width": 256}
-    model = build("flat", "dense", (16, 16, 1), **changes)
-    whole = build("flat", "dense", (16, 16, 1), expert_width=256)
+    model = make_image_model("flat", "dense", (16, 16, 1), **changes)
+    whole = make_image_model("flat", "dense", (16, 16, 1), expert_width=256)
     images = {"x": jnp.abs(draw(64, 16, 16, 1)) + 0.1}
     return model.parts, whole.parts, draw_params(model), images
 
@@ -142,13 +127,13 @@ def test_apply_experts_draws_the_same_masks_on_any_backend(monkeypatch, dropping
 
 
 def test_build_model_of_equal_arguments_is_the_same():
-    assert build() is build()
-    assert build() is not build(num_experts=EXPERTS + 1)
+    assert make_image_model() is make_image_model()
+    assert make_image_model() is not make_image_model(num_experts=EXPERTS + 1)
 
 
 def test_init_draws_every_expert_differently():
     def kernels(key):
-        params, _ = build(num_experts=3).init(key)
+        params, _ = make_image_model(num_experts=3).init(key)
         dense, gate = params["experts"]["moe"]["Dense_0"], params["gate"]["moe"]
         return dense["kernel"], gate["kernel"]
 

@@ -4,28 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import fill, make_image_model
+from factories import draw, draw_params, make_image_model
 
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.models.image_parts import MlpExpert, MlpStem, check_fit
 from fedmoe_jax.options import UserError
 
 BATCH = 3
-
-
-def build(stem="mlp", expert="mlp", image_shape=(8, 8, 1), **changes):
-    return make_image_model(
-        stem=stem, expert=expert, image_shape=image_shape, **changes
-    )
-
-
-def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def draw_params(model):
-    """Random params without compiling `init`."""
-    return jax.tree.map(jnp.asarray, fill(shape_params(model)[0]))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +29,7 @@ def test_check_fit_refuses_parts_that_do_not_fit(
     stem, expert, image_shape, field, allowed
 ):
     with pytest.raises(UserError) as error:
-        build(stem, expert, image_shape)
+        make_image_model(stem, expert, image_shape)
     message = str(error.value)
     assert field in message and message.endswith(f": {allowed}")
     assert "\n" not in message
@@ -92,7 +77,7 @@ def test_mlp_expert_has_one_hidden_layer_by_hand():
 @pytest.mark.slow
 def test_simple_cnn_stem_has_the_params_of_the_benchmark():
     """Without the gate: McMahan's CIFAR-10 network of two convolutions."""
-    model = build(
+    model = make_image_model(
         "simple_cnn",
         "dense",
         (32, 32, 3),
@@ -112,7 +97,7 @@ def test_simple_cnn_stem_has_the_params_of_the_benchmark():
 
 @pytest.mark.slow
 def test_flat_stem_and_dense_expert_by_hand():
-    model = build("flat", "dense", (2, 3, 2), expert_width=4, num_experts=1)
+    model = make_image_model("flat", "dense", (2, 3, 2), expert_width=4, num_experts=1)
     images = draw(BATCH, 2, 3, 2)
     features = model.parts.stem({}, {"x": images}, None)
     np.testing.assert_array_equal(features, images.reshape(BATCH, 12))
@@ -129,7 +114,7 @@ def test_flat_stem_and_dense_expert_by_hand():
 @pytest.mark.slow
 def test_resnet8_stem_subsamples_in_its_shortcuts():
     """With zero branches a block is relu(Dense(x[::2, ::2]))."""
-    model = build("resnet8", "mlp", (8, 8, 1), stem_width=2)
+    model = make_image_model("resnet8", "mlp", (8, 8, 1), stem_width=2)
     params = draw_params(model)["stem"]
     for block in range(3):
         norm = params[f"norm{block}b"]

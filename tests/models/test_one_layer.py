@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import fill, make_image_model
+from factories import draw, draw_params, make_image_model
 
 from fedmoe_jax.base import Route
-from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.models.one_layer import (
     apply_experts,
     freeze_others,
@@ -23,21 +22,6 @@ pytestmark = pytest.mark.slow
 BATCH, EXPERTS, LABELS, FEATURES = 3, 5, 4, 6
 
 
-def build(stem="mlp", expert="mlp", image_shape=(8, 8, 1), **changes):
-    return make_image_model(
-        stem=stem, expert=expert, image_shape=image_shape, **changes
-    )
-
-
-def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def draw_params(model):
-    """Random params without compiling `init`."""
-    return jax.tree.map(jnp.asarray, fill(shape_params(model)[0]))
-
-
 def softmax(logits):
     weights = np.exp(np.asarray(logits, np.float64))
     return weights / weights.sum(-1, keepdims=True)
@@ -45,13 +29,13 @@ def softmax(logits):
 
 @pytest.fixture(scope="module")
 def params():
-    return draw_params(build())
+    return draw_params(make_image_model())
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("expert", ["mlp", "conv"])
 def test_apply_experts_equals_one_by_one(monkeypatch, expert, backend):
-    model = build("resnet8", expert, stem_width=2)
+    model = make_image_model("resnet8", expert, stem_width=2)
     parts, experts = model.parts, draw_params(model)["experts"]["moe"]
     features = draw(BATCH, 2, 2, 8, seed=9)
     # The loop of one backend and the vmap of the other must be the same function.
@@ -64,7 +48,7 @@ def test_apply_experts_equals_one_by_one(monkeypatch, expert, backend):
 
 
 def test_mixing_outputs_equals_mixing_logits(params):
-    parts = build().parts
+    parts = make_image_model().parts
     outputs = draw(BATCH, EXPERTS, FEATURES)
     gates = jnp.asarray(softmax(draw(BATCH, EXPERTS, seed=1)), jnp.float32)
     head = {"kernel": params["head"]["kernel"], "bias": draw(LABELS, seed=2)}
@@ -97,7 +81,7 @@ def answer_slowly(model, params, mix):
 
 @pytest.mark.parametrize("mix", ["outputs", "probabilities"])
 def test_apply_of_all_experts_is_the_dense_softmax_mixture(params, mix):
-    model, every = build(), range(EXPERTS)
+    model, every = make_image_model(), range(EXPERTS)
     found, routing = apply(model, params, [*every], [1] * EXPERTS, EXPERTS, mix=mix)
     np.testing.assert_allclose(
         found, answer_slowly(model, params, mix), rtol=1e-5, atol=1e-5
@@ -107,7 +91,7 @@ def test_apply_of_all_experts_is_the_dense_softmax_mixture(params, mix):
 
 
 def test_apply_routes_among_the_held_experts(params):
-    model = build()
+    model = make_image_model()
     _, routing = apply(model, params, [4, 1, 4], [1, 1, 0], 2)
     assert routing.logits.shape == (1, BATCH, EXPERTS)
     own = jnp.take(routing.logits[0], jnp.array([4, 1, 4]), axis=1)
@@ -116,7 +100,7 @@ def test_apply_routes_among_the_held_experts(params):
 
 
 def test_apply_of_one_expert_has_nothing_to_route():
-    model = build(num_experts=1)
+    model = make_image_model(num_experts=1)
     params = draw_params(model)
     _, routing = apply(model, params, [0], [1], 1)
     assert routing.logits is None

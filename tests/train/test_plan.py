@@ -3,9 +3,8 @@
 import chex
 import numpy as np
 import pytest
-from factories import SMALL, make_config, make_data, never, plan_run
+from factories import make_config, make_data, never, plan_run, tiny_study
 
-from configs import compare as study
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.sharding import CLIENTS, RUNS, build_mesh
@@ -22,17 +21,6 @@ from fedmoe_jax.train.plan import (
 )
 from fedmoe_jax.train.sweep import name_wave
 from fedmoe_jax.types import PER_RUN, Federation
-
-TINY = SMALL | {"chunk_rounds": 2, "run.tensorboard": False}
-
-
-def tiny_config(strategies, changes=("",), seeds=(0, 1), **fields):
-    config = study.get_config("digits,smoke")
-    named = {"strategies": strategies, "changes": changes, "seeds": seeds}
-    config.update_from_flattened_dict(
-        TINY | fields | {f"compare.{k}": v for k, v in named.items()}
-    )
-    return config
 
 
 def test_load_data_has_it_at_hand_for_every_later_run():
@@ -121,7 +109,7 @@ def test_make_wave_numbers_the_strategies_of_its_runs(plans):
 
 @pytest.mark.slow
 def test_plan_waves_gives_what_is_static_a_program_of_its_own():
-    config = tiny_config(
+    config = tiny_study(
         ("random", "fedavg", "greedy"), ("", "loss.z=0.1", "gate.mode=personal")
     )
     waves = plan_waves(list_members(config))
@@ -139,7 +127,7 @@ def test_plan_waves_gives_what_is_static_a_program_of_its_own():
 
 @pytest.mark.slow
 def test_cut_makes_waves_that_fit_into_the_memory(tmp_path):
-    config = tiny_config(("random", "greedy"), seeds=(0, 1, 2))
+    config = tiny_study(("random", "greedy"), seeds=(0, 1, 2))
     members = list_members(config)
     (wave,) = plan_waves(members)
     needed = [
@@ -168,7 +156,7 @@ def test_cut_makes_waves_that_fit_into_the_memory(tmp_path):
 @pytest.mark.slow
 def test_plan_waves_joins_runs_that_differ_in_their_own_fields_only():
     """A field that differs and is not in `PER_RUN` would come from the first run."""
-    config = tiny_config(("random",), ("", "partition.alpha=5"))
+    config = tiny_study(("random",), ("", "partition.alpha=5"))
     (wave,) = plan_waves(list_members(config))
     first, *others = [plan.federation for plan in wave.plans]
     assert len(others) == 3

@@ -6,9 +6,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from factories import SMALL
+from factories import tiny_study
 
-from configs import compare as study
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import CLIENTS, RUNS
@@ -17,17 +16,6 @@ from fedmoe_jax.train.compare import compare, list_members
 from fedmoe_jax.train.plan import estimate, plan_waves
 
 pytestmark = pytest.mark.slow
-
-TINY = SMALL | {"chunk_rounds": 2, "run.tensorboard": False}
-
-
-def tiny_config(strategies, changes=("",), seeds=(0, 1), **fields):
-    config = study.get_config("digits,smoke")
-    named = {"strategies": strategies, "changes": changes, "seeds": seeds}
-    config.update_from_flattened_dict(
-        TINY | fields | {f"compare.{k}": v for k, v in named.items()}
-    )
-    return config
 
 
 def run(config, folder, stop=lambda: False):
@@ -70,7 +58,7 @@ MIXED = {
 
 
 def test_a_run_of_a_sweep_on_many_devices_is_the_run_alone(tmp_path):
-    config = tiny_config(**MIXED, **{"run.num_devices": 4})
+    config = tiny_study(**MIXED, **{"run.num_devices": 4})
     folders, whole = run(config, tmp_path / "sweep")
     assert whole and len(folders) == 12
     waves = plan_waves(list_members(config))
@@ -93,7 +81,7 @@ def test_a_run_of_a_sweep_on_many_devices_is_the_run_alone(tmp_path):
 
 
 def test_devices_that_do_not_divide_the_runs_share_clients(tmp_path):
-    config = tiny_config(("greedy",), seeds=(0, 1, 2), **{"run.num_devices": 2})
+    config = tiny_study(("greedy",), seeds=(0, 1, 2), **{"run.num_devices": 2})
     (wave,) = plan_waves(list_members(config))
     assert dict(wave.program.mesh.shape) == {RUNS: 1, CLIENTS: 2}
     folders, _ = run(config, tmp_path / "two")
@@ -105,11 +93,11 @@ def test_devices_that_do_not_divide_the_runs_share_clients(tmp_path):
 
 def test_accelerators_vmap_what_cpus_loop_over(tmp_path, monkeypatch):
     """The mapping is chosen by backend; both give the same runs."""
-    folders, _ = run(tiny_config(("random", "greedy")), tmp_path / "loop")
+    folders, _ = run(tiny_study(("random", "greedy")), tmp_path / "loop")
     with monkeypatch.context() as patch:
         train.build_programs.cache_clear()
         patch.setattr(jax, "default_backend", lambda: "tpu")
-        others, _ = run(tiny_config(("random", "greedy")), tmp_path / "vmap")
+        others, _ = run(tiny_study(("random", "greedy")), tmp_path / "vmap")
     train.build_programs.cache_clear()
     for folder, other in zip(folders, others, strict=True):
         assert_rows_close(rows_of(folder), rows_of(other))
@@ -125,13 +113,13 @@ def test_a_sweep_is_compiled_once(tmp_path, monkeypatch):
     )
     train.build_programs.cache_clear()
     chex.clear_trace_counter()
-    config = tiny_config(("random", "greedy"), num_rounds=8, local_steps=3)
+    config = tiny_study(("random", "greedy"), num_rounds=8, local_steps=3)
     assert run(config, tmp_path)[1]
     train.build_programs.cache_clear()
 
 
 def test_a_stopped_sweep_resumes_bitwise(tmp_path):
-    config = tiny_config(("random", "greedy"), num_rounds=6)
+    config = tiny_study(("random", "greedy"), num_rounds=6)
     folders, _ = run(config, tmp_path / "whole")
     parts = tmp_path / "parts"
     halfway = lambda: len(rows_of(parts / "runs" / "greedy-seed1")) >= 2
@@ -149,7 +137,7 @@ def test_seeds_with_longer_index_rows_share_the_program(tmp_path):
     """M differs between these seeds: shorter rows are padded and nothing changes."""
     fields = {"partition.alpha": 0.1, "num_clients": 6, "partition.min_size": 1}
     seeds = (0, 1, 2, 3, 4, 5)
-    config = tiny_config(("random",), seeds=seeds, **fields)
+    config = tiny_study(("random",), seeds=seeds, **fields)
     (wave,) = plan_waves(list_members(config))
     widths = [plan.federation.index.shape[1] for plan in wave.plans]
     assert len(set(widths)) > 1
@@ -163,7 +151,7 @@ def test_seeds_with_longer_index_rows_share_the_program(tmp_path):
 
 
 def test_folders_hold_what_a_run_alone_leaves(tmp_path):
-    folders, _ = run(tiny_config(("random",), **{"run.tensorboard": True}), tmp_path)
+    folders, _ = run(tiny_study(("random",), **{"run.tensorboard": True}), tmp_path)
     for folder in folders:
         names = {path.name for path in folder.iterdir()}
         events = {name for name in names if name.startswith("events.out.tfevents")}
@@ -177,7 +165,7 @@ def test_folders_hold_what_a_run_alone_leaves(tmp_path):
 
 def test_waves_cut_anew_leave_no_half_runs_behind(tmp_path):
     """Another memory limit cuts other waves: their runs start again, unfinished."""
-    config = tiny_config(("random", "greedy"), seeds=(0, 1))
+    config = tiny_study(("random", "greedy"), seeds=(0, 1))
     (wave,) = plan_waves(list_members(config))
     half = sum(estimate(wave.plans[:2], wave.program).values()) / 1e9
     config.run.memory_limit_gb = half * 1.0001
