@@ -28,7 +28,12 @@ from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
 from fedmoe_jax.train.plan import Member, Plan, Wave, plan_waves
 from fedmoe_jax.train.run import build_job, train
 from fedmoe_jax.train.sweep import name_wave
-from fedmoe_jax.train.workdir import check_plugins, check_version, resolve_folder
+from fedmoe_jax.train.workdir import (
+    check_free,
+    check_plugins,
+    check_version,
+    resolve_folder,
+)
 from fedmoe_jax.types import PyTree, SimState
 
 BATCH = 500  # inputs that `predict` takes at once
@@ -91,6 +96,7 @@ def run(
     if workdir is not None:
         folder = resolve_folder("workdir", workdir)
         check_plugins(folder)
+        check_free(folder)
         train(
             config,
             folder,
@@ -148,8 +154,8 @@ def load_run(folder: str | Path) -> Run:
     found = checkpoint.read_latest(checkpoints, job.state)
     if found is None:
         return Run(config, rows, None, None, None)
-    state, done = found
-    inputs = restore_frozen(job, checkpoints, done)
+    state = found.state
+    inputs = restore_frozen(job, checkpoints, found.step)
     number = wave.names.index(folder.resolve().name)
     return Run(config, rows, *take_run(state, inputs, number), wave.plans[number])
 

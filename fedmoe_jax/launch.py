@@ -9,7 +9,8 @@ resumes. --plugins names modules whose strategies, data sets and so on join the
 package's, and whose fields join the config. On several hosts the same call is made
 on each, with --coordinator_address, --num_processes and --process_id. Exit code 0:
 finished; 1: an unforeseen error, or another process died; 2: a mistake in the flags,
-config, data or work folder, in one line; 3: stopped early, resumable.
+config, data or work folder, or a disk without room, in one line; 3: stopped early,
+resumable.
 """
 
 import functools
@@ -17,7 +18,6 @@ import gc
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 import traceback
@@ -27,6 +27,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.output import secure
+from fedmoe_jax.runtime.stop import Stop, listen
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
 
@@ -137,24 +139,6 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(refuse(f"{fault}; see --help"))
 
 
-class Stop:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after these rounds."""
-
-    def __init__(self) -> None:
-        self.wished = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._wish)
-
-    def _wish(self, number: int, _frame) -> None:
-        self.wished = True
-        # Not print, which fails where the signal has interrupted another print.
-        os.write(1, b"stopping after the current rounds; again to stop at once\n")
-        signal.signal(number, signal.SIG_DFL)
-
-    def __call__(self) -> bool:
-        return self.wished
-
-
 def run(
     config: ConfigDict, workdir: Path, command: str, stop: Stop, profile: bool
 ) -> bool:
@@ -164,9 +148,12 @@ def run(
       Whether it is finished.
     """
     from fedmoe_jax.runtime.multihost import any_process, is_leader
+    from fedmoe_jax.runtime.settings import describe_settings
     from fedmoe_jax.train.compare import compare
     from fedmoe_jax.train.run import train
 
+    if (settings := describe_settings()) and is_leader():
+        print(f"JAX is set to other numbers than usual: {settings}", flush=True)
     gc.freeze()  # what is imported stays
     gc.enable()
     start = time.monotonic()
@@ -239,24 +226,56 @@ def name_command() -> str:
     return shlex.join([python, *program, *words])
 
 
+def describe_loss(error: OSError, workdir: str) -> str:
+    """A file that could not be read or written, and what that means for the run."""
+    file = error.filename or f"a file in {workdir}"
+    return (
+        f"{file} cannot be used ({error.strerror or error}); allowed: a disk with room "
+        "that can be written, then the same call goes on after the newest checkpoint"
+    )
+
+
+def quiet_orbax() -> None:
+    """Leaves a failed save to the one line that `checkpoint` makes of it.
+
+    Orbax reports every file that it touches, and one failure several times, also by
+    asyncio; then TensorStore reports to an event loop that is closed.
+    """
+    logging.set_verbosity(logging.WARNING)
+    loud = re.compile(r"\b(orbax|asyncio)\b")
+    logging.get_absl_handler().addFilter(
+        lambda record: not loud.search(record.pathname)
+    )
+    show = sys.unraisablehook
+
+    def show_others(fault) -> None:
+        if str(fault.exc_value) != "Event loop is closed":
+            show(fault)
+
+    sys.unraisablehook = show_others
+
+
 def main(argv: list[str], stop: Stop) -> int:
     """Parses nothing more: flags are absl's. Returns the exit code."""
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}; see --help")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+    quiet_orbax()
     command = name_command()
     from fedmoe_jax.runtime import multihost
-    from fedmoe_jax.train.workdir import check_plugins, resolve_folder
+    from fedmoe_jax.train.workdir import check_free, check_plugins, resolve_folder
 
     config, profile = _CONFIG.value, _PROFILE.value
     try:
         workdir = resolve_folder("workdir", _WORKDIR.value)
         join_hosts(config, f"{config} {workdir} {profile}")
         multihost.on_leader(check_plugins, workdir)
+        multihost.on_leader(check_free, workdir)
         if run(config, workdir, command, stop, profile):
             return 0
     except UserError as error:
         return multihost.exit_all(refuse(str(error)))
+    except OSError as error:
+        return multihost.exit_all(refuse(describe_loss(error, _WORKDIR.value)))
     except Exception:
         traceback.print_exc()
         return multihost.exit_all(1)
@@ -267,5 +286,7 @@ def main(argv: list[str], stop: Stop) -> int:
 def start() -> None:
     """Runs the program and exits."""
     gc.disable()  # until all is imported: walking the modules takes a second
-    stop = Stop()  # before JAX is imported, which an interrupt would break off
+    stop = Stop()
+    listen(stop)  # before JAX is imported, which an interrupt would break off
+    secure(on_reader_gone=stop.wish)
     app.run(functools.partial(main, stop=stop), flags_parser=parse_flags)

@@ -18,6 +18,7 @@ from configs import default
 from fedmoe_jax import launch
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import flatten
+from fedmoe_jax.runtime.stop import Stop
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import run as train
 
@@ -50,9 +51,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
     """Runs launch.py in this process; returns exit code, stdout and stderr."""
-    monkeypatch.setattr(signal, "signal", lambda number, action: None)
 
-    def run(*words):
+    def run(*words, stop=None):
         workdir = [] if "--workdir" in str(words) else [f"--workdir={tmp_path / 'new'}"]
         # The config's own flags are found in sys.argv and stay defined for good.
         argv = ["launch.py", *workdir, *words]
@@ -62,7 +62,7 @@ def command(monkeypatch, tmp_path, capsys):
         flags.FLAGS.unparse_flags()
         capsys.readouterr()
         try:
-            code = launch.main(launch.parse_flags(list(argv)), launch.Stop())
+            code = launch.main(launch.parse_flags(list(argv)), stop or Stop())
         except SystemExit as exit:
             code = exit.code
         return code, *capsys.readouterr()
@@ -70,7 +70,6 @@ def command(monkeypatch, tmp_path, capsys):
     return run
 
 
-set_handler = signal.signal
 SMOKE = f"--config={CONFIGS / 'default.py'}:smoke"
 DIGITS = f"--config={CONFIGS / 'compare.py'}:digits,smoke"
 BAD = {
@@ -225,7 +224,7 @@ def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
     states, rows = [], []
     for run in (folder, tmp_path):
         with checkpoint.open_checkpoints(run / "checkpoints", 9) as store:
-            state, done = checkpoint.restore_latest(store, like)
+            state, done = checkpoint.restore_latest(store, like)[:2]
         assert done == 6
         state = state.replace(key=jax.random.key_data(state.key))
         states.append(jax.device_get(state))
@@ -264,19 +263,10 @@ def test_a_run_of_an_older_version_is_refused_in_one_line(command, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_an_interrupt_before_the_first_round_is_a_wish_to_stop(command, monkeypatch):
-    def interrupted(config, workdir, text, stop, profile):
-        assert not stop()
-        os.kill(os.getpid(), signal.SIGINT)
-        return not stop()
-
-    monkeypatch.setattr(signal, "signal", set_handler)
-    monkeypatch.setattr(launch, "run", interrupted)
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code, out, _ = command(SMOKE)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends it
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_a_wish_to_stop_before_the_first_round_saves_nothing(command, tmp_path):
+    stop = Stop()
+    stop.wish()
+    code, out, _ = command(*TINY, stop=stop)
     assert code == 3 and "stopped and saved; to resume: " in out
+    assert read_metrics(tmp_path / "new" / "metrics.jsonl") == []
+    assert not list((tmp_path / "new" / "checkpoints").glob("[0-9]*"))

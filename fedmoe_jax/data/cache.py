@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -10,18 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.files import brief, digest
+from fedmoe_jax.runtime.xla import find_caches
 
 
-def cache_folders(source: Path) -> tuple[Path, Path]:
+def cache_folders(source: Path) -> tuple[Path, ...]:
     """The folders for decoded arrays of exactly these records, by preference."""
     stats = [(path.name, path.stat()) for path in sorted(source.glob("cifar10-*"))]
     stamp = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    named = [str(source.resolve()), *stamp]
-    return (
-        source / "fedmoe_jax" / _short_hash(stamp),
-        home / "fedmoe_jax" / f"cifar10-{_short_hash(named)}",
-    )
+    caches, named = find_caches(), [str(source.resolve()), *stamp]
+    folders = [source / "fedmoe_jax" / _short_hash(stamp)]
+    if caches is not None:
+        folders.append(caches / f"cifar10-{_short_hash(named)}")
+    return tuple(folders)
 
 
 def _short_hash(value: list) -> str:
@@ -30,11 +30,13 @@ def _short_hash(value: list) -> str:
 
 def keep_decoded(folders: tuple[Path, ...], arrays: dict[str, np.ndarray]) -> None:
     """Writes to the first folder that can be written; if there is none, says so."""
+    faults = []
     for folder in folders:
         try:
             return write_cache(folder, arrays)
         except OSError as error:
-            print(f"cannot keep decoded arrays: {brief(error)}", file=sys.stderr)
+            faults.append(brief(error))
+    print(f"warning: decoded images are not kept ({faults[0]})", file=sys.stderr)
 
 
 def write_cache(folder: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -45,7 +47,7 @@ def write_cache(folder: Path, arrays: dict[str, np.ndarray]) -> None:
         part.mkdir()
         for field, value in arrays.items():
             np.save(part / f"{field}.npy", np.asarray(value))
-        digests = {path.name: _digest(path) for path in part.iterdir()}
+        digests = {path.name: digest(path) for path in part.iterdir()}
         (part / "sha256.json").write_text(json.dumps(digests))
         try:
             part.rename(folder)
@@ -61,7 +63,7 @@ def read_cache(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         arrays = {}
         for name in names:
             path = folder / f"{name}.npy"
-            if _digest(path) != digests[path.name]:
+            if digest(path) != digests[path.name]:
                 raise ValueError(f"{path.name} does not match its sha256")
             arrays[name] = np.load(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -70,14 +72,3 @@ def read_cache(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
             f"delete {folder}, it is made again from the records and nothing is lost"
         ) from error
     return arrays
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def brief(error: Exception) -> str:
-    """The error on one line of bearable length."""
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first[:160]}"

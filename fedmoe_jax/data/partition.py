@@ -4,7 +4,6 @@ Every rule gives an owner to every example, so each example is used exactly once
 """
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import chex
 import numpy as np
 
 from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.files import write_arrays
 from fedmoe_jax.types import Partition
 
 MAX_DRAWS = 100
@@ -242,14 +242,7 @@ def pool(partition: Partition) -> Partition:
 
 def save_partition(path: str | Path, partition: Partition) -> None:
     """Writes a partition as .npz; `path` is whole or as it was before."""
-    part = Path(f"{path}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, **partition._asdict())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    write_arrays(Path(path), **partition._asdict())
 
 
 def load_partition(path: str | Path) -> Partition:

@@ -1,14 +1,21 @@
-"""Files that are whole or absent, and JSON that is refused in one line if damaged."""
+"""Files that are whole or absent, and refused in one line if damaged."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fedmoe_jax.options import UserError
+
+SEALS = "sha256.json"
 
 
 def plain(value: Any) -> Any:
@@ -36,14 +43,25 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file that becomes `path` when it is whole, and leaves nothing else."""
+    part = Path(f"{path}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` so that a reader sees the old file or all of the new one."""
-    part = Path(f"{path}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with _writing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, tree: Any) -> None:
@@ -64,3 +82,55 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object; restore it")
     return tree
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Writes an `.npz` file, whole or not at all."""
+    with _writing(path) as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of an `.npz` file, each against its checksum.
+
+    Raises:
+      UserError: the file cannot be read or is damaged.
+    """
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is damaged ({brief(error)}); restore it, or remove it and give "
+            "the run's command again, which makes it again"
+        ) from None
+
+
+def brief(error: Exception) -> str:
+    """The error on one line of bearable length."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first[:160]}"
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path, names: Iterable[str]) -> None:
+    """Records the sha256 of finished files in their folder's `sha256.json`."""
+    write_json(folder / SEALS, {name: digest(folder / name) for name in names})
+
+
+def find_broken(folder: Path) -> list[str]:
+    """Names of sealed files that are missing or not as they were sealed.
+
+    Raises:
+      UserError: the seals themselves are damaged.
+    """
+    if not (folder / SEALS).is_file():
+        return []
+    seals = read_json(folder / SEALS)
+    whole = lambda path: path.is_file() and digest(path) == seals[path.name]
+    return [name for name in seals if not whole(folder / name)]

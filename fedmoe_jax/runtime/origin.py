@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from fedmoe_jax.runtime.settings import describe_settings
+
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -56,7 +58,8 @@ def find_origin() -> dict[str, Any]:
 
     Returns:
       `commit` and `dirty` of the package's sources, versions of `fedmoe_jax`, `python`,
-      `jax` and `jaxlib`, `device` (its kind) and `xla_flags`; None where unknown.
+      `jax` and `jaxlib`, `device` (its kind), `xla_flags` and `settings` (of
+      JAX, as `describe_settings` has them); None where unknown.
     """
     commit, dirty = find_commit(PACKAGE)
     return {
@@ -68,4 +71,5 @@ def find_origin() -> dict[str, Any]:
         "jaxlib": find_version("jaxlib"),
         "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "settings": describe_settings(),
     }

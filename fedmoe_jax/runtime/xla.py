@@ -4,6 +4,9 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import jax
@@ -59,16 +62,40 @@ def keep_host() -> None:
         jax.config.update("jax_platforms", f"{platforms},cpu")
 
 
+def find_caches() -> Path | None:
+    """The user's folder for what can be made again; None without a home."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return home / "fedmoe_jax"
+
+
 def keep_programs() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX has one already.
 
-    Each kind of processor has its own, as homes are shared and machine code is not.
+    Each kind of processor has its own, as homes are shared and machine code is not. A
+    folder that cannot be written, or a damaged program in it, is no reason to stop.
     """
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue] likewise
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = home / "fedmoe_jax" / f"programs-{name_processor()}"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation")
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue] likewise
+        return
+    caches = find_caches()
+    if caches is None:
+        return
+    folder = caches / f"programs-{name_processor()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        print(
+            f"warning: compiled programs are not kept, as {folder} cannot be written "
+            f"({error.strerror})",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def name_processor() -> str:

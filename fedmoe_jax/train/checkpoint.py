@@ -6,17 +6,21 @@ subfolder in the background under a temporary name and renames it when it is com
 so a killed save never looks like a step. Orbax does not notice flipped bits; therefore
 each step also stores the sha256 of every leaf.
 
-A step that cannot be read or does not match its sha256 is passed over for the one
-before it. Once an older step proves intact, the damaged ones are renamed, `40.damaged`:
-their rounds can be saved again, and nothing is deleted.
+A step that cannot be read, does not match its sha256 or is another step under this
+number is passed over for the one before it. Once an older step proves intact, the
+damaged ones are renamed, `40.damaged`: their rounds can be saved again, and nothing is
+deleted.
 """
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,51 +30,117 @@ from jax.experimental import multihost_utils
 
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.runtime.files import flatten, plain
+from fedmoe_jax.runtime.files import brief, flatten, plain
+from fedmoe_jax.runtime.settings import check_settings, read_settings
 from fedmoe_jax.types import Array, PyTree
 
 # name of the leaf -> [dtype and shape, sha256 of the values]
 Leaves = dict[str, list[str]]
 
 
-def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints in `folder`, which is made if need be; use it in a `with`.
+class Found(NamedTuple):
+    """A checkpoint that was read back.
 
-    Leaving the `with` waits for a save under way; without it that save is lost. What
-    killed saves left behind is deleted.
+    Attributes:
+      state: the saved pytree.
+      step: rounds done.
+      rows: the sha256 of each run's rows until then; none in older checkpoints.
+    """
+
+    state: PyTree
+    step: int
+    rows: list[str]
+
+
+@contextlib.contextmanager
+def open_checkpoints(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """Yields the checkpoints in `folder`, which is made if need be.
+
+    Leaving the `with` waits for a save under way. What killed saves left behind is
+    deleted.
 
     Args:
       folder: where the steps are.
       keep: how many of the newest steps to keep, >= 1.
+
+    Raises:
+      UserError: the folder cannot be written, or a save has failed.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True
     )
-    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
+    with _writing(folder):
+        store = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+    try:
+        yield store
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            store.close()
+        raise
+    with _writing(folder):
+        store.close()
 
 
-def save(store: ocp.CheckpointManager, step: int, state: PyTree) -> None:
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax has no common class for a save that failed
+        raise UserError(
+            f"checkpoints in {folder} cannot be saved ({_reason(error)}); allowed: a "
+            "folder that can be written and has room, then the same call goes on after "
+            "the newest checkpoint"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The cause of a failed save, which TensorStore writes last, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    for known in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+        if os.strerror(known) in str(error):
+            return os.strerror(known)
+    return brief(error)
+
+
+def save(
+    store: ocp.CheckpointManager,
+    step: int,
+    state: PyTree,
+    rows: Sequence[str] = (),
+) -> None:
     """Starts saving `state` as round `step`; the state may be donated right after.
 
     Waits for the save before, if that is still under way. Every process calls it;
     every leaf is replicated over the processes or lies wholly on this one.
 
+    Args:
+      store: from `open_checkpoints`.
+      step: rounds done.
+      state: arrays.
+      rows: see `Found`; of the leader alone.
+
     Raises:
+      UserError: this save or the one before failed.
       RuntimeError: a step that is as new or newer exists.
-      Exception: the save before failed, whatever its cause was.
     """
     leaves = {name: [_spec(leaf), _sha256(leaf)] for name, leaf in _named(state)}
-    meta = {"leaves": leaves, "sha256": _sha256_of_list(leaves)}
+    meta = {"leaves": leaves, "sha256": _sha256_of_list(leaves), "step": step}
+    meta |= {"rows": list(rows), "settings": read_settings()}
     arguments = ocp.args.Composite(
         state=ocp.args.StandardSave(jax.tree.map(_one_copy, state)),
         meta=ocp.args.JsonSave(meta),
     )
-    if not store.save(step, args=arguments):
+    with _writing(store.directory):
+        saved = store.save(step, args=arguments)
+    if not saved:
         newest = store.latest_step()
         raise RuntimeError(f"step {step} was not saved: the newest step is {newest}")
 
 
-def read_latest(folder: Path, like: PyTree) -> tuple[PyTree, int] | None:
+def read_latest(folder: Path, like: PyTree) -> Found | None:
     """As `restore_latest`, and changes nothing on disk: a run may be under way there.
 
     Args:
@@ -87,8 +157,8 @@ def read_latest(folder: Path, like: PyTree) -> tuple[PyTree, int] | None:
 
 def restore_latest(
     store: ocp.CheckpointManager, like: PyTree, until: int | None = None
-) -> tuple[PyTree, int] | None:
-    """The newest intact state and its round; None where nothing was ever saved.
+) -> Found | None:
+    """The newest intact checkpoint; None where nothing was ever saved.
 
     Args:
       store: from `open_checkpoints`.
@@ -97,32 +167,35 @@ def restore_latest(
       until: the newest round that is allowed; None for any.
 
     Raises:
-      UserError: the state on disk has other leaves, shapes or dtypes than `like`, or
-        there are steps and none is intact.
+      UserError: the state on disk has other leaves, shapes or dtypes than `like` or
+        was computed under other settings of JAX, or there are steps and none is intact.
     """
-    found, damaged = _find_latest(store, like, until)
+    found, damaged = _find_latest(store, like, until, check_settings)
     if found:
-        _set_aside(store, damaged, found[1])
+        _set_aside(store, damaged, found.step)
     return found
 
 
 def _find_latest(
-    store: ocp.CheckpointManager, like: PyTree, until: int | None = None
-) -> tuple[tuple[PyTree, int] | None, dict[int, str]]:
-    """The newest intact state and its round, and what is wrong with newer steps."""
+    store: ocp.CheckpointManager,
+    like: PyTree,
+    until: int | None = None,
+    check: Callable[[dict, str], None] = lambda settings, where: None,
+) -> tuple[Found | None, dict[int, str]]:
+    """The newest intact checkpoint, and what is wrong with newer steps."""
     damaged = {}
     steps = [step for step in store.all_steps() if until is None or step <= until]
     for step in sorted(steps, reverse=True):
-        state = None
+        found = None
         try:
-            state = _read(store, step, like)
+            found = _read(store, step, like, check)
         except UserError:
             raise
         except Exception as error:  # Orbax has no common class for damaged files
             damaged[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             logging.warning("checkpoint %d is damaged: %s", step, damaged[step])
-        if not multihost.any_process(state is None):
-            return (state, step), damaged
+        if not multihost.any_process(found is None):
+            return found, damaged
         damaged.setdefault(step, "another process cannot read it")
     if damaged:
         reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
@@ -133,20 +206,29 @@ def _find_latest(
     return None, damaged
 
 
-def _read(store: ocp.CheckpointManager, step: int, like: PyTree) -> PyTree:
+def _read(
+    store: ocp.CheckpointManager,
+    step: int,
+    like: PyTree,
+    check: Callable[[dict, str], None],
+) -> Found:
     """One step. Raises UserError if it does not fit, anything else if it is damaged."""
-    meta = store.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    leaves = meta.meta["leaves"]
-    if _sha256_of_list(leaves) != meta.meta["sha256"]:
+    read = store.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    meta = read.meta
+    leaves, where = meta["leaves"], f"checkpoint {step} in {store.directory}"
+    if _sha256_of_list(leaves) != meta["sha256"]:
         raise ValueError("the list of leaves does not match its sha256")
-    _check_fit(leaves, like, f"checkpoint {step} in {store.directory}")
+    if meta.get("step", step) != step:  # older checkpoints do not say
+        raise ValueError(f"it is step {meta['step']} under another number")
+    check(meta.get("settings", {}), where)
+    _check_fit(leaves, like, where)
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     restore = ocp.args.Composite(state=ocp.args.StandardRestore(target))
     state = store.restore(step, args=restore).state
     for name, leaf in _named(state):
         if _sha256(leaf) != leaves[name][1]:
             raise ValueError(f"{name} does not match its sha256")
-    return state
+    return Found(state, step, meta.get("rows", []))
 
 
 def _set_aside(store: ocp.CheckpointManager, damaged: dict, step: int) -> None:

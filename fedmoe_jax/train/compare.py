@@ -1,5 +1,6 @@
 """A comparison is a sweep over strategies x changes x seeds."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train.plan import Member, load_data, plan_waves
 from fedmoe_jax.train.sweep import sweep
-from fedmoe_jax.train.workdir import claim_workdir
+from fedmoe_jax.train.workdir import own_workdir
 
 
 def apply_change(config: ConfigDict, change: str) -> None:
@@ -104,5 +105,7 @@ def compare(
             load_data, member.config
         )  # alone, it may have to be prepared
     waves = multihost.run_on_all(plan_waves, members)
-    multihost.on_leader(claim_workdir, workdir, config)
-    return sweep(members, workdir, waves, stop=stop, profile=profile)
+    with contextlib.ExitStack() as owned:
+        own = lambda: owned.enter_context(own_workdir(workdir, config))
+        multihost.on_leader(own)
+        return sweep(members, workdir, waves, stop=stop, profile=profile)

@@ -18,10 +18,18 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.train import checkpoint
-from fedmoe_jax.train.writers import open_metrics, open_progress
+from fedmoe_jax.train.checkpoint import Found
+from fedmoe_jax.train.writers import (
+    check_metrics,
+    open_metrics,
+    open_progress,
+    sync_metrics,
+)
 from fedmoe_jax.types import PyTree, SimState
 
 PROFILED_CHUNKS = 3
+# Each takes up to 3,000 of the 65,530 memory maps that Linux allows a process.
+PROGRAMS_KEPT = 4
 
 _compiled: dict[tuple, Callable] = {}
 
@@ -90,8 +98,9 @@ def compile_once(
 ) -> tuple[list[Callable], float]:
     """The jitted `functions`, compiled for such arguments, and the seconds it took.
 
-    Later calls with equal shapes and shardings get the same programs in no time. A
-    program refuses anything else, so that no round is ever compiled by surprise.
+    Later calls with equal shapes and shardings get the same programs in no time, unless
+    others came between. A program refuses anything else, so that no round is ever
+    compiled by surprise.
     """
     leaves, tree = jax.tree.flatten(arguments)
     specs = tuple((leaf.shape, str(leaf.dtype), leaf.sharding) for leaf in leaves)
@@ -100,8 +109,12 @@ def compile_once(
     new = {key: key[0].lower(*arguments) for key in keys if key not in _compiled}
     with ThreadPoolExecutor() as pool:  # XLA compiles several at a time
         compiled = pool.map(lambda lowered: lowered.compile(), new.values())
-        _compiled.update(zip(new, compiled, strict=True))
-    return [_compiled[key] for key in keys], time.monotonic() - start
+        found = _compiled | dict(zip(new, compiled, strict=True))
+    programs = [found.pop(key) for key in keys]
+    _compiled.clear()  # and filled again, the newest last
+    kept = [*found.items(), *zip(keys, programs, strict=True)][-PROGRAMS_KEPT:]
+    _compiled.update(kept)
+    return programs, time.monotonic() - start
 
 
 def make_rows(metrics: dict[str, np.ndarray], done: int, extra: Row) -> list[Row]:
@@ -183,23 +196,27 @@ def drive(
 ) -> End:
     """Restores what there is and runs the rounds that are left.
 
-    Rows are written before the state is saved, so that a killed run has a row for every
+    Rows are on disk before the state is saved, so that a killed run has a row for every
     round of its newest checkpoint.
 
     Args:
       config: rounds, evaluation, checkpoints; of any of the runs.
       job: what to run.
       checkpoints: their folder; None to restore and save nothing.
-      stop: asked after every chunk of rounds; true saves and ends the loop early.
+      stop: asked before the first chunk of rounds and after every one; true saves and
+        ends the loop early.
       profile: where a trace of a few chunks goes, or None.
 
     Raises:
-      UserError: no checkpoint is intact, or they fit another run.
+      UserError: no checkpoint is intact, they fit another run, rows are missing, or
+        what must be kept cannot be written.
     """
     total, inputs = config.num_rounds, job.inputs
     with contextlib.ExitStack() as stack:
         keep = config.checkpoint.keep
-        store, state, done = stack.enter_context(open_store(job, checkpoints, keep))
+        found, store = stack.enter_context(open_store(job, checkpoints, keep))
+        state, done = found.state, found.step
+        multihost.on_leader(check_rows, job, found)
         write = stack.enter_context(open_writers(config, job, done))
         if checkpoints and done:
             inputs = restore_frozen(job, checkpoints, done)
@@ -209,6 +226,8 @@ def drive(
             print(f"going on after round {done}/{total}", flush=True)
         state, inputs = run_stages(job, checkpoints, done, state, inputs)
         programs, spent = compile_programs(job, state, inputs)
+        if stop():
+            return End(state, inputs, done, {})
         update = stack.enter_context(
             open_progress(total, job.names, done=done, stream=sys.stdout)
         )
@@ -225,7 +244,7 @@ def drive(
             update([run_rows[-1] for run_rows in rows])
             last, spent = stop() or done >= total, {}
             if store and (last or done % config.checkpoint.every == 0):
-                spent = save(store, done, state, len(job.names))
+                spent = save(store, done, state, job.folders)
             if last:
                 return End(state, inputs, done, spent)
             state, inputs = run_stages(job, checkpoints, done, state, inputs)
@@ -234,15 +253,27 @@ def drive(
 @contextlib.contextmanager
 def open_store(
     job: Job, checkpoints: Path | None, keep: int
-) -> Iterator[tuple[CheckpointManager | None, SimState, int]]:
-    """Yields the checkpoints, the newest intact state and its round; 0 without any."""
+) -> Iterator[tuple[Found, CheckpointManager | None]]:
+    """Yields the newest intact checkpoint, or the first state, and all of them."""
+    first = Found(job.state, 0, [])
     if checkpoints is None:
-        yield None, job.state, 0
+        yield first, None
         return
     with checkpoint.open_checkpoints(checkpoints, keep) as store:
         found = multihost.run_on_all(checkpoint.restore_latest, store, job.state)
-        state, done = found or (job.state, 0)
-        yield store, state, done
+        yield found or first, store
+
+
+def check_rows(job: Job, found: Found) -> None:
+    """Checks that every run has the rows that it had when its state was saved.
+
+    Raises:
+      UserError: rows are missing or others.
+    """
+    folders = [folder for folder in job.folders if folder is not None]
+    digests = found.rows or [None] * len(folders)
+    for folder, digest in zip(folders, digests, strict=True):
+        check_metrics(folder, found.step, digest)
 
 
 def run_stages(
@@ -291,12 +322,12 @@ def restore_frozen(job: Job, checkpoints: Path, done: int) -> tuple[PyTree, PyTr
     with open_frozen(job, checkpoints) as store:
         restore = checkpoint.restore_latest
         found = multihost.run_on_all(restore, store, own, max(past))
-    if found is None or found[1] < max(past):
+    if found is None or found.step < max(past):
         raise UserError(
             f"{checkpoints / folder} is missing, which the checkpoints beside it need; "
             f"remove {checkpoints} to start again from round 0"
         )
-    frozen = federation.frozen | found[0]
+    frozen = federation.frozen | found.state
     return federation.replace(frozen=frozen), hyper
 
 
@@ -347,12 +378,24 @@ def open_trace(
 
 
 def save(
-    store: CheckpointManager, done: int, state: SimState, runs: int
+    store: CheckpointManager,
+    done: int,
+    state: SimState,
+    folders: Sequence[Path | None],
 ) -> dict[str, float]:
-    """Starts saving the state; the seconds that it took, a run's share."""
-    start = time.monotonic()
-    checkpoint.save(store, done, state)
-    return {"save_seconds": (time.monotonic() - start) / runs}
+    """Starts saving the state; the seconds that it took, a run's share.
+
+    Args:
+      store: the checkpoints.
+      done: rounds done.
+      state: of all runs.
+      folders: of the runs.
+    """
+    start, rows = time.monotonic(), []
+    if multihost.is_leader():
+        rows = [sync_metrics(folder) for folder in folders if folder is not None]
+    checkpoint.save(store, done, state, rows)
+    return {"save_seconds": (time.monotonic() - start) / len(folders)}
 
 
 def compile_programs(

@@ -1,7 +1,8 @@
 """Runs that advance together as one program, from their plans to finished folders."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import scan_rounds
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.runtime.files import write_json
+from fedmoe_jax.runtime.files import seal, write_arrays, write_json
 from fedmoe_jax.runtime.origin import find_origin
 from fedmoe_jax.runtime.sharding import RUNS, map_runs, place, spread
 from fedmoe_jax.state import init_state, run_stage
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.train.loop import Job, Programs, compile_once, drive, ignore_row
 from fedmoe_jax.train.plan import Member, Plan, Wave, load_data, plan_waves
-from fedmoe_jax.train.workdir import claim_run, is_finished
+from fedmoe_jax.train.workdir import SEALED, is_finished, own_run
 from fedmoe_jax.types import (
     PER_RUN,
     AlignState,
@@ -84,20 +85,23 @@ def train(
     )
 
 
-def claim_runs(plans: list[Plan], folders: list[Path]) -> None:
-    """Claims the folder of every run; all processes wait until the leader has.
+@contextlib.contextmanager
+def claim_runs(plans: list[Plan], folders: list[Path]) -> Iterator[None]:
+    """Owns the folder of every run; all processes wait until the leader does.
 
     Raises:
-      UserError: see `claim_run`; or the processes have different data.
+      UserError: see `own_run`; or the processes have different data.
     """
     what = "the data and their partition"
     multihost.check_equal(what, (plans[0].data, [plan.partition for plan in plans]))
+    with contextlib.ExitStack() as owned:
 
-    def claim() -> None:
-        for plan, folder in zip(plans, folders, strict=True):
-            claim_run(folder, plan.config, plan.partition)
+        def own() -> None:
+            for plan, folder in zip(plans, folders, strict=True):
+                owned.enter_context(own_run(folder, plan.config, plan.partition))
 
-    multihost.on_leader(claim)
+        multihost.on_leader(own)
+        yield
 
 
 def run_wave(
@@ -119,7 +123,19 @@ def run_wave(
       profile: see `drive`.
       on_row: see `Job.on_row`.
     """
-    claim_runs(wave.plans, folders)
+    with claim_runs(wave.plans, folders):
+        return drive_wave(wave, folders, checkpoints, stop, profile, on_row)
+
+
+def drive_wave(
+    wave: Wave,
+    folders: list[Path],
+    checkpoints: Path,
+    stop: Callable[[], bool],
+    profile: Path | None,
+    on_row: Callable[[Row], None],
+) -> bool:
+    """As `run_wave`, in folders that are owned."""
     config, origin = wave.plans[0].config, find_origin()
     job = build_job(wave, folders)._replace(on_row=on_row)
     end = drive(config, job, checkpoints, stop=stop, profile=profile)
@@ -231,7 +247,7 @@ def finish(
     spent: Row,
     origin: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes `summary.json` and `final.npz` of a finished run; returns the summary."""
+    """Writes and seals the files of a finished run; returns its summary."""
     save_arrays(workdir / "final.npz", plan, *state, results["specialisation"])
     config, rows = plan.config, read_metrics(workdir / "metrics.jsonl")
     strategy = find_strategy(config.strategy)
@@ -247,6 +263,7 @@ def finish(
         "measures": pack_measures(MEASURES),
     }
     write_json(workdir / "summary.json", summary)
+    seal(workdir, SEALED)
     return summary
 
 
@@ -264,9 +281,9 @@ def save_arrays(
     specialisation: np.ndarray,
 ) -> None:
     """Writes `final.npz`, the arrays that the report draws."""
-    part, num_layers = path.with_suffix(".part.npz"), len(specialisation)
-    np.savez(
-        part,
+    num_layers = len(specialisation)
+    write_arrays(
+        path,
         fitness=drop_single(align.fitness),
         times_held=drop_single(align.times_held),
         capacity=np.minimum(participation.capacity, plan.program.sizes.max_capacity),
@@ -282,4 +299,3 @@ def save_arrays(
         specialisation=specialisation[0] if num_layers == 1 else specialisation,
         label_names=np.array(plan.data.stratum_names),
     )
-    part.replace(path)

@@ -1,7 +1,9 @@
 """Work folders: each holds one run or comparison, and goes on with that one."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,24 @@ from ml_collections import ConfigDict
 from fedmoe_jax.config import FREE_FIELDS, list_options
 from fedmoe_jax.data.partition import load_partition, save_partition
 from fedmoe_jax.options import UserError
-from fedmoe_jax.runtime.files import flatten, read_json, write_atomically, write_json
+from fedmoe_jax.runtime.files import (
+    SEALS,
+    find_broken,
+    flatten,
+    read_json,
+    write_atomically,
+    write_json,
+)
+from fedmoe_jax.runtime.lock import LOCK, lock
 from fedmoe_jax.tables import list_defaults, list_plugins
 from fedmoe_jax.train import checkpoint
+from fedmoe_jax.train.writers import METRICS
 from fedmoe_jax.types import Partition
 
 # Fields that a comparison lacks: its members have them.
 PER_MEMBER = {"strategy", "seed"}
+# Files of a finished run, which do not change any more.
+SEALED = (METRICS, "final.npz", "summary.json")
 
 
 def resolve_folder(name: str, folder: str | Path) -> Path:
@@ -41,34 +54,64 @@ def resolve_folder(name: str, folder: str | Path) -> Path:
         raise UserError(f"{fault}; ~ has no home here") from None
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Makes the work folder this run's own, or checks that it already is.
+@contextlib.contextmanager
+def own_workdir(
+    workdir: Path, config: ConfigDict, *, shared: bool = False
+) -> Iterator[None]:
+    """Holds the work folder for the run or comparison that `config` describes.
+
+    Args:
+      workdir: created if absent.
+      config: is recorded in its `config.json`.
+      shared: whether other processes may have parts of the comparison.
+
+    Raises:
+      UserError: the folder cannot be written, is in use or holds another run.
+    """
+    with contextlib.ExitStack() as owned:
+        try:
+            check_workdir(workdir, config)
+            workdir.mkdir(parents=True, exist_ok=True)
+            owned.enter_context(lock(workdir, shared=shared))
+            check_workdir(workdir, config)  # nobody else changes it now
+            write_json(workdir / "config.json", config.to_dict())
+        except OSError as error:
+            raise UserError(
+                f"workdir={workdir} cannot be used ({error.strerror or error}); "
+                "allowed: a folder that can be written"
+            ) from None
+        yield
+
+
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Checks that a folder is new, or has what `config` describes.
 
     A run that ended before its first round has left nothing that is worth keeping.
 
     Raises:
-      UserError: the folder cannot be written or holds another run.
+      UserError: it holds another run.
     """
     recorded = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if recorded.exists() and has_begun(workdir):
-            check_same_run(read_json(recorded), config)
-        elif recorded.exists():
-            check_version(read_json(recorded), config)
-        elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
-            raise UserError(
-                f"workdir={workdir} holds a run without its config.json; "
-                "allowed: a new folder, or one with the run to resume"
-            )
-        if not os.access(workdir, os.W_OK):
-            raise PermissionError("not writable")
-        write_json(recorded, config.to_dict())
-    except OSError as error:
+    if recorded.exists() and has_begun(workdir):
+        check_same_run(read_json(recorded), config)
+    elif recorded.exists():
+        check_version(read_json(recorded), config)
+    elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
         raise UserError(
-            f"workdir={workdir} cannot be used ({error.strerror or error}); "
-            "allowed: a folder that can be written"
-        ) from None
+            f"workdir={workdir} holds a run without its config.json; "
+            "allowed: a new folder, or one with the run to resume"
+        )
+
+
+def check_free(workdir: Path) -> None:
+    """Checks that no other process has the work folder, before anything is planned.
+
+    Raises:
+      UserError: one has.
+    """
+    if (workdir / LOCK).exists():
+        with contextlib.suppress(OSError), lock(workdir, shared=True):
+            pass
 
 
 def check_version(saved: dict[str, Any], config: ConfigDict) -> None:
@@ -173,20 +216,28 @@ def keep_devices(path: Path, csv: str, begun: bool) -> None:
         )
 
 
-def claim_run(workdir: Path, config: ConfigDict, partition: Partition) -> None:
-    """Makes the work folder this run's own, with its config, partition and devices.
+@contextlib.contextmanager
+def own_run(workdir: Path, config: ConfigDict, partition: Partition) -> Iterator[None]:
+    """Holds a run's folder, with its config, partition and devices.
 
     The run is going to be driven, so a summary that is there holds no longer.
 
     Raises:
-      UserError: the folder cannot be written or holds another run.
+      UserError: the folder cannot be written, is in use or holds another run.
     """
+    with own_workdir(workdir, config):
+        keep_run(workdir, config, partition)
+        yield
+
+
+def keep_run(workdir: Path, config: ConfigDict, partition: Partition) -> None:
+    """Keeps what a run is started with in its folder, see `own_run`."""
     begun = has_begun(workdir)
-    claim_workdir(workdir, config)
     keep_partition(workdir / "partition.npz", partition, begun)
     if config.devices.csv:
         keep_devices(workdir / "devices.csv", config.devices.csv, begun)
-    (workdir / "summary.json").unlink(missing_ok=True)
+    for name in (SEALS, "summary.json"):
+        (workdir / name).unlink(missing_ok=True)
 
 
 def is_finished(workdir: Path, config: ConfigDict) -> bool:
@@ -198,4 +249,25 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
     if not (workdir / "summary.json").exists():
         return False
     check_same_run(read_json(workdir / "config.json"), config)
+    if not is_whole(workdir):
+        return False
     return read_json(workdir / "summary.json")["num_rounds"] >= config.num_rounds
+
+
+def is_whole(workdir: Path) -> bool:
+    """Whether the files of a finished run are as it wrote them.
+
+    Raises:
+      UserError: its rows are not, which nothing can make again.
+    """
+    try:
+        broken = find_broken(workdir)
+        summary = read_json(workdir / "summary.json")
+    except UserError:
+        return False
+    if broken and METRICS in broken:
+        raise UserError(
+            f"{workdir / METRICS} is not as the run has written it; allowed: that file "
+            f"restored, or {workdir} removed to run again"
+        )
+    return not broken and isinstance(summary.get("num_rounds"), int)

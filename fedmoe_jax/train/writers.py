@@ -4,21 +4,25 @@ A row is a flat dict with the key `round`, the number of rounds done (the first 
 1). Rows of evaluation rounds also carry `global_accuracy` and `personal_accuracy`.
 """
 
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
 
 from fedmoe_jax.measures import MEASURES, running_fields
+from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.files import plain, write_atomically
+from fedmoe_jax.train.board import open_board
+
+METRICS = "metrics.jsonl"
 
 
 def truncate_metrics(path: Path, last_round: int) -> None:
@@ -32,6 +36,40 @@ def truncate_metrics(path: Path, last_round: int) -> None:
         write_atomically(path, "".join(_line(row) for row in rows))
 
 
+def sync_metrics(folder: Path) -> str:
+    """Sees to it that a run's rows outlast a power failure; returns their sha256."""
+    with (folder / METRICS).open("rb+") as file:
+        os.fsync(file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_metrics(folder: Path, done: int, sha256: str | None) -> None:
+    """Checks that a run has every row up to a checkpoint, as it was written.
+
+    Args:
+      folder: of the run.
+      done: rounds done at the checkpoint.
+      sha256: of the rows then; None where it is unknown.
+
+    Raises:
+      UserError: rows are missing or others.
+    """
+    path = folder / METRICS
+    rows = [row for row in read_metrics(path) if row["round"] <= done]
+    missing = set(range(1, done + 1)) - {row["round"] for row in rows}
+    text = "".join(map(_line, rows)).encode()
+    fault = ""
+    if missing:
+        fault = f"lacks round {min(missing)}"
+    elif sha256 and hashlib.sha256(text).hexdigest() != sha256:
+        fault = f"has other rows up to round {done} than were written"
+    if fault:
+        raise UserError(
+            f"{path} {fault}, which checkpoints do not hold; allowed: the file as the "
+            "run has written it, or another workdir"
+        )
+
+
 @contextmanager
 def open_metrics(
     folder: Path | None, *, done: int, tensorboard: bool
@@ -40,8 +78,8 @@ def open_metrics(
 
     It returns the row as the file has it.
 
-    A row is on disk when `write` returns. TensorBoard gets finite scalars under their
-    key and vectors as `key/0`, `key/1`, ...; arrays of more axes are only in the JSON.
+    A row is on disk when `write` returns. TensorBoard's events are a convenience, see
+    `board`.
 
     The row also gets the sums so far of the measures that are `running`.
 
@@ -54,23 +92,28 @@ def open_metrics(
         sums = dict.fromkeys(running_fields(MEASURES), 0.0)
         yield lambda row: plain(row | add_costs(sums, row))
         return
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder) / METRICS
     truncate_metrics(path, done)
     last = (read_metrics(path) or [{}])[-1]
     totals = {key: last.get(f"total_{key}", 0.0) for key in running_fields(MEASURES)}
     with ExitStack() as stack:
         file = stack.enter_context(path.open("a", encoding="utf-8"))
-        board = stack.enter_context(_board(folder, done)) if tensorboard else None
+        show = ignore
+        if tensorboard:
+            show = stack.enter_context(open_board(Path(folder), done))
 
         def write(row: Row) -> Row:
             row = row | add_costs(totals, row)
             file.write(_line(row))
             file.flush()
-            if board is not None:
-                _write_events(board, row)
+            show(row)
             return plain(row)
 
         yield write
+
+
+def ignore(row: Row) -> None:
+    """In place of TensorBoard's events."""
 
 
 def add_costs(totals: dict[str, float], row: Row) -> Row:
@@ -85,25 +128,6 @@ def add_costs(totals: dict[str, float], row: Row) -> Row:
 
 def _line(row: Row) -> str:
     return json.dumps(plain(row), allow_nan=False) + "\n"
-
-
-def _board(folder: Path, done: int) -> SummaryWriter:
-    # The suffix keeps apart the files of two processes that start in one second.
-    return SummaryWriter(
-        str(folder), purge_step=done + 1, flush_secs=10, filename_suffix=f".{done}"
-    )
-
-
-def _write_events(board: SummaryWriter, row: Row) -> None:
-    for key, value in row.items():
-        values = np.asarray(value)
-        if key == "round" or values.dtype.kind not in "biuf" or values.ndim > 1:
-            continue
-        for index, number in np.ndenumerate(values):
-            if np.isfinite(number):
-                board.add_scalar(
-                    "/".join([key, *map(str, index)]), number, row["round"]
-                )
 
 
 @contextmanager

@@ -217,7 +217,7 @@ def test_a_saved_state_goes_on_alike_in_the_same_program(strategy, gate_mode, tm
     with checkpoint.open_checkpoints(tmp_path, 1) as store:
         checkpoint.save(store, R, trial.state)
     with checkpoint.open_checkpoints(tmp_path, 1) as store:
-        restored, _ = checkpoint.restore_latest(store, trial.parts.state)
+        restored, _ = checkpoint.restore_latest(store, trial.parts.state)[:2]
     federation, mesh = trial.parts.federation, trial.parts.program.mesh
     found = trial.run(replicate(restored, mesh), federation)
     assert_same(found, trial.run(replicate(trial.state, mesh), federation))

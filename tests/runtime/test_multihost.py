@@ -193,7 +193,12 @@ def test_there_is_one_set_of_outputs(interrupted):
     events = [name for name in names if name.startswith("events.out.tfevents")]
     assert len(events) == len(results)  # one a start
     files = {"config.json", "partition.npz", "metrics.jsonl", "final.npz"}
-    assert set(names) - set(events) == files | {"summary.json", "checkpoints"}
+    assert set(names) - set(events) == files | {
+        "summary.json",
+        "sha256.json",
+        "checkpoints",
+        "lock",
+    }
     assert results["finished"][1][0].count("report: ") == 1
 
 

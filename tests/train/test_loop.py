@@ -145,7 +145,7 @@ def staged_config(monkeypatch, when, **changes):
 def newest(config, folder):
     """The newest state on disk, its round, and how far its stem was shifted."""
     job = restart(config)
-    state, done = checkpoint.read_latest(folder / "checkpoints", job.state)
+    state, done = checkpoint.read_latest(folder / "checkpoints", job.state)[:2]
     inputs = restore_frozen(job, folder / "checkpoints", done)
     kernel = lambda inputs: inputs[0].frozen["stem"]["Dense_0"]["kernel"]
     return state, done, float((kernel(inputs) - kernel(job.inputs)).mean())

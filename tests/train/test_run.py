@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from factories import SMALL, never, restart, rows_of, run_alone, stop_at
@@ -64,7 +65,7 @@ def run(folder, stop=never, **changes):
 def state_of(folder, **changes):
     """The newest state on disk, as NumPy arrays with an axis S, and its round."""
     like = restart(tiny_config(**changes)).state
-    state, done = checkpoint.read_latest(folder / "checkpoints", like)
+    state, done = checkpoint.read_latest(folder / "checkpoints", like)[:2]
     state = state.replace(key=jax.random.key_data(state.key))
     return jax.device_get(state), done
 
@@ -116,7 +117,8 @@ def test_train_writes_the_files_that_are_promised(finished):
     assert recorded == json.loads(json.dumps(tiny_config().to_dict()))
     names = {path.name for path in finished.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
-    files = {"config.json", "metrics.jsonl", "summary.json", "checkpoints"}
+    files = {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "lock"}
+    files |= {"sha256.json"}
     assert names - events == files | {"partition.npz", "final.npz"}
     assert len(events) == 1
     steps = {path.name for path in (finished / "checkpoints").iterdir()}
@@ -244,12 +246,20 @@ def test_build_job_needs_no_more_scratch_memory_for_a_larger_cohort():
 
 
 def test_train_compiles_its_two_programs_once(tmp_path):
-    before = len(loop._compiled)
     changes = {"batch_size": 3, "num_rounds": 4}  # sizes of no other test
-    assert run(tmp_path / "a", **changes)
-    assert len(loop._compiled) == before + 2
-    assert run(tmp_path / "b", **changes, seed=1)
-    assert len(loop._compiled) == before + 2
+    compiled = []
+    for folder, seed in (("a", 0), ("b", 1)):
+        assert run(tmp_path / folder, **changes, seed=seed)
+        compiled.append(dict([*loop._compiled.items()][-2:]))
+    assert compiled[0] == compiled[1]
+
+
+def test_compile_once_keeps_few_programs():
+    jitted = [jax.jit(lambda x, n=n: x + n) for n in range(2 * loop.PROGRAMS_KEPT)]
+    for function in jitted:
+        (program,), _ = loop.compile_once([function], jnp.ones(3))
+    assert len(loop._compiled) == loop.PROGRAMS_KEPT
+    assert loop.compile_once([jitted[-1]], jnp.ones(3))[0] == [program]
 
 
 def test_train_continues_the_same_run_for_more_rounds(finished, six_rounds, tmp_path):
@@ -277,6 +287,7 @@ def test_train_writes_rows_of_lost_rounds_once(finished, six_rounds, tmp_path):
     """A run killed between two saves has rows of rounds that it will do again."""
     folder = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "4")
+    (folder / "summary.json").unlink()  # as the run did when it went on
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"round": 5, "train_loss": 1')
     assert run(folder, num_rounds=6)
@@ -361,3 +372,73 @@ def test_train_goes_on_when_clients_diverge_and_says_so(tmp_path):
     assert read_summary(tmp_path)["nonfinite_clients"] == 2 * C
     state, _ = state_of(tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def damage_row(text):
+    lines = text.splitlines(keepends=True)
+    return "".join([*lines[:1], *lines[2:]])
+
+
+def damage_digit(text):
+    return text.replace('"train_loss": 2', '"train_loss": 3', 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [(damage_row, "lacks round 2"), (damage_digit, "has other rows up to round 4")],
+)
+def test_train_refuses_rows_that_are_not_those_it_wrote(
+    finished, tmp_path, damage, told
+):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = folder / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(damage(whole))
+    with pytest.raises(UserError, match="is not as the run has written it; allowed"):
+        run(folder)
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError, match=f"{told}.*; allowed: the file as the run"):
+        run(folder)
+    path.write_text(whole)
+    assert run(folder)
+    assert_same_run(folder, finished)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("name", ["final.npz", "summary.json"])
+@pytest.mark.parametrize(
+    "damage", [cut, lambda path: path.write_text("{}"), lambda path: path.unlink()]
+)
+def test_train_makes_damaged_results_again(finished, tmp_path, name, damage):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    damage(folder / name)
+    assert run(folder)
+    assert_same_run(folder, finished)
+    keys = {"final_global_accuracy", "num_rounds", "total_bytes_up"}
+    one, other = read_summary(folder), read_summary(finished)
+    assert {key: one[key] for key in keys} == {key: other[key] for key in keys}
+
+
+def test_train_passes_over_a_checkpoint_under_another_number(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "4")
+    shutil.copytree(folder / "checkpoints" / "2", folder / "checkpoints" / "4")
+    assert run(folder)
+    assert_same_run(folder, finished)
+
+
+def test_train_goes_on_under_the_settings_it_was_started_with(
+    finished, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "summary.json").unlink()
+    with jax.threefry_partitionable(False):
+        told = "jax_threefry_partitionable=False is not allowed.*computed with True"
+        with pytest.raises(UserError, match=told):
+            run(folder)
+    assert run(folder)
+    assert_same_run(folder, finished)

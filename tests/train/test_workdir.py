@@ -8,11 +8,16 @@ from fedmoe_jax.configs import default
 from fedmoe_jax.options import UserError
 from fedmoe_jax.train.workdir import (
     check_plugins,
-    claim_workdir,
     has_begun,
     keep_devices,
+    own_workdir,
     resolve_folder,
 )
+
+
+def claim_workdir(workdir, config):
+    with own_workdir(workdir, config):
+        pass
 
 
 def test_resolve_folder_expands_the_home(monkeypatch, tmp_path):
@@ -34,7 +39,7 @@ def test_keep_devices_refuses_a_file_that_has_changed_since_the_start(tmp_path):
     assert kept.read_text() == mine.read_text()
 
 
-def test_claim_workdir_takes_over_a_run_without_a_round(tmp_path):
+def test_own_workdir_takes_over_a_run_without_a_round(tmp_path):
     config = default.get_config("smoke")
     claim_workdir(tmp_path, config)
     (tmp_path / "metrics.jsonl").touch()
@@ -51,7 +56,7 @@ def test_claim_workdir_takes_over_a_run_without_a_round(tmp_path):
         claim_workdir(tmp_path, config)
 
 
-def test_claim_workdir_keeps_a_comparison_of_which_one_run_has_a_round(tmp_path):
+def test_own_workdir_keeps_a_comparison_of_which_one_run_has_a_round(tmp_path):
     config = default.get_config("smoke")
     claim_workdir(tmp_path, config)
     (tmp_path / "runs" / "greedy-seed0").mkdir(parents=True)

@@ -1,0 +1,56 @@
+"""The wish to stop: signals that ask a run to save and end, noticed at any moment."""
+
+import os
+import signal
+import threading
+
+ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+NOTICE = (
+    b"stopping once the current rounds, or what compiles, are done; "
+    b"again to stop at once\n"
+)
+
+
+class Stop:
+    """False until somebody wishes to stop."""
+
+    def __init__(self) -> None:
+        self.wished = False
+
+    def wish(self) -> None:
+        """Asks to save and end after the current rounds."""
+        self.wished = True
+
+    def __call__(self) -> bool:
+        return self.wished
+
+
+def listen(stop: Stop) -> None:
+    """Makes the first ending signal a wish to stop, and the second an end at once.
+
+    A thread hears them: Python's own handlers wait while XLA compiles or computes.
+    Signals that the process was started to ignore, SIGHUP under `nohup` say, stay so.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for name in ENDINGS:
+        number = getattr(signal, name)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
+    threading.Thread(target=_hear, args=(heard, stop), daemon=True).start()
+
+
+def _hear(heard: int, stop: Stop) -> None:
+    endings = {getattr(signal, name) for name in ENDINGS}
+    while True:
+        number = os.read(heard, 1)[0]
+        if number not in endings:  # a handler of another module
+            continue
+        if stop.wished:
+            os._exit(128 + number)
+        stop.wish()
+        try:
+            os.write(1, NOTICE)
+        except OSError:  # the terminal is gone
+            pass

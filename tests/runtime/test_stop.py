@@ -1,0 +1,47 @@
+"""Signals that end a process are a wish to stop, heard at any moment."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fedmoe_jax.runtime.stop import ENDINGS
+
+# Computes in C, as XLA does while it compiles: Python runs no handler meanwhile.
+BUSY = """
+import hashlib, sys
+from fedmoe_jax.runtime.stop import Stop, listen
+stop = Stop()
+listen(stop)
+print("busy", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))
+print("wished", stop(), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def begin(work, *before):
+    command, pipe = [*before, sys.executable, "-c", BUSY, work], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as busy:
+        assert busy.stdout.readline() == "busy\n"
+        yield busy
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_signal_is_told_at_once_and_a_second_ends_the_process(name):
+    number = getattr(signal, name)
+    with begin("1000000000") as busy:
+        busy.send_signal(number)
+        told = busy.stdout.readline()
+        assert told.startswith("stopping once the current rounds, or what compiles")
+        busy.send_signal(number)
+        assert busy.wait(60) == 128 + number
+
+
+def test_an_ignored_signal_stays_ignored():
+    with begin("300000", "nohup") as busy:
+        os.kill(busy.pid, signal.SIGHUP)
+        assert busy.stdout.read() == "wished False\n"
