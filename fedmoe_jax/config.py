@@ -217,7 +217,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "fitness.noise",
         SHARE,
-        "half the width of the initial scores' noise",
+        "half the width of the initial scores' noise; 0: experts are drawn at first",
         TRACED,
     ),
     Option(
