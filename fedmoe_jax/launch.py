@@ -110,6 +110,21 @@ def is_config(word: str) -> bool:
     return re.fullmatch(r"--?config(=.*)?", word) is not None
 
 
+def explain(error: Exception) -> str:
+    """A mistake in the flags on one line, with the values of a config field."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    fault = lines[-1].removeprefix("ValueError: ")  # as config files raise it
+    field = re.match(r"flag --config\.([\w.]+)=(.*?): ", fault)
+    if field:
+        from fedmoe_jax.config import describe_field
+        from fedmoe_jax.options import show
+
+        name, text = field.groups()
+        allowed = describe_field(name) or "as in the config's file"
+        return f"{name}={show(text)} is not allowed; allowed: {allowed}"
+    return f"{fault}; see --help"
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses absl flags; a mistake ends the program with one line and code 2."""
     try:
@@ -125,16 +140,19 @@ def parse_flags(argv: list[str]) -> list[str]:
         given = any(map(is_config, sys.argv))
         default = [] if given else [f"--config={DEFAULT_CONFIG}"]
         rest = flags.FLAGS([sys.argv[0], *default, *sys.argv[1:]])
-        _CONFIG.value.to_dict()  # a config that could not be loaded fails here
+        if not hasattr(_CONFIG.value, "to_dict"):  # raises if it could not be loaded
+            kind = type(_CONFIG.value).__name__
+            sys.exit(refuse(f"get_config returns a {kind}; allowed: a ConfigDict"))
         return rest
-    except AttributeError as error:  # how ml_collections tells an unknown field
+    except (AttributeError, KeyError) as error:  # of ml_collections, an unknown field
         text = str(getattr(error.args[0], "args", error.args)[0])
         text = text.strip().replace("\n", "; ")
-        sys.exit(refuse(f"unknown config field {text}; --help lists all fields"))
+        if "get_config" in text:
+            sys.exit(refuse(f"the config's {text}; allowed: a file with get_config"))
+        allowed = "allowed: the fields that --help lists"
+        sys.exit(refuse(f"unknown config field {text}; {allowed}"))
     except (OSError, flags.Error) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        fault = lines[-1].removeprefix("ValueError: ")  # as config files raise it
-        sys.exit(refuse(f"{fault}; see --help"))
+        sys.exit(refuse(explain(error)))
 
 
 class Stop:
@@ -246,7 +264,8 @@ def main(argv: list[str], stop: Stop) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
     command = name_command()
     from fedmoe_jax.runtime import multihost
-    from fedmoe_jax.train.workdir import check_plugins, resolve_folder
+    from fedmoe_jax.runtime.folders import resolve_folder
+    from fedmoe_jax.train.workdir import check_plugins
 
     config, profile = _CONFIG.value, _PROFILE.value
     try:
