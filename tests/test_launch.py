@@ -76,8 +76,31 @@ DIGITS = f"--config={CONFIGS / 'compare.py'}:digits,smoke"
 BAD = {
     "unknown field": (["--config.num_expert=3"], "'num_expert'"),
     "unknown nested field": (["--config.fitness.idel=keep"], "'idel'"),
-    "wrong type": (["--config.num_experts=many"], "config.num_experts"),
-    "float for int": (["--config.num_rounds=2.5"], "config.num_rounds"),
+    "wrong type": (
+        ["--config.num_experts=many"],
+        "num_experts='many' is not allowed; allowed: whole",
+    ),
+    "float for int": (
+        ["--config.num_rounds=2.5"],
+        "num_rounds='2.5' .* allowed: whole numbers >= 1",
+    ),
+    "float for clients": (["--config.num_clients=20.5"], "allowed: whole numbers >= 1"),
+    "float for batch": (["--config.batch_size=32.0"], "batch_size='32.0' is not .*"),
+    "beyond int32": (
+        ["--config.seed=99999999999999999999"],
+        r"seed=9+ is not allowed; allowed: whole numbers \[0, 2147483647\]",
+    ),
+    "thousands of digits": (
+        [f"--config.seed={'9' * 6000}"],
+        r"seed='9+\.\.\. is not allowed; allowed: whole numbers",
+    ),
+    "no number": (["--config.num_clients=None"], "num_clients='None' .* whole numbers"),
+    "a list": (["--config.num_clients=[1]"], r"num_clients='\[1\]' .* whole numbers"),
+    "truth for number": (["--config.client.prox=True"], "prox='True' .* numbers >= 0"),
+    "number for truth": (["--config.run.tensorboard=7"], "'7' .* allowed: True, False"),
+    "group": (["--config.usage=3"], "usage='3' is not allowed; allowed: usage.decay"),
+    "kinds of device": (["--config.devices.tiers=(1,)"], "allowed: tuples such as"),
+    "no comparison": (["--config.compare.seeds=3"], "'compare'; allowed: the fields"),
     "slots": (["--config.max_held=9"], "max_held=9 .* num_experts=8"),
     "cohort": (["--config.cohort_size=21"], "cohort_size=21 .* num_clients=20"),
     "no cohort": (["--config.cohort_size=0"], "cohort_size=0 .* >= 1"),
@@ -106,6 +129,12 @@ BAD = {
     "plug-ins in the config": (["--config.plugins=('mine',)"], "has --plugins=mine"),
     "change": ([DIGITS, "--config.compare.changes=('lr=3',)"], "has 'lr=3'"),
     "seeds": ([DIGITS, "--config.compare.seeds=('a',)"], "compare.seeds"),
+    "seed twice": ([DIGITS, "--config.compare.seeds=(1,1)"], "compare.seeds=.* twice"),
+    "change twice": ([DIGITS, "--config.compare.changes=('','')"], "none twice"),
+    "same run": (
+        [DIGITS, "--config.compare.changes=('','fitness.rate=0.3')"],
+        "which are the same run",
+    ),
     "no seeds": ([DIGITS, "--config.compare.seeds=()"], "compare.seeds"),
     "member": ([DIGITS, "--config.partition.min_size=999"], "partition.min_size=999"),
     "no folder": ([*TINY, "--workdir="], "workdir='' is not allowed"),
@@ -141,6 +170,36 @@ def test_a_mistake_is_one_line_and_code_2(command, tmp_path, case):
     assert len(err.splitlines()) == 1 and err.startswith("error: ")
     assert re.search(told, err), err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "def get_config(): return {'seed': 1}",
+            "returns a dict; allowed: a ConfigDict",
+        ),
+        ("def get_config(): return None", "returns a NoneType; allowed: a ConfigDict"),
+        ("config = {}", "allowed: a file with get_config"),
+        (
+            "from fedmoe_jax.configs import default\n"
+            "def get_config():\n"
+            "    config = default.get_config()\n"
+            "    with config.ignore_type():\n"
+            "        config.batch_size = 32.0\n"
+            "    return config",
+            "batch_size=32.0 is not allowed; allowed: whole numbers >= 1",
+        ),
+    ],
+)
+def test_a_config_file_returns_a_config(command, tmp_path, monkeypatch, text, told):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    (tmp_path / "mine.py").write_text(text)
+    code, out, err = command(f"--config={tmp_path / 'mine.py'}")
+    last = err.splitlines()[-1]
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert last.startswith("error: ") and told in last, err
+    assert not (tmp_path / "new").exists()
 
 
 def start(cache, *words):
