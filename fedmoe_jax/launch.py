@@ -16,12 +16,14 @@ import functools
 import gc
 import os
 import re
+import runpy
 import shlex
 import signal
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -30,9 +32,48 @@ from fedmoe_jax.options import UserError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
 
+
+def split_config(text: str) -> tuple[str, ...]:
+    """`FILE` or `FILE:ARGUMENT` in its parts; a file that is there may have colons."""
+    places = [at for at, letter in enumerate(text) if letter == ":"]
+    if Path(text).is_file() or not places:
+        return (text,)
+    files = (at for at in reversed(places) if Path(text[:at]).is_file())
+    at = next(files, places[0])
+    return text[:at], text[at + 1 :]
+
+
+class ConfigFile(flags.ArgumentParser):
+    """Loads a config's file; ml_collections' own parser takes no colon in its path."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        """The locked config of `FILE[:ARGUMENT]`.
+
+        Raises:
+          OSError: there is no such file.
+          UserError: it has no `get_config`, or that refuses the argument with a
+            ValueError or returns something else.
+        """
+        file, *words = split_config(argument)
+        names: dict[str, Any] = runpy.run_path(file, run_name="config_config")
+        if "get_config" not in names:
+            raise UserError(f"config={file} has no get_config; allowed: one that has")
+        try:
+            config = names["get_config"](*words)
+        except ValueError as error:
+            raise UserError(" ".join(str(error).split())) from None
+        if not isinstance(config, ConfigDict):
+            raise UserError(
+                f"config={file} returns a {type(config).__name__} from get_config; "
+                "allowed: a ConfigDict"
+            )
+        return config.lock()
+
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an argument after a colon."
 )
+flags.FLAGS["config"].parser = ConfigFile()
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where several run together."
 )
@@ -113,8 +154,7 @@ def is_config(word: str) -> bool:
 def explain(error: Exception) -> str:
     """A mistake in the flags on one line, with the values of a config field."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    fault = lines[-1].removeprefix("ValueError: ")  # as config files raise it
-    field = re.match(r"flag --config\.([\w.]+)=(.*?): ", fault)
+    field = re.match(r"flag --config\.([\w.]+)=(.*?): ", lines[-1])
     if field:
         from fedmoe_jax.config import describe_field
         from fedmoe_jax.options import show
@@ -122,7 +162,7 @@ def explain(error: Exception) -> str:
         name, text = field.groups()
         allowed = describe_field(name) or "as in the config's file"
         return f"{name}={show(text)} is not allowed; allowed: {allowed}"
-    return f"{fault}; see --help"
+    return f"{lines[-1]}; see --help"
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -139,16 +179,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.argv = put_config_first(argv)  # where ml_collections finds its fields
         given = any(map(is_config, sys.argv))
         default = [] if given else [f"--config={DEFAULT_CONFIG}"]
-        rest = flags.FLAGS([sys.argv[0], *default, *sys.argv[1:]])
-        if not hasattr(_CONFIG.value, "to_dict"):  # raises if it could not be loaded
-            kind = type(_CONFIG.value).__name__
-            sys.exit(refuse(f"get_config returns a {kind}; allowed: a ConfigDict"))
-        return rest
+        return flags.FLAGS([sys.argv[0], *default, *sys.argv[1:]])
+    except UserError as error:
+        sys.exit(refuse(str(error)))
     except (AttributeError, KeyError) as error:  # of ml_collections, an unknown field
         text = str(getattr(error.args[0], "args", error.args)[0])
         text = text.strip().replace("\n", "; ")
-        if "get_config" in text:
-            sys.exit(refuse(f"the config's {text}; allowed: a file with get_config"))
         allowed = "allowed: the fields that --help lists"
         sys.exit(refuse(f"unknown config field {text}; {allowed}"))
     except (OSError, flags.Error) as error:

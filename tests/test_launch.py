@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from absl import flags
-from factories import SMALL, restart
+from factories import SMALL, find_importable, restart
 
 from configs import default
 from fedmoe_jax import launch
@@ -114,7 +114,7 @@ BAD = {
     "devices": (["--config.run.num_devices=9"], "run.num_devices=9 .* 0 .all. to 8"),
     "no file": (
         ["--config=configs/none.py"],
-        "No such file or directory: 'configs/none.py'",
+        "No such file or directory: '.*configs/none.py'",
     ),
     "argument": (
         [f"{SMOKE}y"],
@@ -177,10 +177,13 @@ def test_a_mistake_is_one_line_and_code_2(command, tmp_path, case):
     [
         (
             "def get_config(): return {'seed': 1}",
-            "returns a dict; allowed: a ConfigDict",
+            "returns a dict from get_config; allowed: a ConfigDict",
         ),
-        ("def get_config(): return None", "returns a NoneType; allowed: a ConfigDict"),
-        ("config = {}", "allowed: a file with get_config"),
+        (
+            "def get_config(): return None",
+            "returns a NoneType from get_config; allowed: a",
+        ),
+        ("config = {}", "has no get_config; allowed: one that has"),
         (
             "from fedmoe_jax.configs import default\n"
             "def get_config():\n"
@@ -192,20 +195,45 @@ def test_a_mistake_is_one_line_and_code_2(command, tmp_path, case):
         ),
     ],
 )
-def test_a_config_file_returns_a_config(command, tmp_path, monkeypatch, text, told):
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+def test_a_config_file_returns_a_config(command, tmp_path, text, told):
     (tmp_path / "mine.py").write_text(text)
     code, out, err = command(f"--config={tmp_path / 'mine.py'}")
-    last = err.splitlines()[-1]
-    assert code == 2 and out == "" and "Traceback" not in err
-    assert last.startswith("error: ") and told in last, err
+    assert code == 2 and out == "" and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and told in err, err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{}/a.py", ("{}/a.py",)),
+        ("{}/a.py:smoke", ("{}/a.py", "smoke")),
+        ("{}/a.py:x:y", ("{}/a.py", "x:y")),
+        ("{}/b:c/a.py", ("{}/b:c/a.py",)),
+        ("{}/b:c/a.py:smoke", ("{}/b:c/a.py", "smoke")),
+        ("{}/none.py:smoke", ("{}/none.py", "smoke")),
+    ],
+)
+def test_split_config_takes_colons_of_a_file_that_is_there(text, parts, tmp_path):
+    (tmp_path / "b:c").mkdir()
+    for file in ("a.py", "b:c/a.py"):
+        (tmp_path / file).touch()
+    found = launch.split_config(text.format(tmp_path))
+    assert found == tuple(part.format(tmp_path) for part in parts)
+
+
+def test_a_config_in_a_folder_with_a_colon_is_read(command, tmp_path):
+    file = tmp_path / "a:b" / "c d" / "mine.py"
+    file.parent.mkdir(parents=True)
+    file.write_text((CONFIGS / "default.py").read_text())
+    code, _, err = command(f"--config={file}:smoke", "--config.max_held=9")
+    assert code == 2 and err.startswith("error: max_held=9 is not allowed")
 
 
 def start(cache, *words):
     """Runs Python with the compiled programs of earlier calls at hand."""
     env = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": find_importable(),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
