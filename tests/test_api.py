@@ -224,6 +224,13 @@ fedmoe_jax.run(config)
 """
 
 
+@pytest.mark.parametrize("config", [{"seed": 1}, None, "configs/default.py"])
+def test_run_takes_a_config_alone(config):
+    told = f"config is a {type(config).__name__}; allowed: a ConfigDict"
+    with pytest.raises(UserError, match=told):
+        run(config)
+
+
 def test_run_writes_nothing_and_takes_jax_as_it_is(tmp_path):
     """Neither importing the package nor reading the defaults imports JAX."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA", "XDG"))}
