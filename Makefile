@@ -1,6 +1,8 @@
 # Needs Python 3.11 or newer, pip and make; everything else goes into VENV.
 PYTHON ?= python3
-VENV := .venv
+# Python puts no packages in a folder with a colon.
+VENV := $(if $(findstring :,$(CURDIR)),$(HOME)/.cache/fedmoe_jax/venv-$(shell \
+  pwd | cksum | cut -d' ' -f1),.venv)
 
 # What VENV already holds stays in use; otherwise cuda12 where a GPU answers.
 INSTALLED := $(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/installed-*))

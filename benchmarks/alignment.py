@@ -187,6 +187,7 @@ def seconds_per_pick() -> float:
         "load": host["load"],
         "capacity": host["capacity"],
         "order": np.arange(count, dtype=np.int32),
+        "lots": np.random.default_rng(0).random((count, num_experts), np.float32),
     }
     program, args = jax.jit(solve), jax.device_put(args)
     return measure({"pick": lambda: program(**args)})["pick"] / count

@@ -21,6 +21,7 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.files import read_json
+from fedmoe_jax.runtime.folders import resolve_folder
 from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.compare import list_members
@@ -28,12 +29,7 @@ from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
 from fedmoe_jax.train.plan import Member, Plan, Wave, plan_waves
 from fedmoe_jax.train.run import build_job, train
 from fedmoe_jax.train.sweep import name_wave
-from fedmoe_jax.train.workdir import (
-    check_free,
-    check_plugins,
-    check_version,
-    resolve_folder,
-)
+from fedmoe_jax.train.workdir import check_free, check_plugins, check_version
 from fedmoe_jax.types import PyTree, SimState
 
 BATCH = 500  # inputs that `predict` takes at once
@@ -88,6 +84,11 @@ def run(
       UserError: a mistake in the config, the data or the folder.
     """
     on_row = on_row or ignore_row
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config is a {type(config).__name__}; allowed: a ConfigDict, as "
+            "fedmoe_jax.configs.default.get_config() returns"
+        )
     config = ConfigDict(config.to_dict())
     if "compare" in config:
         raise UserError("compare is not allowed here; allowed: a config of one run")

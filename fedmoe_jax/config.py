@@ -5,6 +5,8 @@
 writes the page of all fields.
 """
 
+import functools
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from fedmoe_jax.models.image_parts import EXPERTS, STEMS
 from fedmoe_jax.options import (
     COUNT,
     HOST,
+    INT32,
     NON_NEGATIVE,
     POSITIVE,
     SHARE,
@@ -27,10 +30,15 @@ from fedmoe_jax.options import (
     Option,
     Range,
     UserError,
+    describe_kind,
+    fits_kind,
+    is_number,
+    is_whole,
+    show,
 )
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.tables import find_tables, list_plugins
+from fedmoe_jax.tables import find_tables, list_defaults, list_plugins
 from fedmoe_jax.world.devices import WIDEST
 
 # Fields that may change between the calls that run and resume one simulation.
@@ -217,7 +225,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "fitness.noise",
         SHARE,
-        "half the width of the initial scores' noise",
+        "half the width of the initial scores' noise; 0: experts are drawn at first",
         TRACED,
     ),
     Option(
@@ -421,7 +429,47 @@ def check(name: str, value: Any, allowed: Allowed, where: str = "") -> None:
     """Raises UserError unless `value` is allowed in the field `name`."""
     if value not in (allowed() if callable(allowed) else allowed):
         text = describe(allowed)
-        raise UserError(f"{name}={value!r} is not allowed{where}; allowed: {text}")
+        raise UserError(f"{name}={show(value)} is not allowed{where}; allowed: {text}")
+
+
+def describe_values(option: Option, default: Any) -> str:
+    """The values that a field takes in words: its kind and its range, or its names."""
+    kind = describe_kind(default)
+    if option.allowed is None:
+        return kind
+    text = describe(option.allowed)
+    if not is_number(default):
+        return text
+    endless = isinstance(option.allowed, Range) and option.allowed.high == math.inf
+    if is_whole(default) and endless:
+        text = f"{text}, at most {INT32}"
+    return f"{kind} {text}"
+
+
+@functools.cache
+def list_values(of_plugins: str) -> dict[str, Any]:
+    """The default of every field by its dotted name; anew for other plug-ins' ones."""
+    del of_plugins  # which `get_config` adds
+    return flatten(default.get_config().to_dict())
+
+
+def describe_field(name: str) -> str:
+    """The values of a field in words, or the fields of a group; empty for no field."""
+    options, defaults = list_options(), list_values(repr(list_defaults()))
+    if name in options:
+        return describe_values(options[name], defaults[name])
+    return ", ".join(field for field in options if field.startswith(f"{name}."))
+
+
+def check_kinds(values: dict[str, Any], where: str = "") -> None:
+    """Raises UserError unless every field has a value of the kind of its default."""
+    defaults = list_values(repr(list_defaults()))
+    for name, option in list_options().items():
+        if not fits_kind(values[name], defaults[name]):
+            raise UserError(
+                f"{name}={show(values[name])} is not allowed{where}; allowed: "
+                f"{describe_values(option, defaults[name])}"
+            )
 
 
 def list_options() -> dict[str, Option]:
@@ -435,7 +483,7 @@ def check_plugins(plugins: Iterable[str]) -> None:
     """Raises UserError unless the plug-ins of a config are those that have joined."""
     if tuple(plugins) != list_plugins():
         raise UserError(
-            f"the run has --plugins={','.join(plugins) or None}; here it is "
+            f"the run has --plugins={','.join(map(str, plugins)) or None}; here it is "
             f"--plugins={','.join(list_plugins()) or None}; allowed: the same"
         )
 
@@ -491,6 +539,7 @@ def check_values(values: dict[str, Any], where: str = "") -> None:
       values: all fields by dotted name.
       where: for the message, with a leading space.
     """
+    check_kinds(values, where)
     for name, option in list_options().items():
         if option.allowed is not None:
             check(name, values[name], option.allowed, where)

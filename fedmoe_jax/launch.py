@@ -17,11 +17,13 @@ import functools
 import gc
 import os
 import re
+import runpy
 import shlex
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -32,9 +34,48 @@ from fedmoe_jax.runtime.stop import Stop, listen
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
 
+
+def split_config(text: str) -> tuple[str, ...]:
+    """`FILE` or `FILE:ARGUMENT` in its parts; a file that is there may have colons."""
+    places = [at for at, letter in enumerate(text) if letter == ":"]
+    if Path(text).is_file() or not places:
+        return (text,)
+    files = (at for at in reversed(places) if Path(text[:at]).is_file())
+    at = next(files, places[0])
+    return text[:at], text[at + 1 :]
+
+
+class ConfigFile(flags.ArgumentParser):
+    """Loads a config's file; ml_collections' own parser takes no colon in its path."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        """The locked config of `FILE[:ARGUMENT]`.
+
+        Raises:
+          OSError: there is no such file.
+          UserError: it has no `get_config`, or that refuses the argument with a
+            ValueError or returns something else.
+        """
+        file, *words = split_config(argument)
+        names: dict[str, Any] = runpy.run_path(file, run_name="config_config")
+        if "get_config" not in names:
+            raise UserError(f"config={file} has no get_config; allowed: one that has")
+        try:
+            config = names["get_config"](*words)
+        except ValueError as error:
+            raise UserError(" ".join(str(error).split())) from None
+        if not isinstance(config, ConfigDict):
+            raise UserError(
+                f"config={file} returns a {type(config).__name__} from get_config; "
+                "allowed: a ConfigDict"
+            )
+        return config.lock()
+
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with an argument after a colon."
 )
+flags.FLAGS["config"].parser = ConfigFile()
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where several run together."
 )
@@ -112,6 +153,20 @@ def is_config(word: str) -> bool:
     return re.fullmatch(r"--?config(=.*)?", word) is not None
 
 
+def explain(error: Exception) -> str:
+    """A mistake in the flags on one line, with the values of a config field."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    field = re.match(r"flag --config\.([\w.]+)=(.*?): ", lines[-1])
+    if field:
+        from fedmoe_jax.config import describe_field
+        from fedmoe_jax.options import show
+
+        name, text = field.groups()
+        allowed = describe_field(name) or "as in the config's file"
+        return f"{name}={show(text)} is not allowed; allowed: {allowed}"
+    return f"{lines[-1]}; see --help"
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses absl flags; a mistake ends the program with one line and code 2."""
     try:
@@ -126,17 +181,16 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.argv = put_config_first(argv)  # where ml_collections finds its fields
         given = any(map(is_config, sys.argv))
         default = [] if given else [f"--config={DEFAULT_CONFIG}"]
-        rest = flags.FLAGS([sys.argv[0], *default, *sys.argv[1:]])
-        _CONFIG.value.to_dict()  # a config that could not be loaded fails here
-        return rest
-    except AttributeError as error:  # how ml_collections tells an unknown field
+        return flags.FLAGS([sys.argv[0], *default, *sys.argv[1:]])
+    except UserError as error:
+        sys.exit(refuse(str(error)))
+    except (AttributeError, KeyError) as error:  # of ml_collections, an unknown field
         text = str(getattr(error.args[0], "args", error.args)[0])
         text = text.strip().replace("\n", "; ")
-        sys.exit(refuse(f"unknown config field {text}; --help lists all fields"))
+        allowed = "allowed: the fields that --help lists"
+        sys.exit(refuse(f"unknown config field {text}; {allowed}"))
     except (OSError, flags.Error) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        fault = lines[-1].removeprefix("ValueError: ")  # as config files raise it
-        sys.exit(refuse(f"{fault}; see --help"))
+        sys.exit(refuse(explain(error)))
 
 
 def run(
@@ -262,7 +316,8 @@ def main(argv: list[str], stop: Stop) -> int:
     quiet_orbax()
     command = name_command()
     from fedmoe_jax.runtime import multihost
-    from fedmoe_jax.train.workdir import check_free, check_plugins, resolve_folder
+    from fedmoe_jax.runtime.folders import resolve_folder
+    from fedmoe_jax.train.workdir import check_free, check_plugins
 
     config, profile = _CONFIG.value, _PROFILE.value
     try:

@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,57 @@ class UserError(Exception):
     The message is one line that names the field, its value and what is allowed;
     `launch.py` prints it and exits with code 2.
     """
+
+
+LONGEST = 500  # characters of a value in a message
+INT32 = 2**31 - 1  # the largest whole number that a run keeps
+
+
+def show(value: Any) -> str:
+    """A value on one line of bearable length."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, of Python or NumPy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a real number, likewise; not necessarily finite."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def fits_kind(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a field's default.
+
+    The kinds are bool, int32, finite float32 (whole numbers are such, too), str, and
+    tuples of elements of the kind of the default's first.
+    """
+    if is_whole(default):
+        return is_whole(value) and -INT32 - 1 <= value <= INT32
+    if is_number(default):
+        return value in Range(-math.inf)
+    if isinstance(default, tuple) and isinstance(value, tuple) and default:
+        return all(fits_kind(element, default[0]) for element in value)
+    return isinstance(value, type(default))
+
+
+def describe_kind(default: Any) -> str:
+    """The values of the kind of a field's default in words, see `fits_kind`."""
+    if isinstance(default, bool):
+        return "True, False"
+    if is_whole(default):
+        return "whole numbers"
+    if is_number(default):
+        return "numbers"
+    if isinstance(default, tuple):
+        return f"tuples such as {default!r}" if default else "tuples"
+    return "text"
 
 
 class Range(NamedTuple):
@@ -30,7 +81,7 @@ class Range(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        if not isinstance(value, Real):
+        if not is_number(value):
             return False
         try:
             with np.errstate(over="ignore", under="ignore"):
@@ -47,9 +98,9 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"{'>' if self.open_low else '>='} {self.low:g}"
+            return f"{'>' if self.open_low else '>='} {self.low:.10g}"
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"{left}{self.low:g}, {self.high:g}{right}"
+        return f"{left}{self.low:.10g}, {self.high:.10g}{right}"
 
 
 COUNT = Range(1)

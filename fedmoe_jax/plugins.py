@@ -121,6 +121,8 @@ def _check_names(where: str, records: Any, table: Mapping[str, Any]) -> None:
     row = next(iter(table.values()))
     kind = "a function" if callable(row) else type(row).__name__
     for name, record in records.items():
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{where} has {name!r}; allowed: names, as text")
         if name in table:
             raise UserError(
                 f"{where} has {name!r}, which is taken; allowed: a name other than "
@@ -155,6 +157,12 @@ def _take_defaults(
             raise UserError(
                 f"{where} has the option {name!r} without a default; allowed: "
                 f"Option({name!r}, ..., default=VALUE)"
+            )
+        if not isinstance(option.default, bool | int | float | str | tuple):
+            raise UserError(
+                f"{where} has the option {name!r} with a default that is a "
+                f"{type(option.default).__name__}; allowed: bool, int, float, str, "
+                "tuple"
             )
         new[name] = option
     return {name: option.default for name, option in new.items()}

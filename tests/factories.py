@@ -4,7 +4,10 @@ What a test leaves out has its value from here, and nothing else has defaults.
 """
 
 import functools
+import os
+import tempfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis.extra.numpy as hnp
@@ -127,6 +130,17 @@ if version("jaxlib").startswith("0.10."):
 # subnormal numbers as zero, so they are ties there and not in NumPy.
 TIED = st.sampled_from([0.0, -0.0, 1.0, -1.0, np.nan, np.inf, -np.inf])
 FREE = st.floats(width=32, allow_subnormal=False)
+
+
+@functools.cache
+def find_importable():
+    """The checkout as PYTHONPATH takes it: a link where its folder has a colon."""
+    root = Path(__file__).parents[1]
+    if os.pathsep not in str(root):
+        return str(root)
+    link = Path(tempfile.mkdtemp(prefix="fedmoe_jax-")) / "checkout"
+    link.symlink_to(root)
+    return str(link)
 
 
 def any_scores(*shape):

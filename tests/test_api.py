@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from factories import SMALL
+from factories import SMALL, find_importable
 
 import fedmoe_jax
 from fedmoe_jax import launch
@@ -224,11 +224,18 @@ fedmoe_jax.run(config)
 """
 
 
+@pytest.mark.parametrize("config", [{"seed": 1}, None, "configs/default.py"])
+def test_run_takes_a_config_alone(config):
+    told = f"config is a {type(config).__name__}; allowed: a ConfigDict"
+    with pytest.raises(UserError, match=told):
+        run(config)
+
+
 def test_run_writes_nothing_and_takes_jax_as_it_is(tmp_path):
     """Neither importing the package nor reading the defaults imports JAX."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA", "XDG"))}
     env |= {name: str(tmp_path) for name in ("HOME", "TMPDIR")}
-    env |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"PYTHONPATH": find_importable(), "PYTHONDONTWRITEBYTECODE": "1"}
     code = SCRIPT.replace("SIZES", repr(SMALL | {"num_rounds": 2}))
     ran = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True

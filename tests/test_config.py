@@ -9,12 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import default
 from fedmoe_jax.config import (
     AT_MOST,
     FREE_FIELDS,
     MULTIPLE,
+    describe_field,
     list_options,
     validate,
 )
@@ -181,6 +183,67 @@ def test_value_out_of_range_is_refused_by_name(name, value):
     text = str(caught.value)
     assert text.startswith(f"{name}={value!r} is not allowed; allowed: ")
     assert "\n" not in text
+
+
+WRONG_KINDS = {
+    bool: (1, 0.0, "True", None),
+    int: (1.5, 32.0, True, "1", None, [1], (1,), 2**31, -(2**40), 10**25, 10**5000),
+    float: (True, "0.5", None, [0.5], (0.5,), math.nan, math.inf, 1e39),
+    str: (1, None, True, ("digits",)),
+    tuple: ("phone", None, 1, (None,), (True,), ((),)),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_value_of_another_kind_is_refused_by_name(name):
+    fields = default.get_config().to_dict()
+    group, _, field = name.rpartition(".")
+    for value in WRONG_KINDS[type(DEFAULTS[name])]:
+        (fields[group] if group else fields)[field] = value
+        config = ConfigDict(fields, type_safe=False)
+        with pytest.raises(UserError) as caught:
+            validate(config)
+        text = str(caught.value)
+        plugged = name == "plugins" and text.startswith("the run has --plugins=")
+        assert plugged or text.startswith(f"{name}="), text
+        assert "; allowed: " in text and "\n" not in text and len(text) < 700
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("num_clients", 20.5, "whole numbers >= 1, at most 2147483647"),
+        ("seed", 10**20, "whole numbers [0, 2147483647]"),
+        ("client.prox", None, "numbers >= 0"),
+        ("usage.decay", "much", "numbers [0, 1]"),
+        ("run.tensorboard", 1, "True, False"),
+        ("data.name", 3, "digits, synthetic, cifar10"),
+        ("data.dir", 3, "text"),
+        ("devices.shares", (1, None), "tuples such as (0.4, 0.4, 0.2)"),
+    ],
+)
+def test_a_refusal_says_what_kind_is_allowed(name, value, told):
+    config = default.get_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    assert str(caught.value) == f"{name}={value!r} is not allowed; allowed: {told}"
+    assert describe_field(name) == told
+
+
+def test_describe_field_lists_the_fields_of_a_group():
+    assert describe_field("usage") == "usage.decay"
+    assert describe_field("nothing") == ""
+
+
+@pytest.mark.parametrize("value", [1, 0, np.float32(0.5), np.float64(0.25)])
+def test_a_whole_number_or_one_of_numpy_is_a_number(value):
+    config = default.get_config()
+    with config.ignore_type():
+        config.client.prox = value
+        config.seed = np.int64(3)
+    validate(config)
 
 
 FLOATS = [n for n, v in DEFAULTS.items() if isinstance(v, float)]

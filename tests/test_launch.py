@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from absl import flags
-from factories import SMALL, restart
+from factories import SMALL, find_importable, restart
 
 from configs import default
 from fedmoe_jax import launch
@@ -75,8 +75,31 @@ DIGITS = f"--config={CONFIGS / 'compare.py'}:digits,smoke"
 BAD = {
     "unknown field": (["--config.num_expert=3"], "'num_expert'"),
     "unknown nested field": (["--config.fitness.idel=keep"], "'idel'"),
-    "wrong type": (["--config.num_experts=many"], "config.num_experts"),
-    "float for int": (["--config.num_rounds=2.5"], "config.num_rounds"),
+    "wrong type": (
+        ["--config.num_experts=many"],
+        "num_experts='many' is not allowed; allowed: whole",
+    ),
+    "float for int": (
+        ["--config.num_rounds=2.5"],
+        "num_rounds='2.5' .* allowed: whole numbers >= 1",
+    ),
+    "float for clients": (["--config.num_clients=20.5"], "allowed: whole numbers >= 1"),
+    "float for batch": (["--config.batch_size=32.0"], "batch_size='32.0' is not .*"),
+    "beyond int32": (
+        ["--config.seed=99999999999999999999"],
+        r"seed=9+ is not allowed; allowed: whole numbers \[0, 2147483647\]",
+    ),
+    "thousands of digits": (
+        [f"--config.seed={'9' * 6000}"],
+        r"seed='9+\.\.\. is not allowed; allowed: whole numbers",
+    ),
+    "no number": (["--config.num_clients=None"], "num_clients='None' .* whole numbers"),
+    "a list": (["--config.num_clients=[1]"], r"num_clients='\[1\]' .* whole numbers"),
+    "truth for number": (["--config.client.prox=True"], "prox='True' .* numbers >= 0"),
+    "number for truth": (["--config.run.tensorboard=7"], "'7' .* allowed: True, False"),
+    "group": (["--config.usage=3"], "usage='3' is not allowed; allowed: usage.decay"),
+    "kinds of device": (["--config.devices.tiers=(1,)"], "allowed: tuples such as"),
+    "no comparison": (["--config.compare.seeds=3"], "'compare'; allowed: the fields"),
     "slots": (["--config.max_held=9"], "max_held=9 .* num_experts=8"),
     "cohort": (["--config.cohort_size=21"], "cohort_size=21 .* num_clients=20"),
     "no cohort": (["--config.cohort_size=0"], "cohort_size=0 .* >= 1"),
@@ -90,7 +113,7 @@ BAD = {
     "devices": (["--config.run.num_devices=9"], "run.num_devices=9 .* 0 .all. to 8"),
     "no file": (
         ["--config=configs/none.py"],
-        "No such file or directory: 'configs/none.py'",
+        "No such file or directory: '.*configs/none.py'",
     ),
     "argument": (
         [f"{SMOKE}y"],
@@ -105,6 +128,12 @@ BAD = {
     "plug-ins in the config": (["--config.plugins=('mine',)"], "has --plugins=mine"),
     "change": ([DIGITS, "--config.compare.changes=('lr=3',)"], "has 'lr=3'"),
     "seeds": ([DIGITS, "--config.compare.seeds=('a',)"], "compare.seeds"),
+    "seed twice": ([DIGITS, "--config.compare.seeds=(1,1)"], "compare.seeds=.* twice"),
+    "change twice": ([DIGITS, "--config.compare.changes=('','')"], "none twice"),
+    "same run": (
+        [DIGITS, "--config.compare.changes=('','fitness.rate=0.3')"],
+        "which are the same run",
+    ),
     "no seeds": ([DIGITS, "--config.compare.seeds=()"], "compare.seeds"),
     "member": ([DIGITS, "--config.partition.min_size=999"], "partition.min_size=999"),
     "no folder": ([*TINY, "--workdir="], "workdir='' is not allowed"),
@@ -142,10 +171,68 @@ def test_a_mistake_is_one_line_and_code_2(command, tmp_path, case):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "def get_config(): return {'seed': 1}",
+            "returns a dict from get_config; allowed: a ConfigDict",
+        ),
+        (
+            "def get_config(): return None",
+            "returns a NoneType from get_config; allowed: a",
+        ),
+        ("config = {}", "has no get_config; allowed: one that has"),
+        (
+            "from fedmoe_jax.configs import default\n"
+            "def get_config():\n"
+            "    config = default.get_config()\n"
+            "    with config.ignore_type():\n"
+            "        config.batch_size = 32.0\n"
+            "    return config",
+            "batch_size=32.0 is not allowed; allowed: whole numbers >= 1",
+        ),
+    ],
+)
+def test_a_config_file_returns_a_config(command, tmp_path, text, told):
+    (tmp_path / "mine.py").write_text(text)
+    code, out, err = command(f"--config={tmp_path / 'mine.py'}")
+    assert code == 2 and out == "" and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and told in err, err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{}/a.py", ("{}/a.py",)),
+        ("{}/a.py:smoke", ("{}/a.py", "smoke")),
+        ("{}/a.py:x:y", ("{}/a.py", "x:y")),
+        ("{}/b:c/a.py", ("{}/b:c/a.py",)),
+        ("{}/b:c/a.py:smoke", ("{}/b:c/a.py", "smoke")),
+        ("{}/none.py:smoke", ("{}/none.py", "smoke")),
+    ],
+)
+def test_split_config_takes_colons_of_a_file_that_is_there(text, parts, tmp_path):
+    (tmp_path / "b:c").mkdir()
+    for file in ("a.py", "b:c/a.py"):
+        (tmp_path / file).touch()
+    found = launch.split_config(text.format(tmp_path))
+    assert found == tuple(part.format(tmp_path) for part in parts)
+
+
+def test_a_config_in_a_folder_with_a_colon_is_read(command, tmp_path):
+    file = tmp_path / "a:b" / "c d" / "mine.py"
+    file.parent.mkdir(parents=True)
+    file.write_text((CONFIGS / "default.py").read_text())
+    code, _, err = command(f"--config={file}:smoke", "--config.max_held=9")
+    assert code == 2 and err.startswith("error: max_held=9 is not allowed")
+
+
 def start(cache, *words):
     """Runs Python with the compiled programs of earlier calls at hand."""
     env = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": find_importable(),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -139,6 +139,11 @@ REFUSED = {
         dict(STRATEGIES={"m": MINE._replace(options=(RATE._replace(default=None),))}),
         "'mine.rate' without a default",
     ),
+    "list as default": (
+        dict(STRATEGIES={"m": MINE._replace(options=(RATE._replace(default=[1]),))}),
+        "'mine.rate' with a default that is a list; allowed: bool, int, float",
+    ),
+    "number for a name": (dict(STRATEGIES={3: MINE}), "has 3; allowed: names"),
     "no name": (
         dict(STRATEGIES={"m": MINE._replace(options=(RATE._replace(name="a.b.c"),))}),
         "the option 'a.b.c'; allowed: names such as",

@@ -168,6 +168,7 @@ def running_top_k(
     load: Array,
     capacity: Array,
     order: Array,
+    lots: Array,
     max_held: int,
     num_active: int,
 ) -> Assignment:
@@ -184,6 +185,7 @@ def running_top_k(
       load: [C] float32, examples each client trains in one round.
       capacity: [C] int32, clipped to [1, K].
       order: [C] int32, a permutation of the rows.
+      lots: [C, E] float32; of equal experts those with the least lots are picked.
       max_held: K, at most E.
       num_active: A, experts per example.
 
@@ -194,12 +196,15 @@ def running_top_k(
     chex.assert_equal_shape([usage_weight, load, capacity, order])
     slot = fill_slots(capacity, max_held)
     share = expected_load(load, slot.sum(axis=1), num_active)
+    shuffled = jnp.argsort(lots, axis=1).astype(jnp.int32)
 
     def pick(usage: Array, row: tuple) -> tuple[Array, Array]:
-        scores, weight, share, slot = row
-        held = _rank_by_sort(scores - weight * normalise_usage(usage), max_held)
+        scores, weight, share, slot, shuffled = row
+        wanted = scores - weight * normalise_usage(usage)
+        held = shuffled[_rank_by_sort(wanted[shuffled], max_held)]
         return usage.at[held].add(jnp.where(slot, share, 0.0)), held
 
-    rows = jax.tree.map(lambda x: x[order], (scores, usage_weight, share, slot))
+    rows = scores, usage_weight, share, slot, shuffled
+    rows = jax.tree.map(lambda x: x[order], rows)
     held = lax.scan(pick, usage, rows)[1]
     return Assignment(jnp.zeros_like(held).at[order].set(held), slot)

@@ -102,8 +102,11 @@ def _check_format(source: Path) -> None:
 def _check_reachable(data_dir: Path, manual_dir: str) -> None:
     """Fails in seconds, where TFDS would retry for minutes."""
     if manual_dir:
-        if not (Path(manual_dir).expanduser() / ARCHIVE).is_file():
-            raise UserError(f"manual_dir={manual_dir!r} holds no {ARCHIVE}")
+        if not (Path(manual_dir) / ARCHIVE).is_file():
+            raise UserError(
+                f"manual_dir={manual_dir!r} holds no {ARCHIVE}; allowed: a folder with "
+                "that file, or none, to download it"
+            )
         return
     import requests
 
@@ -119,8 +122,9 @@ def _check_reachable(data_dir: Path, manual_dir: str) -> None:
 def _absent(data_dir: Path, reason: str) -> UserError:
     return UserError(
         f"data.name='cifar10' is not in {data_dir} and cannot be prepared "
-        f"({reason}); run 'python -m fedmoe_jax.data --data_dir={data_dir}' on a "
-        "machine with network, or use --config.data.name=digits"
+        f"({reason}); allowed: a data.dir that 'python -m fedmoe_jax.data --data_dir="
+        f"{data_dir}' has prepared on a machine with network, or "
+        "--config.data.name=digits"
     )
 
 
@@ -136,7 +140,7 @@ def _build(data_dir: Path, manual_dir: str) -> None:
         data_dir.mkdir(parents=True, exist_ok=True)
         config = tfds.download.DownloadConfig(
             try_download_gcs=False,
-            manual_dir=Path(manual_dir).expanduser() if manual_dir else None,
+            manual_dir=Path(manual_dir) if manual_dir else None,
         )
         with tempfile.TemporaryDirectory(dir=data_dir, prefix="download-") as folder:
             _make_builder(data_dir).download_and_prepare(

@@ -21,6 +21,7 @@ from fedmoe_jax.data.digits import load_digits
 from fedmoe_jax.data.synthetic import load_synthetic
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.folders import resolve_folder
 
 
 def load_dataset(name: str, data_dir: str) -> Data:
@@ -82,9 +83,15 @@ def is_ids(ids: Any) -> bool:
 
 
 def resolve_data_dir(data_dir: str) -> Path:
-    """The TFDS folder: `data_dir`, else TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(chosen).expanduser()
+    """The TFDS folder: `data_dir`, else TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Raises:
+      UserError: see `resolve_folder`.
+    """
+    shared = os.environ.get("TFDS_DATA_DIR")
+    if shared and not data_dir:
+        return resolve_folder("TFDS_DATA_DIR", shared)
+    return resolve_folder("data.dir", data_dir or "~/tensorflow_datasets")
 
 
 DATASETS: dict[str, Callable[[str], Data]] = {
@@ -97,9 +104,11 @@ DATASETS: dict[str, Callable[[str], Data]] = {
 def main(argv: list[str]) -> None:
     """Prepares CIFAR-10 from the flags; exit code 2 on a mistake."""
     del argv
-    data_dir = resolve_data_dir(flags.FLAGS.data_dir)
     try:
-        folder = cifar10.prepare_cifar10(data_dir, flags.FLAGS.manual_dir)
+        data_dir, manual = resolve_data_dir(flags.FLAGS.data_dir), ""
+        if flags.FLAGS.manual_dir:
+            manual = str(resolve_folder("manual_dir", flags.FLAGS.manual_dir))
+        folder = cifar10.prepare_cifar10(data_dir, manual)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

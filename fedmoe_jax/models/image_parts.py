@@ -136,8 +136,8 @@ def check_fit(stem: str, expert: str, image_shape: tuple[int, int, int]) -> None
         )
     if stem in flat and expert == "conv":
         raise UserError(
-            "model.expert='conv' needs a stem that keeps positions; "
-            f"allowed with model.stem={stem!r}: dense, mlp"
+            f"model.expert='conv' is not allowed with model.stem={stem!r}, which keeps "
+            "no positions; allowed: dense, mlp"
         )
     if stem == "cnn" and expert == "conv" and (height % 16 or width % 16):
         raise UserError(

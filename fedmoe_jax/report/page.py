@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -30,6 +29,7 @@ from fedmoe_jax.report.tables import (
     table,
 )
 from fedmoe_jax.runtime.files import flatten, write_atomically
+from fedmoe_jax.runtime.names import distinct_name
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto;
@@ -50,6 +50,8 @@ pre { background: #f6f6f6; padding: .7em; white-space: pre-wrap; font-size: 12px
 """
 
 
+LONGEST_LABEL = 60  # characters of a label in the name of a figure
+
 BANDS = "<p>Curves: mean over seeds; the band is the lowest to the highest seed.</p>"
 SEEDS = (
     "<p>A thin line is a seed, a thick one their mean as far as all of them reach: "
@@ -57,11 +59,11 @@ SEEDS = (
 )
 
 
-def _figure_html(picture: Picture, folder: Path, prefix: str) -> str:
+def _figure_html(picture: Picture, folder: Path, prefix: str, taken: set[str]) -> str:
     """Saves the PNG and returns it inline, at 105 pixels per inch of paper."""
     buffer = io.BytesIO()
     picture.figure.savefig(buffer, format="png", dpi=plots.DPI)
-    name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", prefix + picture.name)
+    name = distinct_name(prefix + picture.name, taken)
     (folder / f"{name}.png").write_bytes(buffer.getvalue())
     data = base64.b64encode(buffer.getvalue()).decode()
     width = round(105 * picture.figure.get_figwidth())
@@ -228,12 +230,14 @@ def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
       The path of the report.
     """
     if not runs:
-        raise UserError("report: no runs to report on; at least one is needed")
+        raise UserError("report: there is no run; allowed: one or more")
     groups = group_runs(name_runs(runs))
     pictures = Path(folder) / "figures"
     pictures.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
+    labels: set[str] = set()
     show = lambda found, prefix="": "".join(
-        _figure_html(picture, pictures, prefix) for picture in found
+        _figure_html(picture, pictures, prefix, taken) for picture in found
     )
     parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
     gallery = show(final_picture(groups)) if len(groups) > 1 else ""
@@ -254,7 +258,8 @@ def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
         parts.append(f'<h2>The clients{seed}</h2><div class="pictures">{clients}</div>')
     parts.append("<h2>Inside the runs</h2>")
     for label, group in groups.items():
-        prefix = f"{label}-" if len(groups) > 1 else ""
+        prefix = distinct_name(label.replace(" ", "_"), labels, LONGEST_LABEL)
+        prefix = f"{prefix}-" if len(groups) > 1 else ""
         figures = show(run_pictures(group[0]), prefix)
         figures += show(device_pictures(group[0]), prefix)
         parts.append(_section_html(label, group[0], figures, len(groups) == 1))

@@ -54,7 +54,9 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"report: {folder} is no run folder: it has no config.json")
+        raise UserError(
+            f"report: {folder} has no config.json; allowed: the folder of a run"
+        )
     config = read_json(folder / "config.json")
     path, summary, arrays = folder / "summary.json", {}, {}
     if path.is_file():

@@ -48,7 +48,9 @@ def check_flags(
     if address is None or num_processes is None or process_id is None:
         return
     if not re.fullmatch(r"\S+:\d+", address):
-        raise UserError(f"--coordinator_address={address} is not allowed; HOST:PORT is")
+        raise UserError(
+            f"--coordinator_address={address} is not allowed; allowed: HOST:PORT"
+        )
     if not 0 <= process_id < num_processes:
         raise UserError(
             f"--process_id={process_id} is not allowed; "

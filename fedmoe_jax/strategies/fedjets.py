@@ -24,7 +24,7 @@ from fedmoe_jax.align.gate_mass import (
     report_mass,
     update_mass,
 )
-from fedmoe_jax.align.top_k import top_k
+from fedmoe_jax.align.ties import LOTS, first_by_lot, top_k_by_lot
 from fedmoe_jax.base import Model, Strategy, Task
 from fedmoe_jax.options import COUNT, TRACED, Option
 from fedmoe_jax.tasks.batches import take_batch
@@ -83,16 +83,18 @@ def train_stem(
     return jax.lax.fori_loop(0, hyper.fedjets.steps, step, start)[0]["stem"]
 
 
-def choose_anchors(label_mix: Array, num_experts: int) -> Array:
+def choose_anchors(label_mix: Array, num_experts: int, key: Array) -> Array:
     """The expert that each client anchors, -1 for none: [N] int32.
 
-    One after the other, the client with most examples of labels that no anchor has.
+    One after the other, the client with most examples of labels that no anchor has;
+    ties are drawn.
     """
+    lots = jax.random.uniform(key, label_mix.shape[:1])
 
     def choose(expert: Array, carry: tuple) -> tuple:
         anchor, covered = carry
         gain = (label_mix * (1 - covered)[None]).sum(axis=1)
-        client = jnp.where(anchor >= 0, -1.0, gain).argmax()
+        client = first_by_lot(jnp.where(anchor >= 0, -1.0, gain), lots)
         covered = jnp.minimum(covered + label_mix[client], 1.0)
         return anchor.at[client].set(expert), covered
 
@@ -133,7 +135,8 @@ def prepare_anchors(
     state, frozen = prepare(
         *(state, federation, hyper, key), model=model, task=task, sizes=sizes
     )
-    anchor = choose_anchors(federation.label_mix, sizes.num_experts)
+    drawn = jax.random.fold_in(key, LOTS)
+    anchor = choose_anchors(federation.label_mix, sizes.num_experts, drawn)
     own = state.align.strategy | {"anchor": anchor[None]}
     return state.replace(align=state.align.replace(strategy=own)), frozen
 
@@ -155,7 +158,7 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     anchored = anchor[:, None] == jnp.arange(sizes.num_experts)[None]
     scores = jnp.where(anchored, jnp.inf, scores)
     count = jnp.where(is_anchor, 1, evidence.capacity)
-    picked = top_k(scores, count, sizes.max_held)
+    picked = top_k_by_lot(scores, count, sizes.max_held, evidence.client, key)
     return picked.replace(calibration=is_anchor.astype(jnp.float32))
 
 

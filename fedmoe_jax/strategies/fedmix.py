@@ -18,7 +18,8 @@ from fedmoe_jax.align.gate_mass import (
     report_mass,
     update_mass,
 )
-from fedmoe_jax.align.top_k import hold_all, top_k
+from fedmoe_jax.align.ties import top_k_by_lot
+from fedmoe_jax.align.top_k import hold_all
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import NON_NEGATIVE, SHARE, TRACED, Option
 from fedmoe_jax.types import Array, Assignment, Evidence, Feedback, Hyper, Sizes
@@ -33,7 +34,8 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     scores, mass, new = mass_or_random(evidence, sizes, key)
     asked = (mass >= hyper.fedmix.threshold).sum(1)
     asked = jnp.where(new, sizes.num_experts, asked)
-    return top_k(scores, jnp.minimum(asked, evidence.capacity), sizes.max_held)
+    count = jnp.minimum(asked, evidence.capacity)
+    return top_k_by_lot(scores, count, sizes.max_held, evidence.client, key)
 
 
 def gate_loss(logits: Array, held: Array, factor: Array, hyper: Hyper) -> Array:

@@ -12,7 +12,7 @@ others are averaged; gate rows alike.
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fedmoe_jax.align.top_k import top_k
+from fedmoe_jax.align.ties import draw_lots, first_by_lot, top_k_by_lot
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import COUNT, SHARE, TRACED, Option
 from fedmoe_jax.types import (
@@ -47,14 +47,15 @@ def vote(frequency: Array, held: Array) -> Array:
     return jnp.einsum("cd,de->ce", similar, held.astype(jnp.float32))
 
 
-def recommend(frequency: Array, held: Array) -> Array:
+def recommend(frequency: Array, held: Array, lots: Array) -> Array:
     """Swaps each client's least used expert for the most voted one: [C, E] bool.
 
     A client keeps what it has where it holds only one, or others hold nothing else.
+    Lots [C, E] decide ties.
     """
     votes = jnp.where(held, -1.0, vote(frequency, held))
-    new = votes.argmax(axis=1)
-    least = jnp.where(held, frequency, jnp.inf).argmin(axis=1)
+    new = first_by_lot(votes, lots)
+    least = first_by_lot(jnp.where(held, -frequency, -jnp.inf), lots)
     row = jnp.arange(len(held))
     swapped = held.at[row, least].set(False).at[row, new].set(True)
     useful = (votes.max(axis=1) > 0) & (held.sum(axis=1) > 1)
@@ -68,11 +69,13 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     since = evidence.state["rounds"][evidence.client] - hyper.fedmoe.warm_up  # [C]
     room = jnp.minimum(cover(frequency, hyper.fedmoe.coverage), evidence.capacity)
     due = (since > 0) & (since % hyper.fedmoe.period == 0)
-    swapped = recommend(frequency, evidence.held)
+    lots = draw_lots(key, evidence.client, num_experts)
+    swapped = recommend(frequency, evidence.held, lots)
     kept = jnp.where(due[:, None], swapped, evidence.held).astype(jnp.float32)
     scores = jnp.where((since > 0)[:, None], kept, frequency)
     count = jnp.where(since > 0, evidence.held.sum(axis=1), room)
-    return top_k(scores, jnp.where(since < 0, num_experts, count), num_experts)
+    count = jnp.where(since < 0, num_experts, count)
+    return top_k_by_lot(scores, count, num_experts, evidence.client, key)
 
 
 def init(sizes: Sizes) -> PyTree:

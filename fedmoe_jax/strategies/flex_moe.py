@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.align.bounded import bounded_top_k, violation
 from fedmoe_jax.align.prices import Bounds, sum_load
+from fedmoe_jax.align.ties import draw_lots, raise_tied
 from fedmoe_jax.align.top_k import fill_slots
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import NON_NEGATIVE, SHARE, TRACED, Option, Range
@@ -27,6 +28,7 @@ from fedmoe_jax.types import (
 )
 
 ROUNDING = 1e-4  # 1.2 * (5 / 3) is more than 2 in float32
+LOT = 1e-4  # of a fitness in [0, 1]; its rounding is below 1e-7
 
 
 def weigh_slots(evidence: Evidence) -> Array:
@@ -53,11 +55,16 @@ def make_bounds(
 def assign(
     evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array, *, weigh, whole: bool
 ) -> Assignment:
-    """Most fitness in total, plus the experts' deficits so far, within the bounds."""
+    """Most fitness in total, plus the experts' deficits so far, within the bounds.
+
+    Experts of equal fitness for a client differ by lots, which no bound depends on.
+    """
     weight = weigh(evidence)
     slots = fill_slots(evidence.capacity, sizes.max_held).sum(axis=1)
     mean = (weight * slots).sum() / sizes.num_experts
     fitness = jnp.where(jnp.isfinite(evidence.fitness), evidence.fitness, 0.0)
+    lots = draw_lots(key, evidence.client, sizes.num_experts)
+    fitness = raise_tied(fitness, lots, LOT)
     lacking = evidence.state["deficit"] / mean
     return bounded_top_k(
         fitness + hyper.flex_moe.deficit * lacking[None],

@@ -1,7 +1,8 @@
 """Greedy: every client takes the experts that fit it best."""
 
 from fedmoe_jax.align.explore import explore
-from fedmoe_jax.align.top_k import in_blocks, top_k
+from fedmoe_jax.align.ties import top_k_by_lot
+from fedmoe_jax.align.top_k import in_blocks
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes
 
@@ -11,7 +12,8 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 
     def decide(evidence: Evidence) -> Assignment:
         scores = explore(evidence.fitness, evidence, hyper, key)
-        return top_k(scores, evidence.capacity, sizes.max_held)
+        rest = evidence.capacity, sizes.max_held, evidence.client
+        return top_k_by_lot(scores, *rest, key)
 
     return in_blocks(decide, evidence)
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.desirability import desirability, normalise_fitness
 from fedmoe_jax.align.explore import explore, uniform_scores
-from fedmoe_jax.align.top_k import in_blocks, running_top_k, top_k
+from fedmoe_jax.align.ties import top_k_by_lot
+from fedmoe_jax.align.top_k import in_blocks, running_top_k
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes
 
@@ -15,7 +16,8 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     def decide(evidence: Evidence) -> Assignment:
         scores = desirability(evidence.fitness, evidence.usage, hyper)
         scores = explore(scores, evidence, hyper, key)
-        return top_k(scores, evidence.capacity, sizes.max_held)
+        rest = evidence.capacity, sizes.max_held, evidence.client
+        return top_k_by_lot(scores, *rest, key)
 
     return in_blocks(decide, evidence)
 
@@ -26,7 +28,8 @@ def assign_running(
     """Top k_c of the desirability, one client after the other, in a random order.
 
     Usage grows by the load each pick can expect, so later clients avoid it. Explorers
-    ignore usage, and what they pick is still counted.
+    ignore usage, and what they pick is still counted. What an explorer would pick by
+    decides the ties of the others.
     """
     drawn = uniform_scores(key, evidence.client, 2 + sizes.num_experts)
     place, explorer = drawn[:, 0], drawn[:, 1] < hyper.fitness.exploration
@@ -38,6 +41,7 @@ def assign_running(
         load=evidence.load,
         capacity=evidence.capacity,
         order=jnp.argsort(place),
+        lots=drawn[:, 2:],
         max_held=sizes.max_held,
         num_active=sizes.num_active,
     )

@@ -251,7 +251,8 @@ def _check_fit(leaves: Leaves, like: PyTree, where: str) -> None:
     if wrong:
         more = f", and {len(wrong) - 3} more leaves" if len(wrong) > 3 else ""
         raise UserError(
-            f"{where} does not fit the config: {', '.join(wrong[:3])}{more}"
+            f"{where} does not fit the config: {', '.join(wrong[:3])}{more}; allowed: "
+            "the config and the version that it was saved with, or another workdir"
         )
 
 
@@ -271,7 +272,7 @@ def check_config(saved: dict, current: dict, free: frozenset[str]) -> None:
     if wrong:
         raise UserError(
             f"the config differs from that of the run to be resumed: "
-            f"{', '.join(wrong)}; give the old values or another workdir"
+            f"{', '.join(wrong)}; allowed: the old values, or another workdir"
         )
 
 

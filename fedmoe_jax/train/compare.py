@@ -1,18 +1,42 @@
 """A comparison is a sweep over strategies x changes x seeds."""
 
 import contextlib
-from collections.abc import Callable
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.config import validate
-from fedmoe_jax.options import UserError
+from fedmoe_jax.config import list_options, validate
+from fedmoe_jax.options import UserError, is_whole, show
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.runtime.files import flatten
+from fedmoe_jax.runtime.files import flatten, plain
+from fedmoe_jax.runtime.names import distinct_name
 from fedmoe_jax.train.plan import Member, load_data, plan_waves
 from fedmoe_jax.train.sweep import sweep
 from fedmoe_jax.train.workdir import own_workdir
+
+# The lists of a comparison: what an element is, and what is allowed.
+LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "strategies": (lambda x: isinstance(x, str), "names of strategies, as ('greedy',)"),
+    "changes": (
+        lambda x: isinstance(x, str),
+        "changes, as ('', 'fitness.idle=keep')",
+    ),
+    "seeds": (is_whole, "whole numbers, as (0, 1, 2)"),
+}
+
+
+def split_change(change: str) -> list[str]:
+    """The single changes of several; commas separate them before `field=` alone.
+
+    `devices.csv=a,b.csv` is one change.
+    """
+    fields = "|".join(map(re.escape, list_options()))
+    return [part for part in re.split(rf",(?=(?:{fields})=|$)", change) if part]
 
 
 def apply_change(config: ConfigDict, change: str) -> None:
@@ -25,8 +49,8 @@ def apply_change(config: ConfigDict, change: str) -> None:
     known = flatten(config.to_dict())
     if name not in known or name in ("strategy", "seed") or not text:
         raise UserError(
-            f"compare.changes has {change!r}; allowed: field=value with a config field "
-            "other than strategy and seed"
+            f"compare.changes has {show(change)}; allowed: field=value with a config "
+            "field other than strategy and seed"
         )
     kind = type(known[name])
     try:
@@ -35,8 +59,8 @@ def apply_change(config: ConfigDict, change: str) -> None:
         config.update_from_flattened_dict({name: kind(text)})
     except (TypeError, ValueError):
         raise UserError(
-            f"compare.changes has {change!r}; allowed: a number or name of the type of "
-            f"{name}={known[name]!r}"
+            f"compare.changes has {show(change)}; allowed: a number or name of the "
+            f"type of {name}={known[name]!r}"
         ) from None
 
 
@@ -48,43 +72,67 @@ def make_member(
     Raises:
       UserError: it is not allowed.
     """
-    if not isinstance(strategy, str) or type(seed) is not int:
-        raise UserError(
-            f"compare.strategies and compare.seeds have {strategy!r} and {seed!r}; "
-            "allowed: names and whole numbers"
-        )
     fields = config.to_dict() | {"strategy": strategy, "seed": seed}
     del fields["compare"]
     member = ConfigDict(fields)
-    for part in filter(None, change.split(",")):
+    for part in split_change(change):
         apply_change(member, part)
     validate(member)
     return member
 
 
+def check_lists(lists: Any) -> None:
+    """Raises UserError unless the lists of a comparison are tuples of what is due."""
+    fields = lists.keys() if isinstance(lists, ConfigDict) else ()
+    for name in sorted(fields ^ LISTS.keys()):
+        fault = "is missing" if name in LISTS else "is unknown"
+        raise UserError(f"compare.{name} {fault}; allowed: {', '.join(LISTS)}")
+    for name, (fits, allowed) in LISTS.items():
+        values = lists[name]
+        listed = isinstance(values, tuple | list) and all(map(fits, values))
+        if not listed or not values or len(set(values)) < len(values):
+            raise UserError(
+                f"compare.{name}={show(values)} is not allowed; allowed: {allowed}, "
+                "at least one and none twice"
+            )
+
+
+def check_distinct(members: Iterable[Member]) -> None:
+    """Raises UserError where two members are the same run, by whatever change."""
+    known: dict[str, str] = {}
+    for name, config in members:
+        fields = json.dumps(plain(config.to_dict()), sort_keys=True)
+        if fields in known:
+            raise UserError(
+                f"compare.changes make {known[fields]} and {name}, which are the same "
+                "run; allowed: none twice"
+            )
+        known[fields] = name
+
+
 def list_members(config: ConfigDict) -> list[Member]:
     """Every run of a comparison, seeds innermost so that programs are shared.
+
+    A name has the strategy, the change and the seed, see `safe_name`; the config has
+    all of a change that is no safe name.
 
     Args:
       config: with `compare.strategies`, `compare.changes` (`field=value`, several
         joined by commas; `""` changes nothing) and `compare.seeds`.
 
     Raises:
-      UserError: a member's config is not allowed, or a name occurs twice.
+      UserError: lists of other types, a member's config that is not allowed, or a run
+        that occurs twice.
     """
-    members = []
-    for change in config.compare.changes:
-        for strategy in config.compare.strategies:
-            for seed in config.compare.seeds:
-                member = make_member(config, strategy, change, seed)
-                suffix = f"-{change}" if change else ""
-                members.append(Member(f"{strategy}{suffix}-seed{seed}", member))
-    names = [member.name for member in members]
-    if not names or len(set(names)) < len(names):
-        raise UserError(
-            "compare.strategies, compare.changes and compare.seeds must name at least "
-            f"one run and none twice; they name {len(names)}"
-        )
+    check_lists(config.compare)
+    members, taken = [], set()
+    pairs = itertools.product(config.compare.changes, config.compare.strategies)
+    for change, strategy in pairs:
+        name = distinct_name(f"{strategy}-{change}" if change else strategy, taken)
+        for seed in config.compare.seeds:
+            member = make_member(config, strategy, change, int(seed))
+            members.append(Member(f"{name}-seed{seed}", member))
+    check_distinct(members)
     return members
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,27 +30,6 @@ from fedmoe_jax.types import Partition
 PER_MEMBER = {"strategy", "seed"}
 # Files of a finished run, which do not change any more.
 SEALED = (METRICS, "final.npz", "summary.json")
-
-
-def resolve_folder(name: str, folder: str | Path) -> Path:
-    """The folder that a user names, with `~` expanded.
-
-    Args:
-      name: of the flag or argument, for the message.
-      folder: as the user gives it.
-
-    Raises:
-      UserError: it is empty, an address such as gs://bucket, or of a user without home.
-    """
-    fault = f"{name}={str(folder)!r} is not allowed; allowed: a folder of this machine"
-    if not str(folder).strip():
-        raise UserError(fault)
-    if re.match(r"[a-z][a-z0-9+.-]*:/", str(folder)):
-        raise UserError(f"{fault}, copied to its address when the run is finished")
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError:
-        raise UserError(f"{fault}; ~ has no home here") from None
 
 
 @contextlib.contextmanager

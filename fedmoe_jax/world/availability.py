@@ -226,8 +226,8 @@ def sample_cohort(key: Array, num_clients: int, cohort_size: int) -> Array:
     """
     if not 1 <= cohort_size <= num_clients:
         raise UserError(
-            f"cohort_size={cohort_size} is not allowed; it lies in "
-            f"[1, num_clients={num_clients}]"
+            f"cohort_size={cohort_size} is not allowed; allowed: 1 to "
+            f"num_clients={num_clients}"
         )
     if cohort_size == num_clients:
         return jnp.arange(num_clients, dtype=jnp.int32)

@@ -156,7 +156,7 @@ def _build(values: np.ndarray, tier: np.ndarray, free_memory: float) -> Devices:
     """Devices from values [N, 7] in the order of `Tier`, and tiers [N]."""
     if not 0 < free_memory <= 1:
         raise UserError(
-            f"devices.free_memory={free_memory} is not allowed; it is in (0, 1]"
+            f"devices.free_memory={free_memory} is not allowed; allowed: (0, 1]"
         )
     columns = jnp.asarray((values * ([free_memory] + 6 * [1.0])).T, jnp.float32)
     named = dict(zip(Tier._fields, columns, strict=True))
@@ -172,17 +172,19 @@ def _check(tiers: tuple[str, ...], shares: tuple[float, ...], spread: float) -> 
             )
     if len(shares) != len(tiers):
         raise UserError(
-            f"devices.shares={tuple(shares)} needs one share for each of the "
-            f"{len(tiers)} devices.tiers"
+            f"devices.shares={tuple(shares)} is not allowed; allowed: one share for "
+            f"each of the {len(tiers)} devices.tiers"
         )
     numbers = all(isinstance(share, int | float) and share >= 0 for share in shares)
     if not numbers or abs(sum(shares) - 1) > 1e-6:
         raise UserError(
-            f"devices.shares={tuple(shares)} is not allowed; shares are >= 0, sum to 1"
+            f"devices.shares={tuple(shares)} is not allowed; allowed: numbers >= 0 "
+            "that sum to 1"
         )
     if not 0 <= spread <= WIDEST:
-        allowed = f"it is in [0, {WIDEST}]"
-        raise UserError(f"devices.spread={spread} is not allowed; {allowed}")
+        raise UserError(
+            f"devices.spread={spread} is not allowed; allowed: [0, {WIDEST}]"
+        )
 
 
 def _count(num_clients: int, shares: tuple[float, ...]) -> np.ndarray:
@@ -203,14 +205,14 @@ def _read_rows(path: str) -> list[dict]:
         lines = lines.splitlines()
     except (OSError, ValueError) as error:
         raise _fault(
-            path, f"cannot be read ({type(error).__name__}); needed: a CSV file"
+            path, f"cannot be read ({type(error).__name__}); allowed: a CSV file"
         ) from None
     reader = csv.DictReader(lines, skipinitialspace=True)
     try:
         _check_header(path, reader.fieldnames or [])
         rows = [_read_row(f"{path}, line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
-        raise _fault(path, f"cannot be read ({error}); needed: a CSV file") from None
+        raise _fault(path, f"cannot be read ({error}); allowed: a CSV file") from None
     if not rows:
         raise _fault(path, "has no rows; allowed: one row or more below the header")
     return rows
@@ -220,7 +222,9 @@ def _check_header(path: str, header: Sequence[str]) -> None:
     for column in Tier._fields:
         if column not in header:
             raise _fault(
-                path, f"has no column {column!r}; needed: {', '.join(Tier._fields)}"
+                path,
+                f"has no column {column!r}; allowed: a header with each of "
+                f"{', '.join(Tier._fields)}",
             )
     for column in header:
         if column not in (*Tier._fields, "tier") or header.count(column) > 1:
@@ -231,13 +235,16 @@ def _check_header(path: str, header: Sequence[str]) -> None:
 
 def _read_row(place: str, row: dict) -> dict:
     if None in row or None in row.values():
-        raise _fault(place, "has more or fewer values than the header has columns")
+        raise _fault(
+            place,
+            "has more or fewer values than the header; allowed: one for each column",
+        )
     numbers = {
         column: _read_number(place, column, row[column]) for column in Tier._fields
     }
     tier = row.get("tier", "device").strip()
     if not tier:
-        raise _fault(place, "tier='' is not allowed; it is a name")
+        raise _fault(place, "tier='' is not allowed; allowed: a name")
     return numbers | {"tier": tier}
 
 
@@ -251,7 +258,7 @@ def _read_number(place: str, column: str, text: str) -> float:
     allowed = kept > 0 if column in POSITIVE else kept >= 0
     if not (np.isfinite(kept) and allowed):
         sign = ">" if column in POSITIVE else ">="
-        fault = f"{column}={text!r} is not allowed; it is a finite number {sign} 0"
+        fault = f"{column}={text!r} is not allowed; allowed: finite numbers {sign} 0"
         raise _fault(place, fault)
     return value
 

@@ -39,10 +39,11 @@ capacities = hnp.arrays(np.int32, C, elements=st.integers(-2, 9))
 decide_running = jax.jit(running_top_k, static_argnames=("max_held", "num_active"))
 
 
-def sort_row(row, capacity):
+def sort_row(row, capacity, lots=None):
     """Best experts of one client, by sorting with the rules written out."""
     worst_last = [-np.inf if np.isnan(value) else value for value in row]
-    ranked = sorted(range(len(row)), key=lambda e: (-worst_last[e], e))
+    lots = range(len(row)) if lots is None else lots
+    ranked = sorted(range(len(row)), key=lambda e: (-worst_last[e], lots[e]))
     return ranked[: min(max(capacity, 1), K)]
 
 
@@ -68,11 +69,11 @@ def test_expected_load_by_hand():
     np.testing.assert_allclose(got, [100.0, 100.0, 50.0])
 
 
-def slow_running_top_k(scores, usage, weight, load, capacity, order, num_active):
+def slow_running_top_k(scores, usage, weight, load, capacity, order, lots, num_active):
     usage, picks = usage.copy(), [None] * len(scores)
     for c in order:
         share = usage / usage.max() if usage.max() > 0 else np.zeros_like(usage)
-        picks[c] = sort_row(scores[c] - weight[c] * share, capacity[c])
+        picks[c] = sort_row(scores[c] - weight[c] * share, capacity[c], lots[c])
         held = len(picks[c])
         usage[picks[c]] += load[c] * min(num_active, held) / held
     return picks
@@ -87,6 +88,7 @@ def test_running_top_k_is_its_slow_twin(seed, capacity):
     weight = rng.choice([0.0, 2.0], C).astype(np.float32)
     load = rng.choice([64.0, 128.0], C).astype(np.float32)
     args = scores, usage, weight, load, capacity, rng.permutation(C)
+    args = *args, rng.random((C, E), np.float32)
     # With A = K every expected load is the whole load, so nothing is rounded.
     got = decide_running(*map(jnp.asarray, args), max_held=K, num_active=K)
     assert rows(got) == slow_running_top_k(*args, num_active=K)
@@ -97,6 +99,7 @@ def test_running_top_k_is_its_slow_twin(seed, capacity):
 def test_running_top_k_is_valid_for_any_scores(scores, capacity, usage):
     weight, load, order = jnp.ones(C), jnp.full(C, 10.0), jnp.arange(C)
     args = jnp.asarray(scores), jnp.asarray(usage), weight, load, capacity, order
+    args = *args, jnp.zeros((C, E))
     got = decide_running(*args, max_held=K, num_active=2)
     counts = to_mask(got, E).sum(axis=1)
     assert counts.tolist() == np.clip(capacity, 1, K).tolist()
@@ -216,6 +219,8 @@ def test_a_block_decides_as_the_whole_cohort(strategy, exploration, monkeypatch)
 
 def test_load_balanced_is_numpys_decision():
     evidence, sizes = make_case(333, 12, 4, seed=2)
+    apart = np.random.default_rng(2).permuted(np.tile(np.arange(12), (333, 1)), axis=1)
+    evidence = evidence.replace(fitness=jnp.asarray(apart * 16.0, jnp.float32))
     hyper = make_hyper(weights=HALVES)
     got = LOAD_BALANCED.assign(evidence, hyper, sizes, jax.random.key(0))
     fitness, usage = np.asarray(evidence.fitness), np.asarray(evidence.usage)

@@ -31,13 +31,13 @@ def _required():
     return {canonicalize_name(r.name): r for r in map(Requirement, _lines(CPU))}
 
 
-def _make(*args):
+def _make(*args, cwd=ROOT, **variables):
     """Runs make with this Python, not with what a surrounding make hands down."""
     handed = ("MAKE", "MFLAGS", "DEVICE", "VENV", "PYTHON")
     env = {k: v for k, v in os.environ.items() if not k.startswith(handed)}
-    env["PYTHON"] = sys.executable
+    env |= {"PYTHON": sys.executable} | variables
     return subprocess.run(
-        ["make", *args], cwd=ROOT, env=env, capture_output=True, text=True
+        ["make", *args], cwd=cwd, env=env, capture_output=True, text=True
     )
 
 
@@ -132,6 +132,21 @@ def test_check_lints_and_leaves_out_slow_tests(tmp_path):
     check = _make("-n", "check", f"VENV={tmp_path}", "DEVICE=cpu").stdout
     assert check.index("ruff check .") < check.index("-m pytest")
     assert check.splitlines()[-1].endswith('-m "not slow"')
+
+
+@pytest.mark.parametrize("name", ["a:b", "a b", "a b:c"])
+def test_a_clone_may_be_in_any_folder(name, tmp_path):
+    """Packages are beside it, or in the home where Python refuses to put them there."""
+    clone = tmp_path / name
+    clone.mkdir()
+    for file in ("Makefile", "requirements.txt", CPU):
+        (clone / file).write_bytes((ROOT / file).read_bytes())
+    made = _make("-n", "demo", "DEVICE=cpu", cwd=clone, HOME="/home/me")
+    assert made.returncode == 0, made.stderr
+    kept = re.search(r"(\S+)/bin/python launch.py", made.stdout)[1]
+    expected = r"/home/me/.cache/fedmoe_jax/venv-\d+" if ":" in name else r"\.venv"
+    assert re.fullmatch(expected, kept)
+    assert f"venv --clear {kept} " in made.stdout
 
 
 def test_installed_packages_stay_in_use(tmp_path):

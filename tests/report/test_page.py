@@ -168,13 +168,24 @@ def test_write_report_imports_no_jax_and_no_model(tmp_path):
     assert not heavy & set(imported)
     own = {name for name in imported if name.partition(".")[0] == "fedmoe_jax"}
     rooms = {name for name in own if not name.startswith("fedmoe_jax.report")}
-    allowed = {"measures", "options", "runtime", "runtime.files"}
+    allowed = {"measures", "options", "runtime", "runtime.files", "runtime.names"}
     assert rooms == {"fedmoe_jax", *(f"fedmoe_jax.{name}" for name in allowed)}
 
 
 def test_write_report_needs_a_run(tmp_path):
-    with pytest.raises(UserError, match="no runs"):
+    with pytest.raises(UserError, match="no run; allowed: one"):
         report.write_report(tmp_path / "out", [], "c")
+
+
+def test_figures_have_names_of_their_own_whatever_the_labels(runs, tmp_path):
+    labels = ("../a/b", "a:b", "A:b", "x" * 300)
+    each = zip(runs[2:3] * len(labels), labels, strict=True)
+    relabelled = [run._replace(label=label) for run, label in each]
+    _, figures = check_page(report.write_report(tmp_path / "out", relabelled, "c"))
+    assert len({name.lower() for name in figures}) == len(figures)
+    assert sum(name.endswith("-specialisation") for name in figures) == len(labels)
+    assert all(len(name) <= 100 for name in figures)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # Accuracy stands still while one of two experts trains a tenth.

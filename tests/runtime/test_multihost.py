@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from factories import SMALL
+from factories import SMALL, find_importable
 
 from configs import compare as study
 from configs import default
@@ -78,7 +78,7 @@ def launch(tmp_path_factory):
     """
     cache = tmp_path_factory.mktemp("cache")
     env = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": find_importable(),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(EIGHT_DEVICES, ""),
         "JAX_COMPILATION_CACHE_DIR": str(cache),

@@ -27,14 +27,14 @@ def test_assign_covers_the_routing_with_sub_models():
     state = {"frequency": shares, "rounds": jnp.full(10, 2)}  # a warm-up of 2
     evidence = evidence.replace(state=state, capacity=capacity)
     hyper = make_hyper()  # coverage 0.8: experts 1 and 3; capacities 1 2 3 1 2 3
-    got = assign(evidence, hyper, key=None)
+    got = assign(evidence, hyper, key=jax.random.key(0))
     assert list_held(got) == [[1], [1, 3], [1, 3], [1], [1, 3], [1, 3]]
     greedy = make_hyper(fedmoe={"coverage": 0.85})
-    got = assign(evidence, greedy, key=None)
+    got = assign(evidence, greedy, key=jax.random.key(0))
     assert got.slot.sum(1).tolist() == [1, 2, 3, 1, 2, 3]
     assert sorted(got.held[2, :3].tolist()) == [1, 2, 3]
     roomy = evidence.replace(capacity=jnp.full(6, 5))  # for all experts
-    assert assign(roomy, hyper, key=None).slot.sum(1).tolist() == [2] * 6
+    assert assign(roomy, hyper, key=jax.random.key(0)).slot.sum(1).tolist() == [2] * 6
 
 
 def test_assign_warms_up_keeps_and_swaps_by_the_clients_own_rounds():
@@ -47,7 +47,7 @@ def test_assign_warms_up_keeps_and_swaps_by_the_clients_own_rounds():
         capacity=jnp.full(6, 3),
         held=held,
     )
-    got = assign(evidence, make_hyper(), key=None)  # warm-up 2, period 5
+    got = assign(evidence, make_hyper(), key=jax.random.key(0))  # warm-up 2, period 5
     mask = to_mask(got, 5)
     assert mask[:2].all()  # two still warm up
     assert np.flatnonzero(mask[2]).tolist() == [1, 3]  # searched
@@ -63,10 +63,11 @@ def test_vote_and_recommend_follow_similar_clients():
     unit = frequency / np.linalg.norm(frequency, axis=1, keepdims=True)
     np.testing.assert_allclose(votes[0, 0], cos, rtol=1e-5)
     np.testing.assert_allclose(votes[0, 2], cos + unit[0] @ unit[2], rtol=1e-5)
-    swapped = fedmoe.recommend(frequency, held)
+    lots = jnp.zeros((3, 3))
+    swapped = fedmoe.recommend(frequency, held, lots)
     # 0 swaps expert 1 for 2, 1 swaps 2 for 1, 2 keeps its only one
     assert swapped.astype(int).tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 1]]
-    alone = fedmoe.recommend(frequency[:1], held[:1])
+    alone = fedmoe.recommend(frequency[:1], held[:1], lots[:1])
     assert alone.tolist() == held[:1].tolist()
 
 

@@ -1,5 +1,6 @@
 """FLEX-MoE: bounds and deficits by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from fedmoe_jax.strategies.flex_moe import FLEX_MOE, FLEX_MOE_EXAMPLES
 from fedmoe_jax.types import Assignment
 
 pytestmark = pytest.mark.slow
+KEY = jax.random.key(0)
 
 
 def test_assign_by_hand():
@@ -19,12 +21,12 @@ def test_assign_by_hand():
     one = jnp.ones(4, jnp.int32)
     evidence = make_evidence(sizes, fitness=fitness, state=state, capacity=one)
     hyper = make_hyper(flex_moe={"low": 0.9, "high": 1.0, "deficit": 0.5})
-    got = FLEX_MOE.assign(evidence, hyper, sizes, None)
+    got = FLEX_MOE.assign(evidence, hyper, sizes, KEY)
     assert got.held[:, 0].tolist() == [0, 1, 1, 0]  # 1 and 2 lose least by it
     # An expert 1 that lacked 3 slots of 2 on average is worth 0.75 more to all.
     lacking = evidence.replace(state=state | {"deficit": jnp.array([0.0, 3.0])})
     free = make_hyper(flex_moe={"low": 0.0, "high": 2.0, "deficit": 0.5})
-    wanted = FLEX_MOE.assign(lacking, free, sizes, None)
+    wanted = FLEX_MOE.assign(lacking, free, sizes, KEY)
     assert wanted.held[:, 0].tolist() == [0, 1, 1, 1]  # 0.9 against 0.85, 1.35, 1.25...
 
 

@@ -1,16 +1,23 @@
 """A comparison is its members: named, independent, run together and resumed."""
 
 import json
+import re
 
 import jax
 import pytest
 from factories import SMALL, USERS_OPTIONS, assert_same_results, never, run_alone
+from ml_collections import ConfigDict
 
 from configs import compare as study
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train import loop
-from fedmoe_jax.train.compare import apply_change, compare, list_members
+from fedmoe_jax.train.compare import (
+    apply_change,
+    compare,
+    list_members,
+    split_change,
+)
 
 TINY = SMALL | {
     "checkpoint.every": 1,
@@ -110,20 +117,86 @@ def test_apply_change_refuses_what_makes_no_sense(change):
     [
         ({"strategies": ("random", "bogus")}, "strategy='bogus' is unknown; allowed: "),
         ({"seeds": (0, -1)}, "seed=-1 is not allowed"),
-        ({"seeds": ("a",)}, "compare.seeds have .* whole numbers"),
-        ({"seeds": (0.5,)}, "compare.seeds have .* whole numbers"),
-        ({"strategies": (1,)}, "compare.strategies .* allowed: names"),
+        ({"seeds": ("a",)}, "compare.seeds=.'a',. is not .* allowed: whole numbers"),
+        ({"seeds": (0.5,)}, "compare.seeds=.0.5,. is not .* allowed: whole numbers"),
+        ({"seeds": (True,)}, "compare.seeds=.True,. is not .* allowed: whole numbers"),
+        ({"seeds": (2**31,)}, "seed=2147483648 is not allowed; allowed: whole"),
+        ({"strategies": (1,)}, "compare.strategies=.1,. is not .* allowed: names"),
+        ({"changes": (None,)}, "compare.changes=.None,. is not .* allowed: changes"),
         ({"changes": ("max_held=9",)}, "max_held=9 is not allowed"),
-        ({"seeds": (0, 0)}, "none twice; they name 2"),
-        ({"strategies": ("random", "greedy", "random")}, "none twice; they name 3"),
-        ({"changes": ("", "")}, "none twice; they name 2"),
-        ({"seeds": ()}, "at least one run .* they name 0"),
-        ({"strategies": ()}, "they name 0"),
+        ({"seeds": (0, 0)}, "compare.seeds=.0, 0. is not .* none twice"),
+        ({"strategies": ("random", "greedy", "random")}, "strategies.* none twice"),
+        ({"changes": ("", "")}, "compare.changes=.* none twice"),
+        ({"changes": ("", "fitness.rate=0.3")}, "-seed0 and .*=0.3-seed0, .* same run"),
+        ({"changes": ("client.prox=1", "client.prox=1.0")}, "are the same run; allow"),
+        ({"seeds": ()}, "compare.seeds=.. is not allowed; .* at least one"),
+        ({"strategies": ()}, "compare.strategies=.. is not allowed; .* at least one"),
+        ({"changes": ()}, "compare.changes=.. is not allowed; .* at least one"),
     ],
 )
 def test_list_members_refuses_what_is_not_allowed(fields, told):
     with pytest.raises(UserError, match=told):
         members_of(**fields)
+
+
+@pytest.mark.parametrize(
+    ("lists", "told"),
+    [
+        ({"strategies": "greedy"}, "compare.strategies='greedy' is not allowed"),
+        ({"seeds": 0}, "compare.seeds=0 is not allowed; allowed: whole numbers"),
+        ({"changes": None}, "compare.changes=None is not allowed; allowed: changes"),
+        ({"sedes": (0,)}, "compare.sedes is unknown; allowed: strategies, changes"),
+        (None, "compare.changes is missing; allowed: strategies, changes, seeds"),
+    ],
+)
+def test_the_lists_are_of_their_kind(lists, told):
+    fields = tiny_config().to_dict()
+    fields["compare"] = lists and fields["compare"] | lists
+    with pytest.raises(UserError, match=told):
+        list_members(ConfigDict(fields))
+
+
+def test_a_comma_separates_before_a_field_alone():
+    assert split_change("devices.csv=a,b.csv") == ["devices.csv=a,b.csv"]
+    assert split_change("data.dir=a,b=c,fitness.rate=0.5,seed=3") == [
+        "data.dir=a,b=c",
+        "fitness.rate=0.5",
+        "seed=3",
+    ]
+    assert split_change("") == [] and split_change("num_experts=5,") == [
+        "num_experts=5"
+    ]
+
+
+def names_of(*changes, **more):
+    return [member.name for member in members_of(changes=changes, **more)]
+
+
+def test_names_are_folders_of_their_own_whatever_the_change(tmp_path):
+    long = "data.dir=" + 300 * "x"
+    changes = ("data.dir=../../d", "data.dir=../../e", "data.dir=.._.._d", long)
+    changes += (f"{long}y", "data.dir=ä b\n", "data.dir=A", "data.dir=a")
+    names = names_of(*changes, seeds=(2**31 - 1,))
+    assert len({name.lower() for name in names}) == len(changes)
+    for name, change in zip(names, changes, strict=True):
+        assert re.fullmatch(r"load_balanced-[\w.=-]+-seed2147483647", name, re.ASCII)
+        assert len(name) < 120
+        (tmp_path / name).mkdir()
+        plain = f"load_balanced-{change}-seed2147483647"
+        assert (name == plain) == (change in ("data.dir=.._.._d", "data.dir=A"))
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+
+
+def test_a_name_depends_on_no_other_change():
+    wild = "data.dir=a/b"
+    assert names_of(wild)[0] == names_of("", "data.dir=a_b", wild)[-1]
+    grid = "fitness.rate=0.5,usage.decay=0.25"  # as older studies have them
+    assert names_of(grid) == [f"load_balanced-{grid}-seed0"]
+
+
+def test_a_member_has_all_of_a_change_that_is_no_name():
+    (member,) = members_of(changes=("data.dir=../a, b/c",))
+    assert member.config.data.dir == "../a, b/c"
 
 
 def test_apply_change_is_in_place():

@@ -1,7 +1,5 @@
 """The folder of a run keeps what the run was started with."""
 
-from pathlib import Path
-
 import pytest
 
 from fedmoe_jax.configs import default
@@ -11,19 +9,12 @@ from fedmoe_jax.train.workdir import (
     has_begun,
     keep_devices,
     own_workdir,
-    resolve_folder,
 )
 
 
 def claim_workdir(workdir, config):
     with own_workdir(workdir, config):
         pass
-
-
-def test_resolve_folder_expands_the_home(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve_folder("workdir", "~/runs/a") == tmp_path / "runs" / "a"
-    assert resolve_folder("workdir", "a:b/c") == Path("a:b/c")  # a colon is no address
 
 
 def test_keep_devices_refuses_a_file_that_has_changed_since_the_start(tmp_path):

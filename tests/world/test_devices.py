@@ -213,7 +213,7 @@ def row(**changes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no column 'memory'; needed: memory, .*radio"),
+        ("", "no column 'memory'; allowed: .* memory, .*radio"),
         (HEADER.replace(",latency", "") + f"\n{ROW}", "no column 'latency'"),
         (f"{HEADER},cores\n{ROW},4", "column 'cores', which is unknown.*tier"),
         (f"{HEADER},power\n{ROW},4", "column 'power'.*there twice"),
@@ -221,8 +221,8 @@ def row(**changes):
         (f"{HEADER}\n{ROW}\n{ROW},1\n", "line 3: has more or fewer values"),
         (f"{HEADER}\n{ROW[:-2]}\n", "line 2: has more or fewer values"),
         (f"{HEADER},tier\n{ROW},\n", "line 2: tier='' is not allowed"),
-        (f"{HEADER}\n{ROW}\n{row(memory='4GB')}", "line 3: memory='4GB'.*number > 0"),
-        (f"{HEADER}\n{row(radio='')}", "line 2: radio=''.*number >= 0"),
+        (f"{HEADER}\n{ROW}\n{row(memory='4GB')}", "line 3: memory='4GB'.*numbers > 0"),
+        (f"{HEADER}\n{row(radio='')}", "line 2: radio=''.*numbers >= 0"),
         (f"{HEADER}\n{row(power='nan')}", "power='nan'.*finite"),
         (f"{HEADER}\n{row(flops='inf')}", "flops='inf'.*finite"),
         (f"{HEADER}\n{row(flops='1e39')}", "flops='1e39'.*finite"),  # of 32 bits
