@@ -21,8 +21,7 @@ BUFFERS = (0.1, 0.0, 0.25, 0.5)
 REFRESHES = (1, 5, 20)
 FEW = (
     "profile.kind=estimated,devices.buffer=0.1,profile.refresh=1",
-    "profile.kind=estimated,devices.buffer=0.0,profile.refresh=1",
-    "profile.kind=estimated,devices.buffer=0.1,profile.refresh=5",
+    "profile.kind=estimated,devices.buffer=0.0,profile.refresh=5",
     "profile.kind=oracle,devices.buffer=0.1,profile.refresh=1",
 )
 

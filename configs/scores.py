@@ -29,5 +29,5 @@ def get_config(argument: str = "") -> ConfigDict:
     grid = tuple(map(",".join, itertools.product(FITNESS, USAGE, IDLE)))
     config.compare.changes = grid if full else one_at_a_time
     if "smoke" in rest:
-        config.compare.changes = ("", FITNESS[1], USAGE[1], IDLE[1])
+        config.compare.changes = ("", f"{FITNESS[1]},{USAGE[1]}", IDLE[1])
     return config
