@@ -1,6 +1,7 @@
 """Programs for TPUs and GPUs, traced and lowered without one; nothing is compiled."""
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -107,3 +108,10 @@ def test_scores_are_sorted_but_on_a_cpu(name, platform):
     assert ("chlo.top_k" in text) == (platform != "cpu")
     # Blocks of clients, one after the other.
     assert ("stablehlo.dynamic_slice" in text) == (platform == "cpu")
+
+
+def test_no_trace_asks_for_the_default_backend():
+    """What is lowered for one platform must not depend on another that is at hand."""
+    package = Path(program.__file__).parent
+    asking = [p for p in package.rglob("*.py") if "default_backend" in p.read_text()]
+    assert [path.name for path in asking] == ["api.py"]  # in a message to the user
