@@ -10,7 +10,8 @@ DEVICE ?= $(or $(INSTALLED),$(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12
 
 REQUIREMENTS_cpu := requirements-cpu.txt
 REQUIREMENTS_cuda12 := requirements.txt
-REQUIREMENTS = $(or $(REQUIREMENTS_$(DEVICE)),$(error DEVICE=$(DEVICE): it is cpu or cuda12))
+REQUIREMENTS_tpu := requirements-tpu.txt
+REQUIREMENTS = $(or $(REQUIREMENTS_$(DEVICE)),$(error DEVICE=$(DEVICE): it is cpu, cuda12 or tpu))
 
 RUN := $(VENV)/bin/python
 STAMP = $(VENV)/installed-$(DEVICE)
@@ -22,7 +23,7 @@ PYTEST = JAX_PLATFORMS=cpu $(RUN) -m pytest -n logical --maxprocesses 2 --dist l
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile
-	@echo "DEVICE=cpu or DEVICE=cuda12 chooses the packages, PYTHON=... the interpreter."
+	@echo "DEVICE=cpu, cuda12 or tpu chooses the packages, PYTHON=... the interpreter."
 
 setup: $(STAMP) ## install the packages; the other targets do this by themselves
 
@@ -50,7 +51,7 @@ clean: ## remove the packages and the caches; runs/ stays
 # The stamp comes last and --clear comes first, so a broken-off install starts anew.
 # Where Debian leaves out ensurepip, the interpreter's own pip (22.3 or newer) installs
 # pip into VENV.
-$(STAMP): requirements.txt requirements-cpu.txt
+$(STAMP): requirements.txt requirements-cpu.txt requirements-tpu.txt
 	@$(if $(filter True,$(RECENT)),,$(error fedmoe_jax needs Python 3.11 or newer, and \
 	  $(PYTHON) is not; name one, as in: make PYTHON=python3.12))
 	@echo "Installing $(REQUIREMENTS) into $(VENV) (about a minute on a good line) ..."

@@ -2,11 +2,13 @@
 
 CPU only. Every peer runs in its own environment, made on first use outside the
 repository. Launches are interleaved (every peer once, then again), so that a slow spell
-of the machine hits all alike. A peer that does not install or run becomes a row that
-says why.
+of the machine hits all alike, and each is compared with ours of the same turn: a pair.
+JAX peers get the XLA flags that fedmoe_jax sets for itself. A peer that does not
+install or run becomes a row that says why.
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -17,9 +19,11 @@ from typing import Any, NamedTuple
 
 from benchmarks import launches, peers_page, works
 from benchmarks.launches import Launch, PeerError
+from fedmoe_jax.runtime.xla import CPU_FLAGS, ONE_THREAD, count_cores
 
 HERE = Path(__file__).parent
 QUICK_ROUNDS = 2
+LEAST_PAIRS = 5  # of a range on the page
 ENVIRONMENTS = Path.home() / ".cache/fedmoe_jax/peers"
 
 
@@ -31,6 +35,7 @@ class Peer(NamedTuple):
     runner: str
     environment: str | None  # None: this interpreter
     parallel: bool  # told to use --processes workers, threads or devices; else 1
+    devices: bool = False  # these are devices of XLA
     note: str = ""
     cnn_note: str = ""
 
@@ -40,15 +45,30 @@ FLOWER_NOTE = "weights are serialised; its poll interval cut from 0.1 s to 0.01 
 FEDJAX_NOTE = "one dispatch a step; its pmap backend does not run on current JAX"
 DRJAX_NOTE = "convolution as im2col: XLA's own is 11 times slower in a loop on CPU"
 PEERS = {
-    "fedmoe": Peer("fedmoe_jax", "ours", "fedmoe.py", None, True),
+    "fedmoe": Peer("fedmoe_jax", "ours", "fedmoe.py", None, True, True),
     "pfl-single": Peer(
-        "pfl-research, 1 process", "pytorch", "pfl_fedavg.py", "pfl", False, PFL_NOTE
+        "pfl-research, 1 process",
+        "pytorch",
+        "pfl_fedavg.py",
+        "pfl",
+        False,
+        note=PFL_NOTE,
     ),
     "pfl": Peer(
-        "pfl-research, {p} processes", "pytorch", "pfl_fedavg.py", "pfl", True, PFL_NOTE
+        "pfl-research, {p} processes",
+        "pytorch",
+        "pfl_fedavg.py",
+        "pfl",
+        True,
+        note=PFL_NOTE,
     ),
     "flower": Peer(
-        "Flower, {p} actors", "pytorch", "flower_fedavg.py", "flower", True, FLOWER_NOTE
+        "Flower, {p} actors",
+        "pytorch",
+        "flower_fedavg.py",
+        "flower",
+        True,
+        note=FLOWER_NOTE,
     ),
     "torch-single": Peer(
         "PyTorch loop, 1 thread", "pytorch", "torch_loop.py", "torch", False
@@ -57,10 +77,21 @@ PEERS = {
         "PyTorch loop, {p} threads", "pytorch", "torch_loop.py", "torch", True
     ),
     "fedjax": Peer(
-        "FedJAX, jit backend", "jax", "fedjax_fedavg.py", "fedjax", True, FEDJAX_NOTE
+        "FedJAX, jit backend",
+        "jax",
+        "fedjax_fedavg.py",
+        "fedjax",
+        True,
+        note=FEDJAX_NOTE,
     ),
     "drjax": Peer(
-        "DrJAX, {p} devices", "jax", "drjax_fedavg.py", "drjax", True, "", DRJAX_NOTE
+        "DrJAX, {p} devices",
+        "jax",
+        "drjax_fedavg.py",
+        "drjax",
+        True,
+        True,
+        cnn_note=DRJAX_NOTE,
     ),
 }
 
@@ -75,7 +106,7 @@ def parse_flags() -> argparse.Namespace:
     add = parser.add_argument
     add("--works", type=split, default=list(works.WORKS), help="of benchmarks/works.py")
     add("--peers", type=split, default=list(PEERS), help="which peers")
-    add("--repetitions", type=int, default=3, help="launches of every peer and work")
+    add("--repetitions", type=int, default=5, help="launches of every peer and work")
     add("--rounds", type=int, help="timed rounds a launch, instead of the work's own")
     add("--processes", type=int, default=os.cpu_count(), help="workers of a peer")
     add("--envs", type=Path, default=ENVIRONMENTS, help="where environments lie")
@@ -86,6 +117,8 @@ def parse_flags() -> argparse.Namespace:
         unknown = set(getattr(flags, field)) - set(known)
         if unknown:
             parser.error(f"--{field}: {sorted(unknown)[0]!r} is none of {list(known)}")
+    if flags.repetitions < LEAST_PAIRS and not flags.quick:
+        parser.error(f"--repetitions={flags.repetitions}; allowed: >= {LEAST_PAIRS}")
     return flags
 
 
@@ -99,6 +132,18 @@ def install_all(names: list[str], folder: Path) -> dict[str, Path | PeerError]:
             print(f"{environment} {error}", flush=True)
             pythons[environment] = error
     return pythons
+
+
+def choose_flags(peer: Peer, cohort: int, processes: int) -> dict[str, str]:
+    """`XLA_FLAGS` of a JAX peer: those of `set_cpu_devices` for as many devices.
+
+    Ours sets its own.
+    """
+    if peer.kind != "jax":
+        return {}
+    devices = math.gcd(cohort, processes) if peer.devices else 1
+    every_core = devices == count_cores() > 1
+    return {"XLA_FLAGS": " ".join((*CPU_FLAGS, *[ONE_THREAD] * every_core))}
 
 
 def run_peer(
@@ -121,7 +166,9 @@ def run_peer(
     processes = flags.processes if peer.parallel else 1
     command = [str(python), str(runner), f"--work={work}"]
     command += [f"--rounds={launches.WARM_UP + rounds}", f"--processes={processes}"]
-    return launches.launch(command, launches.child_variables(path), flags.timeout)
+    variables = launches.child_variables(path)
+    variables |= choose_flags(peer, works.WORKS[work].cohort, flags.processes)
+    return launches.launch(command, variables, flags.timeout)
 
 
 def repeat(
@@ -168,27 +215,34 @@ def build_rows(
 ) -> list[dict]:
     """Rows of one work, one for each peer; `dense` is in GFLOP/s."""
     work, rows = works.WORKS[name], []
+    ours = [one for key in found if PEERS[key].kind == "ours" for one in found[key]]
     for key, launched in found.items():
         peer = PEERS[key]
         label = peer.label.format(p=processes)
         notes = [peer.note, peer.cnn_note if work.model == "cnn" else ""]
         row: dict[str, Any] = {"work": name, "peer": label, "kind": peer.kind}
         if launched:
-            row |= summarise(work, launched)
+            row |= summarise(work, launched) | compare(launched, ours)
             rate = row["examples_per_s"] * works.flops_per_example(work.model) / 1e9
             row["dense_share"] = rate / dense
         row["note"] = "; ".join(filter(None, [*notes, failures.get(key, "")]))
         rows.append(row)
-    return add_ratios(rows)
-
-
-def add_ratios(rows: list[dict]) -> list[dict]:
-    """Gives every timed row of one work its seconds divided by ours."""
-    ours = [row for row in rows if row["kind"] == "ours" and "seconds" in row]
-    for row in rows:
-        if ours and "seconds" in row:
-            row["ratio"] = row["seconds"] / ours[0]["seconds"]
     return rows
+
+
+def compare(found: list[Launch], ours: list[Launch]) -> dict[str, float]:
+    """A peer's seconds, wall and CPU, divided by ours: medians and ranges of the pairs.
+
+    Where ours or the peer failed there is no pair, and nothing is compared.
+    """
+    row, pairs = {}, list(zip(found, ours, strict=False))
+    for name, field in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+        middle = lambda one, field=field: median(getattr(one, field))
+        ratios = [middle(peer) / middle(mine) for peer, mine in pairs]
+        if ratios:
+            row |= {name: median(ratios), "pairs": len(ratios)}
+            row |= {f"{name}_min": min(ratios), f"{name}_max": max(ratios)}
+    return row
 
 
 def run_work(name: str, pythons: dict, flags: argparse.Namespace) -> list[dict]:

@@ -25,19 +25,27 @@ COLUMNS = {  # CSV name: heading of the page's tables
     "peak_mb": "peak MB",
     "startup_s": "start-up s",
     "dense_share": "share of dense limit",
-    "ratio": "ours / peer",
 }
-COUNTS = ("rounds",)
+RATIOS = {"ratio": "ours / peer", "cpu_ratio": "in CPU seconds"}
+NUMBERS = (
+    *COLUMNS,
+    *(f"{name}{end}" for name in RATIOS for end in ("", "_min", "_max")),
+    *("rounds", "pairs"),
+)
 TEXTS = ("work", "peer", "kind", "note", "measured")
-FIELDS = ("work", "peer", "kind", *COLUMNS, *COUNTS, "note", "measured")
-ABOUT = """Times are medians over all timed rounds; min and max are over the launches'
-medians. The share of the dense limit is the model's operations (forward and backward)
-over those of a 4096 x 4096 float32 matrix product on all cores (best of five before and
-after the work's launches; it varies by a third on a shared machine). Start-up lasts
-from the launch of the process to the end of its first round, so it includes imports,
-data and compilation. Peak memory is the sum over a peer's processes of each one's peak
-resident size. A, B and P give every client examples of its own; in C the clients share
-a pool of 50,000 images. No peer evaluates inside a timed round."""
+FIELDS = ("work", "peer", "kind", *NUMBERS, "note", "measured")
+ABOUT = """Works A, B, C and P are dense FedAvg: one expert (E = 1) that every client
+holds. Ratios are ranges over pairs of launches that ran one after the other, the
+examples per second of ours divided by the peer's; in CPU seconds they compare the work
+of all cores. JAX peers have the XLA flags that fedmoe_jax sets for itself. Times are
+medians over all timed rounds; min and max are over the launches' medians. The share of
+the dense limit is the model's operations (forward and backward) over those of a 4096 x
+4096 float32 matrix product on all cores (best of five before and after the work's
+launches; it varies by a third on a shared machine). Start-up lasts from the launch of
+the process to the end of its first round, so it includes imports, data and compilation.
+Peak memory is the sum over a peer's processes of each one's peak resident size. A, B
+and P give every client examples of its own; in C the clients share a pool of 50,000
+images. No peer evaluates inside a timed round."""
 
 
 def read_rows(text: str) -> list[dict]:
@@ -45,7 +53,7 @@ def read_rows(text: str) -> list[dict]:
     rows = []
     for line in csv.DictReader(io.StringIO(text)):
         row = {name: line[name] for name in TEXTS}
-        numbers = {n: float(line[n]) for n in (*COLUMNS, *COUNTS) if line[n]}
+        numbers = {n: float(line[n]) for n in NUMBERS if line.get(n)}
         rows.append(row | numbers)
     return rows
 
@@ -75,13 +83,20 @@ def ratio_table(rows: list[dict], names: list[str]) -> str:
     for name in names:
         line = [f"{name}: {WORKS[name].title}"]
         for kind in ("pytorch", "jax"):
-            best = fastest(rows, name, kind)
-            line.append(best["peer"] if best else "none")
-            ratio = (best or {}).get("ratio")
-            line.append("unknown" if ratio is None else f"**{ratio:.2f}**")
+            best = fastest(rows, name, kind) or {"peer": "none"}
+            wall, cpu = format_range(best, "ratio"), format_range(best, "cpu_ratio")
+            line += [best["peer"], f"**{wall}**", cpu]
         lines.append(tuple(line))
-    header = ("work", "fastest PyTorch peer", "ours / it", "fastest JAX peer")
-    return page.table((*header, "ours / it"), lines)
+    ratios = "ours / it", "in CPU seconds"
+    kinds = ("fastest PyTorch peer", *ratios, "fastest JAX peer", *ratios)
+    return page.table(("work", *kinds), lines)
+
+
+def format_range(row: dict, name: str) -> str:
+    """The range of a ratio over its pairs; the medians alone say too much."""
+    if f"{name}_min" not in row:
+        return "unknown"
+    return f"{row[f'{name}_min']:.2g} to {row[f'{name}_max']:.2g}"
 
 
 def format_number(value: float) -> str:
@@ -97,11 +112,12 @@ def work_table(rows: list[dict], name: str) -> str:
         (
             r["peer"],
             *(format_number(r[c]) if c in r else "" for c in COLUMNS),
+            *(format_range(r, name) for name in RATIOS),
             r["note"],
         )
         for r in mine
     ]
-    return page.table(("peer", *COLUMNS.values(), "note"), lines)
+    return page.table(("peer", *COLUMNS.values(), *RATIOS.values(), "note"), lines)
 
 
 def render(rows: list[dict]) -> str:

@@ -6,7 +6,8 @@ Other apps press on a device's memory for 30 % of the time and halve it. A clien
 that then holds too much is lost, a late one is dropped. Self-reported profiles (up to
 30 % wrong), estimated ones and the truth, with margins of 0 to 50 % and profiles every
 1, 5 and 20 rounds, one factor at a time. The argument `full` is the whole grid, for
-accelerators; `digits` and `smoke` as in `compare.py`.
+accelerators; `digits` and `smoke` as in `compare.py`, and `smoke` has every factor
+once.
 """
 
 import itertools
@@ -18,6 +19,11 @@ from configs import compare
 KINDS = ("self_reported", "estimated", "oracle")
 BUFFERS = (0.1, 0.0, 0.25, 0.5)
 REFRESHES = (1, 5, 20)
+FEW = (
+    "profile.kind=estimated,devices.buffer=0.1,profile.refresh=1",
+    "profile.kind=estimated,devices.buffer=0.0,profile.refresh=5",
+    "profile.kind=oracle,devices.buffer=0.1,profile.refresh=1",
+)
 
 
 def list_changes(full: bool) -> tuple[str, ...]:
@@ -42,5 +48,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.devices.overload, config.late.kind = "lose", "drop"
     config.pressure.share, config.pressure.persistence = 0.3, 0.5
     config.compare.strategies = ("load_balanced",)
-    config.compare.changes = list_changes(full)
+    config.compare.changes = FEW if "smoke" in rest else list_changes(full)
     return config

@@ -8,7 +8,7 @@
 what was not tried looks better than what was), `gate` crosses how gates are merged with
 whether they are calibrated, `personal` keeps gates on the clients. The reference point
 of all three is `compare.py` with the same seeds. `digits` and `smoke` can be added, as
-in `compare.py`.
+in `compare.py`; `smoke` has one strategy and the last two changes.
 """
 
 from ml_collections import ConfigDict
@@ -43,5 +43,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "followed by digits or smoke"
         )
     config = compare.get_config(rest)
-    config.compare.strategies, config.compare.changes = FACTORS[factor]
+    strategies, changes = FACTORS[factor]
+    if "smoke" in rest:
+        strategies, changes = strategies[-1:], changes[-2:]
+    config.compare.strategies, config.compare.changes = strategies, changes
     return config

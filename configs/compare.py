@@ -4,7 +4,8 @@
     python launch.py --config=configs/compare.py:digits --workdir=runs/digits
 
 The arguments are `digits` (the embedded data, about two minutes on 2 cores) and
-`smoke` (the same study in under a minute); `digits,smoke` is both.
+`smoke` (the same study in under a minute: one seed, and each family of strategies
+once); `digits,smoke` is both.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +21,8 @@ STRATEGIES = (
     "fedavg",
     "fedavg_active",
 )
+# Compiling is most of a short study, so its strategies make two programs.
+FAMILIES = ("random", "load_balanced", "fedavg_active")
 
 
 def take_word(argument: str, word: str) -> tuple[bool, str]:
@@ -44,5 +47,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compare.seeds = (0, 1, 2)
     if "smoke" in words:
         default.shrink(config)
-        config.compare.seeds = (0,)
+        config.compare.strategies, config.compare.seeds = FAMILIES, (0,)
     return config

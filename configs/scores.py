@@ -4,7 +4,8 @@
 
 One factor at a time around the default (fitness keeps 0.7 of itself a round, usage 0.9,
 idle pairs forget towards the prior). The argument `full` is the whole grid, for
-accelerators; `digits` and `smoke` as in `compare.py`.
+accelerators; `digits` and `smoke` as in `compare.py`, and `smoke` has every factor
+once.
 """
 
 import itertools
@@ -27,4 +28,6 @@ def get_config(argument: str = "") -> ConfigDict:
     one_at_a_time = ("", *FITNESS[1:], *USAGE[1:], *IDLE[1:])
     grid = tuple(map(",".join, itertools.product(FITNESS, USAGE, IDLE)))
     config.compare.changes = grid if full else one_at_a_time
+    if "smoke" in rest:
+        config.compare.changes = ("", f"{FITNESS[1]},{USAGE[1]}", IDLE[1])
     return config

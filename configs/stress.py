@@ -6,7 +6,8 @@ The paper's three stresses alone and together: 20 % of the clients drop out of e
 round, devices report their capacity up to 30 % wrong, and clients' labels drift
 gradually to those of others. Clients that hold too much are lost, late ones
 are dropped, in all conditions. The argument `full` adds the reactions to drift and runs
-for longer; `digits` and `smoke` as in `compare.py`.
+for longer; `digits` and `smoke` as in `compare.py`, and `smoke` has all stresses at
+once.
 """
 
 from ml_collections import ConfigDict
@@ -45,4 +46,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.devices.overload, config.late.kind = "lose", "drop"
     config.compare.strategies = STRATEGIES
     config.compare.changes = (*STRESSES, *REACTIONS) if full else STRESSES
+    if "smoke" in rest:
+        config.compare.strategies = compare.FAMILIES
+        config.compare.changes = STRESSES[-1:]
     return config

@@ -4,7 +4,7 @@
 
 All get the same data, of which the server sets 2,500 examples aside (only `fedjets`
 uses them), the same split, local steps and evaluation. `digits` and `smoke` can be
-given as arguments, as in `compare.py`.
+given as arguments, as in `compare.py`; `smoke` has one published system.
 """
 
 from ml_collections import ConfigDict
@@ -42,5 +42,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The comparison. `argument` joins any of `digits` and `smoke` with commas."""
     config = compare.get_config(argument)
     config.compare.strategies = STRATEGIES
+    if "smoke" in argument:
+        config.compare.strategies = (*compare.FAMILIES, "fedmoe")
     config.data.public = 50 if "digits" in argument else 2500
     return config

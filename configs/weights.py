@@ -4,7 +4,8 @@
 
 The paper's rule with the weights of fitness and usage at 0.3/0.7, 0.5/0.5, 0.7/0.3 and
 at both extremes. The argument `full` adds the ratios between and the form in which each
-pick is seen by the next; `digits` and `smoke` as in `compare.py`.
+pick is seen by the next; `digits` and `smoke` as in `compare.py`, and `smoke` has the
+extremes and the middle.
 """
 
 from ml_collections import ConfigDict
@@ -27,5 +28,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compare.strategies = ("load_balanced",)
     if full:
         config.compare.strategies = ("load_balanced", "load_balanced_running")
-    config.compare.changes = tuple(map(weigh, ALL_RATIOS if full else RATIOS))
+    ratios = RATIOS[::2] if "smoke" in rest else ALL_RATIOS if full else RATIOS
+    config.compare.changes = tuple(map(weigh, ratios))
     return config

@@ -125,11 +125,13 @@ class Parts(NamedTuple):
       stem: (stem params, batch, key or None) -> features [B, ...].
       expert: (ONE expert's params, features, key or None) -> outputs [B, O].
       head: (head params, outputs [..., O]) -> outputs of the model [..., L].
+      platform: as the builder got it; experts are vmapped, but on a `cpu` looped over.
     """
 
     stem: Callable[[PyTree, PyTree, Array | None], Array]
     expert: Callable[[PyTree, Array, Array | None], Array]
     head: Callable[[PyTree, Array], Array]
+    platform: str
 
 
 class Model(NamedTuple):

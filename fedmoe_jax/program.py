@@ -17,6 +17,7 @@ from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_mod
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
 from fedmoe_jax.runtime.files import flatten
+from fedmoe_jax.runtime.sharding import find_platform
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
 from fedmoe_jax.tasks.batches import BatchShapes, shape_batch
@@ -46,6 +47,8 @@ class Program(NamedTuple):
       costs: of the simulated model; these bytes are reported.
       device_costs: of the model that it stands for; these are what devices feel.
       mesh: the devices that run the simulation.
+      platform: their kind, `cpu`, `gpu` or `tpu`: the model's layers, runs and experts
+        have the form that is fast there.
     """
 
     task: Task
@@ -62,6 +65,7 @@ class Program(NamedTuple):
     costs: Costs
     device_costs: Costs
     mesh: Mesh
+    platform: str
 
 
 def configure(config: ConfigDict) -> ConfigDict:
@@ -292,7 +296,8 @@ def build_program(
     check("drift.images", config.drift.images, drifts, " with these data")
     strategy = resolve(find_strategy(config.strategy), used)
     batch = shape_batch(data.train, federation.statistics, task)
-    model = MODELS[used.model.kind](used, batch.of(1), task.num_outputs(data))
+    platform, width = find_platform(mesh), task.num_outputs(data)
+    model = MODELS[used.model.kind](used, batch.of(1), width, platform)
     params, frozen = shape_params(model)
     sizes = make_sizes(
         used,
@@ -323,4 +328,5 @@ def build_program(
         costs=costs,
         device_costs=scale_costs(costs, used.devices.model_scale),
         mesh=mesh,
+        platform=platform,
     )

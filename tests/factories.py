@@ -484,7 +484,7 @@ def make_linear_model(num_experts):
 
     flat = lambda batch: batch["x"].reshape(batch["x"].shape[0], -1)
     stem = lambda params, batch, key: product(params, flat(batch))
-    return join_parts(init, Parts(stem, product, product), num_experts)
+    return join_parts(init, Parts(stem, product, product, "cpu"), num_experts)
 
 
 @functools.cache
@@ -507,6 +507,7 @@ def make_logit_model(num_experts, num_classes):
         stem=lambda params, batch, key: jnp.zeros((batch["x"].shape[0], 1)),
         expert=answer,
         head=lambda params, outputs: outputs,
+        platform="cpu",
     )
     return join_parts(init, parts, num_experts)
 
@@ -525,7 +526,7 @@ IMAGE_MODEL = dict(
 def make_image_model(
     stem="mlp", expert="mlp", image_shape=(8, 8, 1), **changes
 ) -> Model:
-    parts = dict(stem=stem, expert=expert, image_shape=image_shape)
+    parts = dict(stem=stem, expert=expert, image_shape=image_shape, platform="cpu")
     return build_model(**IMAGE_MODEL | parts | changes)
 
 

@@ -111,8 +111,23 @@ def test_smoke_is_the_same_study_but_shorter(name):
     differing = {field for field in long if long[field] != short[field]}
     counts |= {"fedmoe.warm_up", "fedmoe.period", "fedjets.steps"}
     counts |= {"drift.start", "drift.rounds"}
-    assert differing <= counts | {"checkpoint.every", "compare.seeds"}
+    rows = {"compare.strategies", "compare.changes", "compare.seeds"}
+    assert differing <= counts | rows | {"checkpoint.every"}
     assert short["num_rounds"] < long["num_rounds"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_smoke_has_few_programs(name, monkeypatch):
+    """Compiling one takes 8 to 20 s on 2 cores, and the study less than a minute."""
+    monkeypatch.setattr(planning, "load_dataset_once", draw_images)
+    config = get_config(name, "smoke")
+    if "compare" not in config:
+        return
+    config.data.public = min(config.data.public, 50)
+    waves = planning.plan_waves(list_members(config))
+    assert len(waves) <= 3
+    sparse = [wave for wave in waves if wave.program.sizes.num_experts > 1]
+    assert len(sparse) <= 2
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -55,7 +55,8 @@ def in_blocks(
 ) -> Assignment:
     """`decide(evidence)`, on CPU one block of clients after the other.
 
-    No intermediate result is larger than a block, and blocks stay in the cache.
+    No intermediate result is larger than a block, and blocks stay in the cache. As in
+    `top_k` the platform is that for which a program is lowered.
 
     Args:
       decide: decides for every client by itself.
@@ -63,16 +64,19 @@ def in_blocks(
     """
     count, num_experts = evidence.fitness.shape
     size = max(64, DECIDE_BLOCK // num_experts)
-    if jax.default_backend() != "cpu" or count <= size:
+    if count <= size:
         return decide(evidence)
 
     def decide_block(rows: dict[str, Array]) -> Assignment:
         return decide(evidence.replace(**rows))
 
-    names = ("client", "fitness", "capacity", "load", "held")
-    rows = {name: getattr(evidence, name) for name in names}
-    blocks = _map_blocks(decide_block, rows, size)
-    return jax.tree.map(lambda leaf: _join_blocks(leaf, count), blocks)
+    def decide_in_turn(evidence: Evidence) -> Assignment:
+        names = ("client", "fitness", "capacity", "load", "held")
+        rows = {name: getattr(evidence, name) for name in names}
+        blocks = _map_blocks(decide_block, rows, size)
+        return jax.tree.map(lambda leaf: _join_blocks(leaf, count), blocks)
+
+    return lax.platform_dependent(evidence, cpu=decide_in_turn, default=decide)
 
 
 def _rank_by_sort(scores: Array, max_held: int) -> Array:
@@ -111,10 +115,11 @@ def _rank(scores: Array, max_held: int) -> Array:
     """Ids [C, K] of the K best scores [C, E], ties to the lowest id, NaN last."""
     count, num_experts = scores.shape
     size = max(64, RANK_BLOCK // num_experts)
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and max_held <= MAX_ROUNDS and count >= size:
-        return _rank_by_rounds(scores, max_held, size)
-    return _rank_by_sort(scores, max_held)
+    by_sort = functools.partial(_rank_by_sort, max_held=max_held)
+    if max_held > MAX_ROUNDS or count < size:
+        return by_sort(scores)
+    by_rounds = functools.partial(_rank_by_rounds, max_held=max_held, size=size)
+    return lax.platform_dependent(scores, cpu=by_rounds, default=by_sort)
 
 
 def top_k(scores: Array, capacity: Array, max_held: int) -> Assignment:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fedmoe_jax.base import Model
 from fedmoe_jax.models import image_moe
 
-# (config, shapes of a batch, width of the outputs) -> model; the config is as the
-# strategy configures it. Equal arguments must give the same functions, as runs share
-# compiled programs by them.
+# (config, shapes of a batch, width of the outputs, platform) -> model; the config is as
+# the strategy configures it. Equal arguments must give the same functions, as runs
+# share compiled programs by them.
 MODELS: dict[str, Callable[..., Model]] = {"image_moe": image_moe.build}

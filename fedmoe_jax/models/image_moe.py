@@ -36,6 +36,7 @@ def build_model(
     num_experts: int,
     num_classes: int,
     image_shape: tuple[int, int, int],
+    platform: str,
 ) -> Model:
     """Builds an image model; equal arguments give the same functions.
 
@@ -50,13 +51,14 @@ def build_model(
       num_experts: E.
       num_classes: L.
       image_shape: H, W, F.
+      platform: that it will run on, `cpu`, `gpu` or `tpu`.
 
     Raises:
       UserError: the stem cannot take these images, or the expert not these features.
     """
     check_fit(stem, expert, image_shape)
-    stem_module = STEMS[stem](stem_width)
-    expert_module = EXPERTS[expert](expert_width, feature_width)
+    stem_module = STEMS[stem](stem_width, platform)
+    expert_module = EXPERTS[expert](expert_width, feature_width, platform)
     head_module = nn.Dense(num_classes)
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
@@ -96,18 +98,20 @@ def build_model(
         expert=run_expert,
         # A tuple only of mutable collections.
         head=lambda params, x: head_module.apply({"params": params}, x),  # pyright: ignore[reportArgumentType]
+        platform=platform,
     )
     apply = functools.partial(apply_parts, parts=parts, num_experts=num_experts)
     return Model(init=init, apply=apply, parts=parts)
 
 
-def build(config: ConfigDict, batch: PyTree, num_outputs: int) -> Model:
+def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) -> Model:
     """The model of a config; equal configs give the same functions.
 
     Args:
       config: gives `num_experts` and the group `model`.
       batch: shapes of a batch with images `x` [B, H, W, F].
       num_outputs: L.
+      platform: that it will run on, `cpu`, `gpu` or `tpu`.
 
     Raises:
       UserError: see `build_model`.
@@ -124,4 +128,5 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int) -> Model:
         num_experts=config.num_experts,
         num_classes=num_outputs,
         image_shape=batch["x"].shape[1:],
+        platform=platform,
     )

@@ -1,4 +1,7 @@
-"""The parts of image models: stems, experts, and which of them fit each other."""
+"""The parts of image models: stems, experts, and which of them fit each other.
+
+Each is built for a platform, `cpu`, `gpu` or `tpu`, see `layers`.
+"""
 
 from flax import linen as nn
 
@@ -8,9 +11,10 @@ from fedmoe_jax.types import Array
 
 
 class FlatStem(nn.Module):
-    """No stem: [B, H, W, F] -> [B, H * W * F]. It has no width."""
+    """No stem: [B, H, W, F] -> [B, H * W * F]; no width, any platform."""
 
     width: int
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -21,11 +25,12 @@ class MlpStem(nn.Module):
     """Flattens and embeds small images: [B, H, W, F] -> [B, width]."""
 
     width: int
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = x.reshape(x.shape[0], -1)
-        return nn.LayerNorm()(nn.relu(Dense(self.width)(x)))
+        return nn.LayerNorm()(nn.relu(Dense(self.width, self.platform)(x)))
 
 
 class CnnStem(nn.Module):
@@ -35,12 +40,14 @@ class CnnStem(nn.Module):
     """
 
     width: int
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = space_to_depth(x)
-        x = nn.relu(max_pool(group_norm(Conv(self.width)(x), "norm1")))
-        return nn.relu(max_pool(group_norm(Conv(2 * self.width)(x), "norm2")))
+        x = Conv(self.width, self.platform)(space_to_depth(x))
+        x = nn.relu(max_pool(group_norm(x, "norm1")))
+        x = Conv(2 * self.width, self.platform)(x)
+        return nn.relu(max_pool(group_norm(x, "norm2")))
 
 
 class SimpleCnnStem(nn.Module):
@@ -52,11 +59,12 @@ class SimpleCnnStem(nn.Module):
     """
 
     width: int
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.relu(Conv(self.width, padding="VALID", use_bias=True)(x))
-        x = Conv(2 * self.width, padding="VALID", use_bias=True)(x)
+        x = nn.relu(Conv(self.width, self.platform, padding="VALID", use_bias=True)(x))
+        x = Conv(2 * self.width, self.platform, padding="VALID", use_bias=True)(x)
         return nn.relu(max_pool(x))
 
 
@@ -64,14 +72,16 @@ class ResNet8Stem(nn.Module):
     """ResNet-8 with GroupNorm: [B, H, W, F] -> [B, H/4, W/4, 4 * width]."""
 
     width: int
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.relu(group_norm(Conv(self.width)(x), "norm"))
+        x = nn.relu(group_norm(Conv(self.width, self.platform)(x), "norm"))
         for block, width in enumerate((self.width, 2 * self.width, 4 * self.width)):
             stride = 1 if block == 0 else 2
-            y = nn.relu(group_norm(Conv(width, stride=stride)(x), f"norm{block}a"))
-            y = group_norm(Conv(width)(y), f"norm{block}b")
+            y = Conv(width, self.platform, stride=stride)(x)
+            y = Conv(width, self.platform)(nn.relu(group_norm(y, f"norm{block}a")))
+            y = group_norm(y, f"norm{block}b")
             if block > 0:
                 x = nn.Dense(width, use_bias=False, name=f"shortcut{block}")(
                     x[:, ::2, ::2]
@@ -85,11 +95,13 @@ class MlpExpert(nn.Module):
 
     width: int
     features: int
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = x.reshape(x.shape[0], -1)
-        return Dense(self.features)(nn.relu(Dense(self.width)(x)))
+        output = Dense(self.features, self.platform)  # first, as checkpoints name it
+        return output(nn.relu(Dense(self.width, self.platform)(x)))
 
 
 class DenseExpert(nn.Module):
@@ -97,10 +109,11 @@ class DenseExpert(nn.Module):
 
     width: int
     features: int
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return nn.relu(Dense(self.width)(x.reshape(x.shape[0], -1)))
+        return nn.relu(Dense(self.width, self.platform)(x.reshape(x.shape[0], -1)))
 
 
 class ConvExpert(nn.Module):
@@ -108,11 +121,12 @@ class ConvExpert(nn.Module):
 
     width: int
     features: int
+    platform: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.relu(max_pool(group_norm(Conv(self.width)(x), "norm")))
-        return Dense(self.features)(x.reshape(x.shape[0], -1))
+        x = nn.relu(max_pool(group_norm(Conv(self.width, self.platform)(x), "norm")))
+        return Dense(self.features, self.platform)(x.reshape(x.shape[0], -1))
 
 
 STEMS = {

@@ -24,7 +24,7 @@ def apply_experts(
     """
     count = jax.tree.leaves(experts)[0].shape[0]
     keys = None if key is None else jax.random.split(key, count)
-    if jax.default_backend() != "cpu":
+    if parts.platform != "cpu":
         axes = (0, None, None if keys is None else 0)
         return jax.vmap(parts.expert, axes, out_axes=1)(experts, features, keys)
     # On CPU a loop is faster: vmapping batches small products and groups convolutions.

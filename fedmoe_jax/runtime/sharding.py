@@ -52,12 +52,17 @@ def build_mesh(num_devices: int, num_runs: int = 1) -> Mesh:
     )
 
 
-def map_runs(function: Callable) -> Callable:
+def find_platform(mesh: Mesh) -> str:
+    """The kind of the mesh's devices: `cpu`, `gpu` or `tpu`."""
+    return mesh.devices.flat[0].platform
+
+
+def map_runs(function: Callable, platform: str) -> Callable:
     """Maps `function(state, federation, ...)` of ONE run over a leading S axis.
 
     The federation's `PER_RUN` fields have that axis too, the others are shared. A loop
-    on CPU, where one run keeps a device busy; vmapped elsewhere. One run is called as
-    it is, so that it costs nothing to be a sweep of one.
+    on the platform `cpu`, where one run keeps a device busy; vmapped elsewhere. One run
+    is called as it is, so that it costs nothing to be a sweep of one.
     """
 
     @functools.wraps(function)
@@ -72,17 +77,16 @@ def map_runs(function: Callable) -> Callable:
         if jax.tree.leaves(states)[0].shape[0] == 1:
             first = jax.tree.map(lambda leaf: leaf[0], arguments)
             return jax.tree.map(lambda leaf: leaf[None], one_run(first))
-        on_cpu = jax.default_backend() == "cpu"
-        over = functools.partial(jax.lax.map, one_run) if on_cpu else jax.vmap(one_run)
-        return over(arguments)
+        if platform == "cpu":
+            return jax.lax.map(one_run, arguments)
+        return jax.vmap(one_run)(arguments)
 
     return mapped
 
 
-def runs_at_once(num_runs: int, mesh: Mesh) -> int:
+def runs_at_once(num_runs: int, mesh: Mesh, platform: str) -> int:
     """Runs that one device works on at the same time, see `map_runs`."""
-    on_cpu = jax.default_backend() == "cpu"
-    return 1 if on_cpu else num_runs // mesh.shape[RUNS]
+    return 1 if platform == "cpu" else num_runs // mesh.shape[RUNS]
 
 
 def spread(
@@ -120,12 +124,12 @@ def place(tree: PyTree, mesh: Mesh, spec: P) -> PyTree:
       mesh: the devices.
       spec: how every leaf is divided.
     """
-    sharding = NamedSharding(mesh, spec)
+    sharding, on_cpu = NamedSharding(mesh, spec), find_platform(mesh) == "cpu"
 
     def place_leaf(leaf: Array | np.ndarray | np.generic) -> Array:
         if isinstance(leaf, jax.Array):
             return jax.device_put(leaf, sharding)
-        host = align(leaf) if jax.default_backend() == "cpu" else np.asarray(leaf)
+        host = align(leaf) if on_cpu else np.asarray(leaf)
         part = lambda index: np.asarray(host[index])
         return jax.make_array_from_callback(host.shape, sharding, part)
 

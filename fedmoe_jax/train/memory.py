@@ -51,11 +51,11 @@ def estimate_memory(
     sums = count_bytes((state.params, state.stale))
     images = divide_examples(federation.test_stratum.shape[0], TEST_BATCH, per_run)[1]
     evaluating = images * evaluation_bytes
-    at_once = runs_at_once(num_runs, program.mesh)
+    at_once = runs_at_once(num_runs, program.mesh, program.platform)
     own = count_bytes([getattr(federation, name) for name in PER_RUN])
     shared = count_bytes(federation) - own
     shared_copies, own_copies = devices, per_run
-    if jax.default_backend() == "cpu":  # devices of a process share the host's copy
+    if program.platform == "cpu":  # devices of a process share the host's copy
         shared_copies = own_copies = jax.process_count()
     return {
         "data": shared_copies * shared + own_copies * num_runs * own,

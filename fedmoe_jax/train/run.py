@@ -221,7 +221,9 @@ def build_programs(program: Program) -> tuple[Callable, Programs]:
         return functools.partial(run_stage, program=program, number=number)
 
     divided = (runs, FEDERATION_SPEC, runs)
-    over_runs = lambda function: spread(map_runs(function), mesh, divided, runs)
+    over_runs = lambda function: spread(
+        map_runs(function, program.platform), mesh, divided, runs
+    )
     rounds = [when for when, _ in program.strategy.stages]
     return jax.jit(over_runs(init_run)), Programs(
         run_rounds=jax.jit(over_runs(scan_rounds(program)), donate_argnums=0),

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import (
@@ -14,6 +16,7 @@ from benchmarks import (
     devices,
     experts,
     memory,
+    smoke,
     start,
     sweeps,
     world,
@@ -96,6 +99,47 @@ def test_rounds_beside_peers(monkeypatch, traced):
     check = functools.partial(fedmoe.check, program=started.program)
     loss = jax.eval_shape(check, state.params, started.federation)
     assert loss.shape == ()
+
+
+@jax.numpy_rank_promotion("allow")  # as in the peers' own processes
+def test_the_models_of_jax_peers(monkeypatch):
+    """Both forms of their convolution are one function, of finite gradients."""
+    monkeypatch.syspath_prepend(ROOT / "runners")
+    models = importlib.import_module("jax_models")
+    images = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
+    params, labels = models.init("cnn", jax.random.key(0)), jnp.array([3])
+    found = [
+        jax.value_and_grad(models.loss)(params, images, labels, None, convolution)
+        for convolution in (models.native_convolution, models.matmul_convolution)
+    ]
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(compare, *found)
+    mlp = models.init("mlp", jax.random.key(0))
+    shape = jax.eval_shape(lambda p: models.loss(p, images, labels, None, None), mlp)
+    assert shape.shape == () and np.isfinite(found[0][0])
+
+
+@pytest.mark.parametrize(("count", "programs"), [(1, 1), (3, 2)])
+def test_a_short_study_is_run_and_read(monkeypatch, count, programs):
+    def run(command, *, env, **others):
+        """As launch.py, whose runs took 2 s to compile each."""
+        workdir = Path(command[-1].removeprefix("--workdir="))
+        assert not Path(env["JAX_COMPILATION_CACHE_DIR"]).exists()
+        assert command[-2] == "--config=configs/compare.py:smoke"
+        names = [f"runs/{i}" for i in range(count)] if count > 1 else [""]
+        for folder in [workdir / name for name in names]:
+            folder.mkdir(parents=True)
+            (folder / "summary.json").write_text("{}")
+            rows = '{"round": 1, "compile_seconds": 2.0}', '{"round": 2}'
+            (folder / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+        for number in range(programs):
+            (workdir / "checkpoints" / str(number)).mkdir(parents=True)
+
+    monkeypatch.setattr(smoke.subprocess, "run", run)
+    (row,) = smoke.measure(["compare"])
+    assert row[:3] == ("`compare.py:smoke`", count, programs)
+    assert row[-1] == 2.0 * count and len(row) == len(smoke.HEADER)
+    assert "compare" in smoke.list_studies()
 
 
 def test_the_round_whose_compiling_is_timed(monkeypatch, traced):

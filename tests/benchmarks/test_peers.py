@@ -1,6 +1,7 @@
 """The comparison with peers, without any peer and without the network."""
 
 import json
+import os
 import sys
 
 import matplotlib
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import launches, page, peers, peers_page, works
+from fedmoe_jax.runtime import xla
 
 
 def say(**fields) -> str:
@@ -86,7 +88,8 @@ def test_a_launch_that_hangs_is_ended():
 
 
 def fake_rows() -> list[dict]:
-    launch = lambda seconds: launches.Launch(seconds, seconds, 5.0, 3.0)
+    cpu = lambda seconds: [2 * s for s in seconds]
+    launch = lambda seconds: launches.Launch(seconds, cpu(seconds), 5.0, 3.0)
     torch = iter([6.0, 10.0, 7.0])
 
     def run(name: str) -> launches.Launch:
@@ -103,6 +106,11 @@ def test_rows_by_hand():
     assert (ours["seconds"], ours["seconds_min"], ours["rounds"]) == (1.5, 1.5, 6)
     assert [torch[f"seconds{end}"] for end in ("", "_min", "_max")] == [7, 6, 10]
     assert ours["ratio"] == 1 and pfl["ratio"] == pytest.approx(4 / 1.5)
+    # Three pairs, each of a launch of 6, 10 or 7 s and one of ours of 1.5 s.
+    for name in ("ratio", "cpu_ratio"):
+        ends = [torch[f"{name}{end}"] for end in ("", "_min", "_max")]
+        np.testing.assert_allclose(ends, [7 / 1.5, 6 / 1.5, 10 / 1.5])
+    assert torch["pairs"] == 3 and "pairs" not in fedjax
     assert pfl["updates_per_s"] == 5 and pfl["examples_per_s"] == 1250
     share = 1250 * works.flops_per_example("cnn") / 100e9
     assert pfl["dense_share"] == pytest.approx(share)
@@ -115,11 +123,50 @@ def test_page_and_csv(tmp_path, monkeypatch):
     peers_page.write([row | {"work": "B"} for row in rows], "--works=B")
     peers_page.write(rows, "--works=A")
     text = (tmp_path / "performance.md").read_text()
-    assert "x 250 | pfl-research, 2 processes | **2.67**" in text
-    assert "none | unknown" in text and "no wheel" in text
+    assert "| pfl-research, 2 processes | **2.7 to 2.7** | 2.7 to 2.7 |" in text
+    assert "none | **unknown** | unknown" in text and "no wheel" in text
+    assert "dense FedAvg: one expert (E = 1)" in text
     assert "peers --works=A`, 20" in text and "peers --works=B`, 20" in text
     kept = peers_page.read_rows((tmp_path / "peers.csv").read_text())
     assert [row["work"] for row in kept] == ["A"] * 4 + ["B"] * 4
     assert kept[1]["ratio"] == pytest.approx(4 / 1.5, rel=1e-5)
     assert (tmp_path / "peers.png").stat().st_size > 1000
     assert matplotlib.get_backend().lower() == "agg"
+
+
+def test_a_peer_without_ours_is_not_compared():
+    alone = launches.Launch([2.0], [3.0], 5.0, 3.0)
+    assert peers.compare([alone], []) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "threads"),
+    [
+        ("drjax", 2, False),  # every core is a device, as with ours
+        ("drjax", 1, True),
+        ("fedjax", 2, True),  # one device on all cores
+    ],
+)
+def test_jax_peers_have_our_flags(monkeypatch, name, processes, threads):
+    """Ours chooses them in a process of its own, for as many devices."""
+    monkeypatch.setattr(peers, "count_cores", lambda: 2)
+    monkeypatch.setattr(xla, "count_cores", lambda: 2)
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(xla.jax.config, "update", lambda name, value: None)
+    flags = peers.choose_flags(peers.PEERS[name], 20, processes)
+    xla.set_cpu_devices(1 if threads else 2)
+    assert flags == {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    assert ("multi_thread_eigen=false" in flags["XLA_FLAGS"]) != threads
+
+
+def test_other_peers_have_no_flags():
+    assert peers.choose_flags(peers.PEERS["torch"], 20, 2) == {}
+
+
+def test_a_range_needs_five_pairs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peers", "--repetitions=4"])
+    with pytest.raises(SystemExit):
+        peers.parse_flags()
+    assert "--repetitions=4; allowed: >= 5" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["peers", "--repetitions=1", "--quick"])
+    assert peers.parse_flags().repetitions == 1

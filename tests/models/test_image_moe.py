@@ -81,10 +81,10 @@ def dropping():
     return model.parts, whole.parts, draw_params(model), images
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_experts_and_stem_drop_their_rates(monkeypatch, dropping, backend):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_experts_and_stem_drop_their_rates(dropping, platform):
     parts, whole, params, images = dropping
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    parts = parts._replace(platform=platform)
     key = jax.random.key(1)
     features = parts.stem(params["stem"], images, key)
     kept = np.asarray(features) != 0
@@ -116,13 +116,12 @@ def test_no_key_means_no_dropout(dropping):
     np.testing.assert_array_equal(outputs, expected)
 
 
-def test_apply_experts_draws_the_same_masks_on_any_backend(monkeypatch, dropping):
+def test_apply_experts_draws_the_same_masks_on_any_platform(dropping):
     parts, _, params, images = dropping
     features, found = parts.stem(params["stem"], images, None), []
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda b=backend: b)
-        key = jax.random.key(2)
-        found.append(apply_experts(parts, params["experts"]["moe"], features, key))
+    for platform in ("cpu", "gpu"):
+        there, key = parts._replace(platform=platform), jax.random.key(2)
+        found.append(apply_experts(there, params["experts"]["moe"], features, key))
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 

@@ -59,7 +59,7 @@ def test_mlp_stem_normalises_features_by_hand():
         "LayerNorm_0": norm,
     }
     # Hidden units 1, 5 and -3, 3, so after the relu 1, 5 and 0, 3.
-    out = jax.jit(MlpStem(2).apply)({"params": params}, x)
+    out = jax.jit(MlpStem(2, "cpu").apply)({"params": params}, x)
     np.testing.assert_allclose(out, [[-0.5, 3.0], [-0.5, 3.0]], atol=1e-4)
 
 
@@ -70,7 +70,7 @@ def test_mlp_expert_has_one_hidden_layer_by_hand():
     second = {"kernel": np.float32([[1.0], [10.0]]), "bias": np.float32([-5.0])}
     params = {"Dense_1": first, "Dense_0": second}  # named from the outside in
     # Hidden units -3, -3 and 2, 1; the outputs have no relu.
-    out = jax.jit(MlpExpert(2, 1).apply)({"params": params}, x)
+    out = jax.jit(MlpExpert(2, 1, "cpu").apply)({"params": params}, x)
     assert out.tolist() == [[-5.0], [7.0]]
 
 

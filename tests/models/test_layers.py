@@ -218,14 +218,13 @@ def test_under_vmap_over_kernels_equals_one_by_one(form):
 CONVS = [("SAME", 1, (1, 1)), ("VALID", 1, (0, 0)), ("SAME", 2, (0, 1))]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize(("padding", "stride", "sides"), CONVS)
-def test_conv_is_native_but_on_cpu(monkeypatch, padding, stride, sides, backend):
+def test_conv_is_native_but_on_cpu(padding, stride, sides, platform):
     x, kernel = draw(2, 4, 6, 3), draw(3, 3, 3, 5, seed=1)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    run = functools.partial(conv, padding=padding, stride=stride)
+    run = functools.partial(conv, padding=padding, stride=stride, platform=platform)
     names = [e.primitive.name for e in jax.make_jaxpr(run)(x, kernel).eqns]
-    on_cpu = backend == "cpu"
+    on_cpu = platform == "cpu"
     assert names[-1] == ("custom_vjp_call" if on_cpu else "conv_general_dilated")
     assert on_cpu or len(names) == 1
     expected = slow_conv(x, kernel, sides, stride)
@@ -237,7 +236,7 @@ def test_conv_is_native_but_on_cpu(monkeypatch, padding, stride, sides, backend)
 def test_conv_module_has_one_kernel_and_perhaps_a_bias(
     padding, stride, sides, use_bias
 ):
-    module = Conv(features=5, padding=padding, stride=stride, use_bias=use_bias)
+    module = Conv(5, "cpu", padding=padding, stride=stride, use_bias=use_bias)
     x, params = draw(2, 4, 6, 3), {"kernel": draw(3, 3, 3, 5, seed=1)}
     if use_bias:
         params["bias"] = draw(5, seed=2)
@@ -390,7 +389,7 @@ def test_canonical_product_is_the_product_in_values_and_gradients(
 
 def test_dense_has_the_parameters_of_flax():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
-    ours, theirs = Dense(5), nn.Dense(5)
+    ours, theirs = Dense(5, "cpu"), nn.Dense(5)
     params = theirs.init(jax.random.key(1), x)
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x), params)
     np.testing.assert_allclose(

@@ -32,15 +32,15 @@ def params():
     return draw_params(make_image_model())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("expert", ["mlp", "conv"])
-def test_apply_experts_equals_one_by_one(monkeypatch, expert, backend):
+def test_apply_experts_equals_one_by_one(expert, platform):
     model = make_image_model("resnet8", expert, stem_width=2)
     parts, experts = model.parts, draw_params(model)["experts"]["moe"]
     features = draw(BATCH, 2, 2, 8, seed=9)
-    # The loop of one backend and the vmap of the other must be the same function.
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    outputs = jax.jit(lambda e, x: apply_experts(parts, e, x, None))(experts, features)
+    # The loop of one platform and the vmap of the other must be the same function.
+    there = parts._replace(platform=platform)
+    outputs = jax.jit(lambda e, x: apply_experts(there, e, x, None))(experts, features)
     one = jax.jit(lambda e, x: parts.expert(e, x, None))
     for i in range(EXPERTS):
         alone = one(jax.tree.map(lambda leaf, i=i: leaf[i], experts), features)

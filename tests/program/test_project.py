@@ -18,6 +18,7 @@ import fedmoe_jax
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CPU = "requirements-cpu.txt"
+FILES = ["Makefile", ".ci/run", "requirements.txt", "requirements-tpu.txt", CPU]
 OWN = {"fedmoe_jax", "configs", "launch", "benchmarks", "factories"}
 OWN |= {path.stem for path in (ROOT / "benchmarks" / "runners").glob("*.py")}
 
@@ -73,6 +74,10 @@ def test_gpu_requirements_build_on_cpu_requirements():
     assert {canonicalize_name(Requirement(n).name) for n in named} <= set(_required())
 
 
+def test_tpu_requirements_build_on_cpu_requirements():
+    assert _lines("requirements-tpu.txt") == [f"-r {CPU}", "jax[tpu]"]
+
+
 def test_the_package_requires_what_the_requirements_file_lists():
     product, tests = (ROOT / CPU).read_text().split("# Tests and style.")
     listed = [
@@ -83,6 +88,7 @@ def test_the_package_requires_what_the_requirements_file_lists():
     declared = [PROJECT["dependencies"], extras["test"]]
     assert [{str(Requirement(each)) for each in part} for part in declared] == listed
     assert extras["cuda12"] == ["jax[cuda12]"]
+    assert extras["tpu"] == ["jax[tpu]"]
 
 
 def test_every_folder_of_the_package_is_found():
@@ -111,7 +117,7 @@ def test_installed_versions_are_within_the_ranges():
         assert requirement.specifier.contains(version), f"{requirement}, not {version}"
 
 
-@pytest.mark.parametrize("file", ["Makefile", ".ci/run", "requirements.txt", CPU])
+@pytest.mark.parametrize("file", FILES)
 def test_packages_come_from_the_configured_index(file):
     text = (ROOT / file).read_text()
     assert not re.search(r"://|--(extra-)?index|--find-links|--hash", text)
@@ -126,6 +132,20 @@ def test_demo_and_tests_are_one_command_each(tmp_path):
     assert test.stdout.splitlines()[-1].startswith("JAX_PLATFORMS=cpu ")
     assert " -m pytest -n logical " in test.stdout.splitlines()[-1]
     assert f"-r {CPU}" in test.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "file"),
+    [("cpu", CPU), ("cuda12", "requirements.txt"), ("tpu", "requirements-tpu.txt")],
+)
+def test_a_device_has_its_requirements(tmp_path, device, file):
+    setup = _make("-n", "setup", f"VENV={tmp_path}", f"DEVICE={device}")
+    assert f"-r {file} " in setup.stdout and f"installed-{device}" in setup.stdout
+
+
+def test_another_device_is_refused(tmp_path):
+    setup = _make("-n", "setup", f"VENV={tmp_path}", "DEVICE=npu")
+    assert setup.returncode == 2 and "it is cpu, cuda12 or tpu" in setup.stderr
 
 
 def test_check_lints_and_leaves_out_slow_tests(tmp_path):

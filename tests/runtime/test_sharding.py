@@ -123,10 +123,8 @@ def test_replicate_puts_trees_on_every_device():
     )
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_map_runs_gives_every_run_its_clients_and_shares_the_images(
-    monkeypatch, backend
-):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_map_runs_gives_every_run_its_clients_and_shares_the_images(platform):
     rows = jnp.arange(4.0)[:, None] * jnp.ones((4, 2))
     federation = make_federation(
         train=jnp.arange(3.0), statistics=jnp.ones(()), **dict.fromkeys(PER_RUN, rows)
@@ -137,12 +135,11 @@ def test_map_runs_gives_every_run_its_clients_and_shares_the_images(
         assert own.shape == (2,) and federation.train.shape == (3,)
         return state + rate * own.sum() + federation.train.sum()
 
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     states, rates = jnp.array([0.0, 10, 20, 30]), jnp.array([1.0, 1, 2, 0])
-    found = jax.jit(map_runs(one_run))(states, federation, rates)
+    found = jax.jit(map_runs(one_run, platform))(states, federation, rates)
     # Each field of run s holds s twice; the images of all add 0 + 1 + 2.
     twice = 2 * len(PER_RUN)
     expected = [3, 10 + twice + 3, 20 + 2 * 2 * twice + 3, 30 + 3]
     np.testing.assert_allclose(found, expected)
     mesh = build_mesh(0, num_runs=2)
-    assert runs_at_once(6, mesh) == (1 if backend == "cpu" else 3)
+    assert runs_at_once(6, mesh, platform) == (1 if platform == "cpu" else 3)

@@ -107,14 +107,13 @@ def test_estimate_by_hand(parts, activations, compute):
     assert estimate(parts, activations) == expected
 
 
-@pytest.mark.parametrize(("backend", "at_once"), [("cpu", 1), ("gpu", 3)])
-def test_runs_of_a_sweep_by_hand(monkeypatch, parts, backend, at_once):
+@pytest.mark.parametrize(("platform", "at_once"), [("cpu", 1), ("gpu", 3)])
+def test_runs_of_a_sweep_by_hand(parts, platform, at_once):
     """Six runs on 2 x 2 devices, three on each; on CPU one after the other."""
-    program = parts.program._replace(mesh=build_mesh(4, num_runs=2))
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    program = parts.program._replace(mesh=build_mesh(4, num_runs=2), platform=platform)
     expected = {
         "data": IMAGES + 6 * PER_RUN
-        if backend == "cpu"
+        if platform == "cpu"
         else 4 * IMAGES + 6 * 2 * PER_RUN,
         "state": 6 * 2 * 2 * STATE + 4 * at_once * PARAMS,
         "compute": 4 * at_once * (memory.CLIENT_COPIES * SUBMODEL + 5 * 10),

@@ -83,6 +83,9 @@ def test_program_key_is_that_of_what_can_run_together(plans):
         (6, 4, (2, 2)),  # two devices share the clients of a run
         (3, 4, (1, 4)),  # as of a run alone
         (4, 8, (4, 2)),
+        (15, 8, (1, 8)),  # these three as in docs/running.md
+        (16, 8, (8, 1)),
+        (12, 8, (4, 2)),
         (1, 2, (1, 2)),
     ],
 )

@@ -3,11 +3,11 @@
 import json
 
 import chex
-import jax
 import numpy as np
 import pytest
 from factories import tiny_study
 
+from fedmoe_jax import program
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import CLIENTS, RUNS
@@ -92,13 +92,11 @@ def test_devices_that_do_not_divide_the_runs_share_clients(tmp_path):
 
 
 def test_accelerators_vmap_what_cpus_loop_over(tmp_path, monkeypatch):
-    """The mapping is chosen by backend; both give the same runs."""
+    """The mapping is chosen by platform; both give the same runs."""
     folders, _ = run(tiny_study(("random", "greedy")), tmp_path / "loop")
     with monkeypatch.context() as patch:
-        train.build_programs.cache_clear()
-        patch.setattr(jax, "default_backend", lambda: "tpu")
+        patch.setattr(program, "find_platform", lambda mesh: "tpu")
         others, _ = run(tiny_study(("random", "greedy")), tmp_path / "vmap")
-    train.build_programs.cache_clear()
     for folder, other in zip(folders, others, strict=True):
         assert_rows_close(rows_of(folder), rows_of(other))
 

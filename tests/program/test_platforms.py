@@ -1,0 +1,117 @@
+"""Programs for TPUs and GPUs, traced and lowered without one; nothing is compiled."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from factories import SIZES, make_data, make_evidence, make_hyper, sizes_of, tiny_study
+from jax import export
+
+from fedmoe_jax import program
+from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.train import plan as planning
+from fedmoe_jax.train.compare import list_members
+from fedmoe_jax.train.run import build_programs, stack_federations
+
+DEVICES = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}  # JAX's platform: its devices'
+SLOW_CUDA = pytest.param("cuda", marks=pytest.mark.slow)  # much like a TPU's
+CNN = {
+    "model.stem": "cnn",
+    "model.expert": "conv",
+    "partition.kind": "iid",
+    "partition.min_size": 1,
+    "run.num_devices": 1,
+}
+# A kernel's gradient as XLA derives it: batch and channels of the images change places.
+NATIVE_GRADIENT = "[f, 0, 1, b]x[i, 0, 1, o]->[0, 1, b, f]"
+MANY = SIZES._replace(num_clients=4_000, cohort_size=3_000)  # several blocks on CPU
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def lower(function, platform, *arguments):
+    """A jitted function lowered for such shapes."""
+    return export.export(function, platforms=(platform,))(*arguments)
+
+
+def plan_two_runs(monkeypatch, platform):
+    """Two runs of a CNN on images like those of CIFAR-10, on one such device."""
+    monkeypatch.setattr(program, "find_platform", lambda mesh: DEVICES[platform])
+    data = make_data(100, (32, 32, 3))
+    monkeypatch.setattr(planning, "load_dataset_once", lambda name, folder: data)
+    (wave,) = planning.plan_waves(list_members(tiny_study(("greedy",), **CNN)))
+    assert wave.program.platform == DEVICES[platform]
+    return wave
+
+
+def lower_wave(wave, platform):
+    """`init`, `run_rounds` and `evaluate` of a wave, lowered."""
+    mesh, plans = wave.program.mesh, wave.plans
+    federation = shapes_of(stack_federations([p.federation for p in plans], mesh))
+    stack = lambda *leaves: np.stack(leaves)
+    hyper = shapes_of(jax.tree.map(stack, *(plan.hyper for plan in plans)))
+    init, programs = build_programs(wave.program)
+    start = shapes_of(np.arange(len(plans))), federation, hyper
+    state, frozen = shapes_of(jax.eval_shape(init, *start))
+    inputs = state, federation.replace(frozen=frozen), hyper
+    return (
+        lower(init, platform, *start),
+        lower(programs.run_rounds, platform, *inputs),
+        lower(programs.evaluate, platform, *inputs),
+    )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", SLOW_CUDA])
+def test_a_sweep_of_cnns_has_the_form_of_its_platform(monkeypatch, platform):
+    wave = plan_two_runs(monkeypatch, platform)
+    lowered, on_cpu = lower_wave(wave, platform), platform == "cpu"
+    assert all(each.platforms == (platform,) for each in lowered)
+    _, rounds, evaluate = (each.mlir_module() for each in lowered)
+    # Layouts are pinned on CPU alone, and gradients spelt as forward convolutions.
+    assert (NATIVE_GRADIENT in rounds) == (not on_cpu)
+    assert ("optimization_barrier" in rounds) == on_cpu
+    for text in (rounds, evaluate):
+        assert "stablehlo.convolution" in text
+        # Two runs, vmapped, are two groups of a convolution with kernels of their own.
+        assert ("feature_group_count = 2" in text) == (not on_cpu)
+    # One loop over batches, one over clients, and on CPU one over runs.
+    assert evaluate.count("stablehlo.while") == (3 if on_cpu else 2)
+
+
+def lower_decision(name, platform):
+    """A strategy's assignment of a large cohort, lowered."""
+    strategy, sizes = STRATEGIES[name], sizes_of(name, MANY)
+    state = jax.eval_shape(lambda: strategy.init(sizes))
+    evidence = shapes_of(make_evidence(sizes)).replace(state=state)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    decide = functools.partial(strategy.assign, sizes=sizes)
+    in_order = lambda evidence, hyper, key: decide(evidence, hyper, key=key)
+    return lower(jax.jit(in_order), platform, evidence, shapes_of(make_hyper()), key)
+
+
+@pytest.mark.parametrize("platform", ["tpu", SLOW_CUDA])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_decides_on_any_platform(name, platform):
+    held, slot = lower_decision(name, platform).out_avals[:2]
+    shape = MANY.cohort_size, sizes_of(name, MANY).max_held
+    assert (held.shape, held.dtype, slot.shape) == (shape, np.int32, shape)
+
+
+@pytest.mark.parametrize("platform", DEVICES)
+@pytest.mark.parametrize("name", ["random", "greedy", "load_balanced"])
+def test_scores_are_sorted_but_on_a_cpu(name, platform):
+    text = lower_decision(name, platform).mlir_module()
+    assert ("chlo.top_k" in text) == (platform != "cpu")
+    # Blocks of clients, one after the other.
+    assert ("stablehlo.dynamic_slice" in text) == (platform == "cpu")
+
+
+def test_no_trace_asks_for_the_default_backend():
+    """What is lowered for one platform must not depend on another that is at hand."""
+    package = Path(program.__file__).parent
+    asking = [p for p in package.rglob("*.py") if "default_backend" in p.read_text()]
+    assert [path.name for path in asking] == ["api.py"]  # in a message to the user
