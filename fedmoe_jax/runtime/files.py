@@ -37,9 +37,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a reader sees the old file or all of the new one."""
+    """Writes `text` so that a reader sees the old file or all of the new one.
+
+    Halves of surrogate pairs, as in arguments that are no UTF-8, become escapes.
+    """
     part = Path(f"{path}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
