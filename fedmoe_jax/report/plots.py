@@ -314,8 +314,9 @@ def partition_bubbles(label_counts: np.ndarray, label_names: Names) -> Figure:
     figure, panels = open_panels(1, inner)
     (axes,) = panels
     axes.set(xlabel="Class", ylabel="Client")
-    # The widest bubble is a little wider than a row; scatter wants points squared.
-    diameter = 1.4 * 72 * inner[1] / num_clients
+    # The widest bubble is a little wider than a row or a column; scatter wants points
+    # squared.
+    diameter = 1.4 * 72 * min(inner[1] / num_clients, 0.2)
     look: dict[str, Any] = dict(color=COLOURS[0], lw=0)
     client, label = np.nonzero(label_counts)
     most = max(int(label_counts.max()), 1)

@@ -26,6 +26,8 @@ def test_describe_origins_of_one_run_has_no_differences(tmp_path):
         "device cpu · xla_flags none"
     )
     assert different == ""
+    unknown = made_by(tmp_path, commit=None, dirty=None)
+    assert describe_origins([unknown])[0].startswith("fedmoe_jax 0.2.0")
 
 
 def test_describe_origins_counts_the_runs_of_each(tmp_path):
