@@ -69,6 +69,7 @@ def name_all(tmp_path, name):
     return run._replace(summary={"note": name, "needs": name, "made_by": origin})
 
 
+@pytest.mark.slow
 @NAMED
 def test_write_report_shows_names_as_they_are(tmp_path, name):
     runs = [name_all(tmp_path, name), make_run(tmp_path, "random")]

@@ -66,6 +66,7 @@ def beyond_paper(figure):
     return max(-drawn.x0, -drawn.y0, drawn.x1 - width, drawn.y1 - height)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["greedy", LONG])
 @pytest.mark.parametrize("rows", [ROWS, LARGE], ids=["small", "large"])
 def test_no_text_of_a_report_is_cut_off(tmp_path, label, rows):
