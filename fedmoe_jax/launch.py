@@ -220,24 +220,27 @@ def run(
         finished = train(config, workdir, stop=wished, label=name, profile=profile)
         folders = [workdir]
     if folders and is_leader():
-        page = report(folders, workdir, command, tables="compare" in config)
+        page = report(folders, workdir, command)
         print(f"report: {page}  ({time.monotonic() - start:.0f} s from the start)")
     return finished
 
 
-def report(folders: list[Path], workdir: Path, command: str, tables: bool) -> Path:
-    """Writes the report of these runs, and its tables as files; returns the page."""
+def report(folders: list[Path], workdir: Path, command: str) -> Path:
+    """Writes the report of these runs and its tables, then prints; returns the page."""
+    from fedmoe_jax.report.clients import write_clients_csv
     from fedmoe_jax.report.page import write_report
     from fedmoe_jax.report.runs import load_run
     from fedmoe_jax.report.tables import markdown_table, print_table, write_runs_csv
     from fedmoe_jax.runtime.files import write_atomically
 
+    gc.freeze()  # drawing makes garbage in plenty; what training has left stays
     runs = [load_run(folder) for folder in folders]
-    if tables:
-        write_runs_csv(workdir / "runs.csv", runs)
-        write_atomically(workdir / "table.md", markdown_table(runs))
-        print_table(runs, sys.stdout)
-    return write_report(workdir, runs, command)
+    write_runs_csv(workdir / "runs.csv", runs)
+    write_clients_csv(workdir / "clients.csv", runs)
+    write_atomically(workdir / "table.md", markdown_table(runs))
+    page = write_report(workdir, runs, command)
+    print_table(runs, sys.stdout)
+    return page
 
 
 def join_hosts(config: ConfigDict, request: str) -> None:

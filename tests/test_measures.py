@@ -89,7 +89,7 @@ def test_measures_of_the_runs_are_what_a_report_reads(tmp_path):
     with open(tmp_path / "runs.csv", newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))
     assert [record["mean_surprise"] for record in records] == ["2.166666667"] * 2
-    assert not any(name.startswith(runs.RECORDS) for name in records[0])
+    assert not any(name.startswith("measures") for name in records[0])
     text = page.write_report(tmp_path / "out", made, "c").read_text(encoding="utf-8")
     assert "<th>Surprise &lt;bits&gt;</th>" in text
     assert "<b>Surprise &lt;bits&gt;</b>: bits by which a label surprises" in text

@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
+from fedmoe_jax.report.margins import open_panels, settle, widest
 from fedmoe_jax.report.plots import COLOURS, DASHES, GREY, LINE_INCHES, STYLE, ticks
+from fedmoe_jax.report.text import shorten
 
 Reference = tuple[float, str] | None  # a level to compare with, and its name
 
@@ -88,14 +90,15 @@ def _look(place: int) -> dict[str, Any]:
     return dict(color=COLOURS[place % len(COLOURS)], ls=dash)
 
 
-def _open(labels: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """A figure and its axes, with room for the names at the curves' ends."""
-    height = max(2.5, LINE_INCHES * len(labels) + 0.8)
-    size = (3.0 + 0.06 * max(map(len, labels)), height)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+def _open(
+    labels: Sequence[str], xlabel: str, ylabel: str
+) -> tuple[Figure, tuple[float, float]]:
+    """A figure with room for the names at the curves' ends, and its axes' size."""
+    inner = 2.45, max(2.05, LINE_INCHES * len(labels) + 0.35)
+    figure, (axes,) = open_panels(1, inner)
+    axes.set(xlabel=shorten(xlabel), ylabel=shorten(ylabel))
     axes.xaxis.set_major_locator(ticks(5))
-    return figure, axes
+    return figure, inner
 
 
 def _compare(axes: Axes, reference: Reference) -> None:
@@ -109,7 +112,10 @@ def _compare(axes: Axes, reference: Reference) -> None:
 
 
 def _label_ends(
-    figure: Figure, last: float, ends: Sequence[tuple[float, float, str, str]]
+    figure: Figure,
+    inner: tuple[float, float],
+    last: float,
+    ends: Sequence[tuple[float, float, str, str]],
 ) -> None:
     """Fits the axes to 0 .. `last`; writes (x, y, text, colour) at their right."""
     (axes,) = figure.axes
@@ -117,7 +123,7 @@ def _label_ends(
     low, high = axes.get_ylim()
     low = 0 if low < high / 2 else low
     axes.set_ylim(low, high)
-    gap = (high - low) * LINE_INCHES / (figure.get_figheight() - 0.55)
+    gap = (high - low) * LINE_INCHES / inner[1]
     places = spread(np.array([end[1] for end in ends]), gap, low, high)
     beside = axes.get_yaxis_transform()
     leader: dict[str, Any] = dict(lw=0.6, clip_on=False, transform=beside)
@@ -126,18 +132,24 @@ def _label_ends(
         axes.plot([1, 1.04], [y, place], color=colour, **leader)
         letters: dict[str, Any] = dict(color=colour, size=7, va="center")
         axes.text(1.055, place, text, transform=beside, **letters)
+    names = widest([text for _, _, text, _ in ends])
+    settle([axes], inner, [0.055 * inner[0] + names])
 
 
 @rc_context(STYLE)
-def curves(series: Sequence[Series], ylabel: str, reference: Reference) -> Figure:
+def curves(
+    series: Sequence[Series], ylabel: str, reference: Reference, xlabel: str = "Round"
+) -> Figure:
     """Mean over seeds with a band from the lowest to the highest seed.
 
     Args:
       series: the curves, at least one.
       ylabel: name and unit of the values.
       reference: a level to compare with and its name, drawn as a dotted line.
+      xlabel: name of what stands in `Series.rounds`.
     """
-    figure, axes = _open([line.label for line in series], "Round", ylabel)
+    figure, inner = _open([line.label for line in series], xlabel, ylabel)
+    (axes,) = figure.axes
     _compare(axes, reference)
     ends = []
     for place, label, rounds, values in series:
@@ -146,8 +158,8 @@ def curves(series: Sequence[Series], ylabel: str, reference: Reference) -> Figur
         if len(values) > 1:
             band = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
             axes.fill_between(rounds, *band, color=look["color"], alpha=0.13, lw=0)
-        ends.append((rounds[-1], mean[-1], label, look["color"]))
-    _label_ends(figure, max(line.rounds[-1] for line in series), ends)
+        ends.append((rounds[-1], mean[-1], shorten(label), look["color"]))
+    _label_ends(figure, inner, max(line.rounds[-1] for line in series), ends)
     return figure
 
 
@@ -163,7 +175,8 @@ def cost_curves(
       ylabel: name and unit of the values.
       reference: as in `curves`.
     """
-    figure, axes = _open([track.label for track in tracks], xlabel, ylabel)
+    figure, inner = _open([track.label for track in tracks], xlabel, ylabel)
+    (axes,) = figure.axes
     _compare(axes, reference)
     ends = []
     for place, label, seeds in tracks:
@@ -173,8 +186,8 @@ def cost_curves(
         axes.plot(grid, mean, lw=1.3, **look)
         # Where no cost is common to all, the name stands at the seed that ends last.
         end = (grid, mean) if len(grid) else max(seeds, key=lambda seed: seed[0][-1])
-        ends.append((end[0][-1], end[1][-1], label, look["color"]))
+        ends.append((end[0][-1], end[1][-1], shorten(label), look["color"]))
         axes.plot(*ends[-1][:2], "o", ms=2.5, color=look["color"], clip_on=False)
     last = max(costs[-1] for track in tracks for costs, _ in track.seeds)
-    _label_ends(figure, last, ends)
+    _label_ends(figure, inner, last, ends)
     return figure

@@ -1,12 +1,13 @@
 """The pictures of one run's devices: their times, outcomes and capacities."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from fedmoe_jax.measures import OUTCOMES
 from fedmoe_jax.options import Measure
-from fedmoe_jax.report.curves import curves
+from fedmoe_jax.report.clients import name_tiers
+from fedmoe_jax.report.curves import Reference, curves
 from fedmoe_jax.report.figures import Picture, measure_series
 from fedmoe_jax.report.plots import COLOURS, participation_bars
 from fedmoe_jax.report.runs import Run, num_experts
@@ -70,8 +71,9 @@ def _last_round(run: Run) -> Iterator[Picture]:
     last = last_second(phases, spent, deadline)
     if phases.sum(axis=1).max() > last:
         caption += " Plans that meet the right edge go on beyond it."
-    shown = (arrays["last_client"][rows], phases[rows], spent[rows], endings)
-    yield Picture("timeline", caption, timeline(*shown, deadline, last))
+    clients = list(map(str, arrays["last_client"][rows]))
+    shown = (clients, phases[rows], spent[rows], endings, deadline, last)
+    yield Picture("timeline", caption, timeline(*shown, of="Client"))
 
 
 def _outcomes(run: Run) -> Iterator[Picture]:
@@ -105,7 +107,7 @@ def _participation(run: Run) -> Iterator[Picture]:
                 counted,
                 run.rows[-1]["round"],
                 arrays["tier"],
-                arrays.get("tier_names", np.array(run.config["devices"]["tiers"])),
+                name_tiers(run),
             ),
         )
 
@@ -125,7 +127,62 @@ def _belief(run: Run) -> Iterator[Picture]:
         )
 
 
-def device_pictures(run: Run) -> Iterator[Picture]:
-    """Pictures of the devices of one run, as far as its rows and arrays have them."""
-    for pictures in (_round_time, _last_round, _outcomes, _participation, _belief):
+def device_pictures(run: Run, *, alone: bool) -> Iterator[Picture]:
+    """Pictures of the devices of one run, as far as its rows and arrays have them.
+
+    Of a run that is not `alone` in its report, its times are in
+    `compared_device_pictures`.
+    """
+    times = (_round_time, _last_round) if alone else ()
+    for pictures in (*times, _outcomes, _participation, _belief):
         yield from pictures(run)
+
+
+def _compared_times(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
+    """Duration of every round by strategy; none where no device takes any time."""
+    lines = []
+    for place, (label, group) in enumerate(groups.items()):
+        lines += measure_series(place, label, group, Measure("simulated_seconds"))
+    if any(np.nansum(line.values) > 0 for line in lines):
+        yield Picture(
+            "round_time",
+            "Simulated time of a round, which is that of its slowest client. Above the "
+            "deadline clients are late.",
+            curves(lines, "Simulated time (s)", _common_deadline(groups)),
+        )
+
+
+def _common_deadline(groups: Mapping[str, Sequence[Run]]) -> Reference:
+    """The deadline as a level to compare with; None where runs have different ones."""
+    runs = [run for group in groups.values() for run in group]
+    deadlines = {run.config["devices"]["deadline"] for run in runs}
+    return (deadlines.pop(), "deadline") if len(deadlines) == 1 else None
+
+
+def _compared_last_round(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
+    """The slowest client of every strategy's last round, by phase."""
+    found = {}
+    for label, (run, *_) in groups.items():
+        phases = run.arrays.get("last_phases", np.zeros((0, 3)))
+        if phases.any():
+            slowest = choose_rows(phases.sum(axis=1))[0]
+            found[label] = phases[slowest], run.arrays["last_spent"][slowest]
+    if found:
+        phases, spent = np.array(list(found.values()), float).swapaxes(0, 1)
+        reference = _common_deadline(groups)
+        deadline = np.inf if reference is None else reference[0]
+        last = last_second(phases, spent, deadline)
+        yield Picture(
+            "timeline",
+            "The slowest client of the last round, first seed; pale is what was "
+            "planned and did not happen. Look for which phase fills the round.",
+            timeline(
+                list(found), phases, spent, [""] * len(found), deadline, last, of=""
+            ),
+        )
+
+
+def compared_device_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
+    """The times of several strategies' devices, in pictures that they share."""
+    yield from _compared_times(groups)
+    yield from _compared_last_round(groups)

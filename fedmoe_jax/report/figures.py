@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from fedmoe_jax.options import EXPERTS, FINAL, ROUNDS, Curve, Measure
 from fedmoe_jax.report import plots
+from fedmoe_jax.report.clients import name_tiers
 from fedmoe_jax.report.curves import Series, curves
 from fedmoe_jax.report.rows import measured, name_experts, stack_experts
 from fedmoe_jax.report.runs import (
@@ -138,7 +139,6 @@ def population_pictures(run: Run) -> Iterator[Picture]:
         "mean strongly non-IID clients, which one shared model serves badly.",
         plots.partition_bubbles(arrays["label_counts"], names),
     )
-    tiers = arrays.get("tier_names", np.array(run.config["devices"]["tiers"]))
     if len(arrays["capacity"]) < len(arrays["label_counts"]):
         return  # all data in one place, and no devices
     yield Picture(
@@ -146,7 +146,7 @@ def population_pictures(run: Run) -> Iterator[Picture]:
         "Experts that each device can hold under its memory, compute and network, in "
         "the last round where they change. Many clients at one expert leave the server "
         "little to decide.",
-        plots.capacity_bars(arrays["capacity"], arrays["tier"], tiers),
+        plots.capacity_bars(arrays["capacity"], arrays["tier"], name_tiers(run)),
     )
 
 
@@ -195,16 +195,16 @@ def _alignment_pictures(run: Run) -> Iterator[Picture]:
         plots.specialisation_map(shares, arrays["label_names"]),
     )
     yield Picture(
-        "assignment",
-        "Share of the rounds in which the client held the expert. Bright single "
-        "cells are lasting pairs; even colour is assignment without preference.",
-        plots.assignment_map(add_layer(arrays["times_held"], 1), len(run.rows)),
-    )
-    yield Picture(
-        "fitness",
-        "Fitness that the server has learnt for every pair. Compare with the "
-        "assignment: bright here and dark there is a pair that load kept apart.",
-        plots.fitness_map(add_layer(arrays["fitness"], 1)),
+        "pairs",
+        "Left: share of the rounds in which the client held the expert. Bright single "
+        "cells are lasting pairs; even colour is assignment without preference. Right: "
+        "the fitness that the server has learnt. Bright there and dark on the left is "
+        "a pair that load kept apart.",
+        plots.pair_maps(
+            add_layer(arrays["times_held"], 1),
+            len(run.rows),
+            add_layer(arrays["fitness"], 1),
+        ),
     )
 
 

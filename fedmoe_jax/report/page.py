@@ -2,7 +2,8 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 
 from fedmoe_jax.options import COST, LEARNING, UserError
 from fedmoe_jax.report import plots, signatures
+from fedmoe_jax.report.client_figures import client_pictures
 from fedmoe_jax.report.cost_figures import cost_pictures
-from fedmoe_jax.report.device_figures import device_pictures
+from fedmoe_jax.report.device_figures import compared_device_pictures, device_pictures
 from fedmoe_jax.report.figures import (
     Picture,
     curve_pictures,
@@ -19,6 +21,7 @@ from fedmoe_jax.report.figures import (
     population_pictures,
     run_pictures,
 )
+from fedmoe_jax.report.origins import describe_origins
 from fedmoe_jax.report.runs import Run, group_runs, name_runs
 from fedmoe_jax.report.tables import (
     Cell,
@@ -46,9 +49,12 @@ figcaption { font-size: 13px; color: #444; margin-top: .3em }
 details { border-top: 1px solid #ddd; padding: .6em 0 }
 summary { cursor: pointer; font-weight: 600 }
 pre { background: #f6f6f6; padding: .7em; white-space: pre-wrap; font-size: 12px }
+.origin { color: #666; font-size: 12px; overflow-wrap: anywhere }
 .yes { color: #b03a00; font-weight: 600 }
 """
 
+
+Save = Callable[[str, bytes], str]  # (name, PNG) -> its name in the folder
 
 LONGEST_LABEL = 60  # characters of a label in the name of a figure
 
@@ -59,12 +65,11 @@ SEEDS = (
 )
 
 
-def _figure_html(picture: Picture, folder: Path, prefix: str, taken: set[str]) -> str:
+def _figure_html(picture: Picture, prefix: str, save: Save) -> str:
     """Saves the PNG and returns it inline, at 105 pixels per inch of paper."""
     buffer = io.BytesIO()
-    picture.figure.savefig(buffer, format="png", dpi=plots.DPI)
-    name = distinct_name(prefix + picture.name, taken)
-    (folder / f"{name}.png").write_bytes(buffer.getvalue())
+    plots.save_png(picture.figure, buffer)
+    name = save(prefix + picture.name, buffer.getvalue())
     data = base64.b64encode(buffer.getvalue()).decode()
     width = round(105 * picture.figure.get_figwidth())
     caption = escape(picture.caption)
@@ -87,7 +92,7 @@ def _table_html(
         body += f'<tr><td><b>{escape(label)}</b><div class="note">{needs}</div></td>'
         body += f'<td class="number">{len(groups[label])}</td>'
         for cell in cells:
-            text = f"<b>{cell.text}</b>" if cell.best else cell.text
+            text = f"<b>{escape(cell.text)}</b>" if cell.best else escape(cell.text)
             body += f'<td class="number">{text}</td>'
         body += "</tr>"
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
@@ -170,7 +175,7 @@ def _overview_html(groups: Mapping[str, Sequence[Run]]) -> str:
             )
         rows += "</tr>"
     names = [found.name for found in _check(next(iter(groups.values()))[0])]
-    head = "".join(f"<th>{name}</th>" for name in ["Strategy", *names])
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["Strategy", *names])
     return (
         f"<table><tr>{head}</tr>{rows}</table><p>Stragglers count where the slowest "
         f"client takes over {signatures.SLOWEST_TO_MEDIAN:g} times the median's time, "
@@ -191,6 +196,15 @@ def _section_html(label: str, run: Run, figures: str, opened: bool) -> str:
         f"<details><summary>Config</summary><pre>{escape(config)}</pre></details>"
         "</details>"
     )
+
+
+def _origin_html(runs: Sequence[Run]) -> str:
+    """The code, versions and devices that made the runs, and where they differ."""
+    alike, different = describe_origins(runs)
+    lines = [f"Made by: {escape(alike)}"] if alike else []
+    if different:
+        lines.append(f"<b>Made by different</b>: {escape(different)}")
+    return f'<p class="origin">{"<br>".join(lines)}</p>' if lines else ""
 
 
 def _header_html(runs: Sequence[Run], command: str) -> str:
@@ -216,7 +230,25 @@ def _header_html(runs: Sequence[Run], command: str) -> str:
     return (
         f"<h1>{escape(title)} on {escape(flat['data.name'])}</h1>"
         f"<p>{escape(' · '.join(facts))}</p><pre>{escape(command)}</pre>"
+        + _origin_html(runs)
     )
+
+
+def _keep_figures(folder: Path) -> tuple[Save, list[OSError]]:
+    """A function that saves figures under names of their own, and what goes wrong."""
+    taken: set[str] = set()
+    faults: list[OSError] = []
+
+    def save(name: str, png: bytes) -> str:
+        name = distinct_name(name, taken)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.png").write_bytes(png)
+        except OSError as error:
+            faults.append(error)
+        return name
+
+    return save, faults
 
 
 def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
@@ -232,12 +264,10 @@ def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
     if not runs:
         raise UserError("report: there is no run; allowed: one or more")
     groups = group_runs(name_runs(runs))
-    pictures = Path(folder) / "figures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    taken: set[str] = set()
     labels: set[str] = set()
+    save, faults = _keep_figures(Path(folder) / "figures")
     show = lambda found, prefix="": "".join(
-        _figure_html(picture, pictures, prefix, taken) for picture in found
+        _figure_html(picture, prefix, save) for picture in found
     )
     parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
     gallery = show(final_picture(groups)) if len(groups) > 1 else ""
@@ -245,6 +275,8 @@ def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
     bands = "" if len(runs) == len(groups) else BANDS
     parts.append(f'<h2>Over rounds</h2>{bands}<div class="pictures">{gallery}</div>')
     gallery, bands = show(cost_pictures(groups)), SEEDS if bands else ""
+    if len(groups) > 1:
+        gallery += show(compared_device_pictures(groups))
     if gallery:
         parts += ["<h2>Against time and traffic</h2>", bands]
         parts.append(f'<div class="pictures">{gallery}</div>')
@@ -253,18 +285,22 @@ def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
     # A run with all data in one place has one device, others one for each client.
     most = max(runs, key=lambda run: len(run.arrays.get("capacity", ())))
     if most.arrays:
-        clients = show(population_pictures(most))
-        seed = f" (seed {most.config.get('seed')})" if len(runs) > 1 else ""
-        parts.append(f'<h2>The clients{seed}</h2><div class="pictures">{clients}</div>')
+        clients = show(client_pictures(groups)) + show(population_pictures(most))
+        seed = f"{most.label}, seed {most.config.get('seed')}"
+        of = f"<p>Examples and capacity are those of {escape(seed)}.</p>"
+        parts += ["<h2>The clients</h2>", of if len(runs) > 1 else ""]
+        parts.append(f'<div class="pictures">{clients}</div>')
     parts.append("<h2>Inside the runs</h2>")
     for label, group in groups.items():
         prefix = distinct_name(label.replace(" ", "_"), labels, LONGEST_LABEL)
         prefix = f"{prefix}-" if len(groups) > 1 else ""
         figures = show(run_pictures(group[0]), prefix)
-        figures += show(device_pictures(group[0]), prefix)
+        figures += show(device_pictures(group[0], alone=len(groups) == 1), prefix)
         parts.append(_section_html(label, group[0], figures, len(groups) == 1))
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title>'
     path = Path(folder) / "report.html"
     body = f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
     write_atomically(path, head + body)
+    if faults:  # the page has them all the same
+        print(f"warning: pictures are not kept ({faults[0]})", file=sys.stderr)
     return path

@@ -4,14 +4,28 @@ Figures are built without pyplot, so there is no global state and no display. Si
 those of a paper's column, so that the letters stay readable in print.
 """
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from fedmoe_jax.report.margins import (
+    LEGEND,
+    LETTERS,
+    bar_room,
+    line_height,
+    open_panels,
+    place_bar,
+    settle,
+    text_width,
+    widest,
+)
+from fedmoe_jax.report.text import shorten
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; without yellow,
 # and with the lighter ones darkened, because labels are written in them.
@@ -20,9 +34,13 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
 MAP = "cividis"  # perceptually even, the same to colour-blind readers
 GREY = "#666666"
 DPI = 200
+FAST = 1  # compression that saves time for a few more bytes
 PARTICIPATION_BARS = 20  # at most
+QUANTILES = 20  # dots of a row, at most
+MOST_TIER = 24  # letters of a tier's or class's name
 LINE_INCHES = 0.125  # height of one line of the small letters
 STYLE: dict[Any, Any] = {"font.size": 8, "axes.linewidth": 0.6, "legend.frameon": False}
+STYLE |= {"text.parse_math": False}  # names of users may have a $
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.fontsize": 7, "legend.title_fontsize": 7, "legend.loc": "upper left"}
 for _axis in ("xtick", "ytick"):
@@ -47,64 +65,128 @@ class Dots(NamedTuple):
     half: np.ndarray
 
 
+@rc_context(STYLE)
+def save_png(figure: Figure, file: IO[bytes]) -> None:
+    """Draws a figure; what is made while it is drawn has the style, too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # it is drawn as a box
+        look: dict[str, Any] = dict(dpi=DPI, pil_kwargs={"compress_level": FAST})
+        figure.savefig(file, format="png", **look)
+
+
 def ticks(most: int) -> MaxNLocator:
     """At most so many whole-number ticks at multiples of 1, 2 or 5."""
     return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
 
 
+class Map(NamedTuple):
+    """A heat map.
+
+    Attributes:
+      values: [rows, columns].
+      names: of the x axis, the y axis and the colours.
+      low: the value of the darkest colour; None: the lowest of all.
+      rounds: the first and the last column, where they are rounds; None: they count
+        from 0.
+    """
+
+    values: np.ndarray
+    names: tuple[str, str, str]
+    low: float | None = None
+    rounds: tuple[float, float] | None = None
+
+
+def name_rows(panels: Sequence[Axes], labels: Sequence[str]) -> None:
+    """Rows with a name each, the first on top, on the left of panels side by side."""
+    for axes in panels:
+        axes.grid(axis="y", color="#dddddd", lw=0.4)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        names = map(shorten, labels) if axes is panels[0] else [""] * len(labels)
+        axes.set_yticks(range(len(labels)), list(names))
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+
+
 @rc_context(STYLE)
 def dots(labels: Sequence[str], panels: Sequence[Dots]) -> Figure:
     """Final numbers in percent: one row per strategy, one panel per measure."""
-    width = 1.45 * len(panels) + 0.06 * max(map(len, labels))
-    figure = Figure(figsize=(width, 0.19 * len(labels) + 0.7), layout="constrained")
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    inner = 1.25, 0.19 * len(labels) + 0.2
+    figure, grid = open_panels(len(panels), inner)
     for axes, panel in zip(grid, panels, strict=True):
         for row, values in enumerate(panel.points):
             look: dict[str, Any] = dict(color=COLOURS[row % len(COLOURS)])
             axes.plot(values, np.full(len(values), row), "o", ms=3, alpha=0.45, **look)
             look |= dict(fmt="|", ms=8, mew=1.4, elinewidth=0.9)
             axes.errorbar(panel.mean[row], row, xerr=panel.half[row], **look)
-        axes.set_xlabel(panel.title)
+        axes.set_xlabel(shorten(panel.title))
         left, right = axes.get_xlim()
         axes.set_xlim(max(left, -2), min(right, 102))  # intervals know no 0 and 100 %
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.grid(axis="y", color="#dddddd", lw=0.4)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    name_rows(grid, labels)
+    settle(grid, inner, [0.0] * len(grid))
     return figure
 
 
-def _heat(
-    values: np.ndarray, names: tuple[str, str, str], size: tuple[float, float], **look
-) -> Figure:
-    """A heat map; names are of the x axis, the y axis and the colours."""
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot(xlabel=names[0], ylabel=names[1])
+def _heat(axes: Axes, drawn: Map) -> Axes:
+    """Draws a heat map; returns its bar of colours."""
+    values, names, low, rounds = drawn
     shown: dict[str, Any] = dict(cmap=MAP, aspect="auto", interpolation="nearest")
-    image = axes.imshow(values, **shown | look)
+    if rounds is not None:
+        shown["extent"] = (rounds[0] - 0.5, rounds[1] + 0.5, len(values) - 0.5, -0.5)
+    image = axes.imshow(values, vmin=low, **shown)
+    axes.set(xlabel=names[0], ylabel=names[1])
     axes.spines[:].set_visible(False)
     axes.xaxis.set_major_locator(ticks(8))
     axes.yaxis.set_major_locator(ticks(10))
-    bar = figure.colorbar(image, ax=axes, label=names[2], pad=0.02, fraction=0.06)
-    bar.outline.set_visible(False)
-    return figure
+    return _colour_bar(axes, image.get_clim(), names[2])
 
 
-def _client_size(width: float, num_clients: int) -> tuple[float, float]:
+def _colour_bar(axes: Axes, span: tuple[float, float], name: str) -> Axes:
+    """The colours of a map from its lowest to its highest value, as axes."""
+    low, high = span if span[0] < span[1] else (span[0], span[0] + 1)
+    bar = axes.figure.add_axes((0, 0, 1, 1), ylabel=name)
+    shades = np.linspace(0, 1, 256)[:, None]
+    extent = (0, 1, low, high)
+    bar.imshow(shades, cmap=MAP, aspect="auto", origin="lower", extent=extent)
+    bar.yaxis.tick_right()
+    bar.yaxis.set_label_position("right")
+    bar.yaxis.set_major_locator(MaxNLocator(5))
+    bar.set_xticks([])
+    bar.spines[:].set_visible(False)
+    return bar
+
+
+def _open_maps(
+    maps: Sequence[Map], inner: tuple[float, float]
+) -> tuple[Figure, list[Axes], list[Axes]]:
+    """Heat maps side by side, and their bars of colours; `_settle_maps` ends them."""
+    figure, panels = open_panels(len(maps), inner)
+    return figure, panels, list(map(_heat, panels, maps))
+
+
+def _settle_maps(
+    panels: Sequence[Axes],
+    bars: Sequence[Axes],
+    inner: tuple[float, float],
+    names: float = 0.0,
+) -> None:
+    settle(panels, inner, list(map(bar_room, bars)), names=names)
+    for bar, panel in zip(bars, panels, strict=True):
+        place_bar(bar, panel)
+
+
+def _client_height(num_clients: int) -> float:
     """All pictures with a row per client are equally high, to be laid side by side."""
-    return width, float(np.clip(0.125 * num_clients + 0.9, 2.2, 6.0))
+    return float(np.clip(0.125 * num_clients + 0.45, 1.75, 5.55))
 
 
-def _mark_layers(figure: Figure, name: str, num_layers: int, num_experts: int) -> None:
+def _mark_layers(axes: Axes, name: str, num_layers: int, num_experts: int) -> None:
     """Names the experts of an axis, `x` or `y`, by layer and draws the layers' borders.
 
     One layer is not marked.
     """
     if num_layers == 1:
         return
-    axes = figure.axes[0]
     axis = getattr(axes, f"{name}axis")
     line: dict[str, Any] = dict(color="white", lw=1.0)
     axis.set_label_text("Layer.expert")
@@ -117,37 +199,75 @@ def _mark_layers(figure: Figure, name: str, num_layers: int, num_experts: int) -
 
 
 @rc_context(STYLE)
+def quantile_dots(
+    labels: Sequence[str], groups: Sequence[np.ndarray], title: str, *, coloured: bool
+) -> Figure:
+    """Clients' numbers in percent, a row for each group with a bar at its median.
+
+    Args:
+      labels: of the groups.
+      groups: numbers of each, of any length; at most `QUANTILES` dots are drawn, each
+        for an equal share of the numbers.
+      title: of the axis.
+      coloured: whether each row has its own colour.
+    """
+    inner = 2.6, 0.19 * len(labels) + 0.2
+    figure, panels = open_panels(1, inner)
+    (axes,) = panels
+    for row, values in enumerate(groups):
+        if not len(values):
+            continue
+        count = min(len(values), QUANTILES)
+        shares = (np.arange(count) + 0.5) / count
+        shown = np.quantile(values, shares, method="hazen")
+        look: dict[str, Any] = dict(color=COLOURS[row % len(COLOURS) * coloured])
+        axes.plot(shown, np.full(count, row), "o", ms=3, alpha=0.35, mew=0, **look)
+        axes.plot(np.median(values), row, "|", ms=9, mew=1.6, **look)
+    axes.set_xlabel(title)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    name_rows(panels, labels)
+    settle(panels, inner, [0.0])
+    return figure
+
+
+@rc_context(STYLE)
 def load_map(rounds: np.ndarray, load: np.ndarray) -> Figure:
     """Load [R, G, E] of every round as shares of that round, expert by round."""
     shares = 100 * load / np.maximum(load.sum(axis=-1, keepdims=True), 1)
     shares = shares.reshape(len(load), -1).T  # [G * E, R]
     names = ("Round", "Expert", "Share of round's load (%)")
-    size = (3.6, max(2.0, 0.16 * len(shares) + 0.8))
-    extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(shares) - 0.5, -0.5)
-    figure = _heat(shares, names, size, vmin=0, extent=extent)
-    _mark_layers(figure, "y", *load.shape[1:])
+    inner = 2.6, max(1.55, 0.16 * len(shares) + 0.35)
+    drawn = Map(shares, names, 0.0, (rounds[0], rounds[-1]))
+    figure, panels, bars = _open_maps([drawn], inner)
+    _mark_layers(panels[0], "y", *load.shape[1:])
+    _settle_maps(panels, bars, inner)
     return figure
 
 
 @rc_context(STYLE)
-def assignment_map(times_held: np.ndarray, num_rounds: int) -> Figure:
-    """Rounds in which each client held each expert, [N, G, E], as shares of all."""
-    names = ("Expert", "Client", "Rounds held (%)")
-    return _pair_map(100 * times_held / max(num_rounds, 1), names, vmin=0)
+def pair_maps(times_held: np.ndarray, num_rounds: int, fitness: np.ndarray) -> Figure:
+    """Two maps of client-expert pairs side by side, layers beside each other.
 
-
-@rc_context(STYLE)
-def fitness_map(fitness: np.ndarray) -> Figure:
-    """Client-expert fitness scores [N, G, E]."""
-    return _pair_map(fitness, ("Expert", "Client", "Fitness score"))
-
-
-def _pair_map(values: np.ndarray, names: tuple[str, str, str], **look) -> Figure:
-    """A heat map of client-expert pairs [N, G, E], the layers side by side."""
-    num_clients, num_layers, num_experts = values.shape
-    size = _client_size(2.9, num_clients)
-    figure = _heat(values.reshape(num_clients, -1), names, size, **look)
-    _mark_layers(figure, "x", num_layers, num_experts)
+    Args:
+      times_held: [N, G, E] rounds in which each client held each expert.
+      num_rounds: of all, for shares.
+      fitness: [N, G, E] scores.
+    """
+    held = 100 * times_held / max(num_rounds, 1)
+    num_clients, num_layers, num_experts = fitness.shape
+    flat = [values.reshape(num_clients, -1) for values in (held, fitness)]
+    inner = 1.9, _client_height(num_clients)
+    figure, panels, bars = _open_maps(
+        [
+            Map(flat[0], ("Expert", "Client", "Rounds held (%)"), 0.0),
+            Map(flat[1], ("Expert", "", "Fitness score")),
+        ],
+        inner,
+    )
+    for axes in panels:
+        _mark_layers(axes, "x", num_layers, num_experts)
+    panels[1].set_yticks([])  # those of its neighbour
+    _settle_maps(panels, bars, inner)
     return figure
 
 
@@ -156,50 +276,61 @@ def specialisation_map(shares: np.ndarray, label_names: Names) -> Figure:
     """Share of each class's gate mass that goes to each expert, [G, E, L] in [0, 1]."""
     num_layers, num_experts, num_labels = shares.shape
     shares = shares.reshape(-1, num_labels)
-    size = (0.25 * num_labels + 1.2, max(2.0, 0.2 * len(shares) + 1.0))
-    figure = _heat(
-        100 * shares, ("Class", "Expert", "Share of gate mass (%)"), size, vmin=0
-    )
-    _mark_layers(figure, "y", num_layers, num_experts)
-    axes = figure.axes[0]
-    _name_classes(axes, label_names)
+    inner = max(0.25 * num_labels, 1.0), max(1.5, 0.2 * len(shares) + 0.5)
+    drawn = Map(100 * shares, ("Class", "Expert", "Share of gate mass (%)"), 0.0)
+    figure, panels, bars = _open_maps([drawn], inner)
+    (axes,) = panels
+    _mark_layers(axes, "y", num_layers, num_experts)
+    names = _name_classes(axes, label_names)
     place: dict[str, Any] = dict(ha="center", va="center", size=5.5)
     for expert, label in np.argwhere(shares >= 0.005):
         share = shares[expert, label]
         place["color"] = "black" if share > 0.45 * np.nanmax(shares) else "white"
         axes.text(label, expert, f"{100 * share:.0f}", **place)
+    _settle_maps(panels, bars, inner, names)
     return figure
 
 
-def _name_classes(axes: Axes, names: Names) -> None:
-    """Names the x axis's ticks; names that would touch one another are turned."""
-    turned: dict[str, Any] = dict(rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xticks(
-        range(len(names)), names, **turned if max(map(len, names)) > 2 else {}
-    )
+def _name_classes(axes: Axes, names: Names) -> float:
+    """Names the x axis's ticks; returns the height of the names.
+
+    Names that would touch one another are turned.
+    """
+    texts = [shorten(name, MOST_TIER) for name in names]
+    axes.set_xticks(range(len(texts)), texts)
+    if max(map(len, texts)) <= 2:
+        return 0.0
+    axes.tick_params(axis="x", labelrotation=45)
+    for label in axes.get_xticklabels():
+        label.set(ha="right", rotation_mode="anchor")
+    return 0.71 * (widest(texts) + line_height(LETTERS))
 
 
 @rc_context(STYLE)
 def partition_bubbles(label_counts: np.ndarray, label_names: Names) -> Figure:
     """Examples of every client and class, [N, L], as areas of bubbles."""
     num_clients, num_labels = label_counts.shape
-    size = _client_size(0.2 * num_labels + 1.3, num_clients)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot(xlabel="Class", ylabel="Client")
-    # The widest bubble is a little wider than a row; scatter wants points squared.
-    widest = 1.4 * 72 * (size[1] - 0.9) / num_clients
+    inner = 0.2 * num_labels + 0.1, _client_height(num_clients)
+    figure, panels = open_panels(1, inner)
+    (axes,) = panels
+    axes.set(xlabel="Class", ylabel="Client")
+    # The widest bubble is a little wider than a row or a column; scatter wants points
+    # squared.
+    diameter = 1.4 * 72 * min(inner[1] / num_clients, 0.2)
     look: dict[str, Any] = dict(color=COLOURS[0], lw=0)
     client, label = np.nonzero(label_counts)
     most = max(int(label_counts.max()), 1)
-    areas = widest**2 * label_counts[client, label] / most
+    areas = diameter**2 * label_counts[client, label] / most
     axes.scatter(label, client, s=areas, alpha=0.75, **look)
     power = 10 ** int(np.log10(most))
     for count in sorted({max(power // 10, 1), power}):
-        axes.scatter([], [], s=widest**2 * count / most, label=f"{count}", **look)
+        axes.scatter([], [], s=diameter**2 * count / most, label=f"{count}", **look)
     axes.legend(title="Examples", bbox_to_anchor=(1, 1))
     axes.set(xlim=(-0.7, num_labels - 0.3), ylim=(num_clients - 0.3, -0.7))
     axes.yaxis.set_major_locator(ticks(10))
-    _name_classes(axes, label_names)
+    names = _name_classes(axes, label_names)
+    legend = LEGEND + max(widest([f"{most}"]), text_width("Examples") - 0.3)
+    settle(panels, inner, [legend], names=names)
     return figure
 
 
@@ -208,6 +339,17 @@ def capacity_bars(capacity: np.ndarray, tier: np.ndarray, tier_names: Names) -> 
     """A histogram of the experts that clients can hold, [N] each, by device tier."""
     edges = np.arange(min(capacity.min(), 1), max(capacity.max(), 1) + 2) - 0.5
     return _tier_bars("Experts a client can hold", capacity, edges, tier, tier_names)
+
+
+@rc_context(STYLE)
+def accuracy_bars(
+    title: str, percent: np.ndarray, tier: np.ndarray, tier_names: Names
+) -> Figure:
+    """A histogram of clients' accuracies in percent, [N] each, by device tier."""
+    low = 5 * np.floor(min(percent.min(), 95) / 5)
+    # In float32 the whole of a client's examples may be a little more than 100 %.
+    inside = np.minimum(percent, 100)
+    return _tier_bars(title, inside, np.arange(low, 101, 5), tier, tier_names)
 
 
 @rc_context(STYLE)
@@ -232,10 +374,12 @@ def _tier_bars(
     tier_names: Names,
 ) -> Figure:
     """A histogram of clients [N], stacked by device tier."""
-    figure = Figure(figsize=(2.9, 2.2), layout="constrained")
-    axes = figure.add_subplot(xlabel=title, ylabel="Clients")
+    inner, names = (1.95, 1.65), [shorten(name, MOST_TIER) for name in tier_names]
+    figure, panels = open_panels(1, inner)
+    (axes,) = panels
+    axes.set(xlabel=title, ylabel="Clients")
     width, bottom = edges[1] - edges[0], np.zeros(len(edges) - 1)
-    for i, name in enumerate(tier_names):
+    for i, name in enumerate(names):
         counts, _ = np.histogram(values[tier == i], edges)
         colour = COLOURS[i % len(COLOURS)]
         centres = edges[:-1] + width / 2
@@ -244,4 +388,5 @@ def _tier_bars(
     axes.xaxis.set_major_locator(ticks(6))
     axes.yaxis.set_major_locator(ticks(5))
     axes.legend(bbox_to_anchor=(1, 1))
+    settle(panels, inner, [LEGEND + widest(names)])
     return figure

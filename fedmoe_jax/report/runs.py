@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from fedmoe_jax.measures import MEASURES, unpack_measures
 from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
@@ -188,4 +188,4 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     if len(values) == 1:
         return float(values[0]), NAN
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return float(np.mean(values)), float(stdtrit(len(values) - 1, 0.975)) * error

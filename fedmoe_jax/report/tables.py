@@ -2,16 +2,18 @@
 
 import csv
 import functools
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from fedmoe_jax.options import FINAL, LABELS, LEARNING, ROUNDS, Measure
+from fedmoe_jax.report.origins import origin_of
 from fedmoe_jax.report.runs import (
     NAN,
     Run,
@@ -23,7 +25,8 @@ from fedmoe_jax.report.runs import (
     varied_fields,
     varies,
 )
-from fedmoe_jax.runtime.files import flatten
+from fedmoe_jax.report.text import escape_markdown, one_line, quote_markdown
+from fedmoe_jax.runtime.files import flatten, write_atomically
 
 Found = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label
 
@@ -198,30 +201,35 @@ def print_table(runs: Sequence[Run], stream: TextIO) -> None:
     columns, rows = table(runs)
     chosen = [place for place, column in enumerate(columns) if column.printed]
     titles = [columns[place].title for place in chosen]
-    shown = Table("Strategy", "Seeds", *titles, box=None)
+    shown = Table("Strategy", "Seeds", *map(one_line, titles), box=None)
     groups = group_runs(name_runs(runs))
     for label, cells in rows.items():
         texts = [cells[place].text for place in chosen]
-        shown.add_row(label, str(len(groups[label])), *texts)
-    Console(file=stream, width=max(100, Console().width)).print(shown)
+        shown.add_row(one_line(label), str(len(groups[label])), *texts)
+    # Names of users may have [ and :, which are no markup and no emoji.
+    plain: dict[str, Any] = dict(markup=False, emoji=False)
+    width = max(100, Console().width)
+    Console(file=stream, width=width, **plain).print(shown)
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
     """The report's table of final numbers as a Markdown table, best values bold."""
     columns, rows = table(runs)
     groups = group_runs(name_runs(runs))
-    titles = [column.title for column in columns]
+    titles = [escape_markdown(column.title) for column in columns]
     lines = [["Strategy", "Seeds", *titles, "Note"], ["---"] * (len(titles) + 3)]
     for label, cells in rows.items():
         shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
         group = groups[label]
-        note = f"{note_of(group)} {needs_of(group)}".strip()
-        lines.append([f"`{label}`", str(len(group)), *shown, note.replace("|", "\\|")])
+        note = escape_markdown(f"{note_of(group)} {needs_of(group)}")
+        lines.append([quote_markdown(label), str(len(group)), *shown, note])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write_runs_csv(path: str | Path, runs: Sequence[Run]) -> None:
     """One row per run: strategy, seed, varied fields, every number of `numbers`.
+
+    Then its folder, and what made it: commit, versions, device, flags.
 
     A field is empty where the number is unknown or the target was not reached.
     """
@@ -233,9 +241,11 @@ def write_runs_csv(path: str | Path, runs: Sequence[Run]) -> None:
         record |= {field: flat.get(field) for field in varied}
         for name, value in numbers(run, measures).items():
             record.setdefault(name, f"{value:.10g}" if math.isfinite(value) else "")
-        records.append(record | {"folder": run.folder.name})
+        made_by = {f"made_by.{name}": v for name, v in origin_of(run).items()}
+        records.append(record | {"folder": run.folder.name} | made_by)
     fields = list(dict.fromkeys(field for record in records for field in record))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(records)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(records)
+    write_atomically(Path(path), text.getvalue())

@@ -59,9 +59,12 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a reader sees the old file or all of the new one."""
+    """Writes `text` so that a reader sees the old file or all of the new one.
+
+    Halves of surrogate pairs, as in arguments that are no UTF-8, become escapes.
+    """
     with _writing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, tree: Any) -> None:

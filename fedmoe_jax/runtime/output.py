@@ -1,10 +1,26 @@
-"""Output streams on which printing never fails."""
+"""Output streams on which printing never fails, whatever the terminal can show."""
 
+import codecs
 import io
 import os
 import sys
 from collections.abc import Callable
 from typing import TextIO
+
+PLAIN = {"±": "+-", "–": "-", "…": "..."}  # of the package's own tables
+SPELL = "fedmoe_jax.spell"
+
+
+def spell(error: UnicodeError) -> tuple[str, int]:
+    """A codec's error handler: letters that an encoding lacks, in ASCII.
+
+    Raises:
+      UnicodeError: something else than encoding has failed.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    return "".join(PLAIN.get(letter, "?") for letter in letters), error.end
 
 
 class Unfailing(io.RawIOBase):
@@ -41,13 +57,14 @@ class Unfailing(io.RawIOBase):
 def wrap(stream: TextIO, on_fault: Callable[[OSError], None]) -> TextIO:
     """A line-buffered stream to where `stream` goes, on which writing never fails.
 
-    Characters that its encoding lacks are written as `?`.
+    Letters that its encoding lacks are spelt, see `spell`.
     """
+    codecs.register_error(SPELL, spell)
     raw = Unfailing(stream.fileno(), on_fault)
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=stream.encoding,
-        errors="replace",
+        errors=SPELL,
         line_buffering=True,
     )
 

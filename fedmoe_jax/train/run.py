@@ -250,7 +250,7 @@ def finish(
     origin: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes and seals the files of a finished run; returns its summary."""
-    save_arrays(workdir / "final.npz", plan, *state, results["specialisation"])
+    save_arrays(workdir / "final.npz", plan, *state, results)
     config, rows = plan.config, read_metrics(workdir / "metrics.jsonl")
     strategy = find_strategy(config.strategy)
     summary = {
@@ -280,10 +280,16 @@ def save_arrays(
     align: AlignState,
     belief: Belief,
     participation: Participation,
-    specialisation: np.ndarray,
+    results: dict[str, np.ndarray],
 ) -> None:
-    """Writes `final.npz`, the arrays that the report draws."""
-    num_layers = len(specialisation)
+    """Writes `final.npz`, the arrays that the report draws.
+
+    `results` are those of the last evaluation: `specialisation` [G, E, L] and
+    `client_accuracy` [N], which is NaN in the file for a client without examples.
+    """
+    label_counts = plan.partition.label_counts
+    specialisation, num_examples = results["specialisation"], label_counts.sum(axis=1)
+    several = len(specialisation) > 1
     write_arrays(
         path,
         fitness=drop_single(align.fitness),
@@ -297,7 +303,9 @@ def save_arrays(
         last_code=participation.outcome.code,
         last_phases=participation.outcome.phases,
         last_spent=participation.outcome.spent,
-        label_counts=plan.partition.label_counts,
-        specialisation=specialisation[0] if num_layers == 1 else specialisation,
+        label_counts=label_counts,
+        num_examples=num_examples,
+        client_accuracy=np.where(num_examples > 0, results["client_accuracy"], np.nan),
+        specialisation=specialisation if several else specialisation[0],
         label_names=np.array(plan.data.stratum_names),
     )

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from fedmoe_jax.measures import MEASURES, running_fields
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import Row, read_metrics
+from fedmoe_jax.report.text import shorten
 from fedmoe_jax.runtime.files import plain, write_atomically
 from fedmoe_jax.train.board import open_board
 
@@ -145,6 +146,7 @@ def open_progress(
       done: rounds done before this process.
       stream: of the output, `sys.stdout` as a rule.
     """
+    names = list(map(shorten, names))
     start = time.monotonic()
     console = Console(file=stream)
 
@@ -189,7 +191,7 @@ def _line_printer(
 
 def _bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("global {task.fields[global]}  personal {task.fields[personal]}"),

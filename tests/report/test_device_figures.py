@@ -3,17 +3,24 @@
 import numpy as np
 
 from fedmoe_jax.measures import OUTCOMES
-from fedmoe_jax.report.device_figures import WORDS, device_pictures
+from fedmoe_jax.report.device_figures import (
+    WORDS,
+    compared_device_pictures,
+    device_pictures,
+)
+from fedmoe_jax.report.runs import group_runs
 
 from .fake_runs import ARRAYS, NOTHING, make_row, make_run
 
 
 def names_of(run):
-    return [picture.name for picture in device_pictures(run)]
+    return [picture.name for picture in device_pictures(run, alone=True)]
 
 
 def find_picture(run, name):
-    (found,) = (picture for picture in device_pictures(run) if picture.name == name)
+    (found,) = (
+        picture for picture in device_pictures(run, alone=True) if picture.name == name
+    )
     return found
 
 
@@ -78,3 +85,37 @@ def test_device_pictures_stack_only_outcomes_that_occur(tmp_path):
     assert list(stacked) == names
     assert stacked["late, dropped"].values.tolist() == [2, 2, 2, 2]
     assert stacked["out of memory"].values.tolist() == [3, 3, 3, 3]
+
+
+def test_device_pictures_of_one_among_others_are_without_its_times(tmp_path):
+    found = device_pictures(make_run(tmp_path), alone=False)
+    names = [picture.name for picture in found]
+    assert names == ["outcomes", "participation", "belief"]
+
+
+def test_compared_device_pictures_have_the_slowest_client_of_each(tmp_path):
+    slow = ARRAYS | {"last_phases": ARRAYS["last_phases"] * 2}
+    made = [make_run(tmp_path), make_run(tmp_path, "random", arrays=slow)]
+    times, last = compared_device_pictures(group_runs(made))
+    assert (times.name, last.name) == ("round_time", "timeline")
+    (axes,) = times.figure.axes
+    assert [t.get_text() for t in axes.texts] == ["deadline", "greedy", "random"]
+    (axes,) = last.figure.axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["greedy", "random"]
+    training = axes.collections[2].get_segments()  # the plans of the second phase
+    # Of client 2: 4 s of download, 2 s of training; twice that.
+    assert [bar[:, 0].tolist() for bar in training] == [[4, 6], [8, 12]]
+
+
+def test_compared_device_pictures_show_no_deadline_where_there_are_several(tmp_path):
+    one, other = make_run(tmp_path), make_run(tmp_path, "random")
+    other.config["devices"] = other.config["devices"] | {"deadline": 9.0}
+    times, _ = compared_device_pictures(group_runs([one, other]))
+    (axes,) = times.figure.axes
+    assert [text.get_text() for text in axes.texts] == ["greedy", "random"]
+
+
+def test_compared_device_pictures_need_devices_that_take_time(tmp_path):
+    rows = [make_row(1, **NOTHING)]
+    made = [make_run(tmp_path, label, rows, {}) for label in ("greedy", "random")]
+    assert list(compared_device_pictures(group_runs(made))) == []

@@ -140,7 +140,7 @@ def test_add_layer_leaves_several_layers_alone():
 
 def test_run_pictures_only_where_there_are_experts(tmp_path):
     run = make_run(tmp_path)
-    alignment = ["specialisation", "assignment", "fitness"]
+    alignment = ["specialisation", "pairs"]
     assert names_of(figures.run_pictures(run)) == ["load", *alignment]
     early = run._replace(arrays={})
     assert names_of(figures.run_pictures(early)) == ["load"]

@@ -75,7 +75,7 @@ def test_write_report_compares_strategies(runs, tmp_path):
 def test_write_report_of_a_single_run(runs, tmp_path):
     text, figures = check_page(report.write_report(tmp_path, runs[2:3], "c"))
     assert "fitness.rate = 0.3" in text
-    alignment = {"load", "expert_accuracy", "assignment", "fitness", "specialisation"}
+    alignment = {"load", "expert_accuracy", "pairs", "specialisation"}
     assert figures == alignment | {
         "accuracy",
         "accuracy_time",
@@ -124,7 +124,7 @@ def test_write_report_of_several_layers(tmp_path):
     run = load_run(add_layers(write_run(tmp_path / "run"), 3))
     one = load_run(write_run(tmp_path / "one", "random"))
     text, figures = check_page(report.write_report(tmp_path / "out", [run, one], "c"))
-    alignment = {"load", "expert_accuracy", "assignment", "fitness", "specialisation"}
+    alignment = {"load", "expert_accuracy", "pairs", "specialisation"}
     assert {f"greedy-{name}" for name in alignment} <= figures
     assert "columns sum to 100 % in every layer." in text
 
@@ -233,4 +233,4 @@ def test_write_report_shows_costs(tmp_path):
     figures = {each.stem for each in (path.parent / "figures").glob("*.png")}
     assert {"global_accuracy_time", "personal_accuracy_traffic"} <= figures
     # The clients are shown of a run that has them, not of the pooled one.
-    assert {"capacity_error", "capacity", "greedy-timeline", "greedy-belief"} <= figures
+    assert {"capacity_error", "capacity", "timeline", "greedy-belief"} <= figures

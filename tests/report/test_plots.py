@@ -62,11 +62,13 @@ def test_load_map_lays_layers_side_by_side():
     assert {"0.0", "0.1", "1.0", "1.1"} <= set(texts_of(axes.yaxis))
 
 
-def test_fitness_map_lays_layers_side_by_side():
+def test_pair_maps_lay_layers_side_by_side():
     fitness = np.arange(12.0).reshape(3, 2, 2)  # [N, G, E]
-    axes = plots.fitness_map(fitness).axes[0]
-    np.testing.assert_array_equal(shown(axes), fitness.reshape(3, 4))
-    assert [line.get_xdata()[0] for line in axes.lines] == [1.5]
+    held, learnt, *_ = plots.pair_maps(np.ones((3, 2, 2)), 2, fitness).axes
+    np.testing.assert_array_equal(shown(learnt), fitness.reshape(3, 4))
+    np.testing.assert_array_equal(shown(held), np.full((3, 4), 50))
+    for axes in (held, learnt):
+        assert [line.get_xdata()[0] for line in axes.lines] == [1.5]
 
 
 def test_specialisation_map_lays_layers_side_by_side():
@@ -76,11 +78,25 @@ def test_specialisation_map_lays_layers_side_by_side():
     assert axes.get_ylabel() == "Layer.expert"
 
 
-def test_fitness_map_of_one_layer_has_plain_numbers():
-    axes = plots.fitness_map(np.ones((3, 1, 4))).axes[0]
-    axes.figure.draw_without_rendering()
-    assert axes.get_xlabel() == "Expert" and not axes.lines
-    assert "2" in texts_of(axes.xaxis)
+def test_pair_maps_of_one_layer_have_plain_numbers():
+    figure = plots.pair_maps(np.ones((3, 1, 4)), 1, np.ones((3, 1, 4)))
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        assert axes.get_xlabel() == "Expert" and not axes.lines
+        assert "2" in texts_of(axes.xaxis)
+
+
+def test_pair_maps_name_the_values_of_their_colours():
+    held, fitness = (
+        np.array([[[4, 1]], [[0, 2]]]),
+        np.array([[[0.2, 0.5]], [[0.4, 0.3]]]),
+    )
+    left, right = plots.pair_maps(held, 4, fitness).axes[2:]
+    assert (left.get_ylabel(), right.get_ylabel()) == (
+        "Rounds held (%)",
+        "Fitness score",
+    )
+    assert left.get_ylim() == (0, 100) and right.get_ylim() == (0.2, 0.5)
 
 
 def test_load_map_of_a_round_without_examples_is_zero():
@@ -89,11 +105,11 @@ def test_load_map_of_a_round_without_examples_is_zero():
     np.testing.assert_array_equal(shown(axes), [[0, 25], [0, 75]])
 
 
-def test_assignment_map_is_in_percent_of_the_rounds():
-    times_held = np.array([[[4, 1]], [[0, 2]]])
-    axes = plots.assignment_map(times_held, 4).axes[0]
+def test_pair_maps_show_assignment_in_percent_of_the_rounds():
+    times_held, fitness = np.array([[[4, 1]], [[0, 2]]]), np.zeros((2, 1, 2))
+    axes = plots.pair_maps(times_held, 4, fitness).axes[0]
     np.testing.assert_array_equal(shown(axes), [[100, 25], [0, 50]])
-    axes = plots.assignment_map(np.zeros((2, 1, 2)), 0).axes[0]
+    axes = plots.pair_maps(np.zeros((2, 1, 2)), 0, fitness).axes[0]
     np.testing.assert_array_equal(shown(axes), np.zeros((2, 2)))
 
 
@@ -145,3 +161,25 @@ def test_capacity_bars_show_clients_that_can_hold_nothing():
     assert heights(axes) == [[(0, 2)], [(2, 1)]]
     (axes,) = plots.capacity_bars(np.zeros(3, int), *tiers).axes
     assert heights(axes) == [[(0, 2)], [(0, 1)]]
+
+
+def test_accuracy_bars_by_hand():
+    tiers = np.array([0, 0, 1, 1]), ["phone", "desk"]
+    percent = np.array([83.0, 92.0, 94.9, np.float32(100.00001)])
+    (axes,) = plots.accuracy_bars("Accuracy (%)", percent, *tiers).axes
+    assert heights(axes) == [[(82.5, 1), (92.5, 1)], [(92.5, 1), (97.5, 1)]]
+
+
+def test_quantile_dots_by_hand():
+    groups = [np.array([30.0, 10.0, 20.0]), np.arange(100.0), np.zeros(0)]
+    labels = ["few", "many", "none"]
+    (axes,) = plots.quantile_dots(labels, groups, "x", coloured=True).axes
+    few, few_bar, many, many_bar = axes.lines
+    assert few.get_xdata().tolist() == [10, 20, 30]  # every client
+    assert few_bar.get_xdata()[0] == 20 and many_bar.get_xdata()[0] == 49.5
+    # A twentieth each: 0 to 4, 5 to 9, ... and their middles.
+    np.testing.assert_allclose(many.get_xdata(), range(2, 100, 5))
+    assert texts_of(axes.yaxis) == labels
+    assert few.get_color() != many.get_color()
+    (axes,) = plots.quantile_dots(labels, groups, "x", coloured=False).axes
+    assert len({line.get_color() for line in axes.lines}) == 1

@@ -45,17 +45,22 @@ def test_last_second_where_nothing_was_done():
     assert last_second(phases, spent, 10.0) == pytest.approx(10.3)
 
 
+def bars_of(lines):
+    """Start and length of every bar of one phase."""
+    return [(x[0], x[1] - x[0]) for x in (bar[:, 0] for bar in lines.get_segments())]
+
+
 def test_timeline_has_bars_by_hand():
     phases = np.array([[2.0, 1.0, 5.0], [np.inf, 1.0, 1.0]])
     spent = np.array([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0]])
     words = ("dropped out", "")
-    figure = timeline(np.array([7, 3]), phases, spent, words, 9.0, 10.0)
+    figure = timeline(["7", "3"], phases, spent, words, 9.0, 10.0, of="Client")
     (axes,) = figure.axes
-    bars = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
+    bars = [bars_of(phase) for phase in axes.collections]
     # By phase: two plans, then what took place of them. An endless plan is cut.
-    assert bars[:4] == [(0, 2), (0, 20), (0, 2), (0, 0)]
-    assert bars[4] == (2, 1) and bars[6] == (2, 0.5)
-    assert bars[8] == (3, 5) and bars[10] == (3, 0)
+    assert bars[0] == [(0, 2), (0, 20)] and bars[1] == [(0, 2), (0, 0)]
+    assert bars[2][0] == (2, 1) and bars[3][0] == (2, 0.5)
+    assert bars[4][0] == (3, 5) and bars[5][0] == (3, 0)
     assert [text.get_text() for text in axes.texts] == list(words)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["download", "training", "upload", "did not happen", "deadline"]
@@ -63,7 +68,7 @@ def test_timeline_has_bars_by_hand():
 
 def test_timeline_explains_only_what_it_shows():
     phases, spent = np.ones((1, 3)), np.ones((1, 3))
-    (axes,) = timeline(np.array([0]), phases, spent, [""], 9.0, 3.09).axes
+    (axes,) = timeline(["0"], phases, spent, [""], 9.0, 3.09, of="").axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["download", "training", "upload"] and not axes.lines
 

@@ -1,7 +1,10 @@
 """Printing never fails, wherever it goes."""
 
 import os
+import subprocess
 import sys
+
+import pytest
 
 from fedmoe_jax.runtime import output
 
@@ -11,12 +14,38 @@ def open_pipe(encoding):
     return read, os.fdopen(write, "w", encoding=encoding)
 
 
-def test_wrap_writes_a_question_mark_for_what_the_encoding_lacks():
-    read, stream = open_pipe("ascii")
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", "1 +- 2 - ? ..."),
+        ("latin-1", "1 ± 2 - ? ..."),
+        ("utf-8", "1 ± 2 – 😀 …"),
+    ],
+)
+def test_wrap_spells_what_an_encoding_lacks(encoding, shown):
+    read, stream = open_pipe(encoding)
     faults = []
     with stream:
-        print("±1 – ok", file=output.wrap(stream, faults.append))
-    assert os.read(read, 99) == b"?1 ? ok\n" and faults == []
+        print("1 ± 2 – 😀 …", file=output.wrap(stream, faults.append))
+    assert os.read(read, 99).decode(encoding) == f"{shown}\n" and faults == []
+
+
+def test_spell_is_for_encoding_alone():
+    error = UnicodeDecodeError("ascii", b"\xff", 0, 1, "no letter")
+    with pytest.raises(UnicodeDecodeError):
+        output.spell(error)
+
+
+def test_the_program_spells_its_output():
+    program = "import sys; from fedmoe_jax import launch; launch.app.run = "
+    program += "lambda *args, **options: print('2 ± 1'); launch.start()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == b"2 +- 1\n"
 
 
 def test_wrap_tells_of_a_reader_that_has_left_once():

@@ -170,7 +170,11 @@ def test_save_arrays_agrees_with_the_state(finished):
         np.testing.assert_array_equal(arrays["times_held"], align.times_held[:, 0])
         np.testing.assert_array_equal(arrays["fitness"], align.fitness[:, 0])
         assert arrays["capacity"].shape == arrays["tier"].shape == (4,)
-        assert arrays["label_counts"].sum() == 1437
+        assert arrays["label_counts"].sum() == arrays["num_examples"].sum() == 1437
+        last = read_metrics(finished / "metrics.jsonl")[-1]
+        took_part = arrays["participation"] > 0
+        mean = arrays["client_accuracy"][took_part].mean()
+        np.testing.assert_allclose(mean, last["personal_accuracy"], rtol=1e-6)
         # Every class spreads its gate mass over the experts.
         np.testing.assert_allclose(arrays["specialisation"].sum(0), 1, atol=1e-5)
         assert arrays["label_names"].tolist() == [str(i) for i in range(10)]
@@ -184,9 +188,23 @@ def test_save_arrays_needs_no_file_of_devices(tmp_path):
     state, _ = init_state(jax.random.key(0), plan.hyper, plan.program)
     file.unlink()
     parts = state.align, state.belief, state.participation
-    save_arrays(tmp_path / "final.npz", plan, *parts, np.zeros((1, 3, 10)))
+    results = {"specialisation": np.zeros((1, 3, 10)), "client_accuracy": np.ones(4)}
+    save_arrays(tmp_path / "final.npz", plan, *parts, results)
     with np.load(tmp_path / "final.npz") as arrays:
         assert arrays["tier_names"].tolist() == ["mine"]
+
+
+def test_save_arrays_gives_no_accuracy_to_clients_without_examples(tmp_path):
+    plan = plan_run(tiny_config(), build_mesh(1))
+    counts = plan.partition.label_counts.copy()
+    counts[1] = 0
+    plan = plan._replace(partition=plan.partition._replace(label_counts=counts))
+    state, _ = init_state(jax.random.key(0), plan.hyper, plan.program)
+    parts = state.align, state.belief, state.participation
+    results = {"specialisation": np.zeros((1, 3, 10)), "client_accuracy": np.ones(4)}
+    save_arrays(tmp_path / "final.npz", plan, *parts, results)
+    with np.load(tmp_path / "final.npz") as arrays:
+        np.testing.assert_array_equal(arrays["client_accuracy"], [1, np.nan, 1, 1])
 
 
 def test_train_leaves_a_finished_run_as_it_is(finished, tmp_path):

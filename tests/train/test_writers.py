@@ -240,3 +240,25 @@ def test_open_progress_prints_lines_on_a_dumb_terminal(monkeypatch):
         stream.getvalue().startswith("round 40/40") and "\x1b" not in stream.getvalue()
     )
     assert stream.getvalue().endswith("left 0:00\n")
+
+
+HOSTILE = ["[/q] [bold]$\\frac$ :smile:", "two\nlines\x1b[2J", "greedy-" + "x" * 500]
+
+
+def test_open_progress_prints_names_of_users_as_they_are(clock):
+    stream = io.StringIO()
+    with metrics.open_progress(4, HOSTILE, done=0, stream=stream) as update:
+        update([evaluated(4)] * len(HOSTILE))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == len(HOSTILE)
+    assert lines[0].startswith(HOSTILE[0]) and lines[1].startswith("two lines [2J ")
+    assert all("round 4/4" in line[:80] for line in lines)
+
+
+def test_open_progress_shows_names_of_users_beside_bars(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    with metrics.open_progress(4, HOSTILE, done=0, stream=stream) as update:
+        update([evaluated(4)] * len(HOSTILE))
+    assert HOSTILE[0] in stream.getvalue() and "two lines [2J" in stream.getvalue()

@@ -1,0 +1,101 @@
+"""The clients of finished runs, one by one: their arrays, and `clients.csv`."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedmoe_jax.report.runs import Run, varied_fields
+from fedmoe_jax.runtime.files import flatten, write_atomically
+
+FIELDS = ("client", "tier", "capacity", "participation", "num_examples", "accuracy")
+
+
+class Clients(NamedTuple):
+    """The clients of one finished run, [N] each.
+
+    Attributes:
+      accuracy: float in [0, 1] of the last evaluation, each client's experts on its own
+        classes; NaN for a client without examples, and in files that lack it.
+      num_examples: int, of its own.
+      took_part: bool, whether an update of it has counted.
+      capacity: int, experts that its device can hold; empty where all data lie in one
+        place, and no client has a device.
+      participation: int, rounds in which its update counted; likewise.
+      tier: str, name of its device; likewise.
+    """
+
+    accuracy: np.ndarray
+    num_examples: np.ndarray
+    took_part: np.ndarray
+    capacity: np.ndarray
+    participation: np.ndarray
+    tier: np.ndarray
+
+
+def name_tiers(run: Run) -> np.ndarray:
+    """Names of the device tiers; older files have them in the config alone."""
+    return run.arrays.get("tier_names", np.array(run.config["devices"]["tiers"]))
+
+
+def find_clients(run: Run) -> Clients | None:
+    """The clients of a run; None while it is in progress."""
+    arrays = run.arrays
+    if not arrays:
+        return None
+    num_examples = arrays["label_counts"].sum(axis=1)
+    count = len(num_examples)
+    unknown = np.full(count, np.nan)
+    participation = arrays.get("participation", np.ones(count, int))
+    own = {"capacity": arrays["capacity"], "participation": participation}
+    own["tier"] = name_tiers(run)[arrays["tier"]]
+    return Clients(
+        accuracy=arrays.get("client_accuracy", unknown),
+        num_examples=num_examples,
+        took_part=np.broadcast_to(participation > 0, count),
+        **{name: v if len(v) == count else v[:0] for name, v in own.items()},
+    )
+
+
+def list_clients(run: Run) -> Iterator[dict[str, Any]]:
+    """A record of `FIELDS` for every client; empty where a number is unknown."""
+    found = find_clients(run)
+    if found is None:
+        return
+    absent = [""] * len(found.accuracy)
+    known = [
+        f"{accuracy:.6g}" if np.isfinite(accuracy) else ""
+        for accuracy in found.accuracy.tolist()
+    ]
+    columns = (
+        *(
+            column.tolist() or absent
+            for column in (found.tier, found.capacity, found.participation)
+        ),
+        found.num_examples.tolist(),
+        known,
+    )
+    for number, values in enumerate(zip(*columns, strict=True)):
+        yield dict(zip(FIELDS, (number, *values), strict=True))
+
+
+def write_clients_csv(path: str | Path, runs: Sequence[Run]) -> None:
+    """One row per run and client: strategy, seed, varied fields, `FIELDS`, folder.
+
+    Writes nothing where no run is finished.
+    """
+    if not any(run.arrays for run in runs):
+        return
+    varied, text = varied_fields(runs), io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["strategy", "seed", *varied, *FIELDS, "folder"])
+    writer.writeheader()
+    for run in runs:
+        flat = flatten(run.config)
+        name = {"strategy": flat["strategy"], "seed": flat.get("seed")}
+        name |= {field: flat.get(field) for field in varied}
+        name["folder"] = run.folder.name
+        writer.writerows(name | record for record in list_clients(run))
+    write_atomically(Path(path), text.getvalue())
