@@ -5,15 +5,17 @@ which hangs the program when the disk is full.
 """
 
 import contextlib
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from fedmoe_jax.report.rows import Row
 
@@ -29,7 +31,7 @@ def open_board(folder: Path, done: int) -> Iterator[Callable[[Row], None]]:
       folder: an existing folder.
       done: rounds done before; TensorBoard hides later events of an earlier process.
     """
-    writers: list[EventsWriter] = []
+    writers: list[RecordWriter] = []
 
     def attempt(act: Callable[[], None]) -> None:
         try:
@@ -45,17 +47,18 @@ def open_board(folder: Path, done: int) -> Iterator[Callable[[Row], None]]:
             writers.clear()
 
     def begin() -> None:
-        # The suffix keeps apart the files of two processes that start in one second.
-        writers.append(EventsWriter(str(folder / "events"), f".{done}"))
+        # The last part keeps apart the files of processes that start in one second.
+        now, host = int(time.time()), socket.gethostname()
+        path = folder / f"events.out.tfevents.{now}.{host}.{done}"
+        writers.append(RecordWriter(str(path)))
+        _write(writers[0], file_version="brain.Event:2")
         log = SessionLog(status=SessionLog.START)
-        writers[0].write_event(
-            Event(step=done + 1, session_log=log, wall_time=time.time())
-        )
-        writers[0].flush()
+        _write(writers[0], step=done + 1, session_log=log)
 
     def show(row: Row) -> None:
         if writers:
-            attempt(lambda: _write(writers[0], row))
+            summary = Summary(value=list(_list_values(row)))
+            attempt(lambda: _write(writers[0], step=row["round"], summary=summary))
 
     def end() -> None:
         for writer in writers:
@@ -68,9 +71,8 @@ def open_board(folder: Path, done: int) -> Iterator[Callable[[Row], None]]:
         attempt(end)
 
 
-def _write(writer: EventsWriter, row: Row) -> None:
-    summary = Summary(value=list(_list_values(row)))
-    writer.write_event(Event(step=row["round"], summary=summary, wall_time=time.time()))
+def _write(writer: RecordWriter, **fields: Any) -> None:
+    writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
     writer.flush()
 
 

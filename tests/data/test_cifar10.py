@@ -260,7 +260,7 @@ def test_load_cifar10_loads_where_nothing_can_be_written(
     file.write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     assert_is_small(cifar10.load_cifar10(tfds_dir), small)
-    assert "cannot keep decoded arrays" in capsys.readouterr().err
+    assert "decoded images are not kept" in capsys.readouterr().err
 
 
 @pytest.mark.slow

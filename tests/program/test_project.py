@@ -159,7 +159,8 @@ def test_a_clone_may_be_in_any_folder(name, tmp_path):
     """Packages are beside it, or in the home where Python refuses to put them there."""
     clone = tmp_path / name
     clone.mkdir()
-    for file in ("Makefile", "requirements.txt", CPU):
+    files = ("Makefile", *(path.name for path in ROOT.glob("requirements*.txt")))
+    for file in files:
         (clone / file).write_bytes((ROOT / file).read_bytes())
     made = _make("-n", "demo", "DEVICE=cpu", cwd=clone, HOME="/home/me")
     assert made.returncode == 0, made.stderr

@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from fedmoe_jax.runtime.streams import spell_output
 from matplotlib.text import Text
 
 from fedmoe_jax import launch
@@ -20,6 +19,7 @@ from fedmoe_jax.report.page import write_report
 from fedmoe_jax.report.plots import capacity_bars, save_png
 from fedmoe_jax.report.runs import load_run
 from fedmoe_jax.report.tables import markdown_table, print_table, write_runs_csv
+from fedmoe_jax.runtime.output import wrap
 
 from .fake_runs import ARRAYS, change_summary, make_run, write_run
 
@@ -131,12 +131,6 @@ def test_write_report_of_folders_says_what_made_the_runs(tmp_path):
     assert {r["made_by.jax"] for r in records} == {"0.10"}
 
 
-def print_to_ascii(monkeypatch):
-    file = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
-    return file
-
-
 def write_seeds(tmp_path):
     """Folders of two seeds, whose means have a half-width."""
     tops = (0.4, 0.6)
@@ -144,11 +138,12 @@ def write_seeds(tmp_path):
 
 
 def test_report_on_a_terminal_that_knows_ascii_alone(monkeypatch, tmp_path):
-    folders, file = write_seeds(tmp_path), print_to_ascii(monkeypatch)
-    spell_output()
-    page = launch.report(folders, tmp_path, "command")
-    sys.stdout.flush()
-    assert "50.0 +- 127.1" in file.getvalue().decode("ascii")
+    folders, path = write_seeds(tmp_path), tmp_path / "terminal"
+    with path.open("w", encoding="ascii") as terminal:
+        monkeypatch.setattr(sys, "stdout", wrap(terminal, pytest.fail))
+        page = launch.report(folders, tmp_path, "command")
+        sys.stdout.flush()
+    assert "50.0 +- 127.1" in path.read_text("ascii")
     assert page == tmp_path / "report.html" and page.exists()
 
 
