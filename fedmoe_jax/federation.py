@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.partition import pool, split
+from fedmoe_jax.data.partition import pool, renumber, split
 from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
@@ -35,7 +35,8 @@ def make_partition(config: ConfigDict, data: Data) -> Partition:
     """Divides the training examples among the clients and the server's public slice.
 
     Raises:
-      UserError: the data cannot be divided so.
+      UserError: the data cannot be divided so, or the lists of the clients' examples
+        are beyond `run.memory_limit_gb`.
     """
     total, public = len(data.stratum), config.data.public
     most = total - config.num_clients * config.partition.min_size
@@ -59,10 +60,9 @@ def make_partition(config: ConfigDict, data: Data) -> Partition:
         min_size=config.partition.min_size,
         seed=config.seed,
         owner=None if data.owner is None else data.owner[rest],
+        limit_gb=config.run.memory_limit_gb,
     )
-    counts = np.arange(partition.index.shape[1])[None] < partition.size[:, None]
-    index = np.where(counts, rest[partition.index], 0)
-    return partition._replace(index=index, public=aside)
+    return renumber(partition, rest)._replace(public=aside)
 
 
 def make_devices(config: ConfigDict) -> tuple[Devices, tuple[str, ...]]:
