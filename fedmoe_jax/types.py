@@ -223,7 +223,8 @@ class SimState(struct.PyTreeNode):
       align: the alignment state.
       personal: the parts of the model that stay with the clients, by name like
         params, every leaf with a leading N axis; {} where the server has all.
-      variate: control variates of SCAFFOLD, like params with a leading N axis, else {}.
+      variate: control variates of SCAFFOLD: `own`, like params with a leading N axis,
+        and `mean`, like params, their mean weighted by the clients' examples; else {}.
       world: the states of the world's processes that are on, by their names, see
         `world.step`.
       belief: what the server believes about the devices, see `capacity`.
