@@ -91,6 +91,7 @@ class Sizes(NamedTuple):
       num_strata: L.
       max_capacity: the most experts that any client has room for; K, unless the
         strategy has changed K.
+      gate_width: D, numbers of an expert's row in the first layer's gate, without bias.
     """
 
     num_clients: int
@@ -103,6 +104,7 @@ class Sizes(NamedTuple):
     batch_size: int
     num_strata: int
     max_capacity: int
+    gate_width: int
 
 
 class Partition(NamedTuple):
