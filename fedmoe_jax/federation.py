@@ -103,9 +103,11 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     drift_source = draw_drift_sources(
         np.random.default_rng([config.seed, 3]), config.num_clients, config.drift.share
     )
+    rng = np.random.default_rng([config.seed, 4])
+    sample_order = rng.permutation(config.num_clients).astype(np.int32)
     if find_strategy(config.strategy).pooled:
         partition, devices = pool(partition), unlimited_device()
-        drift_source = np.zeros(1, np.int32)
+        drift_source = sample_order = np.zeros(1, np.int32)
     on_host: dict[str, Any] = dict(
         train=data.train,
         index=partition.index,
@@ -118,6 +120,7 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
         statistics=find_task(data.task).statistics(data),
         devices=devices,
         frozen={},
+        sample_order=sample_order,
         drift_source=drift_source,
     )
     return Federation(**on_host)

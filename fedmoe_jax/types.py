@@ -165,6 +165,8 @@ class Federation(struct.PyTreeNode):
       devices: the clients' devices, before anything varies over time.
       frozen: the parts of the model that nothing trains, by name like params, and what
         the model itself keeps fixed; {} for most.
+      sample_order: [N] int32, a permutation: the order in which clients join the sample
+        that evaluation scores; see `panel`.
       drift_source: [N] int32, a permutation: towards whose data each client drifts,
         itself if it does not; see `world.drift`.
     """
@@ -180,13 +182,14 @@ class Federation(struct.PyTreeNode):
     statistics: PyTree
     devices: Devices
     frozen: PyTree
+    sample_order: Array
     drift_source: Array
 
 
 # Fields of the federation that every run of a sweep has for itself; it shares the rest.
 PER_RUN = (
     *("index", "size", "steps", "label_mix", "public", "devices", "frozen"),
-    "drift_source",
+    *("sample_order", "drift_source"),
 )
 
 
