@@ -13,6 +13,7 @@ from fedmoe_jax.types import (
     ClientInput,
     Evidence,
     Hyper,
+    PyTree,
     SimState,
     Sizes,
 )
@@ -96,6 +97,14 @@ def set_conditions(
     )
 
 
+def correct(variate: PyTree, cohort: Array) -> PyTree:
+    """The corrections of the cohort's gradients, like params with a leading C axis."""
+    if not variate:
+        return {}
+    difference = lambda mean, rows: mean[None] - rows[cohort]
+    return jax.tree.map(difference, variate["mean"], variate["own"])
+
+
 def broadcast(
     state: SimState,
     view: View,
@@ -109,8 +118,6 @@ def broadcast(
     scale, calibration = jnp.ones(cohort.shape), assignment.calibration
     if calibration is None:
         calibration = jnp.ones((len(cohort), program.sizes.num_layers))
-    share = federation.size / federation.size.sum()
-    correct = lambda rows: jnp.tensordot(share, rows, axes=1)[None] - rows[cohort]
     if strategy.step_scale:
         scale = strategy.step_scale(steps, size, program.static.client.momentum)
     return ClientInput(
@@ -121,7 +128,7 @@ def broadcast(
         held=assignment.held,
         slot=assignment.slot,
         calibration=calibration,
-        correction=jax.tree.map(correct, state.variate),
+        correction=correct(state.variate, cohort),
         personal=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
         distortion=jax.tree.map(lambda leaf: leaf[cohort], view.distortion),
     )

@@ -288,17 +288,50 @@ def build_train_cohort(
     return train_cohort
 
 
+def move_mean(variate: PyTree, new: PyTree, cohort: Array, share: Array) -> PyTree:
+    """The mean of the variates, moved by the change of the cohort's alone.
+
+    SCAFFOLD (arXiv 1910.06378), algorithm 1, line 17, with weights: the cost follows
+    C, not N.
+
+    Args:
+      variate: `own` and `mean` before the round, see `SimState`.
+      new: the cohort's new variates, like params with a leading C axis.
+      cohort: [C] int32, client ids.
+      share: [C] float32, each one's weight in the mean; 0 for those that keep theirs.
+    """
+
+    def move(mean: Array, rows: Array, fresh: Array) -> Array:
+        kept = (share == 0).reshape((-1,) + (1,) * mean.ndim)
+        change = jnp.where(kept, 0.0, fresh - rows[cohort])  # NaN of the broken too
+        return mean + jnp.tensordot(share, change, axes=1)
+
+    return jax.tree.map(move, variate["mean"], variate["own"], new)
+
+
 def renew_clients(
-    state: SimState, cohort: Array, replies: Reply
+    state: SimState, size: Array, cohort: Array, replies: Reply
 ) -> tuple[PyTree, PyTree]:
-    """Personal parts and variates [N, ...] after a round in which some arrived."""
+    """Personal parts and variates after a round in which some arrived.
+
+    Args:
+      state: before the round.
+      size: [N] int32, examples of each client before anything drifts; a weight that
+        changed would leave the mean of the variates behind.
+      cohort: [C] int32, client ids.
+      replies: of the cohort.
+    """
     num_clients = state.participation.rounds.shape[0]
     arrived = jnp.where(replies.arrived, cohort, num_clients)  # others keep theirs
     renew = lambda rows, new: rows.at[arrived].set(new, mode="drop")
-    return (
-        jax.tree.map(renew, state.personal, replies.personal),
-        jax.tree.map(renew, state.variate, replies.variate),
-    )
+    personal = jax.tree.map(renew, state.personal, replies.personal)
+    if not state.variate:
+        return personal, {}
+    share = jnp.where(replies.arrived, size[cohort] / size.sum(), 0.0)
+    return personal, {
+        "own": jax.tree.map(renew, state.variate["own"], replies.variate),
+        "mean": move_mean(state.variate, replies.variate, cohort, share),
+    }
 
 
 def exchange(

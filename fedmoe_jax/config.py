@@ -384,6 +384,14 @@ OPTIONS: tuple[Option, ...] = (
         "beyond it only those that some gate chooses",
     ),
     Option(
+        "evaluation.clients",
+        NON_NEGATIVE,
+        "clients whose personal accuracy is evaluated, at most, where parts are "
+        "personal or more sets of held experts are possible: a sample drawn from "
+        "the seed, of those that have taken part; 0: all",
+        STATIC,
+    ),
+    Option(
         "checkpoint.every",
         COUNT,
         "rounds from one checkpoint to the next, a multiple of chunk_rounds",

@@ -11,11 +11,12 @@ A model with parts computes each expert's own outputs once, and each score is th
 one mixture of them (see `scoring`). The soft and expert scores need every expert of
 every example. Without them only the pairs of example and expert that some gate
 chooses are computed (see `dispatch`). A model without parts is run once for each
-distinct held set, and has no soft and no expert scores (see `held_sets`).
+distinct held set, and has no soft and no expert scores (see `held_sets`). Of a large
+population that shares no models a sample is scored (see `panel`).
 
 Where the gate or more is personal the server has none: global then means the average,
-over the clients that have taken part, of the score with the client's own gate over all
-E experts.
+over the scored clients that have taken part, of the score with the client's own gate
+over all E experts.
 """
 
 import functools
@@ -25,7 +26,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.held_sets import HeldSets, find_sets, score_model
+from fedmoe_jax.held_sets import score_model
+from fedmoe_jax.panel import Panel, gather_panel
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS, spread
 from fedmoe_jax.scoring import (
@@ -33,7 +35,6 @@ from fedmoe_jax.scoring import (
     join_frozen,
     score_parts,
     sum_strata,
-    view_clients,
 )
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import Array, Federation, Hyper, SimState
@@ -83,7 +84,7 @@ def read_examples(
 
 
 def average_clients(counts: dict[str, Array], took_part: Array) -> dict[str, Array]:
-    """Averages every count [N, ...] but `personal` over clients that took part [N]."""
+    """Averages every count [n, ...] but `personal` over clients that took part [n]."""
     share = took_part / jnp.maximum(took_part.sum(), 1.0)
     average = lambda name, count: (
         count if name == "personal" else jnp.tensordot(share, count, 1)
@@ -92,32 +93,25 @@ def average_clients(counts: dict[str, Array], took_part: Array) -> dict[str, Arr
 
 
 def count_batch(
-    state: SimState,
-    view: View,
-    sets: HeldSets | None,
-    position: Array,
-    *,
-    program: Program,
+    state: SimState, view: View, panel: Panel, position: Array, *, program: Program
 ) -> dict[str, Array]:
-    """The scores of `count_examples`; where data drift, each client's of what it sees.
+    """The scores of `count_examples`; where data drift, of drifted examples, too.
 
-    Then there is also `drifted` [L], those of the global model on examples that have
-    drifted.
+    These are `drifted` [L], of the global model, and `drifted_personal`.
     """
-    count = functools.partial(count_examples, state, view.federation, sets, position)
+    count = functools.partial(count_examples, state, view.federation, panel, position)
     counts = count(None, program=program)
     if view.distortion is None:
         return counts
     drifted = count(view.distortion.max(), program=program)
-    drifts = view.distortion > 0
-    personal = jnp.where(drifts[:, None], drifted["personal"], counts["personal"])
-    return counts | {"personal": personal, "drifted": drifted["global"]}
+    own = {"drifted": drifted["global"], "drifted_personal": drifted["personal"]}
+    return counts | own
 
 
 def count_examples(
     state: SimState,
     federation: Federation,
-    sets: HeldSets | None,
+    panel: Panel,
     position: Array,
     amount: Array | None,
     *,
@@ -128,28 +122,28 @@ def count_examples(
     Args:
       state: the simulation.
       federation: holds the test set.
-      sets: the distinct held sets; None for a model with parts.
+      panel: the clients and models that are scored.
       position: [B] int32 positions in the test set, see `schedule_examples`.
       amount: [] float32, how far the examples have drifted; None for not.
       program: the model; its strategy says which parts are personal, whether all
         experts are computed, for `soft` and `expert` too, and how they are mixed.
 
     Returns:
-      `total` [L] weights; `global`, `soft` [L], `expert` [E, L], `personal` [N, L]
-      scores times weights; `routed` [G, E, L] gate mass. Without `every_expert`,
-      `personal` holds only for strata that the client has. Models without parts have no
-      `soft` and no `expert`.
+      `total` [L] weights; `global`, `soft` [L], `expert` [E, L], `personal` [rows, L]
+      scores times weights; `routed` [G, E, L] gate mass. `Panel.model` says which row
+      of `personal` is whose; without `every_expert` it holds only for strata that the
+      client has. Models without parts have no `soft` and no `expert`.
     """
     examples = read_examples(federation, position, amount, program)
     params = join_frozen(state, federation, program)
-    clients = view_clients(state, federation)
-    if sets is None:
-        counts = score_parts(params, clients, examples, program)
-    else:
+    models = panel.models
+    if program.model.parts is None:
         own = params, federation.frozen
-        counts = score_model(*own, clients, sets, examples, program)
+        counts = score_model(*own, models.view, panel.sets, examples, program)
+    else:
+        counts = score_parts(params, models, examples, program)
     if program.strategy.personal:
-        counts = average_clients(counts, find_participants(state))
+        counts = average_clients(counts, panel.took_part)
     return counts | {"total": count_weights(examples, program)}
 
 
@@ -159,11 +153,6 @@ def count_weights(examples: Examples, program: Program) -> Array:
     blank = jax.tree.map(lambda x: jnp.zeros(shape(x), x.dtype), program.outputs)
     scores = program.task.loss(blank, examples.batch)
     return sum_strata(jnp.ones_like(scores.score), scores, examples.stratum)
-
-
-def find_participants(state: SimState) -> Array:
-    """[N] bool, clients that hold experts and of which an update has counted."""
-    return state.align.held.any(axis=(1, 2)) & (state.participation.rounds > 0)
 
 
 def worst_decile(accuracy: Array, counted: Array) -> Array:
@@ -182,27 +171,44 @@ def worst_decile(accuracy: Array, counted: Array) -> Array:
     return worst.sum() / jnp.maximum(number, 1)
 
 
+def find_personal(counts: dict[str, Array], panel: Panel) -> Array:
+    """Every scored client's own row of counts, of the examples as it sees them."""
+    personal = counts["personal"][panel.model]
+    if panel.drifts is None:
+        return personal
+    drifted = counts["drifted_personal"][panel.model]
+    return jnp.where(panel.drifts[:, None], drifted, personal)
+
+
+def place_clients(accuracy: Array, panel: Panel, num_clients: int) -> Array:
+    """Accuracies [n] of the clients that are scored among all [N], NaN of others."""
+    if panel.client is None:
+        return accuracy
+    return jnp.full(num_clients, jnp.nan).at[panel.client].set(accuracy)
+
+
 def summarise_counts(
-    counts: dict[str, Array], took_part: Array, label_mix: Array
+    counts: dict[str, Array], panel: Panel, num_clients: int
 ) -> dict[str, Array]:
     """Accuracies in [0, 1] from counts over the whole test set.
 
     Args:
-      counts: see `count_batch`; the rows of all clients are alike where the data are
-        pooled, and there is one of them only.
-      took_part: [N] bool, likewise; the clients in personal accuracy.
-      label_mix: [N, L] float32, rows sum to 1.
+      counts: see `count_batch`.
+      panel: the clients that are scored; of pooled data it has one, and the label mix
+        of every client.
+      num_clients: N.
     """
     total = counts["total"]  # [L]
     share = 1.0 / jnp.maximum(total, 1.0)
-    client_accuracy = (counts["personal"] * share[None] * label_mix).sum(1)  # [N]
-    took_part = jnp.broadcast_to(took_part, client_accuracy.shape)
+    personal = find_personal(counts, panel)
+    client_accuracy = (personal * share[None] * panel.label_mix).sum(1)  # [n]
+    took_part = jnp.broadcast_to(panel.took_part, client_accuracy.shape)
     accuracies = {
         "global_accuracy": counts["global"].sum() / total.sum(),
         "personal_accuracy": jnp.where(took_part, client_accuracy, 0.0).sum()
         / jnp.maximum(took_part.sum(), 1),
         "worst_decile_accuracy": worst_decile(client_accuracy, took_part),
-        "client_accuracy": client_accuracy,
+        "client_accuracy": place_clients(client_accuracy, panel, num_clients),
         "specialisation": counts["routed"] * share[None, None],
     }
     if "drifted" in counts:
@@ -227,10 +233,10 @@ def build_evaluate_share(
 
     Returns:
       A function whose result holds `global_accuracy`, `personal_accuracy`,
-      `worst_decile_accuracy` (all []), `client_accuracy` [N] and `specialisation`
-      [E, L] (the share of each class's gate mass per expert); where images drift
-      `drifted_accuracy` [], the global one on drifted images; with `every_expert` also
-      `global_soft_accuracy` [] and `expert_accuracy` [E].
+      `worst_decile_accuracy` (all []), `client_accuracy` [N], NaN beyond a sample, and
+      `specialisation` [G, E, L] (the share of each class's gate mass per expert); where
+      images drift `drifted_accuracy` [], the global one on drifted images; with
+      `every_expert` also `global_soft_accuracy` [] and `expert_accuracy` [E].
     """
     # Jitted, so that its shapes and the loop over batches share one trace.
     one_batch = jax.jit(functools.partial(count_batch, program=program), inline=True)
@@ -244,21 +250,18 @@ def build_evaluate_share(
         view = observe(state.world, federation, hyper, program.processes)
         federation = view.federation
         device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
-        sets = None
-        if program.model.parts is None:
-            held = view_clients(state, federation).held
-            sets = find_sets(held, sizes.max_held)
+        panel = gather_panel(state, view, program)
         count = federation.test_stratum.shape[0]
         position = schedule_examples(count, TEST_BATCH, device, num_devices)
 
         def add(total: dict[str, Array], batch: Array) -> tuple[dict[str, Array], None]:
-            counts = one_batch(state, view, sets, batch)
+            counts = one_batch(state, view, panel, batch)
             return jax.tree.map(jnp.add, total, counts), None
 
-        shapes = jax.eval_shape(one_batch, state, view, sets, position[0])
+        shapes = jax.eval_shape(one_batch, state, view, panel, position[0])
         zero = jax.tree.map(jnp.zeros_like, shapes)
         counts = jax.lax.psum(jax.lax.scan(add, zero, position)[0], CLIENTS)
-        return summarise_counts(counts, find_participants(state), federation.label_mix)
+        return summarise_counts(counts, panel, sizes.num_clients)
 
     return evaluate_share
 

@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.partition import pool, split
+from fedmoe_jax.data.partition import pool, renumber, split
 from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
@@ -35,7 +35,8 @@ def make_partition(config: ConfigDict, data: Data) -> Partition:
     """Divides the training examples among the clients and the server's public slice.
 
     Raises:
-      UserError: the data cannot be divided so.
+      UserError: the data cannot be divided so, or the lists of the clients' examples
+        are beyond `run.memory_limit_gb`.
     """
     total, public = len(data.stratum), config.data.public
     most = total - config.num_clients * config.partition.min_size
@@ -59,10 +60,9 @@ def make_partition(config: ConfigDict, data: Data) -> Partition:
         min_size=config.partition.min_size,
         seed=config.seed,
         owner=None if data.owner is None else data.owner[rest],
+        limit_gb=config.run.memory_limit_gb,
     )
-    counts = np.arange(partition.index.shape[1])[None] < partition.size[:, None]
-    index = np.where(counts, rest[partition.index], 0)
-    return partition._replace(index=index, public=aside)
+    return renumber(partition, rest)._replace(public=aside)
 
 
 def make_devices(config: ConfigDict) -> tuple[Devices, tuple[str, ...]]:
@@ -103,9 +103,11 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     drift_source = draw_drift_sources(
         np.random.default_rng([config.seed, 3]), config.num_clients, config.drift.share
     )
+    rng = np.random.default_rng([config.seed, 4])
+    sample_order = rng.permutation(config.num_clients).astype(np.int32)
     if find_strategy(config.strategy).pooled:
         partition, devices = pool(partition), unlimited_device()
-        drift_source = np.zeros(1, np.int32)
+        drift_source = sample_order = np.zeros(1, np.int32)
     on_host: dict[str, Any] = dict(
         train=data.train,
         index=partition.index,
@@ -118,6 +120,7 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
         statistics=find_task(data.task).statistics(data),
         devices=devices,
         frozen={},
+        sample_order=sample_order,
         drift_source=drift_source,
     )
     return Federation(**on_host)

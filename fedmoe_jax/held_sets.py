@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.base import Route, Routing, Scores
+from fedmoe_jax.distinct import find_distinct
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.program import Program
 from fedmoe_jax.scoring import (
@@ -18,8 +19,6 @@ from fedmoe_jax.scoring import (
     sum_strata,
 )
 from fedmoe_jax.types import Array, PyTree
-
-WORD = 32  # bits
 
 
 class HeldSets(NamedTuple):
@@ -48,23 +47,11 @@ def find_sets(held: Array, max_held: int) -> HeldSets:
     whole = (held.sum(axis=2) > max_held).any(axis=1)
     first = (jnp.arange(held.shape[2]) == 0)[None, None]
     held = jnp.where(whole[:, None, None], first, held)
-    words = pack_bits(held.reshape(len(held), -1))
-    _, client, of_client = jnp.unique(
-        words, axis=0, size=len(held), return_index=True, return_inverse=True
-    )
-    distinct = held[client]
-    order = jnp.argsort(~distinct, axis=2, stable=True)[..., :max_held]
-    slot = jnp.take_along_axis(distinct, order, axis=2)
-    return HeldSets(order, slot, of_client.max() + 1, of_client.reshape(-1), whole)
-
-
-def pack_bits(rows: Array) -> Array:
-    """Rows [N, n] bool as [N, ceil(n / 32)] uint32, equal where the rows are."""
-    padded = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % WORD)))
-    bits = padded.reshape(len(rows), -1, WORD).astype(jnp.uint32)
-    return (bits << jnp.arange(WORD, dtype=jnp.uint32)[None, None]).sum(
-        axis=2, dtype=jnp.uint32
-    )
+    distinct = find_distinct(held)
+    kinds = held[distinct.first]
+    order = jnp.argsort(~kinds, axis=2, stable=True)[..., :max_held]
+    slot = jnp.take_along_axis(kinds, order, axis=2)
+    return HeldSets(order, slot, distinct.count, distinct.kind, whole)
 
 
 def run_model(
@@ -118,7 +105,7 @@ def score_sets(
     examples: Examples,
     program: Program,
 ) -> Array:
-    """Scores [N, L] of every client's held experts, each distinct set once."""
+    """Scores [N, L] of the distinct sets, each once; rows beyond their count are 0."""
 
     def score(number: Array, rows: Array) -> Array:
         held, slot = sets.held[number], sets.slot[number]
@@ -128,7 +115,7 @@ def score_sets(
         return rows.at[number].set(row)
 
     rows = jnp.zeros((len(sets.of_client), examples.stratum.shape[1]))
-    return jax.lax.fori_loop(0, sets.count, score, rows)[sets.of_client]
+    return jax.lax.fori_loop(0, sets.count, score, rows)
 
 
 def score_own(
@@ -151,7 +138,7 @@ def score_model(
     params: PyTree,
     frozen: PyTree,
     clients: ClientView,
-    sets: HeldSets,
+    sets: HeldSets | None,
     examples: Examples,
     program: Program,
 ) -> dict[str, Array]:
@@ -160,18 +147,19 @@ def score_model(
     Args:
       params: with the parts that the strategy has frozen.
       frozen: see `Federation.frozen`.
-      clients: all clients [N].
-      sets: the distinct held sets, see `find_sets`.
+      clients: [N], read where parts are personal.
+      sets: the distinct held sets, see `find_sets`; read where none are.
       examples: the batch.
       program: the static parts.
 
     Returns:
-      See `evaluate.count_examples`.
+      See `evaluate.count_examples`; `personal` [N + 1, L] of the distinct sets and, in
+      the last row, of all experts, or [N, L] of clients with personal parts.
     """
-    if program.strategy.personal:
+    if sets is None:
         own = lambda client: score_own(client, params, frozen, examples, program)
         return jax.lax.map(own, clients)
     counts = score_all(params, frozen, examples, program)
     personal = score_sets(params, frozen, sets, examples, program)
-    whole = sets.whole[:, None]
-    return counts | {"personal": jnp.where(whole, counts["global"][None], personal)}
+    personal = jnp.concatenate([personal, counts["global"][None]])
+    return counts | {"personal": personal}

@@ -85,7 +85,8 @@ MEASURES: dict[str, Measure] = {
     "final_personal_accuracy": ACCURACY._replace(
         field="personal_accuracy",
         title="Personal %",
-        about="each client's own experts on its own classes, the mean over clients",
+        about="each client's own experts on its own classes, the mean over clients; "
+        "see evaluation.clients",
         printed=True,
         line="Personal",
         curve=Curve(

@@ -15,6 +15,7 @@ from fedmoe_jax.forms import check_type
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
 from fedmoe_jax.models.routing import calibrate_gate
+from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.sharding import find_platform
@@ -189,6 +190,7 @@ def make_sizes(
     max_capacity: int,
     num_strata: int,
     local_steps: int,
+    gate_width: int,
 ) -> Sizes:
     """The sizes of a program.
 
@@ -198,6 +200,7 @@ def make_sizes(
       max_capacity: K of the user's config.
       num_strata: L.
       local_steps: T.
+      gate_width: D.
     """
     return Sizes(
         num_clients=config.num_clients,
@@ -210,7 +213,14 @@ def make_sizes(
         batch_size=config.batch_size,
         num_strata=num_strata,
         max_capacity=max_capacity,
+        gate_width=gate_width,
     )
+
+
+def measure_gate(gates: PyTree) -> int:
+    """D of the first layer: numbers of one expert's row in the largest leaf."""
+    rows = jax.tree.leaves(gates[layer_names(gates)[0]])
+    return max(math.prod(leaf.shape[1:]) for leaf in rows)
 
 
 def count_report(
@@ -305,6 +315,7 @@ def build_program(
         max_capacity=config.max_held,
         num_strata=len(data.stratum_names),
         local_steps=longest(federation.steps, config.local_epochs > 0),
+        gate_width=measure_gate(params["gate"]),
     )
     check_layers(config, strategy, model, sizes.num_layers)
     check_state(config, strategy, sizes)

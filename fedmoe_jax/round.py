@@ -69,7 +69,7 @@ def round_step(
     )
     # 5 aggregate
     params, server_opt = aggregate(state, sums[0], hyper, program.static)
-    personal, variate = renew_clients(state, cohort, replies)
+    personal, variate = renew_clients(state, federation.size, cohort, replies)
     # 6 learn
     align, load = learn_layers(state, evidence, assignment, replies, hyper, program)
     personal, align, sent = exchange(personal, align, evidence, replies, hyper, program)

@@ -66,6 +66,18 @@ class ClientView(NamedTuple):
     wanted: Array
 
 
+class Models(NamedTuple):
+    """The models that are scored: of every client, or each that several share once.
+
+    Attributes:
+      view: leaves [n, ...]; `wanted` are strata that any client of the model has.
+      count: [] int32, how many of them there are; others are not scored.
+    """
+
+    view: ClientView
+    count: Array
+
+
 def view_clients(state: SimState, federation: Federation) -> ClientView:
     """All clients [N]; one that never took part holds nothing and may use all.
 
@@ -116,6 +128,11 @@ def encode(params: PyTree, examples: Examples, program: Program) -> Encoded:
     return Encoded(examples, features, logits)
 
 
+def take_model(models: Models, number: Array) -> ClientView:
+    """ONE of the models."""
+    return jax.tree.map(lambda leaf: leaf[number], models.view)
+
+
 def own_logits(client: ClientView, encoded: Encoded) -> Array:
     """[B, E] gate logits of ONE client: the server's, unless gates are personal."""
     if "gate" not in client.personal:
@@ -130,12 +147,12 @@ def route_all(logits: Array, num_active: int) -> Array:
     return route(logits, jnp.ones(logits.shape[1], bool), num_active)
 
 
-def find_needed(encoded: Encoded, clients: ClientView, num_active: int) -> Array:
-    """Pairs that the server, or a client that has the stratum, routes to.
+def find_needed(encoded: Encoded, models: Models, num_active: int) -> Array:
+    """Pairs that the server, or a model of which the stratum is wanted, routes to.
 
     Args:
       encoded: one batch.
-      clients: all clients [N].
+      models: of the clients.
       num_active: A.
 
     Returns:
@@ -144,19 +161,20 @@ def find_needed(encoded: Encoded, clients: ClientView, num_active: int) -> Array
     examples = encoded.examples
     real = examples.real[:, None]
 
-    def add(need: Array, client: ClientView) -> tuple[Array, None]:
+    def add(number: Array, need: Array) -> Array:
+        client = take_model(models, number)
         logits = own_logits(client, encoded)
         wanted = (examples.stratum @ client.wanted)[:, None] > 0
         need |= wanted & (route(logits, client.held, num_active) > 0)
         if client.personal:
             need |= real & (route_all(logits, num_active) > 0)
-        return need, None
+        return need
 
     if encoded.logits is None:
-        need = jnp.zeros((len(real), clients.held.shape[1]), bool)
+        need = jnp.zeros((len(real), models.view.held.shape[1]), bool)
     else:
         need = real & (route_all(encoded.logits, num_active) > 0)
-    return jax.lax.scan(add, need, clients)[0]
+    return jax.lax.fori_loop(0, models.count, add, need)
 
 
 def mix_scores(
@@ -248,7 +266,7 @@ def answer_personal(
 
 
 def answer_needed(
-    params: PyTree, encoded: Encoded, clients: ClientView, program: Program
+    params: PyTree, encoded: Encoded, models: Models, program: Program
 ) -> Array:
     """Answers [B, E, L] of the server's experts, of all or of those that are needed."""
     (experts,), head = params["experts"].values(), params["head"]
@@ -256,22 +274,22 @@ def answer_needed(
     if program.strategy.every_expert:
         outputs = apply_experts(parts, experts, encoded.features, None)
         return answer_experts(head, outputs, program)
-    need = find_needed(encoded, clients, active_experts(program))
+    need = find_needed(encoded, models, active_experts(program))
     answers = dispatch(parts, experts, head, encoded.features, need)
     mixed = program.strategy.mix == "probabilities"
     return jax.nn.softmax(answers) if mixed else answers
 
 
-def score_clients(
-    clients: ClientView,
+def score_models(
+    models: Models,
     answer: Callable[[ClientView], tuple[Array, Array]],
     examples: Examples,
     program: Program,
 ) -> dict[str, Array]:
-    """Scores [N, L] `personal`; with personal parts those of `score_whole`, too.
+    """Scores [n, L] `personal`; with personal parts those of `score_whole`, too.
 
     Args:
-      clients: all clients [N].
+      models: of the clients, all n of them where parts are personal.
       answer: ONE client -> its gate logits [B, E] and answers [B, E, L].
       examples: the batch.
       program: whether the outputs of all experts are there, and how they are mixed.
@@ -285,7 +303,14 @@ def score_clients(
             counts |= score_whole(logits, answers, examples, program)
         return counts
 
-    return jax.lax.map(score, clients)
+    if models.view.personal:
+        return jax.lax.map(score, models.view)
+
+    def add(number: Array, rows: Array) -> Array:
+        return rows.at[number].set(score(take_model(models, number))["personal"])
+
+    rows = jnp.zeros((len(models.view.held), examples.stratum.shape[1]))
+    return {"personal": jax.lax.fori_loop(0, models.count, add, rows)}
 
 
 def score_whole(
@@ -299,28 +324,29 @@ def score_whole(
 
 
 def score_parts(
-    params: PyTree, clients: ClientView, examples: Examples, program: Program
+    params: PyTree, models: Models, examples: Examples, program: Program
 ) -> dict[str, Array]:
     """All scores of one batch; every expert is computed once.
 
     Args:
       params: with the parts that are frozen.
-      clients: all clients [N].
+      models: of the clients.
       examples: the batch.
       program: a model with parts.
 
     Returns:
       See `evaluate.count_examples`.
     """
-    clients = clients._replace(held=clients.held[:, 0])
+    one_layer = models.view._replace(held=models.view.held[:, 0])
+    models = models._replace(view=one_layer)
     personal = program.strategy.personal
     if set(personal) - {"gate"}:
         answer = lambda client: answer_personal(client, examples, params, program)
-        return score_clients(clients, answer, examples, program)
+        return score_models(models, answer, examples, program)
     encoded = encode(params, examples, program)
-    answers = answer_needed(params, encoded, clients, program)
+    answers = answer_needed(params, encoded, models, program)
     answer = lambda client: (own_logits(client, encoded), answers)
-    counts = score_clients(clients, answer, examples, program)
+    counts = score_models(models, answer, examples, program)
     if encoded.logits is not None:
         counts |= score_whole(encoded.logits, answers, examples, program)
     return counts

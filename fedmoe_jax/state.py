@@ -62,7 +62,12 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> tuple[SimState, Py
         personal={
             part: jax.tree.map(copies, params[part]) for part in strategy.personal
         },
-        variate=jax.tree.map(zeros, params) if strategy.variates else {},
+        variate={
+            "own": jax.tree.map(zeros, params),
+            "mean": jax.tree.map(jnp.zeros_like, params),
+        }
+        if strategy.variates
+        else {},
         world=init_world(run_key, hyper, sizes, program.processes),
         belief=init_belief(sizes.num_clients, sizes.max_capacity, static.profile.kind),
         stale=zero_sums(params) if static.late.kind == "stale" else {},

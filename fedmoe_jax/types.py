@@ -91,6 +91,7 @@ class Sizes(NamedTuple):
       num_strata: L.
       max_capacity: the most experts that any client has room for; K, unless the
         strategy has changed K.
+      gate_width: D, numbers of an expert's row in the first layer's gate, without bias.
     """
 
     num_clients: int
@@ -103,6 +104,7 @@ class Sizes(NamedTuple):
     batch_size: int
     num_strata: int
     max_capacity: int
+    gate_width: int
 
 
 class Partition(NamedTuple):
@@ -163,6 +165,8 @@ class Federation(struct.PyTreeNode):
       devices: the clients' devices, before anything varies over time.
       frozen: the parts of the model that nothing trains, by name like params, and what
         the model itself keeps fixed; {} for most.
+      sample_order: [N] int32, a permutation: the order in which clients join the sample
+        that evaluation scores; see `panel`.
       drift_source: [N] int32, a permutation: towards whose data each client drifts,
         itself if it does not; see `world.drift`.
     """
@@ -178,13 +182,14 @@ class Federation(struct.PyTreeNode):
     statistics: PyTree
     devices: Devices
     frozen: PyTree
+    sample_order: Array
     drift_source: Array
 
 
 # Fields of the federation that every run of a sweep has for itself; it shares the rest.
 PER_RUN = (
     *("index", "size", "steps", "label_mix", "public", "devices", "frozen"),
-    "drift_source",
+    *("sample_order", "drift_source"),
 )
 
 
@@ -223,7 +228,8 @@ class SimState(struct.PyTreeNode):
       align: the alignment state.
       personal: the parts of the model that stay with the clients, by name like
         params, every leaf with a leading N axis; {} where the server has all.
-      variate: control variates of SCAFFOLD, like params with a leading N axis, else {}.
+      variate: control variates of SCAFFOLD: `own`, like params with a leading N axis,
+        and `mean`, like params, their mean weighted by the clients' examples; else {}.
       world: the states of the world's processes that are on, by their names, see
         `world.step`.
       belief: what the server believes about the devices, see `capacity`.

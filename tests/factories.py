@@ -161,6 +161,7 @@ SIZES = Sizes(
     batch_size=8,
     num_strata=4,
     max_capacity=3,
+    gate_width=3,
 )
 
 # 500 bytes beside the experts, 1,000 of each; 10 FLOPs beside them, 20 of each.
@@ -229,7 +230,10 @@ def make_program(data=None, steps=None, **changes) -> Program:
 def use_model(program, model, **flops):
     """The program with another model; each part costs one FLOP where not given."""
     params, frozen = shape_params(model)
-    sizes = program.sizes._replace(num_layers=len(params["gate"]))
+    sizes = program.sizes._replace(
+        num_layers=len(params["gate"]),
+        gate_width=program_file.measure_gate(params["gate"]),
+    )
     traced = trace_model(model, program.task, program.batch, sizes)
     trained, frozen = take_frozen(params, frozen, program.strategy)
     forward = dict.fromkeys(PARTS, 1.0) | flops

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from factories import K, N, make_program, plan_run, start_run, use_linear_model
 
+from fedmoe_jax.distinct import WORD
 from fedmoe_jax.evaluate import build_evaluate
-from fedmoe_jax.held_sets import WORD, find_sets, pack_bits, score_sets
+from fedmoe_jax.held_sets import find_sets, score_sets
 from fedmoe_jax.scoring import Examples
 
 pytestmark = pytest.mark.slow
@@ -46,12 +47,6 @@ def test_find_sets_tells_any_two_sets_apart(experts):
     np.testing.assert_array_equal(own, np.tile(np.arange(experts), 2))
 
 
-def test_pack_bits_by_hand():
-    rows = jnp.zeros((2, WORD + 2), bool).at[0, 0].set(True).at[1, WORD + 1].set(True)
-    rows = rows.at[1, 3].set(True)
-    assert pack_bits(rows).tolist() == [[1, 0], [8, 2]]
-
-
 def test_score_sets_runs_the_model_once_for_each_set():
     program = use_linear_model(make_program(num_clients=6))
     runs, apply = [], program.model.apply
@@ -70,6 +65,7 @@ def test_score_sets_runs_the_model_once_for_each_set():
     rows = score_sets(params, frozen, sets, examples, program)
     jax.effects_barrier()
     assert len(runs) == 2 and rows.shape == (6, 1)
+    assert not rows[2:].any()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from fedmoe_jax.scoring import (
     ClientView,
     Encoded,
     Examples,
+    Models,
     find_needed,
     read_answers,
     score_mixture,
@@ -68,11 +69,12 @@ def test_find_needed_by_hand():
     logits = jnp.array([[3.0, 2.0, 1.0, 0.0]] * 3)
     clients = ClientView(
         personal={},
-        held=jnp.array([[0, 0, 1, 1], [0, 1, 0, 0]], bool),
-        wanted=jnp.array([[1.0, 0.0], [0.0, 1.0]]),
+        held=jnp.array([[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]], bool),
+        wanted=jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
     )
+    models = Models(clients, jnp.int32(2))  # the third row is none
     encoded = Encoded(make_examples([0, 1, -1]), jnp.zeros((3, 1)), logits)
-    need = find_needed(encoded, clients, 1)
+    need = find_needed(encoded, models, 1)
     # Expert 0 is the server's choice, 2 the first client's for its label 0, 1 the
     # second's for its label 1; expert 3 and padding are never needed.
     assert need.astype(int).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]

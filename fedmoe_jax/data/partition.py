@@ -44,6 +44,7 @@ def split(
     min_size: int,
     seed: int,
     owner: np.ndarray | None = None,
+    limit_gb: float = math.inf,
 ) -> Partition:
     """Divides the training examples among the clients.
 
@@ -62,14 +63,15 @@ def split(
         drawn at random, from the client that is largest then.
       seed: >= 0; the same arguments always give the same partition.
       owner: [X] int in [0, N), of `natural`, which leaves every client what it has.
+      limit_gb: gigabytes that the partition may take.
 
     Returns:
       The partition. M is the largest size rounded up to a power of two, so that
       most seeds share one compiled program.
 
     Raises:
-      UserError: an argument is outside its range, N * min_size > X, or the data have
-        no natural clients, or not these.
+      UserError: an argument is outside its range, N * min_size > X, the data have no
+        natural clients, or not these, or the partition would be beyond `limit_gb`.
     """
     options = Options(
         *(num_clients, num_strata, alpha, classes_per_client, min_size, owner)
@@ -85,6 +87,7 @@ def split(
             break
     else:
         drawn = _fill_up(drawn, options, rng)
+    _check_size(drawn, options, limit_gb)
     return _pack(drawn, stratum, options)
 
 
@@ -204,21 +207,42 @@ def _fill_up(
     size = np.bincount(owner, minlength=options.num_clients)
     shuffled = rng.permutation(len(owner))
     by_owner = shuffled[np.argsort(owner[shuffled], kind="stable")]
-    rows = [list(row) for row in np.split(by_owner, np.cumsum(size)[:-1])]
+    donor = np.repeat(np.arange(options.num_clients), size)
+    # The size that its owner has when an example is the next to go. Donors stay above
+    # `min_size`, which is at most the mean, so those who take never give.
+    level = np.arange(len(owner)) - np.repeat(np.cumsum(size) - size, size) + 1
+    missing = np.maximum(options.min_size - size, 0)
+    given = np.lexsort((donor, -level))[: missing.sum()]
     owner = owner.copy()
-    for client in np.flatnonzero(size < options.min_size):
-        while size[client] < options.min_size:
-            largest = size.argmax()
-            owner[rows[largest].pop()] = client
-            size[largest] -= 1
-            size[client] += 1
+    owner[by_owner[given]] = np.repeat(np.arange(options.num_clients), missing)
     return owner
+
+
+def _find_width(size: np.ndarray) -> int:
+    """M: the largest of the sizes [N], rounded up to a power of two."""
+    return 1 << (int(size.max()) - 1).bit_length()
+
+
+def _check_size(owner: np.ndarray, options: Options, limit_gb: float) -> None:
+    """Raises UserError where the partition would be beyond the limit."""
+    size = np.bincount(owner, minlength=options.num_clients)
+    width = _find_width(size)
+    rows = options.num_clients * (width + 1 + options.num_strata)
+    needed = rows * np.dtype(np.int32).itemsize / 1e9
+    if needed > limit_gb:
+        raise UserError(
+            f"run.memory_limit_gb={limit_gb:g} is too low: the lists of examples of "
+            f"num_clients={options.num_clients} clients, each with room for the "
+            f"{size.max()} of the largest (rounded up to {width}), need {needed:.2f} "
+            f"GB; allowed: at least {math.ceil(needed)}, or fewer clients, or clients "
+            "that are less skewed in size"
+        )
 
 
 def _pack(owner: np.ndarray, stratum: np.ndarray, options: Options) -> Partition:
     """Lists every client's examples in ascending order, padded with zeros."""
     size = np.bincount(owner, minlength=options.num_clients)
-    width = 1 << (int(size.max()) - 1).bit_length()
+    width = _find_width(size)
     index = np.zeros((options.num_clients, width), np.int32)
     order = np.argsort(owner, kind="stable")
     start = np.cumsum(size) - size
@@ -238,6 +262,14 @@ def pool(partition: Partition) -> Partition:
         size=np.array([index.size], np.int32),
         label_counts=partition.label_counts.sum(axis=0, keepdims=True),
     )
+
+
+def renumber(partition: Partition, ids: np.ndarray) -> Partition:
+    """The partition with example i called `ids[i]`; its `index` is written over."""
+    index, size = partition.index, partition.size
+    owned = np.arange(index.shape[1])[None] < size[:, None]
+    index[owned] = ids[index[owned]]
+    return partition
 
 
 def save_partition(path: str | Path, partition: Partition) -> None:

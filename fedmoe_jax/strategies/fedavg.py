@@ -4,7 +4,7 @@ Each is there twice: as large as the mixture in total, and as large as what an e
 uses of it (`_active`). FedNova equals FedAvg but for rounding where all clients take
 equally many steps (`local_epochs=0`). SCAFFOLD's mean of the control variates weighs
 clients by their examples, as the averages of all systems here do; the paper weighs
-clients alike in both.
+clients alike in both. Where labels drift, these are the examples before the drift.
 """
 
 from collections.abc import Callable

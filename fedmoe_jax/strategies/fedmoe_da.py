@@ -3,8 +3,9 @@
 From the published description and a port that cites its equations 8 to 11. The row of a
 client's gate stands for its expert; experts travel between clients, not by the server.
 Chosen here: the clients of a cohort mix with each other, stem and head are averaged.
-Clients that have not met when weights were renewed mix from the next renewal on, so
-that the system needs cohorts that meet again, at best all clients in every round.
+Similarities are those of the rows that clients showed at their last renewal; one that
+has shown none yet mixes from its first renewal on. So what is kept grows with N, as the
+gates do, and no matrix of all pairs of experts is.
 """
 
 import jax
@@ -19,78 +20,122 @@ from fedmoe_jax.types import Array, Evidence, Hyper, PyTree, Sizes
 UNKNOWN = -2.0  # less than any cosine
 
 
-def find_similar(rows: Array) -> Array:
-    """Cosine similarity [n, n] of gate rows [n, D] of experts."""
-    unit = rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return jnp.einsum("id,jd->ij", unit, unit)
+def scale_rows(rows: Array) -> Array:
+    """Gate rows [..., D] of length 1; zeros stay."""
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
-def mixing_weights(similar: Array, neighbours: Array, temperature: Array) -> Array:
-    """The share of every expert in every mixture: [n, n] float32, rows sum to 1.
+def mixing_weights(
+    similar: Array, itself: Array, neighbours: Array, temperature: Array
+) -> tuple[Array, Array]:
+    """The shares of ONE client's E mixtures, of the most similar experts first.
 
     A softmax of similarities over the expert itself and the most similar others.
 
     Args:
-      similar: [n, n] float32 cosines, `UNKNOWN` where rows have not been shown.
+      similar: [E, n] float32 cosines of its experts and all n of the cohort,
+        `UNKNOWN` of those it does not mix with.
+      itself: [E] int32, the place of each expert among the n.
       neighbours: [] how many others each expert is mixed with, at most.
       temperature: [] > 0.
+
+    Returns:
+      [E, n] int32, places among the n, the expert's own first; [E, n] float32, their
+      shares, rows sum to 1, zero beyond `neighbours`.
     """
-    itself = jnp.eye(len(similar), dtype=bool)
-    order = jnp.argsort(-jnp.where(itself, jnp.inf, similar), axis=1)
-    kept = jnp.argsort(order, axis=1) <= neighbours  # itself comes first
-    kept &= similar > UNKNOWN
-    scaled = jnp.where(kept, similar / temperature, -jnp.inf)
-    return jax.nn.softmax(scaled, axis=1)
+    own = itself[:, None] == jnp.arange(similar.shape[1])[None]
+    known = jnp.where(own, 1.0, similar)  # its cosine with itself
+    order = jnp.argsort(-jnp.where(own, jnp.inf, known), axis=1)
+    ranked = jnp.take_along_axis(known, order, axis=1)
+    kept = jnp.arange(similar.shape[1])[None] <= neighbours
+    kept &= ranked > UNKNOWN
+    scaled = jnp.where(kept, ranked / temperature, -jnp.inf)
+    return order, jax.nn.softmax(scaled, axis=1)
 
 
 def init(sizes: Sizes) -> PyTree:
-    """Before the first round every expert is known to be like itself only."""
-    itself = jnp.eye(sizes.num_clients * sizes.num_experts, dtype=bool)
-    return {"similar": jnp.where(itself, jnp.float32(1), UNKNOWN)}
+    """Before the first round no client has shown a gate row: all are zero."""
+    shape = sizes.num_clients, sizes.num_experts, sizes.gate_width
+    return {"shown": jnp.zeros(shape)}
 
 
 def exchange(
     personal: PyTree, state: PyTree, evidence: Evidence, arrived: Array, hyper: Hyper
 ) -> tuple[PyTree, PyTree, Array, Array]:
-    """Mixes the experts of the cohort; its similarities are renewed every `period`.
+    """Mixes the experts of the cohort by the gate rows that its clients last showed.
 
-    Clients whose round did not count, `arrived` [C] false, take no part.
+    Clients whose round did not count, `arrived` [C] false, take no part. One client
+    mixes after the other, so that memory follows C, not its square.
     """
     (gate,) = personal["gate"].values()
-    rows, (similar,) = gate["kernel"], state["similar"]  # [N, E, D] and [N E, N E]
-    num_experts, numbers = rows.shape[1], hyper.fedmoe_da
-    mine = evidence.client[:, None] * num_experts + jnp.arange(num_experts)[None]
-    mine = mine.reshape(-1)  # [C * E], of all N * E experts
-    block = mine[:, None], mine[None]
-    fresh = find_similar(rows.reshape(-1, rows.shape[-1])[mine])
-    there = jnp.repeat(arrived, num_experts)
-    both = there[:, None] & there[None]
-    due = (evidence.round % numbers.period == 0) & both
-    newest = jnp.where(due, fresh, similar[block])
-    known = jnp.where(both | jnp.eye(len(mine), dtype=bool), newest, UNKNOWN)
-    mixing = mixing_weights(known, numbers.neighbours, numbers.temperature)
+    rows, (shown,), cohort = gate["kernel"], state["shown"], evidence.client
+    numbers, num_experts = hyper.fedmoe_da, rows.shape[1]
+    due = (evidence.round % numbers.period == 0) & arrived
+    newest = jnp.where(due[:, None, None], rows[cohort], shown[cohort])  # [C, E, D]
+    takes_part = arrived & newest.any((1, 2))
+    units = scale_rows(newest).reshape(-1, rows.shape[-1])  # [n, D], n = C E
+    mixes = jnp.repeat(takes_part, num_experts)
+    flat = lambda leaf: leaf[cohort].reshape(-1, *leaf.shape[2:])
+    experts = jax.tree.map(flat, personal["experts"])
 
-    def mix(leaf: Array) -> Array:
-        flat = leaf.reshape(-1, *leaf.shape[2:])
-        mixed = jnp.tensordot(mixing, flat[mine], axes=1)
-        return flat.at[mine].set(mixed).reshape(leaf.shape)
+    def mix(sent: Array, client: Array) -> tuple[Array, tuple[PyTree, Array]]:
+        itself = client * num_experts + jnp.arange(num_experts)
+        cosines = jnp.einsum("ed,nd->en", units[itself], units)
+        both = mixes & takes_part[client]
+        similar = jnp.where(both[None], cosines, UNKNOWN)
+        order, weights = mixing_weights(
+            similar, itself, numbers.neighbours, numbers.temperature
+        )
+        mixed = mix_experts(experts, order, weights, numbers.neighbours)
+        taken = count_taken(order, weights, client)
+        return sent + taken, (mixed, taken.sum())
 
-    experts = jax.tree.map(mix, personal["experts"])
-    renewed = similar.at[block].set(newest)[None]
-    mixed = personal | {"experts": experts}
-    return mixed, {"similar": renewed}, *count_sent(mixing, num_experts)
+    places = jnp.arange(len(cohort))
+    sent, (mixed, received) = jax.lax.scan(mix, jnp.zeros(len(cohort)), places)
+    place = lambda leaf, new: leaf.at[cohort].set(new)
+    renewed = personal | {"experts": jax.tree.map(place, personal["experts"], mixed)}
+    return renewed, {"shown": shown.at[cohort].set(newest)[None]}, sent, received
 
 
-def count_sent(mixing: Array, num_experts: int) -> tuple[Array, Array]:
-    """Experts that each client sends to and receives from others, [C] float32 each.
+def mix_experts(
+    experts: PyTree, order: Array, weights: Array, neighbours: Array
+) -> PyTree:
+    """The E mixtures of ONE client; the work follows the neighbours, not the cohort.
 
-    An expert that several of another client's are mixed with goes to it once.
+    Args:
+      experts: of the cohort, leaves [n, ...].
+      order: [E, n] int32, see `mixing_weights`.
+      weights: [E, n] float32, likewise.
+      neighbours: [] int32.
     """
-    count = len(mixing) // num_experts
-    used = (mixing > 0).reshape(count, num_experts, count, num_experts)
-    taken = used.any(axis=1).sum(axis=2)  # [C, C], to and from which client
-    taken = jnp.where(jnp.eye(count, dtype=bool), 0, taken).astype(jnp.float32)
-    return taken.sum(axis=0), taken.sum(axis=1)
+
+    def add(rank: Array, total: PyTree) -> PyTree:
+        def add_leaf(total: Array, leaf: Array) -> Array:
+            weight = weights[:, rank].reshape((-1,) + (1,) * (leaf.ndim - 1))
+            return total + weight * leaf[order[:, rank]]
+
+        return jax.tree.map(add_leaf, total, experts)
+
+    shape = lambda leaf: (len(order), *leaf.shape[1:])
+    zero = jax.tree.map(lambda leaf: jnp.zeros(shape(leaf), leaf.dtype), experts)
+    most = jnp.minimum(neighbours + 1, order.shape[1])
+    return jax.lax.fori_loop(0, most, add, zero)
+
+
+def count_taken(order: Array, weights: Array, client: Array) -> Array:
+    """Experts that ONE client receives from each of the cohort, [C] float32.
+
+    An expert that several of its own are mixed with goes to it once.
+
+    Args:
+      order: [E, n] int32, see `mixing_weights`.
+      weights: [E, n] float32, likewise.
+      client: [] int32, its place in the cohort.
+    """
+    num_experts, total = order.shape
+    used = jnp.zeros(total, bool).at[order].max(weights > 0)
+    taken = used.reshape(-1, num_experts).sum(axis=1).astype(jnp.float32)
+    return taken.at[client].set(0.0)
 
 
 def configure(config: ConfigDict) -> ConfigDict:

@@ -47,18 +47,19 @@ def estimate_memory(
     chunk = chunk_size(sizes.cohort_size, per_run, program.static.run.client_chunk)
     training = chunk * (CLIENT_COPIES * submodel + sizes.batch_size * training_bytes)
     # Rows of the cohort's clients as they are sent out and as they come back.
-    rows = count_bytes((state.personal, state.variate)) / sizes.num_clients
+    own = state.variate.get("own", {})
+    rows = count_bytes((state.personal, own)) / sizes.num_clients
     sums = count_bytes((state.params, state.stale))
     images = divide_examples(federation.test_stratum.shape[0], TEST_BATCH, per_run)[1]
     evaluating = images * evaluation_bytes
     at_once = runs_at_once(num_runs, program.mesh, program.platform)
-    own = count_bytes([getattr(federation, name) for name in PER_RUN])
-    shared = count_bytes(federation) - own
+    per_run_data = count_bytes([getattr(federation, name) for name in PER_RUN])
+    shared = count_bytes(federation) - per_run_data
     shared_copies, own_copies = devices, per_run
     if program.platform == "cpu":  # devices of a process share the host's copy
         shared_copies = own_copies = jax.process_count()
     return {
-        "data": shared_copies * shared + own_copies * num_runs * own,
+        "data": shared_copies * shared + own_copies * num_runs * per_run_data,
         # the donated state and its successor; the running sums of the runs at work
         "state": num_runs * per_run * 2 * count_bytes(state)
         + devices * at_once * (sums + 2 * sizes.cohort_size * rows),

@@ -14,6 +14,7 @@ from benchmarks import (
     alignment,
     bounded,
     devices,
+    evaluation,
     experts,
     memory,
     smoke,
@@ -87,6 +88,19 @@ def test_evaluation_with_all_experts_or_dispatched(monkeypatch, traced, every_ex
     monkeypatch.setattr(experts, "build_evaluate", trace)
     found = experts.evaluation(experts.start_with(8, 1), every_expert)()
     assert ("expert_accuracy" in found) == every_expert
+
+
+@pytest.mark.parametrize("case", evaluation.CASES)
+def test_evaluation_of_a_large_population(monkeypatch, traced, case):
+    build = evaluation.build_evaluate
+    trace = lambda program: functools.partial(jax.eval_shape, build(program))
+    monkeypatch.setattr(evaluation, "build_evaluate", trace)
+    monkeypatch.setitem(evaluation.FIELDS, "cohort_size", 4)
+    shape, _, changes = evaluation.CASES[case]
+    started = evaluation.start_with(shape, 1_200, changes)
+    assert len(started.federation.test_stratum) == evaluation.TESTS[shape]
+    found = evaluation.evaluation(started)()
+    assert found["client_accuracy"].shape == (1_200,)
 
 
 def test_rounds_beside_peers(monkeypatch, traced):

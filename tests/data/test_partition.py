@@ -167,6 +167,73 @@ def test_repair_takes_from_the_largest_only():
     np.testing.assert_array_equal(filled[9:], owner[9:])
 
 
+def fill_slowly(owner, options, rng):
+    """One example at a time, from the first of the largest clients."""
+    size = np.bincount(owner, minlength=options.num_clients)
+    shuffled = rng.permutation(len(owner))
+    by_owner = shuffled[np.argsort(owner[shuffled], kind="stable")]
+    rows = [list(row) for row in np.split(by_owner, np.cumsum(size)[:-1])]
+    owner = owner.copy()
+    for client in np.flatnonzero(size < options.min_size):
+        while size[client] < options.min_size:
+            largest = size.argmax()
+            owner[rows[largest].pop()] = client
+            size[largest] -= 1
+            size[client] += 1
+    return owner
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 12), min_size=1, max_size=9),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_repair_moves_what_the_slow_twin_moves(sizes, seed, data):
+    total = sum(sizes)
+    least = data.draw(st.integers(0, total // len(sizes)))
+    owner = np.random.default_rng(seed).permutation(np.repeat(range(len(sizes)), sizes))
+    options = partition.Options(len(sizes), 4, 0.5, 2, min_size=least, owner=None)
+    filled, slow = (
+        fill(owner.astype(int), options, np.random.default_rng(seed))
+        for fill in (partition._fill_up, fill_slowly)
+    )
+    np.testing.assert_array_equal(filled, slow)
+
+
+def test_repair_of_many_clients_with_one_owner_of_all():
+    """Alpha 1e-38 of 50,000 clients: nearly all have nothing before the repair."""
+    y = np.arange(50_000) % 10
+    drawn = split(
+        "dirichlet", y, num_strata=10, num_clients=50_000, alpha=1e-38, min_size=1
+    )
+    assert drawn.index.shape == (50_000, 1) and (drawn.size == 1).all()
+
+
+def test_lists_beyond_the_limit_are_refused_before_they_are_made():
+    """One client has nearly all of 2^20 examples, the lists of all would have room."""
+    y = np.zeros(2**20, int)
+    with pytest.raises(UserError) as error:
+        split("quantity", y, num_clients=10**5, alpha=1e-38, min_size=1, limit_gb=8.0)
+    # 2^20 - 99,999 examples, rounded up to 2^20; size and four strata beside them.
+    needed = 10**5 * (2**20 + 1 + 4) * 4 / 1e9
+    text = str(error.value)
+    assert f"need {needed:.2f} GB" in text and "\n" not in text
+    assert (
+        text.startswith("run.memory_limit_gb=8 is too low") and "at least 420" in text
+    )
+    fits = split("iid", y, num_clients=2, limit_gb=2 * (2**19 + 5) * 4 / 1e9)
+    assert fits.index.shape == (2, 2**19)
+
+
+def test_renumber_by_hand():
+    drawn = partition.Partition(
+        np.array([[0, 2], [1, 0]], np.int32), np.array([2, 1], np.int32), None, None
+    )
+    index = partition.renumber(drawn, np.array([7, 8, 9], np.int32)).index
+    assert index.tolist() == [[7, 9], [8, 0]] and index.dtype == np.int32
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "value"),
     [

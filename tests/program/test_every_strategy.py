@@ -239,8 +239,8 @@ def test_a_broken_client_spoils_nothing(strategy, gate_mode):
     np.testing.assert_array_equal(metrics["nonfinite_clients"], took_part)
     if sizes.cohort_size > 1:
         assert all_finite(state)
-    kept = jax.tree.map(lambda leaf: leaf[broken], (state.variate, state.personal))
-    before = parts.state.variate, parts.state.personal
+    own = lambda state: (state.variate.get("own", {}), state.personal)
+    kept, before = jax.tree.map(lambda leaf: leaf[broken], own(state)), own(parts.state)
     if strategy != "fedmoe_da":  # where others mix with what it has
         assert_same(kept, jax.tree.map(lambda leaf: leaf[broken], before))
 
@@ -394,17 +394,40 @@ def test_fedprox_and_fednova_are_fedavg_where_theory_says_so():
 def test_scaffold_corrects_towards_the_mean_of_the_variates():
     _, state = first_round("scaffold")
     parts = try_strategy("scaffold", "global").parts
-    uneven = parts.federation.size.at[0].set(9)  # so that weights can be told apart
-    parts = parts._replace(federation=parts.federation.replace(size=uneven))
-    kernel = np.array(state.variate["head"]["kernel"])
-    share = np.array(parts.federation.size) / np.sum(parts.federation.size)
-    mean = np.tensordot(share, kernel, 1)
+    kernel = np.array(state.variate["own"]["head"]["kernel"])
+    mean = np.array(state.variate["mean"]["head"]["kernel"])
     cohort = jnp.array([2, 7, 1, 0])
     one = jnp.zeros((4, 1))
     inputs = send_inputs(parts, state, cohort, one, one == 0)
     found = inputs.correction["head"]["kernel"]
     np.testing.assert_allclose(found, mean[None] - kernel[cohort], atol=1e-6)
     assert np.abs(found).max() > 1e-4
+
+
+@pytest.mark.parametrize("fields", [{}, {"drift.labels": 0.8, "drift.rounds": 1}])
+def test_scaffolds_running_mean_is_the_sum_over_all_variates(fields):
+    """After many rounds of uneven clients, one of which breaks; labels may drift."""
+    plan = plan_run(
+        strategy="scaffold", **{"drift.start": 1, "chunk_rounds": 1}, **fields
+    )
+    program = use_linear_model(plan.program)
+    run = start_run(plan, program)
+    uneven = run.federation.size.at[0].set(9)  # so that weights can be told apart
+    train = run.federation.train
+    y = train["y"].at[run.federation.index[BROKEN, 0]].set(NO_CLASS)
+    federation = run.federation.replace(size=uneven, train=train | {"y": y})
+    federation = replicate(federation, program.mesh)
+    chunk = compile_chunk(program)
+    trial = Trial(run, run.state, {}, np.zeros(0), chunk)
+    state = run.state
+    for _ in range(20):
+        state, _ = trial.run(state, federation)
+    share = np.array(uneven) / np.sum(uneven)
+    slow = jax.tree.map(
+        lambda rows: np.tensordot(share, np.array(rows), 1), state.variate["own"]
+    )
+    assert_same(state.variate["mean"], slow, atol=1e-5)
+    assert np.abs(slow["head"]["kernel"]).max() > 1e-2
 
 
 def test_fedjets_keeps_its_prepared_stem_and_one_anchor_per_expert():

@@ -75,8 +75,8 @@ SUBMODEL = STEM + 2 * EXPERT + GATE + HEAD
 # strata of the test images.
 IMAGES = (1437 + 360) * (64 + 4) + 2 * 64 * 4 + 360 * 4
 # 1437 examples on 4 clients: up to 360 each, padded to 512; size, steps, label mix of
-# 10 classes, 8 numbers of the device, drift_source.
-PER_RUN = 4 * 4 * (512 + 1 + 1 + 10 + 8 + 1)
+# 10 classes, 8 numbers of the device, sample_order, drift_source.
+PER_RUN = 4 * 4 * (512 + 1 + 1 + 10 + 8 + 1 + 1)
 # Fitness, times held: 4 bytes, held: 1 byte for each of 4 x 4; usage; round; key; the
 # belief and the participation: three numbers and a bit of 4 clients and, of 3, who,
 # what, when and what of it.

@@ -1,0 +1,115 @@
+"""The clients and the models that evaluation scores.
+
+Clients that hold the same experts share a model, unless parts of it are personal. So
+each distinct set of experts is scored once, exactly. Where more models are possible
+than `evaluation.clients`, which is where parts are personal or many sets are, at most
+so many clients are scored: those first in an order drawn from the seed, of those that
+have taken part.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.distinct import find_distinct
+from fedmoe_jax.held_sets import HeldSets, find_sets
+from fedmoe_jax.program import Program
+from fedmoe_jax.scoring import ClientView, Models, view_clients
+from fedmoe_jax.types import Array, SimState
+from fedmoe_jax.world.step import View
+
+
+class Panel(NamedTuple):
+    """The n clients that are scored, N of them unless they are a sample.
+
+    Attributes:
+      client: [n] int32, their ids; None for all.
+      took_part: [n] bool, clients that count in the means.
+      label_mix: [n, L] float32, rows sum to 1.
+      drifts: [n] bool, whose images have drifted; None where none do.
+      models: what is scored for them.
+      model: [n] int32, each client's row of the scores of `models`.
+      sets: the distinct held sets; None for a model with parts.
+    """
+
+    client: Array | None
+    took_part: Array
+    label_mix: Array
+    drifts: Array | None
+    models: Models
+    model: Array
+    sets: HeldSets | None
+
+
+def find_participants(state: SimState) -> Array:
+    """[N] bool, clients that hold experts and of which an update has counted."""
+    return state.align.held.any(axis=(1, 2)) & (state.participation.rounds > 0)
+
+
+def count_possible_sets(program: Program) -> int:
+    """Sets of at most K of E experts in every layer."""
+    sizes = program.sizes
+    choices = range(sizes.max_held + 1)
+    each = sum(math.comb(sizes.num_experts, count) for count in choices)
+    return each**sizes.num_layers
+
+
+def is_sampled(program: Program) -> bool:
+    """Whether evaluation scores a sample of the clients."""
+    most = program.static.evaluation.clients
+    if not 0 < most < program.sizes.num_clients:
+        return False
+    return bool(program.strategy.personal) or count_possible_sets(program) > most
+
+
+def draw_sample(order: Array, took_part: Array, count: int) -> Array:
+    """Ids [count] of the first clients of an order, those that took part before others.
+
+    Args:
+      order: [N] int32, a permutation of all ids.
+      took_part: [N] bool, by id.
+      count: n <= N.
+    """
+    first = took_part[order]
+    place = jnp.where(first, first.cumsum() - 1, first.sum() + (~first).cumsum() - 1)
+    return jnp.zeros(count, order.dtype).at[place].set(order, mode="drop")
+
+
+def share_models(clients: ClientView, program: Program) -> tuple[Models, Array]:
+    """The models of clients [n] without personal parts, and which each one has [n]."""
+    distinct = find_distinct(clients.held)
+    wanted = jnp.zeros_like(clients.wanted).at[distinct.kind].max(clients.wanted)
+    view = ClientView({}, clients.held[distinct.first], wanted)
+    return Models(view, distinct.count), distinct.kind
+
+
+def gather_panel(state: SimState, view: View, program: Program) -> Panel:
+    """Everything about clients that evaluation reads.
+
+    Args:
+      state: the simulation.
+      view: of the world as it is now.
+      program: the static parts.
+    """
+    federation, client = view.federation, None
+    clients, took_part = view_clients(state, federation), find_participants(state)
+    label_mix, drifts = federation.label_mix, None
+    if view.distortion is not None:
+        drifts = view.distortion > 0
+    if is_sampled(program):
+        most = program.static.evaluation.clients
+        client = draw_sample(federation.sample_order, took_part, most)
+        every = clients, took_part, label_mix, drifts
+        chosen = jax.tree.map(lambda leaf: leaf[client], every)
+        clients, took_part, label_mix, drifts = chosen
+    sets, count = None, len(took_part)
+    models, model = Models(clients, jnp.int32(count)), jnp.arange(count)
+    if not program.strategy.personal and program.model.parts is None:
+        sets = find_sets(clients.held, program.sizes.max_held)
+        # The last row is that of all experts, see `held_sets.score_model`.
+        model = jnp.where(sets.whole, count, sets.of_client)
+    elif not program.strategy.personal:
+        models, model = share_models(clients, program)
+    return Panel(client, took_part, label_mix, drifts, models, model, sets)
