@@ -29,7 +29,7 @@ from fedmoe_jax.runtime.sharding import replicate
 from fedmoe_jax.runtime.xla import count_cores, keep_host, set_cpu_devices
 from fedmoe_jax.types import SimState
 
-REPETITIONS = 5
+REPETITIONS = 3
 FIELDS = {"cohort_size": 100, "chunk_rounds": 2, "eval_every": 2}
 # The network and the local steps of the CIFAR-10 study.
 CNN = {

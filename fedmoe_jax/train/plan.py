@@ -95,15 +95,32 @@ def load_data(config: ConfigDict) -> None:
     load_dataset_once(config.data.name, config.data.dir)
 
 
-def plan_run(config: ConfigDict, mesh: Mesh) -> Plan:
+def make_partition_once(
+    config: ConfigDict, data: Data, made: dict[tuple, Partition]
+) -> Partition:
+    """As `make_partition`, added to those made; runs that divide alike share arrays."""
+    key = config.seed, config.num_clients, str(config.data), str(config.partition)
+    if key not in made:
+        made[key] = make_partition(config, data)
+    return made[key]
+
+
+def plan_run(
+    config: ConfigDict, mesh: Mesh, made: dict[tuple, Partition] | None = None
+) -> Plan:
     """Builds everything that a run needs on the host; touches only the data cache.
+
+    Args:
+      config: of the run.
+      mesh: the devices.
+      made: partitions of other runs, which this one takes or adds to.
 
     Raises:
       UserError: the config or the data do not allow this run.
     """
     validate(config)
     data = load_dataset_once(config.data.name, config.data.dir)
-    partition = make_partition(config, data)
+    partition = make_partition_once(config, data, {} if made is None else made)
     federation = make_federation(config, data, partition)
     program = build_program(config, data, federation, mesh)
     hyper = make_hyper(config)
@@ -150,8 +167,9 @@ def plan_waves(members: list[Member]) -> list[Wave]:
       UserError: a member is not allowed, or one run alone needs too much memory.
     """
     groups: dict[tuple, list[tuple[str, Plan]]] = {}
+    made: dict[tuple, Partition] = {}
     for name, config in members:
-        plan = plan_run(config, build_mesh(config.run.num_devices))
+        plan = plan_run(config, build_mesh(config.run.num_devices), made)
         groups.setdefault(program_key(plan), []).append((name, plan))
     return [wave for group in groups.values() for wave in cut(group)]
 

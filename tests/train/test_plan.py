@@ -19,6 +19,7 @@ from fedmoe_jax.train.plan import (
     plan_waves,
     program_key,
 )
+from fedmoe_jax.train.plan import plan_run as plan_one
 from fedmoe_jax.train.sweep import name_wave
 from fedmoe_jax.types import PER_RUN, Federation
 
@@ -108,6 +109,21 @@ def test_make_wave_numbers_the_strategies_of_its_runs(plans):
     assert plans["greedy"].hyper.strategy == 0
     rates = [float(plan.hyper.fitness.rate) for plan in wave.plans]
     assert rates[2] == np.float32(0.9) != rates[1]
+
+
+def test_runs_that_divide_alike_share_a_partition():
+    """Strategies share it, seeds and kinds of partition do not."""
+    config = tiny_study(("random", "greedy"), ("", "partition.kind=iid"))
+    members = list_members(config)
+    waves = plan_waves(members)
+    plans = [plan for wave in waves for plan in wave.plans]
+    assert len(plans) == 8 and len({id(plan.partition) for plan in plans}) == 4
+    alone = {
+        name: plan_one(member, build_mesh(1)).partition for name, member in members
+    }
+    names = [name for wave in waves for name in wave.names]
+    for name, plan in zip(names, plans, strict=True):
+        chex.assert_trees_all_equal(plan.partition, alone[name])
 
 
 @pytest.mark.slow
