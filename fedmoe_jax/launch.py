@@ -13,6 +13,7 @@ config, data or work folder, or a disk without room, in one line; 3: stopped ear
 resumable.
 """
 
+import faulthandler
 import functools
 import gc
 import os
@@ -29,6 +30,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.guard import guard, runs_with_others
 from fedmoe_jax.runtime.output import secure
 from fedmoe_jax.runtime.stop import Stop, listen
 
@@ -317,6 +319,7 @@ def main(argv: list[str], stop: Stop) -> int:
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}; see --help")
     quiet_orbax()
+    faulthandler.enable(2)  # absl's would write past `guard`
     command = name_command()
     from fedmoe_jax.runtime import multihost
     from fedmoe_jax.runtime.folders import resolve_folder
@@ -335,6 +338,7 @@ def main(argv: list[str], stop: Stop) -> int:
     except OSError as error:
         return multihost.exit_all(refuse(describe_loss(error, _WORKDIR.value)))
     except Exception:
+        multihost.await_news()
         traceback.print_exc()
         return multihost.exit_all(1)
     print(f"stopped and saved; to resume: {command}")
@@ -344,7 +348,8 @@ def main(argv: list[str], stop: Stop) -> int:
 def start() -> None:
     """Runs the program and exits."""
     gc.disable()  # until all is imported: walking the modules takes a second
+    heard = guard() if runs_with_others(sys.argv) else None
     stop = Stop()
-    listen(stop)  # before JAX is imported, which an interrupt would break off
+    listen(stop, heard)  # before JAX is imported, which an interrupt would break off
     secure(on_reader_gone=stop.wish)
     app.run(functools.partial(main, stop=stop), flags_parser=parse_flags)

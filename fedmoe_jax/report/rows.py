@@ -30,12 +30,14 @@ def read_metrics(path: Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows[int(row["round"])] = row
+            whole = type(row["round"]) is int and row["round"] > 0
         except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
             raise UserError(
-                f"{path} line {number} is damaged: not a JSON object with a round; "
-                "remove that line"
-            ) from None
+                f"{path} line {number} is damaged; allowed: a JSON object with a round"
+            )
+        rows[row["round"]] = row
     return [rows[number] for number in sorted(rows)]
 
 

@@ -13,7 +13,7 @@ from fedmoe_jax.measures import MEASURES, unpack_measures
 from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
 from fedmoe_jax.report.rows import is_number, measured, read_metrics, stack_experts
 from fedmoe_jax.report.summary import measure_run
-from fedmoe_jax.runtime.files import flatten, read_json
+from fedmoe_jax.runtime.files import find_broken, flatten, read_arrays, read_json
 
 NAN = float("nan")
 # Config fields that do not change what a run computes, or that number its repetition.
@@ -50,7 +50,7 @@ def load_run(folder: str | Path) -> Run:
     """Reads a finished or running run; a half-written last row is left out.
 
     Raises:
-      UserError: the folder holds no `config.json`.
+      UserError: the folder holds no `config.json` of a run, or a file is damaged.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -58,12 +58,16 @@ def load_run(folder: str | Path) -> Run:
             f"report: {folder} has no config.json; allowed: the folder of a run"
         )
     config = read_json(folder / "config.json")
+    if "strategy" not in config:
+        raise UserError(
+            f"report: {folder / 'config.json'} has no strategy; allowed: that of a run"
+        )
     path, summary, arrays = folder / "summary.json", {}, {}
     if path.is_file():
+        check_sealed(folder)
         summary = read_json(path)
     if (folder / "final.npz").is_file():
-        with np.load(folder / "final.npz") as stored:
-            arrays = dict(stored)
+        arrays = read_arrays(folder / "final.npz")
     return Run(
         config=config,
         rows=read_metrics(folder / "metrics.jsonl"),
@@ -75,6 +79,19 @@ def load_run(folder: str | Path) -> Run:
         if "measures" in summary
         else MEASURES,
     )
+
+
+def check_sealed(folder: Path) -> None:
+    """Checks that the files of a finished run are as it wrote them.
+
+    Raises:
+      UserError: one is not.
+    """
+    for name in find_broken(folder):
+        raise UserError(
+            f"{folder / name} is not as the run has written it; allowed: that file "
+            "restored, or the run's command given again"
+        )
 
 
 def join_measures(runs: Iterable[Run]) -> dict[str, Measure]:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from fedmoe_jax.types import PyTree
 
 # A process that was not heard of for so many seconds is dead, and so are the others.
 HEARTBEAT_SECONDS = 30
+NEWS_SECONDS = 15  # until a death that was noticed is known to all
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 TEXT_STEP = 1024  # texts are padded to its multiples, so that few programs move them
 
@@ -181,6 +183,16 @@ def on_leader(function: Callable, *arguments: Any) -> Any:
     """
     call = lambda: json.dumps(function(*arguments)) if is_leader() else ""
     return json.loads(allgather_text(run_on_all(call))[0])
+
+
+def await_news() -> None:
+    """Waits after an error until JAX would have aborted this process, too.
+
+    Where another process has died, a collective fails here at once, and JAX notices the
+    cause later. `guard` then tells it; the error of the collective says nothing.
+    """
+    if jax.distributed.is_initialized():
+        time.sleep(HEARTBEAT_SECONDS + NEWS_SECONDS)
 
 
 def exit_all(code: int) -> int:

@@ -25,26 +25,42 @@ class Stop:
         return self.wished
 
 
-def listen(stop: Stop) -> None:
+def listen(stop: Stop, heard: int | None = None) -> None:
     """Makes the first ending signal a wish to stop, and the second an end at once.
 
     A thread hears them: Python's own handlers wait while XLA compiles or computes.
+
+    Args:
+      stop: the wish.
+      heard: where the numbers of signals come from; None for those of this process,
+        which otherwise ignores its own.
+    """
+    if heard is None:
+        heard, told = os.pipe()
+        listen_to_signals(told)
+    else:
+        for name in ENDINGS:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_hear, args=(heard, stop), daemon=True).start()
+
+
+def listen_to_signals(told: int) -> None:
+    """Writes the number of every ending signal to a pipe, at any moment.
+
     Signals that the process was started to ignore, SIGHUP under `nohup` say, stay so.
     """
-    heard, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     for name in ENDINGS:
         number = getattr(signal, name)
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: None)
-    threading.Thread(target=_hear, args=(heard, stop), daemon=True).start()
 
 
 def _hear(heard: int, stop: Stop) -> None:
     endings = {getattr(signal, name) for name in ENDINGS}
-    while True:
-        number = os.read(heard, 1)[0]
+    while read := os.read(heard, 1):
+        number = read[0]
         if number not in endings:  # a handler of another module
             continue
         if stop.wished:

@@ -8,6 +8,8 @@ import pytest
 from fedmoe_jax.measures import MEASURES
 from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
 from fedmoe_jax.report import runs, summary
+from fedmoe_jax.report.runs import load_run
+from fedmoe_jax.runtime.files import seal
 
 from .fake_runs import NOTHING, ROWS, make_row, make_run, stop_run, write_run
 
@@ -133,3 +135,34 @@ def test_interval_by_hand():
     assert mean == 2.0
     assert half == pytest.approx(2.48414, abs=1e-5)
     assert math.isnan(runs.interval([1.0])[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("summary.json", "", "summary.json cannot be read"),
+        ("summary.json", "[]", "summary.json is damaged"),
+        ("final.npz", "PK", "final.npz is damaged .*; restore it, or remove it"),
+        ("metrics.jsonl", '{"round": 1e999}\n', "metrics.jsonl line 1 is damaged"),
+        ("metrics.jsonl", '{"round": 1.5}\n', "metrics.jsonl line 1 is damaged"),
+        ("config.json", "{}", "config.json has no strategy; allowed: that of a run"),
+    ],
+)
+def test_load_run_names_a_damaged_file_in_one_line(tmp_path, name, text, told):
+    folder = write_run(tmp_path / "run", "greedy")
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=told) as caught:
+        load_run(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_run_notices_a_changed_number(tmp_path):
+    folder = write_run(tmp_path / "run", "greedy")
+    names = ("metrics.jsonl", "summary.json", "final.npz")
+    seal(folder, names)
+    assert load_run(folder).summary
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"round": 1,', '"round": 1, "x": 1,', 1))
+    told = "metrics.jsonl is not as the run has written it; allowed"
+    with pytest.raises(UserError, match=told):
+        load_run(folder)
