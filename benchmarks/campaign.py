@@ -1,0 +1,362 @@
+"""Every way in which a run can end, tried on the command line: what is lost, silently?
+
+    python -m benchmarks.campaign                    all, about 25 minutes on 2 cores
+    python -m benchmarks.campaign --trials=kills     one of its parts, printed alone
+
+Each trial disturbs a small run on the digits, gives its command again and compares what
+it leaves with an undisturbed run, bit for bit but for times. All of them write
+`results/reliability.md`. Full disks need the right to mount a tmpfs.
+"""
+
+import argparse
+import collections
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.page import RESULTS, describe_machine, table
+from fedmoe_jax.config import list_options
+from fedmoe_jax.configs import default
+from fedmoe_jax.options import Range
+from fedmoe_jax.report.rows import read_metrics
+from fedmoe_jax.report.summary import SPENT
+from fedmoe_jax.runtime.files import flatten, read_arrays, write_atomically
+from fedmoe_jax.runtime.stop import ENDINGS
+
+ROOT = Path(__file__).parents[1]
+FIELDS = {"num_rounds": 8, "checkpoint.every": 2, "num_clients": 8, "cohort_size": 4}
+WORDS = [f"--config.{name}={value}" for name, value in FIELDS.items()]
+KILLS, FLIPS, VALUES, DISKS = 30, 60, 100, 8
+SLOWEST = 300  # seconds that a trial may take
+AT_ONCE = 2
+
+UNDISTURBED = "as undisturbed"
+REFUSED = "named in one line"
+LOST, SILENT, UGLY = "lost", "silent", "many lines"
+VERDICTS = (UNDISTURBED, REFUSED, LOST, SILENT, UGLY)
+
+
+class Trial(NamedTuple):
+    """One trial: what it did, and one of the `VERDICTS`."""
+
+    what: str
+    verdict: str
+
+
+class Campaign(NamedTuple):
+    """What trials share.
+
+    Attributes:
+      folder: for their runs.
+      whole: an undisturbed run.
+      part: the same run, stopped after half of its rounds.
+      seconds: that the undisturbed run took.
+      draw: random numbers of the whole campaign.
+    """
+
+    folder: Path
+    whole: Path
+    part: Path
+    seconds: float
+    draw: random.Random
+
+
+def begin(workdir: Path, *words: str, cache: Path) -> subprocess.Popen:
+    """Starts a run in a process of its own."""
+    config = f"--config={ROOT / 'configs' / 'default.py'}:smoke"
+    command = [sys.executable, str(ROOT / "launch.py"), config, *WORDS, *words]
+    variables = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=variables,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a process."""
+    out, err = process.communicate(timeout=SLOWEST)
+    return process.returncode, out, err
+
+
+def read_outcome(folder: Path) -> tuple:
+    """What a finished run leaves, without times."""
+    rows = [
+        {name: value for name, value in row.items() if name not in SPENT}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+    arrays = read_arrays(folder / "final.npz")
+    summary = json.loads((folder / "summary.json").read_text())
+    numbers = {k: v for k, v in summary.items() if k[:6] in ("final_", "total_")}
+    return rows, {name: x.tobytes() for name, x in arrays.items()}, numbers
+
+
+def judge(code: int, err: str, folder: Path, expected: tuple) -> str:
+    """The verdict on a run that was given its command again.
+
+    Args:
+      code: its exit code.
+      err: its stderr.
+      folder: its work folder.
+      expected: see `read_outcome`.
+    """
+    if code == 2:
+        return REFUSED if err.count("\n") == 1 else UGLY
+    if code:
+        return UGLY if "Traceback" in err else LOST
+    if read_outcome(folder) != expected:
+        return SILENT
+    return UGLY if "Traceback" in err else UNDISTURBED
+
+
+def again(campaign: Campaign, folder: Path) -> str:
+    """Gives a run's command again; the verdict."""
+    code, _, err = finish(begin(folder, cache=campaign.folder / "cache"))
+    return judge(code, err, folder, read_outcome(campaign.whole))
+
+
+@contextlib.contextmanager
+def prepare() -> Iterator[Campaign]:
+    """Yields an undisturbed run, and one that was stopped after half of its rounds."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cache, whole, part = folder / "cache", folder / "whole", folder / "part"
+        for _ in range(2):  # the second with compiled programs at hand
+            shutil.rmtree(whole, ignore_errors=True)
+            start = time.monotonic()
+            code, _, err = finish(begin(whole, cache=cache))
+            assert code == 0, err
+            seconds = time.monotonic() - start
+        words = ["--config.num_rounds=4"]
+        code, _, err = finish(begin(part, *words, cache=cache))
+        assert code == 0, err
+        yield Campaign(folder, whole, part, seconds, random.Random(0))
+
+
+def list_kills(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """kill -9 at random moments, up to two of them before the run may finish."""
+
+    def kill(number: int, moments: list[float]) -> Trial:
+        folder = campaign.folder / f"kill{number}"
+        for moment in moments:
+            process = begin(folder, cache=campaign.folder / "cache")
+            time.sleep(moment)
+            process.kill()
+            finish(process)
+        what = " and ".join(f"after {moment:.2f} s" for moment in moments)
+        return Trial(what, again(campaign, folder))
+
+    most, trials = 1.2 * campaign.seconds, []
+    for number in range(KILLS):
+        moments = [campaign.draw.uniform(0, most) for _ in range(1 + number % 2)]
+        trials.append(partial(kill, number, moments))
+    return trials
+
+
+def flip(path: Path, draw: random.Random) -> None:
+    """Flips one bit."""
+    data = bytearray(path.read_bytes())
+    if data:
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+def cut(path: Path, draw: random.Random) -> None:
+    """Cuts a file off."""
+    path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size + 1)])
+
+
+def remove(path: Path, draw: random.Random) -> None:
+    """Removes a file."""
+    path.unlink()
+
+
+def list_flips(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """Flipped bits, cut and missing files, of finished and of stopped runs."""
+
+    def damage(number: int, source: Path, file: Path, act: Callable) -> Trial:
+        folder = campaign.folder / f"flip{number}"
+        shutil.copytree(source, folder)
+        act(folder / file, random.Random(number))
+        what = f"{act.__name__} {file} of a {source.name} run"
+        return Trial(what, again(campaign, folder))
+
+    trials = []
+    for number in range(FLIPS):
+        source = (campaign.whole, campaign.part)[number % 2]
+        files = [path for path in source.rglob("*") if path.is_file()]
+        file = campaign.draw.choice(sorted(files)).relative_to(source)
+        act = campaign.draw.choice([flip, flip, cut, remove])
+        trials.append(partial(damage, number, source, file, act))
+    return trials
+
+
+def list_bad_values() -> list[str]:
+    """Flags with a value that no run can have."""
+    bad, values = [], flatten(default.get_config("smoke").to_dict())
+    for name, option in list_options().items():
+        value = values.get(name)
+        if isinstance(value, bool):
+            bad += [f"{name}=7", f"{name}=maybe"]
+        elif isinstance(value, int | float):
+            bad += [f"{name}=many", f"{name}=nan", f"{name}=1e999", f"{name}=None"]
+            if isinstance(option.allowed, Range):
+                bad.append(f"{name}={option.allowed.low - 1:g}")
+            if isinstance(value, int):
+                bad += [f"{name}=2.5", f"{name}={2**40}", f"{name}=(1,2)"]
+        elif isinstance(value, str) and option.allowed is not None:
+            bad += [f"{name}=none_such", f"{name}="]
+    return [f"--config.{each}" for each in bad]
+
+
+def list_values(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """Values of the wrong kind or beyond what is allowed, and no trace of a run."""
+
+    def refuse(number: int, flag: str) -> Trial:
+        folder = campaign.folder / f"value{number}"
+        process = begin(folder, flag, cache=campaign.folder / "cache")
+        code, _, err = finish(process)
+        told = code == 2 and err.count("\n") == 1 and "allowed" in err
+        verdict = REFUSED if told and not folder.exists() else UGLY
+        return Trial(flag, SILENT if code == 0 else verdict)
+
+    flags = campaign.draw.sample(list_bad_values(), VALUES)
+    return [partial(refuse, *each) for each in enumerate(flags)]
+
+
+def list_disks(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """Full disks of 0.06 to 2 MB, and then room."""
+
+    def fill(number: int, size: int) -> Trial:
+        disk = campaign.folder / f"disk{number}"
+        disk.mkdir()
+        what = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)]
+        subprocess.run(what, check=True)
+        try:
+            folder = disk / "run"
+            code, _, err = finish(begin(folder, cache=campaign.folder / "cache"))
+            told = code == 0 or (code == 2 and "Traceback" not in err)
+            more = ["mount", "-o", "remount,size=64m", str(disk)]
+            subprocess.run(more, check=True)
+            verdict = again(campaign, folder)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+        return Trial(f"{size} kB", verdict if told else UGLY)
+
+    sizes = np.geomspace(60, 2000, DISKS).astype(int)
+    return [partial(fill, *each) for each in enumerate(sizes)]
+
+
+# Phases of a run by what its folder has when they begin.
+PHASES: dict[str, Callable[[Path], bool]] = {
+    "starting": lambda folder: True,
+    "compiling": lambda folder: (folder / "config.json").exists(),
+    "training": lambda folder: bool(read_metrics(folder / "metrics.jsonl")),
+    "reporting": lambda folder: (folder / "summary.json").exists(),
+}
+
+
+def list_signals(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """Every signal that ends a process, in every phase: saved, then stopped."""
+
+    def send(name: str, phase: str) -> Trial:
+        folder = campaign.folder / f"{name}-{phase}"
+        process = begin(folder, cache=campaign.folder / "cache")
+        time.sleep(0.5)  # until Python listens
+        while not PHASES[phase](folder) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, name))
+        code, out, _ = finish(process)
+        told = code == 0 or (code == 3 and "to resume: " in out)
+        verdict = again(campaign, folder)
+        return Trial(f"{name} while {phase}", verdict if told else LOST)
+
+    pairs = itertools.product(ENDINGS, PHASES)
+    return [partial(send, *pair) for pair in pairs]
+
+
+TRIALS: dict[str, Callable[[Campaign], list[Callable[[], Trial]]]] = {
+    "kills": list_kills,
+    "flips": list_flips,
+    "values": list_values,
+    "disks": list_disks,
+    "signals": list_signals,
+}
+
+
+def run_trials(campaign: Campaign, name: str) -> list[Trial]:
+    """All trials of one kind, a few at once."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        trials = list(pool.map(lambda act: act(), TRIALS[name](campaign)))
+    for trial in trials:
+        if trial.verdict in (LOST, SILENT, UGLY):
+            print(f"{name}: {trial.what}: {trial.verdict}", flush=True)
+    return trials
+
+
+def make_table(found: dict[str, list[Trial]]) -> str:
+    """Counts of verdicts, a row for each kind of trial."""
+    rows = []
+    for name, trials in found.items():
+        counts = collections.Counter(trial.verdict for trial in trials)
+        about = TRIALS[name].__doc__ or ""
+        rows.append((about.strip(), len(trials), *(counts[v] for v in VERDICTS)))
+    return table(("trials", "number", *VERDICTS), rows)
+
+
+PAGE = """# Reliability
+
+`python -m benchmarks.campaign`
+{machine}
+
+Each trial disturbs a small run on the digits, gives its command again and compares
+rows, final arrays and numbers with those of an undisturbed run, bit for bit but for
+times.
+
+{table}
+
+*As undisturbed*: finished with the same result. *Named in one line*: exit code 2 and
+one line that names the file or field. *Lost*: not finished though it could have been.
+*Silent*: exit code 0 with another result. *Many lines*: a traceback.
+"""
+
+
+def main() -> None:
+    """Runs the trials and writes the page, or prints the table of some of them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", choices=TRIALS, action="append")
+    chosen = parser.parse_args().trials
+    with prepare() as campaign:
+        found = {name: run_trials(campaign, name) for name in chosen or TRIALS}
+    text = make_table(found)
+    print(text)
+    if not chosen:
+        page = PAGE.format(machine=describe_machine(), table=text)
+        write_atomically(RESULTS / "reliability.md", page)
+
+
+if __name__ == "__main__":
+    main()
