@@ -298,12 +298,37 @@ def list_signals(campaign: Campaign) -> list[Callable[[], Trial]]:
     return [partial(send, *pair) for pair in pairs]
 
 
+def list_caches(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """Compiled programs that are damaged or cut, and a cache that cannot be written."""
+
+    def damage(number: int, act: Callable) -> Trial:
+        folder, cache = (campaign.folder / f"{name}{number}" for name in ("c", "cache"))
+        shutil.copytree(campaign.folder / "cache", cache)
+        for path in cache.glob("*-cache"):
+            act(path, random.Random(number))
+        return check(act.__name__, begin(folder, cache=cache), folder)
+
+    def block() -> Trial:
+        folder, cache = campaign.folder / "blocked", campaign.folder / "file"
+        cache.touch()
+        return check("a file as cache", begin(folder, cache=cache), folder)
+
+    def check(what: str, process: subprocess.Popen, folder: Path) -> Trial:
+        code, _, err = finish(process)
+        expected = read_outcome(campaign.whole)
+        return Trial(what, judge(code, err, folder, expected))
+
+    acts = enumerate([flip, flip, cut, cut])
+    return [*(partial(damage, *each) for each in acts), block]
+
+
 TRIALS: dict[str, Callable[[Campaign], list[Callable[[], Trial]]]] = {
     "kills": list_kills,
     "flips": list_flips,
     "values": list_values,
     "disks": list_disks,
     "signals": list_signals,
+    "caches": list_caches,
 }
 
 

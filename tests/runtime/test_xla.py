@@ -1,6 +1,7 @@
 """Flags that are set before JAX looks at its devices."""
 
 import os
+import warnings
 from types import SimpleNamespace
 
 import jax
@@ -88,3 +89,36 @@ def test_programs_are_kept_unless_told_where(monkeypatch, tmp_path):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+@pytest.fixture
+def no_folder():
+    """JAX without a folder of programs, as it was before afterwards."""
+    name = "jax_compilation_cache_dir"
+    before = getattr(jax.config, name)
+    jax.config.update(name, None)
+    with warnings.catch_warnings():
+        yield lambda: getattr(jax.config, name)
+    jax.config.update(name, before)
+
+
+def test_programs_are_not_kept_without_a_home(monkeypatch, no_folder, capsys):
+    def unknown(user):
+        raise KeyError(user)
+
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    xla.keep_programs()
+    assert no_folder() is None and capsys.readouterr().err == ""
+
+
+def test_programs_are_not_kept_where_nothing_can_be_written(
+    monkeypatch, no_folder, capsys, tmp_path
+):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    xla.keep_programs()
+    told = capsys.readouterr().err
+    assert no_folder() is None and told.count("\n") == 1
+    assert told.startswith("warning: compiled programs are not kept, as ")
