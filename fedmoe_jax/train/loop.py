@@ -28,7 +28,7 @@ from fedmoe_jax.train.writers import (
 from fedmoe_jax.types import PyTree, SimState
 
 PROFILED_CHUNKS = 3
-# Each takes up to 3,000 of the 65,530 memory maps that Linux allows a process.
+# Linux allows a process 65,530 memory maps, of which a compiled round takes up to 3,000.
 PROGRAMS_KEPT = 4
 
 _compiled: dict[tuple, Callable] = {}
@@ -112,7 +112,7 @@ def compile_once(
         found = _compiled | dict(zip(new, compiled, strict=True))
     programs = [found.pop(key) for key in keys]
     _compiled.clear()  # and filled again, the newest last
-    kept = [*found.items(), *zip(keys, programs, strict=True)][-PROGRAMS_KEPT:]
+    kept = [*found.items(), *zip(keys, programs, strict=True)][-2 * PROGRAMS_KEPT :]
     _compiled.update(kept)
     return programs, time.monotonic() - start
 

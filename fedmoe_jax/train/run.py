@@ -25,7 +25,14 @@ from fedmoe_jax.runtime.origin import find_origin
 from fedmoe_jax.runtime.sharding import RUNS, map_runs, place, spread
 from fedmoe_jax.state import init_state, run_stage
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.train.loop import Job, Programs, compile_once, drive, ignore_row
+from fedmoe_jax.train.loop import (
+    PROGRAMS_KEPT,
+    Job,
+    Programs,
+    compile_once,
+    drive,
+    ignore_row,
+)
 from fedmoe_jax.train.plan import Member, Plan, Wave, load_data, plan_waves
 from fedmoe_jax.train.workdir import SEALED, is_finished, own_run
 from fedmoe_jax.types import (
@@ -203,7 +210,7 @@ def stack_federations(federations: list[Federation], mesh: Mesh) -> Federation:
     )
 
 
-@functools.cache
+@functools.lru_cache(PROGRAMS_KEPT)  # jitted functions hold what was compiled of them
 def build_programs(program: Program) -> tuple[Callable, Programs]:
     """Jitted init, and what the loop runs, for runs that share a program.
 

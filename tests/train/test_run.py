@@ -3,8 +3,11 @@
 import gc
 import gzip
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -273,10 +276,10 @@ def test_train_compiles_its_two_programs_once(tmp_path):
 
 
 def test_compile_once_keeps_few_programs():
-    jitted = [jax.jit(lambda x, n=n: x + n) for n in range(2 * loop.PROGRAMS_KEPT)]
+    jitted = [jax.jit(lambda x, n=n: x + n) for n in range(4 * loop.PROGRAMS_KEPT)]
     for function in jitted:
         (program,), _ = loop.compile_once([function], jnp.ones(3))
-    assert len(loop._compiled) == loop.PROGRAMS_KEPT
+    assert len(loop._compiled) == 2 * loop.PROGRAMS_KEPT
     assert loop.compile_once([jitted[-1]], jnp.ones(3))[0] == [program]
 
 
@@ -460,3 +463,29 @@ def test_train_goes_on_under_the_settings_it_was_started_with(
             run(folder)
     assert run(folder)
     assert_same_run(folder, finished)
+
+
+MAPS = """
+import sys
+from pathlib import Path
+from factories import SMALL
+from fedmoe_jax import run
+from fedmoe_jax.configs import default
+config = default.get_config("smoke")
+config.update_from_flattened_dict(SMALL | {"num_rounds": 1, "eval_every": 1})
+for size in range(2, 11):
+    config.batch_size = size
+    run(config)
+    print("maps", len(Path("/proc/self/maps").read_text().splitlines()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_runs_of_many_shapes_need_no_more_memory_maps():
+    tests = Path(__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    command = [sys.executable, "-c", MAPS]
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    maps = [int(number) for number in re.findall(r"maps (\d+)", out.stdout)]
+    first = maps[: loop.PROGRAMS_KEPT]
+    assert len(maps) == 9 and maps[-1] < 1.3 * max(first)
