@@ -15,8 +15,10 @@ from fedmoe_jax.options import UserError, is_whole, show
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import flatten, plain
 from fedmoe_jax.runtime.names import distinct_name
+from fedmoe_jax.train.parts import WHOLE, Part, name_part, take_part
 from fedmoe_jax.train.plan import Member, load_data, plan_waves
 from fedmoe_jax.train.sweep import sweep
+from fedmoe_jax.train.work import find_work
 from fedmoe_jax.train.workdir import own_workdir
 
 # The lists of a comparison: what an element is, and what is allowed.
@@ -137,23 +139,43 @@ def list_members(config: ConfigDict) -> list[Member]:
 
 
 def compare(
-    config: ConfigDict, workdir: Path, *, stop: Callable[[], bool], profile: bool
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    stop: Callable[[], bool],
+    profile: bool,
+    part: Part = WHOLE,
 ) -> tuple[list[Path], bool]:
     """Runs or resumes all members, those that can share a program together.
 
+    What is finished is neither planned nor touched, so that a comparison may grow.
+
+    Args:
+      config: with a group `compare`, see `list_members`.
+      workdir: a folder with runs of this comparison, or none.
+      stop: see `sweep`.
+      profile: see `sweep`.
+      part: of the members, see `take_part`; other parts may share the folder.
+
     Returns:
-      The folders of the finished members, and whether all are finished.
+      The folders of the finished members of this part, and whether all are finished.
 
     Raises:
       UserError: as `train`, before anything is written where the config is at fault.
     """
     members = multihost.run_on_all(list_members, config)
-    for member in members:
+    mine = multihost.run_on_all(take_part, members, part)
+    if not mine:
+        print(f"{name_part(part)} has no run, as the comparison has {len(members)}")
+        return [], True
+    work = find_work(workdir, members, mine)
+    for member in work.members:
         multihost.on_leader(
             load_data, member.config
         )  # alone, it may have to be prepared
-    waves = multihost.run_on_all(plan_waves, members)
+    waves = multihost.run_on_all(plan_waves, work.members, work.begun)
     with contextlib.ExitStack() as owned:
-        own = lambda: owned.enter_context(own_workdir(workdir, config))
+        shared = part != WHOLE
+        own = lambda: owned.enter_context(own_workdir(workdir, config, shared=shared))
         multihost.on_leader(own)
-        return sweep(members, workdir, waves, stop=stop, profile=profile)
+        return sweep(work.mine, workdir, waves, stop=stop, profile=profile)

@@ -277,7 +277,7 @@ def test_compare_refuses_the_folder_of_another_comparison(tmp_path):
     compare(tiny_config(), tmp_path, stop=never, profile=False)
     before = snapshot(tmp_path)
     other = tiny_config(**{"compare.seeds": (0, 1), "batch_size": 5})
-    with pytest.raises(UserError, match=r"batch_size: 4 -> 5, compare.seeds: \[0\] ->"):
+    with pytest.raises(UserError, match="batch_size: 4 -> 5; allowed"):
         compare(other, tmp_path, stop=never, profile=False)
     assert snapshot(tmp_path) == before
 
