@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Route
 from fedmoe_jax.config import fill_defaults, validate
-from fedmoe_jax.configs import default
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program

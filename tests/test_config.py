@@ -41,8 +41,13 @@ FILES = sorted(
 # Checked where they are used: a name by `find_strategy`, paths by the loaders, a pair
 # of lists by `draw_devices`; plug-ins by `check_plugins`; flags by ConfigDict, which
 # keeps their type.
-CHECKED_ELSEWHERE = {"strategy", "data.dir",
-    "evaluation.targets", "devices.tiers", "devices.shares"}
+CHECKED_ELSEWHERE = {
+    "strategy",
+    "data.dir",
+    "evaluation.targets",
+    "devices.tiers",
+    "devices.shares",
+}
 CHECKED_ELSEWHERE |= {"run.tensorboard", "devices.csv", "plugins"}
 ARGUMENTS = {
     "compare": ("", "digits", "smoke", "digits,smoke"),

@@ -47,10 +47,13 @@ def take_part(members: Sequence[Member], part: Part) -> list[Member]:
     a program are neighbours. A part is empty only where there are fewer members than
     parts. Machines and what is finished change nothing.
     """
-    groups: dict[Hashable, list[Member]] = {}
-    for member in members:
-        groups.setdefault(guess_program(member.config), []).append(member)
-    ordered = [member for group in groups.values() for member in group]
+    programs = [guess_program(member.config) for member in members]
+    strategies = [member.config.strategy for member in members]
+    place = lambda at: (
+        programs.index(programs[at]),
+        strategies.index(strategies[at]),
+    )
+    ordered = [members[at] for at in sorted(range(len(members)), key=place)]
     number, parts = part
     return cut_evenly(ordered, parts)[number - 1]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.train.plan import Member, Wave
 from fedmoe_jax.train.loop import ignore_row
+from fedmoe_jax.train.plan import Member, Wave
 from fedmoe_jax.train.run import claim_runs, drive_wave
 from fedmoe_jax.train.waves import begin_wave
 from fedmoe_jax.train.workdir import is_finished
