@@ -25,6 +25,16 @@ def read_waves(checkpoints: Path) -> dict[Path, list[str]]:
     return {path.parent: list(read_json(path)["members"]) for path in files}
 
 
+def list_unrecorded(checkpoints: Path) -> list[Path]:
+    """The folders of waves without their members, as older versions leave them."""
+    folders = [path.parent for path in checkpoints.glob("*-and-*/[0-9]*")]
+    return [
+        folder
+        for folder in dict.fromkeys(folders)
+        if not (folder / MEMBERS).is_file() and f".{SUPERSEDED}" not in folder.name
+    ]
+
+
 def begin_wave(folder: Path, names: Sequence[str]) -> None:
     """Records the members of a wave, unless it is one that goes on.
 

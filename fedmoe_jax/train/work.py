@@ -1,6 +1,6 @@
 """Work that is left of a comparison: its unfinished runs, and waves that go on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,13 @@ class Work(NamedTuple):
     mine: list[Member]
 
 
-def find_work(workdir: Path, members: list[Member], mine: list[Member]) -> Work:
+# Members of the waves of a version that did not record them, by folder.
+FindOlder = Callable[[Path], dict[Path, list[str]]]
+
+
+def find_work(
+    workdir: Path, members: list[Member], mine: list[Member], find_older: FindOlder
+) -> Work:
     """The runs that are left, on all processes.
 
     A wave that has begun goes on whole, as its checkpoints hold all of its runs: those
@@ -41,12 +47,13 @@ def find_work(workdir: Path, members: list[Member], mine: list[Member]) -> Work:
       workdir: of the comparison, or none.
       members: all runs of the comparison.
       mine: those of this part.
+      find_older: asked where a run is left.
 
     Raises:
       UserError: a folder holds another run, or files there are damaged.
     """
     configs, mine_names = dict(members), [member.name for member in mine]
-    found = multihost.on_leader(look, workdir, configs, mine_names)
+    found = multihost.on_leader(look, workdir, configs, mine_names, find_older)
     configs |= {n: ConfigDict(to_tuples(c)) for n, c in found["recalled"].items()}
     elsewhere = set(found["elsewhere"])
     return Work(
@@ -57,12 +64,17 @@ def find_work(workdir: Path, members: list[Member], mine: list[Member]) -> Work:
 
 
 def look(
-    workdir: Path, configs: dict[str, ConfigDict], mine: Sequence[str]
+    workdir: Path,
+    configs: dict[str, ConfigDict],
+    mine: Sequence[str],
+    find_older: FindOlder,
 ) -> dict[str, Any]:
     """As `find_work`, on the leader: what JSON can hold."""
     left = [n for n in mine if not is_finished(name_folder(workdir, n), configs[n])]
     begun, elsewhere, recalled = [], [], {}
-    for names in read_waves(workdir / "checkpoints").values():
+    waves = read_waves(workdir / "checkpoints")
+    waves |= find_older(workdir) if left else {}
+    for names in waves.values():
         unfinished = [name for name in names if name in left]
         if not goes_on(workdir, names, unfinished, configs):
             continue

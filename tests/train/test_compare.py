@@ -401,6 +401,21 @@ def test_a_wave_goes_on_with_runs_that_are_not_asked_for(tmp_path):
 
 
 @pytest.mark.slow
+def test_waves_of_older_versions_go_on_too(tmp_path):
+    """They are not recorded: the config of then says what they were."""
+    config = tiny_config()
+    (folder,), _ = compare(config, tmp_path, stop=never, profile=False)
+    rows = (folder / "metrics.jsonl").read_text()
+    (recorded,) = tmp_path.glob("checkpoints/*/members.json")
+    recorded.unlink()
+    assert fedmoe_jax.load_run(folder).state.round == 4
+    more = tiny_config(**{"compare.seeds": (1, 0)}, num_rounds=6)
+    assert compare(more, tmp_path, stop=never, profile=False)[1]
+    assert (folder / "metrics.jsonl").read_text().startswith(rows)
+    assert rows_in(folder) == 6 and recorded.is_file()
+
+
+@pytest.mark.slow
 def test_parts_that_share_a_folder_are_the_whole(users_flags, tmp_path):
     config = tiny_config(
         **{"compare.strategies": ("random", "greedy"), "compare.seeds": (0, 1)}
