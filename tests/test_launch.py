@@ -13,7 +13,6 @@ import jax
 import pytest
 from absl import flags
 from factories import SMALL, find_importable, restart
-from report.fake_runs import write_run
 
 from configs import default
 from fedmoe_jax import launch
@@ -22,6 +21,8 @@ from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.stop import Stop
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import run as train
+
+from .report.fake_runs import write_run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
