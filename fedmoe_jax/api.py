@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Route
-from fedmoe_jax.config import validate
-from fedmoe_jax.configs import default
+from fedmoe_jax.config import fill_defaults, validate
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
@@ -29,6 +28,7 @@ from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
 from fedmoe_jax.train.plan import Member, Plan, Wave, plan_waves
 from fedmoe_jax.train.run import build_job, train
 from fedmoe_jax.train.sweep import name_wave
+from fedmoe_jax.train.waves import read_waves
 from fedmoe_jax.train.workdir import check_free, check_plugins, check_version
 from fedmoe_jax.types import PyTree, SimState
 
@@ -44,8 +44,7 @@ class Run(NamedTuple):
         round has none, int64 where all are whole; the fields of `metrics.jsonl`.
       state: the simulation after its newest round or checkpoint, NumPy leaves, the key
         as its data, without an axis S; None where no checkpoint is found: none is saved
-        yet, the folder is a copy without them, or the comparison was cut into other
-        waves on another machine.
+        yet, or the folder is a copy without them.
       frozen: the parts of the model that are not trained; None likewise.
       plan: its program, data and federation; None likewise.
     """
@@ -144,8 +143,8 @@ def load_run(folder: str | Path) -> Run:
         raise UserError(
             f"folder={folder} holds a comparison; allowed: one of its runs/ folders"
         )
-    check_version(saved, default.get_config())
-    config = ConfigDict(to_tuples(saved))
+    config = fill_defaults(saved)
+    check_version(saved, config)
     rows = stack_rows(read_metrics(folder / "metrics.jsonl"))
     adopt_devices(config.run.num_devices)
     wave, checkpoints = find_wave(folder.resolve(), config)
@@ -168,13 +167,41 @@ def find_wave(folder: Path, config: ConfigDict) -> tuple[Wave, Path]:
       folder: of the run, absolute.
       config: of the run.
     """
-    name, members = folder.name, find_members(folder)
+    name, study, members = folder.name, folder.parent.parent, find_members(folder)
+    for checkpoints, names in read_waves(study / "checkpoints").items():
+        if name in names and folder.parent.name == "runs":
+            members = find_siblings(folder, names, members)
+            wave = next(w for w in plan_waves(members, [names]) if name in w.names)
+            return wave, checkpoints
     if name not in [member.name for member in members]:
         (wave,) = plan_waves([Member(name, keep_devices(config, folder))])
         return wave, folder / "checkpoints"
-    waves = plan_waves(members)
+    waves = plan_waves(members)  # of a version that did not record them
     wave = next(wave for wave in waves if name in wave.names)
-    return wave, folder.parent.parent / "checkpoints" / name_wave(wave)
+    return wave, study / "checkpoints" / name_wave(wave)
+
+
+def find_siblings(
+    folder: Path, names: Sequence[str], members: Sequence[Member]
+) -> list[Member]:
+    """The runs that share checkpoints with the one in a folder.
+
+    Args:
+      folder: of the run.
+      names: of the runs.
+      members: of the comparison as its config has it, for runs without a folder.
+
+    Raises:
+      UserError: nothing has the config of one.
+    """
+    known, found = dict(members), []
+    for name in names:
+        sibling = folder.with_name(name)
+        if name not in known or (sibling / "config.json").is_file():
+            config = fill_defaults(read_json(sibling / "config.json"))
+            known[name] = keep_devices(config, sibling)
+        found.append(Member(name, known[name]))
+    return found
 
 
 def find_members(folder: Path) -> list[Member]:
@@ -185,7 +212,7 @@ def find_members(folder: Path) -> list[Member]:
         return []
     return [
         Member(name, keep_devices(config, folder.with_name(name)))
-        for name, config in list_members(ConfigDict(to_tuples(study)))
+        for name, config in list_members(fill_defaults(study))
     ]
 
 
@@ -329,13 +356,6 @@ def take_run(
 def to_host(state: SimState) -> SimState:
     """The state with NumPy leaves, its key as the key's data."""
     return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
-
-
-def to_tuples(tree: Any) -> Any:
-    """A config as JSON gives it, with tuples for lists."""
-    if isinstance(tree, dict):
-        return {name: to_tuples(value) for name, value in tree.items()}
-    return tuple(tree) if isinstance(tree, list) else tree
 
 
 def stack_rows(rows: list[Row]) -> dict[str, np.ndarray]:

@@ -288,6 +288,8 @@ class Process(NamedTuple):
         one that the processes before it have left. It draws nothing, so that
         evaluation sees the world of the round.
       options: the config fields that it reads. Processes of one group may share rows.
+      always: names of those options that a run reads while it is off, too, besides
+        `is_on`; the others may then change when the run is resumed.
       after: (state, cohort [C], outcome [C], late [C], hyper) -> its state after the
         round; `late` are the clients that still worked at the deadline. None: the same.
       metrics: state -> metrics of the round, by name. None: no metrics.
@@ -299,5 +301,6 @@ class Process(NamedTuple):
     step: Callable[[PyTree, Keys, Array, Hyper], PyTree]
     apply: Callable[[PyTree, Any, Hyper], Any]
     options: tuple[Option, ...] = ()
+    always: tuple[str, ...] = ()
     after: Callable[[PyTree, Array, Any, Array, Hyper], PyTree] | None = None
     metrics: Callable[[PyTree], dict[str, Array]] | None = None

@@ -41,15 +41,20 @@ from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tables import find_tables, list_defaults, list_plugins
 from fedmoe_jax.world.devices import WIDEST
 
-# Fields that may change between the calls that run and resume one simulation.
+# Fields that may change between the calls that run and resume one simulation. A
+# comparison's lists may, as its runs are checked one by one.
 FREE_FIELDS = frozenset(
     {
         "num_rounds",
         "data.dir",
+        "evaluation.targets",
         "checkpoint.every",
         "checkpoint.keep",
         "run.memory_limit_gb",
         "run.tensorboard",
+        "compare.strategies",
+        "compare.changes",
+        "compare.seeds",
     }
 )
 
@@ -392,6 +397,12 @@ OPTIONS: tuple[Option, ...] = (
         STATIC,
     ),
     Option(
+        "evaluation.targets",
+        None,
+        "global accuracies in (0, 1] to which the report counts rounds; none: 50, 80, "
+        "90 and 95 % of the best control's final one",
+    ),
+    Option(
         "checkpoint.every",
         COUNT,
         "rounds from one checkpoint to the next, a multiple of chunk_rounds",
@@ -487,12 +498,82 @@ def list_options() -> dict[str, Option]:
     return {option.name: option for option in (*OPTIONS, *owned)}
 
 
+def list_idle_fields(config: ConfigDict) -> tuple[set[str], set[str]]:
+    """The fields of strategies and of processes that a config does not use.
+
+    Args:
+      config: of a run, or of a comparison, which uses the fields of all its strategies.
+
+    Returns:
+      Fields of other strategies alone, and of processes that are off.
+    """
+    tables, compared = find_tables(), "compare" in config
+    names = config.compare.strategies if compared else [config.strategy]
+    strategies, processes = tables["STRATEGIES"], tables["PROCESSES"].values()
+    named = lambda record: {option.name for option in record.options}
+    join = lambda fields: set().union(*fields)
+    used = join(named(strategies[name]) for name in names if name in strategies)
+    idle = join(map(named, strategies.values())) - used
+    on = (named(p) if p.is_on(config) else set(p.always) for p in processes)
+    return idle, join(map(named, processes)) - join(on)
+
+
+def fill_defaults(saved: dict[str, Any]) -> ConfigDict:
+    """A recorded config with today's default in every field that it lacks."""
+    defaults = default.get_config().to_dict()
+    if "compare" in saved:
+        del defaults["strategy"], defaults["seed"]  # its members have them
+    return ConfigDict(_merge(defaults, to_tuples(saved)))
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        name: _merge(value, over[name])
+        for name, value in under.items()
+        if isinstance(value, dict) and isinstance(over.get(name), dict)
+    }
+    return under | over | both
+
+
+def to_tuples(tree: Any) -> Any:
+    """A config as JSON gives it, with tuples for lists."""
+    if isinstance(tree, dict):
+        return {name: to_tuples(value) for name, value in tree.items()}
+    return tuple(tree) if isinstance(tree, list) else tree
+
+
+def list_free_fields(saved: dict[str, Any], config: ConfigDict) -> frozenset[str]:
+    """The fields in which a run or comparison may differ from how it was started.
+
+    Those of `FREE_FIELDS`, of strategies that one of both lacks, and of processes that
+    are off in both.
+
+    Args:
+      saved: the nested config, as read from `config.json`.
+      config: given now.
+    """
+    strategies, processes = zip(
+        *map(list_idle_fields, (fill_defaults(saved), config)), strict=True
+    )
+    return FREE_FIELDS.union(*strategies).union(set.intersection(*processes))
+
+
 def check_plugins(plugins: Iterable[str]) -> None:
     """Raises UserError unless the plug-ins of a config are those that have joined."""
     if tuple(plugins) != list_plugins():
         raise UserError(
             f"the run has --plugins={','.join(map(str, plugins)) or None}; here it is "
             f"--plugins={','.join(list_plugins()) or None}; allowed: the same"
+        )
+
+
+def check_targets(targets: tuple[Any, ...]) -> None:
+    """Raises UserError unless these are distinct accuracies."""
+    listed = all(target in Range(0, 1, open_low=True) for target in targets)
+    if not listed or len(set(targets)) < len(targets):
+        raise UserError(
+            f"evaluation.targets={show(targets)} is not allowed; allowed: a tuple of "
+            "numbers in (0, 1], none twice"
         )
 
 
@@ -577,6 +658,7 @@ def validate(config: ConfigDict) -> None:
         check(name, values[name], allowed, where)
     check_at_most(values, strategy.at_most, where)
     check_drift(values)
+    check_targets(values["evaluation.targets"])
     for name, other in MULTIPLE:
         if values[name] % values[other]:
             raise UserError(

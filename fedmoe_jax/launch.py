@@ -3,16 +3,18 @@
     python launch.py                                            one run on digits
     python launch.py --config=configs/compare.py:digits --workdir=runs/digits
     python launch.py --workdir=runs/try --config.strategy=greedy --config.seed=3
+    python launch.py --report=runs/a,runs/b --workdir=runs/both     joins what is there
 
 `python -m fedmoe_jax` is the same program. A second call with the same arguments
-resumes. --plugins names modules whose strategies, data sets and so on join the
-package's, and whose fields join the config. On several hosts the same call is made
-on each, with --coordinator_address, --num_processes and --process_id. Exit code 0:
-finished; 1: an unforeseen error, or another process died; 2: a mistake in the flags,
-config, data or work folder, or a disk without room, in one line; 3: stopped early,
-resumable.
+resumes. --only=3/8 runs the third of eight parts of a comparison. --plugins names
+modules whose strategies, data sets and so on join the package's, and whose fields join
+the config. On several hosts the same call is made on each, with --coordinator_address,
+--num_processes and --process_id. Exit code 0: finished; 1: an unforeseen error, or
+another process died; 2: a mistake in the flags, config, data or work folder, or a disk
+without room, in one line; 3: stopped early, resumable.
 """
 
+import contextlib
 import faulthandler
 import functools
 import gc
@@ -95,6 +97,12 @@ _PLUGINS = flags.DEFINE_list(
 )
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "Trace a few rounds into WORKDIR/profile for TensorBoard."
+)
+_ONLY = flags.DEFINE_string(
+    "only", None, "PART/PARTS, as 3/8: only the third eighth of a comparison's runs."
+)
+_REPORT = flags.DEFINE_list(
+    "report", None, "Folders of runs and studies to report together in --workdir."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/default", "Folder of the run; an existing run there is resumed."
@@ -196,17 +204,32 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def run(
-    config: ConfigDict, workdir: Path, command: str, stop: Stop, profile: bool
+    config: ConfigDict,
+    workdir: Path,
+    command: str,
+    stop: Stop,
+    profile: bool,
+    only: str | None,
 ) -> bool:
     """Runs the config and reports it, also when it was stopped early.
 
     Returns:
       Whether it is finished.
     """
+    from fedmoe_jax.report.folders import add_finished
+    from fedmoe_jax.runtime.lock import take_turn
     from fedmoe_jax.runtime.multihost import any_process, is_leader
     from fedmoe_jax.runtime.settings import describe_settings
     from fedmoe_jax.train.compare import compare
+    from fedmoe_jax.train.parts import WHOLE, parse_part
     from fedmoe_jax.train.run import train
+
+    part = WHOLE if only is None else parse_part(only)
+    if only is not None and "compare" not in config:
+        raise UserError(
+            f"--only={only} is not allowed; allowed: with a comparison, as of "
+            "--config=configs/compare.py"
+        )
 
     if (settings := describe_settings()) and is_leader():
         print(f"JAX is set to other numbers than usual: {settings}", flush=True)
@@ -216,15 +239,48 @@ def run(
     wished = lambda: any_process(stop())
     profile = profile and is_leader()
     if "compare" in config:
-        folders, finished = compare(config, workdir, stop=wished, profile=profile)
+        folders, finished = compare(
+            config, workdir, stop=wished, profile=profile, part=part
+        )
     else:
         name = config.strategy
         finished = train(config, workdir, stop=wished, label=name, profile=profile)
         folders = [workdir]
     if folders and is_leader():
-        page = report(folders, workdir, command)
+        with take_turn(workdir) if part != WHOLE else contextlib.nullcontext():
+            if "compare" in config:
+                folders = add_finished(folders, workdir)
+            page = report(folders, workdir, command)
         print(f"report: {page}  ({time.monotonic() - start:.0f} s from the start)")
     return finished
+
+
+def join_reports(sources: list[str], command: str) -> int:
+    """Reports finished runs of several folders in the work folder; the exit code.
+
+    Needs neither data nor JAX.
+
+    Raises:
+      UserError: a folder that is not allowed, or no finished run.
+    """
+    from fedmoe_jax.report.folders import join
+    from fedmoe_jax.runtime.folders import resolve_folder
+
+    if not flags.FLAGS["workdir"].present:
+        raise UserError(
+            "--workdir is missing; allowed with --report: the folder for the report"
+        )
+    workdir = resolve_folder("workdir", _WORKDIR.value)
+    for name in ("config.json", "metrics.jsonl", "runs"):
+        if (workdir / name).exists():
+            raise UserError(
+                f"workdir={workdir} is not allowed with --report, as it holds {name}; "
+                "allowed: a folder without runs"
+            )
+    folders = join([resolve_folder("report", source) for source in sources])
+    workdir.mkdir(parents=True, exist_ok=True)
+    print(f"report: {report(folders, workdir, command)}")
+    return 0
 
 
 def report(folders: list[Path], workdir: Path, command: str) -> Path:
@@ -321,17 +377,26 @@ def main(argv: list[str], stop: Stop) -> int:
     quiet_orbax()
     faulthandler.enable(2)  # absl's would write past `guard`
     command = name_command()
+    if _REPORT.value is not None:
+        try:
+            if _ONLY.value is not None:
+                raise UserError("--only is not allowed with --report; allowed: one")
+            return join_reports(_REPORT.value, command)
+        except UserError as error:
+            return refuse(str(error))
+        except OSError as error:
+            return refuse(describe_loss(error, _WORKDIR.value))
     from fedmoe_jax.runtime import multihost
     from fedmoe_jax.runtime.folders import resolve_folder
     from fedmoe_jax.train.workdir import check_free, check_plugins
 
-    config, profile = _CONFIG.value, _PROFILE.value
+    config, profile, only = _CONFIG.value, _PROFILE.value, _ONLY.value
     try:
         workdir = resolve_folder("workdir", _WORKDIR.value)
-        join_hosts(config, f"{config} {workdir} {profile}")
+        join_hosts(config, f"{config} {workdir} {profile} {only}")
         multihost.on_leader(check_plugins, workdir)
         multihost.on_leader(check_free, workdir)
-        if run(config, workdir, command, stop, profile):
+        if run(config, workdir, command, stop, profile, only):
             return 0
     except UserError as error:
         return multihost.exit_all(refuse(str(error)))

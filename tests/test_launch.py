@@ -22,6 +22,8 @@ from fedmoe_jax.runtime.stop import Stop
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import run as train
 
+from .report.fake_runs import write_run
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 SIZES = SMALL | {"num_rounds": 6}
@@ -357,3 +359,73 @@ def test_a_wish_to_stop_before_the_first_round_saves_nothing(command, tmp_path):
     assert code == 3 and "stopped and saved; to resume: " in out
     assert read_metrics(tmp_path / "new" / "metrics.jsonl") == []
     assert not list((tmp_path / "new" / "checkpoints").glob("[0-9]*"))
+
+
+STUDY = [f"--config={CONFIGS / 'compare.py'}:digits,smoke"]
+
+
+@pytest.mark.parametrize("only", ["9/8", "0/8", "x", ""])
+def test_only_names_a_part(command, tmp_path, only):
+    code, out, err = command(*STUDY, f"--only={only}")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"error: --only={only} is not allowed; allowed: PART/PARTS")
+    assert not (tmp_path / "new").exists()
+
+
+def test_only_is_of_a_comparison(command, tmp_path):
+    code, _, err = command(*TINY, "--only=1/2")
+    assert code == 2 and err.count("\n") == 1
+    assert "--only=1/2 is not allowed; allowed: with a comparison" in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_part_without_a_run_is_a_success(command, tmp_path):
+    code, out, err = command(*STUDY, "--only=8/8")
+    assert (code, err) == (0, "") and out.count("\n") == 1
+    assert "--only=8/8 has no run" in out and not (tmp_path / "new").exists()
+
+
+def test_report_joins_folders_without_jax(tmp_path):
+    """In a process of its own, in which JAX cannot be imported."""
+    made = [write_run(tmp_path / f"run{seed}", seed=seed) for seed in (0, 1)]
+    code = "import sys; sys.modules['jax'] = None; from fedmoe_jax.launch import start"
+    sources = ",".join(map(str, made))
+    words = [f"--report={sources}", f"--workdir={tmp_path / 'both'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; start()", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "both").iterdir()}
+    assert {"report.html", "runs.csv", "clients.csv", "table.md"} <= names
+    rows = (tmp_path / "both" / "runs.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [
+        ["greedy", "0"],
+        ["greedy", "1"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--report={run}", "--workdir={run}"], "as it holds config.json; allowed: a "),
+        (["--report={run}/x", "--workdir={new}"], "config.json is missing; allowed: "),
+        (["--report=", "--workdir={new}"], "--report= has no finished run; allowed: "),
+        (["--report={run}", "--workdir={new}", "--only=1/2"], "--only is not allowed "),
+    ],
+)
+def test_report_refuses_in_one_line(command, tmp_path, words, told):
+    places = {"run": write_run(tmp_path / "run"), "new": tmp_path / "new"}
+    words = [word.format(**places) for word in words]
+    code, out, err = command(*words)
+    assert code == 2 and told in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_report_needs_a_folder_of_its_own(tmp_path):
+    words = [sys.executable, "launch.py", f"--report={write_run(tmp_path / 'run')}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    told = "error: --workdir is missing; allowed with --report: the folder for the "
+    assert done.returncode == 2 and done.stderr == f"{told}report\n"

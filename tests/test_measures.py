@@ -58,7 +58,7 @@ def make_folder(tmp_path, name, table, **changes):
     with open_metrics(folder, done=0, tensorboard=False) as write:
         for row in rows:
             write(row)
-    made = summary.make_summary(rows, {}, table)
+    made = summary.make_summary(rows, {}, table, ())
     made["measures"] = pack_measures(table)
     made["made_by"] = {"commit": None, "dirty": True}
     (folder / "summary.json").write_text(json.dumps(made))

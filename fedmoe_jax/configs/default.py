@@ -203,6 +203,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.dense_experts = 16
     config.evaluation.clients = 1000
+    config.evaluation.targets = ()
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmoe_jax.report.runs import Run, varied_fields
+from fedmoe_jax.report.runs import Run, name_folders, varied_fields
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
 FIELDS = ("client", "tier", "capacity", "participation", "num_examples", "accuracy")
@@ -92,10 +92,10 @@ def write_clients_csv(path: str | Path, runs: Sequence[Run]) -> None:
     varied, text = varied_fields(runs), io.StringIO(newline="")
     writer = csv.DictWriter(text, ["strategy", "seed", *varied, *FIELDS, "folder"])
     writer.writeheader()
-    for run in runs:
+    for run, folder in zip(runs, name_folders(runs), strict=True):
         flat = flatten(run.config)
         name = {"strategy": flat["strategy"], "seed": flat.get("seed")}
         name |= {field: flat.get(field) for field in varied}
-        name["folder"] = run.folder.name
+        name["folder"] = folder
         writer.writerows(name | record for record in list_clients(run))
     write_atomically(Path(path), text.getvalue())

@@ -108,7 +108,7 @@ def _curve_picture(
 def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
     """Final accuracies of every strategy, seed by seed."""
     measures = join_measures(run for group in groups.values() for run in group)
-    found = [[numbers(run, measures) for run in group] for group in groups.values()]
+    found = [[numbers(run, measures, {}) for run in group] for group in groups.values()]
     panels = []
     for key, measure in measures.items():
         if not (measure.line and measure.over == FINAL):

@@ -31,7 +31,7 @@ from fedmoe_jax.report.tables import (
     overwrites_of,
     table,
 )
-from fedmoe_jax.runtime.files import flatten, write_atomically
+from fedmoe_jax.runtime.files import flatten, write_atomically, write_bytes
 from fedmoe_jax.runtime.names import distinct_name
 
 STYLE = """
@@ -243,7 +243,7 @@ def _keep_figures(folder: Path) -> tuple[Save, list[OSError]]:
         name = distinct_name(name, taken)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.png").write_bytes(png)
+            write_bytes(folder / f"{name}.png", png)
         except OSError as error:
             faults.append(error)
         return name

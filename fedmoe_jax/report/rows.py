@@ -88,14 +88,6 @@ def rounds_to(rows: Iterable[Row], key: str, target: float) -> int | None:
     return next(reached, None)
 
 
-def rounds_to_targets(
-    rows: Iterable[Row], key: str, targets: Iterable[float]
-) -> dict[float, int | None]:
-    """`rounds_to` for each of several targets."""
-    rows = list(rows)
-    return {target: rounds_to(rows, key, target) for target in targets}
-
-
 def final_mean(points: Sequence[tuple[int, float]]) -> float:
     """The mean over the evaluations of the last ten rounds.
 

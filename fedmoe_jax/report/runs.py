@@ -12,12 +12,19 @@ from scipy.special import stdtrit
 from fedmoe_jax.measures import MEASURES, unpack_measures
 from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
 from fedmoe_jax.report.rows import is_number, measured, read_metrics, stack_experts
-from fedmoe_jax.report.summary import measure_run
+from fedmoe_jax.report.summary import measure_run, reach_targets
 from fedmoe_jax.runtime.files import find_broken, flatten, read_arrays, read_json
 
 NAN = float("nan")
 # Config fields that do not change what a run computes, or that number its repetition.
-INCIDENTAL = ("seed", "run.", "checkpoint.", "data.dir", "chunk_rounds")
+INCIDENTAL = (
+    "seed",
+    "run.",
+    "checkpoint.",
+    "data.dir",
+    "chunk_rounds",
+    "evaluation.targets",
+)
 ABSENT = "absent"  # in place of the value where a run has no such field
 # Parts of a summary that are no numbers of the run.
 RECORDS = ("measures", "made_by")
@@ -111,14 +118,23 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def is_idle(run: Run, field: str) -> bool:
+    """Whether a run does not read a field, or has it from no version."""
+    return field in run.summary.get("idle", ()) or field not in flatten(run.config)
+
+
 def varied_fields(runs: Sequence[Run]) -> list[str]:
-    """Config fields in which runs of one label differ, other than `INCIDENTAL` ones."""
+    """Config fields in which runs of one label differ.
+
+    Other than `INCIDENTAL` ones, and fields that none of them reads.
+    """
     varied = {}
     for group in group_runs(runs).values():
         configs = [flatten(run.config) for run in group]
         for field in dict.fromkeys(field for config in configs for field in config):
             values = {str(config.get(field, ABSENT)) for config in configs}
-            if len(values) > 1 and not field.startswith(INCIDENTAL):
+            differs = len(values) > 1 and not field.startswith(INCIDENTAL)
+            if differs and not all(is_idle(run, field) for run in group):
                 varied[field] = None
     return list(varied)
 
@@ -159,6 +175,14 @@ def name_runs(runs: Sequence[Run]) -> list[Run]:
     return named
 
 
+def name_folders(runs: Sequence[Run]) -> list[str]:
+    """The names of the runs' folders; their paths where two have the same name."""
+    names = [run.folder.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in runs]
+    return names
+
+
 def num_experts(run: Run) -> int:
     """Experts of a layer of the trained model, 0 before the first round."""
     return stack_experts(run.rows[:1], "expert_load").shape[-1]
@@ -169,20 +193,26 @@ def varies(run: Run, measure: Measure) -> bool:
     return len({value for _, value in measured(run.rows, *measure.fields)}) > 1
 
 
-def numbers(run: Run, measures: Mapping[str, Measure]) -> dict[str, float]:
+def numbers(
+    run: Run, measures: Mapping[str, Measure], targets: Mapping[str, float]
+) -> dict[str, float]:
     """Flat numbers of a run; NaN where unknown, infinity for a target not reached.
 
-    A number that the summary does not have is that of the rounds so far. NaN, too, are
-    measures of experts where there is one expert, and of devices where there are none.
+    A number that the summary does not have is that of the rounds so far; those of
+    targets are always of the rows, see `reach_targets`. NaN, too, are measures of
+    experts where there is one expert, and of devices where there are none.
 
     Args:
       run: finished or in progress.
       measures: of all runs that it is compared with.
+      targets: likewise, global accuracies in (0, 1] by name.
     """
-    summary = {k: v for k, v in run.summary.items() if k not in RECORDS}
+    reached = reach_targets(run.rows, targets, measures)
+    left_out = {*RECORDS, *reached}
+    summary = {k: v for k, v in run.summary.items() if k not in left_out}
     missing = {key: m for key, m in measures.items() if key not in summary}
-    found = measure_run(run.rows, missing) | flatten(summary)
-    to_targets = ("rounds_to", *(m.budget for m in measures.values() if m.budget))
+    found = measure_run(run.rows, missing) | flatten(summary | reached)
+    to_targets = ("rounds_to", *(f"{name}." for name in reached))
     known = {}
     for name, value in found.items():
         if value is None:

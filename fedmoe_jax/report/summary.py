@@ -8,12 +8,12 @@ from fedmoe_jax.report.rows import (
     Row,
     final_mean,
     measured,
+    rounds_to,
     rounds_to_share,
-    rounds_to_targets,
     spend_so_far,
 )
 
-TARGETS = (0.35, 0.40, 0.45, 0.50)  # of the global accuracy
+ACCURACY = "global_accuracy"  # of which there are targets
 # Fields of the rows that hold wall time, and the names of their shares.
 SPENT = {
     "seconds": "train_share",
@@ -72,20 +72,37 @@ def measure_rows(rows: Sequence[Row], measure: Measure) -> float | None:
     return number / whole if whole > 0 else None
 
 
-def costs_to_targets(rows: Sequence[Row], measure: Measure) -> dict[str, float | None]:
-    """The cost up to the round that reaches each target; None if none does.
+def name_target(target: float) -> str:
+    """The key of a target, `0.35` say."""
+    return f"{target:.10g}"
+
+
+def reach_targets(
+    rows: Sequence[Row], targets: Mapping[str, float], measures: Mapping[str, Measure]
+) -> dict[str, dict[str, float | None]]:
+    """Rounds, and costs to the end of them, until accuracies are reached.
 
     Args:
       rows: one per round.
-      measure: its fields are added up, over the rounds too.
+      targets: global accuracies in (0, 1], by the keys of the results.
+      measures: whose `budget` names a table of the result; their fields are added up,
+        over the rounds too.
+
+    Returns:
+      By name, `rounds_to` and the budgets: for each target the first evaluated round
+      with that accuracy, and the cost up to its end; None if none has it.
     """
-    reached = rounds_to_targets(rows, "global_accuracy", TARGETS)
-    spent = spend_so_far(rows, measure.fields) / measure.unit
-    so_far = dict(zip([row["round"] for row in rows], spent, strict=True))
-    return {
-        f"{target:.2f}": None if at is None else float(so_far[at])
-        for target, at in reached.items()
-    }
+    reached = {key: rounds_to(rows, ACCURACY, at) for key, at in targets.items()}
+    found: dict[str, dict[str, float | None]] = {"rounds_to": dict(reached)}
+    for measure in measures.values():
+        if measure.budget:
+            spent = spend_so_far(rows, measure.fields) / measure.unit
+            so_far = dict(zip([row["round"] for row in rows], spent, strict=True))
+            found[measure.budget] = {
+                key: None if at is None else float(so_far[at])
+                for key, at in reached.items()
+            }
+    return found
 
 
 def measure_speed(spent: dict[str, float], rows: list[Row]) -> dict[str, float]:
@@ -124,32 +141,28 @@ def describe_speed(summary: dict[str, Any]) -> str:
 
 
 def make_summary(
-    rows: list[Row], spent: Row, measures: Mapping[str, Measure]
+    rows: list[Row],
+    spent: Row,
+    measures: Mapping[str, Measure],
+    targets: Sequence[float],
 ) -> dict[str, Any]:
     """The numbers of a whole run.
-
-    `rounds_to` counts rounds until the global accuracy reaches a target for the first
-    time, and the `budget` of a measure is the cost up to the end of that round.
 
     Args:
       rows: one per round, at least one.
       spent: seconds that are in no row.
       measures: see `measure_run`.
+      targets: accuracies, see `reach_targets`.
     """
     seconds = {
         name: sum(float(row.get(name) or 0.0) for row in (*rows, spent))
         for name in SPENT
     }
-    reached = rounds_to_targets(rows, "global_accuracy", TARGETS)
+    named = {name_target(target): target for target in targets}
     return {
         "num_rounds": len(rows),
         **measure_run(rows, measures),
-        "rounds_to": {f"{target:.2f}": at for target, at in reached.items()},
-        **{
-            measure.budget: costs_to_targets(rows, measure)
-            for measure in measures.values()
-            if measure.budget
-        },
-        "rounds_to_95_percent_of_final": rounds_to_share(rows, "global_accuracy", 0.95),
+        **reach_targets(rows, named, measures),
+        "rounds_to_95_percent_of_final": rounds_to_share(rows, ACCURACY, 0.95),
         **measure_speed(seconds, rows),
     }

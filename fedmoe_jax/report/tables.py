@@ -20,11 +20,13 @@ from fedmoe_jax.report.runs import (
     group_runs,
     interval,
     join_measures,
+    name_folders,
     name_runs,
     numbers,
     varied_fields,
     varies,
 )
+from fedmoe_jax.report.targets import Target, find_targets
 from fedmoe_jax.report.text import escape_markdown, one_line, quote_markdown
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
@@ -98,13 +100,19 @@ def _column(key: str, measure: Measure) -> Column:
     )
 
 
-def _columns(measures: Mapping[str, Measure], found: Found) -> list[Column]:
+def _columns(
+    measures: Mapping[str, Measure], targets: Sequence[Target]
+) -> list[Column]:
     """Final values, rounds to targets, other measures of learning, then costs."""
-    keys = {key for each in found.values() for one in each for key in one}
-    targets = {float(key[10:]): key for key in keys if key[:10] == "rounds_to."}
     rounds = [
-        Column(f"Rounds to {100 * target:g} %", targets[target], median_cell, -1)
-        for target in sorted(targets)
+        Column(
+            f"Rounds to {target.title}",
+            f"rounds_to.{target.key}",
+            median_cell,
+            -1,
+            about=target.about,
+        )
+        for target in targets
     ]
     own = "rounds_to_95_percent_of_final"
     rounds.append(Column("Rounds to 95 % of own final", own, median_cell, -1))
@@ -114,6 +122,15 @@ def _columns(measures: Mapping[str, Measure], found: Found) -> list[Column]:
         group = learning if measure.group == LEARNING else costs
         (final if measure.over == FINAL else group).append(_column(key, measure))
     return [*final, *rounds, *learning, *costs]
+
+
+def measure_runs(
+    runs: Sequence[Run], targets: Sequence[Target]
+) -> list[dict[str, float]]:
+    """The numbers of each run, with all measures and targets of their comparison."""
+    measures = join_measures(runs)
+    values = {target.key: target.value for target in targets}
+    return [numbers(run, measures, values) for run in runs]
 
 
 def _trivial(
@@ -163,10 +180,12 @@ def _mark_best(cells: Sequence[Cell], column: Column) -> list[Cell]:
 
 def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
     """The columns, and the cells of every label's row."""
-    groups, measures = group_runs(name_runs(runs)), join_measures(runs)
-    found = {k: [numbers(run, measures) for run in g] for k, g in groups.items()}
+    named, measures, targets = name_runs(runs), join_measures(runs), find_targets(runs)
+    found: dict[str, list[dict[str, float]]] = {}
+    for run, one in zip(named, measure_runs(runs, targets), strict=True):
+        found.setdefault(run.label, []).append(one)
     trivial = _trivial(runs, measures, found)
-    columns = [c for c in _columns(measures, found) if c.key not in trivial]
+    columns = [c for c in _columns(measures, targets) if c.key not in trivial]
     by_column = []
     for column in columns:
         cells = [
@@ -174,7 +193,7 @@ def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
             for each in found.values()
         ]
         by_column.append(_mark_best(cells, column))
-    rows = dict(zip(groups, map(list, zip(*by_column, strict=True)), strict=True))
+    rows = dict(zip(found, map(list, zip(*by_column, strict=True)), strict=True))
     return columns, rows
 
 
@@ -233,16 +252,16 @@ def write_runs_csv(path: str | Path, runs: Sequence[Run]) -> None:
 
     A field is empty where the number is unknown or the target was not reached.
     """
-    varied, measures = varied_fields(runs), join_measures(runs)
-    records = []
-    for run in runs:
+    varied, found = varied_fields(runs), measure_runs(runs, find_targets(runs))
+    folders, records = name_folders(runs), []
+    for run, folder, values in zip(runs, folders, found, strict=True):
         flat = flatten(run.config)
         record = {"strategy": flat["strategy"], "seed": flat.get("seed")}
         record |= {field: flat.get(field) for field in varied}
-        for name, value in numbers(run, measures).items():
+        for name, value in values.items():
             record.setdefault(name, f"{value:.10g}" if math.isfinite(value) else "")
         made_by = {f"made_by.{name}": v for name, v in origin_of(run).items()}
-        records.append(record | {"folder": run.folder.name} | made_by)
+        records.append(record | {"folder": folder} | made_by)
     fields = list(dict.fromkeys(field for record in records for field in record))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fields)

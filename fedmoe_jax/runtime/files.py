@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -45,8 +46,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that becomes `path` when it is whole, and leaves nothing else."""
-    part = Path(f"{path}.part")
+    """Yields a file that becomes `path` when it is whole, and leaves nothing else.
+
+    Processes that write the same path at once, on whatever machine, write it in turn.
+    """
+    part = Path(f"{path}.{uuid.uuid4().hex[:8]}.part")
     try:
         with part.open("wb") as file:
             yield file
@@ -65,6 +69,12 @@ def write_atomically(path: Path, text: str) -> None:
     """
     with _writing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_atomically`, of what is no text."""
+    with _writing(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, tree: Any) -> None:
@@ -100,7 +110,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
       UserError: the file cannot be read or is damaged.
     """
     try:
-        with np.load(path) as stored:
+        with Path(path).open("rb") as file, np.load(file) as stored:
             return dict(stored)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from fedmoe_jax.options import UserError
 
 LOCK = "lock"
+REPORT_LOCK = "report.lock"
 # A file system without locks, as some cluster mounts are.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -48,4 +49,20 @@ def lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def take_turn(folder: Path) -> Iterator[None]:
+    """Waits until no other process writes the report of a folder.
+
+    Raises:
+      OSError: the lock's file cannot be written.
+    """
+    with (folder / REPORT_LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         yield

@@ -10,13 +10,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.config import list_options, validate
+from fedmoe_jax.config import fill_defaults, list_options, validate
 from fedmoe_jax.options import UserError, is_whole, show
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.runtime.files import flatten, plain
+from fedmoe_jax.runtime.files import flatten, plain, read_json
 from fedmoe_jax.runtime.names import distinct_name
+from fedmoe_jax.train.parts import WHOLE, Part, name_part, take_part
 from fedmoe_jax.train.plan import Member, load_data, plan_waves
-from fedmoe_jax.train.sweep import sweep
+from fedmoe_jax.train.sweep import name_wave, sweep
+from fedmoe_jax.train.waves import list_unrecorded
+from fedmoe_jax.train.work import find_work
 from fedmoe_jax.train.workdir import own_workdir
 
 # The lists of a comparison: what an element is, and what is allowed.
@@ -136,24 +139,64 @@ def list_members(config: ConfigDict) -> list[Member]:
     return members
 
 
+def find_older(workdir: Path) -> dict[Path, list[str]]:
+    """Members of the waves of a version that did not record them, by folder.
+
+    They are those that the comparison's config gave then.
+
+    Args:
+      workdir: of a comparison, or none.
+
+    Raises:
+      UserError: that config is not allowed.
+    """
+    unknown = set(list_unrecorded(workdir / "checkpoints"))
+    if not unknown or not (workdir / "config.json").is_file():
+        return {}
+    then = list_members(fill_defaults(read_json(workdir / "config.json")))
+    named = {name_wave(wave): wave.names for wave in plan_waves(then)}
+    folders = {workdir / "checkpoints" / name: names for name, names in named.items()}
+    return {folder: names for folder, names in folders.items() if folder in unknown}
+
+
 def compare(
-    config: ConfigDict, workdir: Path, *, stop: Callable[[], bool], profile: bool
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    stop: Callable[[], bool],
+    profile: bool,
+    part: Part = WHOLE,
 ) -> tuple[list[Path], bool]:
     """Runs or resumes all members, those that can share a program together.
 
+    What is finished is neither planned nor touched, so that a comparison may grow.
+
+    Args:
+      config: with a group `compare`, see `list_members`.
+      workdir: a folder with runs of this comparison, or none.
+      stop: see `sweep`.
+      profile: see `sweep`.
+      part: of the members, see `take_part`; other parts may share the folder.
+
     Returns:
-      The folders of the finished members, and whether all are finished.
+      The folders of the finished members of this part, and whether all are finished.
 
     Raises:
       UserError: as `train`, before anything is written where the config is at fault.
     """
     members = multihost.run_on_all(list_members, config)
-    for member in members:
+    mine = multihost.run_on_all(take_part, members, part)
+    if not mine:
+        print(f"{name_part(part)} has no run, as the comparison has {len(members)}")
+        return [], True
+    work = find_work(workdir, members, mine, find_older)
+    for member in work.members:
         multihost.on_leader(
             load_data, member.config
         )  # alone, it may have to be prepared
-    waves = multihost.run_on_all(plan_waves, members)
+    waves = multihost.run_on_all(plan_waves, work.members, work.begun)
     with contextlib.ExitStack() as owned:
-        own = lambda: owned.enter_context(own_workdir(workdir, config))
+        shared = part != WHOLE
+        own = lambda: owned.enter_context(own_workdir(workdir, config, shared=shared))
         multihost.on_leader(own)
-        return sweep(members, workdir, waves, stop=stop, profile=profile)
+        return sweep(work.mine, workdir, waves, stop=stop, profile=profile)

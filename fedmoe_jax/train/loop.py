@@ -28,7 +28,7 @@ from fedmoe_jax.train.writers import (
 from fedmoe_jax.types import PyTree, SimState
 
 PROFILED_CHUNKS = 3
-# Linux allows a process 65,530 memory maps, of which a compiled round takes up to 3,000.
+# Linux allows a process 65,530 memory maps; a compiled round takes up to 3,000.
 PROGRAMS_KEPT = 4
 
 _compiled: dict[tuple, Callable] = {}

@@ -8,7 +8,7 @@ memory together than the limit. A run alone is a wave of one.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -160,18 +160,38 @@ def choose_devices(config: ConfigDict) -> int:
     return config.run.num_devices or processes * min(jax.local_device_count(), most)
 
 
-def plan_waves(members: list[Member]) -> list[Wave]:
+def plan_waves(
+    members: Sequence[Member], begun: Sequence[Sequence[str]] = ()
+) -> list[Wave]:
     """Groups the members by compiled program and cuts groups into waves that fit.
+
+    Args:
+      members: the runs.
+      begun: names of those that are a wave already, which stays as it is, whatever the
+        memory limit.
 
     Raises:
       UserError: a member is not allowed, or one run alone needs too much memory.
     """
-    groups: dict[tuple, list[tuple[str, Plan]]] = {}
     made: dict[tuple, Partition] = {}
-    for name, config in members:
-        plan = plan_run(config, build_mesh(config.run.num_devices), made)
-        groups.setdefault(program_key(plan), []).append((name, plan))
-    return [wave for group in groups.values() for wave in cut(group)]
+    plans = {
+        name: plan_run(config, build_mesh(config.run.num_devices), made)
+        for name, config in members
+    }
+    formed = [[(name, plans[name]) for name in names] for names in begun]
+    formed = [group for group in formed if shares_program(group)]
+    groups: dict[tuple, list[tuple[str, Plan]]] = {}
+    taken = {name for group in formed for name, _ in group}
+    for name, plan in plans.items():
+        if name not in taken:
+            groups.setdefault(program_key(plan), []).append((name, plan))
+    cut_anew = [wave for group in groups.values() for wave in cut(group)]
+    return [*map(make_wave, formed), *cut_anew]
+
+
+def shares_program(group: list[tuple[str, Plan]]) -> bool:
+    """Whether one compiled program can run these plans together."""
+    return len({program_key(plan) for _, plan in group}) == 1
 
 
 def program_key(plan: Plan) -> tuple:

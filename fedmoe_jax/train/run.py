@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from fedmoe_jax.capacity import Belief
+from fedmoe_jax.config import list_idle_fields
 from fedmoe_jax.evaluate import build_evaluate_share
 from fedmoe_jax.measures import MEASURES, pack_measures
 from fedmoe_jax.program import Program, find_overwritten
@@ -267,7 +268,8 @@ def finish(
         "needs": strategy.needs,
         "reads": strategy.reads,
         "overwrites": find_overwritten(config),
-        **make_summary(rows, spent, MEASURES),
+        "idle": sorted(set().union(*list_idle_fields(config))),
+        **make_summary(rows, spent, MEASURES, config.evaluation.targets),
         "made_by": origin,
         "measures": pack_measures(MEASURES),
     }

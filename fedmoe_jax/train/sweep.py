@@ -2,19 +2,21 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedmoe_jax.runtime import multihost
+from fedmoe_jax.train.loop import ignore_row
 from fedmoe_jax.train.plan import Member, Wave
-from fedmoe_jax.train.run import run_wave
+from fedmoe_jax.train.run import claim_runs, drive_wave
+from fedmoe_jax.train.waves import begin_wave
 from fedmoe_jax.train.workdir import is_finished
 
 
 def sweep(
-    members: list[Member],
+    members: Sequence[Member],
     workdir: Path,
-    waves: list[Wave],
+    waves: Sequence[Wave],
     *,
     stop: Callable[[], bool],
     profile: bool,
@@ -22,11 +24,12 @@ def sweep(
     """Runs or resumes every wave in turn.
 
     Args:
-      members: the runs, in the order in which their folders are returned.
+      members: the runs, in the order in which their folders are returned; the waves may
+        have others, too.
       workdir: `runs/NAME` is a run's folder, `checkpoints/WAVE` a wave's.
-      waves: from `plan_waves`.
+      waves: those that are left to run, from `plan_waves`.
       stop: asked after every chunk of rounds; true saves and ends the sweep early.
-      profile: whether to trace a few rounds of the first unfinished wave.
+      profile: whether to trace a few rounds of the first wave.
 
     Returns:
       The folders of the finished members, and whether all are finished.
@@ -34,29 +37,36 @@ def sweep(
     Raises:
       UserError: a folder holds another run.
     """
-    folders = {member.name: workdir / "runs" / member.name for member in members}
-    done = multihost.on_leader(lambda: [wave_finished(wave, folders) for wave in waves])
-    left = [wave for wave, whole in zip(waves, done, strict=True) if not whole]
-    for number, wave in enumerate(left, start=1):
-        print(f"[{number}/{len(left)}] {describe(wave)}", flush=True)
+    for number, wave in enumerate(waves, start=1):
+        print(f"[{number}/{len(waves)}] {describe(wave)}", flush=True)
         trace = workdir / "profile" if profile and number == 1 else None
-        own = [folders[name] for name in wave.names]
-        checkpoints = workdir / "checkpoints" / name_wave(wave)
-        whole = run_wave(wave, own, checkpoints, stop=stop, profile=trace)
-        if not whole or (stop() and number < len(left)):
+        whole = run_wave_in(workdir, wave, stop, trace)
+        if not whole or (stop() and number < len(waves)):
             break
+    folders = [name_folder(workdir, name) for name, _ in members]
     done = multihost.on_leader(
-        lambda: [is_finished(folders[name], config) for name, config in members]
+        lambda: [
+            is_finished(folder, member.config)
+            for folder, member in zip(folders, members, strict=True)
+        ]
     )
-    return list(itertools.compress(folders.values(), done)), all(done)
+    return list(itertools.compress(folders, done)), all(done)
 
 
-def wave_finished(wave: Wave, folders: dict[str, Path]) -> bool:
-    """Whether every run of the wave is finished."""
-    return all(
-        is_finished(folders[name], plan.config)
-        for name, plan in zip(wave.names, wave.plans, strict=True)
-    )
+def run_wave_in(
+    workdir: Path, wave: Wave, stop: Callable[[], bool], profile: Path | None
+) -> bool:
+    """Runs or resumes one wave of a comparison; returns whether it is finished."""
+    folders = [name_folder(workdir, name) for name in wave.names]
+    checkpoints = workdir / "checkpoints" / name_wave(wave)
+    with claim_runs(wave.plans, folders):
+        multihost.on_leader(begin_wave, checkpoints, wave.names)
+        return drive_wave(wave, folders, checkpoints, stop, profile, ignore_row)
+
+
+def name_folder(workdir: Path, name: str) -> Path:
+    """The folder of a comparison's run."""
+    return workdir / "runs" / name
 
 
 def describe(wave: Wave) -> str:
@@ -67,6 +77,6 @@ def describe(wave: Wave) -> str:
 
 
 def name_wave(wave: Wave) -> str:
-    """Names a wave by its members, so that another division starts afresh."""
+    """Names a wave by its members; another division has other checkpoints."""
     digest = hashlib.sha256("\n".join(wave.names).encode()).hexdigest()
     return f"{wave.names[0]}-and-{len(wave.names) - 1}-{digest[:8]}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from fedmoe_jax.config import FREE_FIELDS, list_options
+from fedmoe_jax.config import list_free_fields, list_options
 from fedmoe_jax.data.partition import load_partition, save_partition
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import (
@@ -93,7 +93,7 @@ def check_free(workdir: Path) -> None:
 
 
 def check_version(saved: dict[str, Any], config: ConfigDict) -> None:
-    """Checks that a run was not started before one of today's fields existed.
+    """Checks that a run was not started before a field existed that it uses today.
 
     Args:
       saved: the nested config of the run, as read from `config.json`.
@@ -104,6 +104,7 @@ def check_version(saved: dict[str, Any], config: ConfigDict) -> None:
     """
     own = list_options().keys() - list_defaults().keys() - PER_MEMBER
     missing = own & flatten(config.to_dict()).keys() - flatten(saved).keys()
+    missing -= list_free_fields(saved, config)
     if missing:
         raise UserError(
             "the run in this folder was started with an older version of fedmoe_jax, "
@@ -152,7 +153,8 @@ def check_same_run(saved: dict[str, Any], config: ConfigDict) -> None:
         the run would become shorter.
     """
     check_version(saved, config)
-    checkpoint.check_config(saved, config.to_dict(), FREE_FIELDS)
+    free = list_free_fields(saved, config)
+    checkpoint.check_config(saved, config.to_dict(), free)
     if config.num_rounds < saved["num_rounds"]:
         raise UserError(
             f"num_rounds={config.num_rounds} is not allowed; allowed: at least "

@@ -90,6 +90,7 @@ REACH_PROCESS = Process(
     step=step_reach,
     apply=apply_reach,
     metrics=measure_reach,
+    always=("availability.sampling",),
     options=(
         Option(
             "availability.share",

@@ -49,6 +49,7 @@ BUSY_PROCESS = Process(
     step=step_busy,
     apply=apply_busy,
     after=mark_busy,
+    always=("late.kind",),
     options=(
         Option(
             "late.kind",

@@ -77,11 +77,6 @@ def test_rounds_to(target, expected):
     assert rows.rounds_to(ROWS, "global_accuracy", target) == expected
 
 
-def test_rounds_to_targets():
-    found = rows.rounds_to_targets(iter(ROWS), "global_accuracy", (0.5, 0.75, 1.0))
-    assert found == {0.5: 4, 0.75: 10, 1.0: None}
-
-
 def test_own_final_is_the_mean_over_the_last_ten_rounds():
     late = [row(30, global_accuracy=0.2), row(31, global_accuracy=0.6)]
     late += [row(34), row(40, global_accuracy=0.8)]

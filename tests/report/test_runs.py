@@ -97,18 +97,20 @@ def test_varies_needs_two_values(tmp_path):
 
 
 def test_numbers_of_a_finished_run(tmp_path):
-    made = summary.make_summary(ROWS, {}, MEASURES)
+    made = summary.make_summary(ROWS, {}, MEASURES, (0.3,))
     made = json.loads(json.dumps(made))
-    found = runs.numbers(make_run(tmp_path)._replace(summary=made), MEASURES)
-    assert found["megabytes_to.0.40"] == 24 and found["megabytes_to.0.50"] == math.inf
-    assert found["simulated_seconds_to.0.45"] == math.inf
+    run, targets = make_run(tmp_path)._replace(summary=made), {"low": 0.4, "high": 0.5}
+    found = runs.numbers(run, MEASURES, targets)
+    assert found["megabytes_to.low"] == 24 and found["megabytes_to.high"] == math.inf
+    assert found["simulated_seconds_to.high"] == math.inf
+    assert found["rounds_to.low"] == 4 and "rounds_to.0.3" not in found
     assert found["simulated_minutes"] == 2 and found["kilojoules"] == 2
     assert found["megabytes_up"] == 2 and found["gigaflops"] == 1
 
 
 def test_numbers_of_devices_are_unknown_without_any(tmp_path):
     rows = [make_row(n, **NOTHING) for n in (1, 2)]
-    found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES)
+    found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES, {})
     of_devices = [key for key, measure in MEASURES.items() if measure.of == DEVICES]
     assert len(of_devices) == 6 and all(math.isnan(found[key]) for key in of_devices)
     assert found["megabytes_up"] == 0
@@ -116,16 +118,18 @@ def test_numbers_of_devices_are_unknown_without_any(tmp_path):
 
 def test_numbers_of_experts_are_unknown_with_one(tmp_path):
     rows = [make_row(1, expert_load=[1.0])]
-    found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES)
+    found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES, {})
     of_experts = [key for key, measure in MEASURES.items() if measure.of == EXPERTS]
     assert of_experts and all(math.isnan(found[key]) for key in of_experts)
-    assert runs.numbers(make_run(tmp_path), MEASURES)["mean_capacity_violations"] == 1
+    assert (
+        runs.numbers(make_run(tmp_path), MEASURES, {})["mean_capacity_violations"] == 1
+    )
 
 
 def test_numbers_without_an_evaluation_are_unknown(tmp_path):
     bare = [{"round": 1, "seconds": 0.1}, {"round": 2, "global_accuracy": None}]
     for rows in ([], bare):
-        found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES)
+        found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES, {})
         assert math.isnan(found["final_global_accuracy"])
 
 

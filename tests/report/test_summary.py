@@ -55,31 +55,35 @@ def test_measure_run_wastes_no_share_where_nothing_travels():
     assert "wasted_bytes_share" not in found and found["total_wasted_bytes"] == 0
 
 
-def test_costs_to_targets_by_hand():
+TARGETS = {"0.35": 0.35, "0.4": 0.4, "0.45": 0.45}
+
+
+def test_reach_targets_by_hand():
     earlier = [*ROWS[:2], make_row(3, global_accuracy=0.36), ROWS[3]]
-    found = summary.costs_to_targets(earlier, Measure("bytes_up", unit=1e6))
-    assert (found["0.35"], found["0.40"]) == (6.0, 8.0)
-    never = dict.fromkeys(("0.35", "0.40", "0.45", "0.50"))
-    assert summary.costs_to_targets([], Measure("bytes_up")) == never
-
-
-def test_make_summary_of_costs_to_targets():
-    made = summary.make_summary(ROWS, {}, MEASURES)
-    # 0.42 in round 4 is the first above 0.35 and 0.40.
-    assert made["rounds_to"] == {"0.35": 4, "0.40": 4, "0.45": None, "0.50": None}
-    assert made["simulated_seconds_to"] == {
-        "0.35": 120.0,
-        "0.40": 120.0,
-        "0.45": None,
-        "0.50": None,
+    sent = {"mb": Measure("bytes_up", unit=1e6, budget="mb_to"), "x": Measure("x")}
+    found = summary.reach_targets(earlier, TARGETS, sent)
+    assert found["rounds_to"] == {"0.35": 3, "0.4": 4, "0.45": None}
+    assert found["mb_to"] == {"0.35": 6.0, "0.4": 8.0, "0.45": None}
+    never = dict.fromkeys(TARGETS)
+    assert summary.reach_targets([], TARGETS, sent) == {
+        "rounds_to": never,
+        "mb_to": never,
     }
+
+
+def test_make_summary_has_the_targets_of_the_config():
+    made = summary.make_summary(ROWS, {}, MEASURES, (0.35, 0.4, 0.45))
+    # 0.42 in round 4 is the first above 0.35 and 0.40.
+    assert made["rounds_to"] == {"0.35": 4, "0.4": 4, "0.45": None}
+    assert made["simulated_seconds_to"] == {"0.35": 120.0, "0.4": 120.0, "0.45": None}
     assert made["megabytes_to"]["0.35"] == 24.0
+    assert summary.make_summary(ROWS, {}, MEASURES, ())["rounds_to"] == {}
 
 
 def test_make_summary_adds_seconds_that_are_in_no_row():
     rows = [make_row(1, seconds=3.0, save_seconds=None), make_row(2, seconds=1.0)]
     spent = {"compile_seconds": 5.0, "save_seconds": 1.0}
-    made = summary.make_summary(rows, spent, MEASURES)
+    made = summary.make_summary(rows, spent, MEASURES, ())
     assert made["num_rounds"] == 2 and made["wall_seconds"] == 10
     assert made["train_share"] == 0.4 and made["compile_share"] == 0.5
     assert made["save_share"] == 0.1 and made["evaluate_share"] == 0

@@ -88,8 +88,11 @@ def test_table_marks_best(runs):
     assert not any(row["MB up a round"].best for row in cells.values())  # all equal
     assert cells["fedavg"]["Load CV"].text == "–"
     assert cells["greedy"]["MB up a round"].text == "2.0"
-    # 0.4 * 8 / 8 reaches 0.35 in round 8; 0.6 * 6 / 8 in round 6.
-    assert cells["greedy"]["Rounds to 35 %"].text == "7 (2/2)"
+    # 0.4 * 8 / 8 reaches 80 % of fedavg's 0.5 in round 8; 0.6 * 6 / 8 in round 6.
+    title = "Rounds to 40.0 % (80 % of best control)"
+    assert cells["greedy"][title].text == "7 (2/2)"
+    about = next(column.about for column in made[0] if column.title == title)
+    assert "at least 80 % of 50.0 %, the final one of fedavg, the best control" in about
 
 
 def test_overwrites_of_lists_the_fields_that_a_strategy_changes(tmp_path):
@@ -133,5 +136,6 @@ def test_write_runs_csv_has_varied_fields(tmp_path):
         records = list(csv.DictReader(file))
     assert [r["weights.usage"] for r in records] == ["0.3", "0.3", "0.7", "0.7", "0.5"]
     assert [r["seed"] for r in records] == ["0", "1", "0", "1", "0"]
-    assert records[0]["rounds_to.0.35"] == "6" and records[0]["rounds_to.0.50"] == ""
+    reached = [records[0][f"rounds_to.{n}_percent_of_best"] for n in (50, 80, 90, 95)]
+    assert reached == ["4", "8", "8", "8"]  # 0.5 * 4 / 8, no control
     assert float(records[0]["final_global_accuracy"]) == 0.5

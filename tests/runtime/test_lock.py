@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from fedmoe_jax.options import UserError
-from fedmoe_jax.runtime.lock import lock
+from fedmoe_jax.runtime.lock import lock, take_turn
 
 HOLD = """
 import sys, pathlib
@@ -43,3 +44,21 @@ def test_lock_ends_with_its_block(tmp_path):
         with lock(tmp_path):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_take_turn_waits_for_the_other(tmp_path):
+    order, inside = [], threading.Event()
+
+    def second():
+        inside.wait()
+        with take_turn(tmp_path):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with take_turn(tmp_path):
+        other.start()
+        inside.set()
+        other.join(0.2)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]

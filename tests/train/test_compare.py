@@ -2,16 +2,19 @@
 
 import json
 import re
+import shutil
 
 import jax
 import pytest
 from factories import SMALL, USERS_OPTIONS, assert_same_results, never, run_alone
 from ml_collections import ConfigDict
 
+import fedmoe_jax
 from configs import compare as study
 from fedmoe_jax.options import UserError
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import flatten
-from fedmoe_jax.train import loop
+from fedmoe_jax.train import loop, plan
 from fedmoe_jax.train.compare import (
     apply_change,
     compare,
@@ -277,7 +280,7 @@ def test_compare_refuses_the_folder_of_another_comparison(tmp_path):
     compare(tiny_config(), tmp_path, stop=never, profile=False)
     before = snapshot(tmp_path)
     other = tiny_config(**{"compare.seeds": (0, 1), "batch_size": 5})
-    with pytest.raises(UserError, match=r"batch_size: 4 -> 5, compare.seeds: \[0\] ->"):
+    with pytest.raises(UserError, match="batch_size: 4 -> 5; allowed"):
         compare(other, tmp_path, stop=never, profile=False)
     assert snapshot(tmp_path) == before
 
@@ -322,3 +325,123 @@ def test_compare_gives_every_run_as_it_is_alone_bitwise(users_flags, tmp_path, s
         alone = tmp_path / "alone" / member.name
         assert run_alone(member.config, alone)
         assert_same_results(folder, alone)
+
+
+def rows_in(folder):
+    return len(read_metrics(folder / "metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_comparison_that_grows_is_the_one_run_at_once_bitwise(users_flags, tmp_path):
+    """More seeds, strategies, changes and rounds, of one that was stopped twice."""
+    small = {"compare.strategies": ("random",), "compare.seeds": (0, 1)}
+    large = {
+        "compare.strategies": ("greedy", "random"),
+        "compare.changes": ("", "weights.usage=0.9"),
+        "compare.seeds": (3, 1, 0),
+    }
+    part, runs = tmp_path / "part", tmp_path / "part" / "runs"
+    halfway = lambda: rows_in(runs / "random-seed0") >= 2
+    first, whole = compare(tiny_config(**small), part, stop=halfway, profile=False)
+    assert (first, whole) == ([], False)
+    before = (runs / "random-seed1" / "metrics.jsonl").read_text()
+
+    # The stopped wave goes on, whatever joins it and whatever memory there is.
+    config = tiny_config(**large, **{"run.memory_limit_gb": 6.0})
+    begun = lambda: rows_in(runs / "greedy-seed3") >= 2
+    first, whole = compare(config, part, stop=begun, profile=False)
+    assert not whole and (runs / "random-seed1" / "summary.json").exists()
+    assert (runs / "random-seed1" / "metrics.jsonl").read_text().startswith(before)
+
+    found, whole = compare(
+        tiny_config(**large, num_rounds=6), part, stop=never, profile=False
+    )
+    assert whole and len(list((part / "checkpoints").iterdir())) == 2
+    at_once = tiny_config(**large, num_rounds=6)
+    expected, _ = compare(at_once, tmp_path / "once", stop=never, profile=False)
+    assert [f.name for f in found] == [f.name for f in expected] and len(found) == 12
+    for folder, other in zip(found, expected, strict=True):
+        assert_same_results(folder, other)
+    run = fedmoe_jax.load_run(runs / "random-seed1")  # of a wave that no cut gives
+    assert run.state is not None and run.state.round == 6
+
+
+@pytest.mark.slow
+def test_a_finished_comparison_is_not_planned_again(tmp_path, monkeypatch):
+    compare(tiny_config(), tmp_path, stop=never, profile=False)
+    before = snapshot(tmp_path)
+
+    def refuse(*_):
+        raise AssertionError("nothing is left to plan")
+
+    monkeypatch.setattr(plan, "plan_run", refuse)
+    monkeypatch.setattr("fedmoe_jax.train.compare.load_data", refuse)
+    folders, whole = compare(tiny_config(), tmp_path, stop=never, profile=False)
+    assert whole and len(folders) == 1 and snapshot(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_a_wave_goes_on_with_runs_that_are_not_asked_for(tmp_path):
+    """Its checkpoints hold all of them: none starts again, and none is lost."""
+    two, one = (tiny_config(**{"compare.seeds": seeds}) for seeds in ((0, 1), (1,)))
+    assert compare(two, tmp_path, stop=never, profile=False)[1]
+    one.num_rounds = 6
+    folders, whole = compare(one, tmp_path, stop=never, profile=False)
+    assert whole and [folder.name for folder in folders] == ["load_balanced-seed1"]
+    assert rows_in(tmp_path / "runs" / "load_balanced-seed0") == 6
+    (wave,) = (tmp_path / "checkpoints").iterdir()
+    members = json.loads((wave / "members.json").read_text())["members"]
+    assert members == ["load_balanced-seed0", "load_balanced-seed1"]
+
+    # A run whose folder was removed starts again alone; its old wave is set aside.
+    shutil.rmtree(tmp_path / "runs" / "load_balanced-seed1")
+    assert compare(one, tmp_path, stop=never, profile=False)[1]
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert len(names) == 2 and f"{wave.name}.superseded" in names
+
+
+@pytest.mark.slow
+def test_waves_of_older_versions_go_on_too(tmp_path):
+    """They are not recorded: the config of then says what they were."""
+    config = tiny_config()
+    (folder,), _ = compare(config, tmp_path, stop=never, profile=False)
+    rows = (folder / "metrics.jsonl").read_text()
+    (recorded,) = tmp_path.glob("checkpoints/*/members.json")
+    recorded.unlink()
+    assert fedmoe_jax.load_run(folder).state.round == 4
+    more = tiny_config(**{"compare.seeds": (1, 0)}, num_rounds=6)
+    assert compare(more, tmp_path, stop=never, profile=False)[1]
+    assert (folder / "metrics.jsonl").read_text().startswith(rows)
+    assert rows_in(folder) == 6 and recorded.is_file()
+
+
+@pytest.mark.slow
+def test_parts_that_share_a_folder_are_the_whole(users_flags, tmp_path):
+    config = tiny_config(
+        **{"compare.strategies": ("random", "greedy"), "compare.seeds": (0, 1)}
+    )
+    shared, found = tmp_path / "shared", []
+    for number in (2, 1, 3):  # any order
+        part, whole = compare(
+            config, shared, stop=never, profile=False, part=(number, 3)
+        )
+        assert whole and part
+        found += part
+    expected, _ = compare(config, tmp_path / "once", stop=never, profile=False)
+    assert sorted(f.name for f in found) == sorted(f.name for f in expected)
+    for folder in expected:
+        assert_same_results(shared / "runs" / folder.name, folder)
+    before = snapshot(shared)
+    assert compare(config, shared, stop=never, profile=False)[1]
+    assert snapshot(shared) == before | {
+        shared / "lock": (shared / "lock").read_bytes()  # names its last owner
+    }
+
+
+def test_a_part_without_a_run_says_so(tmp_path, capsys):
+    config, workdir = tiny_config(), tmp_path / "new"
+    part = compare(config, workdir, stop=never, profile=False, part=(7, 8))
+    assert part == ([], True) and not workdir.exists()
+    assert capsys.readouterr().out == (
+        "--only=7/8 has no run, as the comparison has 1\n"
+    )

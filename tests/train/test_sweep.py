@@ -162,18 +162,21 @@ def test_folders_hold_what_a_run_alone_leaves(tmp_path):
         assert sum(shares) == pytest.approx(1) and min(shares) >= 0
 
 
-def test_waves_cut_anew_leave_no_half_runs_behind(tmp_path):
-    """Another memory limit cuts other waves: their runs start again, unfinished."""
-    config = tiny_study(("random", "greedy"), seeds=(0, 1))
+def test_another_memory_limit_cuts_no_wave_anew(tmp_path):
+    """What has begun goes on as it was, what is finished stays."""
+    config = tiny_study(("random", "greedy"), seeds=(0, 1), num_rounds=6)
     (wave,) = plan_waves(list_members(config))
     half = sum(estimate(wave.plans[:2], wave.program).values()) / 1e9
     config.run.memory_limit_gb = half * 1.0001
-    first = tmp_path / "runs" / "random-seed0"
-    stop = lambda: (tmp_path / "runs" / "greedy-seed0" / "metrics.jsonl").exists()
+    runs = tmp_path / "runs"
+    stop = lambda: len(rows_of(runs / "greedy-seed0")) >= 2
     folders, whole = run(config, tmp_path, stop)
-    assert not whole and first in folders
+    assert not whole and [f.name for f in folders] == ["random-seed0", "random-seed1"]
+    before = [(f / "summary.json").read_bytes() for f in folders]
     config.run.memory_limit_gb = 8.0
-    halfway = lambda: len(rows_of(first)) == 2
-    assert run(config, tmp_path, halfway) == ([], False)
-    assert not (first / "summary.json").exists()
-    assert run(config, tmp_path)[1] and len(rows_of(first)) == 4
+    halfway = lambda: len(rows_of(runs / "greedy-seed0")) >= 4
+    assert run(config, tmp_path, halfway) == (folders, False)
+    config.run.memory_limit_gb = half / 3  # too little for what is new, not for this
+    assert run(config, tmp_path)[1] and len(rows_of(runs / "greedy-seed1")) == 6
+    assert [(f / "summary.json").read_bytes() for f in folders] == before
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2

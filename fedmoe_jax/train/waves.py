@@ -1,0 +1,63 @@
+"""Waves on disk: the runs whose states lie together in one folder of checkpoints."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedmoe_jax.runtime.files import read_json, write_json
+
+MEMBERS = "members.json"
+SUPERSEDED = "superseded"
+
+
+def read_waves(checkpoints: Path) -> dict[Path, list[str]]:
+    """The members of every wave that has begun, in their order, by its folder.
+
+    Folders of older versions do not have them.
+
+    Args:
+      checkpoints: of a comparison, or none.
+
+    Raises:
+      UserError: a list is damaged.
+    """
+    files = sorted(checkpoints.glob(f"*/{MEMBERS}"))
+    return {path.parent: list(read_json(path)["members"]) for path in files}
+
+
+def list_unrecorded(checkpoints: Path) -> list[Path]:
+    """The folders of waves without their members, as older versions leave them."""
+    folders = [path.parent for path in checkpoints.glob("*-and-*/[0-9]*")]
+    return [
+        folder
+        for folder in dict.fromkeys(folders)
+        if not (folder / MEMBERS).is_file() and f".{SUPERSEDED}" not in folder.name
+    ]
+
+
+def begin_wave(folder: Path, names: Sequence[str]) -> None:
+    """Records the members of a wave, unless it is one that goes on.
+
+    Other waves that have one of them are set aside: their checkpoints do not fit the
+    rows of a run that starts again.
+
+    Args:
+      folder: of the wave's checkpoints.
+      names: of its members; their folders are owned.
+    """
+    if (folder / MEMBERS).is_file():
+        return
+    for other, members in read_waves(folder.parent).items():
+        if set(members) & set(names):
+            set_aside(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / MEMBERS, {"members": list(names)})
+
+
+def set_aside(folder: Path) -> None:
+    """Renames the checkpoints of a wave that is not to go on; nothing is deleted."""
+    (folder / MEMBERS).unlink()
+    names = (f"{folder}.{SUPERSEDED}{n or ''}" for n in itertools.count())
+    name = next(name for name in names if not Path(name).exists())
+    print(f"{folder} is set aside as {Path(name).name}, as a run starts again")
+    folder.rename(name)
