@@ -21,6 +21,7 @@ _LOOP = flags.DEFINE_string("loop", None, "Only run all members in turn, into he
 
 STRATEGIES = ("random", "greedy", "load_balanced")
 SEEDS = (0, 1, 2, 3, 4)
+ROUNDS = 40
 REPETITIONS = 2
 
 
@@ -30,6 +31,7 @@ def study():
 
     config = compare.get_config("digits")
     config.compare.strategies, config.compare.seeds = STRATEGIES, SEEDS
+    config.num_rounds = ROUNDS
     return config
 
 
@@ -54,6 +56,7 @@ def run_sweep(folder: str, cache: str) -> None:
         *("launch.py", "--config=configs/compare.py:digits", f"--workdir={folder}"),
         f"--config.compare.strategies={STRATEGIES}",
         f"--config.compare.seeds={SEEDS}",
+        f"--config.num_rounds={ROUNDS}",
         cache=cache,
     )
 
@@ -63,6 +66,7 @@ def run_launches(folder: str, cache: str) -> None:
         for seed in SEEDS:
             run_python(
                 *("launch.py", f"--workdir={folder}/{strategy}-{seed}"),
+                f"--config.num_rounds={ROUNDS}",
                 *(f"--config.strategy={strategy}", f"--config.seed={seed}"),
                 cache=cache,
             )
@@ -97,7 +101,7 @@ def main(_) -> None:
     sweep, together, launches = median.values()
     body = "\n\n".join(
         [
-            f"A sweep of 3 strategies x 5 seeds, 40 rounds each, takes "
+            f"A sweep of 3 strategies x 5 seeds, {ROUNDS} rounds each, takes "
             f"**1/{launches / sweep:.1f}** of the time of fifteen launches and "
             f"**1/{together / sweep:.1f}** of fifteen runs one after the other in one "
             "process. All include start-up, compiling without a cache, evaluation, "

@@ -113,7 +113,7 @@ def run(
         on_row(row)
 
     (wave,) = plan_waves([Member(config.strategy, config)])
-    job = build_job(wave, [None])._replace(on_row=take)
+    job = build_job(wave, [None], drives=True)._replace(on_row=take)
     end = drive(config, job, None, stop=lambda: False, profile=None)
     kept = take_run(end.state, end.inputs)
     return Run(config, stack_rows(rows), *kept, wave.plans[0])

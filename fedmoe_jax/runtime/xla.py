@@ -16,6 +16,8 @@ FLAGS_KNOWN_TO = "0.10."
 CPU_FLAGS = (
     # YNNPACK's valid convolutions are half as fast as Eigen's in training.
     "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
+    # LLVM's last level takes longer to compile, of draws twice as long, for no speed.
+    "--xla_backend_optimization_level=2",
     # Devices wait for each other once a round, and a client's round may be long.
     "--xla_cpu_collective_call_terminate_timeout_seconds=86400",
     "--xla_cpu_collective_timeout_seconds=86400",

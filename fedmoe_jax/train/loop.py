@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,13 +25,14 @@ from fedmoe_jax.train.writers import (
     open_progress,
     sync_metrics,
 )
-from fedmoe_jax.types import PyTree, SimState
+from fedmoe_jax.types import Array, PyTree, SimState
 
 PROFILED_CHUNKS = 3
 # Linux allows a process 65,530 memory maps; a compiled round takes up to 3,000.
-PROGRAMS_KEPT = 4
+PROGRAMS_KEPT = 4  # of a run: its first state, its rounds and its evaluation
 
-_compiled: dict[tuple, Callable] = {}
+_pool = ThreadPoolExecutor(thread_name_prefix="compile")  # XLA compiles several at once
+_compiled: dict[tuple, Future[Callable]] = {}
 
 
 def ignore_row(row: Row) -> None:
@@ -64,6 +65,7 @@ class Job(NamedTuple):
       frozen: the parts in `federation.frozen` that the runs froze themselves.
       programs: the compiled functions.
       split: takes metrics on the host apart, one dict for each run.
+      compile_seconds: spent on compiling so far, of all runs together.
       on_row: called with every row of every run, as `metrics.jsonl` has it.
     """
 
@@ -74,6 +76,7 @@ class Job(NamedTuple):
     frozen: tuple[str, ...]
     programs: Programs
     split: Callable[[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]
+    compile_seconds: float = 0.0
     on_row: Callable[[Row], None] = ignore_row
 
 
@@ -93,6 +96,34 @@ class End(NamedTuple):
     spent: Row
 
 
+def compile_ahead(
+    functions: Sequence[Callable], *arguments: PyTree
+) -> list[Future[Callable]]:
+    """Starts compiling the jitted `functions` for such arguments; see `compile_once`.
+
+    Args:
+      functions: the slowest to compile first.
+      arguments: arrays, or `jax.ShapeDtypeStruct` with their shardings.
+    """
+    leaves, tree = jax.tree.flatten(arguments)
+    specs = tuple(map(describe_leaf, leaves))
+    keys = [(function, tree, specs) for function in functions]
+    for key in keys:
+        known = _compiled.pop(key, None)
+        # Programs are traced one after the other, while those before them compile.
+        _compiled[key] = known or _pool.submit(key[0].lower(*arguments).compile)
+    programs = [_compiled[key] for key in keys]
+    for key in [*_compiled][: -3 * PROGRAMS_KEPT]:
+        del _compiled[key]
+    return programs
+
+
+def describe_leaf(leaf: Array | jax.ShapeDtypeStruct) -> tuple[str, ...]:
+    """Shape, dtype and part on each device, equal where shardings differ by name."""
+    parts = leaf.sharding.devices_indices_map(leaf.shape)
+    return str(leaf.shape), str(leaf.dtype), str(parts)
+
+
 def compile_once(
     functions: Sequence[Callable], *arguments: PyTree
 ) -> tuple[list[Callable], float]:
@@ -102,18 +133,8 @@ def compile_once(
     others came between. A program refuses anything else, so that no round is ever
     compiled by surprise.
     """
-    leaves, tree = jax.tree.flatten(arguments)
-    specs = tuple((leaf.shape, str(leaf.dtype), leaf.sharding) for leaf in leaves)
     start = time.monotonic()
-    keys = [(function, tree, specs) for function in functions]
-    new = {key: key[0].lower(*arguments) for key in keys if key not in _compiled}
-    with ThreadPoolExecutor() as pool:  # XLA compiles several at a time
-        compiled = pool.map(lambda lowered: lowered.compile(), new.values())
-        found = _compiled | dict(zip(new, compiled, strict=True))
-    programs = [found.pop(key) for key in keys]
-    _compiled.clear()  # and filled again, the newest last
-    kept = [*found.items(), *zip(keys, programs, strict=True)][-2 * PROGRAMS_KEPT :]
-    _compiled.update(kept)
+    programs = [program.result() for program in compile_ahead(functions, *arguments)]
     return programs, time.monotonic() - start
 
 
@@ -404,4 +425,5 @@ def compile_programs(
     """Both programs of a job and the time that compiling took, a run's share."""
     functions = job.programs.run_rounds, job.programs.evaluate
     (run_rounds, evaluate), seconds = compile_once(functions, state, *inputs)
+    seconds += job.compile_seconds
     return (run_rounds, evaluate), {"compile_seconds": seconds / len(job.names)}

@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -30,6 +31,7 @@ from fedmoe_jax.train.loop import (
     PROGRAMS_KEPT,
     Job,
     Programs,
+    compile_ahead,
     compile_once,
     drive,
     ignore_row,
@@ -145,7 +147,7 @@ def drive_wave(
 ) -> bool:
     """As `run_wave`, in folders that are owned."""
     config, origin = wave.plans[0].config, find_origin()
-    job = build_job(wave, folders)._replace(on_row=on_row)
+    job = build_job(wave, folders, drives=True)._replace(on_row=on_row)
     end = drive(config, job, checkpoints, stop=stop, profile=profile)
     if end.done < config.num_rounds:
         return False
@@ -161,8 +163,17 @@ def drive_wave(
     return True
 
 
-def build_job(wave: Wave, folders: Sequence[Path | None]) -> Job:
-    """Puts a wave on its devices, ready for the loop; see `Job.folders`."""
+def build_job(
+    wave: Wave, folders: Sequence[Path | None], *, drives: bool = False
+) -> Job:
+    """Puts a wave on its devices, ready for the loop.
+
+    Args:
+      wave: the runs.
+      folders: see `Job.folders`.
+      drives: whether the rounds are going to run, so that they compile from now on.
+    """
+    start = time.monotonic()
     mesh, program = wave.program.mesh, wave.program
     hypers = jax.tree.map(
         lambda *leaves: np.stack(leaves), *(p.hyper for p in wave.plans)
@@ -171,7 +182,13 @@ def build_job(wave: Wave, folders: Sequence[Path | None]) -> Job:
     seeds = np.array([plan.config.seed for plan in wave.plans])
     init, programs = build_programs(program)
     federation = stack_federations([p.federation for p in wave.plans], mesh)
-    state, frozen = init(place(seeds, mesh, P(RUNS)), federation, hypers)
+    first = place(seeds, mesh, P(RUNS)), federation, hypers
+    if drives:
+        state, frozen = shape_state(init, first, mesh)
+        functions = programs.run_rounds, programs.evaluate
+        compile_ahead(functions, state, federation.replace(frozen=frozen), hypers)
+    (init_runs,), _ = compile_once([init], *first)
+    state, frozen = init_runs(*first)
     return Job(
         names=wave.names,
         folders=folders,
@@ -180,7 +197,17 @@ def build_job(wave: Wave, folders: Sequence[Path | None]) -> Job:
         frozen=program.strategy.frozen,
         programs=programs,
         split=split_runs,
+        compile_seconds=time.monotonic() - start,
     )
+
+
+def shape_state(init: Callable, first: tuple[PyTree, ...], mesh: Mesh) -> PyTree:
+    """Shapes and shardings of the first state and of what is frozen."""
+    sharding = NamedSharding(mesh, P(RUNS))
+    place_leaf = lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+    )
+    return jax.tree.map(place_leaf, jax.eval_shape(init, *first))
 
 
 def stack_federations(federations: list[Federation], mesh: Mesh) -> Federation:

@@ -16,6 +16,7 @@ from benchmarks import (
     devices,
     evaluation,
     experts,
+    first_rows,
     memory,
     smoke,
     start,
@@ -154,6 +155,31 @@ def test_a_short_study_is_run_and_read(monkeypatch, count, programs):
     assert row[:3] == ("`compare.py:smoke`", count, programs)
     assert row[-1] == 2.0 * count and len(row) == len(smoke.HEADER)
     assert "compare" in smoke.list_studies()
+
+
+def test_a_launch_is_timed_to_its_first_row(monkeypatch, tmp_path):
+    """By a program that stands for launch.py and needs no caches."""
+    text = (
+        "import os, pathlib, sys, time\n"
+        "*flags, workdir = sys.argv[1:]\n"
+        "folder = pathlib.Path(workdir.removeprefix('--workdir='), 'runs', 'a')\n"
+        "assert flags in ([], ['--fail']) and os.environ['XDG_CACHE_HOME']\n"
+        "if flags: sys.exit(2)\n"
+        "folder.mkdir(parents=True)\n"
+        "(folder / 'metrics.jsonl').write_text('{}')\n"
+        "time.sleep(0.2)\n"
+    )
+    (tmp_path / "launch.py").write_text(text)
+    monkeypatch.setattr(first_rows, "ROOT", tmp_path)
+    monkeypatch.setattr(first_rows, "LAUNCHES", {"`launch.py`": ()})
+    monkeypatch.setattr(first_rows, "REPETITIONS", 1)
+    launches = first_rows.time_pair(())
+    assert all(0 < each.first_row < each.seconds for each in launches)
+    rows = first_rows.measure()
+    assert [row[:2] for row in rows] == [("`launch.py`", c) for c in ("empty", "warm")]
+    assert {len(row) for row in rows} == {len(first_rows.HEADER)}
+    with pytest.raises(RuntimeError, match="--fail .*: code 2"):
+        first_rows.time_launch(("--fail",), str(tmp_path))
 
 
 def test_the_round_whose_compiling_is_timed(monkeypatch, traced):

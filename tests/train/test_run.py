@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import SMALL, never, restart, rows_of, run_alone, stop_at
+from factories import (
+    SMALL,
+    never,
+    restart,
+    rows_of,
+    run_alone,
+    stop_at,
+    tiny_study,
+)
 
 from configs import default
 from fedmoe_jax.data.partition import load_partition
@@ -27,8 +35,9 @@ from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.state import init_state
 from fedmoe_jax.train import checkpoint, loop
-from fedmoe_jax.train.plan import plan_run
-from fedmoe_jax.train.run import save_arrays, train
+from fedmoe_jax.train.compare import list_members
+from fedmoe_jax.train.plan import plan_run, plan_waves
+from fedmoe_jax.train.run import build_job, save_arrays, train
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
 pytestmark = [
@@ -275,11 +284,32 @@ def test_train_compiles_its_two_programs_once(tmp_path):
     assert compiled[0] == compiled[1]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "seeds"), [("greedy", (0,)), ("greedy", (0, 1)), ("fedjets", (0,))]
+)
+def test_rounds_that_compile_ahead_are_those_that_run(strategy, seeds):
+    """Shapes and shardings of the first state are known before it is computed."""
+    fields = {"data.public": 20, "batch_size": 5}
+    config = tiny_study((strategy,), seeds=seeds, **fields)
+    (wave,) = plan_waves(list_members(config))
+    job = build_job(wave, [None] * len(seeds), drives=True)
+    ahead = dict(loop._compiled)
+    state, inputs = loop.run_stages(job, None, 0, job.state, job.inputs)
+    (run_rounds, _), spent = loop.compile_programs(job, state, inputs)
+    assert dict(loop._compiled) == ahead
+    assert spent["compile_seconds"] >= job.compile_seconds / len(seeds) > 0
+    for done in (2, 4):
+        state, _ = run_rounds(state, *inputs)
+        assert state.round.tolist() == [done] * len(seeds)
+        loop.compile_once([job.programs.evaluate], state, *inputs)
+    assert dict(loop._compiled) == ahead
+
+
 def test_compile_once_keeps_few_programs():
     jitted = [jax.jit(lambda x, n=n: x + n) for n in range(4 * loop.PROGRAMS_KEPT)]
     for function in jitted:
         (program,), _ = loop.compile_once([function], jnp.ones(3))
-    assert len(loop._compiled) == 2 * loop.PROGRAMS_KEPT
+    assert len(loop._compiled) == 3 * loop.PROGRAMS_KEPT
     assert loop.compile_once([jitted[-1]], jnp.ones(3))[0] == [program]
 
 
