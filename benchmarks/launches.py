@@ -35,12 +35,16 @@ class PeerError(Exception):
 
 
 class Launch(NamedTuple):
-    """One launch: its timed rounds, peak memory and time to the first round's end."""
+    """One launch: its timed rounds, peak memory and time to the first round's end.
+
+    `loss` is that on the checked images after the last round.
+    """
 
     seconds: list[float]
     cpu_seconds: list[float]
     peak_mb: float
     startup: float
+    loss: float
 
 
 def last_line(text: str) -> str:
@@ -104,7 +108,7 @@ def read_events(events: list[dict], startup: float) -> Launch:
         raise PeerError(f"did not train: its loss is {value}")
     seconds = [event["seconds"] for event in rounds]
     cpu_seconds = [event["cpu_seconds"] for event in rounds]
-    return Launch(seconds, cpu_seconds, done[-1]["peak_mb"], startup)
+    return Launch(seconds, cpu_seconds, done[-1]["peak_mb"], startup, value)
 
 
 def child_variables(path: str) -> dict[str, str]:

@@ -36,6 +36,7 @@ class Peer(NamedTuple):
     environment: str | None  # None: this interpreter
     parallel: bool  # told to use --processes workers, threads or devices; else 1
     devices: bool = False  # these are devices of XLA
+    models: tuple[str, ...] = ("cnn", "mlp")  # of the works that it can do
     note: str = ""
     cnn_note: str = ""
 
@@ -45,7 +46,10 @@ FLOWER_NOTE = "weights are serialised; its poll interval cut from 0.1 s to 0.01 
 FEDJAX_NOTE = "one dispatch a step; its pmap backend does not run on current JAX"
 DRJAX_NOTE = "convolution as im2col: XLA's own is 11 times slower in a loop on CPU"
 PEERS = {
-    "fedmoe": Peer("fedmoe_jax", "ours", "fedmoe.py", None, True, True),
+    "fedmoe": Peer(
+        *("fedmoe_jax", "ours", "fedmoe.py", None, True, True),
+        models=("cnn", "mlp", "mixture"),
+    ),
     "pfl-single": Peer(
         "pfl-research, 1 process",
         "pytorch",
@@ -75,6 +79,11 @@ PEERS = {
     ),
     "torch": Peer(
         "PyTorch loop, {p} threads", "pytorch", "torch_loop.py", "torch", True
+    ),
+    "torch-mixture": Peer(
+        "PyTorch mixture, {p} processes",
+        *("pytorch", "torch_mixture.py", "torch", True),
+        models=("mixture",),
     ),
     "fedjax": Peer(
         "FedJAX, jit backend",
@@ -206,6 +215,7 @@ def summarise(work: works.Work, found: list[Launch]) -> dict[str, float]:
         "cpu_seconds": median(s for one in found for s in one.cpu_seconds),
         "peak_mb": max(one.peak_mb for one in found),
         "startup_s": median(one.startup for one in found),
+        "loss": median(one.loss for one in found),
         "rounds": sum(len(one.seconds) for one in found),
     }
 
@@ -253,7 +263,8 @@ def run_work(name: str, pythons: dict, flags: argparse.Namespace) -> list[dict]:
     print(f"{name}: {work.title}, {repetitions} x {rounds} rounds", flush=True)
     limits = [launches.measure_dense()]
     run = lambda peer: run_peer(peer, name, rounds, pythons, flags)
-    found, failures = repeat(flags.peers, repetitions, run)
+    able = [peer for peer in flags.peers if work.model in PEERS[peer].models]
+    found, failures = repeat(able, repetitions, run)
     limits.append(launches.measure_dense())
     print("  dense limit " + ", ".join(f"{x:.0f}" for x in limits) + " GFLOP/s")
     return build_rows(name, found, failures, median(limits), flags.processes)

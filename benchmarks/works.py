@@ -2,8 +2,11 @@
 
 Standard library and NumPy only: every peer's runner imports this file from its own
 environment. Sizes are letters as in `fedmoe_jax.types`: N clients, M examples a client,
-C clients a round, B examples a batch. Every client trains one epoch of SGD in the order
-of its examples, and the server adds the unweighted mean of the clients' changes.
+C clients a round, B examples a batch, E experts, A of them active. In dense works every
+client trains one epoch of SGD in the order of its examples, and the server adds the
+unweighted mean of the clients' changes. Work M is `configs/cifar10.py`: every client
+trains the experts that it holds, on batches drawn without replacement, and an expert is
+averaged over the clients that held it.
 """
 
 from typing import NamedTuple
@@ -21,19 +24,27 @@ HIDDEN = 64  # of the MLP
 CHANNELS = (32, 64)  # of the CNN's two convolutions, 3 x 3, no padding
 DENSE = 128  # of the CNN
 DROPOUT = (0.25, 0.5)  # of the CNN: after pooling, before the last layer
+EXPERTS, ACTIVE = 8, 2  # E and A of the mixture
+STEM = (32, 64)  # channels of its two convolutions, 3 x 3, padded, on 2 x 2 blocks
+EXPERT = (128, 64)  # its experts' hidden units and outputs
+# Experts that each client's device holds in `configs/cifar10.py`.
+HELD = (4, 1, 4, 1, 4, 1, 1, 4, 2, 4, 1, 4, 4, 1, 4, 4, 4, 4, 1, 1)
+OWN_CLASSES = 4  # of a client of the mixture
+SHOWN = 0.5  # share of an image of the mixture that its class decides
 
 
 class Work(NamedTuple):
     """One federated task; `pool` = None gives every client examples of its own."""
 
     title: str
-    model: str  # "cnn" or "mlp"
+    model: str  # "cnn", "mlp" or "mixture"
     clients: int  # N
     examples: int  # M
     cohort: int  # C
     batch: int  # B
     pool: int | None
     timed_rounds: int  # in one launch
+    steps: int | None = None  # of a client in a round; None for one epoch
 
 
 WORKS = {
@@ -41,6 +52,11 @@ WORKS = {
     "B": Work("MLP, 20 of 50 clients x 250", "mlp", 50, 250, 20, 10, None, 20),
     "C": Work(
         "MLP, 200 of 10,000 clients x 250", "mlp", 10_000, 250, 200, 10, 50_000, 5
+    ),
+    "M": Work(
+        "8 experts, 20 of 20 clients x 960",
+        *("mixture", 20, 2500, 20, 32, None, 3),
+        steps=30,
     ),
     "P": Work("CNN, 50 of 200 clients x 50", "cnn", 200, 50, 50, 10, None, 5),
 }
@@ -52,10 +68,22 @@ def num_images(work: Work) -> int:
 
 
 def load_images(work: Work) -> tuple[np.ndarray, np.ndarray]:
-    """Uniform noise with random labels: uint8 [pool, 32, 32, 3], int32 [pool]."""
+    """Uniform noise with random labels: uint8 [pool, 32, 32, 3], int32 [pool].
+
+    The mixture can learn its labels, which are of few classes a client: each image
+    shows parts of a picture of its class, uniform noise itself.
+    """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (num_images(work), *IMAGE), dtype=np.uint8)
-    labels = rng.integers(0, CLASSES, num_images(work), dtype=np.int32)
+    if work.model != "mixture":
+        return images, rng.integers(0, CLASSES, num_images(work), dtype=np.int32)
+    owner = np.arange(num_images(work), dtype=np.int32) % work.clients
+    own = rng.integers(0, OWN_CLASSES, num_images(work), dtype=np.int32)
+    labels = (owner + own) % CLASSES
+    pictures = rng.integers(0, 256, (CLASSES, *IMAGE), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        shown = rng.integers(0, 256, IMAGE, dtype=np.uint8) < 256 * SHOWN
+        np.copyto(image, pictures[label], where=shown)
     return images, labels
 
 
@@ -70,6 +98,8 @@ def normalise(images: np.ndarray) -> np.ndarray:
 def load_ids(work: Work) -> np.ndarray:
     """Images of each client: int32 [N, M]; they overlap if there is a pool."""
     shape = (work.clients, work.examples)
+    if work.model == "mixture":  # one after the other, so that all are in any part
+        return np.arange(num_images(work), dtype=np.int32).reshape(shape[::-1]).T
     if work.pool is None:
         return np.arange(num_images(work), dtype=np.int32).reshape(shape)
     return np.random.default_rng(1).integers(0, work.pool, shape, dtype=np.int32)
@@ -82,8 +112,9 @@ def sample_cohort(work: Work, round_number: int) -> np.ndarray:
 
 
 def examples_per_round(work: Work) -> int:
-    """C x M."""
-    return work.cohort * work.examples
+    """C x M, or C x B in every step."""
+    per_client = work.steps * work.batch if work.steps else work.examples
+    return work.cohort * per_client
 
 
 def flattened_size() -> int:
@@ -92,8 +123,50 @@ def flattened_size() -> int:
     return side * side * CHANNELS[1]
 
 
-def layer_macs(model: str) -> list[int]:
+def mixture_flattened_size() -> int:
+    """Features after the mixture's stem, which halves the sides three times."""
+    return (IMAGE[0] // 8) ** 2 * STEM[1]
+
+
+def expert_macs() -> int:
+    """Multiply-adds of one expert's forward pass on one example."""
+    hidden, features = EXPERT
+    return mixture_flattened_size() * hidden + hidden * features
+
+
+def mixture_macs() -> list[float]:
+    """As `layer_macs`; of the experts those that an example's gate chooses.
+
+    Taps of a convolution on the zeros around an image are no work.
+    """
+    first, second = STEM
+    active = float(np.minimum(HELD, ACTIVE).mean())
+    taps = [(3 * IMAGE[0] // shrink - 2) ** 2 for shrink in (2, 4)]
+    return [
+        taps[0] * 4 * IMAGE[2] * first,
+        taps[1] * first * second,
+        second * EXPERTS,
+        active * expert_macs(),
+        EXPERT[1] * CLASSES,
+    ]
+
+
+def mixture_parameters() -> dict[str, int]:
+    """Numbers in each part of the mixture, all E experts."""
+    (first, second), (hidden, features) = STEM, EXPERT
+    expert = expert_macs() + hidden + features
+    return {
+        "stem": 9 * 4 * IMAGE[2] * first + 9 * first * second + 2 * (first + second),
+        "gate": EXPERTS * (second + 1),
+        "experts": EXPERTS * expert,
+        "head": (features + 1) * CLASSES,
+    }
+
+
+def layer_macs(model: str) -> list[float]:
     """Multiply-adds of each layer's forward pass on one example, first layer first."""
+    if model == "mixture":
+        return mixture_macs()
     pixels = int(np.prod(IMAGE))
     if model == "mlp":
         return [pixels * HIDDEN, HIDDEN * CLASSES]
@@ -107,7 +180,7 @@ def layer_macs(model: str) -> list[int]:
     ]
 
 
-def flops_per_example(model: str) -> int:
+def flops_per_example(model: str) -> float:
     """Floating-point operations of one example, forward and backward.
 
     Two for each multiply-add, and three passes over each layer (output, gradient of the

@@ -1,4 +1,4 @@
-"""fedmoe_jax: the same rounds that `launch.py` runs, dense (one expert, one slot)."""
+"""fedmoe_jax: the same rounds that `launch.py` runs; in dense works with one expert."""
 
 import functools
 
@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import meter
 import numpy as np
 from meter import works
+from ml_collections import ConfigDict
 
 from benchmarks.start import keep_running, make_config, start
+from configs import cifar10
 from fedmoe_jax.base import Data, Route
 from fedmoe_jax.data.images import label_images
 from fedmoe_jax.program import Program
@@ -26,8 +28,10 @@ CNN = {
 MLP = {"model.stem": "flat", "model.expert_width": works.HIDDEN}
 
 
-def describe(work: works.Work):
+def describe(work: works.Work) -> ConfigDict:
     """The work as a config: one expert that all clients hold is plain FedAvg."""
+    if work.model == "mixture":
+        return cifar10.get_config()
     fields = {
         "num_clients": work.clients,
         "cohort_size": work.cohort,
@@ -66,9 +70,10 @@ def check(params: PyTree, federation: Federation, *, program: Program) -> jax.Ar
     """Loss of the server's model on the checked images, without dropout."""
     images = jnp.arange(len(federation.test_stratum))
     batch = take_batch(federation.test, images, federation.statistics, program.task)
-    held, slot = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    held = jnp.arange(program.sizes.num_experts)[None]
+    slots, route = (held, held >= 0), Route(program.sizes.num_active)
     logits, _ = program.model.apply(
-        *(params, federation.frozen, batch, held, slot), Route(num_active=1), None
+        params, federation.frozen, batch, *slots, route, None
     )
     return program.task.loss(logits, batch).loss.mean()
 

@@ -17,6 +17,7 @@ from jax import lax
 from fedmoe_jax.types import Array
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+NORM_EPSILON = 1e-6  # Flax's
 
 
 def native_conv(
@@ -217,12 +218,88 @@ def _pool_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
 max_pool.defvjp(_pool_forward, _pool_backward)
 
 
+def _spread(values: Array, channels: int) -> Array:
+    """[B, groups] -> [B, channels], each group's value at all of its channels."""
+    return jnp.repeat(values, channels // values.shape[1], axis=1)
+
+
+def _group_sums(values: Array, groups: int) -> Array:
+    """[B, channels] -> [B, groups]."""
+    return values.reshape(values.shape[0], groups, -1).sum(-1)
+
+
+def _measure_groups(x: Array, groups: int) -> tuple[Array, Array]:
+    """Mean and inverse deviation of each image's groups, [B, F] each."""
+    count, channels = x[0].size // groups, x.shape[-1]
+    mean = _group_sums(x.sum((1, 2)), groups) / count
+    square = _group_sums(jnp.square(x).sum((1, 2)), groups) / count
+    inverse = lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + NORM_EPSILON)
+    return _spread(mean, channels), _spread(inverse, channels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise_groups(x: Array, scale: Array, bias: Array, groups: int) -> Array:
+    """Flax's `GroupNorm`, in half the passes over the images, its gradient too.
+
+    Args:
+      x: [B, H, W, F] float.
+      scale: [F] float.
+      bias: [F] float.
+      groups: of equally many channels; a divisor of F.
+    """
+    return _norm_forward(x, scale, bias, groups)[0]
+
+
+def _norm_forward(
+    x: Array, scale: Array, bias: Array, groups: int
+) -> tuple[Array, tuple[Array, ...]]:
+    mean, inverse = _measure_groups(x, groups)
+    factor = inverse * scale[None]
+    shift = bias[None] - mean * factor
+    out = x * factor[:, None, None] + shift[:, None, None]
+    return out, (x, scale, mean, inverse)
+
+
+def _norm_backward(
+    groups: int, saved: tuple[Array, ...], grad: Array
+) -> tuple[Array, Array, Array]:
+    x, scale, mean, inverse = saved
+    count, channels = x[0].size // groups, x.shape[-1]
+    total = grad.sum((1, 2))  # [B, F]
+    along = ((grad * x).sum((1, 2)) - mean * total) * inverse  # times normalised x
+    average = lambda sums: _spread(
+        _group_sums(sums * scale[None], groups) / count, channels
+    )
+    slope = -jnp.square(inverse) * average(along)
+    shift = -inverse * average(total) - mean * slope
+    factor = inverse * scale[None]
+    wide = lambda values: values[:, None, None]
+    grad_x = grad * wide(factor) + x * wide(slope) + wide(shift)
+    return grad_x, along.sum(0), total.sum(0)
+
+
+normalise_groups.defvjp(_norm_forward, _norm_backward)
+
+
+class GroupNorm(nn.Module):
+    """`normalise_groups` with the parameters of `nn.GroupNorm`."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        return normalise_groups(x, scale, bias, self.groups)
+
+
 def group_norm(x: Array, name: str) -> Array:
     """GroupNorm with equal groups of about 8 channels; call it in a compact module."""
     groups = max(1, x.shape[-1] // 8)
     while x.shape[-1] % groups:  # 28 channels are two groups, not three
         groups -= 1
-    return nn.GroupNorm(num_groups=groups, name=name)(x)
+    return GroupNorm(groups, name=name)(x)
 
 
 def random_bytes(key: Array, shape: tuple[int, ...]) -> Array:

@@ -2,10 +2,23 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fedmoe_jax.base import Parts, Route, Routing
 from fedmoe_jax.models import routing
 from fedmoe_jax.types import Array, PyTree
+
+
+def split_rows(experts: PyTree) -> list[PyTree]:
+    """Each expert's params, from those with a leading axis of n experts.
+
+    The gradient of a split joins the rows once; that of an index adds a padded row for
+    every expert.
+    """
+    leaves, structure = jax.tree.flatten(experts)
+    rows = [lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
+    take = lambda row: structure.unflatten([leaf[0] for leaf in row])
+    return [take(row) for row in zip(*rows, strict=True)]
 
 
 def apply_experts(
@@ -29,8 +42,7 @@ def apply_experts(
         return jax.vmap(parts.expert, axes, out_axes=1)(experts, features, keys)
     # On CPU a loop is faster: vmapping batches small products and groups convolutions.
     outputs = []
-    for i in range(count):
-        row = jax.tree.map(lambda leaf, i=i: leaf[i], experts)
+    for i, row in enumerate(split_rows(experts)):
         outputs.append(parts.expert(row, features, None if keys is None else keys[i]))
     return jnp.stack(outputs, axis=1)
 

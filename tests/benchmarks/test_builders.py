@@ -23,6 +23,8 @@ from benchmarks import (
     sweeps,
     world,
 )
+from fedmoe_jax.capacity import count_capacity, count_workload
+from fedmoe_jax.models.flops import count_forward_flops
 from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.plan import plan_waves
 
@@ -114,6 +116,52 @@ def test_rounds_beside_peers(monkeypatch, traced):
     check = functools.partial(fedmoe.check, program=started.program)
     loss = jax.eval_shape(check, state.params, started.federation)
     assert loss.shape == ()
+
+
+@pytest.fixture
+def runners(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "runners")
+    return importlib.import_module
+
+
+def test_the_mixture_is_ours(runners, traced):
+    """Params, operations and held experts are those that work M is counted by."""
+    fedmoe, works = runners("fedmoe"), runners("meter").works
+    work = works.WORKS["M"]._replace(examples=50)
+    started = start.start(fedmoe.describe(work), *fedmoe.load(work), 1)
+    program, federation, hyper = started.program, started.federation, started.hyper
+    assert program.sizes.local_steps == work.steps
+    count = lambda part: sum(leaf.size for leaf in jax.tree.leaves(part))
+    params = {part: count(tree) for part, tree in started.state.params.items()}
+    assert params == works.mixture_parameters()
+    workload = count_workload(federation, program)
+    capacity = count_capacity(federation.devices, hyper.devices.buffer, workload)
+    held = np.clip(capacity, 1, program.sizes.max_held)
+    assert tuple(held) == works.HELD
+    flops = count_forward_flops(program.model, program.batch)
+    active = np.minimum(works.HELD, works.ACTIVE).mean()
+    total = flops.pop("experts") * active + sum(flops.values())
+    assert total == pytest.approx(2 * sum(works.layer_macs("mixture")), rel=0.05)
+
+
+def test_the_mixture_in_pytorch(runners):
+    torch = pytest.importorskip("torch", reason="lives in the peers' environment")
+    works, model = runners("meter").works, runners("torch_mixture_model")
+    params = {part: 0 for part in works.mixture_parameters()}
+    for name, value in model.init().items():
+        params[name.partition(".")[0]] += value.numel()
+    assert params == works.mixture_parameters()
+    work = works.WORKS["M"]._replace(clients=2, examples=100, steps=3)
+    data = model.load(work)
+    client, server, held = model.build(2), model.init(), [5, 1]
+    client.receive(server, held)
+    generator = torch.Generator().manual_seed(0)
+    accuracy, load = model.train(client, data, 1, work, generator)
+    assert load.tolist() == [96, 96] and 0 <= accuracy.min() <= accuracy.max() <= 1
+    total = {name: torch.zeros_like(value) for name, value in server.items()}
+    client.add_change(server, total)
+    moved = total["experts.0.weight"].abs().sum((1, 2)) > 0
+    assert moved.nonzero().squeeze(1).tolist() == sorted(held)
 
 
 @jax.numpy_rank_promotion("allow")  # as in the peers' own processes

@@ -34,6 +34,35 @@ def test_flops_by_hand():
     assert works.flops_per_example("mlp") == 4 * 196_608 + 6 * 640
 
 
+def test_mixture_by_hand():
+    work = works.WORKS["M"]
+    assert works.examples_per_round(work) == 20 * 30 * 32
+    # 46 and 22 taps a row of 16 and 8 pixels; a gate of 8; experts 1024 -> 128 -> 64,
+    # two of them where a client holds two, which 12 of 20 do; 64 -> 10.
+    macs = [46**2 * 12 * 32, 22**2 * 32 * 64, 512, 1.6 * 139_264, 640]
+    assert works.layer_macs("mixture") == pytest.approx(macs)
+    assert np.mean(works.HELD) == 2.7 and max(works.HELD) == 4
+    assert works.mixture_parameters()["experts"] == 8 * (139_264 + 192)
+
+
+def test_a_client_of_the_mixture_owns_four_classes():
+    work = works.WORKS["M"]._replace(examples=100)
+    ids, (_, labels) = works.load_ids(work), works.load_images(work)
+    assert {len(set(labels[own])) for own in ids} == {works.OWN_CLASSES}
+    # Any part of the images shows all of the clients, and so all of the classes.
+    assert set(labels[: work.clients * 5]) == set(range(works.CLASSES))
+
+
+def test_only_those_that_can_do_a_work_are_asked():
+    able = lambda name: {
+        key
+        for key, peer in peers.PEERS.items()
+        if works.WORKS[name].model in peer.models
+    }
+    assert able("M") == {"fedmoe", "torch-mixture"}
+    assert "torch-mixture" not in able("A") and len(able("A")) == len(peers.PEERS) - 1
+
+
 @pytest.mark.parametrize("name", works.WORKS)
 def test_clients_own_images_that_exist(name):
     work = works.WORKS[name]
@@ -47,8 +76,10 @@ def test_clients_own_images_that_exist(name):
     assert not np.array_equal(cohort, works.sample_cohort(work, 4))
 
 
-def test_normalised_images_have_unit_variance():
-    images, labels = works.load_images(works.WORKS["P"])
+@pytest.mark.parametrize("name", ["P", "M"])
+def test_normalised_images_have_unit_variance(name):
+    work = works.WORKS[name]._replace(clients=20, examples=100)
+    images, labels = works.load_images(work)
     values = works.normalise(images)
     assert images.dtype == np.uint8 and values.dtype == np.float32
     np.testing.assert_allclose([values.mean(), values.std()], [0, 1], atol=0.01)
@@ -63,7 +94,7 @@ def test_other_lines_are_no_events(line):
 def test_launch_drops_warm_up_and_other_lines():
     found = run_script("print('hello')", *ROUNDS, CHECK, DONE)
     assert found[:3] == ([1, 3], [2, 6], 7)
-    assert found.startup > 0
+    assert found.startup > 0 and found.loss == 2.0
 
 
 @pytest.mark.parametrize(
@@ -89,7 +120,7 @@ def test_a_launch_that_hangs_is_ended():
 
 def fake_rows() -> list[dict]:
     cpu = lambda seconds: [2 * s for s in seconds]
-    launch = lambda seconds: launches.Launch(seconds, cpu(seconds), 5.0, 3.0)
+    launch = lambda seconds: launches.Launch(seconds, cpu(seconds), 5.0, 3.0, 2.5)
     torch = iter([6.0, 10.0, 7.0])
 
     def run(name: str) -> launches.Launch:
@@ -110,6 +141,7 @@ def test_rows_by_hand():
     for name in ("ratio", "cpu_ratio"):
         ends = [torch[f"{name}{end}"] for end in ("", "_min", "_max")]
         np.testing.assert_allclose(ends, [7 / 1.5, 6 / 1.5, 10 / 1.5])
+    assert torch["loss"] == 2.5
     assert torch["pairs"] == 3 and "pairs" not in fedjax
     assert pfl["updates_per_s"] == 5 and pfl["examples_per_s"] == 1250
     share = 1250 * works.flops_per_example("cnn") / 100e9
@@ -135,7 +167,7 @@ def test_page_and_csv(tmp_path, monkeypatch):
 
 
 def test_a_peer_without_ours_is_not_compared():
-    alone = launches.Launch([2.0], [3.0], 5.0, 3.0)
+    alone = launches.Launch([2.0], [3.0], 5.0, 3.0, 2.5)
     assert peers.compare([alone], []) == {}
 
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 from fedmoe_jax.models.layers import (
     Conv,
     Dense,
+    GroupNorm,
     canonical_conv,
     canonical_product,
     conv,
@@ -274,6 +275,24 @@ class Normalise(nn.Module):
     @nn.compact
     def __call__(self, x):
         return group_norm(x, "norm")
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (16, 2), (28, 2), (64, 8)])
+def test_group_norm_is_flax_s_with_its_gradients(channels, groups):
+    x, weight = 3 + 2 * draw(2, 4, 6, channels), draw(2, 4, 6, channels, seed=1)
+    params = {"scale": draw(channels, seed=2), "bias": draw(channels, seed=3)}
+
+    def loss(module, params, x):
+        out = module.apply({"params": params}, x)
+        return (out * weight).sum(), out
+
+    def run(module):
+        grad = jax.grad(functools.partial(loss, module), (0, 1), has_aux=True)
+        return jax.jit(grad)(params, x)
+
+    found, expected = run(GroupNorm(groups)), run(nn.GroupNorm(num_groups=groups))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, found, expected)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(3, 1), (16, 2), (28, 2)])

@@ -14,6 +14,7 @@ from fedmoe_jax.models.one_layer import (
     freeze_others,
     mix_outputs,
     mix_probabilities,
+    split_rows,
 )
 from fedmoe_jax.models.routing import gate_logits, route
 
@@ -45,6 +46,24 @@ def test_apply_experts_equals_one_by_one(expert, platform):
     for i in range(EXPERTS):
         alone = one(jax.tree.map(lambda leaf, i=i: leaf[i], experts), features)
         np.testing.assert_allclose(outputs[:, i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_split_rows_are_the_rows_with_their_gradients():
+    experts = {"kernel": draw(3, 4, 2), "bias": draw(3, 2, seed=1)}
+    take = lambda i: jax.tree.map(lambda leaf: leaf[i], experts)
+    rows = [take(i) for i in range(3)]
+    jax.tree.map(np.testing.assert_array_equal, split_rows(experts), rows)
+
+    def weighted(experts):  # every row once, with a factor of its own
+        rows = split_rows(experts)
+        sums = [sum(leaf.sum() for leaf in jax.tree.leaves(row)) for row in rows]
+        return sums[0] + 2 * sums[1] + 4 * sums[2]
+
+    grads = jax.grad(weighted)(experts)
+    factors = np.array([1, 2, 4], np.float32)
+    np.testing.assert_array_equal(grads["bias"], np.tile(factors[:, None], (1, 2)))
+    expected = np.broadcast_to(factors[:, None, None], (3, 4, 2))
+    np.testing.assert_array_equal(grads["kernel"], expected)
 
 
 def test_mixing_outputs_equals_mixing_logits(params):
