@@ -1,7 +1,8 @@
 """Shapes, FLOPs and activation bytes of a model; nothing of it is ever run."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,16 @@ def count_activation_bytes(model: Model, batch: BatchShapes, experts: int) -> fl
 def _sum_marked(function: Callable, *arguments: PyTree) -> float:
     """Bytes of the values with the marked axis, of one row of it."""
     jaxpr = jax.make_jaxpr(function)(*arguments)
-    values = [var.aval for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
+    values = [var.aval for eqn in _list_equations(jaxpr) for var in eqn.outvars]
     marked = [value for value in values if MARK in value.shape]
     return float(sum(value.size * value.dtype.itemsize for value in marked)) / MARK
+
+
+def _list_equations(closed: Any) -> Iterator[Any]:
+    """The equations of a jaxpr, and those inside functions with gradients of our own."""
+    for equation in closed.jaxpr.eqns:
+        inner = equation.params.get("call_jaxpr")
+        if inner is None:
+            yield equation
+        else:
+            yield from _list_equations(inner)
