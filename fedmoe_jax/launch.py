@@ -209,7 +209,7 @@ def run(
     command: str,
     stop: Stop,
     profile: bool,
-    only: str | None,
+    only: str | None = None,
 ) -> bool:
     """Runs the config and reports it, also when it was stopped early.
 

@@ -264,6 +264,7 @@ def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
     if not runs:
         raise UserError("report: there is no run; allowed: one or more")
     groups = group_runs(name_runs(runs))
+    Path(folder).mkdir(parents=True, exist_ok=True)
     labels: set[str] = set()
     save, faults = _keep_figures(Path(folder) / "figures")
     show = lambda found, prefix="": "".join(
