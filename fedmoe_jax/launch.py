@@ -268,7 +268,7 @@ def join_reports(sources: list[str], command: str) -> int:
 
     if not flags.FLAGS["workdir"].present:
         raise UserError(
-            "--workdir is missing; allowed with --report: the folder for the report"
+            "--workdir is missing; allowed: with --report, the folder for the report"
         )
     workdir = resolve_folder("workdir", _WORKDIR.value)
     for name in ("config.json", "metrics.jsonl", "runs"):

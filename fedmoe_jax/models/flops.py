@@ -128,7 +128,7 @@ def _sum_marked(function: Callable, *arguments: PyTree) -> float:
 
 
 def _list_equations(closed: Any) -> Iterator[Any]:
-    """The equations of a jaxpr, and those inside functions with gradients of our own."""
+    """The equations of a jaxpr, and those inside functions with own gradients."""
     for equation in closed.jaxpr.eqns:
         inner = equation.params.get("call_jaxpr")
         if inner is None:
