@@ -18,6 +18,7 @@ import contextlib
 import faulthandler
 import functools
 import gc
+import inspect
 import os
 import re
 import runpy
@@ -33,7 +34,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.guard import guard, runs_with_others
-from fedmoe_jax.runtime.output import secure
+from fedmoe_jax.runtime.output import open_missing, secure
 from fedmoe_jax.runtime.stop import Stop, listen
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
@@ -64,6 +65,11 @@ class ConfigFile(flags.ArgumentParser):
         names: dict[str, Any] = runpy.run_path(file, run_name="config_config")
         if "get_config" not in names:
             raise UserError(f"config={file} has no get_config; allowed: one that has")
+        if words and not inspect.signature(names["get_config"]).parameters:
+            raise UserError(
+                f"config={argument} has an argument; allowed: none, as get_config of "
+                f"{file} takes none"
+            )
         try:
             config = names["get_config"](*words)
         except ValueError as error:
@@ -292,6 +298,7 @@ def report(folders: list[Path], workdir: Path, command: str) -> Path:
     from fedmoe_jax.runtime.files import write_atomically
 
     gc.freeze()  # drawing makes garbage in plenty; what training has left stays
+    gc.enable()
     runs = [load_run(folder) for folder in folders]
     write_runs_csv(workdir / "runs.csv", runs)
     write_clients_csv(workdir / "clients.csv", runs)
@@ -346,7 +353,7 @@ def describe_loss(error: OSError, workdir: str) -> str:
     file = error.filename or f"a file in {workdir}"
     return (
         f"{file} cannot be used ({error.strerror or error}); allowed: a disk with room "
-        "that can be written, then the same call goes on after the newest checkpoint"
+        "that can be read and written, then the same call goes on"
     )
 
 
@@ -395,7 +402,7 @@ def main(argv: list[str], stop: Stop) -> int:
         workdir = resolve_folder("workdir", _WORKDIR.value)
         join_hosts(config, f"{config} {workdir} {profile} {only}")
         multihost.on_leader(check_plugins, workdir)
-        multihost.on_leader(check_free, workdir)
+        multihost.on_leader(check_free, workdir, _ONLY.value is not None)
         if run(config, workdir, command, stop, profile, only):
             return 0
     except UserError as error:
@@ -413,6 +420,7 @@ def main(argv: list[str], stop: Stop) -> int:
 def start() -> None:
     """Runs the program and exits."""
     gc.disable()  # until all is imported: walking the modules takes a second
+    open_missing()
     heard = guard() if runs_with_others(sys.argv) else None
     stop = Stop()
     listen(stop, heard)  # before JAX is imported, which an interrupt would break off

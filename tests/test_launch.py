@@ -204,6 +204,12 @@ def test_a_config_file_returns_a_config(command, tmp_path, text, told):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_config_file_may_take_no_argument(command, tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config(): return None")
+    code, _, err = command(f"--config={tmp_path / 'mine.py'}:smoke")
+    assert code == 2 and "has an argument; allowed: none, as get_config of" in err
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

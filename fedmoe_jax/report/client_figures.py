@@ -11,8 +11,8 @@ from fedmoe_jax.report.plots import accuracy_bars, quantile_dots
 from fedmoe_jax.report.runs import NAN, Run, num_experts
 
 WHOSE = (
-    "Accuracy at the end of each client that has taken part, with its own experts and "
-    "on its own classes"
+    "Accuracy at the end of each client that has taken part and was evaluated, with "
+    "its own experts and on its own classes"
 )
 DOTS = "a dot is a client, or a twentieth of them where there are more; a bar is their "
 AXIS = "Client's accuracy (%)"

@@ -19,7 +19,7 @@ def resolve_folder(name: str, folder: str | Path) -> Path:
     fault = f"{name}={str(folder)!r} is not allowed; allowed: a folder of this machine"
     if not str(folder).strip():
         raise UserError(fault)
-    if re.match(r"[a-z][a-z0-9+.-]*:/", str(folder)):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(folder)):
         raise UserError(f"{fault}, copied from or to its address by hand")
     try:
         return Path(folder).expanduser()

@@ -37,7 +37,7 @@ def guard() -> int:
       C++ writes to the child's stderr is kept from the screen, what Python writes not.
     """
     heard, told = os.pipe()
-    noise = tempfile.TemporaryFile()
+    noise = open_noise()
     child = os.fork()
     if child:
         os.close(heard)
@@ -47,21 +47,35 @@ def guard() -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     screen = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding)
-    os.dup2(noise.fileno(), 2)
+    if noise:
+        os.dup2(noise.fileno(), 2)
     sys.stderr = screen
     return heard
 
 
-def _tell(code: int, noise: BinaryIO) -> None:
+def open_noise() -> BinaryIO | None:
+    """A file for what C++ writes; None where none can be made, then it is seen."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return None
+
+
+def _tell(code: int, noise: BinaryIO | None) -> None:
     """Ends the parent as its child has ended, with a line where JAX aborted it."""
-    if code >= 0:
+    if code >= 0 and code != 1:
         os._exit(code)
-    noise.seek(0)
-    lines = noise.read().decode(errors="replace").splitlines()
+    lines = []
+    if noise:
+        noise.seek(0)
+        lines = noise.read().decode(errors="replace").splitlines()
     if code == -signal.SIGABRT and any("coordination" in line for line in lines):
         print(LOST, file=sys.stderr, flush=True)
         os._exit(1)
-    print(*lines[-TAIL:], sep="\n", file=sys.stderr, flush=True)
+    if lines:
+        print(*lines[-TAIL:], sep="\n", file=sys.stderr, flush=True)
+    if code == 1:
+        os._exit(1)
     if -code != signal.SIGKILL:
         signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)

@@ -45,8 +45,8 @@ def lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
+        file.truncate(0)  # of the name of an owner that has ended
         if not shared:
-            file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
         yield

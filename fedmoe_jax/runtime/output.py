@@ -69,6 +69,19 @@ def wrap(stream: TextIO, on_fault: Callable[[OSError], None]) -> TextIO:
     )
 
 
+def open_missing() -> None:
+    """Sends what a process was started without, as by `>&-`, to nowhere."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False, encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False, encoding="utf-8")
+
+
 def secure(on_reader_gone: Callable[[], None]) -> None:
     """Replaces stdout and stderr by streams on which printing never fails.
 

@@ -3,8 +3,11 @@
 import os
 import signal
 import threading
+import time
 
 ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+# A terminal that closes, `timeout` and service managers send their signal twice.
+ECHO_SECONDS = 1.0
 NOTICE = (
     b"stopping once the current rounds, or what compiles, are done; "
     b"again to stop at once\n"
@@ -59,10 +62,14 @@ def listen_to_signals(told: int) -> None:
 
 def _hear(heard: int, stop: Stop) -> None:
     endings = {getattr(signal, name) for name in ENDINGS}
+    first = 0.0
     while read := os.read(heard, 1):
-        number = read[0]
+        number, now = read[0], time.monotonic()
         if number not in endings:  # a handler of another module
             continue
+        if stop.wished and first and now - first < ECHO_SECONDS:
+            continue
+        first = first or now
         if stop.wished:
             os._exit(128 + number)
         stop.wish()

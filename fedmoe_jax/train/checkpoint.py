@@ -88,21 +88,24 @@ def _writing(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # Orbax has no common class for a save that failed
+        reason = _find_reason(error)
+        if not reason:
+            multihost.await_news()
         raise UserError(
-            f"checkpoints in {folder} cannot be saved ({_reason(error)}); allowed: a "
-            "folder that can be written and has room, then the same call goes on after "
-            "the newest checkpoint"
+            f"checkpoints in {folder} cannot be saved ({reason or brief(error)}); "
+            "allowed: a folder that can be written and has room, then the same call "
+            "goes on after the newest checkpoint"
         ) from None
 
 
-def _reason(error: Exception) -> str:
-    """The cause of a failed save, which TensorStore writes last, on one line."""
+def _find_reason(error: Exception) -> str:
+    """The system's error behind a failed save, which TensorStore writes last, or ""."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     for known in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
         if os.strerror(known) in str(error):
             return os.strerror(known)
-    return brief(error)
+    return ""
 
 
 def save(
@@ -192,6 +195,7 @@ def _find_latest(
         except UserError:
             raise
         except Exception as error:  # Orbax has no common class for damaged files
+            multihost.await_news()
             damaged[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             logging.warning("checkpoint %d is damaged: %s", step, damaged[step])
         if not multihost.any_process(found is None):

@@ -110,6 +110,8 @@ def compile_ahead(
     keys = [(function, tree, specs) for function in functions]
     for key in keys:
         known = _compiled.pop(key, None)
+        if known and known.done() and known.exception():
+            known = None  # memory may have been short then
         # Programs are traced one after the other, while those before them compile.
         _compiled[key] = known or _pool.submit(key[0].lower(*arguments).compile)
     programs = [_compiled[key] for key in keys]

@@ -22,7 +22,11 @@ def read_waves(checkpoints: Path) -> dict[Path, list[str]]:
       UserError: a list is damaged.
     """
     files = sorted(checkpoints.glob(f"*/{MEMBERS}"))
-    return {path.parent: list(read_json(path)["members"]) for path in files}
+    return {
+        path.parent: list(read_json(path)["members"])
+        for path in files
+        if f".{SUPERSEDED}" not in path.parent.name
+    }
 
 
 def list_unrecorded(checkpoints: Path) -> list[Path]:
@@ -56,7 +60,6 @@ def begin_wave(folder: Path, names: Sequence[str]) -> None:
 
 def set_aside(folder: Path) -> None:
     """Renames the checkpoints of a wave that is not to go on; nothing is deleted."""
-    (folder / MEMBERS).unlink()
     names = (f"{folder}.{SUPERSEDED}{n or ''}" for n in itertools.count())
     name = next(name for name in names if not Path(name).exists())
     print(f"{folder} is set aside as {Path(name).name}, as a run starts again")

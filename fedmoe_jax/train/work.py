@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.config import fill_defaults, list_free_fields, to_tuples
+from fedmoe_jax.config import FREE_FIELDS, fill_defaults, to_tuples
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import flatten, read_json
 from fedmoe_jax.train.plan import Member
@@ -104,11 +104,11 @@ def goes_on(
 ) -> bool:
     """Whether a wave that has begun is taken up again.
 
-    Not if all that it lacks are runs whose rows were removed, which start again alone,
-    or if nothing has the config of a run that it needs.
+    Not if the rows of a run that it lacks were removed, which starts again, or if
+    nothing has the config of a run that it needs.
     """
     holds = lambda name, file: (name_folder(workdir, name) / file).is_file()
-    return any(holds(name, METRICS) for name in unfinished) and all(
+    return all(holds(name, METRICS) for name in unfinished) and all(
         name in configs or holds(name, "config.json") for name in names
     )
 
@@ -122,6 +122,6 @@ def recall(folder: Path, like: ConfigDict) -> ConfigDict:
     """
     saved = read_json(folder / "config.json")
     config, given = fill_defaults(saved), flatten(like.to_dict())
-    free = list_free_fields(saved, like) & given.keys()
+    free = FREE_FIELDS & given.keys()
     config.update_from_flattened_dict({name: given[name] for name in free})
     return config

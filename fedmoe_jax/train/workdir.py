@@ -51,6 +51,9 @@ def own_workdir(
             check_workdir(workdir, config)
             workdir.mkdir(parents=True, exist_ok=True)
             owned.enter_context(lock(workdir, shared=shared))
+            if not shared:
+                for part in workdir.glob("*.part"):  # of processes that were killed
+                    part.unlink()
             check_workdir(workdir, config)  # nobody else changes it now
             write_json(workdir / "config.json", config.to_dict())
         except OSError as error:
@@ -81,14 +84,18 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def check_free(workdir: Path) -> None:
+def check_free(workdir: Path, shared: bool = False) -> None:
     """Checks that no other process has the work folder, before anything is planned.
+
+    Args:
+      workdir: of the run or comparison.
+      shared: whether others may have parts of the comparison.
 
     Raises:
       UserError: one has.
     """
     if (workdir / LOCK).exists():
-        with contextlib.suppress(OSError), lock(workdir, shared=True):
+        with contextlib.suppress(OSError), lock(workdir, shared=shared):
             pass
 
 

@@ -32,7 +32,8 @@ def run(child, **more):
         (f"{NOISE}; sys.exit(0)", 0, ""),
         (f"{NOISE}; os.abort()", 1, f"{LOST}\n"),
         ("os.write(2, b'no memory\\n'); os.abort()", -signal.SIGABRT, "no memory\n"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, "\n"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+        ("os.write(2, b'no chip\\n'); sys.exit(1)", 1, "no chip\n"),
     ],
 )
 def test_guard_ends_as_its_child_has_ended(child, code, told):

@@ -71,3 +71,10 @@ def test_secure_takes_a_full_disk_for_no_reason_to_stop(monkeypatch):
     assert gone == []
     full.close()
     errors.close()
+
+
+def test_a_program_without_output_ends_as_with_it():
+    program = "from fedmoe_jax import launch; launch.app.run = "
+    program += "lambda *args, **options: print('lost'); launch.start()"
+    command = f"exec '{sys.executable}' -c \"{program}\" >&- 2>&-"
+    assert subprocess.run(command, shell=True).returncode == 0

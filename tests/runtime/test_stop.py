@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from fedmoe_jax.runtime.stop import ENDINGS
+from fedmoe_jax.runtime.stop import ECHO_SECONDS, ENDINGS
 
 # Computes in C, as XLA does while it compiles: Python runs no handler meanwhile.
 BUSY = """
@@ -37,8 +38,17 @@ def test_a_signal_is_told_at_once_and_a_second_ends_the_process(name):
         busy.send_signal(number)
         told = busy.stdout.readline()
         assert told.startswith("stopping once the current rounds, or what compiles")
+        time.sleep(1.1 * ECHO_SECONDS)
         busy.send_signal(number)
         assert busy.wait(60) == 128 + number
+
+
+def test_a_signal_that_comes_twice_is_one():
+    with begin("3000000") as busy:
+        for name in ("SIGHUP", "SIGHUP", "SIGTERM"):
+            busy.send_signal(getattr(signal, name))
+        assert busy.stdout.readline().startswith("stopping")
+        assert busy.stdout.read() == "wished True\n"
 
 
 def test_an_ignored_signal_stays_ignored():

@@ -67,8 +67,9 @@ def test_a_wave_is_in_the_part_of_its_first_run(tmp_path, members):
     assert second.begun == [] and second.mine == second.members == members[3:]
 
 
-def test_a_wave_whose_runs_were_removed_does_not_go_on(tmp_path, members):
-    for name in begin(tmp_path, members[:2]):
+@pytest.mark.parametrize("removed", [1, 2])
+def test_a_wave_whose_runs_were_removed_does_not_go_on(tmp_path, members, removed):
+    for name in begin(tmp_path, members[:2])[:removed]:
         (tmp_path / "runs" / name / "metrics.jsonl").unlink()
     assert look(tmp_path, members, members).begun == []
 
