@@ -433,5 +433,5 @@ def test_report_refuses_in_one_line(command, tmp_path, words, told):
 def test_report_needs_a_folder_of_its_own(tmp_path):
     words = [sys.executable, "launch.py", f"--report={write_run(tmp_path / 'run')}"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    told = "error: --workdir is missing; allowed with --report: the folder for the "
+    told = "error: --workdir is missing; allowed: with --report, the folder for the "
     assert done.returncode == 2 and done.stderr == f"{told}report\n"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.config import FREE_FIELDS, fill_defaults, to_tuples
+from fedmoe_jax.config import fill_defaults, list_free_fields, to_tuples
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import flatten, read_json
 from fedmoe_jax.train.plan import Member
@@ -118,10 +118,12 @@ def recall(folder: Path, like: ConfigDict) -> ConfigDict:
 
     Args:
       folder: of the run.
-      like: config of the other, which gives it the fields that may change.
+      like: config of the other, which gives it the fields that may change, and those
+        that neither of them uses.
     """
     saved = read_json(folder / "config.json")
     config, given = fill_defaults(saved), flatten(like.to_dict())
-    free = FREE_FIELDS & given.keys()
+    idle = list_free_fields(saved, config) & list_free_fields(like.to_dict(), like)
+    free = idle & given.keys()
     config.update_from_flattened_dict({name: given[name] for name in free})
     return config

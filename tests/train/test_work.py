@@ -88,3 +88,12 @@ def test_recall_takes_only_the_fields_that_may_change(tmp_path, members):
     found = recall(tmp_path / "runs" / members[0].name, like)
     assert (found.num_rounds, found.fedmoe.period, found.seed) == (8, 9, 0)
     assert found.fitness.rate != 0.9
+
+
+def test_recall_keeps_the_fields_of_its_own_strategy(tmp_path):
+    mixed = list_members(tiny_study(("flex_moe", "random")))
+    begin(tmp_path, mixed[:1])
+    like = next(m.config for m in mixed if m.config.strategy == "random")
+    like.flex_moe.low = 0.5
+    found = recall(tmp_path / "runs" / mixed[0].name, like)
+    assert found.strategy == "flex_moe" and found.flex_moe.low == 0.8
