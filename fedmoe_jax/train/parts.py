@@ -41,10 +41,10 @@ def name_part(part: Part) -> str:
 
 
 def take_part(members: Sequence[Member], part: Part) -> list[Member]:
-    """The members of one part.
+    """The members of one part, in their order.
 
     Every member is in one part, and parts are about equally much work; runs that share
-    a program are neighbours. A part is empty only where there are fewer members than
+    a program are in few parts. A part is empty only where there are fewer members than
     parts. Machines and what is finished change nothing.
     """
     programs = [guess_program(member.config) for member in members]
@@ -55,7 +55,8 @@ def take_part(members: Sequence[Member], part: Part) -> list[Member]:
     )
     ordered = [members[at] for at in sorted(range(len(members)), key=place)]
     number, parts = part
-    return cut_evenly(ordered, parts)[number - 1]
+    chosen = {member.name for member in cut_evenly(ordered, parts)[number - 1]}
+    return [member for member in members if member.name in chosen]
 
 
 def guess_program(config: ConfigDict) -> Hashable:

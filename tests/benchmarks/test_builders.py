@@ -138,7 +138,7 @@ def test_the_mixture_is_ours(runners, traced):
     capacity = count_capacity(federation.devices, hyper.devices.buffer, workload)
     held = np.clip(capacity, 1, program.sizes.max_held)
     assert tuple(held) == works.HELD
-    flops = count_forward_flops(program.model, program.batch)
+    flops = dict(count_forward_flops(program.model, program.batch))
     active = np.minimum(works.HELD, works.ACTIVE).mean()
     total = flops.pop("experts") * active + sum(flops.values())
     assert total == pytest.approx(2 * sum(works.layer_macs("mixture")), rel=0.05)
