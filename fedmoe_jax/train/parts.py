@@ -47,16 +47,22 @@ def take_part(members: Sequence[Member], part: Part) -> list[Member]:
     a program are in few parts. A part is empty only where there are fewer members than
     parts. Machines and what is finished change nothing.
     """
+    number, parts = part
+    chosen = {
+        member.name for member in cut_evenly(sort_members(members), parts)[number - 1]
+    }
+    return [member for member in members if member.name in chosen]
+
+
+def sort_members(members: Sequence[Member]) -> list[Member]:
+    """Members in an order in which runs that share a program are neighbours."""
     programs = [guess_program(member.config) for member in members]
     strategies = [member.config.strategy for member in members]
     place = lambda at: (
         programs.index(programs[at]),
         strategies.index(strategies[at]),
     )
-    ordered = [members[at] for at in sorted(range(len(members)), key=place)]
-    number, parts = part
-    chosen = {member.name for member in cut_evenly(ordered, parts)[number - 1]}
-    return [member for member in members if member.name in chosen]
+    return [members[at] for at in sorted(range(len(members)), key=place)]
 
 
 def guess_program(config: ConfigDict) -> Hashable:
