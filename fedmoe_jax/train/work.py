@@ -104,13 +104,13 @@ def goes_on(
 ) -> bool:
     """Whether a wave that has begun is taken up again.
 
-    Not if the rows of a run that it lacks were removed, which starts again, or if
-    nothing has the config of a run that it needs.
+    Not if it is finished, if the rows of a run that it lacks were removed, which starts
+    again, or if nothing has the config of a run that it needs.
     """
     holds = lambda name, file: (name_folder(workdir, name) / file).is_file()
-    return all(holds(name, METRICS) for name in unfinished) and all(
-        name in configs or holds(name, "config.json") for name in names
-    )
+    known = all(name in configs or holds(name, "config.json") for name in names)
+    begun = all(holds(name, METRICS) for name in unfinished)
+    return bool(unfinished) and known and begun
 
 
 def recall(folder: Path, like: ConfigDict) -> ConfigDict:
