@@ -207,8 +207,10 @@ def list_flips(campaign: Campaign) -> list[Callable[[], Trial]]:
     trials = []
     for number in range(FLIPS):
         source = (campaign.whole, campaign.part)[number % 2]
-        files = [path for path in source.rglob("*") if path.is_file()]
-        file = campaign.draw.choice(sorted(files)).relative_to(source)
+        among = campaign.draw.choice([source, source / "checkpoints"])
+        found = among.glob("*" if among == source else "**/*")
+        file = campaign.draw.choice(sorted(path for path in found if path.is_file()))
+        file = file.relative_to(source)
         act = campaign.draw.choice([flip, flip, cut, remove])
         trials.append(partial(damage, number, source, file, act))
     return trials
