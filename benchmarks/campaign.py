@@ -1,6 +1,6 @@
 """Every way in which a run can end, tried on the command line: what is lost, silently?
 
-    python -m benchmarks.campaign                    all, about 25 minutes on 2 cores
+    python -m benchmarks.campaign                    all
     python -m benchmarks.campaign --trials=kills     one of its parts, printed alone
 
 Each trial disturbs a small run on the digits, gives its command again and compares what
