@@ -83,7 +83,7 @@ def begin(workdir: Path, *words: str, cache: Path) -> subprocess.Popen:
     variables = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     pipe = subprocess.PIPE
     return subprocess.Popen(

@@ -19,13 +19,17 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# Compiled programs are shared by the files and runs of the suite, not with the user.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build/programs")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
 import hypothesis
 import jax
 
 # [N] + [N, E] is an error in tests: a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# `launch.main`, called by tests, would keep every later program in the user's cache.
-jax.config.update("jax_enable_compilation_cache", False)
 
 hypothesis.settings.register_profile(
     "fedmoe", deadline=None, derandomize=True, database=None

@@ -12,17 +12,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from fedmoe_jax.config import (
-    AT_MOST,
-    FREE_FIELDS,
-    MULTIPLE,
-    describe_field,
-    list_options,
-    validate,
-)
+from fedmoe_jax.config import describe_field, list_options, validate
 from fedmoe_jax.data.images import label_images
 from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
+from fedmoe_jax.fields import AT_MOST, FREE_FIELDS, MULTIPLE
 from fedmoe_jax.options import TRACED, Range, UserError
 from fedmoe_jax.program import build_program, make_hyper
 from fedmoe_jax.runtime.files import flatten

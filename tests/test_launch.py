@@ -34,7 +34,7 @@ TINY += [f"--config.{name}={value}" for name, value in SIZES.items()]
 # Starts launch.py after replacing `MODULE.NAME` so that the process sends itself SIGNAL
 # right after that function has seen round ROUND.
 INTERRUPT = """
-import importlib, os, runpy, sys
+import importlib, os, runpy, sys, time
 module, name, number, last = sys.argv[1:5]
 module = importlib.import_module(module)
 real = getattr(module, name)
@@ -43,6 +43,7 @@ def interrupted(*args):
     done = args[1]
     if done == int(last):
         os.kill(os.getpid(), int(number))
+        time.sleep(0.5)  # until the thread that hears signals has had its turn
     return result
 setattr(module, name, interrupted)
 sys.argv = sys.argv[5:]
@@ -242,7 +243,7 @@ def start(cache, *words):
     env = os.environ | {
         "PYTHONPATH": find_importable(),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     ran = subprocess.run(
         [sys.executable, *words], env=env, cwd=cache, capture_output=True, text=True

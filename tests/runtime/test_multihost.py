@@ -45,6 +45,8 @@ main = launch.main
 def changed(argv, stop):  # in the child that the guard has split off
     from fedmoe_jax.train import loop as driver
     from fedmoe_jax.report import page as report
+    from fedmoe_jax.runtime import multihost
+    multihost.HEARTBEAT_SECONDS = 8  # a death is noticed sooner
     report.write_report = lambda workdir, *others: workdir / "report.html"
     list_rows = driver.list_rows
     def interrupted(config, done, *others):
@@ -91,7 +93,7 @@ def launch(tmp_path_factory):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(EIGHT_DEVICES, ""),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
     def run(*words, struck=None, extra=()):

@@ -1,11 +1,14 @@
 """The folder of a run keeps what the run was started with."""
 
+import random
+
 import pytest
 
 from fedmoe_jax.configs import default
 from fedmoe_jax.options import UserError
 from fedmoe_jax.train.workdir import (
     check_plugins,
+    check_workdir,
     has_begun,
     keep_devices,
     own_workdir,
@@ -74,3 +77,25 @@ def test_check_plugins_names_those_of_the_run(tmp_path):
     told = r"plug-ins none .* --plugins=one,two .*load_plugins\('one', 'two'\)"
     with pytest.raises(UserError, match=told):
         check_plugins(tmp_path)
+
+
+def test_a_flipped_bit_in_a_config_is_named(tmp_path):
+    """Each refusal is one line; a flip may also say the same or of a free field."""
+    config, draw = default.get_config("smoke"), random.Random(0)
+    claim_workdir(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n')
+    path = tmp_path / "config.json"
+    whole, refused = path.read_bytes(), 0
+    dots = [
+        whole.replace(b'"min_size"', name) for name in (b'"mi._size"', b'"__class__"')
+    ]
+    for number in range(200):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes([*dots, *[data] * 200][number])
+        try:
+            check_workdir(tmp_path, config)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 150

@@ -1,0 +1,415 @@
+"""Every field of a config: its values, its scope and its meaning, in tables.
+
+Strategies, processes and models bring fields of their own, in their records.
+"""
+
+from fedmoe_jax.data.load import DATASETS
+from fedmoe_jax.data.partition import KINDS
+from fedmoe_jax.models import MODELS
+from fedmoe_jax.models.image_parts import EXPERTS, STEMS
+from fedmoe_jax.options import (
+    COUNT,
+    NON_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    STATIC,
+    TRACED,
+    Option,
+    Range,
+)
+from fedmoe_jax.world.devices import WIDEST
+
+# Fields that may change between the calls that run and resume one simulation. A
+# comparison's lists may, as its runs are checked one by one.
+FREE_FIELDS = frozenset(
+    {
+        "num_rounds",
+        "data.dir",
+        "evaluation.targets",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "run.memory_limit_gb",
+        "run.tensorboard",
+        "compare.strategies",
+        "compare.changes",
+        "compare.seeds",
+    }
+)
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "seed",
+        Range(0, 2**31 - 1),
+        "seed of the split, the devices, the initial weights and every draw",
+    ),
+    Option(
+        "num_rounds",
+        COUNT,
+        "federated rounds, a multiple of eval_every; may grow when a run is resumed",
+    ),
+    Option(
+        "eval_every",
+        COUNT,
+        "rounds from one evaluation to the next, a multiple of chunk_rounds",
+    ),
+    Option("chunk_rounds", COUNT, "rounds in one compiled call", STATIC),
+    Option("num_clients", COUNT, "clients in the population"),
+    Option("cohort_size", COUNT, "clients of a round, at most num_clients"),
+    Option("num_experts", COUNT, "experts of the server's model"),
+    Option(
+        "max_held", COUNT, "expert slots of the largest client, at most num_experts"
+    ),
+    Option(
+        "num_active",
+        COUNT,
+        "experts that the gate mixes for an example, at most max_held",
+    ),
+    Option("local_steps", COUNT, "optimiser steps of a client in a round"),
+    Option(
+        "local_epochs",
+        NON_NEGATIVE,
+        "passes over the client's data in a round; 0: local_steps instead",
+    ),
+    Option("batch_size", COUNT, "examples of a local step"),
+    Option(
+        "strategy",
+        None,
+        "name of the strategy, which decides which client trains which experts; see "
+        "docs/strategies.md",
+    ),
+    Option(
+        "plugins",
+        None,
+        "modules whose records have joined the tables; set by --plugins",
+    ),
+    Option(
+        "data.name",
+        DATASETS,
+        "data set: scikit-learn's digits, a synthetic task whose best "
+        "assignment is known, or CIFAR-10 from TFDS",
+    ),
+    Option(
+        "data.public",
+        NON_NEGATIVE,
+        "training examples that the server sets aside, drawn at random",
+    ),
+    Option(
+        "data.dir",
+        None,
+        "TFDS folder; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets",
+    ),
+    Option(
+        "partition.kind",
+        tuple(KINDS),
+        "division of the examples: Dirichlet over labels, shards of sorted "
+        "labels, skewed sizes, equal shares at random, or the data set's own clients",
+    ),
+    Option(
+        "partition.alpha",
+        POSITIVE,
+        "concentration of dirichlet (labels) and quantity (sizes); small is skewed",
+    ),
+    Option("partition.classes_per_client", COUNT, "shards of each client, of shards"),
+    Option("partition.min_size", COUNT, "examples that every client gets at least"),
+    Option("model.kind", MODELS, "builder of the model"),
+    Option(
+        "model.stem",
+        tuple(STEMS),
+        "stem: none, one hidden layer, two convolutions at half or at full "
+        "resolution, or ResNet-8",
+    ),
+    Option("model.stem_width", COUNT, "hidden units or channels of the stem"),
+    Option(
+        "model.expert",
+        tuple(EXPERTS),
+        "expert: one layer, one hidden layer, or a convolution and a layer",
+    ),
+    Option("model.expert_width", COUNT, "hidden units or channels of an expert"),
+    Option(
+        "model.feature_width",
+        COUNT,
+        "outputs of an expert; a dense one has expert_width",
+    ),
+    Option(
+        "model.stem_dropout",
+        Range(0, 1, open_high=True),
+        "share of the stem's outputs that training drops",
+    ),
+    Option(
+        "model.expert_dropout",
+        Range(0, 1, open_high=True),
+        "share of each expert's outputs that training drops",
+    ),
+    Option(
+        "gate.mode",
+        ("global", "holder_rows", "personal"),
+        "gate rows: averaged over all clients, over the expert's holders "
+        "alone, or kept by each client",
+    ),
+    Option(
+        "loss.calibration",
+        NON_NEGATIVE,
+        "weight of -log(gate mass on held experts) in the local loss",
+        TRACED,
+    ),
+    Option(
+        "loss.load", NON_NEGATIVE, "weight of the Switch load-balancing loss", TRACED
+    ),
+    Option("loss.z", NON_NEGATIVE, "weight of the router z-loss", TRACED),
+    Option("client.optimizer", ("sgd", "adam"), "optimiser of the local steps", STATIC),
+    Option("client.learning_rate", POSITIVE, "step size of the local steps", TRACED),
+    Option("client.momentum", Range(0, 1, open_high=True), "momentum of sgd", STATIC),
+    Option("client.prox", NON_NEGATIVE, "mu of the FedProx term; 0: none", TRACED),
+    Option(
+        "server.optimizer",
+        ("sgd", "momentum", "adam", "yogi", "adagrad"),
+        "optimiser that takes the mean update as a gradient",
+        STATIC,
+    ),
+    Option(
+        "server.learning_rate",
+        POSITIVE,
+        "step size of the server; 1 with sgd is plain averaging",
+        TRACED,
+    ),
+    Option(
+        "merge.weight",
+        ("examples", "routed"),
+        "weight of an update in an expert's mean: examples that its client "
+        "owns, or those routed through the expert",
+    ),
+    Option(
+        "fitness.feedback",
+        ("accuracy", "loss", "mixed"),
+        "feedback of a client about an expert: gate-weighted training "
+        "accuracy, exp(-loss_scale * loss), or accuracy mixed with frequency",
+        STATIC,
+    ),
+    Option(
+        "fitness.rate",
+        Range(0, 1, open_low=True),
+        "weight of the newest feedback in the moving average",
+        TRACED,
+    ),
+    Option(
+        "fitness.idle",
+        ("keep", "decay", "prior"),
+        "score of a pair without feedback in a round: it stays, decays to 0, "
+        "or decays to the prior",
+        STATIC,
+    ),
+    Option(
+        "fitness.idle_decay",
+        SHARE,
+        "share of its distance to 0 or the prior that such a score keeps",
+        TRACED,
+    ),
+    Option("fitness.prior", SHARE, "score before any feedback", TRACED),
+    Option(
+        "fitness.noise",
+        SHARE,
+        "half the width of the initial scores' noise; 0: experts are drawn at first",
+        TRACED,
+    ),
+    Option(
+        "fitness.exploration",
+        SHARE,
+        "chance that a client's scores are random in a round",
+        TRACED,
+    ),
+    Option(
+        "fitness.loss_scale",
+        NON_NEGATIVE,
+        "alpha of exp(-alpha * loss), of loss",
+        TRACED,
+    ),
+    Option(
+        "fitness.frequency_share",
+        SHARE,
+        "share of the gate frequency in the feedback, of mixed",
+        TRACED,
+    ),
+    Option("usage.decay", SHARE, "share of the usage that a round keeps", TRACED),
+    Option(
+        "weights.fitness",
+        NON_NEGATIVE,
+        "weight of the normalised fitness in the desirability",
+        TRACED,
+    ),
+    Option(
+        "weights.usage",
+        NON_NEGATIVE,
+        "weight of the normalised usage, which is subtracted",
+        TRACED,
+    ),
+    Option(
+        "devices.csv",
+        None,
+        "file of your own devices, instead of tiers; see docs/world.md",
+    ),
+    Option(
+        "devices.tiers", None, "kinds of device, names of presets in world/devices.py"
+    ),
+    Option(
+        "devices.shares", None, "share of each kind in the population; they sum to 1"
+    ),
+    Option(
+        "devices.spread",
+        Range(0, WIDEST),
+        "standard deviation of the log of each capability within a kind",
+    ),
+    Option(
+        "devices.free_memory",
+        Range(0, 1, open_low=True),
+        "share of the memory that training gets",
+    ),
+    Option(
+        "devices.model_scale",
+        POSITIVE,
+        "bytes and FLOPs of the model that one simulated byte or FLOP stands for",
+    ),
+    Option(
+        "devices.deadline",
+        POSITIVE,
+        "seconds of a round after which an update is late",
+        STATIC,
+    ),
+    Option(
+        "devices.communication_share",
+        Range(0, 1, open_low=True, open_high=True),
+        "share of the deadline for the links",
+        STATIC,
+    ),
+    Option(
+        "devices.buffer",
+        Range(0, 1, open_high=True),
+        "share of every resource that the server keeps in reserve",
+        TRACED,
+    ),
+    Option(
+        "devices.overload",
+        ("ignore", "lose"),
+        "update of a client that holds more than its memory: it counts all "
+        "the same, or is lost",
+        STATIC,
+    ),
+    Option(
+        "profile.kind",
+        ("oracle", "self_reported", "estimated"),
+        "capacity that the server believes: the truth, reports with errors, "
+        "or estimates from times and failures",
+        STATIC,
+    ),
+    Option("profile.refresh", COUNT, "rounds from one profile to the next", TRACED),
+    Option(
+        "profile.deviation",
+        Range(0, 1, open_high=True),
+        "largest relative error of a report",
+        TRACED,
+    ),
+    Option(
+        "profile.fixed",
+        SHARE,
+        "share of the error that is each client's constant bias",
+        TRACED,
+    ),
+    Option(
+        "profile.rate",
+        Range(0, 1, open_low=True),
+        "weight of the newest observation in the estimates",
+        TRACED,
+    ),
+    Option(
+        "profile.exploration",
+        SHARE,
+        "chance that a client is given one expert more in a round, of estimated",
+        TRACED,
+    ),
+    Option(
+        "profile.caution",
+        Range(1),
+        "experts by which a failure lowers the estimate",
+        TRACED,
+    ),
+    Option(
+        "reaction.kind",
+        ("none", "reset", "hasten"),
+        "reaction when a client's feedback falls short of its fitness: its "
+        "scores are reset, or learn faster",
+        STATIC,
+    ),
+    Option(
+        "reaction.slack", NON_NEGATIVE, "shortfall of fitness that is tolerated", TRACED
+    ),
+    Option(
+        "reaction.threshold",
+        POSITIVE,
+        "accumulated shortfall that raises an alarm",
+        TRACED,
+    ),
+    Option(
+        "reaction.haste",
+        Range(1),
+        "rounds of learning in one after an alarm, of hasten",
+        TRACED,
+    ),
+    Option("reaction.rounds", NON_NEGATIVE, "rounds of haste after an alarm", TRACED),
+    Option(
+        "reaction.evidence",
+        COUNT,
+        "scores of a pair before its shortfall counts",
+        TRACED,
+    ),
+    Option(
+        "evaluation.dense_experts",
+        COUNT,
+        "largest number of experts of which each one sees every test image; "
+        "beyond it only those that some gate chooses",
+    ),
+    Option(
+        "evaluation.clients",
+        NON_NEGATIVE,
+        "clients whose personal accuracy is evaluated, at most, where parts are "
+        "personal or more sets of held experts are possible: a sample drawn from "
+        "the seed, of those that have taken part; 0: all",
+        STATIC,
+    ),
+    Option(
+        "evaluation.targets",
+        None,
+        "global accuracies in (0, 1] to which the report counts rounds; none: 50, 80, "
+        "90 and 95 % of the best control's final one",
+    ),
+    Option(
+        "checkpoint.every",
+        COUNT,
+        "rounds from one checkpoint to the next, a multiple of chunk_rounds",
+    ),
+    Option("checkpoint.keep", COUNT, "newest checkpoints that stay on disk"),
+    Option("run.client_chunk", COUNT, "clients vmapped at once on each device", STATIC),
+    Option(
+        "run.num_devices",
+        NON_NEGATIVE,
+        "devices of all processes together; 0: all, at most one per client",
+    ),
+    Option(
+        "run.memory_limit_gb",
+        POSITIVE,
+        "estimated memory beyond which a run is refused, GB",
+    ),
+    Option("run.tensorboard", None, "whether TensorBoard events are written"),
+)
+
+# (field, other): field <= other
+AT_MOST = (
+    ("cohort_size", "num_clients"),
+    ("max_held", "num_experts"),
+    ("num_active", "max_held"),
+)
+
+# (field, other): field is a whole multiple of other
+MULTIPLE = (
+    ("num_rounds", "eval_every"),
+    ("eval_every", "chunk_rounds"),
+    ("checkpoint.every", "chunk_rounds"),
+)
