@@ -263,7 +263,7 @@ def aggregate(
     """
     if state.stale:
         sums = add_stale(sums, state.stale, hyper.late.discount)
-    tx = server_optimizer(static.server.optimizer, hyper.server.learning_rate)
+    tx = server_optimizer(static.server, hyper.server.learning_rate)
     return merge(state.params, state.server_opt, sums, tx)
 
 

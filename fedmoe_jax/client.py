@@ -73,9 +73,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         received = take_submodel(
             params, inputs.personal, inputs.held, strategy.local_experts
         )
-        tx = client_optimizer(
-            static.client.optimizer, hyper.client.learning_rate, static.client.momentum
-        )
+        tx = client_optimizer(static.client, hyper.client.learning_rate)
         draw_key, dropout_key = jax.random.split(key)
         client = inputs.client
         batches = draw_batches(

@@ -216,6 +216,17 @@ def check_drift(values: dict[str, Any]) -> None:
         )
 
 
+def check_schedules(values: dict[str, Any]) -> None:
+    """Raises UserError for a rate whose warm-up does not end before its cosine."""
+    for side in ("client", "server"):
+        end, warm_up = values[f"{side}.cosine_rounds"], values[f"{side}.warm_up"]
+        if 0 < end <= warm_up:
+            raise UserError(
+                f"{side}.cosine_rounds={end} is not allowed; allowed: 0, or more than "
+                f"{side}.warm_up={warm_up}"
+            )
+
+
 def check_at_most(
     values: dict[str, Any], pairs: Iterable[tuple[str, str]], where: str
 ) -> None:
@@ -265,6 +276,7 @@ def validate(config: ConfigDict) -> None:
         check(name, values[name], allowed, where)
     check_at_most(values, strategy.at_most, where)
     check_drift(values)
+    check_schedules(values)
     check_targets(values["evaluation.targets"])
     for name, other in MULTIPLE:
         if values[name] % values[other]:

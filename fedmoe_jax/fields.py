@@ -36,6 +36,45 @@ FREE_FIELDS = frozenset(
     }
 )
 
+
+def list_rate_options(side: str, gradient: str) -> tuple[Option, ...]:
+    """The fields that optimisers of `client` and `server` have in common."""
+    return (
+        Option(
+            f"{side}.weight_decay",
+            NON_NEGATIVE,
+            "weights times this are part of the gradient, or decay apart from it with "
+            "adamw; 0: none",
+            STATIC,
+        ),
+        Option(
+            f"{side}.clip",
+            NON_NEGATIVE,
+            f"largest norm of {gradient} over the whole model; 0: any",
+            STATIC,
+        ),
+        Option(
+            f"{side}.warm_up",
+            Range(0),
+            f"rounds in which {side}.learning_rate is reached linearly",
+            STATIC,
+        ),
+        Option(
+            f"{side}.cosine_rounds",
+            Range(0),
+            f"round from which {side}.learning_rate is {side}.floor of itself, at the "
+            "end of half a cosine; 0: it stays",
+            STATIC,
+        ),
+        Option(
+            f"{side}.floor",
+            SHARE,
+            f"share of {side}.learning_rate that the cosine ends at",
+            STATIC,
+        ),
+    )
+
+
 OPTIONS: tuple[Option, ...] = (
     Option(
         "seed",
@@ -156,14 +195,21 @@ OPTIONS: tuple[Option, ...] = (
         "loss.load", NON_NEGATIVE, "weight of the Switch load-balancing loss", TRACED
     ),
     Option("loss.z", NON_NEGATIVE, "weight of the router z-loss", TRACED),
-    Option("client.optimizer", ("sgd", "adam"), "optimiser of the local steps", STATIC),
+    Option(
+        "client.optimizer",
+        ("sgd", "adam", "adamw"),
+        "optimiser of the local steps",
+        STATIC,
+    ),
     Option("client.learning_rate", POSITIVE, "step size of the local steps", TRACED),
     Option("client.momentum", Range(0, 1, open_high=True), "momentum of sgd", STATIC),
     Option("client.prox", NON_NEGATIVE, "mu of the FedProx term; 0: none", TRACED),
+    *list_rate_options("client", "a client's gradient"),
     Option(
         "server.optimizer",
-        ("sgd", "momentum", "adam", "yogi", "adagrad"),
-        "optimiser that takes the mean update as a gradient",
+        ("sgd", "momentum", "adam", "adamw", "fedadam", "yogi", "adagrad"),
+        "optimiser that takes the mean update as a gradient; fedadam is the published "
+        "form of adam, without correction of bias",
         STATIC,
     ),
     Option(
@@ -172,6 +218,7 @@ OPTIONS: tuple[Option, ...] = (
         "step size of the server; 1 with sgd is plain averaging",
         TRACED,
     ),
+    *list_rate_options("server", "the mean update"),
     Option(
         "merge.weight",
         ("examples", "routed"),

@@ -291,6 +291,17 @@ MEASURES: dict[str, Measure] = {
     ),
     "mean_dropped_clients": Measure("dropped_clients", MEAN),
     "mean_simulated_seconds": Measure("simulated_seconds", MEAN),
+    "diverged": Measure(
+        "diverged",
+        MAX,
+        "Diverged",
+        "share of the runs in which half or more of a round's updates were not finite, "
+        "or the training loss ran away to ten times that of the first round",
+        better=-1,
+        digits=2,
+        trivial=0.0,
+        printed=True,
+    ),
     "drift_alarms": Measure("drift_alarms", TOTAL),
     "nonfinite_clients": Measure("nonfinite_clients", TOTAL),
 }

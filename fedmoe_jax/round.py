@@ -21,6 +21,7 @@ from fedmoe_jax.capacity import learn_devices, measure_capacity
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply, build_train_cohort, exchange, renew_clients
 from fedmoe_jax.metrics import measure
+from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.types import Array, Federation, Hyper, RoundFn, SimState, make_keys
@@ -51,6 +52,7 @@ def round_step(
       The state after the round, shaped as before, and the round's metrics.
     """
     keys = make_keys(state.key, state.round)
+    hyper = schedule_rates(hyper, state.round, program.static)
 
     # 1 world
     world = step_world(state.world, keys, state.round, hyper, program.processes)

@@ -52,7 +52,7 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> tuple[SimState, Py
     params, frozen = take_frozen(*program.model.init(params_key), strategy)
     zeros = lambda leaf: jnp.zeros((sizes.num_clients, *leaf.shape), leaf.dtype)
     copies = lambda leaf: jnp.tile(leaf[None], (sizes.num_clients,) + (1,) * leaf.ndim)
-    tx = server_optimizer(static.server.optimizer, hyper.server.learning_rate)
+    tx = server_optimizer(static.server, hyper.server.learning_rate)
     state = SimState(
         round=jnp.zeros((), jnp.int32),
         key=run_key,

@@ -21,7 +21,7 @@ from fedmoe_jax.aggregate import (
 from fedmoe_jax.cohort import keep_if
 from fedmoe_jax.moe_layers import LAYERED, layer_names
 from fedmoe_jax.optimizers import server_optimizer
-from fedmoe_jax.program import resolve
+from fedmoe_jax.program import make_static, resolve
 from fedmoe_jax.strategies import find_strategy
 
 pytestmark = pytest.mark.slow
@@ -133,14 +133,19 @@ def sum_up(params, inputs, updates, size, *, gate_mode, weight):
     return jax.tree.map(lambda leaf: leaf[0], sums)
 
 
+def build_server(name, learning_rate):
+    static = make_static(make_config(**{"server.optimizer": name}))
+    return server_optimizer(static.server, learning_rate)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def server_step(name, params, opt_state, sums, learning_rate):
-    return merge(params, opt_state, sums, server_optimizer(name, learning_rate))
+    return merge(params, opt_state, sums, build_server(name, learning_rate))
 
 
 def init_server(name, params):
     tree = jax.tree.map(jnp.asarray, params)
-    return tree, server_optimizer(name, jnp.float32(1.0)).init(tree)
+    return tree, build_server(name, jnp.float32(1.0)).init(tree)
 
 
 # ---- the slow twin
@@ -351,7 +356,7 @@ def assert_moved(tree, old, weight):
                 assert moved[trained].all() and not moved[~trained].any()
 
 
-OPTIMIZERS = [("momentum", 1), ("adam", 2), ("yogi", 2), ("adagrad", 1)]
+OPTIMIZERS = [("momentum", 1), ("adam", 2), ("fedadam", 2), ("yogi", 2), ("adagrad", 1)]
 TRAINED = ([1, 0, 1, 1], [1, 1, 1, 0])  # experts of each layer
 GATE_ROWS = ([0, 1, 1, 1], [1, 0, 0, 1])
 

@@ -66,10 +66,20 @@ def get_config(argument: str = "") -> ConfigDict:
     config.client.learning_rate = 0.02
     config.client.momentum = 0.9
     config.client.prox = 0.0
+    config.client.weight_decay = 0.0
+    config.client.clip = 0.0
+    config.client.warm_up = 0
+    config.client.cosine_rounds = 0
+    config.client.floor = 0.0
 
     config.server = ConfigDict()
     config.server.optimizer = "sgd"
     config.server.learning_rate = 1.0
+    config.server.weight_decay = 0.0
+    config.server.clip = 0.0
+    config.server.warm_up = 0
+    config.server.cosine_rounds = 0
+    config.server.floor = 0.0
 
     config.merge = ConfigDict()
     config.merge.weight = "examples"

@@ -50,8 +50,8 @@ def add_prox(config: ConfigDict) -> ConfigDict:
 
 
 def use_adam(config: ConfigDict) -> ConfigDict:
-    """FedAdam (arXiv 2003.00295): Adam on the server, seeing deltas as gradients."""
-    config.server.optimizer = "adam"
+    """FedAdam (arXiv 2003.00295): a server that sees deltas as Adam's gradients."""
+    config.server.optimizer = "fedadam"
     config.server.learning_rate = config.fedadam.server_learning_rate
     return config
 

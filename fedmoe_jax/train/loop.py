@@ -1,6 +1,7 @@
 """The loop on the host: compiled chunks of rounds, evaluation, rows, checkpoints."""
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -263,8 +264,7 @@ def drive(
                 job, programs, state, inputs, evaluated
             )
             rows = list_rows(config, done, metrics, accuracies, clock, spent)
-            write(rows)
-            update([run_rows[-1] for run_rows in rows])
+            update([run_rows[-1] for run_rows in write(rows)])
             last, spent = stop() or done >= total, {}
             if store and (last or done % config.checkpoint.every == 0):
                 spent = save(store, done, state, job.folders)
@@ -357,8 +357,11 @@ def restore_frozen(job: Job, checkpoints: Path, done: int) -> tuple[PyTree, PyTr
 @contextlib.contextmanager
 def open_writers(
     config: ConfigDict, job: Job, done: int
-) -> Iterator[Callable[[list[list[Row]]], None]]:
-    """Yields `write(rows)`, which appends every run's rows; only the leader writes."""
+) -> Iterator[Callable[[list[list[Row]]], list[list[Row]]]]:
+    """Yields `write(rows)`, which appends every run's rows; only the leader writes.
+
+    It returns them as they are on disk, on other processes as they came.
+    """
     with contextlib.ExitStack() as stack:
         board = config.run.tensorboard
         writers = [
@@ -367,10 +370,16 @@ def open_writers(
             if multihost.is_leader()
         ]
 
-        def write(rows: list[list[Row]]) -> None:
-            for writer, run_rows in zip(writers, rows, strict=multihost.is_leader()):
-                for row in run_rows:
-                    job.on_row(writer(row))
+        def write(rows: list[list[Row]]) -> list[list[Row]]:
+            if not multihost.is_leader():
+                return rows
+            written = [
+                list(map(writer, run_rows))
+                for writer, run_rows in zip(writers, rows, strict=True)
+            ]
+            for row in itertools.chain(*written):
+                job.on_row(row)
+            return written
 
         yield write
 

@@ -22,6 +22,7 @@ from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.text import shorten
 from fedmoe_jax.runtime.files import plain, write_atomically
 from fedmoe_jax.train.board import open_board
+from fedmoe_jax.train.divergence import watch
 
 METRICS = "metrics.jsonl"
 
@@ -82,7 +83,8 @@ def open_metrics(
     A row is on disk when `write` returns. TensorBoard's events are a convenience, see
     `board`.
 
-    The row also gets the sums so far of the measures that are `running`.
+    The row also gets the sums so far of the measures that are `running`, and whether
+    the run has diverged, see `divergence`.
 
     Args:
       folder: an existing folder; None to write nothing.
@@ -90,12 +92,13 @@ def open_metrics(
       tensorboard: whether to write TensorBoard events too.
     """
     if folder is None:
-        sums = dict.fromkeys(running_fields(MEASURES), 0.0)
-        yield lambda row: plain(row | add_costs(sums, row))
+        sums, look = dict.fromkeys(running_fields(MEASURES), 0.0), watch([])
+        yield lambda row: plain(row | add_costs(sums, row) | look(row))
         return
     path = Path(folder) / METRICS
     truncate_metrics(path, done)
-    last = (read_metrics(path) or [{}])[-1]
+    rows = read_metrics(path)
+    last, look = (rows or [{}])[-1], watch(rows)
     totals = {key: last.get(f"total_{key}", 0.0) for key in running_fields(MEASURES)}
     with ExitStack() as stack:
         file = stack.enter_context(path.open("a", encoding="utf-8"))
@@ -104,7 +107,7 @@ def open_metrics(
             show = stack.enter_context(open_board(Path(folder), done))
 
         def write(row: Row) -> Row:
-            row = row | add_costs(totals, row)
+            row = row | add_costs(totals, row) | look(row)
             file.write(_line(row))
             file.flush()
             show(row)
@@ -196,6 +199,7 @@ def _bar(console: Console) -> Progress:
         MofNCompleteColumn(),
         TextColumn("global {task.fields[global]}  personal {task.fields[personal]}"),
         TextColumn("load CV {task.fields[cv]}  left {task.fields[left]}"),
+        TextColumn("{task.fields[diverged]}"),
         console=console,
     )
 
@@ -210,9 +214,9 @@ def _advance(bar: Progress, task: Any, row: Row, pace: float, total: int) -> Non
 def _print_row(label: str, row: Row, pace: float, total: int, stream: TextIO) -> None:
     shown = _shown(row, pace, total)
     line = "{}round {}/{}  global {global}  personal {personal}  load CV {cv}  "
-    line += "{pace:.2g} s/round  left {left}"
+    line += "{pace:.2g} s/round  left {left}  {diverged}"
     text = line.format(label, row["round"], total, pace=pace, **shown)
-    print(text, file=stream, flush=True)
+    print(text.rstrip(), file=stream, flush=True)
 
 
 def _shown(row: Row, pace: float, total: int) -> dict[str, Any]:
@@ -222,6 +226,7 @@ def _shown(row: Row, pace: float, total: int) -> dict[str, Any]:
         "personal": _number(row.get("personal_accuracy"), 3),
         "cv": _number(row.get("load_cv"), 2),
         "left": "-" if seconds is None else _clock(seconds),
+        "diverged": "DIVERGED" if row.get("diverged") else "",
     }
 
 

@@ -376,10 +376,11 @@ def first_round(strategy):
     return np.array(state.params["head"]["kernel"] - before), state
 
 
-def test_fedadam_is_adam_on_what_fedavg_adds():
+def test_fedadam_steps_on_what_fedavg_adds():
     mean, _ = first_round("fedavg")
     found, _ = first_round("fedadam")
-    expected = 0.01 * mean / (np.abs(mean) + 1e-3)  # its first step, eps 1e-3
+    square = 0.99 * 1e-6 + 0.01 * mean**2  # starts at tau^2
+    expected = 0.01 * 0.1 * mean / (np.sqrt(square) + 1e-3)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
 
 

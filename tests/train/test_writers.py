@@ -25,10 +25,15 @@ def write_rows(folder, rows, done=0, tensorboard=False):
             write(one)
 
 
+def is_given(name):
+    """Whether a field is the run's own, no sum of costs and no verdict on it."""
+    return name != "diverged" and not name.startswith("total_")
+
+
 def read_rows(folder):
-    """The rows as they were written, without the sums of costs."""
+    """The rows as they were given."""
     rows = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in one.items() if k[:6] != "total_"} for one in rows]
+    return [{k: v for k, v in one.items() if is_given(k)} for one in rows]
 
 
 def read_events(folder) -> list[Event]:
@@ -142,7 +147,7 @@ def test_open_metrics_gives_tensorboard_scalars_and_vectors(tmp_path):
         (value.tag, event.step): value.simple_value
         for event in read_events(tmp_path)
         for value in event.summary.value
-        if value.tag[:6] != "total_"
+        if is_given(value.tag)
     }
     assert found == {
         ("train_loss", 2): 0.5,
