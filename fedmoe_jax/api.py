@@ -72,6 +72,10 @@ def run(
 ) -> Run:
     """Runs one config, with progress on stdout.
 
+    Signals are the caller's, unlike those of `launch.py`: a KeyboardInterrupt ends the
+    run at once, and the next call goes on from the newest checkpoint, up to
+    `checkpoint.every` rounds before.
+
     Args:
       config: of one run, from `fedmoe_jax.configs.default.get_config()` say.
       workdir: its folder, as of `launch.py`; a run there is resumed. None writes

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from fedmoe_jax.configs import default
-from fedmoe_jax.fields import AT_MOST, FREE_FIELDS, MULTIPLE, OPTIONS
+from fedmoe_jax.fields import AT_MOST, FREE_FIELDS, LISTS, MULTIPLE, OPTIONS
 from fedmoe_jax.options import (
     HOST,
     INT32,
@@ -72,6 +72,9 @@ def list_values(of_plugins: str) -> dict[str, Any]:
 def describe_field(name: str) -> str:
     """The values of a field in words, or the fields of a group; empty for no field."""
     options, defaults = list_options(), list_values(repr(list_defaults()))
+    group, _, leaf = name.rpartition(".")
+    if group == "compare" and leaf in LISTS:
+        return LISTS[leaf][1]
     if name in options:
         return describe_values(options[name], defaults[name])
     return ", ".join(field for field in options if field.startswith(f"{name}."))

@@ -3,6 +3,9 @@
 Strategies, processes and models bring fields of their own, in their records.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.data.partition import KINDS
 from fedmoe_jax.models import MODELS
@@ -16,6 +19,7 @@ from fedmoe_jax.options import (
     TRACED,
     Option,
     Range,
+    is_whole,
 )
 from fedmoe_jax.world.devices import WIDEST
 
@@ -35,6 +39,17 @@ FREE_FIELDS = frozenset(
         "compare.seeds",
     }
 )
+
+
+# The lists of a comparison: what an element is, and what is allowed.
+LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "strategies": (lambda x: isinstance(x, str), "names of strategies, as ('greedy',)"),
+    "changes": (
+        lambda x: isinstance(x, str),
+        "changes, as ('', 'fitness.idle=keep')",
+    ),
+    "seeds": (is_whole, "whole numbers, as (0, 1, 2)"),
+}
 
 
 def list_rate_options(side: str, gradient: str) -> tuple[Option, ...]:

@@ -37,6 +37,12 @@ from fedmoe_jax.runtime.guard import guard, runs_with_others
 from fedmoe_jax.runtime.output import open_missing, secure
 from fedmoe_jax.runtime.stop import Stop, listen
 
+KINDS = {  # of flags that are no text
+    "num_processes": "whole numbers >= 1",
+    "process_id": "whole numbers >= 0",
+    "distributed": "true, false",
+    "profile": "true, false",
+}
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
 
 
@@ -50,6 +56,39 @@ def split_config(text: str) -> tuple[str, ...]:
     return text[:at], text[at + 1 :]
 
 
+def call_config(file: str, words: list[str]) -> Any:
+    """The result of `get_config` of a file, with the argument if there is one.
+
+    Raises:
+      UserError: it has none, takes no argument, or refuses this one.
+    """
+    names: dict[str, Any] = runpy.run_path(file, run_name="config_config")
+    if "get_config" not in names:
+        raise UserError(f"config={file} has no get_config; allowed: one that has")
+    if words and not inspect.signature(names["get_config"]).parameters:
+        raise UserError(
+            f"config={file}:{words[0]} has an argument; allowed: none, as get_config "
+            f"of {file} takes none"
+        )
+    try:
+        return names["get_config"](*words)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def describe_fault(file: str, error: Exception) -> str:
+    """An error in a config's own code on one line, with its place in the file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    lines += [getattr(error, "lineno", None)]  # of a syntax error
+    place = f" in line {lines[0]}" if lines[0] else ""
+    text = " ".join(str(error).split())
+    return (
+        f"config={file} ends in {type(error).__name__}{place} ({text}); allowed: a "
+        "file whose get_config returns a ConfigDict"
+    )
+
+
 class ConfigFile(flags.ArgumentParser):
     """Loads a config's file; ml_collections' own parser takes no colon in its path."""
 
@@ -57,23 +96,21 @@ class ConfigFile(flags.ArgumentParser):
         """The locked config of `FILE[:ARGUMENT]`.
 
         Raises:
-          OSError: there is no such file.
-          UserError: it has no `get_config`, or that refuses the argument with a
-            ValueError or returns something else.
+          UserError: there is no such file, it has no `get_config`, or that refuses the
+            argument with a ValueError, ends in another error or returns something else.
         """
-        file, *words = split_config(argument)
-        names: dict[str, Any] = runpy.run_path(file, run_name="config_config")
-        if "get_config" not in names:
-            raise UserError(f"config={file} has no get_config; allowed: one that has")
-        if words and not inspect.signature(names["get_config"]).parameters:
+        file, *words = split_config(os.path.expanduser(argument))
+        if not Path(file).is_file():
             raise UserError(
-                f"config={argument} has an argument; allowed: none, as get_config of "
-                f"{file} takes none"
+                f"config={argument} is no file; allowed: FILE or FILE:ARGUMENT, a "
+                "Python file with get_config such as configs/default.py"
             )
         try:
-            config = names["get_config"](*words)
-        except ValueError as error:
-            raise UserError(" ".join(str(error).split())) from None
+            config = call_config(file, words)
+        except (UserError, SystemExit):
+            raise
+        except Exception as error:
+            raise UserError(describe_fault(file, error)) from None
         if not isinstance(config, ConfigDict):
             raise UserError(
                 f"config={file} returns a {type(config).__name__} from get_config; "
@@ -180,7 +217,10 @@ def explain(error: Exception) -> str:
         name, text = field.groups()
         allowed = describe_field(name) or "as in the config's file"
         return f"{name}={show(text)} is not allowed; allowed: {allowed}"
-    return f"{lines[-1]}; see --help"
+    flag = re.match(r"flag --(\w+)=(.*?): ", lines[-1])
+    if flag and flag[1] in KINDS:
+        return f"--{flag[1]}={flag[2]} is not allowed; allowed: {KINDS[flag[1]]}"
+    return f"{lines[-1]}; allowed: the flags that --help lists"
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -190,7 +230,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except UserError as error:
         sys.exit(refuse(str(error)))
     except flags.Error as error:
-        sys.exit(refuse(f"{error}; see --help"))
+        sys.exit(refuse(explain(error)))
     if {"--help", "-help", "--helpfull"} & set(argv):
         prepare_help()
     try:
@@ -380,7 +420,9 @@ def quiet_orbax() -> None:
 def main(argv: list[str], stop: Stop) -> int:
     """Parses nothing more: flags are absl's. Returns the exit code."""
     if len(argv) > 1:
-        return refuse(f"unexpected argument {argv[1]!r}; see --help")
+        return refuse(
+            f"unexpected argument {argv[1]!r}; allowed: the flags that --help lists"
+        )
     quiet_orbax()
     faulthandler.enable(2)  # absl's would write past `guard`
     command = name_command()

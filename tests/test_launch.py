@@ -116,7 +116,21 @@ BAD = {
     "devices": (["--config.run.num_devices=9"], "run.num_devices=9 .* 0 .all. to 8"),
     "no file": (
         ["--config=configs/none.py"],
-        "No such file or directory: '.*configs/none.py'",
+        "config=configs/none.py is no file; allowed: FILE or FILE:ARGUMENT",
+    ),
+    "a folder": (["--config=configs"], "config=configs is no file; allowed: FILE"),
+    "an empty file name": (["--config="], "config= is no file; allowed: FILE"),
+    "text for processes": (
+        ["--num_processes=x"],
+        "--num_processes=x is not allowed; allowed: whole numbers >= 1",
+    ),
+    "text for a switch": (
+        ["--profile=maybe"],
+        "--profile=maybe is not allowed; allowed: true, false",
+    ),
+    "an open list": (
+        [DIGITS, "--config.compare.seeds=(0,"],
+        r"compare.seeds='\(0,' is not allowed; allowed: whole numbers, as \(0, 1, 2\)",
     ),
     "argument": (
         [f"{SMOKE}y"],
@@ -187,6 +201,13 @@ def test_a_mistake_is_one_line_and_code_2(command, tmp_path, case):
         ),
         ("config = {}", "has no get_config; allowed: one that has"),
         (
+            "def get_config():\n    return 'x'.nope",
+            "ends in AttributeError in line 2 ('str' object has no attribute 'nope'); "
+            "allowed: a file whose get_config returns a ConfigDict",
+        ),
+        ("def get_config(", "ends in SyntaxError in line 1"),
+        ("import none_such", "ends in ModuleNotFoundError in line 1"),
+        (
             "from fedmoe_jax.configs import default\n"
             "def get_config():\n"
             "    config = default.get_config()\n"
@@ -235,6 +256,13 @@ def test_a_config_in_a_folder_with_a_colon_is_read(command, tmp_path):
     file.parent.mkdir(parents=True)
     file.write_text((CONFIGS / "default.py").read_text())
     code, _, err = command(f"--config={file}:smoke", "--config.max_held=9")
+    assert code == 2 and err.startswith("error: max_held=9 is not allowed")
+
+
+def test_a_config_in_the_users_home_is_found(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text((CONFIGS / "default.py").read_text())
+    code, _, err = command("--config=~/mine.py:smoke", "--config.max_held=9")
     assert code == 2 and err.startswith("error: max_held=9 is not allowed")
 
 

@@ -53,6 +53,10 @@ def check_flags(
         raise UserError(
             f"--coordinator_address={address} is not allowed; allowed: HOST:PORT"
         )
+    if num_processes < 1:
+        raise UserError(
+            f"--num_processes={num_processes} is not allowed; allowed: >= 1"
+        )
     if not 0 <= process_id < num_processes:
         raise UserError(
             f"--process_id={process_id} is not allowed; "
@@ -92,7 +96,8 @@ def join(
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes cannot be joined ({str(error).splitlines()[0]}); "
-            "see --coordinator_address and --distributed"
+            "allowed: processes that reach the same --coordinator_address, or "
+            "--distributed where JAX finds them"
         ) from None
     local = address is not None and address.rpartition(":")[0] in LOOPBACK
     return num_processes if local and num_processes else 1

@@ -24,6 +24,17 @@ def add_digest(name: str, text: str, longest: int) -> str:
     return f"{name[: longest - 9]}-{digest}"
 
 
+def caseless_name(text: str, longest: int = LONGEST) -> str:
+    """As `safe_name`, with a digest of a text that has capitals.
+
+    Different texts have names that differ where case does not count, and a text has
+    its name whatever other texts there are.
+    """
+    name = safe_name(text, longest)
+    plain = name != text or text == text.lower()
+    return name if plain else add_digest(name, text, longest)
+
+
 def distinct_name(text: str, taken: set[str], longest: int = LONGEST) -> str:
     """As `safe_name`, and different from those taken where case does not count.
 

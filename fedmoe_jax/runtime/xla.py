@@ -67,7 +67,7 @@ def keep_host() -> None:
 def find_caches() -> Path | None:
     """The user's folder for what can be made again; None without a home."""
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError:
         return None
     return home / "fedmoe_jax"

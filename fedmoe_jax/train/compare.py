@@ -11,26 +11,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fedmoe_jax.config import fill_defaults, list_options, validate
-from fedmoe_jax.options import UserError, is_whole, show
+from fedmoe_jax.fields import LISTS
+from fedmoe_jax.options import UserError, show
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import flatten, plain, read_json
-from fedmoe_jax.runtime.names import distinct_name
+from fedmoe_jax.runtime.names import caseless_name
 from fedmoe_jax.train.parts import WHOLE, Part, name_part, take_part
 from fedmoe_jax.train.plan import Member, load_data, plan_waves
 from fedmoe_jax.train.sweep import name_wave, sweep
 from fedmoe_jax.train.waves import list_unrecorded
 from fedmoe_jax.train.work import find_work
 from fedmoe_jax.train.workdir import own_workdir
-
-# The lists of a comparison: what an element is, and what is allowed.
-LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "strategies": (lambda x: isinstance(x, str), "names of strategies, as ('greedy',)"),
-    "changes": (
-        lambda x: isinstance(x, str),
-        "changes, as ('', 'fitness.idle=keep')",
-    ),
-    "seeds": (is_whole, "whole numbers, as (0, 1, 2)"),
-}
 
 
 def split_change(change: str) -> list[str]:
@@ -56,11 +47,14 @@ def apply_change(config: ConfigDict, change: str) -> None:
             "field other than strategy and seed"
         )
     kind = type(known[name])
+    if kind not in (int, float, str):
+        raise UserError(
+            f"compare.changes has {show(change)}; allowed: fields with a number or a "
+            f"name, which {name}={known[name]!r} has not"
+        )
     try:
-        if kind not in (int, float, str):
-            raise TypeError
         config.update_from_flattened_dict({name: kind(text)})
-    except (TypeError, ValueError):
+    except ValueError:
         raise UserError(
             f"compare.changes has {show(change)}; allowed: a number or name of the "
             f"type of {name}={known[name]!r}"
@@ -116,8 +110,8 @@ def check_distinct(members: Iterable[Member]) -> None:
 def list_members(config: ConfigDict) -> list[Member]:
     """Every run of a comparison, seeds innermost so that programs are shared.
 
-    A name has the strategy, the change and the seed, see `safe_name`; the config has
-    all of a change that is no safe name.
+    A name has the strategy, the change and the seed, see `caseless_name`; the config
+    has all of a change that is no safe name.
 
     Args:
       config: with `compare.strategies`, `compare.changes` (`field=value`, several
@@ -128,10 +122,10 @@ def list_members(config: ConfigDict) -> list[Member]:
         that occurs twice.
     """
     check_lists(config.compare)
-    members, taken = [], set()
+    members = []
     pairs = itertools.product(config.compare.changes, config.compare.strategies)
     for change, strategy in pairs:
-        name = distinct_name(f"{strategy}-{change}" if change else strategy, taken)
+        name = caseless_name(f"{strategy}-{change}" if change else strategy)
         for seed in config.compare.seeds:
             member = make_member(config, strategy, change, int(seed))
             members.append(Member(f"{name}-seed{seed}", member))

@@ -259,6 +259,7 @@ BAD = {
     "half a way": ((ADDRESS, None, None, True), "--num_processes is missing"),
     "no port": (("localhost", 2, 0, False), "--coordinator_address=localhost"),
     "id": ((ADDRESS, 2, 2, False), "--process_id=2 .* 0 to 1"),
+    "nobody": ((ADDRESS, 0, 0, False), "--num_processes=0 is not allowed; allowed"),
     "negative id": ((ADDRESS, 2, -1, False), "--process_id=-1 .* 0 to 1"),
 }
 

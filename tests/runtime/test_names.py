@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedmoe_jax.runtime.names import LONGEST, distinct_name, safe_name
+from fedmoe_jax.runtime.names import LONGEST, caseless_name, distinct_name, safe_name
 
 SAFE = ("greedy", "a-fitness.rate=0.3,usage.decay=0.9", "A_b", "x" * LONGEST)
 WILD = ("../d", "a/b", "a\\b", "a b", "a:b", ".a", "..", "ä", "a\n", "nul\0", "\udcff")
@@ -24,6 +24,14 @@ def test_another_text_gets_a_safe_short_name(text, tmp_path):
 def test_texts_that_are_different_have_different_names():
     texts = [*SAFE, *WILD, "a_b", "_d", "a?b", "x" * 200, "x" * 200 + "y"]
     assert len({safe_name(text) for text in texts}) == len(texts)
+
+
+def test_caseless_names_differ_without_case_and_do_not_depend_on_others():
+    texts = ("a-d.csv", "a-D.csv", "A-D.csv", "a b", "A b", "x" * 200, "X" * 200)
+    names = [caseless_name(text) for text in texts]
+    assert names[0] == "a-d.csv" and names[3] == safe_name("a b")
+    assert len({name.lower() for name in names}) == len(texts)
+    assert all(len(name) <= LONGEST for name in names)
 
 
 def test_distinct_names_differ_without_case():

@@ -186,7 +186,7 @@ def test_names_are_folders_of_their_own_whatever_the_change(tmp_path):
         assert len(name) < 120
         (tmp_path / name).mkdir()
         plain = f"load_balanced-{change}-seed2147483647"
-        assert (name == plain) == (change in ("data.dir=.._.._d", "data.dir=A"))
+        assert (name == plain) == (change in ("data.dir=.._.._d", "data.dir=a"))
     assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
@@ -417,13 +417,11 @@ def test_waves_of_older_versions_go_on_too(tmp_path):
 
 @pytest.mark.slow
 def test_parts_that_share_a_folder_are_the_whole(users_flags, tmp_path):
-    config = tiny_config(
-        **{"compare.strategies": ("random", "greedy"), "compare.seeds": (0, 1)}
-    )
+    config = tiny_config(**{"compare.strategies": ("random", "greedy")})
     shared, found = tmp_path / "shared", []
-    for number in (2, 1, 3):  # any order
+    for number in (2, 1):  # any order
         part, whole = compare(
-            config, shared, stop=never, profile=False, part=(number, 3)
+            config, shared, stop=never, profile=False, part=(number, 2)
         )
         assert whole and part
         found += part

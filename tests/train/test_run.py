@@ -503,7 +503,7 @@ from fedmoe_jax import run
 from fedmoe_jax.configs import default
 config = default.get_config("smoke")
 config.update_from_flattened_dict(SMALL | {"num_rounds": 1, "eval_every": 1})
-for size in range(2, 8):
+for size in range(2, 7):
     config.batch_size = size
     run(config)
     print("maps", len(Path("/proc/self/maps").read_text().splitlines()))
@@ -518,4 +518,4 @@ def test_runs_of_many_shapes_need_no_more_memory_maps():
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     maps = [int(number) for number in re.findall(r"maps (\d+)", out.stdout)]
     first = maps[: loop.PROGRAMS_KEPT]
-    assert len(maps) == 6 and maps[-1] < 1.3 * max(first)
+    assert len(maps) == 5 and maps[-1] < 1.3 * max(first)
