@@ -30,7 +30,7 @@ from fedmoe_jax.options import (
     show,
 )
 from fedmoe_jax.runtime.files import flatten
-from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.strategies import STRATEGIES, find_strategy
 from fedmoe_jax.tables import find_tables, list_defaults, list_plugins
 
 
@@ -187,6 +187,15 @@ def check_targets(targets: tuple[Any, ...]) -> None:
         )
 
 
+def check_baseline(label: str) -> None:
+    """Raises UserError unless the label is empty or begins with a strategy's name."""
+    if label and label.split(" ")[0] not in STRATEGIES:
+        raise UserError(
+            f"evaluation.baseline={show(label)} is not allowed; allowed: '', or the "
+            f"name of a row, which begins with one of {', '.join(STRATEGIES)}"
+        )
+
+
 def check_drift(values: dict[str, Any]) -> None:
     """Raises UserError for a drift that the run would not see or could not have."""
     on = values["drift.labels"] > 0 or values["drift.images"] != "none"
@@ -281,6 +290,7 @@ def validate(config: ConfigDict) -> None:
     check_drift(values)
     check_schedules(values)
     check_targets(values["evaluation.targets"])
+    check_baseline(values["evaluation.baseline"])
     for name, other in MULTIPLE:
         if values[name] % values[other]:
             raise UserError(

@@ -30,6 +30,7 @@ FREE_FIELDS = frozenset(
         "num_rounds",
         "data.dir",
         "evaluation.targets",
+        "evaluation.baseline",
         "checkpoint.every",
         "checkpoint.keep",
         "run.memory_limit_gb",
@@ -441,6 +442,13 @@ OPTIONS: tuple[Option, ...] = (
         None,
         "global accuracies in (0, 1] to which the report counts rounds; none: 50, 80, "
         "90 and 95 % of the best control's final one",
+    ),
+    Option(
+        "evaluation.baseline",
+        None,
+        "row from which the report takes the others' differences seed by seed: its "
+        "strategy, and after a space what it changes, as the table has it; empty: the "
+        "best control",
     ),
     Option(
         "checkpoint.every",

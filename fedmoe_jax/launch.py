@@ -296,20 +296,28 @@ def run(
         with take_turn(workdir) if part != WHOLE else contextlib.nullcontext():
             if "compare" in config:
                 folders = add_finished(folders, workdir)
-            page = report(folders, workdir, command)
+            page = report(folders, workdir, command, config.evaluation.baseline)
         print(f"report: {page}  ({time.monotonic() - start:.0f} s from the start)")
     return finished
 
 
-def join_reports(sources: list[str], command: str) -> int:
+def join_reports(sources: list[str], command: str, baseline: str) -> int:
     """Reports finished runs of several folders in the work folder; the exit code.
 
     Needs neither data nor JAX.
 
+    Args:
+      sources: folders of runs and studies.
+      command: see `write_report`.
+      baseline: likewise; where it is empty, that of the first folder's config.
+
     Raises:
-      UserError: a folder that is not allowed, or no finished run.
+      UserError: a folder that is not allowed, no finished run, or none of the baseline.
     """
     from fedmoe_jax.report.folders import join
+    from fedmoe_jax.report.paired import check_baseline
+    from fedmoe_jax.report.runs import load_run
+    from fedmoe_jax.runtime.files import read_json
     from fedmoe_jax.runtime.folders import resolve_folder
 
     if not flags.FLAGS["workdir"].present:
@@ -323,18 +331,25 @@ def join_reports(sources: list[str], command: str) -> int:
                 f"workdir={workdir} is not allowed with --report, as it holds {name}; "
                 "allowed: a folder without runs"
             )
-    folders = join([resolve_folder("report", source) for source in sources])
+    studies = [resolve_folder("report", source) for source in sources]
+    folders = join(studies)
+    first = read_json(studies[0] / "config.json").get("evaluation", {})
+    if baseline:
+        check_baseline([load_run(folder) for folder in folders], baseline)
     workdir.mkdir(parents=True, exist_ok=True)
-    print(f"report: {report(folders, workdir, command)}")
+    page = report(folders, workdir, command, baseline or first.get("baseline", ""))
+    print(f"report: {page}")
     return 0
 
 
-def report(folders: list[Path], workdir: Path, command: str) -> Path:
+def report(folders: list[Path], workdir: Path, command: str, baseline: str) -> Path:
     """Writes the report of these runs and its tables, then prints; returns the page."""
     from fedmoe_jax.report.clients import write_clients_csv
     from fedmoe_jax.report.page import write_report
+    from fedmoe_jax.report.paired import write_paired_csv
     from fedmoe_jax.report.runs import load_run
-    from fedmoe_jax.report.tables import markdown_table, print_table, write_runs_csv
+    from fedmoe_jax.report.sections import markdown_tables
+    from fedmoe_jax.report.tables import print_table, write_runs_csv
     from fedmoe_jax.runtime.files import write_atomically
 
     gc.freeze()  # drawing makes garbage in plenty; what training has left stays
@@ -342,8 +357,9 @@ def report(folders: list[Path], workdir: Path, command: str) -> Path:
     runs = [load_run(folder) for folder in folders]
     write_runs_csv(workdir / "runs.csv", runs)
     write_clients_csv(workdir / "clients.csv", runs)
-    write_atomically(workdir / "table.md", markdown_table(runs))
-    page = write_report(workdir, runs, command)
+    write_paired_csv(workdir / "paired.csv", runs, baseline)
+    write_atomically(workdir / "table.md", markdown_tables(runs, baseline))
+    page = write_report(workdir, runs, command, baseline)
     print_table(runs, sys.stdout)
     return page
 
@@ -427,10 +443,14 @@ def main(argv: list[str], stop: Stop) -> int:
     faulthandler.enable(2)  # absl's would write past `guard`
     command = name_command()
     if _REPORT.value is not None:
+        from fedmoe_jax.runtime.files import flatten
+
         try:
             if _ONLY.value is not None:
                 raise UserError("--only is not allowed with --report; allowed: one")
-            return join_reports(_REPORT.value, command)
+            fields = flatten(_CONFIG.value.to_dict())
+            baseline = fields.get("evaluation.baseline", "")
+            return join_reports(_REPORT.value, command, baseline)
         except UserError as error:
             return refuse(str(error))
         except OSError as error:

@@ -221,6 +221,14 @@ def test_a_refusal_says_what_kind_is_allowed(name, value, told):
     assert describe_field(name) == told
 
 
+def test_a_baseline_begins_with_a_strategy():
+    for label in ("", "greedy", "greedy weights.usage=0.3"):
+        validate(changed(**{"evaluation.baseline": label}))
+    told = r"evaluation.baseline='greedily' is not allowed; allowed: '', or the name"
+    with pytest.raises(UserError, match=told):
+        validate(changed(**{"evaluation.baseline": "greedily"}))
+
+
 def test_describe_field_lists_the_fields_of_a_group():
     assert describe_field("usage") == "usage.decay"
     assert describe_field("nothing") == ""

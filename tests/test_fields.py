@@ -15,6 +15,7 @@ CHECKED_ELSEWHERE = {
     "strategy",
     "data.dir",
     "evaluation.targets",
+    "evaluation.baseline",
     "devices.tiers",
     "devices.shares",
 }

@@ -442,6 +442,19 @@ def test_report_joins_folders_without_jax(tmp_path):
     ]
 
 
+def test_report_takes_the_baseline_of_the_first_folder(command, tmp_path):
+    made = [write_run(tmp_path / f"made/{name}", name) for name in ("greedy", "random")]
+    config = json.loads((made[0] / "config.json").read_text())
+    config["evaluation"] = {"baseline": "random"}
+    (made[0] / "config.json").write_text(json.dumps(config))
+    words = [f"--report={made[0]},{made[1]}", f"--workdir={tmp_path / 'both'}"]
+    for more, baseline in (([], "random"), (["greedy"], "greedy")):
+        given = [f"--config.evaluation.baseline={name}" for name in more]
+        assert command(*words, *given)[0] == 0
+        rows = (tmp_path / "both" / "paired.csv").read_text().splitlines()
+        assert {row.split(",")[1] for row in rows[1:]} == {baseline}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -449,6 +462,10 @@ def test_report_joins_folders_without_jax(tmp_path):
         (["--report={run}/x", "--workdir={new}"], "config.json is missing; allowed: "),
         (["--report=", "--workdir={new}"], "--report= has no finished run; allowed: "),
         (["--report={run}", "--workdir={new}", "--only=1/2"], "--only is not allowed "),
+        (
+            ["--report={run}", "--workdir={new}", "--config.evaluation.baseline=x"],
+            "evaluation.baseline='x' is not allowed; allowed: a row of the report",
+        ),
     ],
 )
 def test_report_refuses_in_one_line(command, tmp_path, words, told):

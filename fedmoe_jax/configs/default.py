@@ -214,6 +214,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.evaluation.dense_experts = 16
     config.evaluation.clients = 1000
     config.evaluation.targets = ()
+    config.evaluation.baseline = ""
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedmoe_jax.options import COST, LEARNING, UserError
 from fedmoe_jax.report import plots, signatures
+from fedmoe_jax.report.cells import Cell
 from fedmoe_jax.report.client_figures import client_pictures
 from fedmoe_jax.report.cost_figures import cost_pictures
 from fedmoe_jax.report.device_figures import compared_device_pictures, device_pictures
@@ -23,8 +24,9 @@ from fedmoe_jax.report.figures import (
 )
 from fedmoe_jax.report.origins import describe_origins
 from fedmoe_jax.report.runs import Run, group_runs, name_runs
+from fedmoe_jax.report.sections import list_sections
+from fedmoe_jax.report.sheets import section_html
 from fedmoe_jax.report.tables import (
-    Cell,
     Column,
     needs_of,
     note_of,
@@ -38,6 +40,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto;
   max-width: 1340px; padding: 0 1.5em }
 h1 { font-size: 1.6em; margin-bottom: .2em } h2 { font-size: 1.2em; margin-top: 2em }
+h3 { font-size: 1em; margin: .5em 0 0 }
 table { border-collapse: collapse; font-size: 12px; margin: 1em 0 }
 th, td { padding: .3em .4em; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top } th { font-weight: 600; border-bottom-color: #888 }
@@ -92,7 +95,7 @@ def _table_html(
         body += f'<tr><td><b>{escape(label)}</b><div class="note">{needs}</div></td>'
         body += f'<td class="number">{len(groups[label])}</td>'
         for cell in cells:
-            text = f"<b>{escape(cell.text)}</b>" if cell.best else escape(cell.text)
+            text = f"<b>{escape(cell.text)}</b>" if cell.bold else escape(cell.text)
             body += f'<td class="number">{text}</td>'
         body += "</tr>"
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
@@ -251,13 +254,16 @@ def _keep_figures(folder: Path) -> tuple[Save, list[OSError]]:
     return save, faults
 
 
-def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
+def write_report(
+    folder: str | Path, runs: Sequence[Run], command: str, baseline: str = ""
+) -> Path:
     """Writes `report.html`, which needs no other file, and `figures/*.png`.
 
     Args:
       folder: where to write; created if absent.
       runs: one run, or many: runs of the same strategy and config are its seeds.
       command: the command line that made the runs, printed as it is.
+      baseline: the label from which differences are taken; empty: the best control.
     Returns:
       The path of the report.
     """
@@ -271,6 +277,7 @@ def write_report(folder: str | Path, runs: Sequence[Run], command: str) -> Path:
         _figure_html(picture, prefix, save) for picture in found
     )
     parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
+    parts += map(section_html, list_sections(runs, baseline))
     gallery = show(final_picture(groups)) if len(groups) > 1 else ""
     gallery += show(curve_pictures(groups))
     bands = "" if len(runs) == len(groups) else BANDS

@@ -24,6 +24,7 @@ INCIDENTAL = (
     "data.dir",
     "chunk_rounds",
     "evaluation.targets",
+    "evaluation.baseline",
 )
 ABSENT = "absent"  # in place of the value where a run has no such field
 # Parts of a summary that are no numbers of the run.

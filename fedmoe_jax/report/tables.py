@@ -8,17 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from fedmoe_jax.options import FINAL, LABELS, LEARNING, ROUNDS, Measure
+from fedmoe_jax.report.cells import Cell, mark_best, mean_cell, median_cell
 from fedmoe_jax.report.origins import origin_of
 from fedmoe_jax.report.runs import (
     NAN,
     Run,
     group_runs,
-    interval,
     join_measures,
     name_folders,
     name_runs,
@@ -26,19 +25,12 @@ from fedmoe_jax.report.runs import (
     varied_fields,
     varies,
 )
+from fedmoe_jax.report.sheets import markdown_rows
 from fedmoe_jax.report.targets import Target, find_targets
 from fedmoe_jax.report.text import escape_markdown, one_line, quote_markdown
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
 Found = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label
-
-
-class Cell(NamedTuple):
-    """One number of a table: its text, its value (NaN: none), whether it is best."""
-
-    text: str
-    value: float
-    best: bool
 
 
 class Column(NamedTuple):
@@ -63,28 +55,6 @@ class Column(NamedTuple):
     group: str = LEARNING
     about: str = ""
     printed: bool = False
-
-
-def mean_cell(values: Sequence[float], scale: float, digits: int) -> Cell:
-    """Mean and 95 % t-interval; how many seeds have a number, if not all do."""
-    finite = [scale * value for value in values if math.isfinite(value)]
-    if not finite:
-        return Cell("–", NAN, False)
-    mean, half = interval(finite)
-    text = f"{mean:.{digits}f}"
-    text += f" ± {half:.{digits}f}" if half > 1e-9 * abs(mean) else ""
-    text += f" ({len(finite)}/{len(values)})" if len(finite) < len(values) else ""
-    return Cell(text, mean, False)
-
-
-def median_cell(values: Sequence[float]) -> Cell:
-    """Median round, where never is infinity, and how many seeds got there."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return Cell("–", NAN, False)
-    median = float(np.median(known))
-    text = f"{median:g}" if math.isfinite(median) else "–"
-    return Cell(f"{text} ({np.isfinite(known).sum()}/{len(known)})", median, False)
 
 
 def _column(key: str, measure: Measure) -> Column:
@@ -165,19 +135,6 @@ def _labels_agree(found: Found, key: str) -> bool:
     return len(found) > 1 and len(shares) == 1
 
 
-def _mark_best(cells: Sequence[Cell], column: Column) -> list[Cell]:
-    """Marks the best cells of a column, unless all the numbers are equal."""
-    values = [column.better * cell.value for cell in cells]
-    absent = [math.isnan(v) or (v == 0 and not column.zero_wins) for v in values]
-    rivals = {v for v, out in zip(values, absent, strict=True) if not out}
-    if len(rivals) < 2:
-        return list(cells)
-    return [
-        cell._replace(best=value == max(rivals))
-        for cell, value in zip(cells, values, strict=True)
-    ]
-
-
 def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
     """The columns, and the cells of every label's row."""
     named, measures, targets = name_runs(runs), join_measures(runs), find_targets(runs)
@@ -192,7 +149,7 @@ def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
             column.cell([one.get(column.key, NAN) for one in each])
             for each in found.values()
         ]
-        by_column.append(_mark_best(cells, column))
+        by_column.append(mark_best(cells, column.better, column.zero_wins))
     rows = dict(zip(found, map(list, zip(*by_column, strict=True)), strict=True))
     return columns, rows
 
@@ -236,13 +193,13 @@ def markdown_table(runs: Sequence[Run]) -> str:
     columns, rows = table(runs)
     groups = group_runs(name_runs(runs))
     titles = [escape_markdown(column.title) for column in columns]
-    lines = [["Strategy", "Seeds", *titles, "Note"], ["---"] * (len(titles) + 3)]
+    lines = [["Strategy", "Seeds", *titles, "Note"]]
     for label, cells in rows.items():
-        shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
+        shown = [f"**{cell.text}**" if cell.bold else cell.text for cell in cells]
         group = groups[label]
         note = escape_markdown(f"{note_of(group)} {needs_of(group)}")
         lines.append([quote_markdown(label), str(len(group)), *shown, note])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_rows(lines)
 
 
 def write_runs_csv(path: str | Path, runs: Sequence[Run]) -> None:

@@ -26,13 +26,19 @@ class Target(NamedTuple):
     about: str = ""
 
 
+class Best(NamedTuple):
+    """The best label: its mean final global accuracy, whether control or strategy."""
+
+    label: str
+    final: float
+    kind: str
+
+
 def find_targets(runs: Sequence[Run]) -> list[Target]:
     """The targets of runs that are compared, rising.
 
-    Those that their configs have; where none has one, shares of the best control's
-    final global accuracy, the mean over its seeds. A control trains a dense model, of
-    one expert; without one the best strategy takes its place. Runs of which none is
-    evaluated have no targets.
+    Those that their configs have; where none has one, shares of the final global
+    accuracy of `find_best`. Runs of which none is evaluated have no targets.
     """
     given = {
         float(target)
@@ -41,14 +47,23 @@ def find_targets(runs: Sequence[Run]) -> list[Target]:
     }
     if given:
         return [fix_target(value) for value in sorted(given)]
+    best = find_best(runs)
+    return [share_target(share, best) for share in SHARES] if best else []
+
+
+def find_best(runs: Sequence[Run]) -> Best | None:
+    """The control with the best mean final global accuracy over its seeds.
+
+    A control trains a dense model, of one expert; without one the best strategy takes
+    its place. None where no run is evaluated.
+    """
     means = mean_finals(runs)
     controls = {run.label for run in name_runs(runs) if num_experts(run) == 1}
     rivals = means.keys() & controls or means.keys()
     if not rivals:
-        return []
+        return None
     best = max((label for label in means if label in rivals), key=means.__getitem__)
-    kind = "control" if best in controls else "strategy"
-    return [share_target(share, means[best], best, kind) for share in SHARES]
+    return Best(best, means[best], "control" if best in controls else "strategy")
 
 
 def mean_finals(runs: Sequence[Run]) -> dict[str, float]:
@@ -67,13 +82,14 @@ def fix_target(value: float) -> Target:
     return Target(f"{value:.10g}", value, f"{100 * value:.10g} %")
 
 
-def share_target(share: float, final: float, label: str, kind: str) -> Target:
+def share_target(share: float, best: Best) -> Target:
     """A share of the best label's final global accuracy."""
-    percent, value = f"{100 * share:.10g}", share * final
+    percent, value = f"{100 * share:.10g}", share * best.final
     return Target(
         f"{percent}_percent_of_best",
         value,
-        f"{100 * value:.1f} % ({percent} % of best {kind})",
+        f"{100 * value:.1f} % ({percent} % of best {best.kind})",
         f"the first evaluated round whose global accuracy is at least {percent} % of "
-        f"{100 * final:.1f} %, the final one of {label}, the best {kind}",
+        f"{100 * best.final:.1f} %, the final one of {best.label}, the best "
+        f"{best.kind}",
     )

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import re
 
 import pytest
@@ -27,20 +26,6 @@ def cells_of(table, label):
     return dict(zip(titles_of(columns), rows[label], strict=True))
 
 
-def test_mean_cell_by_hand():
-    assert tables.mean_cell([0.1, 0.2, 0.3], 100, 1).text == "20.0 ± 24.8"
-    assert tables.mean_cell([0.1, math.nan], 100, 1).text == "10.0 (1/2)"
-    assert tables.mean_cell([2.0, 2.0], 1, 1).text == "2.0"
-    assert tables.mean_cell([math.nan], 1, 1).text == "–"
-
-
-def test_median_cell_by_hand():
-    assert tables.median_cell([10, math.inf, 20]).text == "20 (2/3)"
-    assert tables.median_cell([10, math.inf, math.inf]).text == "– (1/3)"
-    assert tables.median_cell([math.nan]).text == "–"
-    assert tables.median_cell([10, math.nan]).text == "10 (1/1)"
-
-
 def test_table_never_calls_no_traffic_and_no_devices_best(tmp_path):
     silent = [make_row(n, **NOTHING) for n in (1, 2)]
     cheap = [make_row(n, bytes_up=1e6, radio_joules=50.0) for n in (1, 2)]
@@ -50,10 +35,10 @@ def test_table_never_calls_no_traffic_and_no_devices_best(tmp_path):
     assert cells_of(three, "local")["MB up a round"].text == "0.0"
     assert cells_of(three, "local")["kJ"].text == "–"
     for title in ("MB up a round", "kJ"):
-        best = [label for label in three[1] if cells_of(three, label)[title].best]
+        best = [label for label in three[1] if cells_of(three, label)[title].bold]
         assert best == ["random"]
         # With one rival only there is no comparison.
-        assert not any(cells_of(two, label)[title].best for label in two[1])
+        assert not any(cells_of(two, label)[title].bold for label in two[1])
 
 
 def test_table_leaves_out_columns_that_say_nothing(tmp_path):
@@ -74,7 +59,7 @@ def test_table_has_a_column_of_jain_where_labels_differ(tmp_path):
     same = [make_run(tmp_path, label) for label in ("greedy", "random")]
     assert "Jain of participation" not in titles_of(tables.table(same)[0])
     both = [same[0], make_run(tmp_path, "random", uneven)]
-    assert cells_of(tables.table(both), "greedy")["Jain of participation"].best
+    assert cells_of(tables.table(both), "greedy")["Jain of participation"].bold
 
 
 def test_table_marks_best(runs):
@@ -83,9 +68,9 @@ def test_table_marks_best(runs):
     # 0.4 and 0.6: half-width is 12.7062 * 0.141421 / sqrt(2) = 1.27.
     assert cells["greedy"]["Global %"].text == "50.0 ± 127.1"
     assert cells["random"]["Global %"].text == "40.0 (1/2)"
-    best = [label for label in cells if cells[label]["Global %"].best]
+    best = [label for label in cells if cells[label]["Global %"].bold]
     assert best == ["fedavg", "greedy"]
-    assert not any(row["MB up a round"].best for row in cells.values())  # all equal
+    assert not any(row["MB up a round"].bold for row in cells.values())  # all equal
     assert cells["fedavg"]["Load CV"].text == "–"
     assert cells["greedy"]["MB up a round"].text == "2.0"
     # 0.4 * 8 / 8 reaches 80 % of fedavg's 0.5 in round 8; 0.6 * 6 / 8 in round 6.

@@ -1,0 +1,58 @@
+"""Cells of a report's tables: a number of all seeds of a label, as text."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedmoe_jax.report.runs import NAN, interval
+
+
+class Cell(NamedTuple):
+    """One number of a table: its text, its value (NaN: none), whether it is bold."""
+
+    text: str
+    value: float
+    bold: bool = False
+
+
+def mean_cell(values: Sequence[float], scale: float, digits: int) -> Cell:
+    """Mean and 95 % t-interval; how many seeds have a number, if not all do."""
+    finite = [scale * value for value in values if math.isfinite(value)]
+    if not finite:
+        return Cell("–", NAN)
+    mean, half = interval(finite)
+    text = f"{mean:.{digits}f}"
+    text += f" ± {half:.{digits}f}" if half > 1e-9 * abs(mean) else ""
+    text += f" ({len(finite)}/{len(values)})" if len(finite) < len(values) else ""
+    return Cell(text, mean)
+
+
+def median_cell(values: Sequence[float]) -> Cell:
+    """Median round, where never is infinity, and how many seeds got there."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return Cell("–", NAN)
+    median = float(np.median(known))
+    text = f"{median:g}" if math.isfinite(median) else "–"
+    return Cell(f"{text} ({np.isfinite(known).sum()}/{len(known)})", median)
+
+
+def mark_best(cells: Sequence[Cell], better: int, zero_wins: bool = True) -> list[Cell]:
+    """Makes the best cells of a column bold, unless all the numbers are equal.
+
+    Args:
+      cells: of all labels.
+      better: +1 where more is better, -1 where less is, 0 where neither.
+      zero_wins: whether 0 can be the best number.
+    """
+    values = [better * cell.value for cell in cells]
+    absent = [math.isnan(v) or (v == 0 and not zero_wins) for v in values]
+    rivals = {v for v, out in zip(values, absent, strict=True) if not out}
+    if len(rivals) < 2:
+        return list(cells)
+    return [
+        cell._replace(bold=value == max(rivals))
+        for cell, value in zip(cells, values, strict=True)
+    ]

@@ -1,0 +1,25 @@
+"""What a report compares beyond its table of final numbers."""
+
+from collections.abc import Sequence
+
+from fedmoe_jax.report.paired import paired_section
+from fedmoe_jax.report.runs import Run
+from fedmoe_jax.report.sheets import Section, section_markdown
+from fedmoe_jax.report.tables import markdown_table
+
+
+def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
+    """The sections that have something to say.
+
+    Args:
+      runs: of one label or several.
+      baseline: `evaluation.baseline`, see `paired.find_baseline`.
+    """
+    found = [paired_section(runs, baseline)]
+    return [section for section in found if section]
+
+
+def markdown_tables(runs: Sequence[Run], baseline: str) -> str:
+    """The content of `table.md`: final numbers, then every section."""
+    sections = map(section_markdown, list_sections(runs, baseline))
+    return "\n".join([markdown_table(runs), *sections])
