@@ -84,7 +84,7 @@ def test_measures_of_the_runs_are_what_a_report_reads(tmp_path):
     assert titles.index("Starved experts") + 1 == titles.index("Surprise <bits>")
     # The other run's rows have the field, too.
     at = titles.index("Surprise <bits>")
-    assert [rows[label][at].text for label in rows] == ["2.17", "2.17"]
+    assert [rows[label][at].text for label in rows] == ["2.17 (1 seed)"] * 2
     tables.write_runs_csv(tmp_path / "runs.csv", made)
     with open(tmp_path / "runs.csv", newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))

@@ -8,6 +8,9 @@ import numpy as np
 
 from fedmoe_jax.report.runs import NAN, interval
 
+NO_DATA = "no data"
+NOT_APPLICABLE = "does not apply"  # to this system, whatever is measured
+
 
 class Cell(NamedTuple):
     """One number of a table: its text, its value (NaN: none), whether it is bold."""
@@ -18,14 +21,20 @@ class Cell(NamedTuple):
 
 
 def mean_cell(values: Sequence[float], scale: float, digits: int) -> Cell:
-    """Mean and 95 % t-interval; how many seeds have a number, if not all do."""
+    """Mean and 95 % t-interval, of one seed a mark in its place.
+
+    Then how many seeds have a number, if not all do.
+    """
     finite = [scale * value for value in values if math.isfinite(value)]
     if not finite:
-        return Cell("–", NAN)
+        return Cell(NO_DATA, NAN)
     mean, half = interval(finite)
     text = f"{mean:.{digits}f}"
-    text += f" ± {half:.{digits}f}" if half > 1e-9 * abs(mean) else ""
-    text += f" ({len(finite)}/{len(values)})" if len(finite) < len(values) else ""
+    text += f" ± {half:.{digits}f}" if len(finite) > 1 else ""
+    if len(finite) < len(values):
+        text += f" ({len(finite)}/{len(values)} seeds)"
+    elif len(values) == 1:
+        text += " (1 seed)"
     return Cell(text, mean)
 
 
@@ -33,7 +42,7 @@ def median_cell(values: Sequence[float]) -> Cell:
     """Median round, where never is infinity, and how many seeds got there."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
-        return Cell("–", NAN)
+        return Cell(NO_DATA, NAN)
     median = float(np.median(known))
     text = f"{median:g}" if math.isfinite(median) else "–"
     return Cell(f"{text} ({np.isfinite(known).sum()}/{len(known)})", median)

@@ -14,6 +14,7 @@ from fedmoe_jax.report.rows import measured, name_experts, stack_experts
 from fedmoe_jax.report.runs import (
     NAN,
     Run,
+    chance_of,
     interval,
     join_measures,
     num_experts,
@@ -46,8 +47,8 @@ def measure_series(
 
 def find_chance(runs: Iterable[Run]) -> tuple[float, str] | None:
     """Accuracy in percent of guessing, where a finished run has its classes."""
-    classes = [len(run.arrays["label_names"]) for run in runs if run.arrays]
-    return (100 / classes[0], "chance") if classes else None
+    known = [chance for chance in map(chance_of, runs) if chance is not None]
+    return (100 * known[0], "chance") if known else None
 
 
 def _accuracy_picture(

@@ -26,6 +26,8 @@ INCIDENTAL = (
     "evaluation.targets",
     "evaluation.baseline",
 )
+OWN_ROUNDS = "rounds_to_95_percent_of_final"
+LEARNT = 0.15  # of the way from chance to 1, on ten classes 23.5 %
 ABSENT = "absent"  # in place of the value where a run has no such field
 # Parts of a summary that are no numbers of the run.
 RECORDS = ("measures", "made_by")
@@ -194,6 +196,28 @@ def varies(run: Run, measure: Measure) -> bool:
     return len({value for _, value in measured(run.rows, *measure.fields)}) > 1
 
 
+def chance_of(run: Run) -> float | None:
+    """Accuracy of guessing among the classes, in (0, 1]; None before the run's end."""
+    return 1 / len(run.arrays["label_names"]) if run.arrays else None
+
+
+def has_learnt(run: Run, final: float) -> bool:
+    """Whether an accuracy is far enough above chance; True where that is unknown."""
+    chance = chance_of(run)
+    return chance is None or final >= chance + LEARNT * (1 - chance)
+
+
+def absent_kinds(run: Run, known: Mapping[str, float]) -> set[str]:
+    """What a run has not, `EXPERTS` to choose from or simulated `DEVICES`.
+
+    Args:
+      run: finished or in progress.
+      known: its numbers.
+    """
+    absent = {DEVICES} if known.get("total_simulated_seconds") == 0 else set()
+    return absent | {EXPERTS} if num_experts(run) == 1 else absent
+
+
 def numbers(
     run: Run, measures: Mapping[str, Measure], targets: Mapping[str, float]
 ) -> dict[str, float]:
@@ -201,7 +225,7 @@ def numbers(
 
     A number that the summary does not have is that of the rounds so far; those of
     targets are always of the rows, see `reach_targets`. NaN, too, are measures of
-    experts where there is one expert, and of devices where there are none.
+    `absent_kinds`. A run that has not learnt never reaches its own final accuracy.
 
     Args:
       run: finished or in progress.
@@ -220,11 +244,10 @@ def numbers(
             known[name] = math.inf if name.startswith(to_targets) else NAN
         elif is_number(value):
             known[name] = float(value)
-    absent = set()
-    if known.get("total_simulated_seconds") == 0:
-        absent.add(DEVICES)
-    if num_experts(run) == 1:
-        absent.add(EXPERTS)
+    final = known.get("final_global_accuracy", NAN)
+    if OWN_ROUNDS in known and not (math.isnan(final) or has_learnt(run, final)):
+        known[OWN_ROUNDS] = math.inf
+    absent = absent_kinds(run, known)
     return known | {k: NAN for k, m in measures.items() if m.over and m.of in absent}
 
 

@@ -12,11 +12,20 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmoe_jax.options import FINAL, LABELS, LEARNING, ROUNDS, Measure
-from fedmoe_jax.report.cells import Cell, mark_best, mean_cell, median_cell
+from fedmoe_jax.report.cells import (
+    NOT_APPLICABLE,
+    Cell,
+    mark_best,
+    mean_cell,
+    median_cell,
+)
 from fedmoe_jax.report.origins import origin_of
 from fedmoe_jax.report.runs import (
+    LEARNT,
     NAN,
+    OWN_ROUNDS,
     Run,
+    absent_kinds,
     group_runs,
     join_measures,
     name_folders,
@@ -30,6 +39,12 @@ from fedmoe_jax.report.targets import Target, find_targets
 from fedmoe_jax.report.text import escape_markdown, one_line, quote_markdown
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
+LEARNT_ABOUT = (
+    "the first evaluated round with 95 % of a run's own final global accuracy; never "
+    f"where that has not come {100 * LEARNT:.0f} % of the way from chance to 100 %, as "
+    "what does not learn is soon where it ends"
+)
+
 Found = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label
 
 
@@ -42,6 +57,7 @@ class Column(NamedTuple):
       cell: makes a cell of the numbers of all seeds.
       better: +1 where more is better, -1 where less is, 0 where neither.
       zero_wins: whether 0 can be the best number.
+      of: systems with `EXPERTS` or `DEVICES` alone; empty: every one.
       group: the table that it belongs to.
       about: its definition; empty where the title says it all.
       printed: whether it is shown in the terminal.
@@ -52,6 +68,7 @@ class Column(NamedTuple):
     cell: Callable[[Sequence[float]], Cell]
     better: int
     zero_wins: bool = True
+    of: str = ""
     group: str = LEARNING
     about: str = ""
     printed: bool = False
@@ -64,6 +81,7 @@ def _column(key: str, measure: Measure) -> Column:
         functools.partial(mean_cell, scale=measure.scale, digits=measure.digits),
         measure.better,
         measure.zero_wins,
+        measure.of,
         measure.group,
         measure.about,
         measure.printed,
@@ -84,8 +102,8 @@ def _columns(
         )
         for target in targets
     ]
-    own = "rounds_to_95_percent_of_final"
-    rounds.append(Column("Rounds to 95 % of own final", own, median_cell, -1))
+    title = "Rounds to 95 % of own final"
+    rounds.append(Column(title, OWN_ROUNDS, median_cell, -1, about=LEARNT_ABOUT))
     titled = {key: m for key, m in measures.items() if m.title}
     final, learning, costs = [], [], []
     for key, measure in titled.items():
@@ -139,15 +157,20 @@ def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
     """The columns, and the cells of every label's row."""
     named, measures, targets = name_runs(runs), join_measures(runs), find_targets(runs)
     found: dict[str, list[dict[str, float]]] = {}
+    absent: dict[str, set[str]] = {}
     for run, one in zip(named, measure_runs(runs, targets), strict=True):
         found.setdefault(run.label, []).append(one)
+        kinds = absent_kinds(run, one)
+        absent[run.label] = kinds & absent.get(run.label, kinds)
     trivial = _trivial(runs, measures, found)
     columns = [c for c in _columns(measures, targets) if c.key not in trivial]
     by_column = []
     for column in columns:
         cells = [
-            column.cell([one.get(column.key, NAN) for one in each])
-            for each in found.values()
+            Cell(NOT_APPLICABLE, NAN)
+            if column.of in absent[label]
+            else column.cell([one.get(column.key, NAN) for one in each])
+            for label, each in found.items()
         ]
         by_column.append(mark_best(cells, column.better, column.zero_wins))
     rows = dict(zip(found, map(list, zip(*by_column, strict=True)), strict=True))

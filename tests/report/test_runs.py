@@ -126,6 +126,21 @@ def test_numbers_of_experts_are_unknown_with_one(tmp_path):
     )
 
 
+def test_absent_kinds_by_hand(tmp_path):
+    dense, known = make_run(tmp_path, rows=[make_row(1, expert_load=[1.0])]), {}
+    assert runs.absent_kinds(dense, known) == {EXPERTS}
+    known = {"total_simulated_seconds": 0.0}
+    assert runs.absent_kinds(dense, known) == {EXPERTS, DEVICES}
+    assert runs.absent_kinds(make_run(tmp_path), known) == {DEVICES}
+
+
+def test_has_learnt_by_hand(tmp_path):
+    run = make_run(tmp_path)  # two classes: 0.5 + 0.15 * 0.5
+    assert runs.chance_of(run) == 0.5
+    assert runs.has_learnt(run, 0.58) and not runs.has_learnt(run, 0.57)
+    assert runs.has_learnt(run._replace(arrays={}), 0.1)
+
+
 def test_numbers_without_an_evaluation_are_unknown(tmp_path):
     bare = [{"round": 1, "seconds": 0.1}, {"round": 2, "global_accuracy": None}]
     for rows in ([], bare):

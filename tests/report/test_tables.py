@@ -32,8 +32,8 @@ def test_table_never_calls_no_traffic_and_no_devices_best(tmp_path):
     made = [make_run(tmp_path, "local", silent), make_run(tmp_path, "greedy")]
     two = tables.table(made)
     three = tables.table([*made, make_run(tmp_path, "random", cheap)])
-    assert cells_of(three, "local")["MB up a round"].text == "0.0"
-    assert cells_of(three, "local")["kJ"].text == "–"
+    assert cells_of(three, "local")["MB up a round"].text == "0.0 (1 seed)"
+    assert cells_of(three, "local")["kJ"].text == "does not apply"
     for title in ("MB up a round", "kJ"):
         best = [label for label in three[1] if cells_of(three, label)[title].bold]
         assert best == ["random"]
@@ -67,17 +67,45 @@ def test_table_marks_best(runs):
     cells = {label: cells_of(made, label) for label in made[1]}
     # 0.4 and 0.6: half-width is 12.7062 * 0.141421 / sqrt(2) = 1.27.
     assert cells["greedy"]["Global %"].text == "50.0 ± 127.1"
-    assert cells["random"]["Global %"].text == "40.0 (1/2)"
+    assert cells["random"]["Global %"].text == "40.0 (1/2 seeds)"
     best = [label for label in cells if cells[label]["Global %"].bold]
     assert best == ["fedavg", "greedy"]
     assert not any(row["MB up a round"].bold for row in cells.values())  # all equal
-    assert cells["fedavg"]["Load CV"].text == "–"
-    assert cells["greedy"]["MB up a round"].text == "2.0"
+    assert cells["fedavg"]["Load CV"].text == "does not apply"
+    assert cells["greedy"]["Load CV"].text == "0.30 ± 0.00"
+    assert cells["greedy"]["MB up a round"].text == "2.0 ± 0.0"
     # 0.4 * 8 / 8 reaches 80 % of fedavg's 0.5 in round 8; 0.6 * 6 / 8 in round 6.
     title = "Rounds to 40.0 % (80 % of best control)"
     assert cells["greedy"][title].text == "7 (2/2)"
     about = next(column.about for column in made[0] if column.title == title)
     assert "at least 80 % of 50.0 %, the final one of fedavg, the best control" in about
+
+
+def test_table_tells_what_does_not_apply_from_what_is_unknown(tmp_path):
+    dense = make_run(tmp_path, "fedavg", [make_row(1, expert_load=[2.0])])
+    made = tables.table([make_run(tmp_path, "greedy", [make_row(1)]), dense])
+    early, control = cells_of(made, "greedy"), cells_of(made, "fedavg")
+    assert early["Global %"].text == control["Global %"].text == "no data"
+    assert early["Load CV"].text == "no data"
+    assert control["Load CV"].text == "does not apply"
+
+
+def test_only_what_learns_reaches_its_own_final_accuracy(tmp_path):
+    # Five classes: 0.2 + 0.15 * 0.8 = 0.32.
+    folders = [
+        write_run(tmp_path / name, name, 0, top)
+        for name, top in (("greedy", 0.33), ("random", 0.31))
+    ]
+    runs = [load_run(folder) for folder in folders]
+    made, title = tables.table(runs), "Rounds to 95 % of own final"
+    assert cells_of(made, "greedy")[title].text == "8 (1/1)"
+    assert cells_of(made, "random")[title].text == "– (0/1)"
+    about = next(column.about for column in made[0] if column.title == title)
+    assert "15 % of the way from chance to 100 %" in about
+    tables.write_runs_csv(tmp_path / "runs.csv", runs)
+    with (tmp_path / "runs.csv").open(newline="", encoding="utf-8") as file:
+        rounds = [row["rounds_to_95_percent_of_final"] for row in csv.DictReader(file)]
+    assert rounds == ["8", ""]
 
 
 def test_overwrites_of_lists_the_fields_that_a_strategy_changes(tmp_path):
