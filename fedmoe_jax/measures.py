@@ -157,6 +157,7 @@ MEASURES: dict[str, Measure] = {
         better=-1,
         of=DEVICES,
         group=COST,
+        printed=True,
     ),
     "mean_lost_clients": Measure(
         LOST[0],
@@ -188,9 +189,8 @@ MEASURES: dict[str, Measure] = {
         "fit into their shares of the deadline; every client is assigned at least one, "
         "even where none fits",
         better=-1,
-        of=EXPERTS,
         group=COST,
-        trivial=0.0,
+        printed=True,
     ),
     "mean_capacity_error": Measure(
         "capacity_error",

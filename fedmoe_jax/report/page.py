@@ -27,6 +27,7 @@ from fedmoe_jax.report.runs import Run, group_runs, name_runs
 from fedmoe_jax.report.sections import list_sections
 from fedmoe_jax.report.sheets import section_html
 from fedmoe_jax.report.tables import (
+    EVERYWHERE,
     Column,
     needs_of,
     note_of,
@@ -107,7 +108,11 @@ def _numbers_html(runs: Sequence[Run]) -> str:
     groups = group_runs(name_runs(runs))
     tables = ""
     for group in (LEARNING, COST):
-        places = [at for at, column in enumerate(columns) if column.group == group]
+        places = [
+            at
+            for at, column in enumerate(columns)
+            if column.group == group or column.key in EVERYWHERE
+        ]
         chosen = {label: [cells[at] for at in places] for label, cells in rows.items()}
         tables += _table_html([columns[at] for at in places], chosen, groups)
     return (

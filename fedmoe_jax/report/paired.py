@@ -13,6 +13,7 @@ from fedmoe_jax.options import FINAL, Measure, UserError, show
 from fedmoe_jax.report.cells import Cell
 from fedmoe_jax.report.runs import NAN, Run, interval, join_measures, name_runs, numbers
 from fedmoe_jax.report.sheets import Section, Sheet
+from fedmoe_jax.report.tables import list_burdens
 from fedmoe_jax.report.targets import find_best
 from fedmoe_jax.report.text import one_line
 from fedmoe_jax.runtime.files import write_atomically
@@ -186,12 +187,16 @@ def paired_section(runs: Sequence[Run], wanted: str) -> Section | None:
     if baseline is None or len({run.label for run in name_runs(runs)}) < 2:
         return None
     title, measures = f"Paired differences: less {baseline.label}", final_measures(runs)
+    burdens, loads = list_burdens(runs)
     sheets = []
     for key, found in pair_labels(runs, baseline.label).items():
         if any(paired.pairs for paired in found.values()):
             digits = measures[key].digits
-            rows = {label: _paired_cells(p, digits) for label, p in found.items()}
-            heads = ("Strategy", "Difference", "Pairs", "Won / lost", "p")
+            rows = {
+                label: [*_paired_cells(paired, digits), *loads[label]]
+                for label, paired in found.items()
+            }
+            heads = ("Strategy", "Difference", "Pairs", "Won / lost", "p", *burdens)
             sheets.append(Sheet(measures[key].title, heads, rows))
     if not sheets:
         about = f"No row has a seed in common with {baseline.label}. {baseline.about}"

@@ -4,11 +4,13 @@ import csv
 import functools
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
+from rich.table import Column as Header
 from rich.table import Table
 
 from fedmoe_jax.options import FINAL, LABELS, LEARNING, ROUNDS, Measure
@@ -39,11 +41,16 @@ from fedmoe_jax.report.targets import Target, find_targets
 from fedmoe_jax.report.text import escape_markdown, one_line, quote_markdown
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
+# What a system asks of devices that they cannot do stands beside each of its numbers.
+EVERYWHERE = ("mean_late_clients", "mean_capacity_violations")
 LEARNT_ABOUT = (
     "the first evaluated round with 95 % of a run's own final global accuracy; never "
     f"where that has not come {100 * LEARNT:.0f} % of the way from chance to 100 %, as "
     "what does not learn is soon where it ends"
 )
+
+# Letters: of a printed line at least, a column's head, a name that is not folded.
+PRINTED, HEAD, WHOLE = 120, 14, 40
 
 Found = Mapping[str, Sequence[Mapping[str, float]]]  # numbers of runs by label
 
@@ -177,6 +184,17 @@ def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
     return columns, rows
 
 
+def list_burdens(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Cell]]]:
+    """Titles and cells of the columns that stand `EVERYWHERE`, by label, not bold."""
+    columns, rows = table(runs)
+    places = [at for at, column in enumerate(columns) if column.key in EVERYWHERE]
+    cells = {
+        label: [row[at]._replace(bold=False) for at in places]
+        for label, row in rows.items()
+    }
+    return [columns[at].title for at in places], cells
+
+
 def note_of(group: Sequence[Run]) -> str:
     """The strategy's sentence; empty until its first run is done."""
     return group[0].summary.get("note", "")
@@ -199,15 +217,16 @@ def print_table(runs: Sequence[Run], stream: TextIO) -> None:
     """The columns that are `printed`, for a terminal."""
     columns, rows = table(runs)
     chosen = [place for place, column in enumerate(columns) if column.printed]
-    titles = [columns[place].title for place in chosen]
-    shown = Table("Strategy", "Seeds", *map(one_line, titles), box=None)
+    titles = [textwrap.fill(one_line(columns[at].title), HEAD) for at in chosen]
+    whole = max(map(len, rows)) <= WHOLE
+    shown = Table(Header("Strategy", no_wrap=whole), "Seeds", *titles, box=None)
     groups = group_runs(name_runs(runs))
     for label, cells in rows.items():
         texts = [cells[place].text for place in chosen]
         shown.add_row(one_line(label), str(len(groups[label])), *texts)
     # Names of users may have [ and :, which are no markup and no emoji.
     plain: dict[str, Any] = dict(markup=False, emoji=False)
-    width = max(100, Console().width)
+    width = max(PRINTED, Console().width)
     Console(file=stream, width=width, **plain).print(shown)
 
 

@@ -43,7 +43,7 @@ def test_table_never_calls_no_traffic_and_no_devices_best(tmp_path):
 
 def test_table_leaves_out_columns_that_say_nothing(tmp_path):
     losses = {"Lost a round", "Stale a round", "Capacity error", "Wasted MB %"}
-    losses |= {"Capacity violations a round", "Jain of participation"}
+    losses |= {"Jain of participation"}
     columns, _ = tables.table([make_run(tmp_path)])
     assert losses | {"Simulated min", "kJ"} <= set(titles_of(columns))
     calm = dict(lost_memory_clients=0.0, capacity_violations=0, wasted_bytes=0.0)
@@ -52,6 +52,23 @@ def test_table_leaves_out_columns_that_say_nothing(tmp_path):
     columns, _ = tables.table([make_run(tmp_path, rows=rows)])
     titles = set(titles_of(columns))
     assert not losses & titles and "kJ" in titles
+    # That no device is asked for too much is worth saying.
+    assert {"Late clients a round", "Capacity violations a round"} <= titles
+
+
+def test_every_table_has_late_clients_and_violations_of_dense_controls(tmp_path):
+    rows = [make_row(1, expert_load=[2.0], capacity_violations=3, late_clients=5.0)]
+    calm = [make_row(1, capacity_violations=0, late_clients=0.0)]
+    runs = [make_run(tmp_path, "fedavg", rows), make_run(tmp_path, "greedy", calm)]
+    titles, cells = tables.list_burdens(runs)
+    assert titles == ["Late clients a round", "Capacity violations a round"]
+    texts = {label: [cell.text for cell in row] for label, row in cells.items()}
+    assert texts["fedavg"] == ["5.0 (1 seed)", "3.0 (1 seed)"]
+    assert texts["greedy"] == ["0.0 (1 seed)", "0.0 (1 seed)"]
+    stream = io.StringIO()
+    tables.print_table(runs, stream)
+    assert "5.0 (1 seed)" in stream.getvalue() and "3.0 (1 seed)" in stream.getvalue()
+    assert all(title in tables.markdown_table(runs) for title in titles)
 
 
 def test_table_has_a_column_of_jain_where_labels_differ(tmp_path):
@@ -120,10 +137,13 @@ def test_overwrites_of_lists_the_fields_that_a_strategy_changes(tmp_path):
 def test_print_table_has_the_printed_columns_alone(runs):
     stream = io.StringIO()
     tables.print_table(runs, stream)
-    head, *lines = stream.getvalue().splitlines()
-    columns, _ = tables.table(runs)
-    for column in columns:
-        assert (column.title in head) == column.printed
+    text = stream.getvalue()
+    at = text.index("fedavg")
+    head, lines = text[:at], text[at:].splitlines()
+    titles = [column.title for column in tables.table(runs)[0] if column.printed]
+    words = {word for title in titles for word in title.split()}
+    assert words <= set(head.split()) and {"Late", "violations"} <= words
+    assert set(head.split()) <= words | {"Strategy", "Seeds"}
     strategies = [line.split()[:2] for line in lines if line.strip()]
     assert strategies == [["fedavg", "2"], ["greedy", "2"], ["random", "2"]]
     assert "50.0 ± 127.1" in lines[1]
