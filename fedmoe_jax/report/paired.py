@@ -13,7 +13,7 @@ from fedmoe_jax.options import FINAL, Measure, UserError, show
 from fedmoe_jax.report.cells import Cell
 from fedmoe_jax.report.runs import NAN, Run, interval, join_measures, name_runs, numbers
 from fedmoe_jax.report.sheets import Section, Sheet
-from fedmoe_jax.report.tables import list_burdens
+from fedmoe_jax.report.tables import EVERYWHERE, pick_cells
 from fedmoe_jax.report.targets import find_best
 from fedmoe_jax.report.text import one_line
 from fedmoe_jax.runtime.files import write_atomically
@@ -187,7 +187,7 @@ def paired_section(runs: Sequence[Run], wanted: str) -> Section | None:
     if baseline is None or len({run.label for run in name_runs(runs)}) < 2:
         return None
     title, measures = f"Paired differences: less {baseline.label}", final_measures(runs)
-    burdens, loads = list_burdens(runs)
+    burdens, loads = pick_cells(runs, EVERYWHERE)
     sheets = []
     for key, found in pair_labels(runs, baseline.label).items():
         if any(paired.pairs for paired in found.values()):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fedmoe_jax.report.budgets import budget_section
 from fedmoe_jax.report.paired import paired_section
 from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.sheets import Section, section_markdown
@@ -15,7 +16,7 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
       runs: of one label or several.
       baseline: `evaluation.baseline`, see `paired.find_baseline`.
     """
-    found = [paired_section(runs, baseline)]
+    found = [paired_section(runs, baseline), budget_section(runs)]
     return [section for section in found if section]
 
 

@@ -184,10 +184,18 @@ def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
     return columns, rows
 
 
-def list_burdens(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Cell]]]:
-    """Titles and cells of the columns that stand `EVERYWHERE`, by label, not bold."""
+def pick_cells(
+    runs: Sequence[Run], keys: Sequence[str]
+) -> tuple[list[str], dict[str, list[Cell]]]:
+    """Titles and cells of some columns, by label; none is bold.
+
+    Args:
+      runs: all that are compared.
+      keys: of the columns; one that the table does not have is left out.
+    """
     columns, rows = table(runs)
-    places = [at for at, column in enumerate(columns) if column.key in EVERYWHERE]
+    keyed = {column.key: at for at, column in enumerate(columns)}
+    places = [keyed[key] for key in keys if key in keyed]
     cells = {
         label: [row[at]._replace(bold=False) for at in places]
         for label, row in rows.items()
