@@ -107,8 +107,8 @@ MEASURES: dict[str, Measure] = {
         "load_cv",
         MEAN,
         "Load CV",
-        "standard deviation over mean of the examples that experts train in a round; 0 "
-        "is even",
+        "standard deviation over mean of the examples that experts train in a round, "
+        "the mean over rounds that train any; 0 is even",
         better=-1,
         digits=2,
         of=EXPERTS,
@@ -244,7 +244,9 @@ MEASURES: dict[str, Measure] = {
         "client_flops",
         MEAN,
         "GFLOP a round",
-        "of all clients, forward and backward",
+        "of all clients, forward and backward. Every expert that a client holds is "
+        "charged for every example, chosen by the gate or not; rounds before a "
+        "system's own rule sets in count, steps that the server takes alone do not",
         better=-1,
         unit=1e9,
         group=COST,
@@ -276,7 +278,8 @@ MEASURES: dict[str, Measure] = {
         "peak_client_parameters",
         MAX,
         "Peak client parameters, 1,000",
-        "the most that a client has in memory, without gradients and activations",
+        "the most that one client has in memory, without gradients and activations: "
+        "the largest client's in a mixture, every client's in a dense model",
         better=-1,
         scale=1e-3,
         group=COST,

@@ -158,12 +158,14 @@ def _check(run: Run) -> list[signatures.Signature]:
 
 def _signatures_html(run: Run) -> str:
     rows = ""
-    for name, present, evidence, knob in _check(run):
+    for name, present, evidence, knob, condition in _check(run):
         shown = '<span class="yes">present</span>' if present else "not seen"
         shown = "too early" if evidence.startswith(signatures.TOO_EARLY) else shown
-        cells = [escape(name), shown, escape(evidence), escape(knob) or "–"]
+        texts = (condition, evidence, knob or "–")
+        cells = [escape(name), shown, *map(escape, texts)]
         rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    heads = ("Failure signature", "This run", "Evidence", "What to turn")
+    heads = ("Failure signature", "This run", "Present where", "Evidence")
+    heads = (*heads, "What to turn")
     head = "".join(f"<th>{title}</th>" for title in heads)
     return f"<table><tr>{head}</tr>{rows}</table>"
 
@@ -185,13 +187,16 @@ def _overview_html(groups: Mapping[str, Sequence[Run]]) -> str:
                 else "<td>too early</td>"
             )
         rows += "</tr>"
-    names = [found.name for found in _check(next(iter(groups.values()))[0])]
-    head = "".join(f"<th>{escape(name)}</th>" for name in ["Strategy", *names])
+    first = _check(next(iter(groups.values()))[0])
+    heads = ["Strategy", *(found.name for found in first)]
+    head = "".join(f"<th>{escape(title)}</th>" for title in heads)
+    conditions = " ".join(
+        f"<b>{escape(found.name)}</b>: {escape(found.condition)}." for found in first
+    )
     return (
-        f"<table><tr>{head}</tr>{rows}</table><p>Stragglers count where the slowest "
-        f"client takes over {signatures.SLOWEST_TO_MEDIAN:g} times the median's time, "
-        f"or where over {100 * signatures.LATE_ROUNDS:g} % of the rounds have a client "
-        "past the deadline.</p>"
+        f"<table><tr>{head}</tr>{rows}</table><p>Seeds that show a failure, of those "
+        f"that can be judged. 0 says that its condition is not met, not that all is "
+        f"well. {conditions}</p>"
     )
 
 

@@ -49,12 +49,34 @@ class Signature(NamedTuple):
       present: whether this run shows it; False where there is too little data.
       evidence: the numbers that decided, or the data that is missing.
       knob: the config field to turn and the direction; empty where not present.
+      condition: when the failure counts as present, whatever else went wrong.
     """
 
     name: str
     present: bool
     evidence: str
     knob: str
+    condition: str
+
+
+PLATEAU = (
+    f"global accuracy gains less than {100 * PLATEAU_GAIN:g} point over the last half, "
+    f"and the CV of the total load is above {UNEVEN_LOAD_CV:g}. A run that stands "
+    "still under an even load, as every model of one expert does, is not named"
+)
+VOLATILE = (
+    f"global accuracy moves more than {100 * ACCURACY_SWING:g} points per evaluation "
+    "about its trend in the last half, whether fitness moves or not"
+)
+STRAGGLERS = (
+    f"the slowest client takes over {SLOWEST_TO_MEDIAN:g} times the median's time, or "
+    f"over {100 * LATE_ROUNDS:g} % of the rounds have a client past the deadline"
+)
+STUCK = (
+    f"an expert alone gains less than {100 * NO_GAIN:g} point over the run and has "
+    f"less than {STARVED_SHARE:g} of its fair share of the load. One that does not "
+    "gain in spite of enough load is not named"
+)
 
 
 def plateau(
@@ -64,7 +86,8 @@ def plateau(
     name = "Accuracy plateaus early"
     accuracy, shares = _column(rows, "global_accuracy"), share_load(rows)
     if len(accuracy) < MIN_EVALUATIONS or not shares.size:
-        return _too_little(name, "evaluations with expert load", len(accuracy))
+        what = "evaluations with expert load"
+        return _too_little(name, what, len(accuracy), PLATEAU)
     half = len(accuracy) // 2
     gain = accuracy[-2:].mean() - accuracy[half - 2 : half].mean()
     uneven = shares.std() / max(shares.mean(), 1e-9)
@@ -81,32 +104,41 @@ def plateau(
         evidence += f"; {never:.0f} % of client-expert pairs never met"
     present = gain < PLATEAU_GAIN and uneven > UNEVEN_LOAD_CV
     knob = _knob(config, "weights.usage", "raise") + _need(config, reads, "usage")
-    return Signature(name, bool(present), evidence, knob if present else "")
+    return Signature(name, bool(present), evidence, knob if present else "", PLATEAU)
 
 
 def volatile(
     rows: Sequence[Row], arrays: Arrays, config: Config, reads: Reads
 ) -> Signature:
-    """Accuracy swings from evaluation to evaluation while fitness does not settle."""
+    """Accuracy swings from evaluation to evaluation; the knob is of what moves it.
+
+    Where fitness is read and does not settle that is its rate, else the clients'.
+    """
     name = "High round-to-round variance"
     accuracy = _column(rows, "global_accuracy")
     late_rows = rows[len(rows) // 2 :]
     change = _column(late_rows, "fitness_change")
-    if len(accuracy) < MIN_EVALUATIONS or not len(change):
-        return _too_little(name, "evaluations with fitness", len(accuracy))
+    if len(accuracy) < MIN_EVALUATIONS:
+        return _too_little(name, "evaluations", len(accuracy), VOLATILE)
     # The first half climbs; what is left after the trend of the last half is swing.
     steps = np.diff(accuracy[(len(accuracy) - 1) // 2 :])
     swing = np.abs(steps - steps.mean()).mean()
     evidence = (
         f"in the last half, global accuracy moves {100 * swing:.1f} points per "
-        f"evaluation about its trend; fitness moves {change.mean():.3f} per round"
+        "evaluation about its trend"
     )
+    if len(change):
+        evidence += f"; fitness moves {change.mean():.3f} per round"
     switches = _column(late_rows, "assignment_change")
     if len(switches):
         evidence += f"; {100 * switches.mean():.0f} % of held pairs are new"
-    present = swing > ACCURACY_SWING and change.mean() > FITNESS_CHANGE
-    knob = _knob(config, "fitness.rate", "lower") + _need(config, reads, "fitness")
-    return Signature(name, bool(present), evidence, knob if present else "")
+    present = swing > ACCURACY_SWING
+    restless = len(change) > 0 and change.mean() > FITNESS_CHANGE
+    if restless and (reads is None or "fitness" in reads):
+        knob = _knob(config, "fitness.rate", "lower") + _need(config, reads, "fitness")
+    else:
+        knob = _knob(config, "client.learning_rate", "lower")
+    return Signature(name, bool(present), evidence, knob if present else "", VOLATILE)
 
 
 def stragglers(
@@ -118,7 +150,8 @@ def stragglers(
     median = _column(rows, "simulated_median_seconds")
     late = _column(rows, "late_clients")
     if min(len(slowest), len(late)) < MIN_ROUNDS or len(median) != len(slowest):
-        return _too_little(name, "rounds with device times", len(slowest), MIN_ROUNDS)
+        what = "rounds with device times"
+        return _too_little(name, what, len(slowest), STRAGGLERS, MIN_ROUNDS)
     ratio = float(np.median(slowest / np.maximum(median, 1e-9)))
     late_rounds = (late > 0).mean()
     evidence = (
@@ -141,7 +174,7 @@ def stragglers(
             + " so that slow clients get fewer experts"
         )
     present = late_rounds > LATE_ROUNDS or ratio > SLOWEST_TO_MEDIAN
-    return Signature(name, bool(present), evidence, knob if present else "")
+    return Signature(name, bool(present), evidence, knob if present else "", STRAGGLERS)
 
 
 def stuck_expert(
@@ -151,7 +184,7 @@ def stuck_expert(
     name = "An expert never improves"
     alone, shares = stack_experts(rows, "expert_accuracy"), share_load(rows)
     if len(alone) < MIN_EVALUATIONS or alone.shape[1:] != shares.shape:
-        return _too_little(name, "evaluations of single experts", len(alone))
+        return _too_little(name, "evaluations of single experts", len(alone), STUCK)
     names, fair = name_experts(*shares.shape), 1 / shares.shape[1]
     alone, shares = alone.reshape(len(alone), -1), shares.ravel()
     gain = alone[-1] - alone[0]
@@ -169,7 +202,7 @@ def stuck_expert(
     knob = _knob(config, "weights.usage", "raise") + _need(config, reads, "usage")
     knob += '; fitness.idle: "prior"; ' + _knob(config, "fitness.exploration", "raise")
     present = bool(stuck.any())
-    return Signature(name, present, evidence, knob if present else "")
+    return Signature(name, present, evidence, knob if present else "", STUCK)
 
 
 CHECKS = (plateau, volatile, stragglers, stuck_expert)
@@ -194,9 +227,11 @@ def share_load(rows: Sequence[Row]) -> np.ndarray:
     return load / np.maximum(load.sum(axis=-1, keepdims=True), 1e-9)
 
 
-def _too_little(name: str, what: str, found: int, needed: int = MIN_EVALUATIONS):
+def _too_little(
+    name: str, what: str, found: int, condition: str, needed: int = MIN_EVALUATIONS
+) -> Signature:
     evidence = f"{TOO_EARLY}: {found} {what} so far, at least {needed} needed"
-    return Signature(name, False, evidence, "")
+    return Signature(name, False, evidence, "", condition)
 
 
 def _knob(config: Config, field: str, turn: str) -> str:

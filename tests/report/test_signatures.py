@@ -22,6 +22,8 @@ FLAT = [0.2, 0.4, 0.41, 0.41, 0.41, 0.41]
 RISING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 SWINGING = [0.1, 0.3, 0.5, 0.4, 0.5, 0.4, 0.5, 0.4]
 BOTH = ["fitness", "usage"]
+FITNESS_RATE = "fitness.rate: lower (now 0.3)"
+LEARNING_RATE = "client.learning_rate: lower (now 0.02)"
 
 
 @pytest.mark.parametrize(
@@ -38,14 +40,41 @@ def test_plateau(accuracy, load, present):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "change", "present"),
-    [(SWINGING, 0.2, True), (SWINGING, 0.01, False), (RISING, 0.2, False)],
+    ("accuracy", "change", "reads", "knob"),
+    [
+        (SWINGING, 0.2, BOTH, FITNESS_RATE),
+        (SWINGING, 0.2, ["usage"], LEARNING_RATE),
+        (SWINGING, 0.01, BOTH, LEARNING_RATE),
+        (SWINGING, None, [], LEARNING_RATE),
+        (RISING, 0.2, BOTH, ""),
+        (RISING, None, [], ""),
+    ],
 )
-def test_volatile(accuracy, change, present):
+def test_volatile(accuracy, change, reads, knob):
     rows = hand_rows(accuracy, fitness_change=change)
-    found = signatures.volatile(rows, {}, CONFIG, BOTH)
-    assert found.present == present
-    assert found.knob == ("fitness.rate: lower (now 0.3)" if present else "")
+    found = signatures.volatile(rows, {}, CONFIG, reads)
+    assert found.present == bool(knob)
+    assert found.knob == knob
+    assert ("fitness moves" in found.evidence) == (change is not None)
+
+
+def test_a_dense_run_that_swings_by_20_points_is_named():
+    accuracy = [0.1, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3]
+    found = signatures.volatile(hand_rows(accuracy, [640]), {}, CONFIG, [])
+    assert found.present and found.knob == LEARNING_RATE
+    assert "global accuracy moves 20.0 points per evaluation" in found.evidence
+
+
+def test_every_verdict_has_its_condition():
+    early = signatures.check([], {}, CONFIG, BOTH)
+    later = signatures.check(hand_rows(FLAT, (500, 500)), {}, CONFIG, BOTH)
+    conditions = [found.condition for found in later]
+    assert conditions == [found.condition for found in early]
+    flat, swinging, waiting, stuck = conditions
+    assert "less than 1 point" in flat and "above 0.3" in flat
+    assert "more than 3 points" in swinging and "whether fitness moves" in swinging
+    assert "over 3 times" in waiting and "over 10 %" in waiting
+    assert "less than 0.5 of its fair share" in stuck
 
 
 @pytest.mark.parametrize(
