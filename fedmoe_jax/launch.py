@@ -314,8 +314,8 @@ def join_reports(sources: list[str], command: str, baseline: str) -> int:
     Raises:
       UserError: a folder that is not allowed, no finished run, or none of the baseline.
     """
+    from fedmoe_jax.report.baseline import check_baseline
     from fedmoe_jax.report.folders import join
-    from fedmoe_jax.report.paired import check_baseline
     from fedmoe_jax.report.runs import load_run
     from fedmoe_jax.runtime.files import read_json
     from fedmoe_jax.runtime.folders import resolve_folder
@@ -346,7 +346,7 @@ def report(folders: list[Path], workdir: Path, command: str, baseline: str) -> P
     """Writes the report of these runs and its tables, then prints; returns the page."""
     from fedmoe_jax.report.clients import write_clients_csv
     from fedmoe_jax.report.page import write_report
-    from fedmoe_jax.report.paired import write_paired_csv
+    from fedmoe_jax.report.paired_csv import write_paired_csv
     from fedmoe_jax.report.runs import load_run
     from fedmoe_jax.report.sections import markdown_tables
     from fedmoe_jax.report.tables import print_table, write_runs_csv

@@ -1,36 +1,17 @@
-"""Labels less a baseline, seed by seed: runs of one seed share split and weights."""
+"""Labels less others, seed by seed: runs of one seed share split and weights."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import bdtr
 
-from fedmoe_jax.options import FINAL, Measure, UserError, show
+from fedmoe_jax.options import FINAL, Measure
 from fedmoe_jax.report.cells import Cell
 from fedmoe_jax.report.runs import NAN, Run, interval, join_measures, name_runs, numbers
-from fedmoe_jax.report.sheets import Section, Sheet
-from fedmoe_jax.report.tables import EVERYWHERE, pick_cells
-from fedmoe_jax.report.targets import find_best
-from fedmoe_jax.report.text import one_line
-from fedmoe_jax.runtime.files import write_atomically
 
 Seeds = Mapping[int, Mapping[str, float]]  # numbers of the runs of a label, by seed
-FIELD = "evaluation.baseline"
-CSV_FIELDS = (
-    "strategy",
-    "baseline",
-    "measure",
-    "difference",
-    "half_width",
-    "pairs",
-    "wins",
-    "losses",
-    "sign_test_p",
-)
+Pair = tuple[str, str]  # a label, and the one that is taken from it
 
 
 class Paired(NamedTuple):
@@ -51,13 +32,6 @@ class Paired(NamedTuple):
     wins: int
     losses: int
     p: float
-
-
-class Baseline(NamedTuple):
-    """The label from which the others differ, and a sentence that says why it."""
-
-    label: str
-    about: str
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -106,49 +80,15 @@ def final_measures(runs: Sequence[Run]) -> dict[str, Measure]:
     return {key: m for key, m in measures.items() if m.over == FINAL and m.title}
 
 
-def check_baseline(runs: Sequence[Run], wanted: str) -> None:
-    """Checks that a baseline is a label of these runs.
-
-    Raises:
-      UserError: it is not.
-    """
-    labels = list(dict.fromkeys(run.label for run in name_runs(runs)))
-    if wanted not in labels:
-        raise UserError(
-            f"{FIELD}={show(wanted)} is not allowed; allowed: a row of the report: "
-            f"{', '.join(map(one_line, labels))}"
-        )
-
-
-def find_baseline(runs: Sequence[Run], wanted: str) -> Baseline | None:
-    """The label that is wanted, else the best control; None before any evaluation.
-
-    Args:
-      runs: all that are compared.
-      wanted: a label, `evaluation.baseline`; empty for the best control.
-    """
-    if wanted in {run.label for run in name_runs(runs)}:
-        return Baseline(wanted, f"{wanted} is the baseline that {FIELD} names.")
-    best = find_best(runs)
-    if best is None:
-        return None
-    about = (
-        f"{best.label} is the best {best.kind} by its mean final global accuracy, "
-        f"chosen by the numbers that are compared; {FIELD} names another baseline."
-    )
-    if wanted:
-        about = f"{FIELD}={wanted} names no row of this report. {about}"
-    return Baseline(best.label, about)
-
-
-def pair_labels(runs: Sequence[Run], baseline: str) -> dict[str, dict[str, Paired]]:
-    """Every label but the baseline less it, by the key of the measure and label."""
+def pair_labels(
+    runs: Sequence[Run], pairs: Sequence[Pair]
+) -> dict[str, dict[Pair, Paired]]:
+    """The differences of pairs of labels, by the key of the measure and the pair."""
     seeds, measures = seeds_of(runs), final_measures(runs)
     return {
         key: {
-            label: pair_up(ours, seeds[baseline], key, measure)
-            for label, ours in seeds.items()
-            if label != baseline
+            (label, other): pair_up(seeds[label], seeds[other], key, measure)
+            for label, other in pairs
         }
         for key, measure in measures.items()
     }
@@ -163,68 +103,3 @@ def difference_cell(paired: Paired, digits: int) -> Cell:
         return Cell(f"{text} (1 pair)", paired.mean)
     text += f" ± {paired.half:.{digits}f}"
     return Cell(text, paired.mean, abs(paired.mean) > paired.half)
-
-
-def _paired_cells(paired: Paired, digits: int) -> list[Cell]:
-    wins = f"{paired.wins} / {paired.losses}" if paired.pairs else "–"
-    p = f"{paired.p:.3g}" if paired.pairs else "–"
-    return [
-        difference_cell(paired, digits),
-        Cell(str(paired.pairs), paired.pairs),
-        Cell(wins, paired.wins),
-        Cell(p, paired.p),
-    ]
-
-
-def paired_section(runs: Sequence[Run], wanted: str) -> Section | None:
-    """A table for each final measure; None where there is nothing to compare.
-
-    Args:
-      runs: of one label or several.
-      wanted: see `find_baseline`.
-    """
-    baseline = find_baseline(runs, wanted)
-    if baseline is None or len({run.label for run in name_runs(runs)}) < 2:
-        return None
-    title, measures = f"Paired differences: less {baseline.label}", final_measures(runs)
-    burdens, loads = pick_cells(runs, EVERYWHERE)
-    sheets = []
-    for key, found in pair_labels(runs, baseline.label).items():
-        if any(paired.pairs for paired in found.values()):
-            digits = measures[key].digits
-            rows = {
-                label: [*_paired_cells(paired, digits), *loads[label]]
-                for label, paired in found.items()
-            }
-            heads = ("Strategy", "Difference", "Pairs", "Won / lost", "p", *burdens)
-            sheets.append(Sheet(measures[key].title, heads, rows))
-    if not sheets:
-        about = f"No row has a seed in common with {baseline.label}. {baseline.about}"
-        return Section(title, about, ())
-    about = (
-        "Difference: of the row to the baseline, the mean over the seeds that both "
-        "have (pairs) in points ± half-width of its 95 % t-interval; bold where the "
-        "mean exceeds it, as one in twenty does by chance. Won / lost: pairs in which "
-        "the row is better / worse. p: of the two-sided sign test, which leaves equal "
-        f"pairs out. {baseline.about}"
-    )
-    return Section(title, about, sheets)
-
-
-def write_paired_csv(path: str | Path, runs: Sequence[Run], wanted: str) -> None:
-    """One row per label and final measure, of the numbers of `paired_section`.
-
-    No file where there is nothing to compare. A field is empty where the number is
-    unknown.
-    """
-    baseline = find_baseline(runs, wanted)
-    if baseline is None or len({run.label for run in name_runs(runs)}) < 2:
-        return
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(CSV_FIELDS)
-    for key, found in pair_labels(runs, baseline.label).items():
-        for label, paired in found.items():
-            values = ["" if np.isnan(x) else f"{x:.10g}" for x in paired]
-            writer.writerow([label, baseline.label, key, *values])
-    write_atomically(Path(path), text.getvalue())

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from fedmoe_jax.report.baseline import paired_section
 from fedmoe_jax.report.budgets import budget_section
-from fedmoe_jax.report.paired import paired_section
+from fedmoe_jax.report.parts import parts_section
 from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.sheets import Section, section_markdown
 from fedmoe_jax.report.tables import markdown_table
@@ -14,9 +15,9 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
 
     Args:
       runs: of one label or several.
-      baseline: `evaluation.baseline`, see `paired.find_baseline`.
+      baseline: `evaluation.baseline`, see `baseline.find_baseline`.
     """
-    found = [paired_section(runs, baseline), budget_section(runs)]
+    found = [paired_section(runs, baseline), parts_section(runs), budget_section(runs)]
     return [section for section in found if section]
 
 

@@ -185,6 +185,19 @@ def stop_run(folder, num_rows):
     return folder
 
 
+def load_three(root):
+    """A dense control that ends at 0.5 and two mixtures, two seeds each."""
+    made = []
+    for name, experts, tops in (
+        ("fedavg", 1, (0.4, 0.6)),
+        ("greedy", 4, (0.5, 0.8)),
+        ("random", 4, (0.3, 0.5)),
+    ):
+        for seed, top in enumerate(tops):
+            made.append(write_run(root / f"{name}{seed}", name, seed, top, experts))
+    return [load_run(folder) for folder in made]
+
+
 def load_runs(root):
     """Two strategies and a dense control, two seeds each; one seed diverged."""
     made = []
@@ -194,3 +207,25 @@ def load_runs(root):
             made.append(write_run(folder, strategy, seed, top, num_experts))
     change_summary(made[-1], final_global_accuracy=None)
     return [load_run(folder) for folder in made]
+
+
+def make_labels(root, **finals):
+    """Runs of labels in memory, one round each.
+
+    Args:
+      root: of their folders.
+      finals: the final global accuracy of each seed, by label.
+    """
+    return [
+        make_run(root, label, [make_row(1, global_accuracy=value)], seed=seed)
+        for label, seeds in finals.items()
+        for seed, value in seeds.items()
+    ]
+
+
+# A system, its sibling with the shared gate, and what they are compared with.
+IN_PARTS = {
+    "random": {0: 0.4, 1: 0.5, 2: 0.6},
+    "flex_moe_shared_gate": {0: 0.5, 1: 0.6, 2: 0.7},
+    "flex_moe": {0: 0.4, 1: 0.55, 2: 0.6, 3: 0.9},
+}

@@ -4,7 +4,7 @@ import pytest
 
 from fedmoe_jax.report.sections import list_sections, markdown_tables
 
-from .fake_runs import load_runs
+from .fake_runs import IN_PARTS, load_runs, make_labels
 
 
 @pytest.fixture(scope="module")
@@ -12,9 +12,12 @@ def runs(tmp_path_factory):
     return load_runs(tmp_path_factory.mktemp("runs"))
 
 
-def test_list_sections_leaves_out_what_has_nothing_to_say(runs):
+def test_list_sections_leaves_out_what_has_nothing_to_say(runs, tmp_path):
     titles = lambda made: [section.title for section in list_sections(made, "random")]
-    assert titles(runs) == ["Paired differences: less random", "At equal budgets"]
+    pairs, costs = "Paired differences: less random", "At equal budgets"
+    assert titles(runs) == [pairs, costs]
+    parts = "Assignment, and what else the system does"
+    assert titles(make_labels(tmp_path, **IN_PARTS)) == [pairs, parts, costs]
     assert titles(runs[:2]) == []
 
 
