@@ -298,8 +298,9 @@ MEASURES: dict[str, Measure] = {
         "diverged",
         MAX,
         "Diverged",
-        "share of the runs in which half or more of a round's updates were not finite, "
-        "or the training loss ran away to ten times that of the first round",
+        "runs in which half or more of a round's updates were not finite, or the "
+        "training loss ran away to ten times that of the first round; † marks the "
+        "means that include them",
         better=-1,
         digits=2,
         trivial=0.0,

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedmoe_jax.options import DEVICES, FINAL, Measure
 from fedmoe_jax.report.cells import NOT_APPLICABLE, Cell, mark_best, mean_cell
+from fedmoe_jax.report.diverged import has_diverged, mark_cell
 from fedmoe_jax.report.rows import measured, spend_so_far
 from fedmoe_jax.report.runs import NAN, Run, group_runs, join_measures, name_runs
 from fedmoe_jax.report.sheets import Section, Sheet
@@ -87,7 +88,8 @@ def _budget_cell(
     values = [value_within(run, measure, budget, most) for run in group]
     if not any(map(math.isfinite, values)) and -math.inf in values:
         return Cell("–", NAN)
-    return mean_cell(values, measure.scale, measure.digits)
+    cell = mean_cell(values, measure.scale, measure.digits)
+    return mark_cell(cell) if any(map(has_diverged, group)) else cell
 
 
 def show_amount(amount: float) -> str:

@@ -15,6 +15,7 @@ from fedmoe_jax.report.cells import Cell
 from fedmoe_jax.report.client_figures import client_pictures
 from fedmoe_jax.report.cost_figures import cost_pictures
 from fedmoe_jax.report.device_figures import compared_device_pictures, device_pictures
+from fedmoe_jax.report.diverged import describe_diverged
 from fedmoe_jax.report.figures import (
     Picture,
     curve_pictures,
@@ -126,7 +127,8 @@ def _numbers_html(runs: Sequence[Run]) -> str:
         "(never counts as later than any round; – where that is the median), then how "
         "many of the seeds reached it. "
         "Bold: best of its column. MB: 10<sup>6</sup> bytes over all clients. Grey: "
-        "data or room that a strategy needs beyond the shared rules.</p>"
+        "data or room that a strategy needs beyond the shared rules. "
+        f"{escape(describe_diverged(runs))}</p>"
         + _definitions_html(columns)
         + _notes_html(groups)
     )

@@ -8,6 +8,7 @@ from scipy.special import bdtr
 
 from fedmoe_jax.options import FINAL, Measure
 from fedmoe_jax.report.cells import Cell
+from fedmoe_jax.report.diverged import is_diverged, mark_cell
 from fedmoe_jax.report.runs import NAN, Run, interval, join_measures, name_runs, numbers
 
 Seeds = Mapping[int, Mapping[str, float]]  # numbers of the runs of a label, by seed
@@ -24,6 +25,7 @@ class Paired(NamedTuple):
       wins: pairs in which the label is better.
       losses: pairs in which it is worse; equal ones are neither.
       p: of the two-sided sign test, in (0, 1]; NaN without a pair.
+      diverged: pairs of which a run diverged.
     """
 
     mean: float
@@ -32,6 +34,7 @@ class Paired(NamedTuple):
     wins: int
     losses: int
     p: float
+    diverged: int
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -55,13 +58,16 @@ def pair_up(ours: Seeds, others: Seeds, key: str, measure: Measure) -> Paired:
     both = [seed for seed in ours if seed in others]
     less = [ours[seed].get(key, NAN) - others[seed].get(key, NAN) for seed in both]
     apart = measure.scale * np.array(less, float)
-    apart = apart[np.isfinite(apart)]
+    known = np.isfinite(apart)
+    broken = [is_diverged(ours[seed]) or is_diverged(others[seed]) for seed in both]
+    apart, diverged = apart[known], int(np.sum(known & np.array(broken, bool)))
     if not len(apart):
-        return Paired(NAN, NAN, 0, 0, 0, NAN)
+        return Paired(NAN, NAN, 0, 0, 0, NAN, 0)
     mean, half = interval(apart)
     gains = apart if measure.better >= 0 else -apart
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
-    return Paired(mean, half, len(apart), wins, losses, sign_test(wins, losses))
+    p = sign_test(wins, losses)
+    return Paired(mean, half, len(apart), wins, losses, p, diverged)
 
 
 def seeds_of(runs: Sequence[Run]) -> dict[str, dict[int, dict[str, float]]]:
@@ -95,11 +101,10 @@ def pair_labels(
 
 
 def difference_cell(paired: Paired, digits: int) -> Cell:
-    """Mean and half-width, bold where the mean is beyond it."""
+    """Mean and half-width, bold where the mean is beyond it; marked, see `diverged`."""
     if not paired.pairs:
         return Cell("no pair", NAN)
     text = f"{paired.mean:+.{digits}f}"
-    if paired.pairs == 1:
-        return Cell(f"{text} (1 pair)", paired.mean)
-    text += f" ± {paired.half:.{digits}f}"
-    return Cell(text, paired.mean, abs(paired.mean) > paired.half)
+    text += f" ± {paired.half:.{digits}f}" if paired.pairs > 1 else " (1 pair)"
+    cell = Cell(text, paired.mean, abs(paired.mean) > paired.half)
+    return mark_cell(cell) if paired.diverged else cell

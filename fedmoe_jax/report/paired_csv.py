@@ -23,6 +23,7 @@ FIELDS = (
     "wins",
     "losses",
     "sign_test_p",
+    "diverged",
 )
 
 

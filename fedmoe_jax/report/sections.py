@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from fedmoe_jax.report.baseline import paired_section
 from fedmoe_jax.report.budgets import budget_section
+from fedmoe_jax.report.diverged import describe_diverged
 from fedmoe_jax.report.parts import parts_section
 from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.sheets import Section, section_markdown
 from fedmoe_jax.report.tables import markdown_table
+from fedmoe_jax.report.text import escape_markdown
 
 
 def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
@@ -18,10 +20,17 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
       baseline: `evaluation.baseline`, see `baseline.find_baseline`.
     """
     found = [paired_section(runs, baseline), parts_section(runs), budget_section(runs)]
-    return [section for section in found if section]
+    note = describe_diverged(runs)
+    return [
+        section._replace(about=f"{section.about} {note}".strip())
+        for section in found
+        if section
+    ]
 
 
 def markdown_tables(runs: Sequence[Run], baseline: str) -> str:
     """The content of `table.md`: final numbers, then every section."""
+    note = escape_markdown(describe_diverged(runs))
+    notes = [f"{note}\n"] if note else []
     sections = map(section_markdown, list_sections(runs, baseline))
-    return "\n".join([markdown_table(runs), *sections])
+    return "\n".join([markdown_table(runs), *notes, *sections])

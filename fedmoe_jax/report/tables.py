@@ -14,6 +14,7 @@ from rich.table import Column as Header
 from rich.table import Table
 
 from fedmoe_jax.options import FINAL, LABELS, LEARNING, ROUNDS, Measure
+from fedmoe_jax.report import diverged
 from fedmoe_jax.report.cells import (
     NOT_APPLICABLE,
     Cell,
@@ -68,6 +69,7 @@ class Column(NamedTuple):
       group: the table that it belongs to.
       about: its definition; empty where the title says it all.
       printed: whether it is shown in the terminal.
+      averaged: whether a cell is a mean over seeds.
     """
 
     title: str
@@ -79,9 +81,18 @@ class Column(NamedTuple):
     group: str = LEARNING
     about: str = ""
     printed: bool = False
+    averaged: bool = False
 
 
 def _column(key: str, measure: Measure) -> Column:
+    if key == diverged.KEY:
+        return _make_column(key, measure)._replace(
+            cell=diverged.count_cell, better=0, averaged=False
+        )
+    return _make_column(key, measure)
+
+
+def _make_column(key: str, measure: Measure) -> Column:
     return Column(
         measure.title,
         key,
@@ -92,6 +103,7 @@ def _column(key: str, measure: Measure) -> Column:
         measure.group,
         measure.about,
         measure.printed,
+        averaged=True,
     )
 
 
@@ -160,6 +172,17 @@ def _labels_agree(found: Found, key: str) -> bool:
     return len(found) > 1 and len(shares) == 1
 
 
+def _fill(column: Column, each: Sequence[Mapping[str, float]]) -> Cell:
+    """The cell of a label's runs, marked where a run that it averages diverged."""
+    values = [one.get(column.key, NAN) for one in each]
+    broken = [
+        math.isfinite(value) and diverged.is_diverged(one)
+        for value, one in zip(values, each, strict=True)
+    ]
+    cell = column.cell(values)
+    return diverged.mark_cell(cell) if column.averaged and any(broken) else cell
+
+
 def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
     """The columns, and the cells of every label's row."""
     named, measures, targets = name_runs(runs), join_measures(runs), find_targets(runs)
@@ -176,7 +199,7 @@ def table(runs: Sequence[Run]) -> tuple[list[Column], dict[str, list[Cell]]]:
         cells = [
             Cell(NOT_APPLICABLE, NAN)
             if column.of in absent[label]
-            else column.cell([one.get(column.key, NAN) for one in each])
+            else _fill(column, each)
             for label, each in found.items()
         ]
         by_column.append(mark_best(cells, column.better, column.zero_wins))
@@ -222,7 +245,7 @@ def overwrites_of(group: Sequence[Run]) -> str:
 
 
 def print_table(runs: Sequence[Run], stream: TextIO) -> None:
-    """The columns that are `printed`, for a terminal."""
+    """The columns that are `printed`, for a terminal, and the runs that diverged."""
     columns, rows = table(runs)
     chosen = [place for place, column in enumerate(columns) if column.printed]
     titles = [textwrap.fill(one_line(columns[at].title), HEAD) for at in chosen]
@@ -235,7 +258,10 @@ def print_table(runs: Sequence[Run], stream: TextIO) -> None:
     # Names of users may have [ and :, which are no markup and no emoji.
     plain: dict[str, Any] = dict(markup=False, emoji=False)
     width = max(PRINTED, Console().width)
-    Console(file=stream, width=width, **plain).print(shown)
+    console = Console(file=stream, width=width, **plain)
+    console.print(shown)
+    if note := diverged.describe_diverged(runs):
+        console.print(one_line(note))
 
 
 def markdown_table(runs: Sequence[Run]) -> str:

@@ -23,7 +23,7 @@ def test_pair_up_by_hand():
     found = pair({0: 0.5, 1: 0.7, 2: 0.9, 7: 0.1})
     assert found.mean == pytest.approx(20)
     assert found.half == pytest.approx(24.8414, abs=1e-3)
-    assert found[2:] == (3, 3, 0, 0.25)
+    assert found[2:] == (3, 3, 0, 0.25, 0)
 
 
 def test_pair_up_counts_equal_pairs_as_neither():
@@ -38,6 +38,14 @@ def test_pair_up_without_a_common_seed_is_unknown():
         assert pair(ours)[2:5] == (0, 0, 0)
         assert paired.difference_cell(pair(ours), 1).text == "no pair"
     assert paired.difference_cell(pair({0: 0.5}), 1).text == "+10.0 (1 pair)"
+
+
+def test_pair_up_counts_pairs_with_a_run_that_diverged():
+    ours, others = seeds_of({0: 0.5, 1: 0.6, 2: 0.8}), seeds_of(BASE)
+    ours[0]["diverged"], others[0]["diverged"], others[1]["diverged"] = 1.0, 1.0, 2.0
+    found = paired.pair_up(ours, others, KEY, MEASURES[KEY])
+    assert found.diverged == 2
+    assert paired.difference_cell(found, 1).text == "+13.3 ± 14.3 †"
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 0), (1, 4), (3, 3), (2, 9)])

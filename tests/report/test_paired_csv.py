@@ -43,7 +43,7 @@ def test_write_paired_csv_leaves_out_what_is_unknown(tmp_path):
     runs = make_labels(tmp_path, greedy={0: 0.4}, random={0: 0.5}, local={1: 0.5})
     write_paired_csv(tmp_path / "paired.csv", runs, "greedy")
     lines = (tmp_path / "paired.csv").read_text().splitlines()
-    assert lines[1].startswith("random,greedy,final_global_accuracy,10,,1,1,0,1")
-    assert lines[2] == "local,greedy,final_global_accuracy,,,0,0,0,"
+    assert lines[1].startswith("random,greedy,final_global_accuracy,10,,1,1,0,1,0")
+    assert lines[2] == "local,greedy,final_global_accuracy,,,0,0,0,,0"
     write_paired_csv(tmp_path / "none.csv", runs[:1], "")
     assert not (tmp_path / "none.csv").exists()
