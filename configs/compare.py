@@ -45,6 +45,11 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compare.strategies = STRATEGIES
     config.compare.changes = ("",)  # one-factor changes, such as "fitness.idle=keep"
     config.compare.seeds = (0, 1, 2)
+    config.compare.settings = ()  # of one strategy, such as "greedy: local_steps=9"
+    config.tune = ConfigDict()  # what --tune tries, rates x servers, at most eight
+    config.tune.rates = (0.01, 0.02, 0.05, 0.1)
+    config.tune.servers = ("", "server.optimizer=fedadam,server.learning_rate=0.01")
+    config.tune.measure = "validation_personal_accuracy"
     if "smoke" in words:
         default.shrink(config)
         config.compare.strategies, config.compare.seeds = FAMILIES, (0,)

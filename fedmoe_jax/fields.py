@@ -38,6 +38,10 @@ FREE_FIELDS = frozenset(
         "compare.strategies",
         "compare.changes",
         "compare.seeds",
+        "compare.settings",
+        "tune.rates",
+        "tune.servers",
+        "tune.measure",
     }
 )
 
@@ -50,7 +54,12 @@ LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "changes, as ('', 'fitness.idle=keep')",
     ),
     "seeds": (is_whole, "whole numbers, as (0, 1, 2)"),
+    "settings": (
+        lambda x: isinstance(x, str),
+        "strategies with changes, as ('greedy: client.learning_rate=0.06',)",
+    ),
 }
+OPTIONAL_LISTS = ("settings",)  # which may be empty or missing
 
 
 def list_rate_options(side: str, gradient: str) -> tuple[Option, ...]:
@@ -442,6 +451,11 @@ OPTIONS: tuple[Option, ...] = (
         None,
         "global accuracies in (0, 1] to which the report counts rounds; none: 50, 80, "
         "90 and 95 % of the best control's final one",
+    ),
+    Option(
+        "tuned",
+        None,
+        "measure by which --tune has chosen the rates of this run; empty: not tuned",
     ),
     Option(
         "evaluation.baseline",

@@ -6,7 +6,9 @@
     python launch.py --report=runs/a,runs/b --workdir=runs/both     joins what is there
 
 `python -m fedmoe_jax` is the same program. A second call with the same arguments
-resumes. --only=3/8 runs the third of eight parts of a comparison. --plugins names
+resumes. --only=3/8 runs the third of eight parts of a comparison. --tune gives every
+strategy of a comparison the same budget of rates, judged on validation examples, and
+--settings reads what it has chosen. --plugins names
 modules whose strategies, data sets and so on join the package's, and whose fields join
 the config. On several hosts the same call is made on each, with --coordinator_address,
 --num_processes and --process_id. Exit code 0: finished; 1: an unforeseen error, or
@@ -19,6 +21,7 @@ import faulthandler
 import functools
 import gc
 import inspect
+import io
 import os
 import re
 import runpy
@@ -26,6 +29,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,7 @@ KINDS = {  # of flags that are no text
     "num_processes": "whole numbers >= 1",
     "process_id": "whole numbers >= 0",
     "distributed": "true, false",
+    "tune": "true, false",
     "profile": "true, false",
 }
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
@@ -146,6 +151,12 @@ _ONLY = flags.DEFINE_string(
 )
 _REPORT = flags.DEFINE_list(
     "report", None, "Folders of runs and studies to report together in --workdir."
+)
+_TUNE = flags.DEFINE_bool(
+    "tune", False, "Tune every strategy of a comparison, instead of comparing them."
+)
+_SETTINGS = flags.DEFINE_string(
+    "settings", None, "settings.json of --tune, for the strategies of this comparison."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/default", "Folder of the run; an existing run there is resumed."
@@ -271,6 +282,8 @@ def run(
     from fedmoe_jax.train.run import train
 
     part = WHOLE if only is None else parse_part(only)
+    if only is not None and _TUNE.value:
+        raise UserError("--only is not allowed with --tune; allowed: one of them")
     if only is not None and "compare" not in config:
         raise UserError(
             f"--only={only} is not allowed; allowed: with a comparison, as of "
@@ -284,6 +297,8 @@ def run(
     start = time.monotonic()
     wished = lambda: any_process(stop())
     profile = profile and is_leader()
+    if _TUNE.value:
+        return tune(config, workdir, wished, profile)
     if "compare" in config:
         folders, finished = compare(
             config, workdir, stop=wished, profile=profile, part=part
@@ -299,6 +314,55 @@ def run(
             page = report(folders, workdir, command, config.evaluation.baseline)
         print(f"report: {page}  ({time.monotonic() - start:.0f} s from the start)")
     return finished
+
+
+def tune(
+    config: ConfigDict, workdir: Path, stop: Callable[[], bool], profile: bool
+) -> bool:
+    """Tunes a comparison's strategies, and says what was found; whether it is done."""
+    from fedmoe_jax.report.plots import save_png
+    from fedmoe_jax.report.tuning import draw_tuning, write_tuning_csv
+    from fedmoe_jax.runtime.files import write_bytes
+    from fedmoe_jax.runtime.multihost import is_leader
+    from fedmoe_jax.train import tune as tuning
+
+    trials, whole = tuning.tune(config, workdir, stop=stop, profile=profile)
+    if trials and is_leader():
+        measure = config.tune.measure
+        write_tuning_csv(workdir / "tuning.csv", trials, measure)
+        picture = io.BytesIO()
+        save_png(draw_tuning(trials, measure), picture)
+        write_bytes(workdir / "tuning.png", picture.getvalue())
+    if whole and is_leader():
+        print(f"settings: {workdir / 'settings.json'}, for --settings")
+    return whole
+
+
+def take_settings(config: ConfigDict, path: str) -> None:
+    """Puts the settings that `--tune` has written into a comparison, in place.
+
+    Those of strategies that it lacks are left out.
+
+    Raises:
+      UserError: this is no comparison, or the file holds no settings.
+    """
+    from fedmoe_jax.runtime.files import read_json
+    from fedmoe_jax.runtime.folders import resolve_folder
+    from fedmoe_jax.train.compare import split_strategy
+
+    if "compare" not in config:
+        raise UserError(
+            f"--settings={path} is not allowed; allowed: with a comparison, as of "
+            "--config=configs/compare.py"
+        )
+    file = resolve_folder("settings", path)
+    settings = read_json(file).get("settings")
+    if not isinstance(settings, list) or not all(map(str.__instancecheck__, settings)):
+        raise UserError(f"{file} holds no settings; allowed: what --tune has written")
+    known = config.compare.strategies
+    chosen = (text for text in settings if split_strategy(text)[0] in known)
+    with config.unlocked():
+        config.compare.settings = tuple(chosen)
 
 
 def join_reports(sources: list[str], command: str, baseline: str) -> int:
@@ -462,6 +526,8 @@ def main(argv: list[str], stop: Stop) -> int:
     config, profile, only = _CONFIG.value, _PROFILE.value, _ONLY.value
     try:
         workdir = resolve_folder("workdir", _WORKDIR.value)
+        if _SETTINGS.value is not None:
+            take_settings(config, _SETTINGS.value)
         join_hosts(config, f"{config} {workdir} {profile} {only}")
         multihost.on_leader(check_plugins, workdir)
         multihost.on_leader(check_free, workdir, _ONLY.value is not None)

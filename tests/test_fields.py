@@ -4,7 +4,7 @@ import itertools
 
 from fedmoe_jax.config import list_options
 from fedmoe_jax.configs import default
-from fedmoe_jax.fields import AT_MOST, FREE_FIELDS, MULTIPLE
+from fedmoe_jax.fields import AT_MOST, FREE_FIELDS, LISTS, MULTIPLE
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import STRATEGIES
 
@@ -13,6 +13,7 @@ from fedmoe_jax.strategies import STRATEGIES
 # keeps their type.
 CHECKED_ELSEWHERE = {
     "strategy",
+    "tuned",
     "data.dir",
     "evaluation.targets",
     "evaluation.baseline",
@@ -27,7 +28,8 @@ def test_every_field_is_checked():
     assert set(options) == fields
     checked = {name for name, option in options.items() if option.allowed is not None}
     assert fields - checked == CHECKED_ELSEWHERE
-    lists = {f"compare.{name}" for name in ("strategies", "changes", "seeds")}
+    lists = {f"compare.{name}" for name in LISTS}
+    lists |= {f"tune.{name}" for name in ("rates", "servers", "measure")}
     assert FREE_FIELDS - fields == lists
     of_strategies = (strategy.at_most for strategy in STRATEGIES.values())
     pairs = (*AT_MOST, *MULTIPLE, *itertools.chain(*of_strategies))

@@ -31,6 +31,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.batch_size = 32
     config.strategy = "load_balanced"
     config.plugins = list_plugins()
+    config.tuned = ""
 
     config.data = ConfigDict()
     config.data.name = "digits"

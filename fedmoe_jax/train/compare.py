@@ -1,7 +1,6 @@
 """A comparison is a sweep over strategies x changes x seeds."""
 
 import contextlib
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -11,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fedmoe_jax.config import fill_defaults, list_options, validate
-from fedmoe_jax.fields import LISTS
+from fedmoe_jax.fields import LISTS, OPTIONAL_LISTS
 from fedmoe_jax.options import UserError, show
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import flatten, plain, read_json
@@ -31,6 +30,30 @@ def split_change(change: str) -> list[str]:
     """
     fields = "|".join(map(re.escape, list_options()))
     return [part for part in re.split(rf",(?=(?:{fields})=|$)", change) if part]
+
+
+def split_strategy(change: str) -> tuple[str, str]:
+    """`STRATEGY: field=value` in its parts; the first is empty where none is named."""
+    name, colon, own = change.partition(":")
+    return (name.strip(), own.strip()) if colon and "=" not in name else ("", change)
+
+
+def read_settings(lists: ConfigDict) -> dict[str, str]:
+    """What every run of a strategy changes beside the comparison's changes.
+
+    Raises:
+      UserError: no strategy of the comparison is named, or one twice.
+    """
+    found: dict[str, str] = {}
+    for text in lists.get("settings", ()):
+        strategy, change = split_strategy(text)
+        if strategy not in lists.strategies or strategy in found:
+            raise UserError(
+                f"compare.settings has {show(text)}; allowed: STRATEGY: field=value, "
+                f"each once, with one of {', '.join(lists.strategies)}"
+            )
+        found[strategy] = change
+    return found
 
 
 def apply_change(config: ConfigDict, change: str) -> None:
@@ -70,7 +93,8 @@ def make_member(
       UserError: it is not allowed.
     """
     fields = config.to_dict() | {"strategy": strategy, "seed": seed}
-    del fields["compare"]
+    for group in ("compare", "tune"):
+        fields.pop(group, None)
     member = ConfigDict(fields)
     for part in split_change(change):
         apply_change(member, part)
@@ -80,17 +104,20 @@ def make_member(
 
 def check_lists(lists: Any) -> None:
     """Raises UserError unless the lists of a comparison are tuples of what is due."""
-    fields = lists.keys() if isinstance(lists, ConfigDict) else ()
-    for name in sorted(fields ^ LISTS.keys()):
+    fields = set(lists.keys() if isinstance(lists, ConfigDict) else ())
+    for name in sorted((fields | {*OPTIONAL_LISTS}) ^ LISTS.keys()):
         fault = "is missing" if name in LISTS else "is unknown"
         raise UserError(f"compare.{name} {fault}; allowed: {', '.join(LISTS)}")
     for name, (fits, allowed) in LISTS.items():
-        values = lists[name]
+        optional = name in OPTIONAL_LISTS
+        values = lists.get(name, ()) if optional else lists[name]
         listed = isinstance(values, tuple | list) and all(map(fits, values))
-        if not listed or not values or len(set(values)) < len(values):
+        empty = not values and not optional
+        if not listed or empty or len(set(values)) < len(values):
+            least = "" if optional else "at least one and "
             raise UserError(
                 f"compare.{name}={show(values)} is not allowed; allowed: {allowed}, "
-                "at least one and none twice"
+                f"{least}none twice"
             )
 
 
@@ -107,6 +134,25 @@ def check_distinct(members: Iterable[Member]) -> None:
         known[fields] = name
 
 
+def list_pairs(lists: ConfigDict) -> list[tuple[str, str]]:
+    """Every change with every strategy that it is for.
+
+    Raises:
+      UserError: a change names a strategy that is not compared.
+    """
+    pairs = []
+    for change in lists.changes:
+        own, _ = split_strategy(change)
+        if own and own not in lists.strategies:
+            raise UserError(
+                f"compare.changes has {show(change)}; allowed: changes of all, or of "
+                f"one of {', '.join(lists.strategies)}"
+            )
+        chosen = [own] if own else lists.strategies
+        pairs += [(change, strategy) for strategy in chosen]
+    return pairs
+
+
 def list_members(config: ConfigDict) -> list[Member]:
     """Every run of a comparison, seeds innermost so that programs are shared.
 
@@ -115,7 +161,9 @@ def list_members(config: ConfigDict) -> list[Member]:
 
     Args:
       config: with `compare.strategies`, `compare.changes` (`field=value`, several
-        joined by commas; `""` changes nothing) and `compare.seeds`.
+        joined by commas; `""` changes nothing; `STRATEGY: field=value` is a change of
+        this one alone) and `compare.seeds`; `compare.settings` are changes that all
+        runs of a strategy have, its own rates say, and no name shows.
 
     Raises:
       UserError: lists of other types, a member's config that is not allowed, or a run
@@ -123,11 +171,13 @@ def list_members(config: ConfigDict) -> list[Member]:
     """
     check_lists(config.compare)
     members = []
-    pairs = itertools.product(config.compare.changes, config.compare.strategies)
-    for change, strategy in pairs:
+    settings = read_settings(config.compare)
+    for text, strategy in list_pairs(config.compare):
+        _, change = split_strategy(text)
         name = caseless_name(f"{strategy}-{change}" if change else strategy)
+        both = ",".join(filter(None, (settings.get(strategy), change)))
         for seed in config.compare.seeds:
-            member = make_member(config, strategy, change, int(seed))
+            member = make_member(config, strategy, both, int(seed))
             members.append(Member(f"{name}-seed{seed}", member))
     check_distinct(members)
     return members

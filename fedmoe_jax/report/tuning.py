@@ -1,0 +1,86 @@
+"""What tuning has tried: `tuning.csv`, and the curves of value against rate."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from fedmoe_jax.runtime.files import write_atomically
+
+RATE = re.compile(r"client\.learning_rate=([^,]+),?")
+COLUMNS = 4  # panels in a row
+PANEL = (2.6, 2.0)  # inches
+
+
+class Trial(NamedTuple):
+    """One setting of one strategy, after so many rounds.
+
+    Attributes:
+      strategy: its name.
+      change: of the config, `client.learning_rate=RATE` first.
+      rounds: of the run.
+      value: of the measure, higher is better; NaN where the run diverged.
+    """
+
+    strategy: str
+    change: str
+    rounds: int
+    value: float
+
+
+def write_tuning_csv(path: Path, trials: Iterable[Trial], measure: str) -> None:
+    """One row per trial; of one that diverged the value is empty."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("strategy", "change", "rounds", measure))
+    for trial in trials:
+        value = "" if math.isnan(trial.value) else f"{trial.value:.10g}"
+        writer.writerow((trial.strategy, trial.change, trial.rounds, value))
+    write_atomically(path, text.getvalue())
+
+
+def split_rate(change: str) -> tuple[float, str]:
+    """The client's learning rate of a change, and what else it changes."""
+    found = RATE.search(change)
+    return float(found[1]) if found else math.nan, RATE.sub("", change).strip(",")
+
+
+def list_curves(
+    trials: Iterable[Trial], strategy: str
+) -> dict[str, list[tuple[float, float]]]:
+    """(rate, value) by server and rounds, sorted by rate; without what diverged."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for trial in trials:
+        rate, server = split_rate(trial.change)
+        if trial.strategy == strategy and not math.isnan(trial.value):
+            name = f"{server or 'as configured'}, {trial.rounds} rounds"
+            curves.setdefault(name, []).append((rate, trial.value))
+    return {name: sorted(points) for name, points in curves.items()}
+
+
+def draw_tuning(trials: Sequence[Trial], measure: str) -> Figure:
+    """A panel for each strategy: the measure against the client's learning rate."""
+    strategies = list(dict.fromkeys(trial.strategy for trial in trials))
+    rows = math.ceil(len(strategies) / COLUMNS)
+    figure = Figure((COLUMNS * PANEL[0], rows * PANEL[1] + 1), layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True).ravel()
+    handles = {}
+    for panel, strategy in zip(panels, strategies, strict=False):
+        panel.set_title(strategy, fontsize=8)
+        panel.set_xscale("log")
+        for place, (name, points) in enumerate(list_curves(trials, strategy).items()):
+            (line,) = panel.plot(*zip(*points, strict=True), "o-", color=f"C{place}")
+            handles.setdefault(name, line)
+    for panel in panels[len(strategies) :]:
+        panel.set_axis_off()
+    figure.supxlabel("client.learning_rate", fontsize=8)
+    figure.supylabel(measure, fontsize=8)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", fontsize=7
+    )
+    return figure

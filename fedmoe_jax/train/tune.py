@@ -1,0 +1,180 @@
+"""Tuning: every strategy gets the same budget of settings, judged on validation.
+
+Successive halving on one seed: all settings of a strategy for a third of the rounds,
+then the better half of them for all rounds. The best of these is the strategy's
+setting; test examples play no part.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fedmoe_jax.options import UserError, is_number, show
+from fedmoe_jax.program import configure
+from fedmoe_jax.report.tuning import Trial
+from fedmoe_jax.runtime import multihost
+from fedmoe_jax.runtime.files import plain, read_json, write_json
+from fedmoe_jax.train.compare import compare, make_member, split_strategy
+
+MOST = 8  # settings of a strategy
+FIRST = 3  # the first round of halving has a third of the rounds
+Changes = Mapping[str, list[str]]  # by strategy
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rates": (is_number, "numbers, as (0.02, 0.05)"),
+    "servers": (lambda x: isinstance(x, str), "changes, as ('', 'server.clip=1.0')"),
+}
+
+
+def check_tune(config: ConfigDict) -> None:
+    """Raises UserError unless the config says what is to be tried."""
+    allowed = ("rates", "servers", "measure")
+    if "tune" not in config or set(config.tune) != set(allowed):
+        raise UserError(
+            "--tune is not allowed; allowed: with a comparison whose config has "
+            f"{', '.join(f'tune.{name}' for name in allowed)}"
+        )
+    for name, (fits, text) in FIELDS.items():
+        values = config.tune[name]
+        if not isinstance(values, tuple) or not values or not all(map(fits, values)):
+            raise UserError(
+                f"tune.{name}={show(values)} is not allowed; allowed: {text}, at least "
+                "one"
+            )
+
+
+def list_settings(config: ConfigDict) -> dict[str, list[str]]:
+    """The settings that are tried for each strategy: client rates x servers.
+
+    Of settings that a strategy's own `configure` makes alike the first counts.
+
+    Raises:
+      UserError: a change that is not allowed, or more than `MOST` settings.
+    """
+    found = {}
+    for strategy in config.compare.strategies:
+        known: dict[str, str] = {}
+        for rate, server in itertools.product(config.tune.rates, config.tune.servers):
+            own, change = split_strategy(server)
+            if own not in ("", strategy):
+                continue
+            text = ",".join(filter(None, (f"client.learning_rate={rate:g}", change)))
+            used = configure(make_member(config, strategy, text, 0))
+            key = json.dumps(plain(used.to_dict()), sort_keys=True)
+            known.setdefault(key, text)
+        if len(known) > MOST:
+            raise UserError(
+                f"tune.rates={config.tune.rates} and tune.servers="
+                f"{config.tune.servers} are {len(known)} settings of {strategy}; "
+                f"allowed: at most {MOST}"
+            )
+        found[strategy] = list(known.values())
+    return found
+
+
+def plan_rounds(config: ConfigDict) -> tuple[int, int]:
+    """Rounds of the first and of the second half of the budget."""
+    step = config.eval_every
+    return math.ceil(config.num_rounds / FIRST / step) * step, config.num_rounds
+
+
+def plan_trials(config: ConfigDict, changes: Changes, rounds: int) -> ConfigDict:
+    """The comparison of these changes of each strategy, on the first seed."""
+    trial = ConfigDict(config.to_dict())
+    del trial.tune
+    trial.num_rounds = rounds
+    trial.compare.seeds = tuple(config.compare.seeds)[:1]
+    trial.compare.changes = tuple(
+        f"{strategy}: {change}" for strategy in changes for change in changes[strategy]
+    )
+    return trial
+
+
+def read_trials(
+    folders: Iterable[Path], changes: Changes, rounds: int, measure: str
+) -> list[Trial]:
+    """The values of finished trials, whose folders are in the order of the changes.
+
+    Raises:
+      UserError: the runs do not have the measure.
+    """
+    pairs = [(strategy, change) for strategy in changes for change in changes[strategy]]
+    trials = []
+    for folder, (strategy, change) in zip(folders, pairs, strict=True):
+        summary = read_json(folder / "summary.json")
+        value = summary.get(f"final_{measure}")
+        if value is None:
+            raise UserError(
+                f"tune.measure={show(measure)} is in no row of {folder}; allowed: a "
+                "measure of an evaluation, those of validation examples with "
+                "partition.validation_share > 0"
+            )
+        diverged = bool(summary.get("diverged"))
+        trials.append(
+            Trial(strategy, change, rounds, math.nan if diverged else float(value))
+        )
+    return trials
+
+
+def rank(trials: Iterable[Trial], strategy: str) -> list[Trial]:
+    """The trials of a strategy, the best first; one that diverged is the last."""
+    own = [trial for trial in trials if trial.strategy == strategy]
+    worth = lambda trial: -math.inf if math.isnan(trial.value) else trial.value
+    return sorted(own, key=worth, reverse=True)
+
+
+def keep_half(trials: Iterable[Trial], strategies: Iterable[str]) -> dict[str, list]:
+    """The changes of the better half of each strategy's trials, rounded up."""
+    trials, kept = list(trials), {}
+    for strategy in strategies:
+        ranked = rank(trials, strategy)
+        kept[strategy] = [t.change for t in ranked[: math.ceil(len(ranked) / 2)]]
+    return kept
+
+
+def tune(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    stop: Callable[[], bool],
+    profile: bool,
+) -> tuple[list[Trial], bool]:
+    """Tunes every strategy of a comparison, or goes on with it.
+
+    `workdir` gets the two comparisons, and with the second `settings.json`, which
+    `--settings` reads: `compare.settings` of the study that is tuned so.
+
+    Args:
+      config: with the groups `compare` and `tune`.
+      workdir: its folder.
+      stop: see `compare`.
+      profile: see `compare`.
+
+    Returns:
+      The trials so far, and whether all are done.
+
+    Raises:
+      UserError: what is tried, or a run of it, is not allowed.
+    """
+    check_tune(config)
+    changes, trials = multihost.run_on_all(list_settings, config), []
+    measure, strategies = config.tune.measure, list(config.compare.strategies)
+    names = ("third", "whole")
+    for name, rounds in zip(names, plan_rounds(config), strict=True):
+        trial = plan_trials(config, changes, rounds)
+        folders, whole = compare(trial, workdir / name, stop=stop, profile=profile)
+        if not whole:
+            return trials, False
+        found = multihost.on_leader(read_trials, folders, changes, rounds, measure)
+        found = [Trial(*values) for values in found]
+        trials += found
+        changes = keep_half(found, strategies)
+    best = {strategy: rank(found, strategy)[0] for strategy in strategies}
+    settings = [f"{s}: {t.change},tuned={measure}" for s, t in best.items()]
+    if multihost.is_leader():
+        write_json(workdir / "settings.json", {"settings": settings})
+    return trials, True

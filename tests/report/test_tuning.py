@@ -1,0 +1,54 @@
+"""What tuning has tried, as a file and as curves."""
+
+import csv
+import math
+
+from fedmoe_jax.report.tuning import (
+    Trial,
+    draw_tuning,
+    list_curves,
+    split_rate,
+    write_tuning_csv,
+)
+
+SERVER = "server.optimizer=fedadam,server.learning_rate=0.01"
+TRIALS = [
+    Trial("greedy", "client.learning_rate=0.05", 2, 0.5),
+    Trial("greedy", "client.learning_rate=0.01", 2, 0.25),
+    Trial("greedy", f"client.learning_rate=0.01,{SERVER}", 2, 0.75),
+    Trial("greedy", "client.learning_rate=0.1", 2, math.nan),
+    Trial("random", "client.learning_rate=0.01", 2, 0.125),
+]
+
+
+def test_split_rate():
+    assert split_rate("client.learning_rate=0.05") == (0.05, "")
+    assert split_rate(f"client.learning_rate=1e-3,{SERVER}") == (0.001, SERVER)
+
+
+def test_curves_are_sorted_by_rate_and_leave_out_what_diverged():
+    assert list_curves(TRIALS, "greedy") == {
+        "as configured, 2 rounds": [(0.01, 0.25), (0.05, 0.5)],
+        f"{SERVER}, 2 rounds": [(0.01, 0.75)],
+    }
+
+
+def test_every_trial_is_a_row(tmp_path):
+    write_tuning_csv(tmp_path / "tuning.csv", TRIALS, "global_accuracy")
+    with (tmp_path / "tuning.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["global_accuracy"] for row in rows] == [
+        "0.5",
+        "0.25",
+        "0.75",
+        "",
+        "0.125",
+    ]
+    assert rows[2]["change"] == TRIALS[2].change
+
+
+def test_every_strategy_has_a_panel():
+    figure = draw_tuning(TRIALS, "global_accuracy")
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["greedy", "random"]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 1, 0, 0]
