@@ -20,6 +20,7 @@ from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.checkpoint import Found
+from fedmoe_jax.train.trace import open_trace
 from fedmoe_jax.train.writers import (
     check_metrics,
     open_metrics,
@@ -28,7 +29,6 @@ from fedmoe_jax.train.writers import (
 )
 from fedmoe_jax.types import Array, PyTree, SimState
 
-PROFILED_CHUNKS = 3
 # Linux allows a process 65,530 memory maps; a compiled round takes up to 3,000.
 PROGRAMS_KEPT = 4  # of a run: its first state, its rounds and its evaluation
 
@@ -382,31 +382,6 @@ def open_writers(
             return written
 
         yield write
-
-
-@contextlib.contextmanager
-def open_trace(
-    folder: Path | None, config: ConfigDict, done: int
-) -> Iterator[Callable[[int], None]]:
-    """Yields `trace(done)`, called before every chunk: it traces a few of them.
-
-    The first chunk of a process is not like the others, so it is left out if there are
-    more. TensorBoard and Perfetto read the trace.
-    """
-    left = (config.num_rounds - done) // config.chunk_rounds
-    first = done + (config.chunk_rounds if left > 1 else 0)
-    end = first + PROFILED_CHUNKS * config.chunk_rounds
-    with contextlib.ExitStack() as tracing:
-
-        def trace(done: int) -> None:
-            if folder is not None and done == first:
-                tracing.enter_context(
-                    jax.profiler.trace(str(folder), create_perfetto_trace=True)
-                )
-            if done == end:
-                tracing.close()
-
-        yield trace
 
 
 def save(
