@@ -13,6 +13,14 @@ import jax
 from fedmoe_jax.runtime.settings import describe_settings
 
 PACKAGE = Path(__file__).parents[1]
+# Beside XLA_FLAGS, variables of accelerators that change arithmetic.
+VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+
+
+def describe_variables() -> str:
+    """Those of `VARIABLES` that are set, on one line."""
+    found = ((name, os.environ.get(name)) for name in VARIABLES)
+    return " ".join(f"{name}={value}" for name, value in found if value)
 
 
 def find_version(name: str) -> str | None:
@@ -58,8 +66,8 @@ def find_origin() -> dict[str, Any]:
 
     Returns:
       `commit` and `dirty` of the package's sources, versions of `fedmoe_jax`, `python`,
-      `jax` and `jaxlib`, `device` (its kind), `xla_flags` and `settings` (of
-      JAX, as `describe_settings` has them); None where unknown.
+      `jax` and `jaxlib`, `device` (its kind), `xla_flags`, `variables` and `settings`
+      (of JAX, as `describe_settings` has them); None where unknown.
     """
     commit, dirty = find_commit(PACKAGE)
     return {
@@ -71,5 +79,6 @@ def find_origin() -> dict[str, Any]:
         "jaxlib": find_version("jaxlib"),
         "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "variables": describe_variables(),
         "settings": describe_settings(),
     }
