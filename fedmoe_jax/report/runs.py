@@ -27,7 +27,7 @@ INCIDENTAL = (
 )
 ABSENT = "absent"  # in place of the value where a run has no such field
 # Parts of a summary that are no numbers of the run.
-RECORDS = ("measures", "made_by")
+RECORDS = ("measures", "made_by", "origins")
 
 
 class Run(NamedTuple):

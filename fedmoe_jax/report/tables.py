@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmoe_jax.options import FINAL, LABELS, LEARNING, ROUNDS, Measure
-from fedmoe_jax.report.origins import origin_of
+from fedmoe_jax.report.origins import made_by_columns
 from fedmoe_jax.report.runs import (
     NAN,
     Run,
@@ -260,8 +260,7 @@ def write_runs_csv(path: str | Path, runs: Sequence[Run]) -> None:
         record |= {field: flat.get(field) for field in varied}
         for name, value in values.items():
             record.setdefault(name, f"{value:.10g}" if math.isfinite(value) else "")
-        made_by = {f"made_by.{name}": v for name, v in origin_of(run).items()}
-        records.append(record | {"folder": folder} | made_by)
+        records.append(record | {"folder": folder} | made_by_columns(run))
     fields = list(dict.fromkeys(field for record in records for field in record))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fields)

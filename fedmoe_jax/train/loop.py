@@ -18,8 +18,10 @@ from fedmoe_jax.measures import MEASURES, evaluated_fields
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost
+from fedmoe_jax.runtime.origin import find_origin
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.checkpoint import Found
+from fedmoe_jax.train.origins import record_origin
 from fedmoe_jax.train.trace import open_trace
 from fedmoe_jax.train.writers import (
     check_metrics,
@@ -252,6 +254,7 @@ def drive(
         programs, spent = compile_programs(job, state, inputs)
         if stop():
             return End(state, inputs, done, {})
+        multihost.on_leader(record_origins, job.folders, done)
         update = stack.enter_context(
             open_progress(total, job.names, done=done, stream=sys.stdout)
         )
@@ -297,6 +300,17 @@ def check_rows(job: Job, found: Found) -> None:
     digests = found.rows or [None] * len(folders)
     for folder, digest in zip(folders, digests, strict=True):
         check_metrics(folder, found.step, digest)
+
+
+def record_origins(folders: Sequence[Path | None], done: int) -> None:
+    """Records that this process computes the rounds after the first `done`.
+
+    Raises:
+      UserError: see `record_origin`.
+    """
+    for folder in folders:
+        if folder is not None:
+            record_origin(folder, done, find_origin())
 
 
 def run_stages(
