@@ -45,6 +45,7 @@ def watch(config: ConfigDict) -> Seen:
         def look() -> bool:
             finished = len(list(Path(folder).glob("runs/*/summary.json")))
             seen.append((finished, count_maps()))
+            print(f"maps {seen[-1][1]} after {finished} runs", flush=True)
             return False
 
         compare(config, Path(folder), stop=look, profile=False)
@@ -55,7 +56,8 @@ def make_rows(seen: Seen, every: int) -> list[tuple[str, int, int]]:
     """A row of the table for every so many runs."""
     rows = []
     for runs in range(every, seen[-1][0] + 1, every):
-        so_far = [maps for finished, maps in seen if finished <= runs]
+        end = [finished for finished, _ in seen].index(runs) + 1
+        so_far = [maps for _, maps in seen[:end]]
         rows.append((f"{runs}", so_far[-1], max(so_far)))
     return rows
 
