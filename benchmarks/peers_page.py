@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks import page
 from benchmarks.works import WORKS
 from fedmoe_jax.runtime.files import write_atomically
+from fedmoe_jax.runtime.origin import PACKAGE, find_commit
 
 COLUMNS = {  # CSV name: heading of the page's tables
     "seconds": "s/round",
@@ -33,8 +34,8 @@ NUMBERS = (
     *(f"{name}{end}" for name in RATIOS for end in ("", "_min", "_max")),
     *("rounds", "pairs"),
 )
-TEXTS = ("work", "peer", "kind", "note", "measured")
-FIELDS = ("work", "peer", "kind", *NUMBERS, "note", "measured")
+TEXTS = ("work", "peer", "kind", "note", "measured", "commit")
+FIELDS = ("work", "peer", "kind", *NUMBERS, "note", "measured", "commit")
 ABOUT = """Works A, B, C and P are dense FedAvg: one expert (E = 1) that every client
 holds. M is `configs/cifar10.py`: 8 experts, of which a client holds 1 to 4 and each
 example meets at most 2, on images of few classes a client that can be learnt; the loss
@@ -53,10 +54,10 @@ images. No peer evaluates inside a timed round."""
 
 
 def read_rows(text: str) -> list[dict]:
-    """Rows of a CSV file that `format_rows` wrote."""
+    """Rows of a CSV file that `format_rows` wrote; older ones lack their commit."""
     rows = []
     for line in csv.DictReader(io.StringIO(text)):
-        row = {name: line[name] for name in TEXTS}
+        row = {name: line.get(name) or "" for name in TEXTS}
         numbers = {n: float(line[n]) for n in NUMBERS if line.get(n)}
         rows.append(row | numbers)
     return rows
@@ -157,11 +158,17 @@ def draw(rows: list[dict]) -> Figure:
     return figure
 
 
+def name_commit() -> str:
+    """The commit of the sources, with `-dirty` where they differ; empty without one."""
+    commit, dirty = find_commit(PACKAGE)
+    return f"{commit or ''}{'-dirty' if dirty else ''}"
+
+
 def write(rows: list[dict], arguments: str) -> None:
     """Writes all three; works that `rows` lacks keep what the CSV file has of them."""
     command = f"python -m benchmarks.peers {arguments}".strip()
     measured = f"`{command}`, {datetime.date.today().isoformat()}"
-    rows = [row | {"measured": measured} for row in rows]
+    rows = [row | {"measured": measured, "commit": name_commit()} for row in rows]
     path = page.RESULTS / "peers.csv"
     done = {row["work"] for row in rows}
     kept = read_rows(path.read_text()) if path.exists() else []

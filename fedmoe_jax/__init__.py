@@ -43,9 +43,6 @@ def __dir__() -> list[str]:
 
 
 def _find_version() -> str:
-    from importlib import metadata
+    from fedmoe_jax.version import find_version
 
-    try:
-        return metadata.version(__name__)
-    except metadata.PackageNotFoundError:
-        return "0+unknown"  # a checkout
+    return find_version() or "0+unknown"

@@ -22,6 +22,7 @@ import functools
 import gc
 import inspect
 import io
+import logging as standard_logging
 import os
 import re
 import runpy
@@ -497,6 +498,15 @@ def quiet_orbax() -> None:
     sys.unraisablehook = show_others
 
 
+def quiet_matplotlib() -> None:
+    """Leaves a home that cannot be written to the one warning of `keep_programs`.
+
+    Matplotlib goes on with a temporary folder, and warns of that twice.
+    """
+    logger = standard_logging.getLogger("matplotlib")
+    logger.addFilter(lambda record: record.funcName != "_get_config_or_cache_dir")
+
+
 def main(argv: list[str], stop: Stop) -> int:
     """Parses nothing more: flags are absl's. Returns the exit code."""
     if len(argv) > 1:
@@ -504,6 +514,7 @@ def main(argv: list[str], stop: Stop) -> int:
             f"unexpected argument {argv[1]!r}; allowed: the flags that --help lists"
         )
     quiet_orbax()
+    quiet_matplotlib()
     faulthandler.enable(2)  # absl's would write past `guard`
     command = name_command()
     if _REPORT.value is not None:

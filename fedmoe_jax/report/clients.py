@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedmoe_jax.report.origins import made_by_columns
 from fedmoe_jax.report.runs import Run, name_folders, varied_fields
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
@@ -85,17 +86,20 @@ def list_clients(run: Run) -> Iterator[dict[str, Any]]:
 def write_clients_csv(path: str | Path, runs: Sequence[Run]) -> None:
     """One row per run and client: strategy, seed, varied fields, `FIELDS`, folder.
 
-    Writes nothing where no run is finished.
+    Then what made the run, as in `runs.csv`. Writes nothing where no run is finished.
     """
     if not any(run.arrays for run in runs):
         return
     varied, text = varied_fields(runs), io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["strategy", "seed", *varied, *FIELDS, "folder"])
+    made_by = [made_by_columns(run) for run in runs]
+    traced = dict.fromkeys(name for columns in made_by for name in columns)
+    fields = ["strategy", "seed", *varied, *FIELDS, "folder", *traced]
+    writer = csv.DictWriter(text, fields)
     writer.writeheader()
-    for run, folder in zip(runs, name_folders(runs), strict=True):
+    for run, folder, made in zip(runs, name_folders(runs), made_by, strict=True):
         flat = flatten(run.config)
         name = {"strategy": flat["strategy"], "seed": flat.get("seed")}
         name |= {field: flat.get(field) for field in varied}
-        name["folder"] = folder
+        name |= {"folder": folder} | made
         writer.writerows(name | record for record in list_clients(run))
     write_atomically(Path(path), text.getvalue())

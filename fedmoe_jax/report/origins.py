@@ -1,5 +1,6 @@
 """Code, versions and devices that made the runs of a report, and their differences."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from fedmoe_jax.runtime.files import flatten
 
 COMMIT_LETTERS = 9
 UNKNOWN = "unknown"
+UNTIL = " until round "  # of a field that changed within a run
 
 
 def origin_of(run: Run) -> dict[str, Any]:
@@ -16,12 +18,58 @@ def origin_of(run: Run) -> dict[str, Any]:
     return flatten(run.summary.get("made_by", {}))
 
 
-def _show(name: str, value: Any) -> str:
+def list_origins(run: Run) -> list[tuple[int, dict[str, Any]]]:
+    """The first round of each process that computed a run, and its flat `made_by`."""
+    origins = run.summary.get("origins", ())
+    found = [(each["first_round"], flatten(each["made_by"])) for each in origins]
+    return found or [(1, origin_of(run))]
+
+
+def made_by_columns(run: Run) -> dict[str, Any]:
+    """The columns of a CSV file that trace a run.
+
+    They are those of the process that computed its last rounds; `made_by.earlier` says
+    what was otherwise before, and is empty where nothing was.
+    """
+    last = origin_of(run)
+    columns = {f"made_by.{name}": value for name, value in last.items()}
+    return columns | {"made_by.earlier": describe_earlier(run)} if last else {}
+
+
+def describe_earlier(run: Run) -> str:
+    """Where earlier processes differ from the last of a run, on one line."""
+    origins, parts = list_origins(run), []
+    last = origins[-1][1]
+    for (first, origin), (end, _) in itertools.pairwise(origins):
+        names = dict.fromkeys([*origin, *last])
+        changes = [
+            f"{name}={_show(name, origin.get(name), whole=True)}"
+            for name in names
+            if origin.get(name) != last.get(name)
+        ]
+        if changes:
+            parts.append(f"rounds {first} to {end - 1}: {', '.join(changes)}")
+    return "; ".join(parts)
+
+
+def _show_run(run: Run, name: str) -> str:
+    """A field of a run's origins, with the rounds where it has changed."""
+    (_, first), *later = list_origins(run)
+    text = before = _show(name, first.get(name))
+    for start, origin in later:
+        value = _show(name, origin.get(name))
+        if value != before:
+            text, before = f"{text}{UNTIL}{start - 1}, then {value}", value
+    return text
+
+
+def _show(name: str, value: Any, whole: bool = False) -> str:
     if value is None:
         return UNKNOWN
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value)[: COMMIT_LETTERS if name == "commit" else None] or "none"
+    short = name == "commit" and not whole
+    return str(value)[: COMMIT_LETTERS if short else None] or "none"
 
 
 def describe_origins(runs: Sequence[Run]) -> tuple[str, str]:
@@ -30,11 +78,11 @@ def describe_origins(runs: Sequence[Run]) -> tuple[str, str]:
     Both are one line; empty where there is nothing to say. What is unknown of all runs
     is left out.
     """
-    origins = [origin_of(run) for run in runs if run.summary]
+    finished = [run for run in runs if run.summary]
     alike, different = [], []
-    for name in dict.fromkeys(name for origin in origins for name in origin):
-        values = Counter(_show(name, origin.get(name)) for origin in origins)
-        if len(values) > 1:
+    for name in list_names(finished):
+        values = Counter(_show_run(run, name) for run in finished)
+        if len(values) > 1 or UNTIL in next(iter(values)):
             counts = [
                 f"{value} ({count} run{'s' if count > 1 else ''})"
                 for value, count in values.most_common()
@@ -43,3 +91,9 @@ def describe_origins(runs: Sequence[Run]) -> tuple[str, str]:
         elif UNKNOWN not in values:
             alike.append(f"{name} {next(iter(values))}")
     return " · ".join(alike), "; ".join(different)
+
+
+def list_names(runs: Sequence[Run]) -> list[str]:
+    """The fields of all origins of some runs, in the order of first appearance."""
+    origins = (origin for run in runs for _, origin in list_origins(run))
+    return list(dict.fromkeys(name for origin in origins for name in origin))

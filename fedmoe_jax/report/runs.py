@@ -30,7 +30,7 @@ OWN_ROUNDS = "rounds_to_95_percent_of_final"
 LEARNT = 0.15  # of the way from chance to 1, on ten classes 23.5 %
 ABSENT = "absent"  # in place of the value where a run has no such field
 # Parts of a summary that are no numbers of the run.
-RECORDS = ("measures", "made_by")
+RECORDS = ("measures", "made_by", "origins")
 
 
 class Run(NamedTuple):

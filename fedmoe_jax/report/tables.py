@@ -22,7 +22,7 @@ from fedmoe_jax.report.cells import (
     mean_cell,
     median_cell,
 )
-from fedmoe_jax.report.origins import origin_of
+from fedmoe_jax.report.origins import made_by_columns
 from fedmoe_jax.report.runs import (
     LEARNT,
     NAN,
@@ -293,8 +293,7 @@ def write_runs_csv(path: str | Path, runs: Sequence[Run]) -> None:
         record |= {field: flat.get(field) for field in varied}
         for name, value in values.items():
             record.setdefault(name, f"{value:.10g}" if math.isfinite(value) else "")
-        made_by = {f"made_by.{name}": v for name, v in origin_of(run).items()}
-        records.append(record | {"folder": folder} | made_by)
+        records.append(record | {"folder": folder} | made_by_columns(run))
     fields = list(dict.fromkeys(field for record in records for field in record))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fields)

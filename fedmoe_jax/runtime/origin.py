@@ -1,7 +1,6 @@
 """The origin of a number: the code, the versions and the device that made it."""
 
 import functools
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -11,16 +10,17 @@ from typing import Any
 import jax
 
 from fedmoe_jax.runtime.settings import describe_settings
+from fedmoe_jax.version import find_installed, find_version
 
 PACKAGE = Path(__file__).parents[1]
+# Beside XLA_FLAGS, variables of accelerators that change arithmetic.
+VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 
 
-def find_version(name: str) -> str | None:
-    """The version of an installed distribution; None where it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def describe_variables() -> str:
+    """Those of `VARIABLES` that are set, on one line."""
+    found = ((name, os.environ.get(name)) for name in VARIABLES)
+    return " ".join(f"{name}={value}" for name, value in found if value)
 
 
 def ask_git(folder: Path, *words: str) -> str | None:
@@ -58,18 +58,19 @@ def find_origin() -> dict[str, Any]:
 
     Returns:
       `commit` and `dirty` of the package's sources, versions of `fedmoe_jax`, `python`,
-      `jax` and `jaxlib`, `device` (its kind), `xla_flags` and `settings` (of
-      JAX, as `describe_settings` has them); None where unknown.
+      `jax` and `jaxlib`, `device` (its kind), `xla_flags`, `variables` and `settings`
+      (of JAX, as `describe_settings` has them); None where unknown.
     """
     commit, dirty = find_commit(PACKAGE)
     return {
         "commit": commit,
         "dirty": dirty,
-        "fedmoe_jax": find_version("fedmoe_jax"),
+        "fedmoe_jax": find_version(),
         "python": platform.python_version(),
-        "jax": find_version("jax"),
-        "jaxlib": find_version("jaxlib"),
+        "jax": find_installed("jax"),
+        "jaxlib": find_installed("jaxlib"),
         "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "variables": describe_variables(),
         "settings": describe_settings(),
     }

@@ -18,8 +18,11 @@ from fedmoe_jax.measures import MEASURES, evaluated_fields
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost
+from fedmoe_jax.runtime.origin import find_origin
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.checkpoint import Found
+from fedmoe_jax.train.origins import record_origin
+from fedmoe_jax.train.trace import open_trace
 from fedmoe_jax.train.writers import (
     check_metrics,
     open_metrics,
@@ -28,7 +31,6 @@ from fedmoe_jax.train.writers import (
 )
 from fedmoe_jax.types import Array, PyTree, SimState
 
-PROFILED_CHUNKS = 3
 # Linux allows a process 65,530 memory maps; a compiled round takes up to 3,000.
 PROGRAMS_KEPT = 4  # of a run: its first state, its rounds and its evaluation
 
@@ -252,6 +254,7 @@ def drive(
         programs, spent = compile_programs(job, state, inputs)
         if stop():
             return End(state, inputs, done, {})
+        multihost.on_leader(record_origins, job.folders, done)
         update = stack.enter_context(
             open_progress(total, job.names, done=done, stream=sys.stdout)
         )
@@ -297,6 +300,17 @@ def check_rows(job: Job, found: Found) -> None:
     digests = found.rows or [None] * len(folders)
     for folder, digest in zip(folders, digests, strict=True):
         check_metrics(folder, found.step, digest)
+
+
+def record_origins(folders: Sequence[Path | None], done: int) -> None:
+    """Records that this process computes the rounds after the first `done`.
+
+    Raises:
+      UserError: see `record_origin`.
+    """
+    for folder in folders:
+        if folder is not None:
+            record_origin(folder, done, find_origin())
 
 
 def run_stages(
@@ -382,31 +396,6 @@ def open_writers(
             return written
 
         yield write
-
-
-@contextlib.contextmanager
-def open_trace(
-    folder: Path | None, config: ConfigDict, done: int
-) -> Iterator[Callable[[int], None]]:
-    """Yields `trace(done)`, called before every chunk: it traces a few of them.
-
-    The first chunk of a process is not like the others, so it is left out if there are
-    more. TensorBoard and Perfetto read the trace.
-    """
-    left = (config.num_rounds - done) // config.chunk_rounds
-    first = done + (config.chunk_rounds if left > 1 else 0)
-    end = first + PROFILED_CHUNKS * config.chunk_rounds
-    with contextlib.ExitStack() as tracing:
-
-        def trace(done: int) -> None:
-            if folder is not None and done == first:
-                tracing.enter_context(
-                    jax.profiler.trace(str(folder), create_perfetto_trace=True)
-                )
-            if done == end:
-                tracing.close()
-
-        yield trace
 
 
 def save(

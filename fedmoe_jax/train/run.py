@@ -36,6 +36,7 @@ from fedmoe_jax.train.loop import (
     drive,
     ignore_row,
 )
+from fedmoe_jax.train.origins import summarise_origins
 from fedmoe_jax.train.plan import Member, Plan, Wave, load_data, plan_waves
 from fedmoe_jax.train.workdir import SEALED, is_finished, own_run
 from fedmoe_jax.types import (
@@ -146,7 +147,8 @@ def drive_wave(
     on_row: Callable[[Row], None],
 ) -> bool:
     """As `run_wave`, in folders that are owned."""
-    config, origin = wave.plans[0].config, find_origin()
+    config = wave.plans[0].config
+    find_origin()  # before the sources can change
     job = build_job(wave, folders, drives=True)._replace(on_row=on_row)
     end = drive(config, job, checkpoints, stop=stop, profile=profile)
     if end.done < config.num_rounds:
@@ -158,7 +160,7 @@ def drive_wave(
     states = split_runs(jax.device_get(kept))
     if multihost.is_leader():
         for parts in zip(wave.plans, folders, states, results, strict=True):
-            summary = finish(*parts, end.spent, origin)
+            summary = finish(*parts, end.spent)
         print(describe_speed(summary), flush=True)
     return True
 
@@ -282,7 +284,6 @@ def finish(
     state: tuple[AlignState, Belief, Participation],
     results: dict[str, np.ndarray],
     spent: Row,
-    origin: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes and seals the files of a finished run; returns its summary."""
     save_arrays(workdir / "final.npz", plan, *state, results)
@@ -297,7 +298,7 @@ def finish(
         "overwrites": find_overwritten(config),
         "idle": sorted(set().union(*list_idle_fields(config))),
         **make_summary(rows, spent, MEASURES, config.evaluation.targets),
-        "made_by": origin,
+        **summarise_origins(workdir),
         "measures": pack_measures(MEASURES),
     }
     write_json(workdir / "summary.json", summary)

@@ -17,6 +17,7 @@ from benchmarks import (
     evaluation,
     experts,
     first_rows,
+    maps,
     memory,
     smoke,
     start,
@@ -240,6 +241,31 @@ def test_the_round_whose_compiling_is_timed(monkeypatch, traced):
     _, metrics = run.run_rounds(run.state, run.federation, run.hyper)
     rounds = memory.cifar10.get_config().chunk_rounds
     assert metrics["train_loss"].shape == (rounds,)
+
+
+def test_no_two_runs_whose_maps_are_counted_share_a_program():
+    waves = plan_waves(list_members(maps.list_shapes(3)))
+    assert [len(wave.names) for wave in waves] == [1, 1, 1]
+
+
+def test_maps_after_every_other_run():
+    seen = [(0, 5), (0, 7), (1, 6), (1, 9), (2, 8), (2, 12), (3, 4), (4, 3)]
+    assert maps.make_rows(seen, 2) == [("2", 8, 9), ("4", 3, 12)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_maps_are_seen_after_every_run(monkeypatch):
+    def compare(config, workdir, *, stop, profile):
+        for name in "ab":
+            (workdir / "runs" / name).mkdir(parents=True)
+            assert not stop()
+            (workdir / "runs" / name / "summary.json").touch()
+            assert not stop()
+
+    monkeypatch.setattr(maps, "compare", compare)
+    seen = maps.watch(maps.list_shapes(2))
+    assert [finished for finished, _ in seen] == [0, 1, 1, 2]
+    assert all(count > 10 for _, count in seen)
 
 
 def test_the_sweep_is_one_program():

@@ -152,7 +152,9 @@ def test_rows_by_hand():
 def test_page_and_csv(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "RESULTS", tmp_path)
     rows = fake_rows()
+    monkeypatch.setattr(peers_page, "find_commit", lambda folder: ("a1b2", True))
     peers_page.write([row | {"work": "B"} for row in rows], "--works=B")
+    monkeypatch.setattr(peers_page, "find_commit", lambda folder: (None, None))
     peers_page.write(rows, "--works=A")
     text = (tmp_path / "performance.md").read_text()
     assert "| pfl-research, 2 processes | **2.7 to 2.7** | 2.7 to 2.7 |" in text
@@ -161,9 +163,16 @@ def test_page_and_csv(tmp_path, monkeypatch):
     assert "peers --works=A`, 20" in text and "peers --works=B`, 20" in text
     kept = peers_page.read_rows((tmp_path / "peers.csv").read_text())
     assert [row["work"] for row in kept] == ["A"] * 4 + ["B"] * 4
+    assert [row["commit"] for row in kept] == [""] * 4 + ["a1b2-dirty"] * 4
     assert kept[1]["ratio"] == pytest.approx(4 / 1.5, rel=1e-5)
     assert (tmp_path / "peers.png").stat().st_size > 1000
     assert matplotlib.get_backend().lower() == "agg"
+
+
+def test_older_rows_have_no_commit():
+    text = peers_page.format_rows([row | {"measured": ""} for row in fake_rows()])
+    older = text.replace(",commit\n", "\n").replace(",\n", "\n")
+    assert {row["commit"] for row in peers_page.read_rows(older)} == {""}
 
 
 def test_a_peer_without_ours_is_not_compared():

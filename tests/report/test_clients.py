@@ -5,6 +5,7 @@ import csv
 import numpy as np
 
 from fedmoe_jax.report.clients import find_clients, list_clients, write_clients_csv
+from fedmoe_jax.report.tables import write_runs_csv
 
 from .fake_runs import ARRAYS, make_run
 
@@ -78,3 +79,17 @@ def test_write_clients_csv_has_varied_fields(tmp_path):
 def test_write_clients_csv_writes_nothing_of_runs_in_progress(tmp_path):
     write_clients_csv(tmp_path / "clients.csv", [make_run(tmp_path, arrays={})])
     assert not (tmp_path / "clients.csv").exists()
+
+
+def test_write_clients_csv_traces_every_row_as_runs_csv_does(tmp_path):
+    run = make_run(tmp_path, arrays=MORE)
+    commit = {"commit": "a" * 40, "dirty": False, "device": "cpu"}
+    run = run._replace(summary={"made_by": commit})
+    write_clients_csv(tmp_path / "clients.csv", [run, make_run(tmp_path, "random")])
+    write_runs_csv(tmp_path / "runs.csv", [run])
+    first, *_, last = read(tmp_path / "clients.csv")
+    (row,) = read(tmp_path / "runs.csv")
+    traced = {name: value for name, value in row.items() if "made_by" in name}
+    assert traced.keys() == {f"made_by.{name}" for name in [*commit, "earlier"]}
+    assert {name: first[name] for name in traced} == traced
+    assert last["made_by.commit"] == ""

@@ -1,6 +1,10 @@
 """What made runs: what they share, and where they differ."""
 
-from fedmoe_jax.report.origins import describe_origins, origin_of
+from fedmoe_jax.report.origins import (
+    describe_origins,
+    made_by_columns,
+    origin_of,
+)
 
 from .fake_runs import make_run
 
@@ -50,3 +54,48 @@ def test_describe_origins_knows_nothing_of_runs_in_progress_and_older(tmp_path):
     assert describe_origins([older]) == ("", "")
     alike, different = describe_origins([older, made_by(tmp_path)])
     assert not alike and "unknown (1 run)" in different
+
+
+def resumed(tmp_path, *starts, **changes):
+    """A run that began with changes and lost them at these rounds, one by one."""
+    origins = [{"first_round": 1, "made_by": ORIGIN | changes}]
+    for start, name in zip(starts, [*changes], strict=True):
+        origin = origins[-1]["made_by"] | {name: ORIGIN[name]}
+        origins.append({"first_round": start, "made_by": origin})
+    run = made_by(tmp_path)
+    return run._replace(summary=run.summary | {"origins": origins})
+
+
+FAST = "--xla_cpu_enable_fast_math=true"
+
+
+def test_describe_origins_says_where_a_run_has_changed(tmp_path):
+    alike, different = describe_origins([resumed(tmp_path, 5, xla_flags=FAST)])
+    assert different == f"xla_flags {FAST} until round 4, then none (1 run)"
+    assert alike.startswith("commit a1b2c3d4e") and "xla_flags" not in alike
+    runs = [resumed(tmp_path, 5, 9, xla_flags=FAST, device="TPU"), made_by(tmp_path)]
+    assert describe_origins(runs)[1] == (
+        "device TPU until round 8, then cpu (1 run), cpu (1 run); "
+        f"xla_flags {FAST} until round 4, then none (1 run), none (1 run)"
+    )
+
+
+def test_made_by_columns_have_the_last_process_and_what_was_otherwise(tmp_path):
+    run = resumed(tmp_path, 5, 9, xla_flags=FAST, commit="f" * 40)
+    columns = made_by_columns(run)
+    assert columns["made_by.xla_flags"] == "" and columns["made_by.device"] == "cpu"
+    assert columns["made_by.earlier"] == (
+        f"rounds 1 to 4: commit={'f' * 40}, xla_flags={FAST}; "
+        f"rounds 5 to 8: commit={'f' * 40}"
+    )
+    assert made_by_columns(made_by(tmp_path))["made_by.earlier"] == ""
+    assert made_by_columns(make_run(tmp_path)) == {}
+
+
+def test_origins_of_rounds_before_they_were_kept_are_unknown(tmp_path):
+    run = made_by(tmp_path)
+    early = {"first_round": 1, "made_by": {}}
+    late = {"first_round": 3, "made_by": ORIGIN}
+    run.summary["origins"] = [early, late]
+    assert "device unknown until round 2, then cpu" in describe_origins([run])[1]
+    assert "rounds 1 to 2: commit=unknown" in made_by_columns(run)["made_by.earlier"]

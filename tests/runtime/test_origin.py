@@ -55,11 +55,12 @@ def test_no_commit_without_a_checkout(sources, tmp_path, monkeypatch):
 def test_origin_names_versions_device_and_flags(monkeypatch):
     kind = jax.devices()[0].device_kind  # before JAX reads the flags
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     found = origin.find_origin.__wrapped__()
     assert found["jax"] == jax.__version__
     assert found["python"] == platform.python_version()
     assert found["device"] == kind
     assert found["xla_flags"] == "--xla_a=1"
-    assert origin.find_version("no-such-package") is None
+    assert found["variables"] == "NVIDIA_TF32_OVERRIDE=0"
     names = {"commit", "dirty", "fedmoe_jax", "python", "jax", "jaxlib"}
-    assert found.keys() == names | {"device", "xla_flags", "settings"}
+    assert found.keys() == names | {*("device", "xla_flags", "variables", "settings")}

@@ -1,0 +1,72 @@
+"""The origins of a run's rounds, as several processes may have computed them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.files import plain, read_json, write_json
+
+ORIGINS = "origins.json"
+
+Origin = dict[str, Any]  # of `find_origin`; empty where unknown
+
+
+def read_origins(folder: Path) -> list[tuple[int, Origin]]:
+    """The first round that each origin has computed, and the origin, in their order.
+
+    An origin holds until the round before that of the next. The list is empty where a
+    run has not begun, or did so before origins were kept.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = folder / ORIGINS
+    if not path.is_file():
+        return []
+    try:
+        listed = read_json(path)["origins"]
+        return [(int(each["first_round"]), dict(each["made_by"])) for each in listed]
+    except (UserError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} is damaged; allowed: that file restored, or removed, so that the "
+            "origin of the rounds before is unknown"
+        ) from None
+
+
+def record_origin(folder: Path, done: int, origin: Origin) -> None:
+    """Writes what computes the rounds after the first `done` of a run.
+
+    What an earlier process has computed beyond them is lost, and so is its entry. A
+    process like the one before it gets none.
+
+    Args:
+      folder: of the run.
+      done: rounds of the checkpoint that the process goes on from.
+      origin: of this process.
+
+    Raises:
+      UserError: see `read_origins`.
+    """
+    found = read_origins(folder) if done else []
+    kept = [(first, made_by) for first, made_by in found if first <= done]
+    if done and not kept:
+        kept = [(1, {})]
+    if not kept or kept[-1][1] != plain(origin):
+        kept.append((done + 1, origin))
+    write_json(folder / ORIGINS, {"origins": list_origins(kept)})
+
+
+def list_origins(origins: Sequence[tuple[int, Origin]]) -> list[dict[str, Any]]:
+    """Origins as `origins.json` and `summary.json` have them."""
+    return [{"first_round": first, "made_by": made_by} for first, made_by in origins]
+
+
+def summarise_origins(folder: Path) -> dict[str, Any]:
+    """`made_by` of the newest rounds and `origins` of all, for `summary.json`.
+
+    Raises:
+      UserError: see `read_origins`.
+    """
+    origins = read_origins(folder) or [(1, {})]
+    return {"made_by": origins[-1][1], "origins": list_origins(origins)}
