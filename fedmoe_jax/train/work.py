@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 from fedmoe_jax.config import fill_defaults, list_free_fields, to_tuples
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import flatten, read_json
+from fedmoe_jax.runtime.seals import METRICS
 from fedmoe_jax.train.plan import Member
 from fedmoe_jax.train.sweep import name_folder
 from fedmoe_jax.train.waves import read_waves
 from fedmoe_jax.train.workdir import is_finished
-from fedmoe_jax.train.writers import METRICS
 
 
 class Work(NamedTuple):

@@ -12,24 +12,24 @@ from ml_collections import ConfigDict
 from fedmoe_jax.config import list_free_fields, list_options
 from fedmoe_jax.data.partition import load_partition, save_partition
 from fedmoe_jax.options import UserError
+from fedmoe_jax.report import forms
+from fedmoe_jax.report.rows import check_count, read_metrics
 from fedmoe_jax.runtime.files import (
-    SEALS,
-    find_broken,
     flatten,
+    plain,
+    read_arrays,
     read_json,
     write_atomically,
     write_json,
 )
 from fedmoe_jax.runtime.lock import LOCK, lock
+from fedmoe_jax.runtime.seals import CONFIG, METRICS, SEALS, find_broken, is_sealed
 from fedmoe_jax.tables import list_defaults, list_plugins
 from fedmoe_jax.train import checkpoint
-from fedmoe_jax.train.writers import METRICS
 from fedmoe_jax.types import Partition
 
 # Fields that a comparison lacks: its members have them.
 PER_MEMBER = {"strategy", "seed"}
-# Files of a finished run, which do not change any more.
-SEALED = (METRICS, "final.npz", "summary.json")
 
 
 @contextlib.contextmanager
@@ -55,13 +55,21 @@ def own_workdir(
                 for part in workdir.glob("*.part"):  # of processes that were killed
                     part.unlink()
             check_workdir(workdir, config)  # nobody else changes it now
-            write_json(workdir / "config.json", config.to_dict())
+            record_config(workdir, config)
         except OSError as error:
             raise UserError(
                 f"workdir={workdir} cannot be used ({error.strerror or error}); "
                 "allowed: a folder that can be written"
             ) from None
         yield
+
+
+def record_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes `config.json`, if it says something else; seals are of what it was."""
+    path, fields = workdir / CONFIG, plain(config.to_dict())
+    if not path.exists() or read_json(path) != fields:
+        (workdir / SEALS).unlink(missing_ok=True)
+        write_json(path, fields)
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -235,7 +243,8 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
     """
     if not (workdir / "summary.json").exists():
         return False
-    check_same_run(read_json(workdir / "config.json"), config)
+    check_unchanged(workdir, CONFIG)
+    check_same_run(read_json(workdir / CONFIG), config)
     if not is_whole(workdir):
         return False
     return read_json(workdir / "summary.json")["num_rounds"] >= config.num_rounds
@@ -244,17 +253,48 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
 def is_whole(workdir: Path) -> bool:
     """Whether the files of a finished run are as it wrote them.
 
+    Without seals, as older versions leave it, they are whole where they can be read.
+
     Raises:
       UserError: its rows are not, which nothing can make again.
     """
+    check_unchanged(workdir, METRICS)
+    rows = read_metrics(workdir / METRICS)
+    forms.check_rows(rows, workdir / METRICS)
+    path = workdir / "summary.json"
     try:
-        broken = find_broken(workdir)
-        summary = read_json(workdir / "summary.json")
+        if find_broken(workdir):
+            return False
+        summary = read_json(path)
+        forms.check_fields(summary, forms.SUMMARY, path)
+        if not is_sealed(workdir):
+            check_results(workdir)
     except UserError:
         return False
-    if broken and METRICS in broken:
+    check_count(workdir / METRICS, rows, summary["num_rounds"])
+    return True
+
+
+def check_results(workdir: Path) -> None:
+    """Raises UserError unless a run's `final.npz` has what a report draws."""
+    path = workdir / "final.npz"
+    arrays = read_arrays(path)
+    forms.check_arrays(arrays, path)
+    forms.check_codes(arrays, read_json(workdir / CONFIG), path)
+
+
+def check_unchanged(workdir: Path, name: str) -> None:
+    """Checks a sealed file that nothing can make again.
+
+    Raises:
+      UserError: it is not as the run wrote it.
+    """
+    try:
+        broken = find_broken(workdir)
+    except UserError:  # the seals are damaged, and made again
+        return
+    if name in broken:
         raise UserError(
-            f"{workdir / METRICS} is not as the run has written it; allowed: that file "
+            f"{workdir / name} is not as the run has written it; allowed: that file "
             f"restored, or {workdir} removed to run again"
         )
-    return not broken and isinstance(summary.get("num_rounds"), int)

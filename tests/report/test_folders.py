@@ -9,7 +9,7 @@ import pytest
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report import folders
 from fedmoe_jax.report.runs import group_runs, load_run, name_runs
-from fedmoe_jax.runtime.files import seal
+from fedmoe_jax.runtime.seals import seal
 
 from .fake_runs import change_summary, stop_run, write_run
 
@@ -67,7 +67,7 @@ def test_a_damaged_run_is_one_line_that_names_the_file(tmp_path, capsys, name, f
     whole = write_run(tmp_path / "whole")
     folder = write_run(tmp_path / "run", seed=1)
     if fault == "other":
-        seal(folder, SEALED)
+        seal(folder)
         data = bytearray((folder / name).read_bytes())
         data[len(data) // 2] ^= 4
         (folder / name).write_bytes(data)
