@@ -58,6 +58,12 @@ CONFIG = {
     "data.public": COUNT._replace(needed=False),
     "evaluation.targets": NUMBERS._replace(needed=False),
 }
+PLUGINS = {"plugins": TEXTS._replace(needed=False)}
+COMPARISON = {
+    "compare.strategies": TEXTS,
+    "compare.changes": TEXTS,
+    "compare.seeds": Form(list_of(is_whole), "a list of whole numbers"),
+}
 SUMMARY = {
     "num_rounds": COUNT,
     **dict.fromkeys(("note", "needs"), TEXT._replace(needed=False)),

@@ -1,6 +1,7 @@
 """Work folders: each holds one run or comparison, and goes on with that one."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from fedmoe_jax.config import list_free_fields, list_options
+from fedmoe_jax.config import (
+    describe_field,
+    list_free_fields,
+    list_options,
+    list_values,
+    to_tuples,
+)
 from fedmoe_jax.data.partition import load_partition, save_partition
-from fedmoe_jax.options import UserError
+from fedmoe_jax.options import UserError, fits_kind
 from fedmoe_jax.report import forms
 from fedmoe_jax.report.rows import check_count, read_metrics
 from fedmoe_jax.runtime.files import (
@@ -82,9 +89,9 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     """
     recorded = workdir / "config.json"
     if recorded.exists() and has_begun(workdir):
-        check_same_run(read_json(recorded), config)
+        check_same_run(read_config(recorded), config)
     elif recorded.exists():
-        check_version(read_json(recorded), config)
+        check_version(read_config(recorded), config)
     elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
         raise UserError(
             f"workdir={workdir} holds a run without its config.json; "
@@ -128,6 +135,35 @@ def check_version(saved: dict[str, Any], config: ConfigDict) -> None:
         )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The nested config of a run or comparison, as its `config.json` has it.
+
+    Fields that have come since may be missing.
+
+    Raises:
+      UserError: the file cannot be read, or a field holds something else.
+    """
+    saved = read_json(path)
+    forms.check_fields(to_tuples(saved), make_forms(), path)
+    forms.check_fields(saved, forms.PLUGINS, path)
+    if "compare" in saved:
+        forms.check_fields(saved, forms.COMPARISON, path)
+    return saved
+
+
+def make_forms() -> dict[str, forms.Form]:
+    """What every field of a recorded config must hold: the kind of its default."""
+    defaults = list_values(repr(list_defaults()))
+    return {
+        name: forms.Form(
+            functools.partial(fits_kind, default=default),
+            describe_field(name),
+            needed=False,
+        )
+        for name, default in defaults.items()
+    }
+
+
 def has_begun(workdir: Path) -> bool:
     """Whether a run or comparison in the folder has a round or checkpoint."""
     kept = (workdir / "metrics.jsonl", *workdir.glob("runs/*/metrics.jsonl"))
@@ -144,7 +180,7 @@ def check_plugins(workdir: Path) -> None:
     """
     if not (workdir / "config.json").exists() or not has_begun(workdir):
         return
-    recorded = tuple(read_json(workdir / "config.json").get("plugins", ()))
+    recorded = tuple(read_config(workdir / CONFIG).get("plugins", ()))
     if recorded != list_plugins():
         given, names = (
             ",".join(list_plugins()) or "none",
@@ -203,7 +239,7 @@ def keep_devices(path: Path, csv: str, begun: bool) -> None:
     text = Path(os.path.expanduser(csv)).read_text(encoding="utf-8-sig")
     if not begun or not path.exists():
         write_atomically(path, text)
-    elif path.read_text(encoding="utf-8") != text:
+    elif path.read_bytes() != text.encode():
         raise UserError(
             f"devices.csv={csv} has changed since the run was started, which is not "
             f"allowed; allowed: what {path} has kept of it, copied back, or a new "
@@ -244,7 +280,7 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
     if not (workdir / "summary.json").exists():
         return False
     check_unchanged(workdir, CONFIG)
-    check_same_run(read_json(workdir / CONFIG), config)
+    check_same_run(read_config(workdir / CONFIG), config)
     if not is_whole(workdir):
         return False
     return read_json(workdir / "summary.json")["num_rounds"] >= config.num_rounds

@@ -1,5 +1,6 @@
 """The folder of a run keeps what the run was started with."""
 
+import json
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from fedmoe_jax.train.workdir import (
     has_begun,
     keep_devices,
     own_workdir,
+    read_config,
 )
 
 
@@ -77,6 +79,51 @@ def test_check_plugins_names_those_of_the_run(tmp_path):
     told = r"plug-ins none .* --plugins=one,two .*load_plugins\('one', 'two'\)"
     with pytest.raises(UserError, match=told):
         check_plugins(tmp_path)
+
+
+OF_OTHER_KINDS = {
+    "num_rounds": "x",
+    "num_clients": [1],
+    "plugins": 3,
+    "strategy": {"a": 1},
+    "seed": None,
+    "devices": 3,
+    "evaluation": {"targets": 3},
+    "drift": {"labels": "much"},
+    "compare": 3,
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHER_KINDS)
+def test_a_recorded_config_of_another_kind_is_named(tmp_path, name):
+    config = default.get_config("smoke")
+    claim_workdir(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n')
+    path = tmp_path / "config.json"
+    recorded = json.loads(path.read_text()) | {name: OF_OTHER_KINDS[name]}
+    path.write_text(json.dumps(recorded))
+    for check in (check_plugins, lambda folder: check_workdir(folder, config)):
+        with pytest.raises(UserError, match=f"^{path} is damaged: {name}.*; allowed"):
+            check(tmp_path)
+
+
+@pytest.mark.parametrize("lists", [{}, {"strategies": 3}, {"seeds": ["a"]}])
+def test_a_recorded_comparison_of_another_kind_is_named(tmp_path, lists):
+    whole = {"strategies": ["greedy"], "changes": [""], "seeds": [0]}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"compare": whole}))
+    assert read_config(path) == {"compare": whole}
+    path.write_text(json.dumps({"compare": whole | lists if lists else {}}))
+    with pytest.raises(UserError, match=f"^{path} .*compare.*; allowed: a list of"):
+        read_config(path)
+
+
+def test_kept_devices_that_are_no_text_have_changed(tmp_path):
+    mine, kept = tmp_path / "mine.csv", tmp_path / "run.csv"
+    mine.write_text("memory,flops\n4e9,1e11\n")
+    kept.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="devices.csv=.*has changed"):
+        keep_devices(kept, str(mine), True)
 
 
 def test_a_flipped_bit_in_a_config_is_named(tmp_path):
