@@ -381,7 +381,8 @@ def check_kinds(record: Measure | Curve) -> None:
             if not (value is None or is_number(value)):
                 raise TypeError(name)
         elif isinstance(default, tuple):
-            if not all(isinstance(item, str) for item in value):
+            listed = isinstance(value, tuple)
+            if not listed or not all(isinstance(item, str) for item in value):
                 raise TypeError(name)
         elif not fits_kind(value, default):
             raise TypeError(name)

@@ -66,6 +66,8 @@ def begin_wave(folder: Path, names: Sequence[str]) -> None:
       folder: of the wave's checkpoints.
       names: of its members; their folders are owned.
     """
+    for part in folder.glob("*.part"):  # of processes that were killed
+        part.unlink()
     if (folder / MEMBERS).is_file():
         return
     for other, members in read_waves(folder.parent).items():

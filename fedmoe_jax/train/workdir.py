@@ -59,8 +59,7 @@ def own_workdir(
             workdir.mkdir(parents=True, exist_ok=True)
             owned.enter_context(lock(workdir, shared=shared))
             if not shared:
-                for part in workdir.glob("*.part"):  # of processes that were killed
-                    part.unlink()
+                remove_parts(workdir)
             check_workdir(workdir, config)  # nobody else changes it now
             record_config(workdir, config)
         except OSError as error:
@@ -69,6 +68,19 @@ def own_workdir(
                 "allowed: a folder that can be written"
             ) from None
         yield
+
+
+def remove_parts(workdir: Path) -> None:
+    """Removes what killed processes were writing, in a folder that is owned alone.
+
+    Also in its runs, unless another process has one of them.
+    """
+    for where in ("*.part", "figures/*.part", "checkpoints/*/*.part"):
+        for part in workdir.glob(where):
+            part.unlink(missing_ok=True)
+    for run in {part.parent for part in workdir.glob("runs/*/*.part")}:
+        with contextlib.suppress(UserError), lock(run):
+            remove_parts(run)
 
 
 def record_config(workdir: Path, config: ConfigDict) -> None:

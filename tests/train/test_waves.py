@@ -10,7 +10,9 @@ def test_a_wave_is_recorded_once(tmp_path):
     folder = tmp_path / "checkpoints" / "a-and-1-0"
     assert read_waves(folder.parent) == {}
     begin_wave(folder, ["b", "a"])
+    (folder / "members.json.0.part").touch()
     begin_wave(folder, ["b", "a"])
+    assert [path.name for path in folder.iterdir()] == ["members.json"]
     assert read_waves(folder.parent) == {folder: ["b", "a"]}
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from fedmoe_jax.configs import default
 from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.lock import lock
 from fedmoe_jax.train.workdir import (
     check_plugins,
     check_workdir,
@@ -50,6 +51,24 @@ def test_own_workdir_takes_over_a_run_without_a_round(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="holds a run without its config.json"):
         claim_workdir(tmp_path, config)
+
+
+def test_own_workdir_removes_what_killed_processes_were_writing(tmp_path):
+    config, names = default.get_config("smoke"), ("a", "b")
+    claim_workdir(tmp_path, config)
+    folders = [tmp_path, tmp_path / "figures", tmp_path / "checkpoints" / "wave"]
+    folders += [tmp_path / "runs" / name for name in names]
+    parts = [folder / "x.json.0a1b2c3d.part" for folder in folders]
+    for part in parts:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    with own_workdir(tmp_path, config, shared=True):
+        assert all(part.exists() for part in parts)  # others may be writing them
+    with lock(folders[-1]):  # another process has that run
+        claim_workdir(tmp_path, config)
+    assert [part.exists() for part in parts] == [False] * 4 + [True]
+    claim_workdir(tmp_path, config)
+    assert not parts[-1].exists()
 
 
 def test_own_workdir_keeps_a_comparison_of_which_one_run_has_a_round(tmp_path):
