@@ -71,23 +71,24 @@ SUMMARY = {
     **dict.fromkeys(("made_by", "overwrites"), OBJECT._replace(needed=False)),
     "wall_seconds": NUMBER._replace(needed=False),
 }
+FLOAT, INTEGER, NAMES = "f", "iu", "U"  # kinds of dtypes
 # Axes by the letters of `types`, with D for clients that have a device of their own; a
-# model with one layer lacks G. Then whether a report can be made without the array.
+# model with one layer lacks G. Then the dtype, and whether a report needs the array.
 ARRAYS = {
-    "label_counts": ("NL", True),
-    "label_names": ("L", True),
-    "capacity": ("D", True),
-    "tier": ("D", True),
-    "specialisation": ("GEL", True),
-    "times_held": ("DGE", True),
-    "fitness": ("DGE", True),
-    "belief": ("D", False),
-    "participation": ("D", False),
-    "client_accuracy": ("N", False),
-    "last_client": ("C", False),
-    "last_code": ("C", False),
-    "last_phases": ("C3", False),
-    "last_spent": ("C3", False),
+    "label_counts": ("NL", INTEGER, True),
+    "label_names": ("L", NAMES, True),
+    "capacity": ("D", INTEGER, True),
+    "tier": ("D", INTEGER, True),
+    "specialisation": ("GEL", FLOAT, True),
+    "times_held": ("DGE", INTEGER, True),
+    "fitness": ("DGE", FLOAT, True),
+    "belief": ("D", INTEGER, False),
+    "participation": ("D", INTEGER, False),
+    "client_accuracy": ("N", FLOAT, False),
+    "last_client": ("C", INTEGER, False),
+    "last_code": ("C", INTEGER, False),
+    "last_phases": ("C3", FLOAT, False),
+    "last_spent": ("C3", FLOAT, False),
 }
 EXPERTS = ("expert_load", "expert_accuracy")  # fields of rows with an E axis
 # Fields of rows that are one number.
@@ -183,12 +184,12 @@ def check_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
       UserError: one is missing, or has another dtype or shape than fits the others.
     """
     sizes = {"3": 3}
-    for name, (axes, needed) in ARRAYS.items():
+    for name, (axes, kinds, needed) in ARRAYS.items():
         if name not in arrays and not needed:
             continue
         if name not in arrays:
             raise UserError(f"{path} has no {name}; {MAKE_AGAIN}")
-        value, kinds = arrays[name], "U" if name == "label_names" else "biuf"
+        value = arrays[name]
         axes = axes.replace("G", "") if value.ndim < len(axes) else axes
         found = dict(zip(axes, value.shape, strict=False))
         known = {letter: sizes.setdefault(letter, n) for letter, n in found.items()}

@@ -140,6 +140,10 @@ DAMAGE = {
     "no tiers": (rewrite_arrays(tier=None), "has no tier"),
     "tiers without a name": (rewrite_arrays(tier=np.full(6, 2)), "tier has others"),
     "fewer clients": (rewrite_arrays(capacity=np.ones(5, int)), "tier is int64[6]"),
+    "no numbers of examples": (
+        rewrite_arrays(label_counts=np.full((6, 5), np.nan)),
+        "label_counts is float64[6, 5]",
+    ),
     "text for scores": (rewrite_arrays(fitness=np.array(["a"])), "fitness is <U1"),
     "clients of another class": (
         rewrite_arrays(label_names=np.array(["a"])),
