@@ -36,12 +36,14 @@ from fedmoe_jax.options import Range
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.files import flatten, read_arrays, write_atomically
+from fedmoe_jax.runtime.seals import SEALED, SEALS
 from fedmoe_jax.runtime.stop import ENDINGS
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {"num_rounds": 8, "checkpoint.every": 2, "num_clients": 8, "cohort_size": 4}
 WORDS = [f"--config.{name}={value}" for name, value in FIELDS.items()]
-KILLS, FLIPS, VALUES, DISKS = 30, 60, 100, 8
+STUDY = ("--config.compare.strategies=('greedy','random')",)  # one program
+KILLS, FLIPS, STUDIES, VALUES, DISKS, PROFILES = 30, 60, 20, 100, 8, 2
 SLOWEST = 300  # seconds that a trial may take
 AT_ONCE = 2
 
@@ -76,9 +78,11 @@ class Campaign(NamedTuple):
     draw: random.Random
 
 
-def begin(workdir: Path, *words: str, cache: Path) -> subprocess.Popen:
-    """Starts a run in a process of its own."""
-    config = f"--config={ROOT / 'configs' / 'default.py'}:smoke"
+def begin(
+    workdir: Path, *words: str, cache: Path, name: str = "default.py:smoke"
+) -> subprocess.Popen:
+    """Starts a run in a process of its own, of the config with this name."""
+    config = f"--config={ROOT / 'configs' / name}"
     command = [sys.executable, str(ROOT / "launch.py"), config, *WORDS, *words]
     variables = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -114,20 +118,32 @@ def read_outcome(folder: Path) -> tuple:
     return rows, {name: x.tobytes() for name, x in arrays.items()}, numbers
 
 
-def judge(code: int, err: str, folder: Path, expected: tuple) -> str:
+def read_outcomes(folder: Path) -> dict[str, tuple]:
+    """What every run of a finished comparison leaves."""
+    return {run.name: read_outcome(run) for run in folder.glob("runs/*")}
+
+
+def judge(
+    code: int,
+    err: str,
+    folder: Path,
+    expected: tuple | dict[str, tuple],
+    read: Callable[[Path], tuple | dict[str, tuple]] = read_outcome,
+) -> str:
     """The verdict on a run that was given its command again.
 
     Args:
       code: its exit code.
       err: its stderr.
       folder: its work folder.
-      expected: see `read_outcome`.
+      expected: what `read` gives of an undisturbed one.
+      read: takes the folder.
     """
     if code == 2:
         return REFUSED if err.count("\n") == 1 else UGLY
     if code:
         return UGLY if "Traceback" in err else LOST
-    if read_outcome(folder) != expected:
+    if read(folder) != expected:
         return SILENT
     return UGLY if "Traceback" in err else UNDISTURBED
 
@@ -194,6 +210,20 @@ def remove(path: Path, draw: random.Random) -> None:
     path.unlink()
 
 
+def spoil(path: Path, draw: random.Random) -> None:
+    """Leaves a file of the same format that holds something else."""
+    if path.suffix == ".npz":
+        np.savez(path, other=np.ones(3))
+    elif path.suffix == ".jsonl":
+        lines = path.read_text().splitlines(keepends=True)
+        del lines[draw.randrange(len(lines))]
+        path.write_text("".join(lines))
+    else:
+        tree = json.loads(path.read_text())
+        tree[draw.choice(sorted(tree))] = draw.choice((3, "x", [1], {}))
+        path.write_text(json.dumps(tree))
+
+
 def list_flips(campaign: Campaign) -> list[Callable[[], Trial]]:
     """Flipped bits, cut and missing files, of finished and of stopped runs."""
 
@@ -214,6 +244,68 @@ def list_flips(campaign: Campaign) -> list[Callable[[], Trial]]:
         act = campaign.draw.choice([flip, flip, cut, remove])
         trials.append(partial(damage, number, source, file, act))
     return trials
+
+
+def list_unsealed(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """Lost rows and damaged results of finished runs without seals."""
+
+    def damage(number: int, file: str, act: Callable, seals: str | None) -> Trial:
+        folder = campaign.folder / f"unsealed{number}"
+        shutil.copytree(campaign.whole, folder)
+        remove(folder / "sha256.json", campaign.draw)
+        if seals is not None:
+            (folder / "sha256.json").write_text(seals)
+        act(folder / file, random.Random(number))
+        return Trial(f"{act.__name__} {file}, seals {seals}", again(campaign, folder))
+
+    acts = {
+        "metrics.jsonl": (spoil, cut, remove),
+        "final.npz": (spoil, cut, flip, remove),
+        "summary.json": (cut, remove),
+    }
+    pairs = [(file, act) for file, some in acts.items() for act in some]
+    seals = itertools.cycle((None, "{}"))
+    each = zip(range(len(pairs)), pairs, seals, strict=False)
+    return [partial(damage, n, *pair, sealed) for n, pair, sealed in each]
+
+
+def run_study(campaign: Campaign, folder: Path, *words: str) -> tuple[int, str]:
+    """Runs or resumes a small comparison; its exit code and stderr."""
+    cache, name = campaign.folder / "cache", "compare.py:digits,smoke"
+    code, _, err = finish(begin(folder, *STUDY, *words, cache=cache, name=name))
+    return code, err
+
+
+# Files of a comparison that a report or a resume reads.
+STUDY_FILES = (
+    "config.json",
+    "checkpoints/*/members.json",
+    *(f"runs/*/{name}" for name in (SEALS, *SEALED)),
+)
+
+
+def list_studies(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """Files of a comparison damaged: its config, members, rows, results and seals."""
+    whole, part = campaign.folder / "study", campaign.folder / "study_part"
+    for folder, words in ((whole, ()), (part, ("--config.num_rounds=4",))):
+        code, err = run_study(campaign, folder, *words)
+        assert code == 0, err
+    expected = read_outcomes(whole)
+
+    def damage(number: int, source: Path, pattern: str, act: Callable) -> Trial:
+        folder, draw = campaign.folder / f"study{number}", random.Random(number)
+        shutil.copytree(source, folder)
+        file = draw.choice(sorted(folder.glob(pattern)))
+        act(file, draw)
+        code, err = run_study(campaign, folder)
+        verdict = judge(code, err, folder, expected, read_outcomes)
+        what = f"{act.__name__} {file.relative_to(folder)} of a {source.name}"
+        return Trial(what, verdict)
+
+    sources = itertools.cycle((whole, part))
+    acts = itertools.product((spoil, remove, cut, flip), STUDY_FILES)
+    each = zip(range(STUDIES), sources, acts, strict=False)
+    return [partial(damage, n, source, file, act) for n, source, (act, file) in each]
 
 
 def list_bad_values() -> list[str]:
@@ -250,26 +342,29 @@ def list_values(campaign: Campaign) -> list[Callable[[], Trial]]:
 
 
 def list_disks(campaign: Campaign) -> list[Callable[[], Trial]]:
-    """Full disks of 0.06 to 2 MB, and then room."""
+    """Full disks of 0.06 to 2 MB, some with a profile, and then room."""
 
-    def fill(number: int, size: int) -> Trial:
+    def fill(number: int, size: int, *words: str) -> Trial:
         disk = campaign.folder / f"disk{number}"
         disk.mkdir()
         what = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)]
         subprocess.run(what, check=True)
         try:
             folder = disk / "run"
-            code, _, err = finish(begin(folder, cache=campaign.folder / "cache"))
+            cache = campaign.folder / "cache"
+            code, _, err = finish(begin(folder, *words, cache=cache))
             told = code == 0 or (code == 2 and "Traceback" not in err)
             more = ["mount", "-o", "remount,size=64m", str(disk)]
             subprocess.run(more, check=True)
             verdict = again(campaign, folder)
         finally:
             subprocess.run(["umount", str(disk)], check=True)
-        return Trial(f"{size} kB", verdict if told else UGLY)
+        return Trial(" ".join((f"{size} kB", *words)), verdict if told else UGLY)
 
-    sizes = np.geomspace(60, 2000, DISKS).astype(int)
-    return [partial(fill, *each) for each in enumerate(sizes)]
+    bare = np.geomspace(60, 2000, DISKS).astype(int)
+    traced = np.geomspace(1000, 4000, PROFILES).astype(int)
+    trials = [(size,) for size in bare] + [(size, "--profile") for size in traced]
+    return [partial(fill, number, *each) for number, each in enumerate(trials)]
 
 
 # Phases of a run by what its folder has when they begin.
@@ -327,6 +422,8 @@ def list_caches(campaign: Campaign) -> list[Callable[[], Trial]]:
 TRIALS: dict[str, Callable[[Campaign], list[Callable[[], Trial]]]] = {
     "kills": list_kills,
     "flips": list_flips,
+    "unsealed": list_unsealed,
+    "studies": list_studies,
     "values": list_values,
     "disks": list_disks,
     "signals": list_signals,

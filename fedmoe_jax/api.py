@@ -19,7 +19,6 @@ from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.report.rows import Row, read_metrics
-from fedmoe_jax.runtime.files import read_json
 from fedmoe_jax.runtime.folders import resolve_folder
 from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
 from fedmoe_jax.train import checkpoint
@@ -29,7 +28,12 @@ from fedmoe_jax.train.plan import Member, Plan, Wave, plan_waves
 from fedmoe_jax.train.run import build_job, train
 from fedmoe_jax.train.sweep import name_wave
 from fedmoe_jax.train.waves import read_waves
-from fedmoe_jax.train.workdir import check_free, check_plugins, check_version
+from fedmoe_jax.train.workdir import (
+    check_free,
+    check_plugins,
+    check_version,
+    read_config,
+)
 from fedmoe_jax.types import PyTree, SimState
 
 BATCH = 500  # inputs that `predict` takes at once
@@ -142,7 +146,7 @@ def load_run(folder: str | Path) -> Run:
             f"folder={folder} is not allowed; allowed: one with a run's config.json"
         )
     check_plugins(folder)
-    saved = read_json(folder / "config.json")
+    saved = read_config(folder / "config.json")
     if "compare" in saved:
         raise UserError(
             f"folder={folder} holds a comparison; allowed: one of its runs/ folders"
@@ -202,7 +206,7 @@ def find_siblings(
     for name in names:
         sibling = folder.with_name(name)
         if name not in known or (sibling / "config.json").is_file():
-            config = fill_defaults(read_json(sibling / "config.json"))
+            config = fill_defaults(read_config(sibling / "config.json"))
             known[name] = keep_devices(config, sibling)
         found.append(Member(name, known[name]))
     return found
@@ -211,7 +215,7 @@ def find_siblings(
 def find_members(folder: Path) -> list[Member]:
     """The runs of the comparison that has a run's folder; none for a run alone."""
     recorded = folder.parent.parent / "config.json"
-    study = read_json(recorded) if recorded.is_file() else {}
+    study = read_config(recorded) if recorded.is_file() else {}
     if folder.parent.name != "runs" or "compare" not in study:
         return []
     return [

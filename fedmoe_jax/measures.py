@@ -23,6 +23,8 @@ from fedmoe_jax.options import (
     Curve,
     Measure,
     UserError,
+    fits_kind,
+    is_number,
 )
 
 OUTCOMES = (  # of a client's round, by code
@@ -363,13 +365,31 @@ def unpack_measures(tree: Mapping[str, Any], path: Path) -> dict[str, Measure]:
     """
     try:
         measures = {key: _unpack(fields) for key, fields in tree.items()}
-    except (TypeError, AttributeError):
+        for key, measure in measures.items():
+            check_kinds(measure)
+            check_measure(key, measure)
+    except (TypeError, AttributeError, UserError):
         raise UserError(
             f"{path} is damaged: measures hold no table of measures; restore it"
         ) from None
-    for key, measure in measures.items():
-        check_measure(key, measure)
     return measures
+
+
+def check_kinds(record: Measure | Curve) -> None:
+    """Raises TypeError unless every field is of the kind of its default, or text."""
+    for name, value in record._asdict().items():
+        default = record._field_defaults.get(name, "")
+        if name == "curve" and value is not None:
+            check_kinds(value)
+        elif name == "trivial":
+            if not (value is None or is_number(value)):
+                raise TypeError(name)
+        elif isinstance(default, tuple):
+            listed = isinstance(value, tuple)
+            if not listed or not all(isinstance(item, str) for item in value):
+                raise TypeError(name)
+        elif not fits_kind(value, default):
+            raise TypeError(name)
 
 
 def _unpack(fields: Mapping[str, Any]) -> Measure:

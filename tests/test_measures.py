@@ -26,7 +26,9 @@ CONFIG = {
     "num_experts": 2,
     "data": {"name": "digits"},
     "partition": {"kind": "iid"},
-    "devices": {"deadline": 10.0},
+    "devices": {"tiers": ["phone"], "deadline": 10.0, "buffer": 0.1},
+    "weights": {"usage": 0.5},
+    "fitness": {"rate": 0.3, "exploration": 0.0},
 }
 SURPRISE = Measure(
     "surprise",
@@ -129,7 +131,23 @@ def test_pack_measures_survives_json():
     assert tree["drift_alarms"] == {"field": "drift_alarms", "over": "total"}
 
 
-@pytest.mark.parametrize("tree", [["a"], {"a": 3}, {"a": {"fields": "b"}}, {"a": {}}])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        ["a"],
+        {"a": 3},
+        {"a": {"fields": "b"}},
+        {"a": {}},
+        {"a": {"field": 3}},
+        {"a": {"field": "b", "over": "median"}},
+        {"a": {"field": "b", "title": ["c"]}},
+        {"a": {"field": "b", "unit": "c"}},
+        {"a": {"field": "b", "plus": 3}},
+        {"a": {"field": "b", "trivial": "c"}},
+        {"a": {"field": "b", "curve": 3}},
+        {"a": {"field": "b", "curve": {"label": "c", "caption": 3}}},
+    ],
+)
 def test_unpack_measures_refuses_a_damaged_table_in_one_line(tree):
     with pytest.raises(UserError, match="^run/summary.json is damaged: measures"):
         unpack_measures(tree, Path("run/summary.json"))

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import brief, digest
 from fedmoe_jax.runtime.xla import find_caches
 
@@ -56,8 +56,33 @@ def write_cache(folder: Path, arrays: dict[str, np.ndarray]) -> None:
                 raise
 
 
+def find_decoded(
+    folders: tuple[Path, ...], names: tuple[str, ...]
+) -> dict[str, np.ndarray] | None:
+    """The arrays of the first whole copy; None where there is none.
+
+    A damaged copy is removed, with a warning, so that it can be made again.
+    """
+    for folder in folders:
+        try:
+            if folder.exists():
+                return read_cache(folder, names)
+        except ValueError as error:
+            print(
+                f"warning: decoded images in {folder} are damaged ({error}), they are "
+                "decoded again",
+                file=sys.stderr,
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
 def read_cache(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Reads the arrays of these names and checks every byte of them."""
+    """Reads the arrays of these names and checks every byte of them.
+
+    Raises:
+      ValueError: the copy is damaged.
+    """
     try:
         digests = json.loads((folder / "sha256.json").read_text())
         arrays = {}
@@ -67,8 +92,5 @@ def read_cache(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
                 raise ValueError(f"{path.name} does not match its sha256")
             arrays[name] = np.load(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"data.dir: the decoded copy of CIFAR-10 is damaged ({brief(error)}); "
-            f"delete {folder}, it is made again from the records and nothing is lost"
-        ) from error
+        raise ValueError(brief(error)) from error
     return arrays

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.cache import brief, cache_folders, keep_decoded, read_cache
+from fedmoe_jax.data.cache import brief, cache_folders, find_decoded, keep_decoded
 from fedmoe_jax.data.images import label_images
 from fedmoe_jax.options import UserError
 
@@ -45,9 +45,8 @@ def load_cifar10(data_dir: Path) -> Data:
     """
     source = prepare_cifar10(data_dir, manual_dir="")
     folders = cache_folders(source)
-    for folder in folders:
-        if folder.exists():
-            return _label(read_cache(folder, ARRAYS))
+    if (found := find_decoded(folders, ARRAYS)) is not None:
+        return _label(found)
     arrays = _decode(source)
     keep_decoded(folders if _is_writable(source) else folders[1:], arrays)
     return _label(arrays)

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_jax.options import UserError
-from fedmoe_jax.report.rows import read_metrics
+from fedmoe_jax.report.rows import check_count
 from fedmoe_jax.report.runs import INCIDENTAL, Run, load_run
-from fedmoe_jax.runtime.files import find_broken, flatten, read_arrays, read_json
-
-FILES = ("config.json", "metrics.jsonl", "summary.json", "final.npz")
+from fedmoe_jax.runtime.files import flatten, read_json
+from fedmoe_jax.runtime.seals import METRICS, SEALED
 
 
 def list_runs(folder: Path) -> list[Path]:
@@ -47,17 +46,11 @@ def check_whole(folder: Path) -> None:
     Raises:
       UserError: one is missing or damaged; names it.
     """
-    for name in FILES:
+    for name in SEALED:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; restore it")
-    for name in find_broken(folder):
-        raise UserError(f"{folder / name} is not as the run has written it; restore it")
-    for name in ("config.json", "summary.json"):
-        read_json(folder / name)
-    read_arrays(folder / "final.npz")  # older runs are not sealed
-    rows, count = read_metrics(folder / "metrics.jsonl"), "num_rounds"
-    if len(rows) != read_json(folder / "summary.json").get(count):
-        raise UserError(f"{folder / 'metrics.jsonl'} lacks rows; restore it")
+    run = load_run(folder)
+    check_count(folder / METRICS, run.rows, run.summary["num_rounds"])
 
 
 def add_finished(folders: Sequence[Path], workdir: Path) -> list[Path]:

@@ -227,7 +227,7 @@ def _origin_html(runs: Sequence[Run]) -> str:
 
 def _header_html(runs: Sequence[Run], command: str) -> str:
     config, flat = runs[0].config, flatten(runs[0].config)
-    seconds = [sum(row.get("seconds", 0) for row in run.rows) for run in runs]
+    seconds = [sum(row.get("seconds") or 0.0 for row in run.rows) for run in runs]
     seconds = [
         r.summary.get("wall_seconds", s) for r, s in zip(runs, seconds, strict=True)
     ]

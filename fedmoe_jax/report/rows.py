@@ -41,6 +41,29 @@ def read_metrics(path: Path) -> list[Row]:
     return [rows[number] for number in sorted(rows)]
 
 
+def check_count(path: Path, rows: Sequence[Row], num_rounds: int) -> None:
+    """Checks that a finished run has a row for each of its rounds.
+
+    Args:
+      path: of the rows, for messages.
+      rows: from `read_metrics`.
+      num_rounds: of its summary.
+
+    Raises:
+      UserError: one is missing, or there are more.
+    """
+    rounds = [row["round"] for row in rows]
+    gap = next((n for n, at in enumerate(rounds, 1) if at != n), len(rounds) + 1)
+    fault = f"lacks round {gap}" if gap <= num_rounds else ""
+    if not fault and len(rounds) > num_rounds:
+        fault = f"has {len(rounds)} rounds, which summary.json says are {num_rounds}"
+    if fault:
+        raise UserError(
+            f"{path} {fault}; allowed: what the run has written, restored, or "
+            f"{path.parent} removed to run again"
+        )
+
+
 def is_number(value: Any) -> bool:
     """True for one number: a field may also be absent, null or a vector."""
     return isinstance(value, int | float)

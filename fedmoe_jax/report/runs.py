@@ -11,9 +11,11 @@ from scipy.special import stdtrit
 
 from fedmoe_jax.measures import MEASURES, unpack_measures
 from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
+from fedmoe_jax.report import forms
 from fedmoe_jax.report.rows import is_number, measured, read_metrics, stack_experts
 from fedmoe_jax.report.summary import measure_run, reach_targets
-from fedmoe_jax.runtime.files import find_broken, flatten, read_arrays, read_json
+from fedmoe_jax.runtime.files import flatten, read_arrays, read_json
+from fedmoe_jax.runtime.seals import METRICS, find_broken
 
 NAN = float("nan")
 # Config fields that do not change what a run computes, or that number its repetition.
@@ -68,19 +70,21 @@ def load_run(folder: str | Path) -> Run:
             f"report: {folder} has no config.json; allowed: the folder of a run"
         )
     config = read_json(folder / "config.json")
-    if "strategy" not in config:
-        raise UserError(
-            f"report: {folder / 'config.json'} has no strategy; allowed: that of a run"
-        )
+    forms.check_fields(config, forms.CONFIG, folder / "config.json")
     path, summary, arrays = folder / "summary.json", {}, {}
     if path.is_file():
         check_sealed(folder)
         summary = read_json(path)
+        forms.check_fields(summary, forms.SUMMARY, path)
     if (folder / "final.npz").is_file():
         arrays = read_arrays(folder / "final.npz")
+        forms.check_arrays(arrays, folder / "final.npz")
+        forms.check_codes(arrays, config, folder / "final.npz")
+    rows = read_metrics(folder / METRICS)
+    forms.check_rows(rows, folder / METRICS)
     return Run(
         config=config,
-        rows=read_metrics(folder / "metrics.jsonl"),
+        rows=rows,
         summary=summary,
         arrays=arrays,
         folder=folder,

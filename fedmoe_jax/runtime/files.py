@@ -8,15 +8,13 @@ import os
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from fedmoe_jax.options import UserError
-
-SEALS = "sha256.json"
 
 
 def plain(value: Any) -> Any:
@@ -129,21 +127,3 @@ def digest(path: Path) -> str:
     """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def seal(folder: Path, names: Iterable[str]) -> None:
-    """Records the sha256 of finished files in their folder's `sha256.json`."""
-    write_json(folder / SEALS, {name: digest(folder / name) for name in names})
-
-
-def find_broken(folder: Path) -> list[str]:
-    """Names of sealed files that are missing or not as they were sealed.
-
-    Raises:
-      UserError: the seals themselves are damaged.
-    """
-    if not (folder / SEALS).is_file():
-        return []
-    seals = read_json(folder / SEALS)
-    whole = lambda path: path.is_file() and digest(path) == seals[path.name]
-    return [name for name in seals if not whole(folder / name)]

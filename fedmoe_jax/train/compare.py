@@ -13,14 +13,14 @@ from fedmoe_jax.config import fill_defaults, list_options, validate
 from fedmoe_jax.fields import LISTS, OPTIONAL_LISTS
 from fedmoe_jax.options import UserError, show
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.runtime.files import flatten, plain, read_json
+from fedmoe_jax.runtime.files import flatten, plain
 from fedmoe_jax.runtime.names import caseless_name
 from fedmoe_jax.train.parts import WHOLE, Part, name_part, take_part
 from fedmoe_jax.train.plan import Member, load_data, plan_waves
 from fedmoe_jax.train.sweep import name_wave, sweep
 from fedmoe_jax.train.waves import list_unrecorded
 from fedmoe_jax.train.work import find_work
-from fedmoe_jax.train.workdir import own_workdir
+from fedmoe_jax.train.workdir import own_workdir, read_config
 
 
 def split_change(change: str) -> list[str]:
@@ -197,7 +197,7 @@ def find_older(workdir: Path) -> dict[Path, list[str]]:
     unknown = set(list_unrecorded(workdir / "checkpoints"))
     if not unknown or not (workdir / "config.json").is_file():
         return {}
-    then = list_members(fill_defaults(read_json(workdir / "config.json")))
+    then = list_members(fill_defaults(read_config(workdir / "config.json")))
     named = {name_wave(wave): wave.names for wave in plan_waves(then)}
     folders = {workdir / "checkpoints" / name: names for name, names in named.items()}
     return {folder: names for folder, names in folders.items() if folder in unknown}

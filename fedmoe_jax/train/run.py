@@ -22,8 +22,9 @@ from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import scan_rounds
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.runtime.files import seal, write_arrays, write_json
+from fedmoe_jax.runtime.files import write_arrays, write_json
 from fedmoe_jax.runtime.origin import find_origin
+from fedmoe_jax.runtime.seals import seal
 from fedmoe_jax.runtime.sharding import RUNS, map_runs, place, spread
 from fedmoe_jax.state import init_state, run_stage
 from fedmoe_jax.strategies import find_strategy
@@ -38,7 +39,7 @@ from fedmoe_jax.train.loop import (
 )
 from fedmoe_jax.train.origins import summarise_origins
 from fedmoe_jax.train.plan import Member, Plan, Wave, load_data, plan_waves
-from fedmoe_jax.train.workdir import SEALED, is_finished, own_run
+from fedmoe_jax.train.workdir import is_finished, own_run
 from fedmoe_jax.types import (
     PER_RUN,
     AlignState,
@@ -302,7 +303,7 @@ def finish(
         "measures": pack_measures(MEASURES),
     }
     write_json(workdir / "summary.json", summary)
-    seal(workdir, SEALED)
+    seal(workdir)
     return summary
 
 

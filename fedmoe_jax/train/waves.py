@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedmoe_jax.options import UserError, show
 from fedmoe_jax.runtime.files import read_json, write_json
 
 MEMBERS = "members.json"
@@ -23,10 +24,26 @@ def read_waves(checkpoints: Path) -> dict[Path, list[str]]:
     """
     files = sorted(checkpoints.glob(f"*/{MEMBERS}"))
     return {
-        path.parent: list(read_json(path)["members"])
+        path.parent: read_members(path)
         for path in files
         if f".{SUPERSEDED}" not in path.parent.name
     }
+
+
+def read_members(path: Path) -> list[str]:
+    """The members of one wave.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    names = read_json(path).get("members")
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not listed or not names:
+        raise UserError(
+            f"{path} is damaged: members={show(names)}; allowed: the names of runs, "
+            "restored"
+        )
+    return names
 
 
 def list_unrecorded(checkpoints: Path) -> list[Path]:
@@ -49,6 +66,8 @@ def begin_wave(folder: Path, names: Sequence[str]) -> None:
       folder: of the wave's checkpoints.
       names: of its members; their folders are owned.
     """
+    for part in folder.glob("*.part"):  # of processes that were killed
+        part.unlink()
     if (folder / MEMBERS).is_file():
         return
     for other, members in read_waves(folder.parent).items():

@@ -8,12 +8,12 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.config import fill_defaults, list_free_fields, to_tuples
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.runtime.files import flatten, read_json
+from fedmoe_jax.runtime.files import flatten
+from fedmoe_jax.runtime.seals import METRICS
 from fedmoe_jax.train.plan import Member
 from fedmoe_jax.train.sweep import name_folder
 from fedmoe_jax.train.waves import read_waves
-from fedmoe_jax.train.workdir import is_finished
-from fedmoe_jax.train.writers import METRICS
+from fedmoe_jax.train.workdir import is_finished, read_config
 
 
 class Work(NamedTuple):
@@ -121,7 +121,7 @@ def recall(folder: Path, like: ConfigDict) -> ConfigDict:
       like: config of the other, which gives it the fields that may change, and those
         that neither of them uses.
     """
-    saved = read_json(folder / "config.json")
+    saved = read_config(folder / "config.json")
     config, given = fill_defaults(saved), flatten(like.to_dict())
     idle = list_free_fields(saved, config) & list_free_fields(like.to_dict(), like)
     free = idle & given.keys()

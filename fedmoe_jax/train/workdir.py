@@ -1,6 +1,7 @@
 """Work folders: each holds one run or comparison, and goes on with that one."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,27 +10,33 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from fedmoe_jax.config import list_free_fields, list_options
+from fedmoe_jax.config import (
+    describe_field,
+    list_free_fields,
+    list_options,
+    list_values,
+    to_tuples,
+)
 from fedmoe_jax.data.partition import load_partition, save_partition
-from fedmoe_jax.options import UserError
+from fedmoe_jax.options import UserError, fits_kind
+from fedmoe_jax.report import forms
+from fedmoe_jax.report.rows import check_count, read_metrics
 from fedmoe_jax.runtime.files import (
-    SEALS,
-    find_broken,
     flatten,
+    plain,
+    read_arrays,
     read_json,
     write_atomically,
     write_json,
 )
 from fedmoe_jax.runtime.lock import LOCK, lock
+from fedmoe_jax.runtime.seals import CONFIG, METRICS, SEALS, find_broken, is_sealed
 from fedmoe_jax.tables import list_defaults, list_plugins
 from fedmoe_jax.train import checkpoint
-from fedmoe_jax.train.writers import METRICS
 from fedmoe_jax.types import Partition
 
 # Fields that a comparison lacks: its members have them.
 PER_MEMBER = {"strategy", "seed"}
-# Files of a finished run, which do not change any more.
-SEALED = (METRICS, "final.npz", "summary.json")
 
 
 @contextlib.contextmanager
@@ -52,16 +59,36 @@ def own_workdir(
             workdir.mkdir(parents=True, exist_ok=True)
             owned.enter_context(lock(workdir, shared=shared))
             if not shared:
-                for part in workdir.glob("*.part"):  # of processes that were killed
-                    part.unlink()
+                remove_parts(workdir)
             check_workdir(workdir, config)  # nobody else changes it now
-            write_json(workdir / "config.json", config.to_dict())
+            record_config(workdir, config)
         except OSError as error:
             raise UserError(
                 f"workdir={workdir} cannot be used ({error.strerror or error}); "
                 "allowed: a folder that can be written"
             ) from None
         yield
+
+
+def remove_parts(workdir: Path) -> None:
+    """Removes what killed processes were writing, in a folder that is owned alone.
+
+    Also in its runs, unless another process has one of them.
+    """
+    for where in ("*.part", "figures/*.part", "checkpoints/*/*.part"):
+        for part in workdir.glob(where):
+            part.unlink(missing_ok=True)
+    for run in {part.parent for part in workdir.glob("runs/*/*.part")}:
+        with contextlib.suppress(UserError), lock(run):
+            remove_parts(run)
+
+
+def record_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes `config.json`, if it says something else; seals are of what it was."""
+    path, fields = workdir / CONFIG, plain(config.to_dict())
+    if not path.exists() or read_json(path) != fields:
+        (workdir / SEALS).unlink(missing_ok=True)
+        write_json(path, fields)
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -74,9 +101,9 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     """
     recorded = workdir / "config.json"
     if recorded.exists() and has_begun(workdir):
-        check_same_run(read_json(recorded), config)
+        check_same_run(read_config(recorded), config)
     elif recorded.exists():
-        check_version(read_json(recorded), config)
+        check_version(read_config(recorded), config)
     elif (workdir / "metrics.jsonl").exists() or (workdir / "checkpoints").exists():
         raise UserError(
             f"workdir={workdir} holds a run without its config.json; "
@@ -120,6 +147,35 @@ def check_version(saved: dict[str, Any], config: ConfigDict) -> None:
         )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The nested config of a run or comparison, as its `config.json` has it.
+
+    Fields that have come since may be missing.
+
+    Raises:
+      UserError: the file cannot be read, or a field holds something else.
+    """
+    saved = read_json(path)
+    forms.check_fields(to_tuples(saved), make_forms(), path)
+    forms.check_fields(saved, forms.PLUGINS, path)
+    if "compare" in saved:
+        forms.check_fields(saved, forms.COMPARISON, path)
+    return saved
+
+
+def make_forms() -> dict[str, forms.Form]:
+    """What every field of a recorded config must hold: the kind of its default."""
+    defaults = list_values(repr(list_defaults()))
+    return {
+        name: forms.Form(
+            functools.partial(fits_kind, default=default),
+            describe_field(name),
+            needed=False,
+        )
+        for name, default in defaults.items()
+    }
+
+
 def has_begun(workdir: Path) -> bool:
     """Whether a run or comparison in the folder has a round or checkpoint."""
     kept = (workdir / "metrics.jsonl", *workdir.glob("runs/*/metrics.jsonl"))
@@ -136,7 +192,7 @@ def check_plugins(workdir: Path) -> None:
     """
     if not (workdir / "config.json").exists() or not has_begun(workdir):
         return
-    recorded = tuple(read_json(workdir / "config.json").get("plugins", ()))
+    recorded = tuple(read_config(workdir / CONFIG).get("plugins", ()))
     if recorded != list_plugins():
         given, names = (
             ",".join(list_plugins()) or "none",
@@ -195,7 +251,7 @@ def keep_devices(path: Path, csv: str, begun: bool) -> None:
     text = Path(os.path.expanduser(csv)).read_text(encoding="utf-8-sig")
     if not begun or not path.exists():
         write_atomically(path, text)
-    elif path.read_text(encoding="utf-8") != text:
+    elif path.read_bytes() != text.encode():
         raise UserError(
             f"devices.csv={csv} has changed since the run was started, which is not "
             f"allowed; allowed: what {path} has kept of it, copied back, or a new "
@@ -235,7 +291,8 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
     """
     if not (workdir / "summary.json").exists():
         return False
-    check_same_run(read_json(workdir / "config.json"), config)
+    check_unchanged(workdir, CONFIG)
+    check_same_run(read_config(workdir / CONFIG), config)
     if not is_whole(workdir):
         return False
     return read_json(workdir / "summary.json")["num_rounds"] >= config.num_rounds
@@ -244,17 +301,48 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
 def is_whole(workdir: Path) -> bool:
     """Whether the files of a finished run are as it wrote them.
 
+    Without seals, as older versions leave it, they are whole where they can be read.
+
     Raises:
       UserError: its rows are not, which nothing can make again.
     """
+    check_unchanged(workdir, METRICS)
+    rows = read_metrics(workdir / METRICS)
+    forms.check_rows(rows, workdir / METRICS)
+    path = workdir / "summary.json"
     try:
-        broken = find_broken(workdir)
-        summary = read_json(workdir / "summary.json")
+        if find_broken(workdir):
+            return False
+        summary = read_json(path)
+        forms.check_fields(summary, forms.SUMMARY, path)
+        if not is_sealed(workdir):
+            check_results(workdir)
     except UserError:
         return False
-    if broken and METRICS in broken:
+    check_count(workdir / METRICS, rows, summary["num_rounds"])
+    return True
+
+
+def check_results(workdir: Path) -> None:
+    """Raises UserError unless a run's `final.npz` has what a report draws."""
+    path = workdir / "final.npz"
+    arrays = read_arrays(path)
+    forms.check_arrays(arrays, path)
+    forms.check_codes(arrays, read_json(workdir / CONFIG), path)
+
+
+def check_unchanged(workdir: Path, name: str) -> None:
+    """Checks a sealed file that nothing can make again.
+
+    Raises:
+      UserError: it is not as the run wrote it.
+    """
+    try:
+        broken = find_broken(workdir)
+    except UserError:  # the seals are damaged, and made again
+        return
+    if name in broken:
         raise UserError(
-            f"{workdir / METRICS} is not as the run has written it; allowed: that file "
+            f"{workdir / name} is not as the run has written it; allowed: that file "
             f"restored, or {workdir} removed to run again"
         )
-    return not broken and isinstance(summary.get("num_rounds"), int)

@@ -21,10 +21,9 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.text import shorten
 from fedmoe_jax.runtime.files import plain, write_atomically
+from fedmoe_jax.runtime.seals import METRICS
 from fedmoe_jax.train.board import open_board
 from fedmoe_jax.train.divergence import watch
-
-METRICS = "metrics.jsonl"
 
 
 def truncate_metrics(path: Path, last_round: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -43,6 +44,26 @@ def test_damage_changes_a_file(tmp_path):
         assert path.read_bytes() != whole
     campaign.remove(path, draw)
     assert not path.exists()
+
+
+def test_spoil_leaves_the_format(folder):
+    draw = random.Random(0)
+    for name in ("metrics.jsonl", "final.npz", "summary.json"):
+        before = (folder / name).read_bytes()
+        campaign.spoil(folder / name, draw)
+        assert (folder / name).read_bytes() != before
+    assert campaign.read_metrics(folder / "metrics.jsonl") == []
+    assert campaign.read_arrays(folder / "final.npz").keys() == {"other"}
+    assert isinstance(json.loads((folder / "summary.json").read_text()), dict)
+
+
+def test_judge_reads_all_runs_of_a_comparison(folder, tmp_path):
+    run = shutil.copytree(folder, tmp_path / "study" / "runs" / "a")
+    study = tmp_path / "study"
+    expected, read = campaign.read_outcomes(study), campaign.read_outcomes
+    assert campaign.judge(0, "", study, expected, read) == campaign.UNDISTURBED
+    (run / "metrics.jsonl").write_text("")
+    assert campaign.judge(0, "", study, expected, read) == campaign.SILENT
 
 
 def test_bad_values_are_of_known_fields():

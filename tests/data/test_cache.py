@@ -9,11 +9,11 @@ import pytest
 from fedmoe_jax.data.cache import (
     brief,
     cache_folders,
+    find_decoded,
     keep_decoded,
     read_cache,
     write_cache,
 )
-from fedmoe_jax.options import UserError
 
 ARRAYS = {"x": np.arange(6, dtype=np.uint8).reshape(3, 2), "y": np.array([2, 0, 1])}
 
@@ -80,11 +80,23 @@ def test_read_cache_checks_the_arrays_that_are_asked_for(tmp_path):
     content[-1] ^= 1
     (tmp_path / "kept" / "x.npy").write_bytes(content)
     np.testing.assert_array_equal(read_cache(tmp_path / "kept", ("y",))["y"], [2, 0, 1])
-    with pytest.raises(UserError, match="x.npy does not match its sha256") as error:
+    with pytest.raises(ValueError, match="x.npy does not match its sha256"):
         read_cache(tmp_path / "kept", ("y", "x"))
-    assert f"delete {tmp_path / 'kept'}," in str(error.value)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(ValueError, match="z.npy"):
         read_cache(tmp_path / "kept", ("z",))
+
+
+def test_find_decoded_takes_the_first_whole_copy_and_removes_others(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert find_decoded((first, second), ("x",)) is None
+    for folder in (first, second):
+        write_cache(folder, ARRAYS)
+    (first / "x.npy").write_bytes(b"")
+    found = find_decoded((first, second), ("x",))
+    assert found is not None and found["x"].tolist() == ARRAYS["x"].tolist()
+    assert not first.exists()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"in {first} are damaged (ValueError: " in told
 
 
 def test_brief_is_one_line_of_bearable_length():

@@ -8,10 +8,11 @@ import pytest
 
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report import folders
+from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.runs import group_runs, load_run, name_runs
-from fedmoe_jax.runtime.files import seal
+from fedmoe_jax.runtime.seals import seal
 
-from .fake_runs import change_summary, stop_run, write_run
+from .fake_runs import change_summary, stop_run, write_rows, write_run
 
 SEALED = ("metrics.jsonl", "final.npz", "summary.json")
 
@@ -67,7 +68,7 @@ def test_a_damaged_run_is_one_line_that_names_the_file(tmp_path, capsys, name, f
     whole = write_run(tmp_path / "whole")
     folder = write_run(tmp_path / "run", seed=1)
     if fault == "other":
-        seal(folder, SEALED)
+        seal(folder)
         data = bytearray((folder / name).read_bytes())
         data[len(data) // 2] ^= 4
         (folder / name).write_bytes(data)
@@ -84,6 +85,90 @@ def test_a_damaged_run_is_one_line_that_names_the_file(tmp_path, capsys, name, f
     assert folders.join([whole, folder]) == [whole]
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and str(folder / name) in told
+
+
+def rewrite(name, **changes):
+    """Changes fields of a JSON file of a run; None removes one."""
+
+    def act(folder):
+        tree = json.loads((folder / name).read_text()) | changes
+        kept = {field: value for field, value in tree.items() if value is not None}
+        (folder / name).write_text(json.dumps(kept))
+
+    return act
+
+
+def rewrite_row(**changes):
+    def act(folder):
+        rows = read_metrics(folder / "metrics.jsonl")
+        rows[3] |= changes
+        write_rows(folder, rows)
+
+    return act
+
+
+def rewrite_arrays(**changes):
+    def act(folder):
+        arrays = dict(np.load(folder / "final.npz")) | changes
+        np.savez(
+            folder / "final.npz", **{k: v for k, v in arrays.items() if v is not None}
+        )
+
+    return act
+
+
+DAMAGE = {
+    "config without clients": (rewrite("config.json", num_clients=None), "num_clients"),
+    "config without devices": (rewrite("config.json", devices={}), "devices.tiers"),
+    "config with a number for a group": (
+        rewrite("config.json", evaluation=3),
+        "evaluation=3",
+    ),
+    "config with other targets": (
+        rewrite("config.json", evaluation={"targets": 3}),
+        "evaluation.targets=3",
+    ),
+    "summary without rounds": (rewrite("summary.json", num_rounds=None), "num_rounds"),
+    "summary of fewer rounds": (rewrite("summary.json", num_rounds=7), "has 8 rounds"),
+    "summary with other origin": (rewrite("summary.json", made_by=3), "made_by=3"),
+    "row with one load": (rewrite_row(expert_load=3), "expert_load=3 of round 4"),
+    "row with other loads": (rewrite_row(expert_load=[3]), "expert_load=[3]"),
+    "row with text": (rewrite_row(load_cv="x"), "load_cv='x'"),
+    "row with a list": (rewrite_row(bytes_up=[1]), "bytes_up=[1]"),
+    "row of another round": (rewrite_row(round=9), "lacks round 4"),
+    "other arrays": (lambda f: np.savez(f / "final.npz", a=np.ones(3)), "label_counts"),
+    "no tiers": (rewrite_arrays(tier=None), "has no tier"),
+    "tiers without a name": (rewrite_arrays(tier=np.full(6, 2)), "tier has others"),
+    "fewer clients": (rewrite_arrays(capacity=np.ones(5, int)), "tier is int64[6]"),
+    "no numbers of examples": (
+        rewrite_arrays(label_counts=np.full((6, 5), np.nan)),
+        "label_counts is float64[6, 5]",
+    ),
+    "text for scores": (rewrite_arrays(fitness=np.array(["a"])), "fitness is <U1"),
+    "clients of another class": (
+        rewrite_arrays(label_names=np.array(["a"])),
+        "label_names is <U1[1]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGE.values(), ids=DAMAGE)
+def test_a_run_that_cannot_be_drawn_is_left_out_with_its_reason(
+    tmp_path, capsys, damage, told
+):
+    whole, folder = write_run(tmp_path / "whole"), write_run(tmp_path / "run", seed=1)
+    damage(folder)
+    assert folders.join([whole, folder]) == [whole]
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith("left out of the report: ")
+    assert str(folder) in said and told in said
+
+
+def test_a_damaged_run_that_is_not_asked_for_spoils_no_report(tmp_path, capsys):
+    first, second, third = write_study(tmp_path / "study", [0, 1, 2])
+    rewrite("config.json", devices={})(second)
+    assert folders.add_finished([first], tmp_path / "study") == [first, third]
+    assert f"left out of the report: {second}" in capsys.readouterr().out
 
 
 def test_join_of_nothing_is_refused(tmp_path):

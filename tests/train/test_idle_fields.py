@@ -93,6 +93,7 @@ def test_idle_fields_change_nothing_bitwise(tmp_path):
 def make_older(folder):
     """Deletes half of the idle groups from a folder's config and changes the rest."""
     path = folder / "config.json"
+    (folder / "sha256.json").unlink(missing_ok=True)
     config = json.loads(path.read_text())
     for group in ("fedmoe", "fedjets", "channel", "pressure"):
         del config[group]

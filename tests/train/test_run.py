@@ -397,6 +397,7 @@ def test_train_refuses_a_folder_with_a_run_of_unknown_config(tmp_path, name):
 def test_train_refuses_a_run_of_an_older_version_in_one_line(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     path = folder / "config.json"
+    (folder / "sha256.json").unlink()
     recorded = json.loads(path.read_text())
     del recorded["plugins"], recorded["loss"]["z"]  # fields that came later
     path.write_text(json.dumps(recorded))
@@ -453,6 +454,48 @@ def test_train_refuses_rows_that_are_not_those_it_wrote(
     path.write_text(whole)
     assert run(folder)
     assert_same_run(folder, finished)
+
+
+@pytest.mark.parametrize("seals", [None, "{}", '{"final.npz": "x"}', "[]", "{"])
+def test_train_counts_the_rows_of_a_run_without_seals(finished, tmp_path, seals):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path, sealed = folder / "metrics.jsonl", folder / "sha256.json"
+    sealed.unlink() if seals is None else sealed.write_text(seals)
+    whole = path.read_text()
+    path.write_text(damage_row(whole))
+    with pytest.raises(UserError, match=f"^{path} lacks round 2.*; allowed: "):
+        run(folder)
+    path.write_text(whole)
+    assert run(folder)
+    assert_same_run(folder, finished)
+
+
+def test_train_makes_results_without_seals_again(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "sha256.json").unlink()
+    np.savez(folder / "final.npz", other=np.ones(3))
+    assert run(folder)
+    assert load_run(folder).arrays.keys() == load_run(finished).arrays.keys()
+
+
+def test_the_config_of_a_finished_run_is_sealed(finished, tmp_path, six_rounds):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = folder / "config.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"seed": 0', '"seed": 7'))
+    assert path.read_text() != whole
+    for read in (run, load_run):
+        with pytest.raises(UserError, match=f"^{path} is not as the run has written"):
+            read(folder)
+    path.write_text(whole)
+    assert run(folder, **{"checkpoint.every": 2})  # finished: nothing is rewritten
+    assert path.read_text() == whole
+    assert run(folder, num_rounds=6, **{"checkpoint.every": 2})
+    assert load_run(folder).config["num_rounds"] == 6
+    assert rows_of(folder) == rows_of(six_rounds)
+    path.write_text(path.read_text().replace('"every": 2', '"every": 3'))
+    with pytest.raises(UserError, match=f"^{path} is not as the run has written"):
+        run(folder, num_rounds=6)
 
 
 def cut(path):

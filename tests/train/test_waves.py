@@ -1,7 +1,5 @@
 """Waves are recorded when they begin, and a run is in one of them."""
 
-import json
-
 import pytest
 
 from fedmoe_jax.options import UserError
@@ -12,7 +10,9 @@ def test_a_wave_is_recorded_once(tmp_path):
     folder = tmp_path / "checkpoints" / "a-and-1-0"
     assert read_waves(folder.parent) == {}
     begin_wave(folder, ["b", "a"])
+    (folder / "members.json.0.part").touch()
     begin_wave(folder, ["b", "a"])
+    assert [path.name for path in folder.iterdir()] == ["members.json"]
     assert read_waves(folder.parent) == {folder: ["b", "a"]}
 
 
@@ -41,9 +41,12 @@ def test_unrecorded_waves_have_a_step_and_no_members(tmp_path):
     assert list_unrecorded(tmp_path) == [tmp_path / "a-and-1-0"]
 
 
-def test_a_damaged_list_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "text", ['["a', "[]", "{}", '{"members": 3}', '{"members": []}', '{"members": [3]}']
+)
+def test_a_damaged_list_is_named(tmp_path, text):
     begin_wave(tmp_path / "one", ["a"])
     path = tmp_path / "one" / "members.json"
-    path.write_text(json.dumps(["a"])[:3])
-    with pytest.raises(UserError, match="members.json cannot be read"):
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{path} (cannot be read|is damaged)"):
         read_waves(tmp_path)
