@@ -30,8 +30,10 @@ _EVIDENCE: dict[str, Any] = dict(
     fitness=1,
     usage=0,
     capacity=None,
+    size=None,
     load=None,
     held=1,
+    times_held=1,
     state=0,
 )
 _ALIGN: dict[str, Any] = dict(

@@ -109,11 +109,15 @@ class Routing(NamedTuple):
     Attributes:
       logits: [G, P, E] float32 over all experts, P positions of the batch (images or
         tokens); None for a model with one expert.
-      gates: [G, P, K] float32 over the held experts, rows sum to 1.
+      gates: [G, P, K] float32 over the held experts, rows sum to 1 but for some
+        `Strategy.gating`.
+      trained: [G, K] bool, the slots that get gradients from the batch; None for all.
     """
 
     logits: Array | None
     gates: Array
+
+    trained: Array | None = None
 
 
 class Parts(NamedTuple):

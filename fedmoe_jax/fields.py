@@ -248,7 +248,7 @@ OPTIONS: tuple[Option, ...] = (
         "merge.weight",
         ("examples", "routed"),
         "weight of an update in an expert's mean: examples that its client "
-        "owns, or those routed through the expert",
+        "owns, or the share of them that is routed through the expert",
     ),
     Option(
         "fitness.feedback",

@@ -52,7 +52,9 @@ def draw_layer(layer, sizes, program):
     )
     evidence = make_evidence(sizes, usage=align.usage, state=align.strategy)
     client = evidence.client
-    return align, evidence.replace(fitness=fitness[client], held=align.held[client])
+    times_held = align.times_held[client]
+    known = dict(fitness=fitness[client], held=align.held[client])
+    return align, evidence.replace(times_held=times_held, **known)
 
 
 def join_evidence(rows):
@@ -61,7 +63,7 @@ def join_evidence(rows):
     join = lambda name, axis: jax.tree.map(
         lambda *leaves: jnp.stack(leaves, axis), *(getattr(e, name) for e in every)
     )
-    axes = {"fitness": 1, "held": 1, "usage": 0, "state": 0}
+    axes = {"fitness": 1, "held": 1, "times_held": 1, "usage": 0, "state": 0}
     return every[0].replace(**{name: join(name, axis) for name, axis in axes.items()})
 
 

@@ -71,7 +71,7 @@ def in_blocks(
         return decide(evidence.replace(**rows))
 
     def decide_in_turn(evidence: Evidence) -> Assignment:
-        names = ("client", "fitness", "capacity", "load", "held")
+        names = ("client", "fitness", "capacity", "size", "load", "held", "times_held")
         rows = {name: getattr(evidence, name) for name in names}
         blocks = _map_blocks(decide_block, rows, size)
         return jax.tree.map(lambda leaf: _join_blocks(leaf, count), blocks)

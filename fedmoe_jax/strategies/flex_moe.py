@@ -33,12 +33,12 @@ LOT = 1e-4  # of a fitness in [0, 1]; its rounding is below 1e-7
 
 def weigh_slots(evidence: Evidence) -> Array:
     """Every slot counts as one: [C] float32."""
-    return jnp.ones_like(evidence.load)
+    return jnp.ones(evidence.size.shape)
 
 
 def weigh_examples(evidence: Evidence) -> Array:
-    """A slot counts as the examples that its client trains: [C] float32."""
-    return evidence.load
+    """A slot counts as the examples that its client owns: [C] float32."""
+    return evidence.size.astype(jnp.float32)
 
 
 def make_bounds(
