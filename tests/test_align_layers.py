@@ -133,7 +133,8 @@ def test_learn_layers_is_a_loop_over_layers(num_layers):
         mine = of_layer(assignment), of_layer(feedback)
         loads = count_load(mine[1], replies.arrived, mine[0], sizes.num_experts)
         expected = learn(
-            *(align, evidence.client, *mine, replies.arrived, loads, key_of),
+            *(align, evidence.client, *mine),
+            *(replies.arrived, replies.outcome.received, loads, key_of),
             hyper=HYPER,
             static=program.static,
         )

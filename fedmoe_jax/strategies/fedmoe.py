@@ -4,7 +4,8 @@ From the published description; the thresholds of its search and the formula of 
 recommendations could not be read. Chosen here: in its first `warm_up` rounds a client
 trains all experts; then it keeps the smallest set of experts that answers a share
 `coverage` of its routing, as far as it has room; after every `period` further rounds it
-swaps its least used expert for the one that similar clients of the cohort hold most.
+swaps its least used expert for the one that similar clients of the cohort hold most;
+where its room shrinks, it keeps its most used ones.
 An expert that no client holds stays, one that one client holds is copied from it,
 others are averaged; gate rows alike.
 """
@@ -71,9 +72,11 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     due = (since > 0) & (since % hyper.fedmoe.period == 0)
     lots = draw_lots(key, evidence.client, num_experts)
     swapped = recommend(frequency, evidence.held, lots)
-    kept = jnp.where(due[:, None], swapped, evidence.held).astype(jnp.float32)
-    scores = jnp.where((since > 0)[:, None], kept, frequency)
-    count = jnp.where(since > 0, evidence.held.sum(axis=1), room)
+    kept = jnp.where(due[:, None], swapped, evidence.held)
+    mine = jnp.where(kept, 1 + frequency, 0.0)
+    scores = jnp.where((since > 0)[:, None], mine, frequency)
+    count = jnp.minimum(evidence.held.sum(axis=1), evidence.capacity)
+    count = jnp.where(since > 0, count, room)
     count = jnp.where(since < 0, num_experts, count)
     return top_k_by_lot(scores, count, num_experts, evidence.client, key)
 
