@@ -178,7 +178,13 @@ def make_route(inputs: ClientInput, hyper: Hyper, program: Program) -> Route:
     strategy, priority = program.strategy, None
     if rate := strategy.expert_priority:
         priority = lambda gates: rate(gates, hyper)
-    return Route(program.sizes.num_active, strategy.mix, priority, inputs.budget)
+    return Route(
+        num_active=program.sizes.num_active,
+        mix=strategy.mix,
+        priority=priority,
+        budget=inputs.budget,
+        gating=strategy.gating,
+    )
 
 
 def mean_loss(scores: Scores) -> Array:

@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from ml_collections import ConfigDict
 
 from fedmoe_jax.align.usage import normalise_usage
 from fedmoe_jax.models.submodel import held_mask
@@ -144,6 +145,12 @@ def hold_all(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assi
     shape = (evidence.client.shape[0], sizes.num_experts)
     held = jnp.broadcast_to(jnp.arange(sizes.num_experts, dtype=jnp.int32), shape)
     return Assignment(held, jnp.ones(shape, bool))
+
+
+def give_all_slots(config: ConfigDict) -> ConfigDict:
+    """A slot for every expert, in the config of a strategy's program."""
+    config.max_held = config.num_experts
+    return config
 
 
 def to_mask(assignment: Assignment, num_experts: int) -> Array:
