@@ -10,27 +10,48 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies.fedavg import (
     CENTRALISED,
     CENTRALISED_ACTIVE,
+    CENTRALISED_SMALLEST,
     FEDADAM,
     FEDADAM_ACTIVE,
+    FEDADAM_SMALLEST,
     FEDAVG,
     FEDAVG_ACTIVE,
+    FEDAVG_DROPOUT,
+    FEDAVG_SMALLEST,
     FEDNOVA,
     FEDNOVA_ACTIVE,
+    FEDNOVA_SMALLEST,
     FEDPROX,
     FEDPROX_ACTIVE,
+    FEDPROX_SMALLEST,
     LOCAL,
     LOCAL_ACTIVE,
+    LOCAL_SMALLEST,
     SCAFFOLD,
     SCAFFOLD_ACTIVE,
+    SCAFFOLD_SMALLEST,
 )
-from fedmoe_jax.strategies.fedjets import FEDJETS, FEDJETS_NO_ANCHORS
-from fedmoe_jax.strategies.fedmix import FEDMIX, FEDMIX_ALL
+from fedmoe_jax.strategies.fedjets import (
+    FEDJETS,
+    FEDJETS_NO_ANCHORS,
+)
+from fedmoe_jax.strategies.fedmix import (
+    FEDMIX,
+    FEDMIX_ALL,
+)
 from fedmoe_jax.strategies.fedmoe import FEDMOE
 from fedmoe_jax.strategies.fedmoe_da import FEDMOE_DA
-from fedmoe_jax.strategies.flex_moe import FLEX_MOE, FLEX_MOE_EXAMPLES
+from fedmoe_jax.strategies.flex_moe import (
+    FLEX_MOE,
+    FLEX_MOE_EXAMPLES,
+)
 from fedmoe_jax.strategies.greedy import GREEDY
+from fedmoe_jax.strategies.heterofl import HETEROFL
 from fedmoe_jax.strategies.hfedmoe import HFEDMOE
-from fedmoe_jax.strategies.load_balanced import LOAD_BALANCED, LOAD_BALANCED_RUNNING
+from fedmoe_jax.strategies.load_balanced import (
+    LOAD_BALANCED,
+    LOAD_BALANCED_RUNNING,
+)
 from fedmoe_jax.strategies.pfedmoe import PFEDMOE
 from fedmoe_jax.strategies.random import FIXED_RANDOM, RANDOM
 from fedmoe_jax.strategies.round_robin import ROUND_ROBIN
@@ -53,20 +74,29 @@ STRATEGIES: dict[str, Strategy] = {
     "fedjets_no_anchors": FEDJETS_NO_ANCHORS,
     "fedmix": FEDMIX,
     "fedmix_all": FEDMIX_ALL,
+    "heterofl": HETEROFL,
     "fedavg": FEDAVG,
     "fedavg_active": FEDAVG_ACTIVE,
+    "fedavg_smallest": FEDAVG_SMALLEST,
+    "fedavg_dropout": FEDAVG_DROPOUT,
     "fedprox": FEDPROX,
     "fedprox_active": FEDPROX_ACTIVE,
+    "fedprox_smallest": FEDPROX_SMALLEST,
     "fednova": FEDNOVA,
     "fednova_active": FEDNOVA_ACTIVE,
+    "fednova_smallest": FEDNOVA_SMALLEST,
     "scaffold": SCAFFOLD,
     "scaffold_active": SCAFFOLD_ACTIVE,
+    "scaffold_smallest": SCAFFOLD_SMALLEST,
     "fedadam": FEDADAM,
     "fedadam_active": FEDADAM_ACTIVE,
+    "fedadam_smallest": FEDADAM_SMALLEST,
     "centralised": CENTRALISED,
     "centralised_active": CENTRALISED_ACTIVE,
+    "centralised_smallest": CENTRALISED_SMALLEST,
     "local": LOCAL,
     "local_active": LOCAL_ACTIVE,
+    "local_smallest": LOCAL_SMALLEST,
 }
 
 
