@@ -34,22 +34,29 @@ from fedmoe_jax.strategies.fedavg import (
 from fedmoe_jax.strategies.fedjets import (
     FEDJETS,
     FEDJETS_NO_ANCHORS,
+    FEDJETS_NO_ANCHORS_SHARED_GATE,
+    FEDJETS_SHARED_GATE,
 )
 from fedmoe_jax.strategies.fedmix import (
     FEDMIX,
     FEDMIX_ALL,
+    FEDMIX_ALL_SHARED_GATE,
+    FEDMIX_SHARED_GATE,
 )
-from fedmoe_jax.strategies.fedmoe import FEDMOE
+from fedmoe_jax.strategies.fedmoe import FEDMOE, FEDMOE_SHARED_GATE
 from fedmoe_jax.strategies.fedmoe_da import FEDMOE_DA
 from fedmoe_jax.strategies.flex_moe import (
     FLEX_MOE,
     FLEX_MOE_EXAMPLES,
+    FLEX_MOE_EXAMPLES_SHARED_GATE,
+    FLEX_MOE_SHARED_GATE,
 )
 from fedmoe_jax.strategies.greedy import GREEDY
 from fedmoe_jax.strategies.heterofl import HETEROFL
-from fedmoe_jax.strategies.hfedmoe import HFEDMOE
+from fedmoe_jax.strategies.hfedmoe import HFEDMOE, HFEDMOE_SHARED_GATE
 from fedmoe_jax.strategies.load_balanced import (
     LOAD_BALANCED,
+    LOAD_BALANCED_NO_CALIBRATION,
     LOAD_BALANCED_RUNNING,
 )
 from fedmoe_jax.strategies.pfedmoe import PFEDMOE
@@ -63,17 +70,26 @@ STRATEGIES: dict[str, Strategy] = {
     "round_robin": ROUND_ROBIN,
     "greedy": GREEDY,
     "load_balanced": LOAD_BALANCED,
+    "load_balanced_no_calibration": LOAD_BALANCED_NO_CALIBRATION,
     "load_balanced_running": LOAD_BALANCED_RUNNING,
     "flex_moe": FLEX_MOE,
+    "flex_moe_shared_gate": FLEX_MOE_SHARED_GATE,
     "flex_moe_examples": FLEX_MOE_EXAMPLES,
+    "flex_moe_examples_shared_gate": FLEX_MOE_EXAMPLES_SHARED_GATE,
     "hfedmoe": HFEDMOE,
+    "hfedmoe_shared_gate": HFEDMOE_SHARED_GATE,
     "fedmoe": FEDMOE,
+    "fedmoe_shared_gate": FEDMOE_SHARED_GATE,
     "fedmoe_da": FEDMOE_DA,
     "pfedmoe": PFEDMOE,
     "fedjets": FEDJETS,
+    "fedjets_shared_gate": FEDJETS_SHARED_GATE,
     "fedjets_no_anchors": FEDJETS_NO_ANCHORS,
+    "fedjets_no_anchors_shared_gate": FEDJETS_NO_ANCHORS_SHARED_GATE,
     "fedmix": FEDMIX,
+    "fedmix_shared_gate": FEDMIX_SHARED_GATE,
     "fedmix_all": FEDMIX_ALL,
+    "fedmix_all_shared_gate": FEDMIX_ALL_SHARED_GATE,
     "heterofl": HETEROFL,
     "fedavg": FEDAVG,
     "fedavg_active": FEDAVG_ACTIVE,

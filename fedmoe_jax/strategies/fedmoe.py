@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fedmoe_jax.align.ties import draw_lots, first_by_lot, top_k_by_lot
+from fedmoe_jax.align.top_k import give_all_slots
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import COUNT, SHARE, TRACED, Option
 from fedmoe_jax.types import (
@@ -119,10 +120,8 @@ def update(
 
 def configure(config: ConfigDict) -> ConfigDict:
     """A slot for every expert; holders merge gate rows; cross-entropy is the loss."""
-    config.max_held = config.num_experts
-    config.gate.mode = "holder_rows"
-    config.loss.calibration = 0.0
-    return config
+    config.gate.mode, config.loss.calibration = "holder_rows", 0.0
+    return give_all_slots(config)
 
 
 FEDMOE = Strategy(
@@ -157,4 +156,10 @@ FEDMOE = Strategy(
     configure=configure,
     init=init,
     update=update,
+)
+
+FEDMOE_SHARED_GATE = FEDMOE._replace(
+    about="Chooses experts as fedmoe does, with gate, loss and weights of all systems.",
+    allowed=(),
+    configure=give_all_slots,
 )
