@@ -69,14 +69,16 @@ def decide(host: dict, hyper: Hyper, max_held: int) -> tuple[Assignment, jax.Arr
     evidence = Evidence(
         round=jnp.int32(0),
         client=clients,
+        size=jnp.ones_like(clients),
         held=jnp.zeros_like(host["fitness"], bool),
+        times_held=jnp.zeros_like(host["fitness"], jnp.int32),
         **host,
     )
     sizes = Sizes(*[1] * len(Sizes._fields))._replace(max_held=max_held)
     assignment = assign(evidence, hyper, sizes, jax.random.key(0))
     share = expected_load(evidence.load, assignment.slot.sum(axis=1), NUM_ACTIVE)
     share = jnp.broadcast_to(share[:, None], assignment.slot.shape)
-    feedback, arrived = Feedback(*[share] * 5), jnp.ones(len(share), bool)
+    feedback, arrived = Feedback(*[share] * 6), jnp.ones(len(share), bool)
     load = count_load(feedback, arrived, assignment, evidence.usage.shape[0])
     load = jax.lax.psum(load, CLIENTS)
     return assignment, update_usage(evidence.usage, load, hyper.usage.decay)

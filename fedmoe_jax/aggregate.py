@@ -94,8 +94,12 @@ def by_examples(slot: Array, feedback: Feedback, size: Array, hyper: Hyper) -> A
 
 
 def by_routed(slot: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Array:
-    """Experts by the examples that were routed through them in the round: [K]."""
-    return feedback.load
+    """Experts by the client's examples, as far as they are routed there: [K].
+
+    The share of its positions that was routed to the expert, times the examples that it
+    owns: who owns few and takes as many steps as others does not weigh as much.
+    """
+    return size * feedback.routed
 
 
 GATE_WEIGHTS = {"global": all_rows, "holder_rows": held_rows, "personal": no_rows}
@@ -125,8 +129,8 @@ def weigh(
 
     Returns:
       `stem` and `head` [], `gate` [G, E], `experts` [G, K]; 0 for what does not
-      count. A broken update weighs like others: it travels, and is left out when it
-      arrives.
+      count, such as an expert that was trained on no position: it is not sent. A
+      broken update weighs like others: it travels, and is left out when it arrives.
     """
     num_layers, rows = inputs.held.shape[0], update.delta["gate"]
     num_experts = rows[layer_names(rows)[0]]["bias"].shape[0]
@@ -136,7 +140,8 @@ def weigh(
         local = is_local(held, num_experts, strategy.local_experts)
         experts = strategy.expert_weight(slot, feedback, size, hyper)
         gate = strategy.gate_weight(mask, feedback, size, hyper)
-        return gate, jnp.where(slot & ~local, experts, 0.0)
+        sent = slot & ~local & (feedback.load != 0)  # NaN of a broken update travels
+        return gate, jnp.where(sent, experts, 0.0)
 
     gate, experts = map_layers(weigh_layer, num_layers, in_axes=0)(
         inputs.held, inputs.slot, update.feedback

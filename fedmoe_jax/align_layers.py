@@ -30,8 +30,10 @@ _EVIDENCE: dict[str, Any] = dict(
     fitness=1,
     usage=0,
     capacity=None,
+    size=None,
     load=None,
     held=1,
+    times_held=1,
     state=0,
 )
 _ALIGN: dict[str, Any] = dict(
@@ -67,6 +69,7 @@ def learn_layers(
 ) -> tuple[AlignState, Array]:
     """Fitness, usage and the strategy's state after the round; its load [G, E]."""
     sizes, arrived = program.sizes, replies.arrived
+    received = replies.outcome.received
 
     def known(leaf: Array) -> Array:
         shape = arrived.shape + (1,) * (leaf.ndim - 1)
@@ -82,7 +85,8 @@ def learn_layers(
     ) -> tuple[AlignState, Array]:
         load = count_load(feedback, arrived, assignment, sizes.num_experts)
         learnt = learn(
-            *(align, evidence.client, assignment, feedback, arrived, load, key),
+            *(align, evidence.client, assignment, feedback),
+            *(arrived, received, load, key),
             hyper=hyper,
             static=program.static,
         )

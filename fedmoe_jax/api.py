@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fedmoe_jax.base import Route
 from fedmoe_jax.config import fill_defaults, validate
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
@@ -21,6 +20,7 @@ from fedmoe_jax.program import Program
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.folders import resolve_folder
 from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
+from fedmoe_jax.scoring import evaluation_route
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
@@ -303,11 +303,9 @@ def apply_model(
     everything = jnp.broadcast_to(jnp.arange(sizes.num_experts), shape)
     whole = take_submodel(params, personal, everything, strategy.local_experts)
     whole |= {part: frozen[part] for part in strategy.frozen}
-    route = Route(strategy.test_active or sizes.num_active, strategy.mix)
     batch, slots = program.task.prepare(rows, statistics), jnp.ones(shape, bool)
-    outputs, _ = program.model.apply(
-        whole, frozen, batch, everything, slots, route, None
-    )
+    held = everything, slots, evaluation_route(program)
+    outputs, _ = program.model.apply(whole, frozen, batch, *held, None)
     return outputs
 
 

@@ -95,12 +95,14 @@ class Route(NamedTuple):
       priority: gates [B, K] -> value [K] of training each expert on the batch; the
         `budget` most valuable get gradients. None: all.
       budget: [] int32, experts that the client has room to train; read with `priority`.
+      gating: the gates of an example, see `Strategy.gating`.
     """
 
     num_active: int
     mix: str = "outputs"
     priority: Callable[[Array], Array] | None = None
     budget: Array | None = None
+    gating: str = "chosen"
 
 
 class Routing(NamedTuple):
@@ -109,11 +111,14 @@ class Routing(NamedTuple):
     Attributes:
       logits: [G, P, E] float32 over all experts, P positions of the batch (images or
         tokens); None for a model with one expert.
-      gates: [G, P, K] float32 over the held experts, rows sum to 1.
+      gates: [G, P, K] float32 over the held experts, rows sum to 1 but for some
+        `Strategy.gating`.
+      trained: [G, K] bool, the slots that get gradients from the batch; None for all.
     """
 
     logits: Array | None
     gates: Array
+    trained: Array | None = None
 
 
 class Parts(NamedTuple):
@@ -221,6 +226,10 @@ class Strategy(NamedTuple):
         on a batch; the most valuable get gradients, as many as the client has room
         for. None: all.
       mix: `outputs` of the experts, or their `probabilities`.
+      gating: the gates of an example over the experts that may answer it, in training
+        and evaluation: softmax over the A `chosen` ones; softmax over `all` of them, of
+        which the A largest are kept and not renormalised; or, without any gate, the
+        `sum` of all of them, scaled by E over their number.
       step_scale: (steps [C], examples [C], momentum) -> factors [C] of the cohort's
         deltas; None for 1.
       personal: parts that stay with the clients, of `stem`, `gate`, `experts`, `head`.
@@ -256,6 +265,7 @@ class Strategy(NamedTuple):
     gate_loss: Callable[..., Array] | Open = None
     expert_priority: Callable[[Array, Hyper], Array] | None = None
     mix: str = "outputs"
+    gating: str = "chosen"
     step_scale: Callable[[Array, Array, float], Array] | None = None
     personal: tuple[str, ...] | Open = None
     local_experts: int = 0

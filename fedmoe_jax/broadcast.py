@@ -33,8 +33,10 @@ def gather_evidence(
         fitness=align.fitness[cohort],
         usage=align.usage,
         capacity=capacity.belief.capacity[cohort],
+        size=view.federation.size[cohort],
         load=count_examples(view.federation, sizes)[cohort],
         held=align.held[cohort],
+        times_held=align.times_held[cohort],
         state=align.strategy,
     )
 

@@ -6,6 +6,7 @@ Strategies, processes and models bring fields of their own, in their records.
 from collections.abc import Callable
 from typing import Any
 
+from fedmoe_jax.align.fitness import SCORES
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.data.partition import KINDS
 from fedmoe_jax.models import MODELS
@@ -248,13 +249,14 @@ OPTIONS: tuple[Option, ...] = (
         "merge.weight",
         ("examples", "routed"),
         "weight of an update in an expert's mean: examples that its client "
-        "owns, or those routed through the expert",
+        "owns, or the share of them that is routed through the expert",
     ),
     Option(
         "fitness.feedback",
-        ("accuracy", "loss", "mixed"),
-        "feedback of a client about an expert: gate-weighted training "
-        "accuracy, exp(-loss_scale * loss), or accuracy mixed with frequency",
+        tuple(SCORES),
+        "feedback of a client about an expert: gate-weighted training accuracy, "
+        "exp(-loss_scale * loss), accuracy mixed with frequency, or accuracy or loss "
+        "against the mean of the client's experts; see docs/strategies.md",
         STATIC,
     ),
     Option(
@@ -292,7 +294,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "fitness.loss_scale",
         NON_NEGATIVE,
-        "alpha of exp(-alpha * loss), of loss",
+        "alpha of exp(-alpha * loss), of loss; of the difference of relative_loss",
         TRACED,
     ),
     Option(

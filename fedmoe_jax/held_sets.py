@@ -8,14 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.base import Route, Routing, Scores
+from fedmoe_jax.base import Routing, Scores
 from fedmoe_jax.distinct import find_distinct
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.program import Program
 from fedmoe_jax.scoring import (
     ClientView,
     Examples,
-    active_experts,
+    evaluation_route,
+    share_gates,
     sum_strata,
 )
 from fedmoe_jax.types import Array, PyTree
@@ -72,8 +73,7 @@ def run_model(
       examples: the batch.
       program: the model and the task.
     """
-    route = Route(active_experts(program), program.strategy.mix)
-    slots = held, slot
+    route, slots = evaluation_route(program), (held, slot)
     outputs, routing = program.model.apply(
         params, frozen, examples.batch, *slots, route, None
     )
@@ -94,7 +94,7 @@ def score_all(
     over_experts = jax.vmap(sum_column, in_axes=1)
     return {
         "global": sum_strata(scores.score, scores, examples.stratum),
-        "routed": jax.vmap(over_experts)(routing.gates),
+        "routed": jax.vmap(over_experts)(share_gates(routing.gates, program)),
     }
 
 

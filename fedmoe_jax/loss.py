@@ -20,10 +20,12 @@ class FeedbackSums(struct.PyTreeNode):
       gates: [G, K] float32, gate mass of every slot.
       score: [G, K] float32, gate mass times score.
       loss: [G, K] float32 nats, gate mass times loss.
-      load: [G, K] float32, positions whose gates include the slot.
+      load: [G, K] float32, positions whose gates include the slot, of batches that
+        train it.
       peak: [G, K] float32, the largest gate of each batch, summed.
       report: the strategy's report on each batch, summed; None without one.
       batches: [] float32.
+      positions: [] float32, those whose weight is not 0.
       weight: [] float32, of all positions; None where every position counts alike.
       total_loss: [] float32 nats.
       total_score: [] float32.
@@ -36,6 +38,7 @@ class FeedbackSums(struct.PyTreeNode):
     peak: Array
     report: PyTree
     batches: Array
+    positions: Array
     weight: Array | None
     total_loss: Array
     total_score: Array
@@ -50,6 +53,7 @@ def zero_sums(hyper: Hyper, program: Program) -> FeedbackSums:
         *(slots, slots, slots, slots, slots),
         report=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), report),
         batches=total,
+        positions=total,
         weight=None if program.scores.weight is None else total,
         total_loss=total,
         total_score=total,
@@ -79,22 +83,24 @@ def flatten_positions(scores: Scores) -> Scores:
     return jax.tree.map(lambda leaf: leaf.reshape(-1), scores)
 
 
-def sum_layer(gates: Array, scores: Scores) -> tuple[Array, ...]:
+def sum_layer(gates: Array, trained: Array | None, scores: Scores) -> tuple[Array, ...]:
     """The sums of ONE layer over one batch, in the order of `FeedbackSums`.
 
     Args:
       gates: [P, K] float.
+      trained: [K] bool, see `Routing`.
       scores: leaves [P].
     """
     if scores.weight is not None:
         counted = scores.weight[:, None] > 0
         gates = jnp.where(counted, gates, 0.0)
     mass = gates if scores.weight is None else gates * scores.weight[:, None]
+    load = (gates > 0).sum(0).astype(jnp.float32)
     return (
         mass.sum(0),
         jnp.einsum("pk,p->k", mass, scores.score),
         jnp.einsum("pk,p->k", mass, scores.loss),
-        (gates > 0).sum(0).astype(jnp.float32),
+        load if trained is None else jnp.where(trained, load, 0.0),
         gates.max(0),
     )
 
@@ -110,13 +116,15 @@ def sum_batch(
       report: the strategy's, of this batch.
       num_layers: G.
     """
-    over_layers = map_layers(sum_layer, num_layers, (0, None), (0, 0, 0, 0, 0))
+    over_layers = map_layers(sum_layer, num_layers, (0, 0, None), (0, 0, 0, 0, 0))
     weight = scores.weight
+    count = float(scores.loss.size) if weight is None else (weight > 0).sum()
     total = lambda values: (values if weight is None else values * weight).sum()
     return FeedbackSums(
-        *over_layers(routing.gates, scores),
+        *over_layers(routing.gates, routing.trained, scores),
         report=report,
         batches=jnp.ones(()),
+        positions=jnp.asarray(count, jnp.float32),
         weight=None if weight is None else weight.sum(),
         total_loss=total(scores.loss),
         total_score=total(scores.score),
@@ -137,6 +145,7 @@ def summarise_feedback(sums: FeedbackSums) -> Feedback:
         loss=sums.loss * share,
         frequency=sums.gates / jnp.maximum(in_layer, 1e-6),
         load=sums.load,
+        routed=sums.load / jnp.maximum(sums.positions, 1.0),
         peak=sums.peak / jnp.maximum(sums.batches, 1.0),
     )
 
@@ -169,7 +178,13 @@ def make_route(inputs: ClientInput, hyper: Hyper, program: Program) -> Route:
     strategy, priority = program.strategy, None
     if rate := strategy.expert_priority:
         priority = lambda gates: rate(gates, hyper)
-    return Route(program.sizes.num_active, strategy.mix, priority, inputs.budget)
+    return Route(
+        num_active=program.sizes.num_active,
+        mix=strategy.mix,
+        priority=priority,
+        budget=inputs.budget,
+        gating=strategy.gating,
+    )
 
 
 def mean_loss(scores: Scores) -> Array:

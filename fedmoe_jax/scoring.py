@@ -5,8 +5,9 @@
 * expert: one expert alone.
 
 Every expert's own outputs [B, E, L] are computed once, and each score is that of one
-mixture of them. Where parts of the model are personal the server has none of them, and
-the global scores are those of each client's own model.
+mixture of them: the head is linear, and what the gates leave of 1 is its own answer.
+Where parts of the model are personal the server has none of them, and the global scores
+are those of each client's own model.
 """
 
 from collections.abc import Callable
@@ -15,10 +16,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.base import Parts, Scores
+from fedmoe_jax.base import Parts, Route, Scores
 from fedmoe_jax.models.dispatch import dispatch
 from fedmoe_jax.models.one_layer import apply_experts, log_probabilities
-from fedmoe_jax.models.routing import gate_logits, route
+from fedmoe_jax.models.routing import gate_logits, make_gates
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, Federation, PyTree, SimState
@@ -50,6 +51,18 @@ class Encoded(NamedTuple):
     examples: Examples
     features: Array
     logits: Array | None
+
+
+class Answers(NamedTuple):
+    """The outputs that the mixtures of one batch are made of.
+
+    Attributes:
+      each: [B, E, L] float, of every expert alone; probabilities where they are mixed.
+      none: [L] float, of the head without any expert; None where gates sum to 1.
+    """
+
+    each: Array
+    none: Array | None = None
 
 
 class ClientView(NamedTuple):
@@ -142,18 +155,18 @@ def own_logits(client: ClientView, encoded: Encoded) -> Array:
     return gate_logits(gate, encoded.features)
 
 
-def route_all(logits: Array, num_active: int) -> Array:
-    """[B, E] gates of the top-A of all experts."""
-    return route(logits, jnp.ones(logits.shape[1], bool), num_active)
+def route_all(logits: Array, how: Route) -> Array:
+    """[B, E] gates over all experts."""
+    return make_gates(logits, jnp.ones(logits.shape[1], bool), how)
 
 
-def find_needed(encoded: Encoded, models: Models, num_active: int) -> Array:
+def find_needed(encoded: Encoded, models: Models, how: Route) -> Array:
     """Pairs that the server, or a model of which the stratum is wanted, routes to.
 
     Args:
       encoded: one batch.
       models: of the clients.
-      num_active: A.
+      how: the routing in evaluation.
 
     Returns:
       [B, E] bool, false for padding.
@@ -165,24 +178,33 @@ def find_needed(encoded: Encoded, models: Models, num_active: int) -> Array:
         client = take_model(models, number)
         logits = own_logits(client, encoded)
         wanted = (examples.stratum @ client.wanted)[:, None] > 0
-        need |= wanted & (route(logits, client.held, num_active) > 0)
+        need |= wanted & (make_gates(logits, client.held, how) > 0)
         if client.personal:
-            need |= real & (route_all(logits, num_active) > 0)
+            need |= real & (route_all(logits, how) > 0)
         return need
 
     if encoded.logits is None:
         need = jnp.zeros((len(real), models.view.held.shape[1]), bool)
     else:
-        need = real & (route_all(encoded.logits, num_active) > 0)
+        need = real & (route_all(encoded.logits, how) > 0)
     return jax.lax.fori_loop(0, models.count, add, need)
 
 
 def mix_scores(
-    gates: Array, answers: Array, examples: Examples, program: Program
+    gates: Array, answers: Answers, examples: Examples, program: Program
 ) -> Scores:
     """Scores [B, ...positions] of one mixture, see `score_mixture`."""
-    mixed = jnp.einsum("be,bel->bl", gates, answers)
+    mixed = jnp.einsum("be,bel->bl", gates, answers.each)
+    if answers.none is not None:
+        mixed += (1 - gates.sum(axis=1, keepdims=True)) * answers.none[None]
     return program.task.loss(read_answers(mixed, program), examples.batch)
+
+
+def share_gates(gates: Array, program: Program) -> Array:
+    """Gates [..., E] as shares that sum to 1, as they mostly do already."""
+    if program.strategy.gating == "chosen":
+        return gates
+    return gates / jnp.maximum(gates.sum(axis=-1, keepdims=True), 1e-6)
 
 
 def sum_gates(gates: Array, scores: Scores, stratum: Array) -> Array:
@@ -193,13 +215,13 @@ def sum_gates(gates: Array, scores: Scores, stratum: Array) -> Array:
 
 
 def score_mixture(
-    gates: Array, answers: Array, examples: Examples, program: Program
+    gates: Array, answers: Answers, examples: Examples, program: Program
 ) -> Array:
     """Scores [L] of one mixture.
 
     Args:
       gates: [B, E] float.
-      answers: [B, E, L] float, each expert's outputs, see `answer_experts`.
+      answers: of the experts.
       examples: the batch.
       program: the task, and how experts are mixed.
     """
@@ -214,35 +236,39 @@ def read_answers(answers: Array, program: Program) -> Array:
 
 
 def score_routed(
-    logits: Array, answers: Array, examples: Examples, program: Program
+    logits: Array, answers: Answers, examples: Examples, program: Program
 ) -> dict[str, Array]:
     """Scores of one gate over all experts: `global`, `soft` [L], `routed` [1, E, L].
 
     `soft` mixes every expert and is left out where not all are computed.
     """
-    gates = route_all(logits, active_experts(program))
+    how = evaluation_route(program)
+    gates = route_all(logits, how)
     scores = mix_scores(gates, answers, examples, program)
+    shares = share_gates(gates, program)
     counts = {
         "global": sum_strata(scores.score, scores, examples.stratum),
-        "routed": sum_gates(gates, scores, examples.stratum)[None],
+        "routed": sum_gates(shares, scores, examples.stratum)[None],
     }
     if program.strategy.every_expert:
-        soft = jax.nn.softmax(logits, axis=-1)
+        soft = route_all(logits, how._replace(num_active=logits.shape[1]))
         counts["soft"] = score_mixture(soft, answers, examples, program)
     return counts
 
 
-def active_experts(program: Program) -> int:
-    """A in evaluation."""
-    return program.strategy.test_active or program.sizes.num_active
+def evaluation_route(program: Program) -> Route:
+    """The routing in evaluation, as the strategy has it."""
+    strategy = program.strategy
+    num_active = strategy.test_active or program.sizes.num_active
+    return Route(num_active, mix=strategy.mix, gating=strategy.gating)
 
 
 def score_experts(
-    answers: Array, examples: Examples, program: Program
+    answers: Answers, examples: Examples, program: Program
 ) -> dict[str, Array]:
     """Scores of every expert without a gate: `expert` [E, L]."""
     score = lambda one: sum_scores(read_answers(one, program), examples, program)
-    return {"expert": jax.vmap(score, in_axes=1)(answers)}
+    return {"expert": jax.vmap(score, in_axes=1)(answers.each)}
 
 
 def answer_experts(head: PyTree, outputs: Array, program: Program) -> Array:
@@ -252,37 +278,64 @@ def answer_experts(head: PyTree, outputs: Array, program: Program) -> Array:
     return jax.nn.softmax(answers) if mixed else answers
 
 
+def answer_none(
+    head: PyTree, experts: PyTree, features: Array, program: Program
+) -> Array | None:
+    """The head's outputs [L] without any expert, see `Answers`."""
+    parts, strategy = take_parts(program), program.strategy
+    if strategy.gating == "chosen" or strategy.mix == "probabilities":
+        return None
+    one = jax.tree.map(lambda leaf: leaf[0], experts)
+    outputs = jax.eval_shape(lambda: parts.expert(one, features, None))
+    return parts.head(head, jnp.zeros(outputs.shape[1:]))
+
+
 def answer_personal(
     client: ClientView, examples: Examples, params: PyTree, program: Program
-) -> tuple[Array, Array]:
-    """Gate logits [B, E] and answers [B, E, L] of ONE client's own whole model."""
+) -> tuple[Array, Answers]:
+    """Gate logits [B, E] and the answers of ONE client's own whole model."""
     everything = jnp.arange(program.sizes.num_experts)[None]
     parts, local = take_parts(program), program.strategy.local_experts
     own = take_submodel(params, client.personal, everything, local)
     (gate,), (experts,) = own["gate"].values(), own["experts"].values()
     features = parts.stem(own["stem"], examples.batch, None)
     outputs = apply_experts(parts, experts, features, None)
-    return gate_logits(gate, features), answer_experts(own["head"], outputs, program)
+    answers = Answers(
+        each=answer_experts(own["head"], outputs, program),
+        none=answer_none(own["head"], experts, features, program),
+    )
+    return gate_logits(gate, features), answers
 
 
 def answer_needed(
     params: PyTree, encoded: Encoded, models: Models, program: Program
 ) -> Array:
-    """Answers [B, E, L] of the server's experts, of all or of those that are needed."""
+    """Outputs [B, E, L] of the server's experts, of all or of those that are needed."""
     (experts,), head = params["experts"].values(), params["head"]
     parts = take_parts(program)
     if program.strategy.every_expert:
         outputs = apply_experts(parts, experts, encoded.features, None)
         return answer_experts(head, outputs, program)
-    need = find_needed(encoded, models, active_experts(program))
+    need = find_needed(encoded, models, evaluation_route(program))
     answers = dispatch(parts, experts, head, encoded.features, need)
     mixed = program.strategy.mix == "probabilities"
     return jax.nn.softmax(answers) if mixed else answers
 
 
+def answer_server(
+    params: PyTree, encoded: Encoded, models: Models, program: Program
+) -> Answers:
+    """The answers of the server's model."""
+    (experts,), head = params["experts"].values(), params["head"]
+    return Answers(
+        each=answer_needed(params, encoded, models, program),
+        none=answer_none(head, experts, encoded.features, program),
+    )
+
+
 def score_models(
     models: Models,
-    answer: Callable[[ClientView], tuple[Array, Array]],
+    answer: Callable[[ClientView], tuple[Array, Answers]],
     examples: Examples,
     program: Program,
 ) -> dict[str, Array]:
@@ -290,14 +343,14 @@ def score_models(
 
     Args:
       models: of the clients, all n of them where parts are personal.
-      answer: ONE client -> its gate logits [B, E] and answers [B, E, L].
+      answer: ONE client -> its gate logits [B, E] and answers.
       examples: the batch.
       program: whether the outputs of all experts are there, and how they are mixed.
     """
 
     def score(client: ClientView) -> dict[str, Array]:
         logits, answers = answer(client)
-        gates = route(logits, client.held, active_experts(program))
+        gates = make_gates(logits, client.held, evaluation_route(program))
         counts = {"personal": score_mixture(gates, answers, examples, program)}
         if client.personal:
             counts |= score_whole(logits, answers, examples, program)
@@ -314,7 +367,7 @@ def score_models(
 
 
 def score_whole(
-    logits: Array, answers: Array, examples: Examples, program: Program
+    logits: Array, answers: Answers, examples: Examples, program: Program
 ) -> dict[str, Array]:
     """Scores of one gate over all experts: those of `score_routed`, and `expert`."""
     counts = score_routed(logits, answers, examples, program)
@@ -344,7 +397,7 @@ def score_parts(
         answer = lambda client: answer_personal(client, examples, params, program)
         return score_models(models, answer, examples, program)
     encoded = encode(params, examples, program)
-    answers = answer_needed(params, encoded, models, program)
+    answers = answer_server(params, encoded, models, program)
     answer = lambda client: (own_logits(client, encoded), answers)
     counts = score_models(models, answer, examples, program)
     if encoded.logits is not None:

@@ -199,7 +199,8 @@ class AlignState(struct.PyTreeNode):
     Attributes:
       fitness: [N, G, E] float32, client-expert fitness score (paper section III-B-1).
       usage: [G, E] float32, decayed count of examples trained (section III-B-2).
-      held: [N, G, E] bool, the assignment of each client's last cohort.
+      held: [N, G, E] bool, the last assignment that reached each client: where its
+        round was lost before it received its experts, it has those from before.
       times_held: [N, G, E] int32, rounds in which the client was to hold the expert.
       strategy: the strategy's own state, leaves [G, ...], {} for most.
       detector: of drift, see `align.drift_detector`, leaves [G, ...]; {} where none
@@ -277,8 +278,10 @@ class Evidence(struct.PyTreeNode):
       fitness: [C, E] float32, rows of the cohort.
       usage: [E] float32.
       capacity: [C] int32 in [1, K], experts each client can hold.
-      load: [C] float32, examples each client trains in one round.
-      held: [C, E] bool, what each client held when it was last in a cohort.
+      size: [C] int32 >= 1, examples that each client owns.
+      load: [C] float32, examples each client trains in one round, repeats included.
+      held: [C, E] bool, what each client has of the last assignment that reached it.
+      times_held: [C, E] int32, rounds in which each client was to hold the expert.
       state: the strategy's own state, see `Strategy.init`.
     """
 
@@ -287,8 +290,10 @@ class Evidence(struct.PyTreeNode):
     fitness: Array
     usage: Array
     capacity: Array
+    size: Array
     load: Array
     held: Array
+    times_held: Array
     state: PyTree = struct.field(default_factory=dict)
 
 
@@ -299,14 +304,17 @@ class Feedback(struct.PyTreeNode):
       accuracy: [K] float32 in [0, 1], gate-weighted mean of `Scores.score`.
       loss: [K] float32, gate-weighted mean of `Scores.loss`, nats of cross-entropies.
       frequency: [K] float32, share of the gate mass, sums to 1 over valid slots.
-      load: [K] float32, positions (images or tokens) whose top-A includes the expert.
-      peak: [K] float32 in [0, 1], largest gate of a batch, mean over the batches.
+      load: [K] float32, positions (images or tokens) that the expert was trained on:
+        those whose top-A includes it, in batches that train it.
+      routed: [K] float32 in [0, 1], `load` as a share of the client's positions.
+      peak: [K] float32 >= 0, largest gate of a batch, mean over the batches.
     """
 
     accuracy: Array
     loss: Array
     frequency: Array
     load: Array
+    routed: Array
     peak: Array
 
 

@@ -260,8 +260,10 @@ def make_evidence(sizes=SIZES, **changes):
         fitness=rng.random((count, experts)),
         usage=100 * rng.random(experts),
         capacity=jnp.arange(count, dtype=jnp.int32) % sizes.max_held + 1,
+        size=10 * jnp.arange(1, count + 1, dtype=jnp.int32),
         load=jnp.full(count, 16.0),
         held=jnp.zeros((count, experts), bool),
+        times_held=jnp.zeros((count, experts), jnp.int32),
     )
     fields |= changes
     floats = {
@@ -310,7 +312,7 @@ def make_align(num_clients, num_experts, **changes):
 
 def make_feedback(load, **changes):
     """Feedback whose leaves are all `load`, but for the named ones."""
-    return Feedback(*[jnp.asarray(load)] * 5).replace(**changes)
+    return Feedback(*[jnp.asarray(load)] * 6).replace(**changes)
 
 
 def make_inputs(held, slot, **changes):

@@ -9,6 +9,7 @@ import pytest
 from factories import make_config, make_feedback, make_inputs, make_update
 
 from fedmoe_jax.aggregate import (
+    EXPERT_WEIGHTS,
     Sums,
     accumulate,
     add_stale,
@@ -60,6 +61,7 @@ FINITE = np.array([1, 1, 1, 1, 0, 1], bool)  # client 4 diverged
 SIZE = np.array([10, 20, 30, 40, 50, 60], np.int32)
 LOAD = np.array([[3, 5], [7, 9], [0, 2], [4, 4], [6, 6], [8, 1]], np.float32)
 LOAD = np.stack([LOAD, LOAD[::-1]], axis=1)  # [C, G, K]
+POSITIONS = 10  # of each client
 CLIENTS = len(HELD)
 EVERY_CLIENT = np.ones(CLIENTS, np.int32)
 UNHELD = (3, 0)  # in each layer
@@ -109,8 +111,9 @@ def send(num_layers=1, held=HELD, slot=SLOT, steps=STEPS):
 
 
 def reply(deltas, finite=FINITE, load=LOAD):
-    num_layers = len(deltas["gate"])
-    return make_update(deltas, make_feedback(load[:, :num_layers]), finite=finite)
+    load = load[:, : len(deltas["gate"])]
+    feedback = make_feedback(load, routed=load / POSITIONS)
+    return make_update(deltas, feedback, finite=finite)
 
 
 def make_strategy(gate_mode, weight):
@@ -176,7 +179,8 @@ def slow_mean(gate_mode, weight, num_layers):
                         sums["gate"][layer][name][e] += SIZE[c] * row
             for k in range(SLOTS):
                 if SLOT[c, g, k]:
-                    w = {"examples": SIZE[c], "routed": LOAD[c, g, k]}[weight]
+                    share = LOAD[c, g, k] / POSITIONS
+                    w = SIZE[c] * {"examples": share > 0, "routed": share}[weight]
                     experts[g, HELD[c, g, k]] += w
                     row = delta["experts"][layer]["kernel"][k]
                     sums["experts"][layer]["kernel"][HELD[c, g, k]] += w * row
@@ -219,6 +223,30 @@ def test_mean_delta_equals_the_loop_over_clients(gate_mode, weight, num_layers):
         np.testing.assert_array_equal(found[unheld], old[unheld])
         moved = np.delete(np.abs(found - old).max((1, 2)), unheld)
         assert np.all(moved > 0)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_weigh_by_hand_leaves_out_experts_without_a_position(weight):
+    """A client with 40 examples, of whose 10 positions expert 2 saw none."""
+    inputs = make_inputs(np.array([[[0, 2]]]), np.ones((1, 1, 2), bool))
+    load = np.array([[5.0, 0.0]], np.float32)
+    feedback = make_feedback(load, routed=load / 10)
+    update = make_update({"gate": make_params()["gate"]}, feedback)
+    client = jax.tree.map(lambda leaf: leaf[0], inputs), update, jnp.int32(40)
+    weights = weigh(*client, None, make_strategy("holder_rows", weight))
+    assert weights["experts"].tolist() == [[{"examples": 40, "routed": 20}[weight], 0]]
+    assert weights["gate"].tolist() == [[40, 0, 40, 0]]  # the row has learnt
+
+
+def test_weigh_by_routed_follows_examples_and_not_steps():
+    """Two clients that train as many positions weigh as the examples they own."""
+    load = np.full((1, 2), 96.0, np.float32)
+    feedback = make_feedback(load[0], routed=jnp.array([0.75, 0.25]))
+    few, many = (
+        EXPERT_WEIGHTS["routed"](jnp.ones(2, bool), feedback, jnp.int32(size), None)
+        for size in (10, 192)
+    )
+    assert few.tolist() == [7.5, 2.5] and many.tolist() == [144, 48]
 
 
 def test_accumulate_in_any_order_gives_the_same_sums():
@@ -469,7 +497,8 @@ def test_mean_delta_of_streamed_sums_equals_the_stacked_average():
             close(found, average(delta[:, expert], weights=rows))
         slots = deltas["experts"]["moe_0"]["kernel"][holds]
         found = mean["experts"]["moe_0"]["kernel"][expert]
-        close(found, average(slots, weights=LOAD[:, 0][holds]))
+        routed = SIZE[:, None] * LOAD[:, 0]
+        close(found, average(slots, weights=routed[holds]))
 
 
 def test_weigh_leaves_out_what_stays_with_the_client():

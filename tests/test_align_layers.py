@@ -52,7 +52,9 @@ def draw_layer(layer, sizes, program):
     )
     evidence = make_evidence(sizes, usage=align.usage, state=align.strategy)
     client = evidence.client
-    return align, evidence.replace(fitness=fitness[client], held=align.held[client])
+    times_held = align.times_held[client]
+    known = dict(fitness=fitness[client], held=align.held[client])
+    return align, evidence.replace(times_held=times_held, **known)
 
 
 def join_evidence(rows):
@@ -61,7 +63,7 @@ def join_evidence(rows):
     join = lambda name, axis: jax.tree.map(
         lambda *leaves: jnp.stack(leaves, axis), *(getattr(e, name) for e in every)
     )
-    axes = {"fitness": 1, "held": 1, "usage": 0, "state": 0}
+    axes = {"fitness": 1, "held": 1, "times_held": 1, "usage": 0, "state": 0}
     return every[0].replace(**{name: join(name, axis) for name, axis in axes.items()})
 
 
@@ -131,7 +133,8 @@ def test_learn_layers_is_a_loop_over_layers(num_layers):
         mine = of_layer(assignment), of_layer(feedback)
         loads = count_load(mine[1], replies.arrived, mine[0], sizes.num_experts)
         expected = learn(
-            *(align, evidence.client, *mine, replies.arrived, loads, key_of),
+            *(align, evidence.client, *mine),
+            *(replies.arrived, replies.outcome.received, loads, key_of),
             hyper=HYPER,
             static=program.static,
         )

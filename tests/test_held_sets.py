@@ -69,10 +69,14 @@ def test_score_sets_runs_the_model_once_for_each_set():
 
 
 @pytest.mark.parametrize(
-    "strategy", ["greedy", "flex_moe", "fedmix", "pfedmoe", "fedjets", "local"]
+    "strategy",
+    [
+        *("greedy", "flex_moe", "fedmix", "pfedmoe", "fedjets", "local"),
+        *("hfedmoe", "heterofl"),
+    ],
 )
 def test_score_model_gives_the_scores_of_the_model_with_parts(strategy):
-    """Of images that drift, one client without experts."""
+    """Of images that drift, one client without experts; heads have a bias."""
     drift = {"drift.images": "contrast", "drift.strength": 0.8}
     plan = plan_run(strategy=strategy, **drift)
     program = plan.program

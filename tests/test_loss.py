@@ -46,7 +46,22 @@ def test_summarise_feedback_by_hand():
     close(feedback.loss, [[3 / 1.25, 4, 0]])
     close(feedback.frequency, [[0.625, 0.375, 0]])
     close(feedback.load, [[2, 1, 0]])
+    close(feedback.routed, [[1, 1 / 2, 0]])
     close(feedback.peak, [[1, 0.75, 0]])
+
+
+def test_load_counts_the_positions_of_trained_experts_only():
+    loss, score = jnp.array([2.0, 4.0, 1.0]), jnp.array([1.0, 0.0, 1.0])
+    gates = jnp.array([[0.5, 0.2, 0.0], [0.25, 0.75, 0.0], [0.5, 0.0, 0.1]])[None]
+    total = 0.0
+    for trained in ([True, False, True], [True, True, False]):  # of two batches
+        routing = Routing(None, gates, jnp.array([trained]))
+        sums = sum_batch(Scores(loss, score), routing, None, 1)
+        total = sums if total == 0.0 else jax.tree.map(jnp.add, total, sums)
+    feedback = summarise_feedback(total)
+    close(feedback.load, [[6, 2, 1]])
+    close(feedback.routed, [[1, 1 / 3, 1 / 6]])
+    close(total.gates, [[2.5, 1.9, 0.2]])  # also of the batches that do not train it
 
 
 def test_summarise_feedback_ignores_positions_without_weight():
@@ -59,6 +74,7 @@ def test_summarise_feedback_ignores_positions_without_weight():
     close(feedback.loss, [[1, (0.5 + 6) / 2.5]])
     close(feedback.frequency, [[0.5 / 3, 2.5 / 3]])
     close(feedback.load, [[1, 2]])
+    close(feedback.routed, [[1 / 2, 1]])
     close(feedback.peak, [[0.5, 1]])
 
 
@@ -77,7 +93,7 @@ def test_sum_batch_without_padding_is_that_of_the_other_positions():
     real = np.arange(9) % 3 > 0
     padded = sum_one(loss, score, gates, real.astype(np.float32))
     found = sum_one(loss[real], score[real], gates[real])
-    assert padded.weight == real.sum()
+    assert padded.weight == padded.positions == real.sum()
     assert_same(padded.replace(weight=None), found, atol=1e-6)
 
 
@@ -205,6 +221,7 @@ def test_local_loss_of_two_layers_by_hand(shape):
     close(feedback.loss, lost * share)
     close(feedback.frequency, mass / 2)
     close(feedback.load, [[2, 1, 1], [2, 2, 0]])
+    close(feedback.routed, [[1, 1 / 2, 1 / 2], [1, 1, 0]])
     close(feedback.peak, [[5 / 7, 4 / 5, 2 / 7], [1 / 2, 3 / 4, 0]])
     close(sums.report["gates"], mass)
     assert (sums.total_loss, sums.total_score) == (5, 1)

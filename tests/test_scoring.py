@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from factories import make_align, make_data, make_federation, make_program
 
-from fedmoe_jax.base import Scores
+from fedmoe_jax.base import Route, Scores
 from fedmoe_jax.scoring import (
+    Answers,
     ClientView,
     Encoded,
     Examples,
@@ -53,8 +54,18 @@ def test_score_mixture_by_hand():
     answers = jnp.array([[[4.0, 0.0], [0.0, 3.0]]] * 3)
     examples = make_examples([0, 1, -1])
     # The first is right (2.0 against 1.5), the second wrong, the third is padding.
-    found = score_mixture(gates, answers, examples, PROGRAM)
+    found = score_mixture(gates, Answers(answers), examples, PROGRAM)
     assert found.tolist() == [1.0, 0.0]
+
+
+def test_score_mixture_gives_the_head_what_gates_leave():
+    gates = jnp.array([[0.25, 0.25], [0.5, 1.5]])
+    each = jnp.array([[[4.0, 0.0], [0.0, 3.0]]] * 2)
+    answers = Answers(each, jnp.array([0.0, 1.0]))
+    # 1.0 against 0.75 + 0.5; and 2.0 against 4.5 less 1.0.
+    for labels, right in (([0, 0], [0.0, 0.0]), ([1, 1], [0.0, 2.0])):
+        found = score_mixture(gates, answers, make_examples(labels), PROGRAM)
+        assert found.tolist() == right
 
 
 def test_read_answers_of_probabilities_are_their_logarithms():
@@ -74,7 +85,7 @@ def test_find_needed_by_hand():
     )
     models = Models(clients, jnp.int32(2))  # the third row is none
     encoded = Encoded(make_examples([0, 1, -1]), jnp.zeros((3, 1)), logits)
-    need = find_needed(encoded, models, 1)
+    need = find_needed(encoded, models, Route(1))
     # Expert 0 is the server's choice, 2 the first client's for its label 0, 1 the
     # second's for its label 1; expert 3 and padding are never needed.
     assert need.astype(int).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]

@@ -38,13 +38,13 @@ def train_share(params, jobs, work, seed: int):
         model.receive(params, held)
         accuracy, load = mixture.train(model, data, client, work, generator)
         model.add_change(params, total)
-        count[held] += 1
+        count[held] += torch.as_tensor(load > 0, dtype=count.dtype)
         feedback.append((client, held, accuracy, load))
     return total, count, feedback
 
 
 def merge(params, results, work) -> None:
-    """Adds the mean change in place; an expert's over the clients that held it."""
+    """Adds the mean change in place; an expert's over the clients that trained it."""
     totals, counts, _ = zip(*results, strict=True)
     holders = torch.stack(counts).sum(0)
     for name, value in params.items():

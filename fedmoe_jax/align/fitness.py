@@ -42,10 +42,27 @@ def _mixed(feedback: Feedback, hyper: Hyper) -> Array:
     return (1 - share) * feedback.accuracy + share * feedback.frequency
 
 
+def _relate(values: Array, feedback: Feedback) -> Array:
+    """Values [C, K] less their mean over the client's experts that were trained."""
+    trained = feedback.load > 0
+    total = jnp.where(trained, values, 0.0).sum(axis=1, keepdims=True)
+    return values - total / jnp.maximum(trained.sum(axis=1, keepdims=True), 1)
+
+
+def _relative(feedback: Feedback, hyper: Hyper) -> Array:
+    return (1 + _relate(feedback.accuracy, feedback)) / 2
+
+
+def _relative_loss(feedback: Feedback, hyper: Hyper) -> Array:
+    return jax.nn.sigmoid(-hyper.fitness.loss_scale * _relate(feedback.loss, feedback))
+
+
 SCORES: dict[str, Callable[[Feedback, Hyper], Array]] = {
     "accuracy": _accuracy,
     "loss": _loss,
     "mixed": _mixed,
+    "relative": _relative,
+    "relative_loss": _relative_loss,
 }
 
 
@@ -53,11 +70,16 @@ def score(kind: str, feedback: Feedback, hyper: Hyper) -> Array:
     """The score of each held pair by one round of feedback.
 
     `accuracy` and `loss` are the feedback of FLEX-MoE (arXiv 2512.23070); `mixed`
-    adds the selection frequency that the paper names beside the error.
+    adds the selection frequency that the paper names beside the error. A client's
+    experts share most of these, as they share its examples: held pairs score high
+    because they were trained. The relative kinds leave that share out.
 
     Args:
-      kind: `accuracy`, `loss` (`exp(-loss_scale * loss)`) or `mixed`
-        (`(1 - frequency_share) * accuracy + frequency_share * frequency`).
+      kind: `accuracy`, `loss` (`exp(-loss_scale * loss)`), `mixed`
+        (`(1 - frequency_share) * accuracy + frequency_share * frequency`), `relative`
+        (`(1 + accuracy - mean accuracy) / 2`) or `relative_loss`
+        (`sigmoid(loss_scale * (mean loss - loss))`), means over the experts that the
+        client has trained in the round, so that 1/2 is as good as its others.
       feedback: with leaves of shape [C, K].
       hyper: gives `fitness.loss_scale` and `fitness.frequency_share`.
 

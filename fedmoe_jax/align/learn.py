@@ -66,6 +66,7 @@ def learn(
     assignment: Assignment,
     feedback: Feedback,
     arrived: Array,
+    received: Array,
     load: Array,
     key: Array,
     *,
@@ -80,6 +81,7 @@ def learn(
       assignment: the experts that they held, [C, K].
       feedback: of the cohort, leaves [C, K].
       arrived: [C] bool, whether the client's update counts.
+      received: [C] bool, whether the client has received its experts.
       load: [E] examples trained.
       key: a JAX key, consumed by scores that are reset.
       hyper: rates.
@@ -106,10 +108,11 @@ def learn(
         fitness = reset_fitness(key, fitness, alarm, numbers.prior, numbers.noise)
         forgotten = jnp.where(alarm[:, None], 0, detector.evidence)
         detector = detector.replace(evidence=forgotten)
+    held = jnp.where(received[:, None], mask, align.held[cohort])
     return align.replace(
         fitness=fitness,
         detector=detector,
         usage=update_usage(align.usage, load, hyper.usage.decay),
-        held=align.held.at[cohort].set(mask),
+        held=align.held.at[cohort].set(held),
         times_held=align.times_held.at[cohort].add(mask.astype(jnp.int32)),
     )

@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from ml_collections import ConfigDict
 
 from fedmoe_jax.align.usage import normalise_usage
 from fedmoe_jax.models.submodel import held_mask
@@ -71,7 +72,7 @@ def in_blocks(
         return decide(evidence.replace(**rows))
 
     def decide_in_turn(evidence: Evidence) -> Assignment:
-        names = ("client", "fitness", "capacity", "load", "held")
+        names = ("client", "fitness", "capacity", "size", "load", "held", "times_held")
         rows = {name: getattr(evidence, name) for name in names}
         blocks = _map_blocks(decide_block, rows, size)
         return jax.tree.map(lambda leaf: _join_blocks(leaf, count), blocks)
@@ -144,6 +145,12 @@ def hold_all(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assi
     shape = (evidence.client.shape[0], sizes.num_experts)
     held = jnp.broadcast_to(jnp.arange(sizes.num_experts, dtype=jnp.int32), shape)
     return Assignment(held, jnp.ones(shape, bool))
+
+
+def give_all_slots(config: ConfigDict) -> ConfigDict:
+    """A slot for every expert, in the config of a strategy's program."""
+    config.max_held = config.num_experts
+    return config
 
 
 def to_mask(assignment: Assignment, num_experts: int) -> Array:

@@ -133,6 +133,8 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.fedprox = ConfigDict()
     config.fedprox.coefficient = 0.1
+    config.fedavg_dropout = ConfigDict()
+    config.fedavg_dropout.rate = 0.5
     config.fedadam = ConfigDict()
     config.fedadam.server_learning_rate = 0.01
 

@@ -2,9 +2,9 @@
 
 A stem turns images into features, a gate scores E experts from the pooled features,
 each expert turns features into outputs, one linear head turns (mixed) outputs into
-logits. Because the head is linear and gates sum to one, mixing outputs or mixing each
-expert's logits gives the same prediction; training does the first, evaluation the
-second.
+logits. Because the head is linear, mixing outputs or mixing each expert's logits, and
+the head's own for what the gates leave of one, gives the same prediction; training does
+the first, evaluation the second.
 """
 
 import functools

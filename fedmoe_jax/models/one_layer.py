@@ -47,19 +47,25 @@ def apply_experts(
     return jnp.stack(outputs, axis=1)
 
 
-def freeze_others(outputs: Array, gates: Array, slot: Array, route: Route) -> Array:
-    """Experts' outputs [B, K, O]; gradients pass the `budget` of highest priority.
+def choose_trained(gates: Array, slot: Array, route: Route) -> Array | None:
+    """[K] bool, the `budget` slots of highest priority; None where all are trained.
 
     Args:
-      outputs: [B, K, O] float.
       gates: [B, K] float.
       slot: [K] bool.
-      route: with `priority` and `budget`.
+      route: may have `priority`, and then `budget`.
     """
-    assert route.priority is not None and route.budget is not None
+    if route.priority is None:
+        return None
+    assert route.budget is not None
     value = jax.lax.stop_gradient(route.priority(gates))
     rank = jnp.argsort(jnp.argsort(jnp.where(slot, -value, jnp.inf)))
-    chosen = (rank < route.budget)[None, :, None]
+    return rank < route.budget
+
+
+def freeze_others(outputs: Array, trained: Array) -> Array:
+    """Experts' outputs [B, K, O]; gradients pass those that are `trained` [K]."""
+    chosen = trained[None, :, None]
     return jnp.where(chosen, outputs, jax.lax.stop_gradient(outputs))
 
 
@@ -104,10 +110,12 @@ def apply_parts(
     if num_experts > 1:
         logits = routing.gate_logits(gate, features)  # [B, E]
         allowed = logits[:, held[0]], slot[0]
-        gates = routing.route(*allowed, route.num_active)  # [B, K]
+        gates = routing.make_gates(*allowed, route)  # [B, K]
     outputs = apply_experts(parts, experts, features, expert_key)
-    if route.priority:
-        outputs = freeze_others(outputs, gates, slot[0], route)
+    trained = choose_trained(gates, slot[0], route)
+    if trained is not None:
+        outputs = freeze_others(outputs, trained)
     mix = mix_probabilities if route.mix == "probabilities" else mix_outputs
     predictions = mix(parts, params["head"], outputs, gates)
-    return predictions, Routing(None if logits is None else logits[None], gates[None])
+    one_layer = lambda leaf: leaf[None]
+    return predictions, jax.tree.map(one_layer, Routing(logits, gates, trained))

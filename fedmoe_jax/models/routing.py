@@ -4,6 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.base import Route
+from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Array, Hyper, PyTree
 
 
@@ -39,11 +41,57 @@ def route(logits: Array, mask: Array, num_active: int) -> Array:
       [B, E] gates, rows sum to 1, exactly min(A, allowed) entries are positive; of
       equal logits the lower index is chosen.
     """
+    chosen = choose(logits, mask, num_active)
+    return jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf), axis=-1)
+
+
+def choose(logits: Array, mask: Array, num_active: int) -> Array:
+    """[B, E] bool, the top-A of the allowed experts; arguments are those of `route`."""
     chex.assert_rank([logits, mask], [2, 1])
     masked = jnp.where(mask[None], logits, -jnp.inf)
     _, best = jax.lax.top_k(masked, min(num_active, logits.shape[-1]))  # [B, A]
-    chosen = jax.nn.one_hot(best, logits.shape[-1], dtype=bool).any(1) & mask[None]
-    return jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf), axis=-1)
+    return jax.nn.one_hot(best, logits.shape[-1], dtype=bool).any(1) & mask[None]
+
+
+def keep_largest(logits: Array, mask: Array, num_active: int) -> Array:
+    """The top-A of a softmax over all allowed experts, not renormalised.
+
+    Arguments are those of `route`; rows of the gates [B, E] sum to at most 1.
+    """
+    chosen = choose(logits, mask, num_active)
+    gates = jax.nn.softmax(jnp.where(mask[None], logits, -jnp.inf), axis=-1)
+    return jnp.where(chosen, gates, 0.0)
+
+
+def add_up(logits: Array, mask: Array, num_active: int) -> Array:
+    """The same gate for every allowed expert, whatever the logits; rows sum to E.
+
+    So the sum of the experts' outputs, scaled up where only some are allowed.
+    Arguments are those of `route`.
+    """
+    chex.assert_rank([logits, mask], [2, 1])
+    each = mask.size / mask.sum()
+    return jnp.broadcast_to(jnp.where(mask, each, 0.0)[None], logits.shape)
+
+
+GATINGS = {"chosen": route, "all": keep_largest, "sum": add_up}
+
+
+def make_gates(logits: Array, mask: Array, how: Route) -> Array:
+    """The gates [B, E] of an example's experts, as the strategy has it.
+
+    Args:
+      logits: [B, E] float (E may be K slots).
+      mask: [E] bool, experts that may be used; at least one must be.
+      how: gives A and the name in `GATINGS`.
+
+    Raises:
+      UserError: if the name is unknown.
+    """
+    if how.gating not in GATINGS:
+        allowed = ", ".join(GATINGS)
+        raise UserError(f"gating={how.gating!r} is unknown; allowed: {allowed}")
+    return GATINGS[how.gating](logits, mask, how.num_active)
 
 
 def calibration_loss(logits: Array, held: Array) -> Array:

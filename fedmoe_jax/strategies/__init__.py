@@ -10,27 +10,55 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies.fedavg import (
     CENTRALISED,
     CENTRALISED_ACTIVE,
+    CENTRALISED_SMALLEST,
     FEDADAM,
     FEDADAM_ACTIVE,
+    FEDADAM_SMALLEST,
     FEDAVG,
     FEDAVG_ACTIVE,
+    FEDAVG_DROPOUT,
+    FEDAVG_SMALLEST,
     FEDNOVA,
     FEDNOVA_ACTIVE,
+    FEDNOVA_SMALLEST,
     FEDPROX,
     FEDPROX_ACTIVE,
+    FEDPROX_SMALLEST,
     LOCAL,
     LOCAL_ACTIVE,
+    LOCAL_SMALLEST,
     SCAFFOLD,
     SCAFFOLD_ACTIVE,
+    SCAFFOLD_SMALLEST,
 )
-from fedmoe_jax.strategies.fedjets import FEDJETS, FEDJETS_NO_ANCHORS
-from fedmoe_jax.strategies.fedmix import FEDMIX, FEDMIX_ALL
-from fedmoe_jax.strategies.fedmoe import FEDMOE
+from fedmoe_jax.strategies.fedjets import (
+    FEDJETS,
+    FEDJETS_NO_ANCHORS,
+    FEDJETS_NO_ANCHORS_SHARED_GATE,
+    FEDJETS_SHARED_GATE,
+)
+from fedmoe_jax.strategies.fedmix import (
+    FEDMIX,
+    FEDMIX_ALL,
+    FEDMIX_ALL_SHARED_GATE,
+    FEDMIX_SHARED_GATE,
+)
+from fedmoe_jax.strategies.fedmoe import FEDMOE, FEDMOE_SHARED_GATE
 from fedmoe_jax.strategies.fedmoe_da import FEDMOE_DA
-from fedmoe_jax.strategies.flex_moe import FLEX_MOE, FLEX_MOE_EXAMPLES
+from fedmoe_jax.strategies.flex_moe import (
+    FLEX_MOE,
+    FLEX_MOE_EXAMPLES,
+    FLEX_MOE_EXAMPLES_SHARED_GATE,
+    FLEX_MOE_SHARED_GATE,
+)
 from fedmoe_jax.strategies.greedy import GREEDY
-from fedmoe_jax.strategies.hfedmoe import HFEDMOE
-from fedmoe_jax.strategies.load_balanced import LOAD_BALANCED, LOAD_BALANCED_RUNNING
+from fedmoe_jax.strategies.heterofl import HETEROFL
+from fedmoe_jax.strategies.hfedmoe import HFEDMOE, HFEDMOE_SHARED_GATE
+from fedmoe_jax.strategies.load_balanced import (
+    LOAD_BALANCED,
+    LOAD_BALANCED_NO_CALIBRATION,
+    LOAD_BALANCED_RUNNING,
+)
 from fedmoe_jax.strategies.pfedmoe import PFEDMOE
 from fedmoe_jax.strategies.random import FIXED_RANDOM, RANDOM
 from fedmoe_jax.strategies.round_robin import ROUND_ROBIN
@@ -42,31 +70,49 @@ STRATEGIES: dict[str, Strategy] = {
     "round_robin": ROUND_ROBIN,
     "greedy": GREEDY,
     "load_balanced": LOAD_BALANCED,
+    "load_balanced_no_calibration": LOAD_BALANCED_NO_CALIBRATION,
     "load_balanced_running": LOAD_BALANCED_RUNNING,
     "flex_moe": FLEX_MOE,
+    "flex_moe_shared_gate": FLEX_MOE_SHARED_GATE,
     "flex_moe_examples": FLEX_MOE_EXAMPLES,
+    "flex_moe_examples_shared_gate": FLEX_MOE_EXAMPLES_SHARED_GATE,
     "hfedmoe": HFEDMOE,
+    "hfedmoe_shared_gate": HFEDMOE_SHARED_GATE,
     "fedmoe": FEDMOE,
+    "fedmoe_shared_gate": FEDMOE_SHARED_GATE,
     "fedmoe_da": FEDMOE_DA,
     "pfedmoe": PFEDMOE,
     "fedjets": FEDJETS,
+    "fedjets_shared_gate": FEDJETS_SHARED_GATE,
     "fedjets_no_anchors": FEDJETS_NO_ANCHORS,
+    "fedjets_no_anchors_shared_gate": FEDJETS_NO_ANCHORS_SHARED_GATE,
     "fedmix": FEDMIX,
+    "fedmix_shared_gate": FEDMIX_SHARED_GATE,
     "fedmix_all": FEDMIX_ALL,
+    "fedmix_all_shared_gate": FEDMIX_ALL_SHARED_GATE,
+    "heterofl": HETEROFL,
     "fedavg": FEDAVG,
     "fedavg_active": FEDAVG_ACTIVE,
+    "fedavg_smallest": FEDAVG_SMALLEST,
+    "fedavg_dropout": FEDAVG_DROPOUT,
     "fedprox": FEDPROX,
     "fedprox_active": FEDPROX_ACTIVE,
+    "fedprox_smallest": FEDPROX_SMALLEST,
     "fednova": FEDNOVA,
     "fednova_active": FEDNOVA_ACTIVE,
+    "fednova_smallest": FEDNOVA_SMALLEST,
     "scaffold": SCAFFOLD,
     "scaffold_active": SCAFFOLD_ACTIVE,
+    "scaffold_smallest": SCAFFOLD_SMALLEST,
     "fedadam": FEDADAM,
     "fedadam_active": FEDADAM_ACTIVE,
+    "fedadam_smallest": FEDADAM_SMALLEST,
     "centralised": CENTRALISED,
     "centralised_active": CENTRALISED_ACTIVE,
+    "centralised_smallest": CENTRALISED_SMALLEST,
     "local": LOCAL,
     "local_active": LOCAL_ACTIVE,
+    "local_smallest": LOCAL_SMALLEST,
 }
 
 

@@ -1,7 +1,8 @@
 """Dense controls: one network, without experts to choose, that every client trains.
 
-Each is there twice: as large as the mixture in total, and as large as what an example
-uses of it (`_active`). FedNova equals FedAvg but for rounding where all clients take
+Each is there three times: as large as the mixture in total, as large as what an example
+uses of it (`_active`), and as large as one expert, which every client has room for
+(`_smallest`). FedNova equals FedAvg but for rounding where all clients take
 equally many steps (`local_epochs=0`). SCAFFOLD's mean of the control variates weighs
 clients by their examples, as the averages of all systems here do; the paper weighs
 clients alike in both. Where labels drift, these are the examples before the drift.
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.base import PARTS, Strategy
 from fedmoe_jax.optimizers import step_weights
-from fedmoe_jax.options import POSITIVE, TRACED, Option
+from fedmoe_jax.options import POSITIVE, TRACED, Option, Range
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes
 
 ConfigureFn = Callable[[ConfigDict], ConfigDict]
@@ -41,6 +42,17 @@ def be_total(config: ConfigDict) -> ConfigDict:
 def be_active(config: ConfigDict) -> ConfigDict:
     """A dense model of the mixture's active size: A experts' hidden units in one."""
     return be_dense(config, config.num_active)
+
+
+def be_smallest(config: ConfigDict) -> ConfigDict:
+    """A dense model of the size of one expert."""
+    return be_dense(config, 1)
+
+
+def drop_outputs(config: ConfigDict) -> ConfigDict:
+    """Dropout of the expert's outputs in training, as on an ensemble of networks."""
+    config.model.expert_dropout = config.fedavg_dropout.rate
+    return be_active(config)
 
 
 def add_prox(config: ConfigDict) -> ConfigDict:
@@ -73,50 +85,61 @@ def normalise_steps(steps: Array, size: Array, momentum: float) -> Array:
 
 
 ROOM = "room for the whole network on every client"
+TWO_VARIATES = "room for two control variates of its size"
 SGD_ONLY = (("client.optimizer", ("sgd",)),)  # `step_weights` knows no other
 
 
 def make(
-    about: str, change: ConfigureFn | None = None, needs: str = ROOM, **fields
-) -> tuple[Strategy, Strategy]:
-    """A control of the mixture's total size, and one of its active size.
+    about: str,
+    change: ConfigureFn | None = None,
+    needs: tuple[str, ...] = (),
+    room: str = ROOM,
+    **fields,
+) -> tuple[Strategy, Strategy, Strategy]:
+    """A control of the mixture's total, of its active and of one expert's size.
 
-    `change` is what it changes in the config beside the size of the model.
+    Args:
+      about: the control, without its size.
+      change: of the config, beside the size of the model.
+      needs: advantages of all three.
+      room: what the larger two need in addition.
+      **fields: of the records.
     """
 
-    def control(size: str, resize: ConfigureFn) -> Strategy:
+    def control(size: str, resize: ConfigureFn, needs: tuple[str, ...]) -> Strategy:
         def configure(config: ConfigDict) -> ConfigDict:
             return change(resize(config)) if change else resize(config)
 
         return Strategy(
             about=f"Dense as {size}; {about}.",
             assign=assign,
-            needs=needs,
+            needs=", ".join(filter(None, needs)),
             configure=configure,
             **fields,
         )
 
     return (
-        control("all experts together", be_total),
-        control("the active experts", be_active),
+        control("all experts together", be_total, (room, *needs)),
+        control("the active experts", be_active, (room, *needs)),
+        control("one expert", be_smallest, needs),
     )
 
 
-FEDAVG, FEDAVG_ACTIVE = make("every client trains all of it")
-FEDPROX, FEDPROX_ACTIVE = make(
+FEDAVG, FEDAVG_ACTIVE, FEDAVG_SMALLEST = make("every client trains all of it")
+FEDPROX, FEDPROX_ACTIVE, FEDPROX_SMALLEST = make(
     "FedAvg with a proximal term that holds clients near the server",
     add_prox,
     options=(
         Option("fedprox.coefficient", POSITIVE, "mu of the FedProx term", TRACED),
     ),
 )
-FEDNOVA, FEDNOVA_ACTIVE = make(
+FEDNOVA, FEDNOVA_ACTIVE, FEDNOVA_SMALLEST = make(
     "FedAvg that does not let clients with more steps count for more; the same where "
     "all take equally many",
     allowed=SGD_ONLY,
     step_scale=normalise_steps,
 )
-FEDADAM, FEDADAM_ACTIVE = make(
+FEDADAM, FEDADAM_ACTIVE, FEDADAM_SMALLEST = make(
     "FedAvg with Adam on the server",
     use_adam,
     options=(
@@ -128,23 +151,35 @@ FEDADAM, FEDADAM_ACTIVE = make(
         ),
     ),
 )
-LOCAL, LOCAL_ACTIVE = make(
+LOCAL, LOCAL_ACTIVE, LOCAL_SMALLEST = make(
     "every client trains for itself alone",
     personal=PARTS,
     local_experts=1,
     every_expert=True,
     silent=True,
 )
-SCAFFOLD, SCAFFOLD_ACTIVE = make(
+SCAFFOLD, SCAFFOLD_ACTIVE, SCAFFOLD_SMALLEST = make(
     "FedAvg with gradients corrected by control variates, which travel as well",
-    needs=f"{ROOM}, and for two control variates of its size",
+    needs=(TWO_VARIATES,),
     allowed=SGD_ONLY,
     variates=True,
 )
-CENTRALISED, CENTRALISED_ACTIVE = make(
+CENTRALISED, CENTRALISED_ACTIVE, CENTRALISED_SMALLEST = make(
     "trained on the data of all clients in one place",
     pool,
-    needs="all data in one place",
+    needs=("all data in one place",),
+    room="",
     pooled=True,
     silent=True,
+)
+FEDAVG_DROPOUT = FEDAVG_ACTIVE._replace(
+    about="Dense as the active experts; every client trains it with dropout.",
+    configure=drop_outputs,
+    options=(
+        Option(
+            "fedavg_dropout.rate",
+            Range(0, 1, open_high=True),
+            "share of the outputs of the network that training drops",
+        ),
+    ),
 )

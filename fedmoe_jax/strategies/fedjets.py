@@ -5,12 +5,18 @@ frozen. One anchor client per expert, chosen for its labels, trains that expert 
 and teaches the gate that its images belong there. Every other client trains the two
 experts that the gate prefers on its data. At test time the best expert answers.
 
-Chosen here: the frozen extractor is the stem; experts share the head; the gate is the
-linear one of all systems, with the clients' learning rate. The paper asks the gate that
-a client has just received. Here the server decides before it sends anything, by what
-the client reported when it last took part (at first: by lot), so that the choice is a
-round old and of the gate as that client had trained it. An anchor works in the rounds
-whose cohort it is in. `fedjets_no_anchors` does without the labels.
+Changed here: in the paper experts are whole networks, which clients train, and the
+frozen extractor feeds the gate alone. Here the extractor is the stem, which experts
+read as well and which nobody trains, so that a client's bytes and FLOPs are less than
+the paper's; the steps on the public slice are the server's and in no column of costs.
+Experts share the head; the gate is the linear one of all systems, with the clients'
+learning rate. The paper asks the gate that a client has just received. Here the server
+decides before it sends anything, by what the client reported when it last took part (at
+first: by lot), so that the choice is a round old and of the gate as that client had
+trained it. An anchor works in the rounds whose cohort it is in.
+
+`fedjets_no_anchors` knows no labels of clients; those of the public slice train its
+stem, too. The `_shared_gate` ones train the stem as all systems do, without a slice.
 """
 
 import jax
@@ -83,17 +89,26 @@ def train_stem(
     return jax.lax.fori_loop(0, hyper.fedjets.steps, step, start)[0]["stem"]
 
 
-def choose_anchors(label_mix: Array, num_experts: int, key: Array) -> Array:
+def choose_anchors(
+    label_mix: Array, size: Array, num_experts: int, key: Array
+) -> Array:
     """The expert that each client anchors, -1 for none: [N] int32.
 
-    One after the other, the client with most examples of labels that no anchor has;
-    ties are drawn.
+    One after the other, the client with most examples of labels that no anchor has, of
+    labels that anchors have in part that much less; ties are drawn.
+
+    Args:
+      label_mix: [N, L] float32, each client's histogram of labels, rows sum to 1. An
+        anchor covers a label to this share of its own examples.
+      size: [N] int32, examples of each client.
+      num_experts: E.
+      key: a JAX key, consumed.
     """
-    lots = jax.random.uniform(key, label_mix.shape[:1])
+    lots = jax.random.uniform(key, size.shape)
 
     def choose(expert: Array, carry: tuple) -> tuple:
         anchor, covered = carry
-        gain = (label_mix * (1 - covered)[None]).sum(axis=1)
+        gain = size * (label_mix * (1 - covered)[None]).sum(axis=1)
         client = first_by_lot(jnp.where(anchor >= 0, -1.0, gain), lots)
         covered = jnp.minimum(covered + label_mix[client], 1.0)
         return anchor.at[client].set(expert), covered
@@ -135,10 +150,33 @@ def prepare_anchors(
     state, frozen = prepare(
         *(state, federation, hyper, key), model=model, task=task, sizes=sizes
     )
-    drawn = jax.random.fold_in(key, LOTS)
-    anchor = choose_anchors(federation.label_mix, sizes.num_experts, drawn)
-    own = state.align.strategy | {"anchor": anchor[None]}
-    return state.replace(align=state.align.replace(strategy=own)), frozen
+    return appoint_anchors(
+        *(state, federation.replace(frozen=frozen), hyper, key),
+        model=model,
+        task=task,
+        sizes=sizes,
+    )
+
+
+def appoint_anchors(
+    state: SimState,
+    federation: Federation,
+    hyper: Hyper,
+    key: Array,
+    *,
+    model: Model,
+    task: Task,
+    sizes: Sizes,
+) -> tuple[SimState, PyTree]:
+    """Chooses the anchors, the same in every layer."""
+    anchor = choose_anchors(
+        *(federation.label_mix, federation.size, sizes.num_experts),
+        jax.random.fold_in(key, LOTS),
+    )
+    every = jnp.tile(anchor[None], (sizes.num_layers, 1))
+    own = state.align.strategy | {"anchor": every}
+    align = state.align.replace(strategy=own)
+    return state.replace(align=align), federation.frozen
 
 
 def init(sizes: Sizes) -> PyTree:
@@ -147,18 +185,25 @@ def init(sizes: Sizes) -> PyTree:
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
-    """Anchors hold their expert, others the two of highest summed gate.
-
-    Only anchors pay for gate mass beside their expert, which is the cross-entropy of
-    the gate against their expert.
-    """
+    """Anchors hold their expert, others the two of highest summed gate."""
     scores, _, _ = mass_or_random(evidence, sizes, key)
     anchor = evidence.state["anchor"][evidence.client]
     is_anchor = anchor >= 0
     anchored = anchor[:, None] == jnp.arange(sizes.num_experts)[None]
     scores = jnp.where(anchored, jnp.inf, scores)
     count = jnp.where(is_anchor, 1, evidence.capacity)
-    picked = top_k_by_lot(scores, count, sizes.max_held, evidence.client, key)
+    return top_k_by_lot(scores, count, sizes.max_held, evidence.client, key)
+
+
+def assign_and_teach(
+    evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array
+) -> Assignment:
+    """As `assign`, and only anchors pay for gate mass beside their expert.
+
+    That is the cross-entropy of the gate against their expert.
+    """
+    is_anchor = evidence.state["anchor"][evidence.client] >= 0
+    picked = assign(evidence, hyper, sizes, key)
     return picked.replace(calibration=is_anchor.astype(jnp.float32))
 
 
@@ -172,17 +217,46 @@ def rows_alike(held: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Ar
     return jnp.ones(held.shape)
 
 
-def configure(config: ConfigDict) -> ConfigDict:
-    """Two experts a client, both active; anchors teach the gate by cross-entropy."""
-    config.max_held = config.num_active = min(HELD, config.max_held)
-    config.loss.calibration = 1.0
+def hold_two(config: ConfigDict) -> ConfigDict:
+    """At most two experts a client."""
+    config.max_held = min(HELD, config.max_held)
+    config.num_active = min(config.num_active, config.max_held)
     return config
 
 
-FEDJETS_NO_ANCHORS = Strategy(
-    about="As fedjets, but no client is an anchor, so no labels are known.",
+def configure(config: ConfigDict) -> ConfigDict:
+    """Two experts a client, both active; anchors teach the gate by cross-entropy."""
+    config = hold_two(config)
+    config.num_active, config.loss.calibration = config.max_held, 1.0
+    return config
+
+
+FEDJETS_NO_ANCHORS_SHARED_GATE = Strategy(
+    about=(
+        "Chooses experts as fedjets_no_anchors does, with stem, gate, loss and weights "
+        "of all systems."
+    ),
     assign=assign,
-    needs="a public slice for the frozen stem",
+    configure=hold_two,
+    init=init,
+    update=update_mass,
+    report=report_mass,
+)
+
+FEDJETS_SHARED_GATE = FEDJETS_NO_ANCHORS_SHARED_GATE._replace(
+    about=(
+        "Chooses experts and anchors as fedjets does, with stem, gate, loss and "
+        "weights of all systems."
+    ),
+    needs="the labels of all clients",
+    at_most=(("num_experts", "num_clients"),),
+    stages=((0, appoint_anchors),),
+)
+
+FEDJETS_NO_ANCHORS = FEDJETS_NO_ANCHORS_SHARED_GATE._replace(
+    about="As fedjets, but no client is an anchor, so no labels of clients are known.",
+    assign=assign_and_teach,
+    needs="a labelled public slice for the frozen stem",
     options=(
         Option(
             "fedjets.steps",
@@ -193,9 +267,6 @@ FEDJETS_NO_ANCHORS = Strategy(
     ),
     allowed=(("data.public", COUNT), ("gate.mode", ("global",))),
     configure=configure,
-    init=init,
-    update=update_mass,
-    report=report_mass,
     stages=((0, prepare),),
     gate_weight=rows_alike,
     expert_weight=slots_alike,
@@ -209,7 +280,7 @@ FEDJETS = FEDJETS_NO_ANCHORS._replace(
         "Trains the two experts that the gate prefers on a client's data; one anchor "
         "client per expert, chosen by its labels, teaches the gate."
     ),
-    needs="a public slice for the frozen stem, the labels of all clients",
+    needs="a labelled public slice for the frozen stem, the labels of all clients",
     at_most=(("num_experts", "num_clients"),),
     stages=((0, prepare_anchors),),
 )

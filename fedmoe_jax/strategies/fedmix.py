@@ -19,7 +19,7 @@ from fedmoe_jax.align.gate_mass import (
     update_mass,
 )
 from fedmoe_jax.align.ties import top_k_by_lot
-from fedmoe_jax.align.top_k import hold_all
+from fedmoe_jax.align.top_k import give_all_slots, hold_all
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import NON_NEGATIVE, SHARE, TRACED, Option
 from fedmoe_jax.types import Array, Assignment, Evidence, Feedback, Hyper, Sizes
@@ -62,24 +62,42 @@ def activate_held(config: ConfigDict) -> ConfigDict:
 
 def activate_all(config: ConfigDict) -> ConfigDict:
     """All experts are held, and all answer."""
-    config.max_held = config.num_experts
-    return activate_held(config)
+    return activate_held(give_all_slots(config))
 
 
-FEDMIX = Strategy(
+THRESHOLD = Option(
+    "fedmix.threshold",
+    SHARE,
+    "mean gate below which an expert is not asked for",
+    TRACED,
+)
+
+FEDMIX_SHARED_GATE = Strategy(
+    about="Chooses experts as fedmix does, with gate, loss and weights of all systems.",
+    assign=assign,
+    options=(THRESHOLD,),
+    init=init_mass,
+    update=update_mass,
+    report=report_mass,
+)
+
+FEDMIX_ALL_SHARED_GATE = Strategy(
+    about=(
+        "Every client trains all experts, with gate, loss and weights of all systems."
+    ),
+    assign=hold_all,
+    needs="all experts on every client",
+    configure=give_all_slots,
+)
+
+FEDMIX = FEDMIX_SHARED_GATE._replace(
     about=(
         "Mixes predictions by a personal gate, whose mean also chooses the client's "
         "experts; experts are averaged by responsibility."
     ),
-    assign=assign,
     needs="personal gates, all held experts active",
     options=(
-        Option(
-            "fedmix.threshold",
-            SHARE,
-            "mean gate below which an expert is not asked for",
-            TRACED,
-        ),
+        THRESHOLD,
         Option(
             "fedmix.sparsity",
             NON_NEGATIVE,
@@ -94,9 +112,6 @@ FEDMIX = Strategy(
         ),
     ),
     configure=activate_held,
-    init=init_mass,
-    update=update_mass,
-    report=report_mass,
     expert_weight=by_responsibility,
     gate_loss=gate_loss,
     mix="probabilities",

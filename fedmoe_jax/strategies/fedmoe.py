@@ -4,7 +4,8 @@ From the published description; the thresholds of its search and the formula of 
 recommendations could not be read. Chosen here: in its first `warm_up` rounds a client
 trains all experts; then it keeps the smallest set of experts that answers a share
 `coverage` of its routing, as far as it has room; after every `period` further rounds it
-swaps its least used expert for the one that similar clients of the cohort hold most.
+swaps its least used expert for the one that similar clients of the cohort hold most;
+where its room shrinks, it keeps its most used ones.
 An expert that no client holds stays, one that one client holds is copied from it,
 others are averaged; gate rows alike.
 """
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fedmoe_jax.align.ties import draw_lots, first_by_lot, top_k_by_lot
+from fedmoe_jax.align.top_k import give_all_slots
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import COUNT, SHARE, TRACED, Option
 from fedmoe_jax.types import (
@@ -71,9 +73,11 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     due = (since > 0) & (since % hyper.fedmoe.period == 0)
     lots = draw_lots(key, evidence.client, num_experts)
     swapped = recommend(frequency, evidence.held, lots)
-    kept = jnp.where(due[:, None], swapped, evidence.held).astype(jnp.float32)
-    scores = jnp.where((since > 0)[:, None], kept, frequency)
-    count = jnp.where(since > 0, evidence.held.sum(axis=1), room)
+    kept = jnp.where(due[:, None], swapped, evidence.held)
+    mine = jnp.where(kept, 1 + frequency, 0.0)
+    scores = jnp.where((since > 0)[:, None], mine, frequency)
+    count = jnp.minimum(evidence.held.sum(axis=1), evidence.capacity)
+    count = jnp.where(since > 0, count, room)
     count = jnp.where(since < 0, num_experts, count)
     return top_k_by_lot(scores, count, num_experts, evidence.client, key)
 
@@ -116,10 +120,8 @@ def update(
 
 def configure(config: ConfigDict) -> ConfigDict:
     """A slot for every expert; holders merge gate rows; cross-entropy is the loss."""
-    config.max_held = config.num_experts
-    config.gate.mode = "holder_rows"
-    config.loss.calibration = 0.0
-    return config
+    config.gate.mode, config.loss.calibration = "holder_rows", 0.0
+    return give_all_slots(config)
 
 
 FEDMOE = Strategy(
@@ -154,4 +156,10 @@ FEDMOE = Strategy(
     configure=configure,
     init=init,
     update=update,
+)
+
+FEDMOE_SHARED_GATE = FEDMOE._replace(
+    about="Chooses experts as fedmoe does, with gate, loss and weights of all systems.",
+    allowed=(),
+    configure=give_all_slots,
 )

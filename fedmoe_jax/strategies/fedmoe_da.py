@@ -10,9 +10,8 @@ gates do, and no matrix of all pairs of experts is.
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from fedmoe_jax.align.top_k import hold_all
+from fedmoe_jax.align.top_k import give_all_slots, hold_all
 from fedmoe_jax.base import ALL_EXPERTS, Strategy
 from fedmoe_jax.options import COUNT, POSITIVE, TRACED, Option, Range
 from fedmoe_jax.types import Array, Evidence, Hyper, PyTree, Sizes
@@ -138,12 +137,6 @@ def count_taken(order: Array, weights: Array, client: Array) -> Array:
     return taken.at[client].set(0.0)
 
 
-def configure(config: ConfigDict) -> ConfigDict:
-    """Every client has a slot for every expert."""
-    config.max_held = config.num_experts
-    return config
-
-
 def show_gates(hyper: Hyper) -> Array:
     """Clients show their gate rows whenever similarities are renewed."""
     return hyper.fedmoe_da.period
@@ -177,7 +170,7 @@ FEDMOE_DA = Strategy(
         ),
     ),
     allowed=(("num_active", Range(2)),),  # else nothing trains the gate
-    configure=configure,
+    configure=give_all_slots,
     init=init,
     exchange=exchange,
     personal=("gate", "experts"),

@@ -33,12 +33,12 @@ LOT = 1e-4  # of a fitness in [0, 1]; its rounding is below 1e-7
 
 def weigh_slots(evidence: Evidence) -> Array:
     """Every slot counts as one: [C] float32."""
-    return jnp.ones_like(evidence.load)
+    return jnp.ones(evidence.size.shape)
 
 
 def weigh_examples(evidence: Evidence) -> Array:
-    """A slot counts as the examples that its client trains: [C] float32."""
-    return evidence.load
+    """A slot counts as the examples that its client owns: [C] float32."""
+    return evidence.size.astype(jnp.float32)
 
 
 def make_bounds(
@@ -103,14 +103,20 @@ def update(
     }
 
 
+def keep_fitness(config: ConfigDict) -> ConfigDict:
+    """Unheld pairs keep their fitness: all that the assignment itself asks for."""
+    config.fitness.idle = "keep"
+    return config
+
+
 def configure(config: ConfigDict) -> ConfigDict:
     """Gates stay with the clients; experts are averaged by the examples routed to them.
 
     Unheld pairs keep their fitness, and the loss is the cross-entropy alone.
     """
     config.gate.mode, config.merge.weight = "personal", "routed"
-    config.fitness.idle, config.loss.calibration = "keep", 0.0
-    return config
+    config.loss.calibration = 0.0
+    return keep_fitness(config)
 
 
 OPTIONS = (
@@ -132,9 +138,14 @@ OPTIONS = (
 )
 
 
-def make(weigh: Callable[[Evidence], Array], whole: bool, about: str) -> Strategy:
-    """FLEX-MoE with loads counted by `weigh` (evidence -> [C])."""
-    return Strategy(
+def make(
+    weigh: Callable[[Evidence], Array], whole: bool, about: str, shared: str
+) -> tuple[Strategy, Strategy]:
+    """FLEX-MoE with loads counted by `weigh` (evidence -> [C]), and its assignment.
+
+    `about` is of the system, `shared` of the one in which only the assignment differs.
+    """
+    system = Strategy(
         about=about,
         assign=functools.partial(assign, weigh=weigh, whole=whole),
         reads=("fitness",),
@@ -144,19 +155,24 @@ def make(weigh: Callable[[Evidence], Array], whole: bool, about: str) -> Strateg
         init=init,
         update=functools.partial(update, weigh=weigh, whole=whole),
     )
+    return system, system._replace(about=shared, needs="", configure=keep_fitness)
 
 
-FLEX_MOE = make(
+FLEX_MOE, FLEX_MOE_SHARED_GATE = make(
     weigh_slots,
     whole=True,
     about=(
         "Maximises total fitness with the number of every expert's holders between two "
         "bounds."
     ),
+    shared="Assigns as flex_moe does, with gate, loss and weights of all systems.",
 )
 
-FLEX_MOE_EXAMPLES = make(
+FLEX_MOE_EXAMPLES, FLEX_MOE_EXAMPLES_SHARED_GATE = make(
     weigh_examples,
     whole=False,
-    about="As flex_moe, but bounds the examples of every expert's holders.",
+    about="As flex_moe, but bounds the examples that every expert's holders own.",
+    shared=(
+        "Assigns as flex_moe_examples does, with gate, loss and weights of all systems."
+    ),
 )

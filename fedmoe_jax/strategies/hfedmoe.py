@@ -1,19 +1,20 @@
 """HFedMoE (arXiv 2601.00583): what a batch needs decides what is trained.
 
 From the published description; equation numbers are the paper's. Clients get all
-experts and route freely, but only as many as they have room for are trained on a batch
-(15). Chosen here: `G` is the gate over the A experts that an example is routed to, and
-the largest gate in (19) is the mean of the batches' largest; momentum still moves an
-expert on batches that do not train it. Two repairs are ours: the
-weights of the gates are divided by their sum, which (21) needs to be an average, and
-(18), which nothing uses, is left out.
+experts and route freely, by a softmax over all experts whose A largest answer and are
+not renormalised (1, 2), but only as many as they have room for are trained on a batch
+(15). Chosen here: an example counts with a gate of 0 for experts that do not answer it;
+mean gates in (16) are divided by their sum over the experts; the largest gate in (19)
+is the mean of the batches' largest; momentum still moves an expert on batches that do
+not train it. Three repairs are ours: the weights of the gates are divided by their sum,
+which (21) needs to be an average; an expert that was trained on no batch is not sent,
+however high its mean gate (17); and (18), which nothing uses, is left out.
 """
 
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
-from ml_collections import ConfigDict
 
-from fedmoe_jax.align.top_k import hold_all
+from fedmoe_jax.align.top_k import give_all_slots, hold_all
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import NON_NEGATIVE, SHARE, TRACED, Option
 from fedmoe_jax.types import Array, Feedback, Hyper
@@ -53,32 +54,39 @@ def weigh_gate(held: Array, feedback: Feedback, size: Array, hyper: Hyper) -> Ar
     return jnp.full(held.shape, total)
 
 
-def configure(config: ConfigDict) -> ConfigDict:
-    """Every client has a slot for every expert."""
-    config.max_held = config.num_experts
-    return config
+VALUE = (
+    Option(
+        "hfedmoe.share",
+        SHARE,
+        "share of the mean gate in an expert's importance",
+        TRACED,
+    ),
+    Option(
+        "hfedmoe.beta",
+        NON_NEGATIVE,
+        "weight of the information in the choice of an expert",
+        TRACED,
+    ),
+)
 
+HFEDMOE_SHARED_GATE = Strategy(
+    about=(
+        "Chooses experts as hfedmoe does, with gate, loss and weights of all systems."
+    ),
+    assign=hold_all,
+    needs="all experts on every client, forward",
+    options=VALUE,
+    configure=give_all_slots,
+    expert_priority=expert_value,
+)
 
-HFEDMOE = Strategy(
+HFEDMOE = HFEDMOE_SHARED_GATE._replace(
     about=(
         "Sends every client all experts and trains, on each batch, as many as the "
         "client has room for, those of the highest information-bottleneck value."
     ),
-    assign=hold_all,
-    needs="all experts on every client, forward",
     options=(
-        Option(
-            "hfedmoe.share",
-            SHARE,
-            "share of the mean gate in an expert's importance",
-            TRACED,
-        ),
-        Option(
-            "hfedmoe.beta",
-            NON_NEGATIVE,
-            "weight of the information in the choice of an expert",
-            TRACED,
-        ),
+        *VALUE,
         Option(
             "hfedmoe.threshold",
             SHARE,
@@ -87,8 +95,7 @@ HFEDMOE = Strategy(
         ),
     ),
     allowed=(("gate.mode", ("global",)),),
-    configure=configure,
     gate_weight=weigh_gate,
     expert_weight=weigh_experts,
-    expert_priority=expert_value,
+    gating="all",
 )

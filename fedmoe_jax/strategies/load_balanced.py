@@ -1,6 +1,7 @@
 """Load-balanced assignment: fitness less usage, under the client's capacity."""
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from fedmoe_jax.align.desirability import desirability, normalise_fitness
 from fedmoe_jax.align.explore import explore, uniform_scores
@@ -47,6 +48,12 @@ def assign_running(
     )
 
 
+def leave_uncalibrated(config: ConfigDict) -> ConfigDict:
+    """The gate learns from the task alone."""
+    config.loss.calibration = 0.0
+    return config
+
+
 LOAD_BALANCED = Strategy(
     assign=assign,
     about=(
@@ -54,6 +61,11 @@ LOAD_BALANCED = Strategy(
         "clients deciding independently."
     ),
     reads=("fitness", "usage"),
+)
+
+LOAD_BALANCED_NO_CALIBRATION = LOAD_BALANCED._replace(
+    about="As load_balanced, but without the calibration loss of the gate.",
+    configure=leave_uncalibrated,
 )
 
 LOAD_BALANCED_RUNNING = Strategy(

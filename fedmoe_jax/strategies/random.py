@@ -15,9 +15,13 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 def assign_once(
     evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array
 ) -> Assignment:
-    """Every client keeps the k_c experts that it drew when it first took part."""
+    """Every client keeps the k_c experts that it drew when it first took part.
+
+    Those held most often come first. So a client that can hold fewer for a while keeps
+    some of its own, and has all of them again afterwards.
+    """
     scores = uniform_scores(key, evidence.client, sizes.num_experts)
-    return top_k(scores + evidence.held, evidence.capacity, sizes.max_held)
+    return top_k(scores + evidence.times_held, evidence.capacity, sizes.max_held)
 
 
 RANDOM = Strategy(

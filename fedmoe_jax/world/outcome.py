@@ -54,6 +54,13 @@ class Outcome(struct.PyTreeNode):
         """[] bool, whether the update and its feedback count, now or a round later."""
         return (self.code == MERGED) | (self.code == STALE)
 
+    @property
+    def received(self) -> Array:
+        """[] bool, whether the client has received what it was sent."""
+        # A client that began to train had received all, even if its link fails later.
+        no_download = (self.code == OUTAGE) & (self.spent[..., 1] == 0)
+        return (self.spent[..., 0] == 1) & ~no_download
+
 
 def find_end(phases: Array, events: Events, fits: Array, finite: Array) -> tuple:
     """The end of the client's work, if nothing ends it from outside.

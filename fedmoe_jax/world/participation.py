@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from fedmoe_jax.types import Array, Sizes
-from fedmoe_jax.world.outcome import OUTAGE, Outcome
+from fedmoe_jax.world.outcome import Outcome
 
 
 class Participation(struct.PyTreeNode):
@@ -46,13 +46,10 @@ def record(
     participation: Participation, cohort: Array, capacity: Array, outcome: Outcome
 ) -> Participation:
     """The participation after a round; `capacity` [N] is the truth of the round."""
-    # A client that began to train had received all, even if its link fails later.
-    no_download = (outcome.code == OUTAGE) & (outcome.spent[:, 1] == 0)
-    received = (outcome.spent[:, 0] == 1) & ~no_download
     took_part = outcome.arrived.astype(jnp.int32)
     return Participation(
         rounds=participation.rounds.at[cohort].add(took_part),
-        equipped=participation.equipped.at[cohort].max(received),
+        equipped=participation.equipped.at[cohort].max(outcome.received),
         capacity=capacity,
         client=cohort,
         outcome=outcome,

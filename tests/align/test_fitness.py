@@ -43,6 +43,37 @@ def test_score_by_hand(kind, expected):
     np.testing.assert_allclose(score(kind, feedback, hyper), [[expected]], rtol=1e-6)
 
 
+def test_relative_scores_by_hand():
+    """Clients with three, one and no trained expert; untrained slots do not count."""
+    load = jnp.array([[4.0, 4.0, 2.0, 0.0], [0.0, 8.0, 0.0, 0.0], [0.0] * 4])
+    accuracy = jnp.array([[0.9, 0.6, 0.6, 0.0], [0.0, 0.3, 0.0, 0.0], [0.0] * 4])
+    loss = jnp.array([[1.0, 2.0, 3.0, 0.0], [0.0, 5.0, 0.0, 0.0], [0.0] * 4])
+    feedback = make_feedback(load, accuracy=accuracy, loss=loss)
+    hyper = make_hyper(fitness={"loss_scale": 2.0})
+    found = score("relative", feedback, hyper)
+    np.testing.assert_allclose(found[0, :3], [0.6, 0.45, 0.45], rtol=1e-6)  # mean 0.7
+    np.testing.assert_allclose([found[1, 1], *found[2]], [0.5] * 5)
+    found = score("relative_loss", feedback, hyper)
+    logistic = lambda x: 1 / (1 + np.exp(-x))
+    expected = [logistic(2), 0.5, logistic(-2)]
+    np.testing.assert_allclose(found[0, :3], expected, rtol=1e-6)  # mean 2
+    np.testing.assert_allclose([found[1, 1], *found[2]], [0.5] * 5)
+
+
+@pytest.mark.parametrize("kind", ["relative", "relative_loss"])
+def test_relative_scores_leave_out_what_a_clients_experts_share(kind):
+    rng = np.random.default_rng(0)
+    values = 0.5 * rng.random((2, 3))
+    feedback = make_feedback(jnp.ones((2, 3)))
+    scores = lambda rows: score(
+        kind,
+        feedback.replace(accuracy=jnp.asarray(rows), loss=jnp.asarray(rows)),
+        make_hyper(),
+    )
+    shared = jnp.array([[0.0], [0.5]])
+    np.testing.assert_allclose(scores(values + shared), scores(values), atol=1e-6)
+
+
 def test_score_refuses_unknown_feedback():
     with pytest.raises(UserError, match="fitness.feedback='x'.*accuracy, loss, mixed"):
         score("x", None, None)

@@ -39,7 +39,13 @@ HYPER = make_hyper(
 )
 
 
-def learn_once(reaction="none", evidence=3, arrived=(True, True), **feedback):
+def learn_once(
+    reaction="none",
+    evidence=3,
+    arrived=(True, True),
+    received=(True, True),
+    **feedback,
+):
     """Clients 0 and 2 of three take part; its experts fail client 0."""
     slots = jnp.array([[0, 1], [2, 3]])
     assignment = Assignment(slots, jnp.ones((2, 2), bool))
@@ -55,8 +61,8 @@ def learn_once(reaction="none", evidence=3, arrived=(True, True), **feedback):
         detector=well_known if reaction != "none" else {},
     )
     return learn(
-        *(align, jnp.array([0, 2]), assignment, feedback, jnp.array(arrived)),
-        *(jnp.ones(4), KEY),
+        *(align, jnp.array([0, 2]), assignment, feedback),
+        *(jnp.array(arrived), jnp.array(received), jnp.ones(4), KEY),
         hyper=HYPER,
         static=make_program(**{"reaction.kind": reaction}).static,
     )
@@ -88,6 +94,12 @@ def test_learn_ignores_the_feedback_of_updates_that_were_lost(reaction):
     if reaction != "none":
         assert lost.detector.alarms == 0 and not np.any(lost.detector.suspicion)
         assert lost.detector.evidence[0].tolist() == [3, 3, 3, 3]
+
+
+def test_learn_leaves_a_client_what_it_had_before_experts_that_never_came():
+    lost = learn_once(arrived=(False, True), received=(False, True))
+    assert lost.held.tolist() == [[1] * 4, [1] * 4, [0, 0, 1, 1]]
+    assert lost.times_held.tolist() == [[2, 2, 1, 1], [1] * 4, [1, 1, 2, 2]]
 
 
 def test_learn_ignores_experts_without_examples():

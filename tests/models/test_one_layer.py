@@ -11,6 +11,7 @@ from factories import draw, draw_params, make_image_model
 from fedmoe_jax.base import Route
 from fedmoe_jax.models.one_layer import (
     apply_experts,
+    choose_trained,
     freeze_others,
     mix_outputs,
     mix_probabilities,
@@ -130,7 +131,10 @@ def test_freeze_others_lets_gradients_pass_the_most_valuable_only():
     outputs, slot = jnp.arange(12.0).reshape(2, 3, 2), jnp.ones(3, bool)  # [B, K, O]
     priority = lambda gates: jnp.array([1.0, 3.0, 2.0])
     two = Route(1, priority=priority, budget=jnp.int32(2))
-    total = lambda outputs: freeze_others(outputs, None, slot, two).sum()
+    trained = choose_trained(None, slot, two)
+    assert trained.tolist() == [False, True, True]
+    assert choose_trained(None, slot, Route(1)) is None
+    total = lambda outputs: freeze_others(outputs, trained).sum()
     value, grads = jax.value_and_grad(total)(outputs)
     assert value == outputs.sum()
     np.testing.assert_array_equal(grads[:, 0], 0)

@@ -3,13 +3,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import make_hyper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fedmoe_jax.base import Route
 from fedmoe_jax.models import routing
-from fedmoe_jax.models.routing import calibrate_gate, gate_logits, pool, route
+from fedmoe_jax.models.routing import (
+    calibrate_gate,
+    gate_logits,
+    make_gates,
+    pool,
+    route,
+)
+from fedmoe_jax.options import UserError
 
 BATCH, EXPERTS = 3, 5
 ROUTE = jax.jit(route, static_argnums=2)
@@ -48,6 +57,33 @@ def test_route_by_hand():
     np.testing.assert_allclose(held, expected, atol=1e-6)
     alone = ROUTE(logits, jnp.array([False, True, False, False]), 2)
     np.testing.assert_array_equal(alone, [[0, 1, 0, 0]] * 2)
+
+
+def gates_by(gating, odds, held, num_active):
+    """The gates of examples with such odds, one way or another."""
+    how = Route(num_active, gating=gating)
+    return make_gates(jnp.log(jnp.array(odds)), jnp.array(held), how)
+
+
+def test_gates_that_are_kept_are_not_renormalised():
+    odds = [[1.0, 2.0, 3.0, 4.0], [8.0, 1.0, 1.0, 2.0]]
+    found = gates_by("all", odds, [True] * 4, 2)
+    expected = [[0, 0, 3 / 10, 4 / 10], [8 / 12, 0, 0, 2 / 12]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    found = gates_by("all", odds, [True, True, True, False], 2)
+    np.testing.assert_allclose(found[0], [0, 2 / 6, 3 / 6, 0], atol=1e-6)
+
+
+def test_gates_of_a_sum_ask_nothing_and_scale_what_is_held():
+    odds = [[1.0, 2.0, 3.0, 4.0], [8.0, 1.0, 1.0, 2.0]]
+    np.testing.assert_array_equal(gates_by("sum", odds, [True] * 4, 4), np.ones((2, 4)))
+    found = gates_by("sum", odds, [True, False, False, False], 4)
+    np.testing.assert_array_equal(found, [[4, 0, 0, 0]] * 2)
+
+
+def test_make_gates_refuses_an_unknown_gating():
+    with pytest.raises(UserError, match="gating='odd' is unknown; allowed: chosen, al"):
+        gates_by("odd", [[1.0, 2.0]], [True, True], 1)
 
 
 def slow_route(logits, mask, num_active):

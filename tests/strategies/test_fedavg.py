@@ -7,11 +7,23 @@ from factories import SIZES, make_config, sizes_of
 
 from fedmoe_jax.optimizers import step_weights
 from fedmoe_jax.program import configure, make_hyper
+from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.strategies.fedavg import normalise_steps
 
 
-@pytest.mark.parametrize(("name", "factor"), [("fedavg", 8), ("fedavg_active", 2)])
-def test_be_total_and_be_active_match_the_mixture_in_size(name, factor):
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("fedavg", 8),
+        ("fedavg_active", 2),
+        ("fedadam_active", 2),
+        ("fedavg_dropout", 2),
+        ("fedavg_smallest", 1),
+        ("fedadam_smallest", 1),
+        ("local_smallest", 1),
+    ],
+)
+def test_a_control_has_the_width_that_its_name_says(name, factor):
     assert sizes_of(name) == SIZES._replace(num_experts=1, max_held=1, num_active=1)
     mixture = make_config(strategy=name)
     width = mixture.model.expert_width
@@ -58,3 +70,17 @@ def test_normalise_steps_counts_how_often_a_gradient_is_used(momentum):
     np.testing.assert_allclose(scale, mean / used, rtol=1e-5)
     # With the same gradient everywhere nothing changes: every client goes as far.
     np.testing.assert_allclose(scale * used, mean, rtol=1e-5)
+
+
+def test_only_the_smallest_control_needs_no_room():
+    needs = lambda name: find_strategy(name).needs
+    assert needs("fedavg_smallest") == needs("local_smallest") == ""
+    assert "room" in needs("fedavg") and needs("fedavg") == needs("fedavg_active")
+    assert needs("scaffold_smallest") in needs("scaffold")
+    assert needs("centralised") == needs("centralised_smallest") != ""
+
+
+def test_dropout_is_the_strategys_own_rate():
+    config = make_config(strategy="fedavg_dropout", **{"fedavg_dropout.rate": 0.25})
+    assert configure(config).model.expert_dropout == 0.25
+    assert configure(make_config(strategy="fedavg_active")).model.expert_dropout == 0

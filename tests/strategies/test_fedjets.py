@@ -12,23 +12,34 @@ def test_choose_anchors_covers_the_labels():
     mix = jnp.array(
         [[0.6, 0.4, 0, 0], [0.7, 0.3, 0, 0], [0, 0, 1, 0], [0.2, 0, 0, 0.8]]
     )
+    size = jnp.full(4, 30)
     found = {
-        tuple(fedjets.choose_anchors(mix, 3, jax.random.key(seed)).tolist())
+        tuple(fedjets.choose_anchors(mix, size, 3, jax.random.key(seed)).tolist())
         for seed in range(20)
     }
     # All tie at 1 at first. After 0 or 1, 2 has 1 that is new and 3 has 0.8 and more;
     # after 2 the others tie at 1 again.
     assert all(anchor[2] in (0, 1) for anchor in found) and len(found) > 2
-    every = fedjets.choose_anchors(mix, 4, jax.random.key(0))
+    every = fedjets.choose_anchors(mix, size, 4, jax.random.key(0))
     assert sorted(every.tolist()) == [0, 1, 2, 3]
 
 
 def test_choose_anchors_follows_the_labels_where_nothing_ties():
     mix = jnp.array([[0.5, 0.25, 0.125, 0.125], [0.5, 0.5, 0, 0], [0, 0, 0.25, 0.75]])
-    mix = mix * jnp.array([1, 0.75, 0.5])[:, None]
-    for seed in range(5):  # 0 has all of 1; then 0.47 is new of 1 and 0.44 of 2
-        found = fedjets.choose_anchors(mix, 2, jax.random.key(seed))
+    size = jnp.array([80, 60, 40])
+    for seed in range(5):  # 0 has 80; then of 1 30 x 0.5 + 30 x 0.75 are new, of 2 35
+        found = fedjets.choose_anchors(mix, size, 2, jax.random.key(seed))
         assert found.tolist() == [0, 1, -1]
+
+
+def test_choose_anchors_prefers_many_examples_to_pure_ones():
+    """Of 10 examples of one label, 200 of two, 90 of one; by share all have 1."""
+    mix = jnp.array([[1.0, 0, 0], [0, 0.5, 0.5], [0, 1.0, 0]])
+    for seed in range(5):
+        found = fedjets.choose_anchors(
+            mix, jnp.array([10, 200, 90]), 2, jax.random.key(seed)
+        )
+        assert found.tolist() == [-1, 0, 1]  # of 90 half are new, of 10 all
 
 
 def test_assign_lets_anchors_hold_their_expert_and_teach_the_gate():

@@ -55,6 +55,18 @@ def test_assign_warms_up_keeps_and_swaps_by_the_clients_own_rounds():
     assert np.flatnonzero(mask[5]).tolist() == [1, 4]  # 0 swapped for the first's 1
 
 
+def test_assign_cuts_to_the_most_used_where_the_room_shrinks():
+    assign, evidence = prepare_strategy("fedmoe")
+    shares = jnp.tile(jnp.array([[0.05, 0.5, 0.1, 0.3, 0.05]]), (10, 1))
+    held = jnp.zeros((6, 5), bool).at[:, jnp.array([0, 1, 2])].set(True)
+    state = {"frequency": shares, "rounds": jnp.full(10, 4)}  # warm-up 2, period 5
+    capacity = jnp.array([1, 2, 3, 4, 5, 1])
+    evidence = evidence.replace(state=state, capacity=capacity, held=held)
+    got = assign(evidence, make_hyper(), key=jax.random.key(0))
+    kept = [[1], [1, 2], [1, 2, 0], [1, 2, 0], [1, 2, 0], [1]]
+    assert list_held(got) == kept
+
+
 def test_vote_and_recommend_follow_similar_clients():
     frequency = jnp.array([[0.6, 0.4, 0.0], [0.6, 0.0, 0.4], [0.0, 0.1, 0.9]])
     held = jnp.array([[1, 1, 0], [1, 0, 1], [0, 0, 1]], bool)

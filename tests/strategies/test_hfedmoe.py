@@ -4,7 +4,33 @@ import jax.numpy as jnp
 import numpy as np
 from factories import make_feedback, make_hyper
 
-from fedmoe_jax.strategies.hfedmoe import expert_value, weigh_experts, weigh_gate
+from fedmoe_jax.base import Route
+from fedmoe_jax.models.routing import make_gates
+from fedmoe_jax.strategies.hfedmoe import (
+    HFEDMOE,
+    HFEDMOE_SHARED_GATE,
+    expert_value,
+    weigh_experts,
+    weigh_gate,
+)
+
+
+def test_gates_and_values_of_two_examples_by_hand():
+    """A softmax over all four experts, of which the two largest are not renormalised.
+
+    Renormalised as in other systems, values would be 0.394 and 0.829.
+    """
+    logits = jnp.array([[2.0, 1.9, 1.8, 1.7], [0.0, 3.0, -3.0, -3.0]])
+    hyper = make_hyper(hfedmoe={"share": 0.5, "beta": 0.1})
+    gates = make_gates(logits, jnp.ones(4, bool), Route(2, gating=HFEDMOE.gating))
+    expected = [[0.2887, 0.2612, 0, 0], [0.0472, 0.9481, 0, 0]]
+    np.testing.assert_allclose(gates, expected, atol=1e-4)
+    value = expert_value(gates, hyper)
+    np.testing.assert_allclose(value[:2], [0.223, 0.766], atol=1e-3)
+    assert np.all(np.isneginf(value[2:]))
+    shared = Route(2, gating=HFEDMOE_SHARED_GATE.gating)
+    value = expert_value(make_gates(logits, jnp.ones(4, bool), shared), hyper)
+    np.testing.assert_allclose(value[:2], [0.394, 0.829], atol=1e-3)
 
 
 def test_expert_value_by_hand():

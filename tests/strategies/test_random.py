@@ -29,7 +29,26 @@ def test_fixed_random_keeps_what_it_drew():
     assign, evidence = prepare_strategy("fixed_random")
     first = assign(evidence, make_hyper(), key=jax.random.key(0))
     mask = to_mask(first, SIZES.num_experts)
-    again = assign(evidence.replace(held=mask), make_hyper(), key=jax.random.key(1))
+    known = evidence.replace(times_held=mask.astype(np.int32))
+    again = assign(known, make_hyper(), key=jax.random.key(1))
     np.testing.assert_array_equal(to_mask(again, SIZES.num_experts), mask)
     other = assign(evidence, make_hyper(), key=jax.random.key(1))
     assert np.any(to_mask(other, SIZES.num_experts) != mask)
+
+
+def test_fixed_random_keeps_its_experts_through_rounds_of_lower_capacity():
+    assign, evidence = prepare_strategy("fixed_random")
+    times, held = evidence.times_held, []
+    for seed, capacity in enumerate((3, 1, 2, 1, 3, 3)):
+        known = evidence.replace(
+            capacity=np.full(6, capacity, np.int32), times_held=times
+        )
+        got = assign(known, make_hyper(), key=jax.random.key(seed))
+        held.append(np.asarray(to_mask(got, SIZES.num_experts)))
+        times = times + held[-1]
+    first, one, two, again, *last = held
+    assert one.sum() == again.sum() == 6 and two.sum() == 12
+    assert np.all(one <= two) and np.all(two <= first)
+    np.testing.assert_array_equal(again, one)
+    for mask in last:
+        np.testing.assert_array_equal(mask, first)

@@ -79,6 +79,26 @@ def test_judge_by_hand(what, code, spent):
     assert bool(got.arrived) == (code in (MERGED, STALE))
 
 
+@pytest.mark.parametrize(
+    ("what", "received"),
+    [
+        (dict(), True),
+        (dict(reachable=False), False),
+        (dict(no_download=True), False),
+        (dict(no_download=True, late="drop", deadline=15.0), False),
+        (dict(fits=False), True),  # all came, and had no room
+        (dict(dropout=0.25), True),
+        (dict(no_upload=True), True),
+        (dict(finite=False), True),
+        (dict(deadline=15.0, late="drop"), True),
+        (dict(deadline=5.0, late="drop"), False),
+        (dict(deadline=5.0, late="stale"), True),
+    ],
+)
+def test_received_says_whether_the_experts_have_come(what, received):
+    assert bool(decide(**what).received) == received
+
+
 def test_judge_lets_phases_without_length_take_place_at_once():
     free = dict(phases=(0.0, 20.0, 0.0))
     np.testing.assert_array_equal(decide(**free).spent, [1, 1, 1])
