@@ -166,14 +166,19 @@ OPTIONS: tuple[Option, ...] = (
         "partition.kind",
         tuple(KINDS),
         "division of the examples: Dirichlet over labels, shards of sorted "
-        "labels, skewed sizes, equal shares at random, or the data set's own clients",
+        "labels, so many classes for each client, skewed sizes, equal shares at "
+        "random, or the data set's own clients",
     ),
     Option(
         "partition.alpha",
         POSITIVE,
         "concentration of dirichlet (labels) and quantity (sizes); small is skewed",
     ),
-    Option("partition.classes_per_client", COUNT, "shards of each client, of shards"),
+    Option(
+        "partition.classes_per_client",
+        COUNT,
+        "shards of each client, of shards, or its classes, of classes",
+    ),
     Option("partition.min_size", COUNT, "examples that every client gets at least"),
     Option("model.kind", MODELS, "builder of the model"),
     Option(

@@ -51,16 +51,19 @@ def split(
     Args:
       kind: `dirichlet` (label skew; Hsu et al., arXiv:1909.06335, with proportions
         drawn per class), `shards` (McMahan et al., arXiv:1602.05629, section 3),
-        `quantity` (size skew, IID labels), `iid`, or `natural` (as the data say).
+        `classes` (exactly so many classes for every client), `quantity` (size skew, IID
+        labels), `iid`, or `natural` (as the data say).
       stratum: [X] int labels in [0, L), or whatever else the clients are skewed in.
       num_clients: N >= 1.
       num_strata: L.
       alpha: > 0, concentration of `dirichlet` and `quantity`; small is skewed.
       classes_per_client: in [1, L], shards of each client, of `shards`. A shard
-        that straddles two labels adds one more.
+        that straddles two labels adds one more. Of `classes` the classes of each
+        client, none of them twice.
       min_size: >= 1, examples that every client gets at least. A random rule is
         drawn anew up to 100 times for it; then each short client takes examples,
-        drawn at random, from the client that is largest then.
+        drawn at random, from the client that is largest then. `classes` and `natural`
+        let no client take what is not its own.
       seed: >= 0; the same arguments always give the same partition.
       owner: [X] int in [0, N), of `natural`, which leaves every client what it has.
       limit_gb: gigabytes that the partition may take.
@@ -71,7 +74,8 @@ def split(
 
     Raises:
       UserError: an argument is outside its range, N * min_size > X, the data have no
-        natural clients, or not these, or the partition would be beyond `limit_gb`.
+        natural clients, or not these, the classes cannot be dealt to these clients, or
+        the partition would be beyond `limit_gb`.
     """
     options = Options(
         *(num_clients, num_strata, alpha, classes_per_client, min_size, owner)
@@ -80,12 +84,16 @@ def split(
     _check(kind, stratum, options, seed)
     if kind == "natural":
         _check_natural(options)
+    if kind == "classes":
+        _check_classes(stratum, options)
     rng = np.random.default_rng(seed)
     for _ in range(MAX_DRAWS):
         drawn = KINDS[kind](stratum, options, rng)
         if np.bincount(drawn, minlength=num_clients).min() >= min_size:
             break
     else:
+        if kind == "classes":
+            _refuse_size(kind, drawn, options)
         drawn = _fill_up(drawn, options, rng)
     _check_size(drawn, options, limit_gb)
     return _pack(drawn, stratum, options)
@@ -135,10 +143,36 @@ def _check_natural(options: Options) -> None:
             f"partition.kind='natural'; allowed: {len(size)}, the data's clients"
         )
     if size.min() < options.min_size:
+        _refuse_size("natural", options.owner, options)
+
+
+def _refuse_size(kind: str, owner: np.ndarray, options: Options) -> None:
+    """Raises UserError, as the smallest client has less than `min_size`."""
+    least = np.bincount(owner, minlength=options.num_clients).min()
+    raise UserError(
+        f"partition.min_size={options.min_size} is not allowed with "
+        f"partition.kind={kind!r}; allowed: at most {least}, the examples of the "
+        "smallest client"
+    )
+
+
+def _check_classes(stratum: np.ndarray, options: Options) -> None:
+    """Raises UserError unless every class has a holder and each holder an example."""
+    places = options.num_clients * options.classes_per_client
+    if places < options.num_strata:
+        least = math.ceil(options.num_strata / options.num_clients)
         raise UserError(
-            f"partition.min_size={options.min_size} is not allowed with "
-            f"partition.kind='natural'; allowed: at most {size.min()}, the examples of "
-            "the smallest client"
+            f"partition.classes_per_client={options.classes_per_client} is not allowed "
+            f"with num_clients={options.num_clients} and partition.kind='classes'; "
+            f"allowed: at least {least}, as there are {options.num_strata} classes"
+        )
+    count = np.bincount(stratum, minlength=options.num_strata)
+    if count.min() < math.ceil(places / options.num_strata):
+        raise UserError(
+            f"num_clients={options.num_clients} is not allowed with partition.kind="
+            f"'classes' and partition.classes_per_client={options.classes_per_client}: "
+            f"class {count.argmin()} has {count.min()} training examples; allowed: at "
+            f"most {count.min() * options.num_strata} for both multiplied"
         )
 
 
@@ -176,6 +210,33 @@ def _own_shards(
     return owner
 
 
+def _own_classes(
+    stratum: np.ndarray, options: Options, rng: np.random.Generator
+) -> np.ndarray:
+    """The examples of each class in equal shares, at random, among its holders."""
+    held = _deal_classes(options, rng)
+    owner = np.zeros(len(stratum), np.int64)
+    for label in range(options.num_strata):
+        members = rng.permutation(np.flatnonzero(stratum == label))
+        holders = rng.permutation(np.flatnonzero(held[:, label]))
+        owner[members] = holders[np.arange(len(members)) % len(holders)]
+    return owner
+
+
+def _deal_classes(options: Options, rng: np.random.Generator) -> np.ndarray:
+    """[N, L] bool: each client in turn takes the classes that have fewest holders.
+
+    Of equals it takes any. So no two classes differ by more than one holder.
+    """
+    held = np.zeros((options.num_clients, options.num_strata), bool)
+    holders = np.zeros(options.num_strata)
+    for row, lots in zip(held, rng.random(held.shape), strict=True):
+        fewest = np.argsort(holders + lots)[: options.classes_per_client]
+        row[fewest] = True
+        holders += row
+    return held
+
+
 def _own_iid(
     stratum: np.ndarray, options: Options, rng: np.random.Generator
 ) -> np.ndarray:
@@ -194,6 +255,7 @@ def _own_natural(
 KINDS: dict[str, OwnerFn] = {
     "dirichlet": _own_dirichlet,
     "shards": _own_shards,
+    "classes": _own_classes,
     "quantity": _own_quantity,
     "iid": _own_iid,
     "natural": _own_natural,
