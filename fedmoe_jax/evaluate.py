@@ -14,9 +14,9 @@ chooses are computed (see `dispatch`). A model without parts is run once for eac
 distinct held set, and has no soft and no expert scores (see `held_sets`). Of a large
 population that shares no models a sample is scored (see `panel`).
 
-Where the gate or more is personal the server has none: global then means the average,
-over the scored clients that have taken part, of the score with the client's own gate
-over all E experts.
+Every client counts. Where the gate or more is personal the server has none, and those
+count that have taken part; global then means the average over them of the score with
+the client's own gate over all E experts.
 """
 
 import functools
@@ -83,9 +83,9 @@ def read_examples(
     )
 
 
-def average_clients(counts: dict[str, Array], took_part: Array) -> dict[str, Array]:
-    """Averages every count [n, ...] but `personal` over clients that took part [n]."""
-    share = took_part / jnp.maximum(took_part.sum(), 1.0)
+def average_clients(counts: dict[str, Array], counted: Array) -> dict[str, Array]:
+    """Averages every count [n, ...] but `personal` over clients that count [n]."""
+    share = counted / jnp.maximum(counted.sum(), 1.0)
     average = lambda name, count: (
         count if name == "personal" else jnp.tensordot(share, count, 1)
     )
@@ -143,7 +143,7 @@ def count_examples(
     else:
         counts = score_parts(params, models, examples, program)
     if program.strategy.personal:
-        counts = average_clients(counts, panel.took_part)
+        counts = average_clients(counts, panel.counted)
     return counts | {"total": count_weights(examples, program)}
 
 
@@ -153,6 +153,11 @@ def count_weights(examples: Examples, program: Program) -> Array:
     blank = jax.tree.map(lambda x: jnp.zeros(shape(x), x.dtype), program.outputs)
     scores = program.task.loss(blank, examples.batch)
     return sum_strata(jnp.ones_like(scores.score), scores, examples.stratum)
+
+
+def mean_counted(accuracy: Array, counted: Array) -> Array:
+    """Mean of the counted clients' accuracies; arguments as of `worst_decile`."""
+    return jnp.where(counted, accuracy, 0.0).sum() / jnp.maximum(counted.sum(), 1)
 
 
 def worst_decile(accuracy: Array, counted: Array) -> Array:
@@ -202,12 +207,12 @@ def summarise_counts(
     share = 1.0 / jnp.maximum(total, 1.0)
     personal = find_personal(counts, panel)
     client_accuracy = (personal * share[None] * panel.label_mix).sum(1)  # [n]
-    took_part = jnp.broadcast_to(panel.took_part, client_accuracy.shape)
+    counted = jnp.broadcast_to(panel.counted, client_accuracy.shape)
     accuracies = {
         "global_accuracy": counts["global"].sum() / total.sum(),
-        "personal_accuracy": jnp.where(took_part, client_accuracy, 0.0).sum()
-        / jnp.maximum(took_part.sum(), 1),
-        "worst_decile_accuracy": worst_decile(client_accuracy, took_part),
+        "personal_accuracy": mean_counted(client_accuracy, counted),
+        "worst_decile_accuracy": worst_decile(client_accuracy, counted),
+        "clients_counted": counted.sum(),
         "client_accuracy": place_clients(client_accuracy, panel, num_clients),
         "specialisation": counts["routed"] * share[None, None],
     }
@@ -233,7 +238,8 @@ def build_evaluate_share(
 
     Returns:
       A function whose result holds `global_accuracy`, `personal_accuracy`,
-      `worst_decile_accuracy` (all []), `client_accuracy` [N], NaN beyond a sample, and
+      `worst_decile_accuracy` (all []), `clients_counted` [] int32, those of which these
+      are the mean, `client_accuracy` [N], NaN beyond a sample, and
       `specialisation` [G, E, L] (the share of each class's gate mass per expert); where
       images drift `drifted_accuracy` [], the global one on drifted images; with
       `every_expert` also `global_soft_accuracy` [] and `expert_accuracy` [E].

@@ -448,7 +448,7 @@ OPTIONS: tuple[Option, ...] = (
         NON_NEGATIVE,
         "clients whose personal accuracy is evaluated, at most, where parts are "
         "personal or more sets of held experts are possible: a sample drawn from "
-        "the seed, of those that have taken part; 0: all",
+        "the seed, where parts are personal of those that have taken part; 0: all",
         STATIC,
     ),
     Option(

@@ -85,8 +85,8 @@ MEASURES: dict[str, Measure] = {
     "final_personal_accuracy": ACCURACY._replace(
         field="personal_accuracy",
         title="Personal %",
-        about="each client's own experts on its own classes, the mean over clients; "
-        "see evaluation.clients",
+        about="each client's held experts on the test set weighted to its own label "
+        "mix, the mean over clients; see evaluation.clients",
         printed=True,
         line="Personal",
         curve=Curve(
@@ -102,6 +102,17 @@ MEASURES: dict[str, Measure] = {
         title="Worst decile %",
         about="personal accuracy of the worst tenth of the clients",
         line="Worst decile",
+    ),
+    "clients_counted": Measure(
+        "clients_counted",
+        LAST,
+        "Clients scored",
+        "clients over which personal accuracy is the mean: all of them, or where parts "
+        "are personal those that have taken part; of a sample, see evaluation.clients",
+        better=1,
+        digits=0,
+        varies_over=LABELS,
+        evaluated=True,
     ),
     "mean_load_cv": Measure(
         "load_cv",

@@ -3,8 +3,10 @@
 Clients that hold the same experts share a model, unless parts of it are personal. So
 each distinct set of experts is scored once, exactly. Where more models are possible
 than `evaluation.clients`, which is where parts are personal or many sets are, at most
-so many clients are scored: those first in an order drawn from the seed, of those that
-have taken part.
+so many clients are scored: those first in an order drawn from the seed.
+
+Every client counts where the server has a whole model, which serves the clients that
+never got through, too. Where parts are personal these are left out.
 """
 
 import math
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from fedmoe_jax.distinct import find_distinct
 from fedmoe_jax.held_sets import HeldSets, find_sets
 from fedmoe_jax.program import Program
-from fedmoe_jax.scoring import ClientView, Models, view_clients
+from fedmoe_jax.scoring import ClientView, Models, find_participants, view_clients
 from fedmoe_jax.types import Array, SimState
 from fedmoe_jax.world.step import View
 
@@ -26,7 +28,7 @@ class Panel(NamedTuple):
 
     Attributes:
       client: [n] int32, their ids; None for all.
-      took_part: [n] bool, clients that count in the means.
+      counted: [n] bool, clients that count in the means.
       label_mix: [n, L] float32, rows sum to 1.
       drifts: [n] bool, whose images have drifted; None where none do.
       models: what is scored for them.
@@ -35,7 +37,7 @@ class Panel(NamedTuple):
     """
 
     client: Array | None
-    took_part: Array
+    counted: Array
     label_mix: Array
     drifts: Array | None
     models: Models
@@ -43,9 +45,10 @@ class Panel(NamedTuple):
     sets: HeldSets | None
 
 
-def find_participants(state: SimState) -> Array:
-    """[N] bool, clients that hold experts and of which an update has counted."""
-    return state.align.held.any(axis=(1, 2)) & (state.participation.rounds > 0)
+def find_counted(state: SimState, program: Program) -> Array:
+    """[N] bool, all clients; where parts are personal, those that have taken part."""
+    took_part = find_participants(state)
+    return took_part if program.strategy.personal else jnp.ones_like(took_part)
 
 
 def count_possible_sets(program: Program) -> int:
@@ -64,15 +67,15 @@ def is_sampled(program: Program) -> bool:
     return bool(program.strategy.personal) or count_possible_sets(program) > most
 
 
-def draw_sample(order: Array, took_part: Array, count: int) -> Array:
-    """Ids [count] of the first clients of an order, those that took part before others.
+def draw_sample(order: Array, counted: Array, count: int) -> Array:
+    """Ids [count] of the first clients of an order, those that count before others.
 
     Args:
       order: [N] int32, a permutation of all ids.
-      took_part: [N] bool, by id.
+      counted: [N] bool, by id.
       count: n <= N.
     """
-    first = took_part[order]
+    first = counted[order]
     place = jnp.where(first, first.cumsum() - 1, first.sum() + (~first).cumsum() - 1)
     return jnp.zeros(count, order.dtype).at[place].set(order, mode="drop")
 
@@ -94,17 +97,17 @@ def gather_panel(state: SimState, view: View, program: Program) -> Panel:
       program: the static parts.
     """
     federation, client = view.federation, None
-    clients, took_part = view_clients(state, federation), find_participants(state)
+    clients, counted = view_clients(state, federation), find_counted(state, program)
     label_mix, drifts = federation.label_mix, None
     if view.distortion is not None:
         drifts = view.distortion > 0
     if is_sampled(program):
         most = program.static.evaluation.clients
-        client = draw_sample(federation.sample_order, took_part, most)
-        every = clients, took_part, label_mix, drifts
+        client = draw_sample(federation.sample_order, counted, most)
+        every = clients, counted, label_mix, drifts
         chosen = jax.tree.map(lambda leaf: leaf[client], every)
-        clients, took_part, label_mix, drifts = chosen
-    sets, count = None, len(took_part)
+        clients, counted, label_mix, drifts = chosen
+    sets, count = None, len(counted)
     models, model = Models(clients, jnp.int32(count)), jnp.arange(count)
     if not program.strategy.personal and program.model.parts is None:
         sets = find_sets(clients.held, program.sizes.max_held)
@@ -112,4 +115,4 @@ def gather_panel(state: SimState, view: View, program: Program) -> Panel:
         model = jnp.where(sets.whole, count, sets.of_client)
     elif not program.strategy.personal:
         models, model = share_models(clients, program)
-    return Panel(client, took_part, label_mix, drifts, models, model, sets)
+    return Panel(client, counted, label_mix, drifts, models, model, sets)

@@ -78,12 +78,17 @@ class Models(NamedTuple):
     count: Array
 
 
+def find_participants(state: SimState) -> Array:
+    """[N] bool, clients that hold experts and of which an update has counted."""
+    return state.align.held.any(axis=(1, 2)) & (state.participation.rounds > 0)
+
+
 def view_clients(state: SimState, federation: Federation) -> ClientView:
-    """All clients [N]; one that never took part holds nothing and may use all.
+    """All clients [N]; one that never got through has no experts and may use all.
 
     Where the data are pooled it is one, with the strata of all.
     """
-    held = state.align.held
+    held = state.align.held & find_participants(state)[:, None, None]
     mix = federation.label_mix.reshape(len(held), -1, federation.label_mix.shape[1])
     return ClientView(
         personal=state.personal,

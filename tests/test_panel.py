@@ -75,7 +75,8 @@ def test_shared_models_are_the_distinct_sets():
     view = observe(run.state.world, run.federation, run.hyper, run.program.processes)
     panel = gather_panel(run.state, view, run.program)
     held = np.array(run.state.align.held)
-    held[::5] = True  # who has not held any may use all
+    held[::5] = True  # one that has not held any may use all
+    held[np.array(run.state.participation.rounds) == 0] = True
     assert panel.models.count == len(np.unique(held, axis=0)) < 10
     shared, wanted = panel.models.view.held[panel.model], panel.models.view.wanted
     np.testing.assert_array_equal(shared, held)
@@ -96,12 +97,16 @@ def test_a_sample_is_a_part_of_all_clients(strategy, parts):
     whole = jax.device_get(evaluate(run, set_most(program, 0)))
     found = jax.device_get(evaluate(run, set_most(program, MOST)))
     scored = ~np.isnan(found["client_accuracy"])
-    assert scored.sum() == MOST and not np.isnan(whole["client_accuracy"]).any()
+    assert scored.sum() == MOST == found["clients_counted"]
+    assert not np.isnan(whole["client_accuracy"]).any()
     accuracy = whole["client_accuracy"][scored]
     np.testing.assert_allclose(found["client_accuracy"][scored], accuracy, atol=1e-6)
     rounds = np.array(run.state.participation.rounds)
     took_part = np.array(run.state.align.held).any((1, 2)) & (rounds > 0)
     order = np.array(run.federation.sample_order)
+    if not program.strategy.personal:  # the server's model serves all
+        took_part[:] = True
+    assert whole["clients_counted"] == took_part.sum()
     expected = [client for client in order if took_part[client]][:MOST]
     assert set(np.flatnonzero(scored)) == set(expected)
     np.testing.assert_allclose(found["personal_accuracy"], accuracy.mean(), rtol=1e-5)
@@ -144,11 +149,11 @@ def test_count_possible_sets_multiplies_layers():
 
 def test_draw_sample_by_hand():
     order = jnp.array([3, 0, 4, 1, 2])
-    took_part = jnp.array([1, 0, 0, 1, 1], bool)
-    assert draw_sample(order, took_part, 2).tolist() == [3, 0]
-    assert draw_sample(order, took_part, 5).tolist() == [3, 0, 4, 1, 2]
-    took_part = jnp.array([0, 1, 1, 0, 0], bool)
-    assert draw_sample(order, took_part, 3).tolist() == [1, 2, 3]
+    counted = jnp.array([1, 0, 0, 1, 1], bool)
+    assert draw_sample(order, counted, 2).tolist() == [3, 0]
+    assert draw_sample(order, counted, 5).tolist() == [3, 0, 4, 1, 2]
+    counted = jnp.array([0, 1, 1, 0, 0], bool)
+    assert draw_sample(order, counted, 3).tolist() == [1, 2, 3]
 
 
 def test_the_order_of_the_sample_is_the_seeds():

@@ -321,10 +321,14 @@ def save_arrays(
     """Writes `final.npz`, the arrays that the report draws.
 
     `results` are those of the last evaluation: `specialisation` [G, E, L] and
-    `client_accuracy` [N], which is NaN in the file for a client without examples.
+    `client_accuracy` [N], which is NaN in the file for a client without examples and,
+    where parts are personal, for one that has none yet.
     """
     label_counts = plan.partition.label_counts
     specialisation, num_examples = results["specialisation"], label_counts.sum(axis=1)
+    served = num_examples > 0
+    if plan.program.strategy.personal:
+        served &= participation.rounds > 0
     several = len(specialisation) > 1
     write_arrays(
         path,
@@ -341,7 +345,7 @@ def save_arrays(
         last_spent=participation.outcome.spent,
         label_counts=label_counts,
         num_examples=num_examples,
-        client_accuracy=np.where(num_examples > 0, results["client_accuracy"], np.nan),
+        client_accuracy=np.where(served, results["client_accuracy"], np.nan),
         specialisation=specialisation if several else specialisation[0],
         label_names=np.array(plan.data.stratum_names),
     )
