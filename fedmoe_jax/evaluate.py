@@ -4,7 +4,8 @@ Devices share out the test examples and take them in batches; scores are summed 
 stratum, so that each client is scored on its own mix of strata:
 
 * global: top-A of all E experts; also softly over all E.
-* personal: each client's held experts, the test set weighted to its own mix.
+* personal: each client's held experts, the test set weighted to its own mix; also
+  with the client's own label prior.
 * expert: one expert alone.
 
 A model with parts computes each expert's own outputs once, and each score is that of
@@ -41,6 +42,7 @@ from fedmoe_jax.types import Array, Federation, Hyper, SimState
 from fedmoe_jax.world.step import View, observe
 
 TEST_BATCH = 500
+OWN = ("personal", "prior")  # counts with a row for each client
 
 
 def divide_examples(count: int, most: int, num_devices: int) -> tuple[int, int]:
@@ -84,10 +86,10 @@ def read_examples(
 
 
 def average_clients(counts: dict[str, Array], counted: Array) -> dict[str, Array]:
-    """Averages every count [n, ...] but `personal` over clients that count [n]."""
+    """Averages every count [n, ...] but the clients' own over those that count [n]."""
     share = counted / jnp.maximum(counted.sum(), 1.0)
     average = lambda name, count: (
-        count if name == "personal" else jnp.tensordot(share, count, 1)
+        count if name in OWN else jnp.tensordot(share, count, 1)
     )
     return {name: average(name, count) for name, count in counts.items()}
 
@@ -97,15 +99,15 @@ def count_batch(
 ) -> dict[str, Array]:
     """The scores of `count_examples`; where data drift, of drifted examples, too.
 
-    These are `drifted` [L], of the global model, and `drifted_personal`.
+    These are `drifted` [L], of the global model, `drifted_personal`, `drifted_prior`.
     """
     count = functools.partial(count_examples, state, view.federation, panel, position)
     counts = count(None, program=program)
     if view.distortion is None:
         return counts
     drifted = count(view.distortion.max(), program=program)
-    own = {"drifted": drifted["global"], "drifted_personal": drifted["personal"]}
-    return counts | own
+    own = {f"drifted_{name}": drifted[name] for name in OWN if name in drifted}
+    return counts | own | {"drifted": drifted["global"]}
 
 
 def count_examples(
@@ -129,19 +131,22 @@ def count_examples(
         experts are computed, for `soft` and `expert` too, and how they are mixed.
 
     Returns:
-      `total` [L] weights; `global`, `soft` [L], `expert` [E, L], `personal` [rows, L]
-      scores times weights; `routed` [G, E, L] gate mass. `Panel.model` says which row
-      of `personal` is whose; without `every_expert` it holds only for strata that the
-      client has. Models without parts have no `soft` and no `expert`.
+      `total` [L] weights; `global`, `soft` [L], `expert` [E, L], `personal` [rows, L],
+      `prior` [m, L] scores times weights; `routed` [G, E, L] gate mass. `Panel.model`
+      says which row of `personal` is whose, `Panel.priors` of `prior`; without
+      `every_expert` they hold only for strata that the client has. Models without parts
+      have no `soft` and no `expert`.
     """
     examples = read_examples(federation, position, amount, program)
     params = join_frozen(state, federation, program)
     models = panel.models
     if program.model.parts is None:
         own = params, federation.frozen
-        counts = score_model(*own, models.view, panel.sets, examples, program)
+        counts = score_model(
+            *own, models.view, panel.sets, panel.priors, examples, program
+        )
     else:
-        counts = score_parts(params, models, examples, program)
+        counts = score_parts(params, models, panel.priors, examples, program)
     if program.strategy.personal:
         counts = average_clients(counts, panel.counted)
     return counts | {"total": count_weights(examples, program)}
@@ -185,6 +190,26 @@ def find_personal(counts: dict[str, Array], panel: Panel) -> Array:
     return jnp.where(panel.drifts[:, None], drifted, personal)
 
 
+def measure_priors(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
+    """Personal accuracies with the clients' own label priors, of those that have one.
+
+    Arguments as in `summarise_counts`.
+    """
+    if panel.priors is None:
+        return {}
+    rows, client = counts["prior"], panel.priors.row
+    if panel.drifts is not None:
+        drifts = panel.drifts[client][:, None]
+        rows = jnp.where(drifts, counts["drifted_prior"], rows)
+    share = panel.label_mix / jnp.maximum(counts["total"], 1.0)[None]
+    accuracy = (rows * share[client]).sum(1)
+    counted = jnp.broadcast_to(panel.counted, len(panel.label_mix))[client]
+    return {
+        "personal_prior_accuracy": mean_counted(accuracy, counted),
+        "worst_decile_prior_accuracy": worst_decile(accuracy, counted),
+    }
+
+
 def place_clients(accuracy: Array, panel: Panel, num_clients: int) -> Array:
     """Accuracies [n] of the clients that are scored among all [N], NaN of others."""
     if panel.client is None:
@@ -216,6 +241,7 @@ def summarise_counts(
         "client_accuracy": place_clients(client_accuracy, panel, num_clients),
         "specialisation": counts["routed"] * share[None, None],
     }
+    accuracies |= measure_priors(counts, panel)
     if "drifted" in counts:
         accuracies["drifted_accuracy"] = counts["drifted"].sum() / total.sum()
     if "soft" in counts:
@@ -241,8 +267,10 @@ def build_evaluate_share(
       `worst_decile_accuracy` (all []), `clients_counted` [] int32, those of which these
       are the mean, `client_accuracy` [N], NaN beyond a sample, and
       `specialisation` [G, E, L] (the share of each class's gate mass per expert); where
-      images drift `drifted_accuracy` [], the global one on drifted images; with
-      `every_expert` also `global_soft_accuracy` [] and `expert_accuracy` [E].
+      images drift `drifted_accuracy` [], the global one on drifted images; where the
+      task has a place for priors `personal_prior_accuracy` and
+      `worst_decile_prior_accuracy` []; with `every_expert` also `global_soft_accuracy`
+      [] and `expert_accuracy` [E].
     """
     # Jitted, so that its shapes and the loop over batches share one trace.
     one_batch = jax.jit(functools.partial(count_batch, program=program), inline=True)

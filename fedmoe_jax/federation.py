@@ -107,7 +107,7 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     sample_order = rng.permutation(config.num_clients).astype(np.int32)
     if find_strategy(config.strategy).pooled:
         partition, devices = pool(partition), unlimited_device()
-        drift_source = sample_order = np.zeros(1, np.int32)
+        drift_source = np.zeros(1, np.int32)
     on_host: dict[str, Any] = dict(
         train=data.train,
         index=partition.index,

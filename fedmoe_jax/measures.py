@@ -103,6 +103,27 @@ MEASURES: dict[str, Measure] = {
         about="personal accuracy of the worst tenth of the clients",
         line="Worst decile",
     ),
+    "final_personal_prior_accuracy": ACCURACY._replace(
+        field="personal_prior_accuracy",
+        title="Personal, prior %",
+        about="personal accuracy of argmax(logits + log(the client's own label "
+        "histogram + 0.001)), of at most evaluation.clients",
+        printed=True,
+        line="Personal, own prior",
+        curve=Curve(
+            "Personal accuracy with the own label prior (%)",
+            "Personal accuracy where every client adds the logarithm of its own label "
+            "shares to the logits, which it knows without any test image. What a "
+            "system gains by it is no merit of its experts.",
+            costs=True,
+        ),
+    ),
+    "final_worst_decile_prior_accuracy": ACCURACY._replace(
+        field="worst_decile_prior_accuracy",
+        title="Worst decile, prior %",
+        about="of the same accuracies, the worst tenth of the clients",
+        line="Worst decile, own prior",
+    ),
     "clients_counted": Measure(
         "clients_counted",
         LAST,

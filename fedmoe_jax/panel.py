@@ -5,6 +5,9 @@ each distinct set of experts is scored once, exactly. Where more models are poss
 than `evaluation.clients`, which is where parts are personal or many sets are, at most
 so many clients are scored: those first in an order drawn from the seed.
 
+Label priors are cheap, but they are every client's own: of any population at most
+`evaluation.clients` are scored with them.
+
 Every client counts where the server has a whole model, which serves the clients that
 never got through, too. Where parts are personal these are left out.
 """
@@ -17,9 +20,10 @@ import jax.numpy as jnp
 
 from fedmoe_jax.distinct import find_distinct
 from fedmoe_jax.held_sets import HeldSets, find_sets
+from fedmoe_jax.priors import Priors, gather_priors
 from fedmoe_jax.program import Program
 from fedmoe_jax.scoring import ClientView, Models, find_participants, view_clients
-from fedmoe_jax.types import Array, SimState
+from fedmoe_jax.types import Array, Federation, SimState
 from fedmoe_jax.world.step import View
 
 
@@ -34,6 +38,8 @@ class Panel(NamedTuple):
       models: what is scored for them.
       model: [n] int32, each client's row of the scores of `models`.
       sets: the distinct held sets; None for a model with parts.
+      priors: of the clients that are scored with them, too; None where the task has no
+        place for a prior.
     """
 
     client: Array | None
@@ -43,6 +49,7 @@ class Panel(NamedTuple):
     models: Models
     model: Array
     sets: HeldSets | None
+    priors: Priors | None
 
 
 def find_counted(state: SimState, program: Program) -> Array:
@@ -80,6 +87,17 @@ def draw_sample(order: Array, counted: Array, count: int) -> Array:
     return jnp.zeros(count, order.dtype).at[place].set(order, mode="drop")
 
 
+def choose_priors(
+    federation: Federation, label_mix: Array, counted: Array, program: Program
+) -> Array:
+    """Rows [m] of the panel, at most `evaluation.clients`, that have priors."""
+    most, count = program.static.evaluation.clients, len(label_mix)
+    if not 0 < most < count:
+        return jnp.arange(count)
+    counted = jnp.broadcast_to(counted, count)
+    return draw_sample(federation.sample_order, counted, most)
+
+
 def share_models(clients: ClientView, program: Program) -> tuple[Models, Array]:
     """The models of clients [n] without personal parts, and which each one has [n]."""
     distinct = find_distinct(clients.held)
@@ -115,4 +133,9 @@ def gather_panel(state: SimState, view: View, program: Program) -> Panel:
         model = jnp.where(sets.whole, count, sets.of_client)
     elif not program.strategy.personal:
         models, model = share_models(clients, program)
-    return Panel(client, counted, label_mix, drifts, models, model, sets)
+    priors = None
+    if program.task.add_prior is not None:
+        row = choose_priors(federation, label_mix, counted, program)
+        owner = jnp.broadcast_to(model, len(label_mix))  # of pooled data there is one
+        priors = gather_priors(label_mix, owner, row, count + 1)
+    return Panel(client, counted, label_mix, drifts, models, model, sets, priors)

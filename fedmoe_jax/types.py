@@ -156,8 +156,8 @@ class Federation(struct.PyTreeNode):
       size: [N] int32, examples of each client, >= 1.
       steps: [N] int32, local steps of each client in a round, 1 to T.
       label_mix: [N, L] float32, each client's histogram of strata, rows sum to 1.
-        Where the data are pooled, N is 1 in the other fields, and these are the
-        clients' still.
+        Where the data are pooled, N is 1 in other fields, and these and the
+        `sample_order` are the clients' still.
       public: [Q] int32, examples that the server has and no client owns.
       test: test examples, leaves [X', ...] of the same names.
       test_stratum: [X'] int32 in [0, L).

@@ -160,7 +160,7 @@ def slow_evaluate(state):
     one = jax.tree.map(lambda leaf: leaf[None], state.params["gate"])
     gates_of = state.personal.get("gate", one)["moe"]
 
-    def ask(client, choose):
+    def ask(client, choose, shift=0.0):
         """Whether each image is right under gates `choose(logits)`, and the gates."""
         row = client if personal else 0
         kernel = np.asarray(gates_of["kernel"][row])
@@ -168,7 +168,7 @@ def slow_evaluate(state):
         right, gates = np.zeros(COUNT), np.zeros((COUNT, SIZES.num_experts))
         for i in range(COUNT):
             gates[i] = choose(kernel @ features[i] + bias)
-            right[i] = np.argmax(gates[i] @ answers[i]) == labels[i]
+            right[i] = np.argmax(gates[i] @ answers[i] + shift) == labels[i]
         return right, gates
 
     clients = range(SIZES.num_clients) if personal else range(1)
@@ -176,26 +176,35 @@ def slow_evaluate(state):
     active = SIZES.num_active
     top = [ask(c, lambda row: slow_gates(row, everyone, active)) for c in clients]
     soft = [ask(c, lambda row: np.exp(row) / np.exp(row).sum())[0] for c in clients]
-    client_accuracy = []
-    for c in range(SIZES.num_clients):
-        held = np.asarray(state.align.held[c, 0])
-        held = everyone if c in (IDLE, LOST) else held
-        right, _ = ask(c, lambda row, held=held: slow_gates(row, held, active))
-        by_label = [right[labels == label].mean() for label in range(CLASSES)]
-        client_accuracy.append(np.asarray(FEDERATION.label_mix[c]) @ by_label)
-    client_accuracy = np.array(client_accuracy)
-    counted = client_accuracy
+
+    def ask_own(shift):
+        """Every client's accuracy with its experts, its logits shifted by its mix."""
+        found = []
+        for c in range(SIZES.num_clients):
+            held = np.asarray(state.align.held[c, 0])
+            held = everyone if c in (IDLE, LOST) else held
+            mix = np.asarray(FEDERATION.label_mix[c])
+            choose = lambda row, held=held: slow_gates(row, held, active)
+            right, _ = ask(c, choose, shift(mix))
+            by_label = [right[labels == label].mean() for label in range(CLASSES)]
+            found.append(mix @ by_label)
+        return np.array(found)
+
+    client_accuracy = ask_own(np.zeros_like)
+    prior_accuracy = ask_own(lambda mix: np.log(mix + 1e-3))
+    counted, prior = client_accuracy, prior_accuracy
     if personal:
-        counted = np.delete(client_accuracy, [IDLE, LOST])
+        counted, prior = (np.delete(x, [IDLE, LOST]) for x in (counted, prior))
+    worst = lambda x: np.sort(x)[: math.ceil(len(x) / 10)].mean()
     routed = np.mean([gates for _, gates in top], axis=0)
     alone = answers.argmax(-1) == labels[:, None]
     return {
         "global_accuracy": np.mean([right for right, _ in top]),
         "global_soft_accuracy": np.mean(soft),
         "personal_accuracy": counted.mean(),
-        "worst_decile_accuracy": np.sort(counted)[
-            : math.ceil(len(counted) / 10)
-        ].mean(),
+        "worst_decile_accuracy": worst(counted),
+        "personal_prior_accuracy": prior.mean(),
+        "worst_decile_prior_accuracy": worst(prior),
         "clients_counted": len(counted),
         "client_accuracy": client_accuracy,
         "expert_accuracy": alone.mean(0),
@@ -308,7 +317,8 @@ def test_evaluate_ignores_padding(form):
     """Expert 0 answers 1, expert 1 answers 2; the gate prefers the first."""
     sizes = dict(num_experts=2, max_held=1, num_active=1)
     program = build(num_clients=2, cohort_size=2, **sizes)
-    program = program._replace(task=IMAGES._replace(loss=score_positions))
+    task = IMAGES._replace(loss=score_positions, add_prior=None)
+    program = program._replace(task=task)
     whole = make_logit_model(2, CLASSES)
     labels, strata = LABELS.reshape(-1), np.repeat(STRATA, 2)
     if form == "positions":
@@ -355,6 +365,30 @@ def test_evaluate_ignores_padding(form):
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
 
 
+# ---- the label prior
+
+
+@pytest.mark.parametrize("parts", [True, False])
+@pytest.mark.parametrize("mode", ["global", "personal"])
+def test_the_prior_alone_decides_where_the_model_knows_nothing(mode, parts):
+    """Equal logits: every client answers its commonest label, and is right as often."""
+    program = build(mode)
+    if not parts:
+        program = program._replace(model=program.model._replace(parts=None))
+    state = draw_state(program)
+    head = jax.tree.map(jnp.zeros_like, state.params["head"])
+    state = state.replace(params=state.params | {"head": head})
+    found = build_evaluate(program)(state, FEDERATION, {})
+    best = np.asarray(FEDERATION.label_mix).max(1)
+    best = np.delete(best, [IDLE, LOST]) if mode == "personal" else best
+    np.testing.assert_allclose(found["personal_prior_accuracy"], best.mean(), rtol=1e-5)
+    worst = np.sort(best)[: math.ceil(len(best) / 10)].mean()
+    np.testing.assert_allclose(found["worst_decile_prior_accuracy"], worst, rtol=1e-5)
+    shares = np.asarray(FEDERATION.label_mix)[:, 0]
+    shares = np.delete(shares, [IDLE, LOST]) if mode == "personal" else shares
+    np.testing.assert_allclose(found["personal_accuracy"], shares.mean(), rtol=1e-5)
+
+
 # ---- a sweep
 
 
@@ -386,8 +420,8 @@ def test_evaluate_many_runs_equals_one_at_a_time(walk, every_expert):
 
 def test_slow_evaluate_answers_every_question_differently(gate_mode, expected):
     """Equal answers could hide a wrong mask from the test above."""
-    names = ("global", "global_soft", "personal", "worst_decile")
-    assert len({round(expected[f"{name}_accuracy"], 6) for name in names}) == 4
+    names = ("global", "global_soft", "personal", "worst_decile", "personal_prior")
+    assert len({round(expected[f"{name}_accuracy"], 6) for name in names}) == 5
     accuracy = expected["client_accuracy"]
     assert len(np.unique(accuracy.round(6))) == SIZES.num_clients
     mean = pytest.approx(accuracy.mean(), abs=1e-4)

@@ -41,6 +41,12 @@ def start_study(strategy="greedy", **changes):
     return run._replace(state=state)
 
 
+def start_pooled():
+    """A run of which one client has all data, before its first round."""
+    plan = plan_run(strategy="centralised", num_clients=CLIENTS)
+    return start_run(plan, use_linear_model(plan.program))
+
+
 def set_most(program, clients):
     """The program that scores at most so many clients."""
     static = replace(program.static, evaluation={"clients": clients})
@@ -113,6 +119,28 @@ def test_a_sample_is_a_part_of_all_clients(strategy, parts):
     np.testing.assert_allclose(found["worst_decile_accuracy"], accuracy.min(), 1e-5)
     if not program.strategy.personal:
         np.testing.assert_allclose(found["global_accuracy"], whole["global_accuracy"])
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "centralised"])
+def test_priors_of_a_common_model_are_of_a_sample(strategy):
+    """All are scored by the one model; with priors the first of the seed's order."""
+    run = start_study(strategy) if strategy == "fedavg" else start_pooled()
+    program = set_most(run.program, MOST)
+    assert not is_sampled(program)
+    found, whole = evaluate(run, program), evaluate(run, run.program)
+    assert found["personal_accuracy"] == whole["personal_accuracy"]
+    view = observe(run.state.world, run.federation, run.hyper, program.processes)
+    row = gather_panel(run.state, view, program).priors.row
+    expected = np.array(run.federation.sample_order)[:MOST]
+    assert sorted(row.tolist()) == sorted(expected.tolist())
+    assert found["personal_prior_accuracy"] != whole["personal_prior_accuracy"]
+    mixes = run.federation.label_mix[jnp.sort(row)]
+    few = run.federation.replace(label_mix=mixes, sample_order=jnp.arange(MOST))
+    if strategy == "centralised":  # its state has no axis of clients
+        alone = build_evaluate(program)(run.state, few, run.hyper)
+        names = ("personal_prior_accuracy", "worst_decile_prior_accuracy")
+        for name in names:
+            np.testing.assert_allclose(found[name], alone[name], rtol=1e-6)
 
 
 def test_a_sample_of_all_clients_is_all_of_them():
