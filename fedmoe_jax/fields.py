@@ -180,6 +180,25 @@ OPTIONS: tuple[Option, ...] = (
         "shards of each client, of shards, or its classes, of classes",
     ),
     Option("partition.min_size", COUNT, "examples that every client gets at least"),
+    Option(
+        "partition.test_share",
+        Range(0, 1, open_high=True),
+        "share of each client's examples that are its own test set, not trained on",
+        STATIC,
+    ),
+    Option(
+        "partition.validation_share",
+        Range(0, 1, open_high=True),
+        "share of each client's examples that are set aside for tuning, not trained on",
+        STATIC,
+    ),
+    Option(
+        "partition.unseen",
+        NON_NEGATIVE,
+        "clients beyond num_clients that own examples, never take part and are "
+        "evaluated",
+        STATIC,
+    ),
     Option("model.kind", MODELS, "builder of the model"),
     Option(
         "model.stem",

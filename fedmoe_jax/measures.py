@@ -51,6 +51,8 @@ SUMMED = (  # fields whose sum so far is in every row
 )
 
 ACCURACY = Measure("", FINAL, better=1, scale=100.0, evaluated=True)
+NEVER = -1.0  # no accuracy and no count, so that a column needs any number at all
+ASIDE = ACCURACY._replace(trivial=NEVER)  # of examples that not every run sets aside
 TRAFFIC = Measure("", MEAN, better=-1, unit=1e6, group=COST, zero_wins=False)
 
 MEASURES: dict[str, Measure] = {
@@ -108,6 +110,7 @@ MEASURES: dict[str, Measure] = {
         title="Personal, prior %",
         about="personal accuracy of argmax(logits + log(the client's own label "
         "histogram + 0.001)), of at most evaluation.clients",
+        trivial=NEVER,
         printed=True,
         line="Personal, own prior",
         curve=Curve(
@@ -122,7 +125,57 @@ MEASURES: dict[str, Measure] = {
         field="worst_decile_prior_accuracy",
         title="Worst decile, prior %",
         about="of the same accuracies, the worst tenth of the clients",
-        line="Worst decile, own prior",
+        trivial=NEVER,
+    ),
+    "final_own_test_accuracy": ASIDE._replace(
+        field="own_test_accuracy",
+        title="Own test %",
+        about="each client's held experts on its own test examples, the mean over "
+        "clients; see partition.test_share",
+        line="Own test",
+    ),
+    "final_worst_decile_own_test_accuracy": ASIDE._replace(
+        field="worst_decile_own_test_accuracy",
+        title="Worst decile, own test %",
+        about="of the same accuracies, the worst tenth of the clients",
+    ),
+    "own_test_clients": Measure(
+        "own_test_clients",
+        LAST,
+        "Clients with an own test",
+        "clients over which the accuracy on own test examples is the mean",
+        better=1,
+        digits=0,
+        trivial=NEVER,
+        evaluated=True,
+    ),
+    "final_unseen_accuracy": ASIDE._replace(
+        field="unseen_accuracy",
+        title="Unseen clients %",
+        about="top-A routing over all experts on the examples of each client that "
+        "never takes part, the mean over them; see partition.unseen",
+        line="Unseen clients",
+    ),
+    "final_worst_decile_unseen_accuracy": ASIDE._replace(
+        field="worst_decile_unseen_accuracy",
+        title="Worst decile, unseen %",
+        about="of the same accuracies, the worst tenth of these clients",
+    ),
+    "final_validation_global_accuracy": ASIDE._replace(
+        field="validation_global_accuracy",
+        title="Validation, global %",
+        about="global accuracy on the validation examples of all clients, to tune by; "
+        "see partition.validation_share",
+    ),
+    "final_validation_personal_accuracy": ASIDE._replace(
+        field="validation_personal_accuracy",
+        title="Validation, personal %",
+        about="personal accuracy on the same examples",
+    ),
+    "final_validation_personal_prior_accuracy": ASIDE._replace(
+        field="validation_personal_prior_accuracy",
+        title="Validation, personal, prior %",
+        about="likewise, with the client's own label prior",
     ),
     "clients_counted": Measure(
         "clients_counted",

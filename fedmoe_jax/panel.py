@@ -106,6 +106,24 @@ def share_models(clients: ClientView, program: Program) -> tuple[Models, Array]:
     return Models(view, distinct.count), distinct.kind
 
 
+def keep_server(panel: Panel, num_groups: int, program: Program) -> Panel:
+    """The panel for scores of whole models alone, summed by groups that are no strata.
+
+    Args:
+      panel: of any clients.
+      num_groups: how many groups there are.
+      program: whether each client's model is one of them.
+    """
+    view = panel.models.view
+    if not program.strategy.personal:
+        view = jax.tree.map(lambda leaf: leaf[:1], view)
+    view = view._replace(wanted=jnp.zeros((len(view.held), num_groups)))
+    none, sets = jnp.int32(0), panel.sets
+    if sets is not None:
+        sets = sets._replace(count=none, of_client=sets.of_client[:1])
+    return panel._replace(models=Models(view, none), sets=sets, priors=None)
+
+
 def gather_panel(state: SimState, view: View, program: Program) -> Panel:
     """Everything about clients that evaluation reads.
 

@@ -19,14 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from fedmoe_jax import evaluate
 from fedmoe_jax.base import Routing
-from fedmoe_jax.evaluate import (
-    build_evaluate,
-    build_evaluate_share,
-    read_examples,
-    schedule_examples,
-)
+from fedmoe_jax.evaluate import build_evaluate, build_evaluate_share
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.runtime.sharding import RUNS, build_mesh, spread
+from fedmoe_jax.sources import read_examples, schedule_examples, take_test
 from fedmoe_jax.tasks.images import IMAGES, score_labels
 from fedmoe_jax.types import SimState
 from fedmoe_jax.world.participation import init_participation
@@ -440,9 +436,8 @@ def test_schedule_examples_deals_each_once(devices, most, batches, size):
 
 
 def test_read_examples_marks_padding():
-    examples = read_examples(
-        FEDERATION, jnp.array([COUNT - 1, COUNT]), None, program=PROGRAM
-    )
+    source, position = take_test(FEDERATION), jnp.array([COUNT - 1, COUNT])
+    examples = read_examples(source, FEDERATION, position, None, CLASSES, PROGRAM)
     last = FEDERATION.test["y"][-1]
     assert examples.real.tolist() == [True, False]
     assert examples.batch["y"].tolist() == [last, last]

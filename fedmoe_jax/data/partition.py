@@ -19,7 +19,10 @@ MAX_DRAWS = 100
 
 
 class Options(NamedTuple):
-    """The numbers that the rules depend on; fields as in `split`."""
+    """The numbers that the rules depend on; fields as in `split`.
+
+    `num_clients` are all clients, of which `unseen` never take part.
+    """
 
     num_clients: int
     num_strata: int
@@ -27,6 +30,13 @@ class Options(NamedTuple):
     classes_per_client: int
     min_size: int
     owner: np.ndarray | None
+    unseen: int
+
+    @property
+    def clients(self) -> str:
+        """The field, or the two fields, that give the number of clients."""
+        seen = f"num_clients={self.num_clients - self.unseen}"
+        return f"{seen} + partition.unseen={self.unseen}" if self.unseen else seen
 
 
 # (strata [X], options, rng) -> owner [X] int in [0, N)
@@ -44,6 +54,7 @@ def split(
     min_size: int,
     seed: int,
     owner: np.ndarray | None = None,
+    unseen: int = 0,
     limit_gb: float = math.inf,
 ) -> Partition:
     """Divides the training examples among the clients.
@@ -54,7 +65,7 @@ def split(
         `classes` (exactly so many classes for every client), `quantity` (size skew, IID
         labels), `iid`, or `natural` (as the data say).
       stratum: [X] int labels in [0, L), or whatever else the clients are skewed in.
-      num_clients: N >= 1.
+      num_clients: N >= 1, with those that never take part.
       num_strata: L.
       alpha: > 0, concentration of `dirichlet` and `quantity`; small is skewed.
       classes_per_client: in [1, L], shards of each client, of `shards`. A shard
@@ -66,6 +77,7 @@ def split(
         let no client take what is not its own.
       seed: >= 0; the same arguments always give the same partition.
       owner: [X] int in [0, N), of `natural`, which leaves every client what it has.
+      unseen: how many never take part, for messages.
       limit_gb: gigabytes that the partition may take.
 
     Returns:
@@ -78,7 +90,7 @@ def split(
         the partition would be beyond `limit_gb`.
     """
     options = Options(
-        *(num_clients, num_strata, alpha, classes_per_client, min_size, owner)
+        *(num_clients, num_strata, alpha, classes_per_client, min_size, owner, unseen)
     )
     stratum = np.asarray(stratum)
     _check(kind, stratum, options, seed)
@@ -118,8 +130,7 @@ def _check(kind: str, stratum: np.ndarray, options: Options, seed: int) -> None:
             needed <= len(stratum),
             "partition.min_size",
             options.min_size,
-            f"num_clients={options.num_clients} times it at most {len(stratum)} "
-            "examples",
+            f"{options.clients} times it at most {len(stratum)} examples",
         ),
         (seed >= 0, "seed", seed, ">= 0"),
     )
@@ -139,8 +150,8 @@ def _check_natural(options: Options) -> None:
     size = np.bincount(options.owner)
     if len(size) != options.num_clients:
         raise UserError(
-            f"num_clients={options.num_clients} is not allowed with "
-            f"partition.kind='natural'; allowed: {len(size)}, the data's clients"
+            f"{options.clients} is not allowed with partition.kind='natural'; "
+            f"allowed: {len(size)}, the data's clients"
         )
     if size.min() < options.min_size:
         _refuse_size("natural", options.owner, options)
@@ -163,14 +174,14 @@ def _check_classes(stratum: np.ndarray, options: Options) -> None:
         least = math.ceil(options.num_strata / options.num_clients)
         raise UserError(
             f"partition.classes_per_client={options.classes_per_client} is not allowed "
-            f"with num_clients={options.num_clients} and partition.kind='classes'; "
+            f"with {options.clients} and partition.kind='classes'; "
             f"allowed: at least {least}, as there are {options.num_strata} classes"
         )
     count = np.bincount(stratum, minlength=options.num_strata)
     if count.min() < math.ceil(places / options.num_strata):
         raise UserError(
-            f"num_clients={options.num_clients} is not allowed with partition.kind="
-            f"'classes' and partition.classes_per_client={options.classes_per_client}: "
+            f"{options.clients} is not allowed with partition.kind='classes' and "
+            f" partition.classes_per_client={options.classes_per_client}: "
             f"class {count.argmin()} has {count.min()} training examples; allowed: at "
             f"most {count.min() * options.num_strata} for both multiplied"
         )
@@ -281,8 +292,8 @@ def _fill_up(
 
 
 def _find_width(size: np.ndarray) -> int:
-    """M: the largest of the sizes [N], rounded up to a power of two."""
-    return 1 << (int(size.max()) - 1).bit_length()
+    """M: the largest of the sizes [N], at least 1, rounded up to a power of two."""
+    return 1 << (max(int(size.max()), 1) - 1).bit_length()
 
 
 def _check_size(owner: np.ndarray, options: Options, limit_gb: float) -> None:
@@ -294,7 +305,7 @@ def _check_size(owner: np.ndarray, options: Options, limit_gb: float) -> None:
     if needed > limit_gb:
         raise UserError(
             f"run.memory_limit_gb={limit_gb:g} is too low: the lists of examples of "
-            f"num_clients={options.num_clients} clients, each with room for the "
+            f"{options.clients} clients, each with room for the "
             f"{size.max()} of the largest (rounded up to {width}), need {needed:.2f} "
             f"GB; allowed: at least {math.ceil(needed)}, or fewer clients, or clients "
             "that are less skewed in size"
@@ -303,16 +314,28 @@ def _check_size(owner: np.ndarray, options: Options, limit_gb: float) -> None:
 
 def _pack(owner: np.ndarray, stratum: np.ndarray, options: Options) -> Partition:
     """Lists every client's examples in ascending order, padded with zeros."""
-    size = np.bincount(owner, minlength=options.num_clients)
-    width = _find_width(size)
-    index = np.zeros((options.num_clients, width), np.int32)
-    order = np.argsort(owner, kind="stable")
-    start = np.cumsum(size) - size
-    index[owner[order], np.arange(len(owner)) - np.repeat(start, size)] = order
+    index, size = list_examples(owner, np.arange(len(owner)), options.num_clients)
     label_counts = np.zeros((options.num_clients, options.num_strata), np.int32)
     np.add.at(label_counts, (owner, stratum), 1)
-    public = np.zeros(0, np.int32)
-    return Partition(index, size.astype(np.int32), label_counts, public)
+    return Partition(index, size, label_counts, np.zeros(0, np.int32))
+
+
+def list_examples(
+    owner: np.ndarray, example: np.ndarray, num_clients: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [N, M] int32 of each owner's examples in their order, and sizes [N] int32.
+
+    Args:
+      owner: [X] int in [0, N).
+      example: [X] int, ids.
+      num_clients: N.
+    """
+    size = np.bincount(owner, minlength=num_clients)
+    index = np.zeros((num_clients, _find_width(size)), np.int32)
+    order = np.argsort(owner, kind="stable")
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(size) - size, size)
+    index[owner[order], place] = example[order]
+    return index, size.astype(np.int32)
 
 
 def pool(partition: Partition) -> Partition:
@@ -359,9 +382,10 @@ def load_partition(path: str | Path) -> Partition:
 
 
 def _check_whole(partition: Partition) -> None:
-    """Raises unless every example is owned or public once, and the counts agree."""
-    index, size, label_counts, public = partition
+    """Raises unless every example is owned, public or set aside once, as counted."""
+    index, size = partition.index, partition.size
     owned = index[np.arange(index.shape[1]) < size[:, None]]
-    everything = np.sort(np.concatenate([owned, public]))
+    others = partition.public, partition.own_test, partition.validation
+    everything = np.sort(np.concatenate([owned, *others, partition.unseen]))
     np.testing.assert_array_equal(everything, np.arange(len(everything)))
-    np.testing.assert_array_equal(label_counts.sum(1), size)
+    np.testing.assert_array_equal(partition.label_counts.sum(1), size)

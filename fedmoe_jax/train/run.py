@@ -55,6 +55,8 @@ _SPECS: dict[str, Any] = {
     for name in Federation.__dataclass_fields__
 }
 FEDERATION_SPEC = Federation(**_SPECS)
+# Fields whose leaves end in an axis of examples, which zeros may lengthen.
+LISTS = ("index", "own_test", "validation", "unseen")
 
 
 def train(
@@ -213,16 +215,12 @@ def shape_state(init: Callable, first: tuple[PyTree, ...], mesh: Mesh) -> PyTree
 def stack_federations(federations: list[Federation], mesh: Mesh) -> Federation:
     """One federation for all runs, on the devices: `PER_RUN` fields have an S axis.
 
-    Index rows get the length of the longest; no draw depends on it.
+    Lists of examples get the length of the longest; no draw depends on it.
     """
-    longest = max(federation.index.shape[1] for federation in federations)
-    padded = [
-        f.replace(index=np.pad(f.index, ((0, 0), (0, longest - f.index.shape[1]))))
-        for f in federations
-    ]
     own = {
         name: jax.tree.map(
-            lambda *leaves: np.stack(leaves), *(getattr(f, name) for f in padded)
+            stack_lists if name in LISTS else lambda *leaves: np.stack(leaves),
+            *(getattr(f, name) for f in federations),
         )
         for name in PER_RUN
     }
@@ -236,6 +234,13 @@ def stack_federations(federations: list[Federation], mesh: Mesh) -> Federation:
             for name in Federation.__dataclass_fields__
         }
     )
+
+
+def stack_lists(*lists: np.ndarray) -> np.ndarray:
+    """Stacks arrays [..., M], those that are shorter with zeros at their end."""
+    longest = max(each.shape[-1] for each in lists)
+    widths = lambda each: [*[(0, 0)] * (each.ndim - 1), (0, longest - each.shape[-1])]
+    return np.stack([np.pad(each, widths(each)) for each in lists])
 
 
 @functools.lru_cache(PROGRAMS_KEPT)  # jitted functions hold what was compiled of them

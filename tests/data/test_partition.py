@@ -202,7 +202,7 @@ def test_repair_reaches_the_tightest_fit():
 
 def test_repair_takes_from_the_largest_only():
     owner = np.repeat([0, 1, 2], [9, 6, 1])
-    options = partition.Options(3, 4, 0.5, 2, min_size=4, owner=None)
+    options = partition.Options(3, 4, 0.5, 2, min_size=4, owner=None, unseen=0)
     filled = partition._fill_up(owner, options, np.random.default_rng(0))
     # Sizes 9 6 1 -> 8 6 2 -> 7 6 3 -> 6 6 4, by hand.
     np.testing.assert_array_equal(np.bincount(filled), [6, 6, 4])
@@ -235,7 +235,9 @@ def test_repair_moves_what_the_slow_twin_moves(sizes, seed, data):
     total = sum(sizes)
     least = data.draw(st.integers(0, total // len(sizes)))
     owner = np.random.default_rng(seed).permutation(np.repeat(range(len(sizes)), sizes))
-    options = partition.Options(len(sizes), 4, 0.5, 2, min_size=least, owner=None)
+    options = partition.Options(
+        len(sizes), 4, 0.5, 2, min_size=least, owner=None, unseen=0
+    )
     filled, slow = (
         fill(owner.astype(int), options, np.random.default_rng(seed))
         for fill in (partition._fill_up, fill_slowly)
