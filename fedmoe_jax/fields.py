@@ -472,6 +472,20 @@ OPTIONS: tuple[Option, ...] = (
         STATIC,
     ),
     Option(
+        "evaluation.finetune",
+        None,
+        "whether the last evaluation also scores clients after one more local round, "
+        "at most evaluation.clients of them; each of their models sees the whole test "
+        "set",
+        STATIC,
+    ),
+    Option(
+        "evaluation.finetune_rate",
+        NON_NEGATIVE,
+        "step size of that local round; 0: client.learning_rate, without its schedule",
+        TRACED,
+    ),
+    Option(
         "evaluation.targets",
         None,
         "global accuracies in (0, 1] to which the report counts rounds; none: 50, 80, "

@@ -127,6 +127,18 @@ MEASURES: dict[str, Measure] = {
         about="of the same accuracies, the worst tenth of the clients",
         trivial=NEVER,
     ),
+    "final_personal_finetuned_accuracy": ASIDE._replace(
+        field="personal_finetuned_accuracy",
+        title="Personal, fine-tuned %",
+        about="personal accuracy at the end, after one more local round; see "
+        "evaluation.finetune",
+        line="Personal, fine-tuned",
+    ),
+    "final_worst_decile_finetuned_accuracy": ASIDE._replace(
+        field="worst_decile_finetuned_accuracy",
+        title="Worst decile, fine-tuned %",
+        about="of the same accuracies, the worst tenth of the clients",
+    ),
     "final_own_test_accuracy": ASIDE._replace(
         field="own_test_accuracy",
         title="Own test %",

@@ -5,8 +5,8 @@ each distinct set of experts is scored once, exactly. Where more models are poss
 than `evaluation.clients`, which is where parts are personal or many sets are, at most
 so many clients are scored: those first in an order drawn from the seed.
 
-Label priors are cheap, but they are every client's own: of any population at most
-`evaluation.clients` are scored with them.
+Label priors and what fine-tuning makes are every client's own: of any population at
+most `evaluation.clients` are scored with them.
 
 Every client counts where the server has a whole model, which serves the clients that
 never got through, too. Where parts are personal these are left out.
@@ -87,10 +87,10 @@ def draw_sample(order: Array, counted: Array, count: int) -> Array:
     return jnp.zeros(count, order.dtype).at[place].set(order, mode="drop")
 
 
-def choose_priors(
+def choose_rows(
     federation: Federation, label_mix: Array, counted: Array, program: Program
 ) -> Array:
-    """Rows [m] of the panel, at most `evaluation.clients`, that have priors."""
+    """Rows [m] of the panel, at most `evaluation.clients`, whose own part is scored."""
     most, count = program.static.evaluation.clients, len(label_mix)
     if not 0 < most < count:
         return jnp.arange(count)
@@ -153,7 +153,7 @@ def gather_panel(state: SimState, view: View, program: Program) -> Panel:
         models, model = share_models(clients, program)
     priors = None
     if program.task.add_prior is not None:
-        row = choose_priors(federation, label_mix, counted, program)
+        row = choose_rows(federation, label_mix, counted, program)
         owner = jnp.broadcast_to(model, len(label_mix))  # of pooled data there is one
         priors = gather_priors(label_mix, owner, row, count + 1)
     return Panel(client, counted, label_mix, drifts, models, model, sets, priors)

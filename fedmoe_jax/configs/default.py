@@ -217,6 +217,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.dense_experts = 16
     config.evaluation.clients = 1000
+    config.evaluation.finetune = False
+    config.evaluation.finetune_rate = 0.0
     config.evaluation.targets = ()
     config.evaluation.baseline = ""
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.capacity import Belief
 from fedmoe_jax.config import list_idle_fields
 from fedmoe_jax.evaluate import build_evaluate_share
+from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.measures import MEASURES, pack_measures
 from fedmoe_jax.program import Program, find_overwritten
 from fedmoe_jax.report.rows import Row, read_metrics
@@ -265,9 +266,15 @@ def build_programs(program: Program) -> tuple[Callable, Programs]:
         map_runs(function, program.platform), mesh, divided, runs
     )
     rounds = [when for when, _ in program.strategy.stages]
+    finetune = None
+    # The owner of pooled data has no clients' examples to tune on.
+    if program.static.evaluation.finetune and not program.strategy.pooled:
+        share = map_runs(build_finetune_share(program), program.platform)
+        finetune = jax.jit(spread(share, mesh, (*divided, runs), runs))
     return jax.jit(over_runs(init_run)), Programs(
         run_rounds=jax.jit(over_runs(scan_rounds(program)), donate_argnums=0),
         evaluate=jax.jit(over_runs(build_evaluate_share(program))),
+        finetune=finetune,
         stages=tuple(
             (when, jax.jit(over_runs(stage(number))))
             for number, when in enumerate(rounds)
