@@ -77,6 +77,8 @@ class Task(NamedTuple):
       loss: (outputs of the model, batch) -> Scores.
       num_outputs: Data -> the width of the model's outputs: classes, vocabulary, or 1.
       drifts: (name, (rows, amount []) -> rows) of every way in which rows can drift.
+      add_prior: (outputs, log shares of the strata [L]) -> outputs, of outputs that are
+        logits of the strata; None for others, which no label prior shifts.
     """
 
     statistics: Callable[[Data], PyTree]
@@ -84,6 +86,7 @@ class Task(NamedTuple):
     loss: Callable[[PyTree, PyTree], Scores]
     num_outputs: Callable[[Data], int]
     drifts: tuple[tuple[str, Callable[[PyTree, Array], PyTree]], ...] = ()
+    add_prior: Callable[[PyTree, Array], PyTree] | None = None
 
 
 class Route(NamedTuple):

@@ -1,10 +1,11 @@
-"""Global, personal and per-expert scores from one pass over the test examples.
+"""Global, personal and per-expert scores from passes over examples.
 
 Devices share out the test examples and take them in batches; scores are summed by
 stratum, so that each client is scored on its own mix of strata:
 
 * global: top-A of all E experts; also softly over all E.
-* personal: each client's held experts, the test set weighted to its own mix.
+* personal: each client's held experts, the test set weighted to its own mix; also
+  with the client's own label prior.
 * expert: one expert alone.
 
 A model with parts computes each expert's own outputs once, and each score is that of
@@ -14,9 +15,13 @@ chooses are computed (see `dispatch`). A model without parts is run once for eac
 distinct held set, and has no soft and no expert scores (see `held_sets`). Of a large
 population that shares no models a sample is scored (see `panel`).
 
-Where the gate or more is personal the server has none: global then means the average,
-over the scored clients that have taken part, of the score with the client's own gate
-over all E experts.
+Where the partition sets examples aside, validation examples are scored in a pass of the
+same kind, those of unseen clients with the global model alone, and clients' own test
+sets in `own_tests`.
+
+Every client counts. Where the gate or more is personal the server has none, and those
+count that have taken part; global then means the average over them of the score with
+the client's own gate over all E experts.
 """
 
 import functools
@@ -27,7 +32,8 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.held_sets import score_model
-from fedmoe_jax.panel import Panel, gather_panel
+from fedmoe_jax.own_tests import score_own_tests
+from fedmoe_jax.panel import Panel, gather_panel, keep_server
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS, spread
 from fedmoe_jax.scoring import (
@@ -36,84 +42,63 @@ from fedmoe_jax.scoring import (
     score_parts,
     sum_strata,
 )
-from fedmoe_jax.tasks.batches import take_batch
-from fedmoe_jax.types import Array, Federation, Hyper, SimState
+from fedmoe_jax.sources import (
+    TEST_BATCH,
+    Source,
+    read_examples,
+    schedule_examples,
+    take_pool,
+    take_test,
+)
+from fedmoe_jax.types import Array, Federation, Hyper, Pool, SimState
 from fedmoe_jax.world.step import View, observe
 
-TEST_BATCH = 500
+OWN = ("personal", "prior")  # counts with a row for each client
 
 
-def divide_examples(count: int, most: int, num_devices: int) -> tuple[int, int]:
-    """Batches of each device, examples in each; arguments as in `schedule_examples`."""
-    batches = -(-count // (num_devices * most))
-    return batches, -(-count // (num_devices * batches))
-
-
-def schedule_examples(count: int, most: int, device: Array, num_devices: int) -> Array:
-    """Positions in the test set of one device's batches, equally many on each.
-
-    Args:
-      count: X', examples of the test set.
-      most: the largest batch allowed.
-      device: [] int32, this device among `num_devices`.
-      num_devices: devices that share the test set.
-
-    Returns:
-      [batches, B] int32; positions from X' on are padding.
-    """
-    batches, size = divide_examples(count, most, num_devices)
-    share = jnp.arange(batches * size).reshape(batches, size)
-    return device * batches * size + share
-
-
-def read_examples(
-    federation: Federation, position: Array, amount: Array | None, program: Program
-) -> Examples:
-    """The test examples at `position` [B], drifted by `amount` [] where it is given."""
-    count = federation.test_stratum.shape[0]
-    index = jnp.minimum(position, count - 1)
-    rows = federation.test, index, federation.statistics
-    drift = program.static.drift.images, amount
-    real = position < count
-    stratum = jnp.where(real, federation.test_stratum[index], -1)
-    return Examples(
-        batch=take_batch(*rows, program.task, *drift),
-        stratum=jax.nn.one_hot(stratum, federation.label_mix.shape[1]),
-        real=real,
-    )
-
-
-def average_clients(counts: dict[str, Array], took_part: Array) -> dict[str, Array]:
-    """Averages every count [n, ...] but `personal` over clients that took part [n]."""
-    share = took_part / jnp.maximum(took_part.sum(), 1.0)
+def average_clients(counts: dict[str, Array], counted: Array) -> dict[str, Array]:
+    """Averages every count [n, ...] but the clients' own over those that count [n]."""
+    share = counted / jnp.maximum(counted.sum(), 1.0)
     average = lambda name, count: (
-        count if name == "personal" else jnp.tensordot(share, count, 1)
+        count if name in OWN else jnp.tensordot(share, count, 1)
     )
     return {name: average(name, count) for name, count in counts.items()}
 
 
 def count_batch(
-    state: SimState, view: View, panel: Panel, position: Array, *, program: Program
+    state: SimState,
+    view: View,
+    panel: Panel,
+    source: Source,
+    position: Array,
+    *,
+    program: Program,
 ) -> dict[str, Array]:
     """The scores of `count_examples`; where data drift, of drifted examples, too.
 
-    These are `drifted` [L], of the global model, and `drifted_personal`.
+    These are `drifted` [L], of the global model, `drifted_personal`, `drifted_prior`.
     """
-    count = functools.partial(count_examples, state, view.federation, panel, position)
-    counts = count(None, program=program)
+    federation = view.federation
+    num_strata = federation.label_mix.shape[1]
+
+    def count(amount: Array | None) -> dict[str, Array]:
+        place = source, federation, position
+        examples = read_examples(*place, amount, num_strata, program)
+        return count_examples(state, federation, panel, examples, program=program)
+
+    counts = count(None)
     if view.distortion is None:
         return counts
-    drifted = count(view.distortion.max(), program=program)
-    own = {"drifted": drifted["global"], "drifted_personal": drifted["personal"]}
-    return counts | own
+    drifted = count(view.distortion.max())
+    own = {f"drifted_{name}": drifted[name] for name in OWN if name in drifted}
+    return counts | own | {"drifted": drifted["global"]}
 
 
 def count_examples(
     state: SimState,
     federation: Federation,
     panel: Panel,
-    position: Array,
-    amount: Array | None,
+    examples: Examples,
     *,
     program: Program,
 ) -> dict[str, Array]:
@@ -121,30 +106,52 @@ def count_examples(
 
     Args:
       state: the simulation.
-      federation: holds the test set.
+      federation: has what is frozen.
       panel: the clients and models that are scored.
-      position: [B] int32 positions in the test set, see `schedule_examples`.
-      amount: [] float32, how far the examples have drifted; None for not.
+      examples: the batch.
       program: the model; its strategy says which parts are personal, whether all
         experts are computed, for `soft` and `expert` too, and how they are mixed.
 
     Returns:
-      `total` [L] weights; `global`, `soft` [L], `expert` [E, L], `personal` [rows, L]
-      scores times weights; `routed` [G, E, L] gate mass. `Panel.model` says which row
-      of `personal` is whose; without `every_expert` it holds only for strata that the
-      client has. Models without parts have no `soft` and no `expert`.
+      `total` [L] weights; `global`, `soft` [L], `expert` [E, L], `personal` [rows, L],
+      `prior` [m, L] scores times weights; `routed` [G, E, L] gate mass. `Panel.model`
+      says which row of `personal` is whose, `Panel.priors` of `prior`; without
+      `every_expert` they hold only for strata that the client has. Models without parts
+      have no `soft` and no `expert`.
     """
-    examples = read_examples(federation, position, amount, program)
     params = join_frozen(state, federation, program)
     models = panel.models
     if program.model.parts is None:
         own = params, federation.frozen
-        counts = score_model(*own, models.view, panel.sets, examples, program)
+        counts = score_model(
+            *own, models.view, panel.sets, panel.priors, examples, program
+        )
     else:
-        counts = score_parts(params, models, examples, program)
+        counts = score_parts(params, models, panel.priors, examples, program)
     if program.strategy.personal:
-        counts = average_clients(counts, panel.took_part)
+        counts = average_clients(counts, panel.counted)
     return counts | {"total": count_weights(examples, program)}
+
+
+def count_unseen(
+    state: SimState,
+    federation: Federation,
+    pool: Pool,
+    panel: Panel,
+    program: Program,
+) -> dict[str, Array]:
+    """Weights `total` and scores `global` of clients [U] that never take part."""
+    num_clients = program.static.partition.unseen
+    panel = keep_server(panel, num_clients, program)
+    source = take_pool(federation, pool)
+
+    def count(position: Array) -> dict[str, Array]:
+        place = source, federation, position
+        examples = read_examples(*place, None, num_clients, program)
+        counts = count_examples(state, federation, panel, examples, program=program)
+        return {name: counts[name] for name in ("total", "global")}
+
+    return sum_batches(count, len(source.group))
 
 
 def count_weights(examples: Examples, program: Program) -> Array:
@@ -153,6 +160,11 @@ def count_weights(examples: Examples, program: Program) -> Array:
     blank = jax.tree.map(lambda x: jnp.zeros(shape(x), x.dtype), program.outputs)
     scores = program.task.loss(blank, examples.batch)
     return sum_strata(jnp.ones_like(scores.score), scores, examples.stratum)
+
+
+def mean_counted(accuracy: Array, counted: Array) -> Array:
+    """Mean of the counted clients' accuracies; arguments as of `worst_decile`."""
+    return jnp.where(counted, accuracy, 0.0).sum() / jnp.maximum(counted.sum(), 1)
 
 
 def worst_decile(accuracy: Array, counted: Array) -> Array:
@@ -180,11 +192,56 @@ def find_personal(counts: dict[str, Array], panel: Panel) -> Array:
     return jnp.where(panel.drifts[:, None], drifted, personal)
 
 
+def measure_priors(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
+    """Personal accuracies with the clients' own label priors, of those that have one.
+
+    Arguments as in `summarise_counts`.
+    """
+    if panel.priors is None:
+        return {}
+    rows, client = counts["prior"], panel.priors.row
+    if panel.drifts is not None:
+        drifts = panel.drifts[client][:, None]
+        rows = jnp.where(drifts, counts["drifted_prior"], rows)
+    share = panel.label_mix / jnp.maximum(counts["total"], 1.0)[None]
+    accuracy = (rows * share[client]).sum(1)
+    counted = jnp.broadcast_to(panel.counted, len(panel.label_mix))[client]
+    return {
+        "personal_prior_accuracy": mean_counted(accuracy, counted),
+        "worst_decile_prior_accuracy": worst_decile(accuracy, counted),
+    }
+
+
 def place_clients(accuracy: Array, panel: Panel, num_clients: int) -> Array:
     """Accuracies [n] of the clients that are scored among all [N], NaN of others."""
     if panel.client is None:
         return accuracy
     return jnp.full(num_clients, jnp.nan).at[panel.client].set(accuracy)
+
+
+def measure_clients(counts: dict[str, Array], panel: Panel) -> Array:
+    """Accuracy [n] of every client on its own mix; arguments as in `measure_means`."""
+    share = 1.0 / jnp.maximum(counts["total"], 1.0)
+    return (find_personal(counts, panel) * share[None] * panel.label_mix).sum(1)
+
+
+def measure_means(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
+    """The global accuracy, and the means over clients that count.
+
+    Args:
+      counts: see `count_batch`.
+      panel: the clients that are scored; of pooled data it has one, and the label mix
+        of every client.
+    """
+    accuracy = measure_clients(counts, panel)
+    counted = jnp.broadcast_to(panel.counted, accuracy.shape)
+    return {
+        "global_accuracy": counts["global"].sum() / counts["total"].sum(),
+        "personal_accuracy": mean_counted(accuracy, counted),
+        "worst_decile_accuracy": worst_decile(accuracy, counted),
+        "clients_counted": counted.sum(),
+        **measure_priors(counts, panel),
+    }
 
 
 def summarise_counts(
@@ -194,21 +251,14 @@ def summarise_counts(
 
     Args:
       counts: see `count_batch`.
-      panel: the clients that are scored; of pooled data it has one, and the label mix
-        of every client.
+      panel: as in `measure_means`.
       num_clients: N.
     """
     total = counts["total"]  # [L]
     share = 1.0 / jnp.maximum(total, 1.0)
-    personal = find_personal(counts, panel)
-    client_accuracy = (personal * share[None] * panel.label_mix).sum(1)  # [n]
-    took_part = jnp.broadcast_to(panel.took_part, client_accuracy.shape)
-    accuracies = {
-        "global_accuracy": counts["global"].sum() / total.sum(),
-        "personal_accuracy": jnp.where(took_part, client_accuracy, 0.0).sum()
-        / jnp.maximum(took_part.sum(), 1),
-        "worst_decile_accuracy": worst_decile(client_accuracy, took_part),
-        "client_accuracy": place_clients(client_accuracy, panel, num_clients),
+    accuracy = measure_clients(counts, panel)
+    accuracies = measure_means(counts, panel) | {
+        "client_accuracy": place_clients(accuracy, panel, num_clients),
         "specialisation": counts["routed"] * share[None, None],
     }
     if "drifted" in counts:
@@ -219,12 +269,63 @@ def summarise_counts(
     return accuracies
 
 
+def summarise_validation(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
+    """The accuracies to tune by, of counts over the validation examples.
+
+    Strata without an example do not count in a client's mix.
+    """
+    mix = jnp.where(counts["total"][None] > 0, panel.label_mix, 0.0)
+    mix /= jnp.maximum(mix.sum(axis=1, keepdims=True), 1e-9)
+    found = measure_means(counts, panel._replace(label_mix=mix))
+    names = "global_accuracy", "personal_accuracy", "personal_prior_accuracy"
+    return {f"validation_{name}": found[name] for name in names if name in found}
+
+
+def summarise_unseen(counts: dict[str, Array]) -> dict[str, Array]:
+    """The accuracies of clients [U] that never take part."""
+    accuracy = counts["global"] / jnp.maximum(counts["total"], 1.0)
+    return {
+        "unseen_accuracy": mean_counted(accuracy, counts["total"] > 0),
+        "worst_decile_unseen_accuracy": worst_decile(accuracy, counts["total"] > 0),
+    }
+
+
+def summarise_own_tests(counts: dict[str, Array], counted: Array) -> dict[str, Array]:
+    """The accuracies of clients [n] on their own test sets, of those that have one."""
+    accuracy = counts["right"] / jnp.maximum(counts["total"], 1.0)
+    counted &= counts["total"] > 0
+    return {
+        "own_test_accuracy": mean_counted(accuracy, counted),
+        "worst_decile_own_test_accuracy": worst_decile(accuracy, counted),
+        "own_test_clients": counted.sum(),
+    }
+
+
+def sum_batches(
+    count: Callable[[Array], dict[str, Array]], num_examples: int
+) -> dict[str, Array]:
+    """The counts of a whole pass, summed over batches and devices.
+
+    Args:
+      count: positions [B] of one batch -> its counts.
+      num_examples: Q, of the pass.
+    """
+    device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
+    position = schedule_examples(num_examples, TEST_BATCH, device, num_devices)
+
+    def add(total: dict[str, Array], batch: Array) -> tuple[dict[str, Array], None]:
+        return jax.tree.map(jnp.add, total, count(batch)), None
+
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(count, position[0]))
+    return jax.lax.psum(jax.lax.scan(add, zero, position)[0], CLIENTS)
+
+
 def build_evaluate_share(
     program: Program,
 ) -> Callable[[SimState, Federation, Hyper], dict[str, Array]]:
     """Builds `evaluate_share(state, federation, hyper) -> accuracies`, to be spread.
 
-    It is written for one device: it counts its share of the test images and joins the
+    It is written for one device: it counts its share of the examples and joins the
     devices of the mesh axis `clients`. The result is the same on all of them.
 
     Args:
@@ -233,10 +334,14 @@ def build_evaluate_share(
 
     Returns:
       A function whose result holds `global_accuracy`, `personal_accuracy`,
-      `worst_decile_accuracy` (all []), `client_accuracy` [N], NaN beyond a sample, and
+      `worst_decile_accuracy` (all []), `clients_counted` [] int32, those of which these
+      are the mean, `client_accuracy` [N], NaN beyond a sample, and
       `specialisation` [G, E, L] (the share of each class's gate mass per expert); where
-      images drift `drifted_accuracy` [], the global one on drifted images; with
-      `every_expert` also `global_soft_accuracy` [] and `expert_accuracy` [E].
+      images drift `drifted_accuracy` [], the global one on drifted images; where the
+      task has a place for priors `personal_prior_accuracy` and
+      `worst_decile_prior_accuracy` []; with `every_expert` also `global_soft_accuracy`
+      [] and `expert_accuracy` [E]; and, where the federation has such examples, those
+      of `summarise_own_tests`, `summarise_validation` and `summarise_unseen`.
     """
     # Jitted, so that its shapes and the loop over batches share one trace.
     one_batch = jax.jit(functools.partial(count_batch, program=program), inline=True)
@@ -249,19 +354,25 @@ def build_evaluate_share(
         chex.assert_shape(state.align.held, shape)
         view = observe(state.world, federation, hyper, program.processes)
         federation = view.federation
-        device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
         panel = gather_panel(state, view, program)
-        count = federation.test_stratum.shape[0]
-        position = schedule_examples(count, TEST_BATCH, device, num_devices)
-
-        def add(total: dict[str, Array], batch: Array) -> tuple[dict[str, Array], None]:
-            counts = one_batch(state, view, panel, batch)
-            return jax.tree.map(jnp.add, total, counts), None
-
-        shapes = jax.eval_shape(one_batch, state, view, panel, position[0])
-        zero = jax.tree.map(jnp.zeros_like, shapes)
-        counts = jax.lax.psum(jax.lax.scan(add, zero, position)[0], CLIENTS)
-        return summarise_counts(counts, panel, sizes.num_clients)
+        count_all = lambda source: sum_batches(
+            lambda position: one_batch(state, view, panel, source, position),
+            len(source.group),
+        )
+        counts = count_all(take_test(federation))
+        accuracies = summarise_counts(counts, panel, sizes.num_clients)
+        if federation.validation is not None:
+            counts = count_all(take_pool(federation, federation.validation))
+            accuracies |= summarise_validation(counts, panel)
+        if federation.unseen is not None:
+            pool = federation.unseen
+            counts = count_unseen(state, federation, pool, panel, program)
+            accuracies |= summarise_unseen(counts)
+        if federation.own_test is not None:
+            lists = federation.own_test
+            counts, counted = score_own_tests(state, view, lists, panel, program)
+            accuracies |= summarise_own_tests(counts, counted)
+        return accuracies
 
     return evaluate_share
 

@@ -6,13 +6,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.partition import pool, renumber, split
+from fedmoe_jax.data.asides import Shares, set_aside
+from fedmoe_jax.data.partition import list_examples, pool, renumber, split
 from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
-from fedmoe_jax.types import Devices, Federation, Partition
+from fedmoe_jax.types import Devices, Federation, Lists, Partition, Pool
 from fedmoe_jax.world.devices import draw_devices, read_devices, unlimited_device
 from fedmoe_jax.world.drift import draw_drift_sources
+
+POOL_BLOCK = 256  # pools are padded to multiples, so that seeds share a program
 
 
 def count_steps(config: ConfigDict, size: np.ndarray) -> np.ndarray:
@@ -34,35 +37,73 @@ def count_steps(config: ConfigDict, size: np.ndarray) -> np.ndarray:
 def make_partition(config: ConfigDict, data: Data) -> Partition:
     """Divides the training examples among the clients and the server's public slice.
 
+    There are `partition.unseen` clients beyond `num_clients`, which never take part.
+
     Raises:
       UserError: the data cannot be divided so, or the lists of the clients' examples
         are beyond `run.memory_limit_gb`.
     """
+    options = config.partition
     total, public = len(data.stratum), config.data.public
-    most = total - config.num_clients * config.partition.min_size
+    clients, named = config.num_clients, f"num_clients={config.num_clients}"
+    if options.unseen:
+        clients += options.unseen
+        named += f" + partition.unseen={options.unseen}"
+    most = total - clients * options.min_size
     if public > max(most, 0):
         raise UserError(
             f"data.public={public} is not allowed; allowed: 0 to {max(most, 0)}, which "
-            f"leaves num_clients={config.num_clients} clients "
-            f"partition.min_size={config.partition.min_size} of the {total} training "
-            "examples each"
+            f"leaves {named} clients partition.min_size={options.min_size} of the "
+            f"{total} training examples each"
         )
     rng = np.random.default_rng([config.seed, 2])
     order = rng.permutation(total).astype(np.int32)
     aside, rest = np.sort(order[:public]), np.sort(order[public:])
     partition = split(
-        config.partition.kind,
+        options.kind,
         data.stratum[rest],
-        num_clients=config.num_clients,
+        num_clients=clients,
         num_strata=len(data.stratum_names),
-        alpha=config.partition.alpha,
-        classes_per_client=config.partition.classes_per_client,
-        min_size=config.partition.min_size,
+        alpha=options.alpha,
+        classes_per_client=options.classes_per_client,
+        min_size=options.min_size,
         seed=config.seed,
         owner=None if data.owner is None else data.owner[rest],
+        unseen=options.unseen,
         limit_gb=config.run.memory_limit_gb,
     )
-    return renumber(partition, rest)._replace(public=aside)
+    partition = renumber(partition, rest)._replace(public=aside)
+    shares = Shares(options.unseen, options.test_share, options.validation_share)
+    return set_aside(partition, data.stratum, shares, config.seed)
+
+
+def list_own_tests(config: ConfigDict, partition: Partition) -> Lists | None:
+    """Every client's own test set; None where the config sets none aside."""
+    if not config.partition.test_share:
+        return None
+    owned = partition.own_test_client, partition.own_test
+    on_host: Any = list_examples(*owned, config.num_clients)
+    return Lists(*on_host)
+
+
+def pool_examples(example: np.ndarray, group: np.ndarray) -> Pool:
+    """The examples [Q] and their groups [Q], padded to a multiple of 256."""
+    padding = 0, -len(example) % POOL_BLOCK
+    on_host: Any = [np.pad(each, padding) for each in (example, group + 1)]
+    return Pool(*on_host)
+
+
+def pool_asides(
+    config: ConfigDict, data: Data, partition: Partition
+) -> dict[str, Pool | None]:
+    """`validation` by stratum and `unseen` by client; None where none is set aside."""
+    pools: dict[str, Pool | None] = {"validation": None, "unseen": None}
+    if config.partition.validation_share:
+        stratum = data.stratum[partition.validation]
+        pools["validation"] = pool_examples(partition.validation, stratum)
+    if config.partition.unseen:
+        pools["unseen"] = pool_examples(partition.unseen, partition.unseen_client)
+    return pools
 
 
 def make_devices(config: ConfigDict) -> tuple[Devices, tuple[str, ...]]:
@@ -105,9 +146,10 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     )
     rng = np.random.default_rng([config.seed, 4])
     sample_order = rng.permutation(config.num_clients).astype(np.int32)
+    own_test = list_own_tests(config, partition)
     if find_strategy(config.strategy).pooled:
         partition, devices = pool(partition), unlimited_device()
-        drift_source = sample_order = np.zeros(1, np.int32)
+        drift_source = np.zeros(1, np.int32)
     on_host: dict[str, Any] = dict(
         train=data.train,
         index=partition.index,
@@ -122,5 +164,7 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
         frozen={},
         sample_order=sample_order,
         drift_source=drift_source,
+        own_test=own_test,
+        **pool_asides(config, data, partition),
     )
     return Federation(**on_host)

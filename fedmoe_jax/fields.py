@@ -167,15 +167,39 @@ OPTIONS: tuple[Option, ...] = (
         "partition.kind",
         tuple(KINDS),
         "division of the examples: Dirichlet over labels, shards of sorted "
-        "labels, skewed sizes, equal shares at random, or the data set's own clients",
+        "labels, so many classes for each client, skewed sizes, equal shares at "
+        "random, or the data set's own clients",
     ),
     Option(
         "partition.alpha",
         POSITIVE,
         "concentration of dirichlet (labels) and quantity (sizes); small is skewed",
     ),
-    Option("partition.classes_per_client", COUNT, "shards of each client, of shards"),
+    Option(
+        "partition.classes_per_client",
+        COUNT,
+        "shards of each client, of shards, or its classes, of classes",
+    ),
     Option("partition.min_size", COUNT, "examples that every client gets at least"),
+    Option(
+        "partition.test_share",
+        Range(0, 1, open_high=True),
+        "share of each client's examples that are its own test set, not trained on",
+        STATIC,
+    ),
+    Option(
+        "partition.validation_share",
+        Range(0, 1, open_high=True),
+        "share of each client's examples that are set aside for tuning, not trained on",
+        STATIC,
+    ),
+    Option(
+        "partition.unseen",
+        NON_NEGATIVE,
+        "clients beyond num_clients that own examples, never take part and are "
+        "evaluated",
+        STATIC,
+    ),
     Option("model.kind", MODELS, "builder of the model"),
     Option(
         "model.stem",
@@ -444,9 +468,24 @@ OPTIONS: tuple[Option, ...] = (
         "evaluation.clients",
         NON_NEGATIVE,
         "clients whose personal accuracy is evaluated, at most, where parts are "
-        "personal or more sets of held experts are possible: a sample drawn from "
-        "the seed, of those that have taken part; 0: all",
+        "personal or more sets of held experts are possible, and with their own label "
+        "priors in any case: a sample drawn from the seed, where parts are personal "
+        "of those that have taken part; 0: all",
         STATIC,
+    ),
+    Option(
+        "evaluation.finetune",
+        None,
+        "whether the last evaluation also scores clients after one more local round, "
+        "at most evaluation.clients of them; each of their models sees the whole test "
+        "set",
+        STATIC,
+    ),
+    Option(
+        "evaluation.finetune_rate",
+        NON_NEGATIVE,
+        "step size of that local round; 0: client.learning_rate, without its schedule",
+        TRACED,
     ),
     Option(
         "evaluation.targets",

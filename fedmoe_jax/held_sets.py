@@ -8,15 +8,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.base import Routing, Scores
+from fedmoe_jax.base import Routing
 from fedmoe_jax.distinct import find_distinct
 from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.priors import Priors
 from fedmoe_jax.program import Program
 from fedmoe_jax.scoring import (
     ClientView,
     Examples,
     evaluation_route,
+    make_rows,
+    score_prior,
+    set_rows,
     share_gates,
+    sum_scores,
     sum_strata,
 )
 from fedmoe_jax.types import Array, PyTree
@@ -62,8 +67,8 @@ def run_model(
     slot: Array,
     examples: Examples,
     program: Program,
-) -> tuple[Scores, Routing]:
-    """Scores [B, ...positions] and routing of the model with some experts.
+) -> tuple[PyTree, Routing]:
+    """Outputs [B, ...] and routing of the model with some experts.
 
     Args:
       params: the experts' leaves are [n, ...].
@@ -74,20 +79,24 @@ def run_model(
       program: the model and the task.
     """
     route, slots = evaluation_route(program), (held, slot)
-    outputs, routing = program.model.apply(
-        params, frozen, examples.batch, *slots, route, None
-    )
-    return program.task.loss(outputs, examples.batch), routing
+    return program.model.apply(params, frozen, examples.batch, *slots, route, None)
 
 
-def score_all(
+def run_all(
     params: PyTree, frozen: PyTree, examples: Examples, program: Program
-) -> dict[str, Array]:
-    """Scores with all experts: `global` [L], and their gate mass `routed` [G, E, L]."""
+) -> tuple[PyTree, Routing]:
+    """Outputs [B, ...] and routing of the model with all experts."""
     shape = program.sizes.num_layers, program.sizes.num_experts
     held = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     everything = held, jnp.ones(shape, bool)
-    scores, routing = run_model(params, frozen, *everything, examples, program)
+    return run_model(params, frozen, *everything, examples, program)
+
+
+def score_all(
+    outputs: PyTree, routing: Routing, examples: Examples, program: Program
+) -> dict[str, Array]:
+    """Scores with all experts: `global` [L], and their gate mass `routed` [G, E, L]."""
+    scores = program.task.loss(outputs, examples.batch)
     sum_column = lambda gates: sum_strata(
         gates.reshape(scores.score.shape), scores, examples.stratum
     )
@@ -102,24 +111,28 @@ def score_sets(
     params: PyTree,
     frozen: PyTree,
     sets: HeldSets,
+    priors: Priors | None,
     examples: Examples,
     program: Program,
-) -> Array:
-    """Scores [N, L] of the distinct sets, each once; rows beyond their count are 0."""
+) -> dict[str, Array]:
+    """Rows of the distinct sets, each once, see `scoring.make_rows`.
 
-    def score(number: Array, rows: Array) -> Array:
+    Rows of `personal` [N + 1, L] beyond their count are 0.
+    """
+
+    def score(number: Array, rows: dict[str, Array]) -> dict[str, Array]:
         held, slot = sets.held[number], sets.slot[number]
         submodel = take_submodel(params, {}, held, program.strategy.local_experts)
-        scores, _ = run_model(submodel, frozen, held, slot, examples, program)
-        row = sum_strata(scores.score, scores, examples.stratum)
-        return rows.at[number].set(row)
+        outputs, _ = run_model(submodel, frozen, held, slot, examples, program)
+        return set_rows(rows, number, outputs, priors, examples, program)
 
-    rows = jnp.zeros((len(sets.of_client), examples.stratum.shape[1]))
+    rows = make_rows(len(sets.of_client) + 1, priors, examples)
     return jax.lax.fori_loop(0, sets.count, score, rows)
 
 
 def score_own(
     client: ClientView,
+    log_share: Array | None,
     params: PyTree,
     frozen: PyTree,
     examples: Examples,
@@ -129,9 +142,12 @@ def score_own(
     held = jnp.broadcast_to(jnp.arange(client.held.shape[1]), client.held.shape)
     local = program.strategy.local_experts
     own = take_submodel(params, client.personal, held, local)
-    scores, _ = run_model(own, frozen, held, client.held, examples, program)
-    personal = sum_strata(scores.score, scores, examples.stratum)
-    return {"personal": personal} | score_all(own, frozen, examples, program)
+    outputs, _ = run_model(own, frozen, held, client.held, examples, program)
+    counts = {"personal": sum_scores(outputs, examples, program)}
+    if log_share is not None:
+        counts["prior"] = score_prior(outputs, log_share, examples, program)
+    everything = run_all(own, frozen, examples, program)
+    return counts | score_all(*everything, examples, program)
 
 
 def score_model(
@@ -139,6 +155,7 @@ def score_model(
     frozen: PyTree,
     clients: ClientView,
     sets: HeldSets | None,
+    priors: Priors | None,
     examples: Examples,
     program: Program,
 ) -> dict[str, Array]:
@@ -149,6 +166,7 @@ def score_model(
       frozen: see `Federation.frozen`.
       clients: [N], read where parts are personal.
       sets: the distinct held sets, see `find_sets`; read where none are.
+      priors: of the clients; None for none.
       examples: the batch.
       program: the static parts.
 
@@ -157,9 +175,10 @@ def score_model(
       the last row, of all experts, or [N, L] of clients with personal parts.
     """
     if sets is None:
-        own = lambda client: score_own(client, params, frozen, examples, program)
-        return jax.lax.map(own, clients)
-    counts = score_all(params, frozen, examples, program)
-    personal = score_sets(params, frozen, sets, examples, program)
-    personal = jnp.concatenate([personal, counts["global"][None]])
-    return counts | {"personal": personal}
+        own = lambda one: score_own(one[0], one[1], params, frozen, examples, program)
+        return jax.lax.map(own, (clients, priors and priors.log_share))
+    outputs, routing = run_all(params, frozen, examples, program)
+    rows = score_sets(params, frozen, sets, priors, examples, program)
+    last = len(sets.of_client)
+    rows = set_rows(rows, last, outputs, priors, examples, program)
+    return rows | score_all(outputs, routing, examples, program)

@@ -53,6 +53,8 @@ SUMMED = (  # fields whose sum so far is in every row
 )
 
 ACCURACY = Measure("", FINAL, better=1, scale=100.0, evaluated=True)
+NEVER = -1.0  # no accuracy and no count, so that a column needs any number at all
+ASIDE = ACCURACY._replace(trivial=NEVER)  # of examples that not every run sets aside
 TRAFFIC = Measure("", MEAN, better=-1, unit=1e6, group=COST, zero_wins=False)
 
 MEASURES: dict[str, Measure] = {
@@ -87,8 +89,8 @@ MEASURES: dict[str, Measure] = {
     "final_personal_accuracy": ACCURACY._replace(
         field="personal_accuracy",
         title="Personal %",
-        about="each client's own experts on its own classes, the mean over clients; "
-        "see evaluation.clients",
+        about="each client's held experts on the test set weighted to its own label "
+        "mix, the mean over clients; see evaluation.clients",
         printed=True,
         line="Personal",
         curve=Curve(
@@ -104,6 +106,101 @@ MEASURES: dict[str, Measure] = {
         title="Worst decile %",
         about="personal accuracy of the worst tenth of the clients",
         line="Worst decile",
+    ),
+    "final_personal_prior_accuracy": ACCURACY._replace(
+        field="personal_prior_accuracy",
+        title="Personal, prior %",
+        about="personal accuracy of argmax(logits + log(the client's own label "
+        "histogram + 0.001)), of at most evaluation.clients",
+        trivial=NEVER,
+        printed=True,
+        line="Personal, own prior",
+        curve=Curve(
+            "Personal accuracy with the own label prior (%)",
+            "Personal accuracy where every client adds the logarithm of its own label "
+            "shares to the logits, which it knows without any test image. What a "
+            "system gains by it is no merit of its experts.",
+            costs=True,
+        ),
+    ),
+    "final_worst_decile_prior_accuracy": ACCURACY._replace(
+        field="worst_decile_prior_accuracy",
+        title="Worst decile, prior %",
+        about="of the same accuracies, the worst tenth of the clients",
+        trivial=NEVER,
+    ),
+    "final_personal_finetuned_accuracy": ASIDE._replace(
+        field="personal_finetuned_accuracy",
+        title="Personal, fine-tuned %",
+        about="personal accuracy at the end, after one more local round; see "
+        "evaluation.finetune",
+        line="Personal, fine-tuned",
+    ),
+    "final_worst_decile_finetuned_accuracy": ASIDE._replace(
+        field="worst_decile_finetuned_accuracy",
+        title="Worst decile, fine-tuned %",
+        about="of the same accuracies, the worst tenth of the clients",
+    ),
+    "final_own_test_accuracy": ASIDE._replace(
+        field="own_test_accuracy",
+        title="Own test %",
+        about="each client's held experts on its own test examples, the mean over "
+        "clients; see partition.test_share",
+        line="Own test",
+    ),
+    "final_worst_decile_own_test_accuracy": ASIDE._replace(
+        field="worst_decile_own_test_accuracy",
+        title="Worst decile, own test %",
+        about="of the same accuracies, the worst tenth of the clients",
+    ),
+    "own_test_clients": Measure(
+        "own_test_clients",
+        LAST,
+        "Clients with an own test",
+        "clients over which the accuracy on own test examples is the mean",
+        better=1,
+        digits=0,
+        trivial=NEVER,
+        evaluated=True,
+    ),
+    "final_unseen_accuracy": ASIDE._replace(
+        field="unseen_accuracy",
+        title="Unseen clients %",
+        about="top-A routing over all experts on the examples of each client that "
+        "never takes part, the mean over them; see partition.unseen",
+        line="Unseen clients",
+    ),
+    "final_worst_decile_unseen_accuracy": ASIDE._replace(
+        field="worst_decile_unseen_accuracy",
+        title="Worst decile, unseen %",
+        about="of the same accuracies, the worst tenth of these clients",
+    ),
+    "final_validation_global_accuracy": ASIDE._replace(
+        field="validation_global_accuracy",
+        title="Validation, global %",
+        about="global accuracy on the validation examples of all clients, to tune by; "
+        "see partition.validation_share",
+    ),
+    "final_validation_personal_accuracy": ASIDE._replace(
+        field="validation_personal_accuracy",
+        title="Validation, personal %",
+        about="personal accuracy on the same examples",
+    ),
+    "final_validation_personal_prior_accuracy": ASIDE._replace(
+        field="validation_personal_prior_accuracy",
+        title="Validation, personal, prior %",
+        about="likewise, with the client's own label prior",
+    ),
+    "clients_counted": Measure(
+        "clients_counted",
+        LAST,
+        "Clients scored",
+        "clients over which personal accuracy is the mean: all of them, or where parts "
+        "are personal those that have taken part; of a sample, see evaluation.clients",
+        better=1,
+        digits=0,
+        varies_over=LABELS,
+        evaluated=True,
     ),
     "mean_load_cv": Measure(
         "load_cv",

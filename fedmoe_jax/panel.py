@@ -3,8 +3,13 @@
 Clients that hold the same experts share a model, unless parts of it are personal. So
 each distinct set of experts is scored once, exactly. Where more models are possible
 than `evaluation.clients`, which is where parts are personal or many sets are, at most
-so many clients are scored: those first in an order drawn from the seed, of those that
-have taken part.
+so many clients are scored: those first in an order drawn from the seed.
+
+Label priors and what fine-tuning makes are every client's own: of any population at
+most `evaluation.clients` are scored with them.
+
+Every client counts where the server has a whole model, which serves the clients that
+never got through, too. Where parts are personal these are left out.
 """
 
 import math
@@ -15,9 +20,10 @@ import jax.numpy as jnp
 
 from fedmoe_jax.distinct import find_distinct
 from fedmoe_jax.held_sets import HeldSets, find_sets
+from fedmoe_jax.priors import Priors, gather_priors
 from fedmoe_jax.program import Program
-from fedmoe_jax.scoring import ClientView, Models, view_clients
-from fedmoe_jax.types import Array, SimState
+from fedmoe_jax.scoring import ClientView, Models, find_participants, view_clients
+from fedmoe_jax.types import Array, Federation, SimState
 from fedmoe_jax.world.step import View
 
 
@@ -26,26 +32,30 @@ class Panel(NamedTuple):
 
     Attributes:
       client: [n] int32, their ids; None for all.
-      took_part: [n] bool, clients that count in the means.
+      counted: [n] bool, clients that count in the means.
       label_mix: [n, L] float32, rows sum to 1.
       drifts: [n] bool, whose images have drifted; None where none do.
       models: what is scored for them.
       model: [n] int32, each client's row of the scores of `models`.
       sets: the distinct held sets; None for a model with parts.
+      priors: of the clients that are scored with them, too; None where the task has no
+        place for a prior.
     """
 
     client: Array | None
-    took_part: Array
+    counted: Array
     label_mix: Array
     drifts: Array | None
     models: Models
     model: Array
     sets: HeldSets | None
+    priors: Priors | None
 
 
-def find_participants(state: SimState) -> Array:
-    """[N] bool, clients that hold experts and of which an update has counted."""
-    return state.align.held.any(axis=(1, 2)) & (state.participation.rounds > 0)
+def find_counted(state: SimState, program: Program) -> Array:
+    """[N] bool, all clients; where parts are personal, those that have taken part."""
+    took_part = find_participants(state)
+    return took_part if program.strategy.personal else jnp.ones_like(took_part)
 
 
 def count_possible_sets(program: Program) -> int:
@@ -64,17 +74,28 @@ def is_sampled(program: Program) -> bool:
     return bool(program.strategy.personal) or count_possible_sets(program) > most
 
 
-def draw_sample(order: Array, took_part: Array, count: int) -> Array:
-    """Ids [count] of the first clients of an order, those that took part before others.
+def draw_sample(order: Array, counted: Array, count: int) -> Array:
+    """Ids [count] of the first clients of an order, those that count before others.
 
     Args:
       order: [N] int32, a permutation of all ids.
-      took_part: [N] bool, by id.
+      counted: [N] bool, by id.
       count: n <= N.
     """
-    first = took_part[order]
+    first = counted[order]
     place = jnp.where(first, first.cumsum() - 1, first.sum() + (~first).cumsum() - 1)
     return jnp.zeros(count, order.dtype).at[place].set(order, mode="drop")
+
+
+def choose_rows(
+    federation: Federation, label_mix: Array, counted: Array, program: Program
+) -> Array:
+    """Rows [m] of the panel, at most `evaluation.clients`, whose own part is scored."""
+    most, count = program.static.evaluation.clients, len(label_mix)
+    if not 0 < most < count:
+        return jnp.arange(count)
+    counted = jnp.broadcast_to(counted, count)
+    return draw_sample(federation.sample_order, counted, most)
 
 
 def share_models(clients: ClientView, program: Program) -> tuple[Models, Array]:
@@ -83,6 +104,24 @@ def share_models(clients: ClientView, program: Program) -> tuple[Models, Array]:
     wanted = jnp.zeros_like(clients.wanted).at[distinct.kind].max(clients.wanted)
     view = ClientView({}, clients.held[distinct.first], wanted)
     return Models(view, distinct.count), distinct.kind
+
+
+def keep_server(panel: Panel, num_groups: int, program: Program) -> Panel:
+    """The panel for scores of whole models alone, summed by groups that are no strata.
+
+    Args:
+      panel: of any clients.
+      num_groups: how many groups there are.
+      program: whether each client's model is one of them.
+    """
+    view = panel.models.view
+    if not program.strategy.personal:
+        view = jax.tree.map(lambda leaf: leaf[:1], view)
+    view = view._replace(wanted=jnp.zeros((len(view.held), num_groups)))
+    none, sets = jnp.int32(0), panel.sets
+    if sets is not None:
+        sets = sets._replace(count=none, of_client=sets.of_client[:1])
+    return panel._replace(models=Models(view, none), sets=sets, priors=None)
 
 
 def gather_panel(state: SimState, view: View, program: Program) -> Panel:
@@ -94,17 +133,17 @@ def gather_panel(state: SimState, view: View, program: Program) -> Panel:
       program: the static parts.
     """
     federation, client = view.federation, None
-    clients, took_part = view_clients(state, federation), find_participants(state)
+    clients, counted = view_clients(state, federation), find_counted(state, program)
     label_mix, drifts = federation.label_mix, None
     if view.distortion is not None:
         drifts = view.distortion > 0
     if is_sampled(program):
         most = program.static.evaluation.clients
-        client = draw_sample(federation.sample_order, took_part, most)
-        every = clients, took_part, label_mix, drifts
+        client = draw_sample(federation.sample_order, counted, most)
+        every = clients, counted, label_mix, drifts
         chosen = jax.tree.map(lambda leaf: leaf[client], every)
-        clients, took_part, label_mix, drifts = chosen
-    sets, count = None, len(took_part)
+        clients, counted, label_mix, drifts = chosen
+    sets, count = None, len(counted)
     models, model = Models(clients, jnp.int32(count)), jnp.arange(count)
     if not program.strategy.personal and program.model.parts is None:
         sets = find_sets(clients.held, program.sizes.max_held)
@@ -112,4 +151,9 @@ def gather_panel(state: SimState, view: View, program: Program) -> Panel:
         model = jnp.where(sets.whole, count, sets.of_client)
     elif not program.strategy.personal:
         models, model = share_models(clients, program)
-    return Panel(client, took_part, label_mix, drifts, models, model, sets)
+    priors = None
+    if program.task.add_prior is not None:
+        row = choose_rows(federation, label_mix, counted, program)
+        owner = jnp.broadcast_to(model, len(label_mix))  # of pooled data there is one
+        priors = gather_priors(label_mix, owner, row, count + 1)
+    return Panel(client, counted, label_mix, drifts, models, model, sets, priors)

@@ -2,6 +2,7 @@
 
 * global: the top-A of all E experts; soft: all E, weighted by the gate.
 * personal: the top-A of each client's held experts.
+* prior: the same outputs, shifted by the client's own label prior.
 * expert: one expert alone.
 
 Every expert's own outputs [B, E, L] are computed once, and each score is that of one
@@ -21,6 +22,7 @@ from fedmoe_jax.models.dispatch import dispatch
 from fedmoe_jax.models.one_layer import apply_experts, log_probabilities
 from fedmoe_jax.models.routing import gate_logits, make_gates
 from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.priors import Priors
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, Federation, PyTree, SimState
 
@@ -91,12 +93,17 @@ class Models(NamedTuple):
     count: Array
 
 
+def find_participants(state: SimState) -> Array:
+    """[N] bool, clients that hold experts and of which an update has counted."""
+    return state.align.held.any(axis=(1, 2)) & (state.participation.rounds > 0)
+
+
 def view_clients(state: SimState, federation: Federation) -> ClientView:
-    """All clients [N]; one that never took part holds nothing and may use all.
+    """All clients [N]; one that never got through has no experts and may use all.
 
     Where the data are pooled it is one, with the strata of all.
     """
-    held = state.align.held
+    held = state.align.held & find_participants(state)[:, None, None]
     mix = federation.label_mix.reshape(len(held), -1, federation.label_mix.shape[1])
     return ClientView(
         personal=state.personal,
@@ -122,6 +129,56 @@ def sum_scores(outputs: PyTree, examples: Examples, program: Program) -> Array:
     """Sum of the scores of the model's outputs in each stratum, [L]."""
     scores = program.task.loss(outputs, examples.batch)
     return sum_strata(scores.score, scores, examples.stratum)
+
+
+def score_prior(
+    outputs: PyTree, log_share: Array, examples: Examples, program: Program
+) -> Array:
+    """Scores [L] of a model's outputs, shifted by the prior [L] of ONE client."""
+    assert program.task.add_prior is not None
+    return sum_scores(program.task.add_prior(outputs, log_share), examples, program)
+
+
+def make_rows(
+    num_models: int, priors: Priors | None, examples: Examples
+) -> dict[str, Array]:
+    """Empty rows: `personal` [num_models, L] and, with priors, `prior` [m, L]."""
+    num_strata = examples.stratum.shape[1]
+    rows = {"personal": jnp.zeros((num_models, num_strata))}
+    if priors is not None:
+        rows["prior"] = jnp.zeros((len(priors.row), num_strata))
+    return rows
+
+
+def set_rows(
+    rows: dict[str, Array],
+    number: Array | int,
+    outputs: PyTree,
+    priors: Priors | None,
+    examples: Examples,
+    program: Program,
+) -> dict[str, Array]:
+    """The rows with the scores of ONE model and of its clients' priors.
+
+    Args:
+      rows: see `make_rows`.
+      number: [] int32, the model's row.
+      outputs: the model's.
+      priors: of the clients.
+      examples: the batch.
+      program: the task.
+    """
+    personal = sum_scores(outputs, examples, program)
+    found = {"personal": rows["personal"].at[number].set(personal)}
+    if priors is None:
+        return found
+
+    def add(place: Array, scores: Array) -> Array:
+        shifted = score_prior(outputs, priors.log_share[place], examples, program)
+        return scores.at[place].set(shifted)
+
+    own = priors.start[number], priors.start[number + 1]
+    return found | {"prior": jax.lax.fori_loop(*own, add, rows["prior"])}
 
 
 def take_parts(program: Program) -> Parts:
@@ -190,14 +247,12 @@ def find_needed(encoded: Encoded, models: Models, how: Route) -> Array:
     return jax.lax.fori_loop(0, models.count, add, need)
 
 
-def mix_scores(
-    gates: Array, answers: Answers, examples: Examples, program: Program
-) -> Scores:
-    """Scores [B, ...positions] of one mixture, see `score_mixture`."""
+def mix_answers(gates: Array, answers: Answers, program: Program) -> Array:
+    """Outputs [B, L] of one mixture, see `score_mixture`."""
     mixed = jnp.einsum("be,bel->bl", gates, answers.each)
     if answers.none is not None:
         mixed += (1 - gates.sum(axis=1, keepdims=True)) * answers.none[None]
-    return program.task.loss(read_answers(mixed, program), examples.batch)
+    return read_answers(mixed, program)
 
 
 def share_gates(gates: Array, program: Program) -> Array:
@@ -225,8 +280,7 @@ def score_mixture(
       examples: the batch.
       program: the task, and how experts are mixed.
     """
-    scores = mix_scores(gates, answers, examples, program)
-    return sum_strata(scores.score, scores, examples.stratum)
+    return sum_scores(mix_answers(gates, answers, program), examples, program)
 
 
 def read_answers(answers: Array, program: Program) -> Array:
@@ -244,7 +298,8 @@ def score_routed(
     """
     how = evaluation_route(program)
     gates = route_all(logits, how)
-    scores = mix_scores(gates, answers, examples, program)
+    outputs = mix_answers(gates, answers, program)
+    scores = program.task.loss(outputs, examples.batch)
     shares = share_gates(gates, program)
     counts = {
         "global": sum_strata(scores.score, scores, examples.stratum),
@@ -335,35 +390,45 @@ def answer_server(
 
 def score_models(
     models: Models,
+    priors: Priors | None,
     answer: Callable[[ClientView], tuple[Array, Answers]],
     examples: Examples,
     program: Program,
 ) -> dict[str, Array]:
-    """Scores [n, L] `personal`; with personal parts those of `score_whole`, too.
+    """Scores `personal`, `prior`; with personal parts those of `score_whole`, too.
 
     Args:
       models: of the clients, all n of them where parts are personal.
+      priors: of the clients, of all n where parts are personal; or None.
       answer: ONE client -> its gate logits [B, E] and answers.
       examples: the batch.
       program: whether the outputs of all experts are there, and how they are mixed.
     """
 
-    def score(client: ClientView) -> dict[str, Array]:
+    how = evaluation_route(program)
+
+    def score_own(one: tuple[ClientView, Array | None]) -> dict[str, Array]:
+        client, log_share = one
         logits, answers = answer(client)
-        gates = make_gates(logits, client.held, evaluation_route(program))
-        counts = {"personal": score_mixture(gates, answers, examples, program)}
-        if client.personal:
-            counts |= score_whole(logits, answers, examples, program)
-        return counts
+        gates = make_gates(logits, client.held, how)
+        outputs = mix_answers(gates, answers, program)
+        counts = {"personal": sum_scores(outputs, examples, program)}
+        if log_share is not None:
+            counts["prior"] = score_prior(outputs, log_share, examples, program)
+        return counts | score_whole(logits, answers, examples, program)
 
     if models.view.personal:
-        return jax.lax.map(score, models.view)
+        return jax.lax.map(score_own, (models.view, priors and priors.log_share))
 
-    def add(number: Array, rows: Array) -> Array:
-        return rows.at[number].set(score(take_model(models, number))["personal"])
+    def add(number: Array, rows: dict[str, Array]) -> dict[str, Array]:
+        client = take_model(models, number)
+        logits, answers = answer(client)
+        gates = make_gates(logits, client.held, how)
+        outputs = mix_answers(gates, answers, program)
+        return set_rows(rows, number, outputs, priors, examples, program)
 
-    rows = jnp.zeros((len(models.view.held), examples.stratum.shape[1]))
-    return {"personal": jax.lax.fori_loop(0, models.count, add, rows)}
+    rows = make_rows(len(models.view.held), priors, examples)
+    return jax.lax.fori_loop(0, models.count, add, rows)
 
 
 def score_whole(
@@ -377,13 +442,18 @@ def score_whole(
 
 
 def score_parts(
-    params: PyTree, models: Models, examples: Examples, program: Program
+    params: PyTree,
+    models: Models,
+    priors: Priors | None,
+    examples: Examples,
+    program: Program,
 ) -> dict[str, Array]:
     """All scores of one batch; every expert is computed once.
 
     Args:
       params: with the parts that are frozen.
       models: of the clients.
+      priors: of the clients; None for none.
       examples: the batch.
       program: a model with parts.
 
@@ -395,11 +465,11 @@ def score_parts(
     personal = program.strategy.personal
     if set(personal) - {"gate"}:
         answer = lambda client: answer_personal(client, examples, params, program)
-        return score_models(models, answer, examples, program)
+        return score_models(models, priors, answer, examples, program)
     encoded = encode(params, examples, program)
     answers = answer_server(params, encoded, models, program)
     answer = lambda client: (own_logits(client, encoded), answers)
-    counts = score_models(models, answer, examples, program)
+    counts = score_models(models, priors, answer, examples, program)
     if encoded.logits is not None:
         counts |= score_whole(encoded.logits, answers, examples, program)
     return counts

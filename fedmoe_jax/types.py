@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import struct
 
 Array = jax.Array
@@ -107,20 +108,58 @@ class Sizes(NamedTuple):
     gate_width: int
 
 
+NOTHING = np.zeros(0, np.int32)
+
+
 class Partition(NamedTuple):
     """The owner of each training example, on the host.
 
     Attributes:
-      index: [N, M] int32, row c lists the examples of client c and then zeros.
+      index: [N, M] int32, row c lists the examples that client c trains on and then
+        zeros.
       size: [N] int32, how many entries of each row count.
-      label_counts: [N, L] int32, examples of each stratum that each client owns.
+      label_counts: [N, L] int32, of these examples those of each stratum.
       public: [Q] int32, examples that the server has and no client owns.
+      own_test: [Q] int32, examples that clients set aside as their own test sets.
+      own_test_client: [Q] int32 in [0, N), the client of each.
+      validation: [Q] int32, examples that clients set aside for tuning.
+      unseen: [Q] int32, examples of clients that never take part.
+      unseen_client: [Q] int32, the client of each, numbered from 0 among these.
     """
 
     index: Any
     size: Any
     label_counts: Any
     public: Any
+    own_test: Any = NOTHING
+    own_test_client: Any = NOTHING
+    validation: Any = NOTHING
+    unseen: Any = NOTHING
+    unseen_client: Any = NOTHING
+
+
+class Lists(struct.PyTreeNode):
+    """Training examples of each client.
+
+    Attributes:
+      index: [N, M] int32, zeros beyond `size`.
+      size: [N] int32.
+    """
+
+    index: Array
+    size: Array
+
+
+class Pool(struct.PyTreeNode):
+    """Training examples of all clients together.
+
+    Attributes:
+      example: [Q] int32, zeros where they only pad.
+      group: [Q] int32, 1 + the group by which scores are summed, 0 where it only pads.
+    """
+
+    example: Array
+    group: Array
 
 
 class Devices(struct.PyTreeNode):
@@ -156,8 +195,8 @@ class Federation(struct.PyTreeNode):
       size: [N] int32, examples of each client, >= 1.
       steps: [N] int32, local steps of each client in a round, 1 to T.
       label_mix: [N, L] float32, each client's histogram of strata, rows sum to 1.
-        Where the data are pooled, N is 1 in the other fields, and these are the
-        clients' still.
+        Where the data are pooled, N is 1 in other fields, and these and the
+        `sample_order` are the clients' still.
       public: [Q] int32, examples that the server has and no client owns.
       test: test examples, leaves [X', ...] of the same names.
       test_stratum: [X'] int32 in [0, L).
@@ -169,6 +208,10 @@ class Federation(struct.PyTreeNode):
         that evaluation scores; see `panel`.
       drift_source: [N] int32, a permutation: towards whose data each client drifts,
         itself if it does not; see `world.drift`.
+      own_test: each client's own test set, of all clients where the data are pooled,
+        too; None without any.
+      validation: examples set aside for tuning, by stratum; None without any.
+      unseen: examples of clients that never take part, by client; None without any.
     """
 
     train: dict[str, Array]
@@ -184,12 +227,15 @@ class Federation(struct.PyTreeNode):
     frozen: PyTree
     sample_order: Array
     drift_source: Array
+    own_test: Lists | None
+    validation: Pool | None
+    unseen: Pool | None
 
 
 # Fields of the federation that every run of a sweep has for itself; it shares the rest.
 PER_RUN = (
     *("index", "size", "steps", "label_mix", "public", "devices", "frozen"),
-    *("sample_order", "drift_source"),
+    *("sample_order", "drift_source", "own_test", "validation", "unseen"),
 )
 
 

@@ -19,14 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from fedmoe_jax import evaluate
 from fedmoe_jax.base import Routing
-from fedmoe_jax.evaluate import (
-    build_evaluate,
-    build_evaluate_share,
-    read_examples,
-    schedule_examples,
-)
+from fedmoe_jax.evaluate import build_evaluate, build_evaluate_share
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.runtime.sharding import RUNS, build_mesh, spread
+from fedmoe_jax.sources import read_examples, schedule_examples, take_test
 from fedmoe_jax.tasks.images import IMAGES, score_labels
 from fedmoe_jax.types import SimState
 from fedmoe_jax.world.participation import init_participation
@@ -34,7 +30,7 @@ from fedmoe_jax.world.participation import init_participation
 pytestmark = pytest.mark.slow
 
 COUNT, IMAGE, CLASSES = 21, (4, 4, 1), 3  # 21: no multiple of 8 devices, nor of 4
-IDLE, LOST = 5, 2  # one holds nothing, no update of the other has counted
+IDLE, LOST = 5, 2  # one has held nothing, no update of the other has counted
 LEFT_OUT = {"global_soft_accuracy", "expert_accuracy"}  # they need every expert
 CHANGES = {
     "num_clients": 12,
@@ -160,7 +156,7 @@ def slow_evaluate(state):
     one = jax.tree.map(lambda leaf: leaf[None], state.params["gate"])
     gates_of = state.personal.get("gate", one)["moe"]
 
-    def ask(client, choose):
+    def ask(client, choose, shift=0.0):
         """Whether each image is right under gates `choose(logits)`, and the gates."""
         row = client if personal else 0
         kernel = np.asarray(gates_of["kernel"][row])
@@ -168,7 +164,7 @@ def slow_evaluate(state):
         right, gates = np.zeros(COUNT), np.zeros((COUNT, SIZES.num_experts))
         for i in range(COUNT):
             gates[i] = choose(kernel @ features[i] + bias)
-            right[i] = np.argmax(gates[i] @ answers[i]) == labels[i]
+            right[i] = np.argmax(gates[i] @ answers[i] + shift) == labels[i]
         return right, gates
 
     clients = range(SIZES.num_clients) if personal else range(1)
@@ -176,24 +172,36 @@ def slow_evaluate(state):
     active = SIZES.num_active
     top = [ask(c, lambda row: slow_gates(row, everyone, active)) for c in clients]
     soft = [ask(c, lambda row: np.exp(row) / np.exp(row).sum())[0] for c in clients]
-    client_accuracy = []
-    for c in range(SIZES.num_clients):
-        held = np.asarray(state.align.held[c, 0])
-        held = held if held.any() else everyone
-        right, _ = ask(c, lambda row, held=held: slow_gates(row, held, active))
-        by_label = [right[labels == label].mean() for label in range(CLASSES)]
-        client_accuracy.append(np.asarray(FEDERATION.label_mix[c]) @ by_label)
-    client_accuracy = np.array(client_accuracy)
-    counted = np.delete(client_accuracy, [IDLE, LOST])
+
+    def ask_own(shift):
+        """Every client's accuracy with its experts, its logits shifted by its mix."""
+        found = []
+        for c in range(SIZES.num_clients):
+            held = np.asarray(state.align.held[c, 0])
+            held = everyone if c in (IDLE, LOST) else held
+            mix = np.asarray(FEDERATION.label_mix[c])
+            choose = lambda row, held=held: slow_gates(row, held, active)
+            right, _ = ask(c, choose, shift(mix))
+            by_label = [right[labels == label].mean() for label in range(CLASSES)]
+            found.append(mix @ by_label)
+        return np.array(found)
+
+    client_accuracy = ask_own(np.zeros_like)
+    prior_accuracy = ask_own(lambda mix: np.log(mix + 1e-3))
+    counted, prior = client_accuracy, prior_accuracy
+    if personal:
+        counted, prior = (np.delete(x, [IDLE, LOST]) for x in (counted, prior))
+    worst = lambda x: np.sort(x)[: math.ceil(len(x) / 10)].mean()
     routed = np.mean([gates for _, gates in top], axis=0)
     alone = answers.argmax(-1) == labels[:, None]
     return {
         "global_accuracy": np.mean([right for right, _ in top]),
         "global_soft_accuracy": np.mean(soft),
         "personal_accuracy": counted.mean(),
-        "worst_decile_accuracy": np.sort(counted)[
-            : math.ceil(len(counted) / 10)
-        ].mean(),
+        "worst_decile_accuracy": worst(counted),
+        "personal_prior_accuracy": prior.mean(),
+        "worst_decile_prior_accuracy": worst(prior),
+        "clients_counted": len(counted),
         "client_accuracy": client_accuracy,
         "expert_accuracy": alone.mean(0),
         "specialisation": np.stack(
@@ -305,7 +313,8 @@ def test_evaluate_ignores_padding(form):
     """Expert 0 answers 1, expert 1 answers 2; the gate prefers the first."""
     sizes = dict(num_experts=2, max_held=1, num_active=1)
     program = build(num_clients=2, cohort_size=2, **sizes)
-    program = program._replace(task=IMAGES._replace(loss=score_positions))
+    task = IMAGES._replace(loss=score_positions, add_prior=None)
+    program = program._replace(task=task)
     whole = make_logit_model(2, CLASSES)
     labels, strata = LABELS.reshape(-1), np.repeat(STRATA, 2)
     if form == "positions":
@@ -342,6 +351,7 @@ def test_evaluate_ignores_padding(form):
         "client_accuracy": [0.75 + 0.25 / 3, 0.8 * 2 / 3],
         "personal_accuracy": (0.75 + 0.25 / 3 + 0.8 * 2 / 3) / 2,
         "worst_decile_accuracy": 0.8 * 2 / 3,
+        "clients_counted": 2,
         "specialisation": [[[1, 1], [0, 0]]],
     }
     if form == "parts":
@@ -349,6 +359,30 @@ def test_evaluate_ignores_padding(form):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+
+
+# ---- the label prior
+
+
+@pytest.mark.parametrize("parts", [True, False])
+@pytest.mark.parametrize("mode", ["global", "personal"])
+def test_the_prior_alone_decides_where_the_model_knows_nothing(mode, parts):
+    """Equal logits: every client answers its commonest label, and is right as often."""
+    program = build(mode)
+    if not parts:
+        program = program._replace(model=program.model._replace(parts=None))
+    state = draw_state(program)
+    head = jax.tree.map(jnp.zeros_like, state.params["head"])
+    state = state.replace(params=state.params | {"head": head})
+    found = build_evaluate(program)(state, FEDERATION, {})
+    best = np.asarray(FEDERATION.label_mix).max(1)
+    best = np.delete(best, [IDLE, LOST]) if mode == "personal" else best
+    np.testing.assert_allclose(found["personal_prior_accuracy"], best.mean(), rtol=1e-5)
+    worst = np.sort(best)[: math.ceil(len(best) / 10)].mean()
+    np.testing.assert_allclose(found["worst_decile_prior_accuracy"], worst, rtol=1e-5)
+    shares = np.asarray(FEDERATION.label_mix)[:, 0]
+    shares = np.delete(shares, [IDLE, LOST]) if mode == "personal" else shares
+    np.testing.assert_allclose(found["personal_accuracy"], shares.mean(), rtol=1e-5)
 
 
 # ---- a sweep
@@ -380,13 +414,14 @@ def test_evaluate_many_runs_equals_one_at_a_time(walk, every_expert):
 # ---- the parts
 
 
-def test_slow_evaluate_answers_every_question_differently(expected):
+def test_slow_evaluate_answers_every_question_differently(gate_mode, expected):
     """Equal answers could hide a wrong mask from the test above."""
-    names = ("global", "global_soft", "personal", "worst_decile")
-    assert len({round(expected[f"{name}_accuracy"], 6) for name in names}) == 4
+    names = ("global", "global_soft", "personal", "worst_decile", "personal_prior")
+    assert len({round(expected[f"{name}_accuracy"], 6) for name in names}) == 5
     accuracy = expected["client_accuracy"]
     assert len(np.unique(accuracy.round(6))) == SIZES.num_clients
-    assert expected["personal_accuracy"] != pytest.approx(accuracy.mean(), abs=1e-4)
+    mean = pytest.approx(accuracy.mean(), abs=1e-4)
+    assert (expected["personal_accuracy"] == mean) == (gate_mode == "global")
 
 
 @pytest.mark.parametrize(
@@ -401,9 +436,8 @@ def test_schedule_examples_deals_each_once(devices, most, batches, size):
 
 
 def test_read_examples_marks_padding():
-    examples = read_examples(
-        FEDERATION, jnp.array([COUNT - 1, COUNT]), None, program=PROGRAM
-    )
+    source, position = take_test(FEDERATION), jnp.array([COUNT - 1, COUNT])
+    examples = read_examples(source, FEDERATION, position, None, CLASSES, PROGRAM)
     last = FEDERATION.test["y"][-1]
     assert examples.real.tolist() == [True, False]
     assert examples.batch["y"].tolist() == [last, last]

@@ -20,7 +20,12 @@ CHECKED_ELSEWHERE = {
     "devices.tiers",
     "devices.shares",
 }
-CHECKED_ELSEWHERE |= {"run.tensorboard", "devices.csv", "plugins"}
+CHECKED_ELSEWHERE |= {
+    "run.tensorboard",
+    "evaluation.finetune",
+    "devices.csv",
+    "plugins",
+}
 
 
 def test_every_field_is_checked():

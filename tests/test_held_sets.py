@@ -9,6 +9,7 @@ from factories import K, N, make_program, plan_run, start_run, use_linear_model
 from fedmoe_jax.distinct import WORD
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.held_sets import find_sets, score_sets
+from fedmoe_jax.priors import gather_priors
 from fedmoe_jax.scoring import Examples
 
 pytestmark = pytest.mark.slow
@@ -62,10 +63,12 @@ def test_score_sets_runs_the_model_once_for_each_set():
     batch = {"x": jnp.ones((2, 8, 8, 1)), "y": jnp.zeros(2, jnp.int32)}
     examples = Examples(batch, jnp.ones((2, 1)), jnp.ones(2, bool))
     sets = find_sets(held, program.sizes.max_held)
-    rows = score_sets(params, frozen, sets, examples, program)
+    mix = jnp.ones((6, 1))
+    priors = gather_priors(mix, sets.of_client, jnp.arange(6), 7)
+    rows = score_sets(params, frozen, sets, priors, examples, program)
     jax.effects_barrier()
-    assert len(runs) == 2 and rows.shape == (6, 1)
-    assert not rows[2:].any()
+    assert len(runs) == 2 and rows["personal"].shape == (7, 1)
+    assert not rows["personal"][2:].any() and rows["prior"].shape == (6, 1)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,12 @@ def start_study(strategy="greedy", **changes):
     return run._replace(state=state)
 
 
+def start_pooled():
+    """A run of which one client has all data, before its first round."""
+    plan = plan_run(strategy="centralised", num_clients=CLIENTS)
+    return start_run(plan, use_linear_model(plan.program))
+
+
 def set_most(program, clients):
     """The program that scores at most so many clients."""
     static = replace(program.static, evaluation={"clients": clients})
@@ -75,7 +81,8 @@ def test_shared_models_are_the_distinct_sets():
     view = observe(run.state.world, run.federation, run.hyper, run.program.processes)
     panel = gather_panel(run.state, view, run.program)
     held = np.array(run.state.align.held)
-    held[::5] = True  # who has not held any may use all
+    held[::5] = True  # one that has not held any may use all
+    held[np.array(run.state.participation.rounds) == 0] = True
     assert panel.models.count == len(np.unique(held, axis=0)) < 10
     shared, wanted = panel.models.view.held[panel.model], panel.models.view.wanted
     np.testing.assert_array_equal(shared, held)
@@ -96,18 +103,44 @@ def test_a_sample_is_a_part_of_all_clients(strategy, parts):
     whole = jax.device_get(evaluate(run, set_most(program, 0)))
     found = jax.device_get(evaluate(run, set_most(program, MOST)))
     scored = ~np.isnan(found["client_accuracy"])
-    assert scored.sum() == MOST and not np.isnan(whole["client_accuracy"]).any()
+    assert scored.sum() == MOST == found["clients_counted"]
+    assert not np.isnan(whole["client_accuracy"]).any()
     accuracy = whole["client_accuracy"][scored]
     np.testing.assert_allclose(found["client_accuracy"][scored], accuracy, atol=1e-6)
     rounds = np.array(run.state.participation.rounds)
     took_part = np.array(run.state.align.held).any((1, 2)) & (rounds > 0)
     order = np.array(run.federation.sample_order)
+    if not program.strategy.personal:  # the server's model serves all
+        took_part[:] = True
+    assert whole["clients_counted"] == took_part.sum()
     expected = [client for client in order if took_part[client]][:MOST]
     assert set(np.flatnonzero(scored)) == set(expected)
     np.testing.assert_allclose(found["personal_accuracy"], accuracy.mean(), rtol=1e-5)
     np.testing.assert_allclose(found["worst_decile_accuracy"], accuracy.min(), 1e-5)
     if not program.strategy.personal:
         np.testing.assert_allclose(found["global_accuracy"], whole["global_accuracy"])
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "centralised"])
+def test_priors_of_a_common_model_are_of_a_sample(strategy):
+    """All are scored by the one model; with priors the first of the seed's order."""
+    run = start_study(strategy) if strategy == "fedavg" else start_pooled()
+    program = set_most(run.program, MOST)
+    assert not is_sampled(program)
+    found, whole = evaluate(run, program), evaluate(run, run.program)
+    assert found["personal_accuracy"] == whole["personal_accuracy"]
+    view = observe(run.state.world, run.federation, run.hyper, program.processes)
+    row = gather_panel(run.state, view, program).priors.row
+    expected = np.array(run.federation.sample_order)[:MOST]
+    assert sorted(row.tolist()) == sorted(expected.tolist())
+    assert found["personal_prior_accuracy"] != whole["personal_prior_accuracy"]
+    mixes = run.federation.label_mix[jnp.sort(row)]
+    few = run.federation.replace(label_mix=mixes, sample_order=jnp.arange(MOST))
+    if strategy == "centralised":  # its state has no axis of clients
+        alone = build_evaluate(program)(run.state, few, run.hyper)
+        names = ("personal_prior_accuracy", "worst_decile_prior_accuracy")
+        for name in names:
+            np.testing.assert_allclose(found[name], alone[name], rtol=1e-6)
 
 
 def test_a_sample_of_all_clients_is_all_of_them():
@@ -144,11 +177,11 @@ def test_count_possible_sets_multiplies_layers():
 
 def test_draw_sample_by_hand():
     order = jnp.array([3, 0, 4, 1, 2])
-    took_part = jnp.array([1, 0, 0, 1, 1], bool)
-    assert draw_sample(order, took_part, 2).tolist() == [3, 0]
-    assert draw_sample(order, took_part, 5).tolist() == [3, 0, 4, 1, 2]
-    took_part = jnp.array([0, 1, 1, 0, 0], bool)
-    assert draw_sample(order, took_part, 3).tolist() == [1, 2, 3]
+    counted = jnp.array([1, 0, 0, 1, 1], bool)
+    assert draw_sample(order, counted, 2).tolist() == [3, 0]
+    assert draw_sample(order, counted, 5).tolist() == [3, 0, 4, 1, 2]
+    counted = jnp.array([0, 1, 1, 0, 0], bool)
+    assert draw_sample(order, counted, 3).tolist() == [1, 2, 3]
 
 
 def test_the_order_of_the_sample_is_the_seeds():

@@ -20,6 +20,7 @@ from fedmoe_jax.scoring import (
     view_clients,
 )
 from fedmoe_jax.types import SimState
+from fedmoe_jax.world.participation import init_participation
 
 PROGRAM = make_program(make_data(2))
 
@@ -91,20 +92,24 @@ def test_find_needed_by_hand():
     assert need.astype(int).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
 
 
-def view(held, mix):
+def view(held, mix, rounds):
     held = jnp.array(held, bool)[:, None]
     fields = dict.fromkeys(SimState.__dataclass_fields__) | {"personal": {}}
     align = make_align(len(held), held.shape[2], held=held)
-    state = SimState(**fields | {"align": align})
+    sizes = PROGRAM.sizes._replace(num_clients=len(held))
+    took_part = init_participation(sizes).replace(rounds=jnp.array(rounds))
+    state = SimState(**fields | {"align": align, "participation": took_part})
     return view_clients(state, make_federation(label_mix=jnp.array(mix)))
 
 
-def test_view_clients_lets_the_idle_use_all_experts():
-    clients = view([[0, 1, 0], [0, 0, 0]], [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    assert clients.held[:, 0].tolist() == [[False, True, False], [True] * 3]
-    assert clients.wanted.tolist() == [[1, 1, 0], [0, 0, 1]]
+def test_view_clients_lets_those_without_experts_use_all():
+    """The second holds nothing, and no update of the third has counted."""
+    mix = [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    clients = view([[0, 1, 0], [0, 0, 0], [0, 1, 0]], mix, [1, 1, 0])
+    assert clients.held[:, 0].tolist() == [[False, True, False], [True] * 3, [True] * 3]
+    assert clients.wanted.tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
 
 
 def test_view_clients_of_pooled_data_is_one_with_all_strata():
-    clients = view([[1]], [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    clients = view([[1]], [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], [1])
     assert clients.held.shape == (1, 1, 1) and clients.wanted.tolist() == [[1, 0, 1]]

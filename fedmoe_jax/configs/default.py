@@ -43,6 +43,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.partition.alpha = 0.1
     config.partition.classes_per_client = 2
     config.partition.min_size = 10
+    config.partition.test_share = 0.0
+    config.partition.validation_share = 0.0
+    config.partition.unseen = 0
 
     config.model = ConfigDict()
     config.model.kind = "image_moe"
@@ -216,6 +219,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.dense_experts = 16
     config.evaluation.clients = 1000
+    config.evaluation.finetune = False
+    config.evaluation.finetune_rate = 0.0
     config.evaluation.targets = ()
     config.evaluation.baseline = ""
 

@@ -19,7 +19,10 @@ MAX_DRAWS = 100
 
 
 class Options(NamedTuple):
-    """The numbers that the rules depend on; fields as in `split`."""
+    """The numbers that the rules depend on; fields as in `split`.
+
+    `num_clients` are all clients, of which `unseen` never take part.
+    """
 
     num_clients: int
     num_strata: int
@@ -27,6 +30,13 @@ class Options(NamedTuple):
     classes_per_client: int
     min_size: int
     owner: np.ndarray | None
+    unseen: int
+
+    @property
+    def clients(self) -> str:
+        """The field, or the two fields, that give the number of clients."""
+        seen = f"num_clients={self.num_clients - self.unseen}"
+        return f"{seen} + partition.unseen={self.unseen}" if self.unseen else seen
 
 
 # (strata [X], options, rng) -> owner [X] int in [0, N)
@@ -44,6 +54,7 @@ def split(
     min_size: int,
     seed: int,
     owner: np.ndarray | None = None,
+    unseen: int = 0,
     limit_gb: float = math.inf,
 ) -> Partition:
     """Divides the training examples among the clients.
@@ -51,18 +62,22 @@ def split(
     Args:
       kind: `dirichlet` (label skew; Hsu et al., arXiv:1909.06335, with proportions
         drawn per class), `shards` (McMahan et al., arXiv:1602.05629, section 3),
-        `quantity` (size skew, IID labels), `iid`, or `natural` (as the data say).
+        `classes` (exactly so many classes for every client), `quantity` (size skew, IID
+        labels), `iid`, or `natural` (as the data say).
       stratum: [X] int labels in [0, L), or whatever else the clients are skewed in.
-      num_clients: N >= 1.
+      num_clients: N >= 1, with those that never take part.
       num_strata: L.
       alpha: > 0, concentration of `dirichlet` and `quantity`; small is skewed.
       classes_per_client: in [1, L], shards of each client, of `shards`. A shard
-        that straddles two labels adds one more.
+        that straddles two labels adds one more. Of `classes` the classes of each
+        client, none of them twice.
       min_size: >= 1, examples that every client gets at least. A random rule is
         drawn anew up to 100 times for it; then each short client takes examples,
-        drawn at random, from the client that is largest then.
+        drawn at random, from the client that is largest then. `classes` and `natural`
+        let no client take what is not its own.
       seed: >= 0; the same arguments always give the same partition.
       owner: [X] int in [0, N), of `natural`, which leaves every client what it has.
+      unseen: how many never take part, for messages.
       limit_gb: gigabytes that the partition may take.
 
     Returns:
@@ -71,21 +86,26 @@ def split(
 
     Raises:
       UserError: an argument is outside its range, N * min_size > X, the data have no
-        natural clients, or not these, or the partition would be beyond `limit_gb`.
+        natural clients, or not these, the classes cannot be dealt to these clients, or
+        the partition would be beyond `limit_gb`.
     """
     options = Options(
-        *(num_clients, num_strata, alpha, classes_per_client, min_size, owner)
+        *(num_clients, num_strata, alpha, classes_per_client, min_size, owner, unseen)
     )
     stratum = np.asarray(stratum)
     _check(kind, stratum, options, seed)
     if kind == "natural":
         _check_natural(options)
+    if kind == "classes":
+        _check_classes(stratum, options)
     rng = np.random.default_rng(seed)
     for _ in range(MAX_DRAWS):
         drawn = KINDS[kind](stratum, options, rng)
         if np.bincount(drawn, minlength=num_clients).min() >= min_size:
             break
     else:
+        if kind == "classes":
+            _refuse_size(kind, drawn, options)
         drawn = _fill_up(drawn, options, rng)
     _check_size(drawn, options, limit_gb)
     return _pack(drawn, stratum, options)
@@ -110,8 +130,7 @@ def _check(kind: str, stratum: np.ndarray, options: Options, seed: int) -> None:
             needed <= len(stratum),
             "partition.min_size",
             options.min_size,
-            f"num_clients={options.num_clients} times it at most {len(stratum)} "
-            "examples",
+            f"{options.clients} times it at most {len(stratum)} examples",
         ),
         (seed >= 0, "seed", seed, ">= 0"),
     )
@@ -131,14 +150,40 @@ def _check_natural(options: Options) -> None:
     size = np.bincount(options.owner)
     if len(size) != options.num_clients:
         raise UserError(
-            f"num_clients={options.num_clients} is not allowed with "
-            f"partition.kind='natural'; allowed: {len(size)}, the data's clients"
+            f"{options.clients} is not allowed with partition.kind='natural'; "
+            f"allowed: {len(size)}, the data's clients"
         )
     if size.min() < options.min_size:
+        _refuse_size("natural", options.owner, options)
+
+
+def _refuse_size(kind: str, owner: np.ndarray, options: Options) -> None:
+    """Raises UserError, as the smallest client has less than `min_size`."""
+    least = np.bincount(owner, minlength=options.num_clients).min()
+    raise UserError(
+        f"partition.min_size={options.min_size} is not allowed with "
+        f"partition.kind={kind!r}; allowed: at most {least}, the examples of the "
+        "smallest client"
+    )
+
+
+def _check_classes(stratum: np.ndarray, options: Options) -> None:
+    """Raises UserError unless every class has a holder and each holder an example."""
+    places = options.num_clients * options.classes_per_client
+    if places < options.num_strata:
+        least = math.ceil(options.num_strata / options.num_clients)
         raise UserError(
-            f"partition.min_size={options.min_size} is not allowed with "
-            f"partition.kind='natural'; allowed: at most {size.min()}, the examples of "
-            "the smallest client"
+            f"partition.classes_per_client={options.classes_per_client} is not allowed "
+            f"with {options.clients} and partition.kind='classes'; "
+            f"allowed: at least {least}, as there are {options.num_strata} classes"
+        )
+    count = np.bincount(stratum, minlength=options.num_strata)
+    if count.min() < math.ceil(places / options.num_strata):
+        raise UserError(
+            f"{options.clients} is not allowed with partition.kind='classes' and "
+            f" partition.classes_per_client={options.classes_per_client}: "
+            f"class {count.argmin()} has {count.min()} training examples; allowed: at "
+            f"most {count.min() * options.num_strata} for both multiplied"
         )
 
 
@@ -176,6 +221,33 @@ def _own_shards(
     return owner
 
 
+def _own_classes(
+    stratum: np.ndarray, options: Options, rng: np.random.Generator
+) -> np.ndarray:
+    """The examples of each class in equal shares, at random, among its holders."""
+    held = _deal_classes(options, rng)
+    owner = np.zeros(len(stratum), np.int64)
+    for label in range(options.num_strata):
+        members = rng.permutation(np.flatnonzero(stratum == label))
+        holders = rng.permutation(np.flatnonzero(held[:, label]))
+        owner[members] = holders[np.arange(len(members)) % len(holders)]
+    return owner
+
+
+def _deal_classes(options: Options, rng: np.random.Generator) -> np.ndarray:
+    """[N, L] bool: each client in turn takes the classes that have fewest holders.
+
+    Of equals it takes any. So no two classes differ by more than one holder.
+    """
+    held = np.zeros((options.num_clients, options.num_strata), bool)
+    holders = np.zeros(options.num_strata)
+    for row, lots in zip(held, rng.random(held.shape), strict=True):
+        fewest = np.argsort(holders + lots)[: options.classes_per_client]
+        row[fewest] = True
+        holders += row
+    return held
+
+
 def _own_iid(
     stratum: np.ndarray, options: Options, rng: np.random.Generator
 ) -> np.ndarray:
@@ -194,6 +266,7 @@ def _own_natural(
 KINDS: dict[str, OwnerFn] = {
     "dirichlet": _own_dirichlet,
     "shards": _own_shards,
+    "classes": _own_classes,
     "quantity": _own_quantity,
     "iid": _own_iid,
     "natural": _own_natural,
@@ -219,8 +292,8 @@ def _fill_up(
 
 
 def _find_width(size: np.ndarray) -> int:
-    """M: the largest of the sizes [N], rounded up to a power of two."""
-    return 1 << (int(size.max()) - 1).bit_length()
+    """M: the largest of the sizes [N], at least 1, rounded up to a power of two."""
+    return 1 << (max(int(size.max()), 1) - 1).bit_length()
 
 
 def _check_size(owner: np.ndarray, options: Options, limit_gb: float) -> None:
@@ -232,7 +305,7 @@ def _check_size(owner: np.ndarray, options: Options, limit_gb: float) -> None:
     if needed > limit_gb:
         raise UserError(
             f"run.memory_limit_gb={limit_gb:g} is too low: the lists of examples of "
-            f"num_clients={options.num_clients} clients, each with room for the "
+            f"{options.clients} clients, each with room for the "
             f"{size.max()} of the largest (rounded up to {width}), need {needed:.2f} "
             f"GB; allowed: at least {math.ceil(needed)}, or fewer clients, or clients "
             "that are less skewed in size"
@@ -241,16 +314,28 @@ def _check_size(owner: np.ndarray, options: Options, limit_gb: float) -> None:
 
 def _pack(owner: np.ndarray, stratum: np.ndarray, options: Options) -> Partition:
     """Lists every client's examples in ascending order, padded with zeros."""
-    size = np.bincount(owner, minlength=options.num_clients)
-    width = _find_width(size)
-    index = np.zeros((options.num_clients, width), np.int32)
-    order = np.argsort(owner, kind="stable")
-    start = np.cumsum(size) - size
-    index[owner[order], np.arange(len(owner)) - np.repeat(start, size)] = order
+    index, size = list_examples(owner, np.arange(len(owner)), options.num_clients)
     label_counts = np.zeros((options.num_clients, options.num_strata), np.int32)
     np.add.at(label_counts, (owner, stratum), 1)
-    public = np.zeros(0, np.int32)
-    return Partition(index, size.astype(np.int32), label_counts, public)
+    return Partition(index, size, label_counts, np.zeros(0, np.int32))
+
+
+def list_examples(
+    owner: np.ndarray, example: np.ndarray, num_clients: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [N, M] int32 of each owner's examples in their order, and sizes [N] int32.
+
+    Args:
+      owner: [X] int in [0, N).
+      example: [X] int, ids.
+      num_clients: N.
+    """
+    size = np.bincount(owner, minlength=num_clients)
+    index = np.zeros((num_clients, _find_width(size)), np.int32)
+    order = np.argsort(owner, kind="stable")
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(size) - size, size)
+    index[owner[order], place] = example[order]
+    return index, size.astype(np.int32)
 
 
 def pool(partition: Partition) -> Partition:
@@ -297,9 +382,10 @@ def load_partition(path: str | Path) -> Partition:
 
 
 def _check_whole(partition: Partition) -> None:
-    """Raises unless every example is owned or public once, and the counts agree."""
-    index, size, label_counts, public = partition
+    """Raises unless every example is owned, public or set aside once, as counted."""
+    index, size = partition.index, partition.size
     owned = index[np.arange(index.shape[1]) < size[:, None]]
-    everything = np.sort(np.concatenate([owned, public]))
+    others = partition.public, partition.own_test, partition.validation
+    everything = np.sort(np.concatenate([owned, *others, partition.unseen]))
     np.testing.assert_array_equal(everything, np.arange(len(everything)))
-    np.testing.assert_array_equal(label_counts.sum(1), size)
+    np.testing.assert_array_equal(partition.label_counts.sum(1), size)

@@ -11,19 +11,19 @@ from fedmoe_jax.report.plots import accuracy_bars, quantile_dots
 from fedmoe_jax.report.runs import NAN, Run, num_experts
 
 WHOSE = (
-    "Accuracy at the end of each client that has taken part and was evaluated, with "
-    "its own experts and on its own classes"
+    "Accuracy at the end of each client that was evaluated, with its own experts and "
+    "on its own classes"
 )
 DOTS = "a dot is a client, or a twentieth of them where there are more; a bar is their "
 AXIS = "Client's accuracy (%)"
 
 
 def counted(run: Run) -> Clients | None:
-    """The clients that have taken part and have an accuracy; None without any."""
+    """The clients that have an accuracy; None without any."""
     found = find_clients(run)
     if found is None:
         return None
-    shown = found.took_part & np.isfinite(found.accuracy)
+    shown = np.isfinite(found.accuracy)
     chosen = [values[shown] if len(values) else values for values in found]
     return Clients(*chosen) if shown.any() else None
 

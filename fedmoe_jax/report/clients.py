@@ -20,9 +20,8 @@ class Clients(NamedTuple):
 
     Attributes:
       accuracy: float in [0, 1] of the last evaluation, each client's experts on its own
-        classes; NaN for a client without examples, and in files that lack it.
+        classes; NaN for a client without examples or a model, and in files without it.
       num_examples: int, of its own.
-      took_part: bool, whether an update of it has counted.
       capacity: int, experts that its device can hold; empty where all data lie in one
         place, and no client has a device.
       participation: int, rounds in which its update counted; likewise.
@@ -31,7 +30,6 @@ class Clients(NamedTuple):
 
     accuracy: np.ndarray
     num_examples: np.ndarray
-    took_part: np.ndarray
     capacity: np.ndarray
     participation: np.ndarray
     tier: np.ndarray
@@ -56,7 +54,6 @@ def find_clients(run: Run) -> Clients | None:
     return Clients(
         accuracy=arrays.get("client_accuracy", unknown),
         num_examples=num_examples,
-        took_part=np.broadcast_to(participation > 0, count),
         **{name: v if len(v) == count else v[:0] for name, v in own.items()},
     )
 

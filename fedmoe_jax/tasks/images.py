@@ -63,6 +63,11 @@ def score_labels(logits: Array, batch: PyTree) -> Scores:
     return Scores(loss, right)
 
 
+def add_label_prior(logits: Array, log_share: Array) -> Array:
+    """Logits [B, L] for a client with labels in such shares, [L] logarithms."""
+    return logits + log_share[None]
+
+
 def distort_rows(rows: PyTree, amount: Array, kind: str) -> PyTree:
     """Rows whose images are distorted, see `distortion.distort`."""
     return rows | {"x": distort(rows["x"].astype(jnp.float32), kind, amount)}
@@ -76,4 +81,5 @@ IMAGES = Task(
     drifts=tuple(
         (kind, functools.partial(distort_rows, kind=kind)) for kind in DISTORTIONS
     ),
+    add_prior=add_label_prior,
 )

@@ -48,12 +48,15 @@ class Programs(NamedTuple):
     Attributes:
       run_rounds: (state, federation, hyper) -> (state, metrics), R rounds.
       evaluate: (state, federation, hyper) -> accuracies.
+      finetune: (state, federation, hyper, client accuracies [S, N]) -> accuracies after
+        one more local round, of the last evaluation; None without.
       stages: (rounds, (state, federation, hyper) -> (state, frozen)), each run once so
         many rounds are done.
     """
 
     run_rounds: Callable
     evaluate: Callable
+    finetune: Callable | None
     stages: tuple[tuple[int, Callable], ...]
 
 
@@ -173,8 +176,11 @@ def advance(
     state: SimState,
     inputs: tuple[PyTree, PyTree],
     evaluated: bool,
+    last: bool,
 ) -> tuple[SimState, list[dict], list[dict], Clock]:
     """One compiled chunk of rounds, and its evaluation where that is due.
+
+    The `last` rounds of a run are evaluated after fine-tuning, too.
 
     Returns:
       The state, each run's metrics [R, ...], each run's accuracies, and the time.
@@ -187,7 +193,13 @@ def advance(
     trained = time.monotonic()
     accuracies = [{} for _ in job.names]
     if evaluated:
-        accuracies = job.split(jax.device_get(evaluate(state, *inputs)))
+        found = evaluate(state, *inputs)
+        accuracies = job.split(jax.device_get(found))
+        if last and (tune := job.programs.finetune):
+            (tune,), _ = compile_once([tune], state, *inputs, found["client_accuracy"])
+            tuned = tune(state, *inputs, found["client_accuracy"])
+            tuned = job.split(jax.device_get(tuned))
+            accuracies = [a | b for a, b in zip(accuracies, tuned, strict=True)]
     clock = Clock((trained - start) / runs, (time.monotonic() - trained) / runs)
     return state, metrics, accuracies, clock
 
@@ -264,7 +276,7 @@ def drive(
             done += config.chunk_rounds
             evaluated = done % config.eval_every == 0
             state, metrics, accuracies, clock = advance(
-                job, programs, state, inputs, evaluated
+                job, programs, state, inputs, evaluated, done >= total
             )
             rows = list_rows(config, done, metrics, accuracies, clock, spent)
             update([run_rows[-1] for run_rows in write(rows)])

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.capacity import Belief
 from fedmoe_jax.config import list_idle_fields
 from fedmoe_jax.evaluate import build_evaluate_share
+from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.measures import MEASURES, pack_measures
 from fedmoe_jax.program import Program, find_overwritten
 from fedmoe_jax.report.rows import Row, read_metrics
@@ -57,6 +58,8 @@ _SPECS: dict[str, Any] = {
     for name in Federation.__dataclass_fields__
 }
 FEDERATION_SPEC = Federation(**_SPECS)
+# Fields whose leaves end in an axis of examples, which zeros may lengthen.
+LISTS = ("index", "own_test", "validation", "unseen")
 
 
 def train(
@@ -216,16 +219,12 @@ def shape_state(init: Callable, first: tuple[PyTree, ...], mesh: Mesh) -> PyTree
 def stack_federations(federations: list[Federation], mesh: Mesh) -> Federation:
     """One federation for all runs, on the devices: `PER_RUN` fields have an S axis.
 
-    Index rows get the length of the longest; no draw depends on it.
+    Lists of examples get the length of the longest; no draw depends on it.
     """
-    longest = max(federation.index.shape[1] for federation in federations)
-    padded = [
-        f.replace(index=np.pad(f.index, ((0, 0), (0, longest - f.index.shape[1]))))
-        for f in federations
-    ]
     own = {
         name: jax.tree.map(
-            lambda *leaves: np.stack(leaves), *(getattr(f, name) for f in padded)
+            stack_lists if name in LISTS else lambda *leaves: np.stack(leaves),
+            *(getattr(f, name) for f in federations),
         )
         for name in PER_RUN
     }
@@ -239,6 +238,13 @@ def stack_federations(federations: list[Federation], mesh: Mesh) -> Federation:
             for name in Federation.__dataclass_fields__
         }
     )
+
+
+def stack_lists(*lists: np.ndarray) -> np.ndarray:
+    """Stacks arrays [..., M], those that are shorter with zeros at their end."""
+    longest = max(each.shape[-1] for each in lists)
+    widths = lambda each: [*[(0, 0)] * (each.ndim - 1), (0, longest - each.shape[-1])]
+    return np.stack([np.pad(each, widths(each)) for each in lists])
 
 
 @functools.lru_cache(PROGRAMS_KEPT)  # jitted functions hold what was compiled of them
@@ -263,9 +269,15 @@ def build_programs(program: Program) -> tuple[Callable, Programs]:
         map_runs(function, program.platform), mesh, divided, runs
     )
     rounds = [when for when, _ in program.strategy.stages]
+    finetune = None
+    # The owner of pooled data has no clients' examples to tune on.
+    if program.static.evaluation.finetune and not program.strategy.pooled:
+        share = map_runs(build_finetune_share(program), program.platform)
+        finetune = jax.jit(spread(share, mesh, (*divided, runs), runs))
     return jax.jit(over_runs(init_run)), Programs(
         run_rounds=jax.jit(over_runs(scan_rounds(program)), donate_argnums=0),
         evaluate=jax.jit(over_runs(build_evaluate_share(program))),
+        finetune=finetune,
         stages=tuple(
             (when, jax.jit(over_runs(stage(number))))
             for number, when in enumerate(rounds)
@@ -323,10 +335,14 @@ def save_arrays(
     """Writes `final.npz`, the arrays that the report draws.
 
     `results` are those of the last evaluation: `specialisation` [G, E, L] and
-    `client_accuracy` [N], which is NaN in the file for a client without examples.
+    `client_accuracy` [N], which is NaN in the file for a client without examples and,
+    where parts are personal, for one that has none yet.
     """
     label_counts = plan.partition.label_counts
     specialisation, num_examples = results["specialisation"], label_counts.sum(axis=1)
+    served = num_examples > 0
+    if plan.program.strategy.personal:
+        served &= participation.rounds > 0
     several = len(specialisation) > 1
     write_arrays(
         path,
@@ -343,7 +359,7 @@ def save_arrays(
         last_spent=participation.outcome.spent,
         label_counts=label_counts,
         num_examples=num_examples,
-        client_accuracy=np.where(num_examples > 0, results["client_accuracy"], np.nan),
+        client_accuracy=np.where(served, results["client_accuracy"], np.nan),
         specialisation=specialisation if several else specialisation[0],
         label_names=np.array(plan.data.stratum_names),
     )

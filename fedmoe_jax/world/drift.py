@@ -16,7 +16,7 @@ from fedmoe_jax.options import (
     Option,
 )
 from fedmoe_jax.tasks import TASKS
-from fedmoe_jax.types import Array, Hyper, Keys, Sizes
+from fedmoe_jax.types import Array, Hyper, Keys, Lists, Sizes
 from fedmoe_jax.world.step import View
 
 
@@ -142,11 +142,12 @@ def step_labels(state: Array, keys: Keys, round: Array, hyper: Hyper) -> Array:
 def apply_labels(state: Array, view: View, hyper: Hyper) -> View:
     """Gives clients the examples that they own by now."""
     old = view.federation
-    index, size, label_mix = move_examples(
-        old.index, old.size, old.label_mix, old.drift_source, state
-    )
-    federation = old.replace(index=index, size=size, label_mix=label_mix)
-    return view.replace(federation=federation)
+    shared, own_test = (old.label_mix, old.drift_source, state), old.own_test
+    index, size, label_mix = move_examples(old.index, old.size, *shared)
+    if own_test is not None:  # what a client is tested on moves with what it trains on
+        own_test = Lists(*move_examples(own_test.index, own_test.size, *shared)[:2])
+    moved = dict(index=index, size=size, label_mix=label_mix, own_test=own_test)
+    return view.replace(federation=old.replace(**moved))
 
 
 def measure_labels(state: Array) -> dict[str, Array]:

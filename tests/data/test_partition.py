@@ -45,6 +45,9 @@ def owned(drawn):
 def test_each_example_once_and_counts_agree(
     kind, num_clients, alpha, classes_per_client, min_size, seed
 ):
+    if kind == "classes":  # else refused; the smallest has a ninth of two classes
+        classes_per_client = max(classes_per_client, -(-4 // num_clients))
+        min_size = min(min_size, 50 // num_clients)
     drawn = split(
         kind,
         num_clients=num_clients,
@@ -70,6 +73,45 @@ def test_seed_decides(kind):
         np.testing.assert_array_equal(a, b)
     rows = zip(owned(first), owned(other), strict=True)
     assert any(set(a) != set(b) for a, b in rows)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    num_clients=st.integers(1, 12),
+    classes=st.integers(1, 4),
+    seed=st.integers(0, 999),
+)
+def test_classes_by_their_laws(num_clients, classes, seed):
+    """Exactly so many classes each, holders and their shares as even as can be."""
+    classes = max(classes, -(-4 // num_clients))
+    counts = split(
+        "classes",
+        num_clients=num_clients,
+        classes_per_client=classes,
+        min_size=1,
+        seed=seed,
+    ).label_counts
+    held = counts > 0
+    assert (held.sum(1) == classes).all()
+    holders = held.sum(0)
+    assert holders.min() >= 1 and np.ptp(holders) <= 1
+    for label in range(4):
+        assert np.ptp(counts[held[:, label], label]) <= 1
+
+
+def test_classes_by_hand():
+    """Of six clients with one of four classes each, two classes have two holders."""
+    counts = split("classes", num_clients=6, classes_per_client=1).label_counts
+    sizes = sorted(counts.max(1).tolist())
+    assert sizes == [25, 25, 25, 25, 50, 50]
+    one = split("classes", num_clients=1, classes_per_client=4).label_counts
+    assert one.tolist() == [[50, 50, 50, 50]]
+
+
+def test_classes_are_dealt_in_any_pairs():
+    """Shards of one label in two give some clients one class; here all pairs occur."""
+    held = split("classes", num_clients=60, min_size=1).label_counts > 0
+    assert len(np.unique(held, axis=0)) == 6
 
 
 @pytest.mark.parametrize(("num_clients", "width"), [(1, 256), (3, 128), (200, 1)])
@@ -160,7 +202,7 @@ def test_repair_reaches_the_tightest_fit():
 
 def test_repair_takes_from_the_largest_only():
     owner = np.repeat([0, 1, 2], [9, 6, 1])
-    options = partition.Options(3, 4, 0.5, 2, min_size=4, owner=None)
+    options = partition.Options(3, 4, 0.5, 2, min_size=4, owner=None, unseen=0)
     filled = partition._fill_up(owner, options, np.random.default_rng(0))
     # Sizes 9 6 1 -> 8 6 2 -> 7 6 3 -> 6 6 4, by hand.
     np.testing.assert_array_equal(np.bincount(filled), [6, 6, 4])
@@ -193,7 +235,9 @@ def test_repair_moves_what_the_slow_twin_moves(sizes, seed, data):
     total = sum(sizes)
     least = data.draw(st.integers(0, total // len(sizes)))
     owner = np.random.default_rng(seed).permutation(np.repeat(range(len(sizes)), sizes))
-    options = partition.Options(len(sizes), 4, 0.5, 2, min_size=least, owner=None)
+    options = partition.Options(
+        len(sizes), 4, 0.5, 2, min_size=least, owner=None, unseen=0
+    )
     filled, slow = (
         fill(owner.astype(int), options, np.random.default_rng(seed))
         for fill in (partition._fill_up, fill_slowly)
@@ -248,6 +292,13 @@ def test_renumber_by_hand():
         ({"seed": -1}, "seed", "-1"),
         ({"kind": "own"}, "partition.kind", "'own'"),
         ({"kind": "natural"}, "partition.kind", "'natural'"),
+        (
+            {"kind": "classes", "num_clients": 3, "classes_per_client": 1},
+            "partition.classes_per_client",
+            "1",
+        ),
+        ({"kind": "classes", "y": np.arange(5) % 4, "min_size": 1}, "num_clients", "5"),
+        ({"kind": "classes", "min_size": 40}, "partition.min_size", "40"),
         ({"kind": "natural", "owner": LABELS}, "num_clients", "5"),
         (
             {"kind": "natural", "owner": np.maximum(LABELS, 1), "num_clients": 4},

@@ -334,9 +334,9 @@ def test_evaluation_asks_every_clients_own_model(strategy, gate_mode):
         labels = np.arange(data.label_mix.shape[1])
         of_class = [hit[y == k].mean() if (y == k).any() else 0.0 for k in labels]
         expected = np.array(data.label_mix) @ np.array(of_class)
-        if strategy == "centralised":  # others leave out who has not taken part yet
-            mean = found["personal_accuracy"]
-            np.testing.assert_allclose(mean, expected.mean(), atol=0.02)
+        mean = found["personal_accuracy"]
+        np.testing.assert_allclose(mean, expected.mean(), atol=0.02)
+        assert found["clients_counted"] == N
         np.testing.assert_allclose(found["client_accuracy"], expected, atol=0.02)
 
 

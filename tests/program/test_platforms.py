@@ -78,8 +78,9 @@ def test_a_sweep_of_cnns_has_the_form_of_its_platform(monkeypatch, platform):
         assert "stablehlo.convolution" in text
         # Two runs, vmapped, are two groups of a convolution with kernels of their own.
         assert ("feature_group_count = 2" in text) == (not on_cpu)
-    # One loop over batches, one over clients, and on CPU one over runs.
-    assert evaluate.count("stablehlo.while") == (3 if on_cpu else 2)
+    # One loop over batches, one over models, one over the priors of a model's clients,
+    # and on CPU one over runs.
+    assert evaluate.count("stablehlo.while") == (4 if on_cpu else 3)
 
 
 def lower_decision(name, platform):

@@ -66,7 +66,9 @@ def run():
     state, metrics = build_run_rounds(program)(state, *inputs)
     # All clients hold the same, so that they differ by their label mixes only.
     held = jnp.zeros((N, 1, E), bool).at[..., :K].set(True)
-    moment = state.replace(align=state.align.replace(held=held))
+    counted = state.participation.replace(rounds=jnp.ones(N, jnp.int32))
+    align = state.align.replace(held=held)
+    moment = state.replace(align=align, participation=counted)
     return jax.device_get((state, metrics, build_evaluate(program)(moment, *inputs)))
 
 

@@ -219,7 +219,9 @@ def test_clients_are_scored_with_the_experts_that_they_hold(gate):
     held[0, :, :2] = held[1, :, :2] = True  # the same set
     held[2, 0, [1, 3]] = held[2, 1, 2] = True
     held[3, 0, 0] = held[3, 1, 3] = True  # clients 4 and 5 hold nothing yet
-    state = state.replace(align=state.align.replace(held=jnp.array(held)))
+    counted = state.participation.replace(rounds=jnp.array(held.any((1, 2)), jnp.int32))
+    align = state.align.replace(held=jnp.array(held))
+    state = state.replace(align=align, participation=counted)
     noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape)
     state = state.replace(personal=jax.tree.map(noise, state.personal))
     mesh = program.mesh

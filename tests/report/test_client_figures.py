@@ -39,12 +39,15 @@ def test_client_pictures_pool_the_seeds_of_one_strategy(tmp_path):
     assert names_of(rows) == ["holds 1 (n = 2)", "holds 2 (n = 4)"]
 
 
-def test_client_pictures_leave_out_who_has_not_taken_part(tmp_path):
+def test_client_pictures_have_every_client_with_an_accuracy(tmp_path):
+    """The first has not taken part, but the server's model serves it."""
     late = MORE | {"participation": np.array([0, 4, 4])}
     late["client_accuracy"] = np.array([0.5, np.nan, 0.9])
     found = pictures_of(make_run(tmp_path, arrays=late))
     (bars, others) = found["client_accuracy"].containers
-    assert sum(b.get_height() for b in (*bars, *others)) == 1
+    assert sum(b.get_height() for b in (*bars, *others)) == 2
+    late["client_accuracy"] = np.array([np.nan, 0.7, 0.9])
+    found = pictures_of(make_run(tmp_path, arrays=late))
     assert "accuracy_by_capacity" not in found  # of one capacity alone
 
 

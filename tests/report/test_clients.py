@@ -24,14 +24,12 @@ def test_find_clients_by_hand(tmp_path):
     assert found.num_examples.tolist() == [7, 0, 9]
     assert found.tier.tolist() == ["phone", "desk", "desk"]
     assert found.capacity.tolist() == [1, 2, 2]
-    assert found.took_part.tolist() == [True, True, True]
     np.testing.assert_array_equal(found.accuracy, MORE["client_accuracy"])
     assert find_clients(make_run(tmp_path, arrays={})) is None
 
 
 def test_find_clients_of_pooled_data_have_no_devices(tmp_path):
     found = find_clients(make_run(tmp_path, arrays=MORE | ONE))
-    assert found.took_part.tolist() == [True, True, True]
     for values in (found.capacity, found.participation, found.tier):
         assert len(values) == 0
 

@@ -49,7 +49,7 @@ def make_job(value, *rounds, frozen=("stem",)):
         return state + 1, federation.frozen | {"stem": stem}
 
     stages = tuple((when, act) for when in rounds)
-    programs = Programs(run_rounds=None, evaluate=None, stages=stages)
+    programs = Programs(run_rounds=None, evaluate=None, finetune=None, stages=stages)
     fields = dict(names=["a"], folders=[None], state=0, programs=programs, split=None)
     return Job(inputs=(federation, plan.hyper), frozen=frozen, **fields)
 

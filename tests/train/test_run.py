@@ -184,9 +184,9 @@ def test_save_arrays_agrees_with_the_state(finished):
         assert arrays["capacity"].shape == arrays["tier"].shape == (4,)
         assert arrays["label_counts"].sum() == arrays["num_examples"].sum() == 1437
         last = read_metrics(finished / "metrics.jsonl")[-1]
-        took_part = arrays["participation"] > 0
-        mean = arrays["client_accuracy"][took_part].mean()
+        mean = arrays["client_accuracy"].mean()
         np.testing.assert_allclose(mean, last["personal_accuracy"], rtol=1e-6)
+        assert last["clients_counted"] == 4
         # Every class spreads its gate mass over the experts.
         np.testing.assert_allclose(arrays["specialisation"].sum(0), 1, atol=1e-5)
         assert arrays["label_names"].tolist() == [str(i) for i in range(10)]
@@ -217,6 +217,22 @@ def test_save_arrays_gives_no_accuracy_to_clients_without_examples(tmp_path):
     save_arrays(tmp_path / "final.npz", plan, *parts, results)
     with np.load(tmp_path / "final.npz") as arrays:
         np.testing.assert_array_equal(arrays["client_accuracy"], [1, np.nan, 1, 1])
+
+
+@pytest.mark.parametrize("mode", ["global", "personal"])
+def test_save_arrays_gives_no_accuracy_to_clients_without_a_model(tmp_path, mode):
+    plan = plan_run(tiny_config(**{"gate.mode": mode}), build_mesh(1))
+    state, _ = init_state(jax.random.key(0), plan.hyper, plan.program)
+    rounds = np.array([0, 1, 2, 0])
+    took_part = state.participation.replace(rounds=rounds)
+    results = {"specialisation": np.zeros((1, 3, 10)), "client_accuracy": np.ones(4)}
+    parts = state.align, state.belief, took_part
+    save_arrays(tmp_path / "final.npz", plan, *parts, results)
+    with np.load(tmp_path / "final.npz") as arrays:
+        known = np.isfinite(arrays["client_accuracy"])
+    assert known.tolist() == (
+        [True] * 4 if mode == "global" else [False, True, True, False]
+    )
 
 
 def test_train_leaves_a_finished_run_as_it_is(finished, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from factories import choose, make_devices, make_federation
 from hypothesis import given, settings
 
+from fedmoe_jax.types import Lists
 from fedmoe_jax.world.drift import (
     draw_drift_sources,
     move_examples,
@@ -174,6 +175,7 @@ def look(**state):
         size=jnp.array([2, 1, 2]),
         label_mix=jnp.eye(3),
         drift_source=jnp.array([1, 0, 2]),
+        own_test=Lists(jnp.array([[6, 0], [7, 8], [9, 0]]), jnp.array([1, 2, 0])),
     )
     return observe(jax.tree.map(jnp.float32, state), federation, None, choose(*state))
 
@@ -184,6 +186,16 @@ def test_apply_labels_shows_the_examples_that_clients_own_by_now():
     assert after.index.tolist() == [[3, 0], [1, 2], [4, 5]]
     assert after.size.tolist() == [1, 2, 2]
     np.testing.assert_array_equal(after.label_mix, np.eye(3)[[1, 0, 2]])
+
+
+def test_apply_labels_moves_own_tests_with_what_is_trained_on():
+    before, half, after = (look(labels=x).federation.own_test for x in (0, 0.5, 1))
+    assert before.index.tolist() == [[6, 0], [7, 8], [0, 0]]
+    assert before.size.tolist() == [1, 2, 0]
+    # One keeps its only example and takes the second's last, which takes none.
+    assert half.index.tolist() == [[6, 8], [7, 0], [0, 0]]
+    assert after.index.tolist() == [[7, 8], [6, 0], [0, 0]]
+    assert after.size.tolist() == [2, 1, 0]
 
 
 def test_apply_images_distorts_those_of_clients_that_drift():

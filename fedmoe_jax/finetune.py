@@ -1,0 +1,152 @@
+"""Personal accuracy after one more local round, of a sample of the clients.
+
+Each client trains from its current model as in a round, on what it holds, and keeps the
+result: nothing is merged, and no state changes. A client that never got through holds
+nothing, and has the accuracy that it has without.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedmoe_jax.client import build_client_update
+from fedmoe_jax.evaluate import count_weights, mean_counted, worst_decile
+from fedmoe_jax.held_sets import run_model
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.options import replace
+from fedmoe_jax.panel import choose_rows, gather_panel
+from fedmoe_jax.program import Program
+from fedmoe_jax.runtime.sharding import CLIENTS
+from fedmoe_jax.scoring import find_participants, sum_scores
+from fedmoe_jax.sources import TEST_BATCH, read_examples, schedule_examples, take_test
+from fedmoe_jax.types import (
+    Array,
+    ClientInput,
+    ClientUpdate,
+    Federation,
+    Hyper,
+    PyTree,
+    SimState,
+    make_keys,
+)
+from fedmoe_jax.world.step import View, observe
+
+
+def gather_input(
+    state: SimState, view: View, client: Array, program: Program
+) -> ClientInput:
+    """The input of ONE client that trains what it holds; at least one expert."""
+    take = lambda leaf: leaf[client]
+    mask = state.align.held[client]
+    mask = mask.at[:, 0].max(~mask.any(axis=1))
+    held = jnp.argsort(~mask, axis=1, stable=True)[:, : program.sizes.max_held]
+    return ClientInput(
+        client=client,
+        steps=view.federation.steps[client],
+        budget=state.belief.capacity[client],
+        scale=jnp.ones(()),
+        held=held.astype(jnp.int32),
+        slot=jnp.take_along_axis(mask, held, axis=1),
+        calibration=jnp.ones(program.sizes.num_layers),
+        correction={},
+        personal=jax.tree.map(take, state.personal),
+        distortion=jax.tree.map(take, view.distortion),
+    )
+
+
+def score_tuned(
+    submodel: PyTree,
+    inputs: ClientInput,
+    federation: Federation,
+    mix: Array,
+    program: Program,
+) -> Array:
+    """Accuracy [] of ONE client's sub-model on the test set weighted to its mix [L]."""
+    source = take_test(federation)
+    count, num_strata = len(source.group), len(mix)
+    position = schedule_examples(count, TEST_BATCH, jnp.int32(0), 1)
+
+    def add(totals: Array, batch: Array) -> tuple[Array, None]:
+        place = source, federation, batch
+        examples = read_examples(*place, inputs.distortion, num_strata, program)
+        slots = inputs.held, inputs.slot
+        outputs, _ = run_model(submodel, federation.frozen, *slots, examples, program)
+        right = sum_scores(outputs, examples, program)
+        return totals + jnp.stack([right, count_weights(examples, program)]), None
+
+    (right, total), _ = jax.lax.scan(add, jnp.zeros((2, num_strata)), position)
+    return (right / jnp.maximum(total, 1.0) * mix).sum()
+
+
+def finetune_client(
+    state: SimState,
+    view: View,
+    hyper: Hyper,
+    client: Array,
+    mix: Array,
+    *,
+    client_update: Callable[..., ClientUpdate],
+    program: Program,
+) -> Array:
+    """Accuracy [] of ONE client after the local round that it would train now."""
+    federation, strategy = view.federation, program.strategy
+    inputs = gather_input(state, view, client, program)
+    key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
+    update = client_update(state.params, inputs, federation, hyper, key)
+    received = take_submodel(
+        state.params, inputs.personal, inputs.held, strategy.local_experts
+    )
+    frozen = {part: federation.frozen[part] for part in strategy.frozen}
+    tuned = optax.tree.add(received, update.delta) | frozen
+    return score_tuned(tuned, inputs, federation, mix, program)
+
+
+def build_finetune_share(
+    program: Program,
+) -> Callable[[SimState, Federation, Hyper, Array], dict[str, Array]]:
+    """Builds `finetune_share(state, federation, hyper, client_accuracy)`.
+
+    It is written for one device and joins the devices of the mesh axis `clients`, which
+    share out the clients.
+
+    Returns:
+      A function whose result holds `personal_finetuned_accuracy` and
+      `worst_decile_finetuned_accuracy` [], of at most `evaluation.clients` clients.
+      `client_accuracy` [N] is that of `evaluate`.
+    """
+    client_update = build_client_update(program)
+
+    def finetune_share(
+        state: SimState, federation: Federation, hyper: Hyper, client_accuracy: Array
+    ) -> dict[str, Array]:
+        view = observe(state.world, federation, hyper, program.processes)
+        panel = gather_panel(state, view, program)
+        row = choose_rows(view.federation, panel.label_mix, panel.counted, program)
+        client = row if panel.client is None else panel.client[row]
+        rate, usual = hyper.evaluation.finetune_rate, hyper.client.learning_rate
+        own = replace(hyper, client={"learning_rate": jnp.where(rate > 0, rate, usual)})
+
+        def score(place: Array) -> Array:
+            return finetune_client(
+                *(state, view, own, client[place], panel.label_mix[row[place]]),
+                client_update=client_update,
+                program=program,
+            )
+
+        device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
+        most = -(-len(client) // num_devices)
+        place = device * most + jnp.arange(most)
+        found = jax.lax.map(score, jnp.minimum(place, len(client) - 1))
+        accuracy = jnp.zeros(len(client)).at[place].set(found, mode="drop")
+        accuracy = jax.lax.psum(accuracy, CLIENTS)
+        served = find_participants(state)[client]
+        accuracy = jnp.where(served, accuracy, client_accuracy[client])
+        counted = panel.counted[row]
+        return {
+            "personal_finetuned_accuracy": mean_counted(accuracy, counted),
+            "worst_decile_finetuned_accuracy": worst_decile(accuracy, counted),
+        }
+
+    return finetune_share

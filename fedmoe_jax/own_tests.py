@@ -1,0 +1,222 @@
+"""Every client's model on the client's own test set.
+
+Where the server has a whole model, the test examples of all clients are scored side by
+side, each with the experts that its own client holds; else client by client.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.held_sets import run_model
+from fedmoe_jax.models.dispatch import dispatch
+from fedmoe_jax.models.one_layer import apply_experts
+from fedmoe_jax.models.routing import make_gates
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.panel import Panel
+from fedmoe_jax.program import Program
+from fedmoe_jax.runtime.sharding import CLIENTS
+from fedmoe_jax.scoring import (
+    Answers,
+    Examples,
+    answer_experts,
+    answer_none,
+    encode,
+    evaluation_route,
+    join_frozen,
+    mix_answers,
+    take_model,
+    take_parts,
+    view_clients,
+)
+from fedmoe_jax.sources import TEST_BATCH
+from fedmoe_jax.tasks.batches import take_batch
+from fedmoe_jax.types import Array, Federation, Lists, PyTree, SimState
+from fedmoe_jax.world.step import View
+
+
+def score_own_tests(
+    state: SimState, view: View, lists: Lists, panel: Panel, program: Program
+) -> tuple[dict[str, Array], Array]:
+    """Scores of clients on their own test sets, written for one device of the mesh.
+
+    Returns:
+      `right`, the sum of the scores, and `total`, that of their weights, [n] each; and
+      [n] bool, the clients that count. All clients, those of the panel where parts are
+      personal.
+    """
+    if program.strategy.personal:
+        counts = score_personal(state, view, lists, panel, program)
+        counted = panel.counted
+    else:
+        counts = score_shared(state, view, lists, program)
+        counted = jnp.ones_like(counts["total"], bool)
+    return jax.lax.psum(counts, CLIENTS), counted
+
+
+def sum_examples(
+    outputs: PyTree, batch: PyTree, program: Program
+) -> tuple[Array, Array]:
+    """Score and weight of each example [B], summed over its positions."""
+    scores = program.task.loss(outputs, batch)
+    weight = jnp.ones_like(scores.score) if scores.weight is None else scores.weight
+    per_example = lambda leaf: leaf.reshape(len(leaf), -1).sum(axis=1)
+    return per_example(scores.score * weight), per_example(weight)
+
+
+def read_batch(
+    federation: Federation, example: Array, amount: Array | None, program: Program
+) -> PyTree:
+    """The training examples `example` [B], drifted by `amount` [] where it is given."""
+    rows = federation.train, example, federation.statistics
+    return take_batch(*rows, program.task, program.static.drift.images, amount)
+
+
+# ---- the server's model
+
+
+def list_places(lists: Lists) -> Array:
+    """Places in the flat lists that hold an example, before all others: [n * M]."""
+    count, width = lists.index.shape
+    owned = jnp.arange(width)[None] < lists.size[:, None]
+    return jnp.nonzero(owned.ravel(), size=count * width, fill_value=0)[0]
+
+
+def read_mixed(view: View, example: Array, client: Array, program: Program) -> PyTree:
+    """The examples [B], drifted where their clients [B] have drifted."""
+    batch = read_batch(view.federation, example, None, program)
+    if view.distortion is None:
+        return batch
+    drifted = read_batch(view.federation, example, view.distortion.max(), program)
+    moved = view.distortion[client] > 0
+    choose = lambda new, old: jnp.where(
+        moved.reshape(-1, *[1] * (new.ndim - 1)), new, old
+    )
+    return jax.tree.map(choose, drifted, batch)
+
+
+def answer_held(
+    params: PyTree, frozen: PyTree, held: Array, examples: Examples, program: Program
+) -> PyTree:
+    """Outputs [B, ...] of each example with experts of its own, `held` [B, G, E]."""
+    if program.model.parts is not None:
+        return answer_parts(params, held[:, 0], examples, program)
+    everything = jnp.broadcast_to(jnp.arange(held.shape[2]), held.shape[1:])
+
+    def answer(batch: PyTree, slot: Array) -> PyTree:
+        one = examples._replace(batch=jax.tree.map(lambda leaf: leaf[None], batch))
+        outputs, _ = run_model(params, frozen, everything, slot, one, program)
+        return jax.tree.map(lambda leaf: leaf[0], outputs)
+
+    return jax.vmap(answer)(examples.batch, held)
+
+
+def answer_parts(
+    params: PyTree, held: Array, examples: Examples, program: Program
+) -> Array:
+    """As `answer_held`, of a model with parts; `held` [B, E]."""
+    encoded = encode(params, examples, program)
+    how = evaluation_route(program)
+    choose = lambda row, mask: make_gates(row[None], mask, how)[0]
+    gates = jax.vmap(choose)(encoded.logits, held)
+    (experts,), parts = params["experts"].values(), take_parts(program)
+    if program.strategy.every_expert:
+        outputs = apply_experts(parts, experts, encoded.features, None)
+        answers = answer_experts(params["head"], outputs, program)
+    else:
+        need = examples.real[:, None] & (gates > 0)
+        answers = dispatch(parts, experts, params["head"], encoded.features, need)
+        if program.strategy.mix == "probabilities":
+            answers = jax.nn.softmax(answers)
+    none = answer_none(params["head"], experts, encoded.features, program)
+    return mix_answers(gates, Answers(answers, none), program)
+
+
+def score_shared(
+    state: SimState, view: View, lists: Lists, program: Program
+) -> dict[str, Array]:
+    """The share of one device; the examples of all clients in batches."""
+    federation = view.federation
+    params = join_frozen(state, federation, program)
+    held = view_clients(state, federation).held
+    device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
+    place, total = list_places(lists), lists.size.sum()
+    width, size = lists.index.shape[1], min(TEST_BATCH, len(place))
+
+    def add(number: Array, counts: dict[str, Array]) -> dict[str, Array]:
+        position = (number * num_devices + device) * size + jnp.arange(size)
+        real = position < total
+        chosen = place[jnp.minimum(position, len(place) - 1)]
+        client, example = chosen // width, lists.index.ravel()[chosen]
+        batch = read_mixed(view, example, client, program)
+        examples = Examples(batch, jnp.zeros((size, 0)), real)
+        own = held[jnp.minimum(client, len(held) - 1)]  # of pooled data there is one
+        outputs = answer_held(params, federation.frozen, own, examples, program)
+        right, weight = sum_examples(outputs, batch, program)
+        add_real = lambda sums, value: sums.at[client].add(jnp.where(real, value, 0.0))
+        return {
+            "right": add_real(counts["right"], right),
+            "total": add_real(counts["total"], weight),
+        }
+
+    zero = jnp.zeros(len(lists.size))
+    batches = -(-total // (num_devices * size))
+    return jax.lax.fori_loop(0, batches, add, {"right": zero, "total": zero})
+
+
+# ---- personal parts
+
+
+def score_personal(
+    state: SimState, view: View, lists: Lists, panel: Panel, program: Program
+) -> dict[str, Array]:
+    """The share of one device; the panel's clients one after the other."""
+    count = len(panel.counted)
+    client = jnp.arange(count) if panel.client is None else panel.client
+    device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
+    most = -(-count // num_devices)
+    place = device * most + jnp.arange(most)
+    row = jnp.minimum(place, count - 1)
+    score = lambda row: score_client(
+        state, view, lists, panel, client[row], row, program
+    )
+    counts = jax.lax.map(score, row)
+    empty = jnp.zeros(count)
+    return jax.tree.map(lambda leaf: empty.at[place].set(leaf, mode="drop"), counts)
+
+
+def score_client(
+    state: SimState,
+    view: View,
+    lists: Lists,
+    panel: Panel,
+    client: Array,
+    row: Array,
+    program: Program,
+) -> dict[str, Array]:
+    """`right` and `total` [] of ONE client, which has its own row of the panel."""
+    federation = view.federation
+    own = take_model(panel.models, row)
+    held = jnp.broadcast_to(jnp.arange(own.held.shape[1]), own.held.shape)
+    params = join_frozen(state, federation, program)
+    model = take_submodel(params, own.personal, held, program.strategy.local_experts)
+    amount = None if view.distortion is None else view.distortion[client]
+    index, length = lists.index[client], lists.size[client]
+    size = min(TEST_BATCH, len(index))
+
+    def add(number: Array, counts: dict[str, Array]) -> dict[str, Array]:
+        position = number * size + jnp.arange(size)
+        real = position < length
+        example = index[jnp.minimum(position, len(index) - 1)]
+        batch = read_batch(federation, example, amount, program)
+        examples = Examples(batch, jnp.zeros((size, 0)), real)
+        slots = held, own.held
+        outputs, _ = run_model(model, federation.frozen, *slots, examples, program)
+        right, weight = sum_examples(outputs, batch, program)
+        return {
+            "right": counts["right"] + jnp.where(real, right, 0.0).sum(),
+            "total": counts["total"] + jnp.where(real, weight, 0.0).sum(),
+        }
+
+    zero = jnp.zeros(())
+    batches = -(-length // size)
+    return jax.lax.fori_loop(0, batches, add, {"right": zero, "total": zero})

@@ -1,0 +1,83 @@
+"""The examples that one pass of evaluation scores, in batches shared out to devices."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.program import Program
+from fedmoe_jax.scoring import Examples
+from fedmoe_jax.tasks.batches import take_batch
+from fedmoe_jax.types import Array, Federation, Pool
+
+TEST_BATCH = 500
+
+
+class Source(NamedTuple):
+    """The examples of one pass.
+
+    Attributes:
+      rows: leaves [X, ...] by name.
+      example: [Q] int32 in [0, X); None for all of the rows.
+      group: [Q] int32, 1 + the stratum, or else, by which scores are summed; 0 where an
+        example only pads.
+    """
+
+    rows: dict[str, Array]
+    example: Array | None
+    group: Array
+
+
+def take_test(federation: Federation) -> Source:
+    """The test examples, by stratum."""
+    return Source(federation.test, None, federation.test_stratum + 1)
+
+
+def take_pool(federation: Federation, pool: Pool) -> Source:
+    """Training examples that are set aside."""
+    return Source(federation.train, pool.example, pool.group)
+
+
+def divide_examples(count: int, most: int, num_devices: int) -> tuple[int, int]:
+    """Batches of each device, examples in each; arguments as in `schedule_examples`."""
+    batches = -(-count // (num_devices * most))
+    return batches, -(-count // (num_devices * batches))
+
+
+def schedule_examples(count: int, most: int, device: Array, num_devices: int) -> Array:
+    """Positions among the examples of one device's batches, equally many on each.
+
+    Args:
+      count: Q, examples of the pass.
+      most: the largest batch allowed.
+      device: [] int32, this device among `num_devices`.
+      num_devices: devices that share the examples.
+
+    Returns:
+      [batches, B] int32; positions from Q on are padding.
+    """
+    batches, size = divide_examples(count, most, num_devices)
+    share = jnp.arange(batches * size).reshape(batches, size)
+    return device * batches * size + share
+
+
+def read_examples(
+    source: Source,
+    federation: Federation,
+    position: Array,
+    amount: Array | None,
+    num_groups: int,
+    program: Program,
+) -> Examples:
+    """The examples at `position` [B], drifted by `amount` [] where it is given."""
+    count = source.group.shape[0]
+    index = jnp.minimum(position, count - 1)
+    example = index if source.example is None else source.example[index]
+    rows = source.rows, example, federation.statistics
+    drift = program.static.drift.images, amount
+    group = jnp.where(position < count, source.group[index], 0)
+    return Examples(
+        batch=take_batch(*rows, program.task, *drift),
+        stratum=jax.nn.one_hot(group - 1, num_groups),
+        real=group > 0,
+    )
