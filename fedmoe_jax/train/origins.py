@@ -1,5 +1,7 @@
 """The origins of a run's rounds, as several processes may have computed them."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,10 @@ def read_origins(folder: Path) -> list[tuple[int, Origin]]:
     if not path.is_file():
         return []
     try:
-        listed = read_json(path)["origins"]
+        saved = read_json(path)
+        listed = saved["origins"]
+        if saved["sha256"] != digest_origins(listed):
+            raise ValueError("it does not match its sha256")
         return [(int(each["first_round"]), dict(each["made_by"])) for each in listed]
     except (UserError, KeyError, TypeError, ValueError):
         raise UserError(
@@ -54,7 +59,14 @@ def record_origin(folder: Path, done: int, origin: Origin) -> None:
         kept = [(1, {})]
     if not kept or kept[-1][1] != plain(origin):
         kept.append((done + 1, origin))
-    write_json(folder / ORIGINS, {"origins": list_origins(kept)})
+    listed = plain(list_origins(kept))
+    sealed = {"origins": listed, "sha256": digest_origins(listed)}
+    write_json(folder / ORIGINS, sealed)
+
+
+def digest_origins(listed: list[dict[str, Any]]) -> str:
+    """The sha256 of origins as they are listed."""
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
 def list_origins(origins: Sequence[tuple[int, Origin]]) -> list[dict[str, Any]]:

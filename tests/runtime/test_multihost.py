@@ -207,6 +207,7 @@ def test_there_is_one_set_of_outputs(interrupted):
     assert set(names) - set(events) == files | {
         "summary.json",
         "sha256.json",
+        "origins.json",
         "runs.csv",
         "clients.csv",
         "table.md",

@@ -44,6 +44,14 @@ def test_record_origin_of_rounds_before_origins_were_kept(tmp_path):
     assert read_origins(tmp_path) == [(1, {}), (5, FAST)]
 
 
+def test_read_origins_refuses_another_commit_than_was_written(tmp_path):
+    record_origin(tmp_path, 0, FAST)
+    path = tmp_path / ORIGINS
+    path.write_text(path.read_text().replace("a1", "a3"))
+    with pytest.raises(UserError, match="origins.json is damaged; allowed"):
+        read_origins(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"origins": [{"made_by": {}}]}'])
 def test_read_origins_refuses_a_damaged_file(tmp_path, text):
     (tmp_path / ORIGINS).write_text(text)

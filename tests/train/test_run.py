@@ -130,7 +130,7 @@ def test_train_writes_the_files_that_are_promised(finished):
     names = {path.name for path in finished.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     files = {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "lock"}
-    files |= {"sha256.json"}
+    files |= {"sha256.json", "origins.json"}
     assert names - events == files | {"partition.npz", "final.npz"}
     assert len(events) == 1
     steps = {path.name for path in (finished / "checkpoints").iterdir()}

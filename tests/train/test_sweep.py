@@ -155,7 +155,7 @@ def test_folders_hold_what_a_run_alone_leaves(tmp_path):
         events = {name for name in names if name.startswith("events.out.tfevents")}
         assert len(events) == 1
         files = {"config.json", "metrics.jsonl", "summary.json"}
-        files |= {"lock", "sha256.json"}
+        files |= {"lock", "sha256.json", "origins.json"}
         assert names - events == files | {"partition.npz", "final.npz"}
         summary = json.loads((folder / "summary.json").read_text())
         shares = [summary[share] for share in SPENT.values()]
