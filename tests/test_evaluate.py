@@ -22,7 +22,6 @@ from fedmoe_jax.base import Routing
 from fedmoe_jax.evaluate import build_evaluate, build_evaluate_share
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.runtime.sharding import RUNS, build_mesh, spread
-from fedmoe_jax.sources import read_examples, schedule_examples, take_test
 from fedmoe_jax.tasks.images import IMAGES, score_labels
 from fedmoe_jax.types import SimState
 from fedmoe_jax.world.participation import init_participation
@@ -422,27 +421,6 @@ def test_slow_evaluate_answers_every_question_differently(gate_mode, expected):
     assert len(np.unique(accuracy.round(6))) == SIZES.num_clients
     mean = pytest.approx(accuracy.mean(), abs=1e-4)
     assert (expected["personal_accuracy"] == mean) == (gate_mode == "global")
-
-
-@pytest.mark.parametrize(
-    ("devices", "most", "batches", "size"),
-    [(1, 500, 1, 21), (2, 500, 1, 11), (8, 2, 2, 2), (1, 10, 3, 7)],
-)
-def test_schedule_examples_deals_each_once(devices, most, batches, size):
-    shares = [schedule_examples(21, most, d, devices) for d in range(devices)]
-    assert np.shape(shares) == (devices, batches, size)
-    position = np.sort(np.ravel(shares))
-    np.testing.assert_array_equal(position, np.arange(len(position)))
-
-
-def test_read_examples_marks_padding():
-    source, position = take_test(FEDERATION), jnp.array([COUNT - 1, COUNT])
-    examples = read_examples(source, FEDERATION, position, None, CLASSES, PROGRAM)
-    last = FEDERATION.test["y"][-1]
-    assert examples.real.tolist() == [True, False]
-    assert examples.batch["y"].tolist() == [last, last]
-    assert examples.stratum.sum(1).tolist() == [1.0, 0.0]
-    assert examples.stratum[0].argmax() == FEDERATION.test_stratum[-1]
 
 
 def test_worst_decile_by_hand():

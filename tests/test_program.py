@@ -153,7 +153,7 @@ def test_find_overwritten_reports_what_flex_moe_overwrites():
                 "max_held": 1,
                 "num_active": 1,
                 "model.expert_width": 2 * 64,
-                "server.optimizer": "adam",
+                "server.optimizer": "fedadam",
                 "server.learning_rate": 0.01,
             },
         ),

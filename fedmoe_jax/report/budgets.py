@@ -112,13 +112,17 @@ def _budget_cells(
 
 
 def budget_section(runs: Sequence[Run]) -> Section | None:
-    """A table for each accuracy that is drawn against costs; None of one label.
+    """A table for each accuracy that is drawn against costs, where a run has it.
+
+    None of one label.
 
     Its columns are the budgets that any run spends, each as large as the smallest total
     of a run, and what stands `BESIDE`.
     """
     groups, measures = group_runs(name_runs(runs)), join_measures(runs).values()
-    compared = [m for m in measures if m.over == FINAL and m.curve and m.curve.costs]
+    drawn = [m for m in measures if m.over == FINAL and m.curve and m.curve.costs]
+    has = lambda measure: any(measured(run.rows, *measure.fields) for run in runs)
+    compared = list(filter(has, drawn))
     smallest = {budget: find_smallest(runs, budget) for budget in BUDGETS}
     spent = {budget: most for budget, most in smallest.items() if math.isfinite(most)}
     if len(groups) < 2 or not spent:

@@ -31,6 +31,12 @@ def find_strings(node, functions):
     )
 
 
+def take_texts(tree):
+    """The texts that a file names, as a module of their own."""
+    named = [x for x in tree.body if isinstance(x, ast.Assign)]
+    return ast.Module([x for x in named if isinstance(x.value, ast.Constant)], [])
+
+
 def find_refusals(tree, names):
     """Every call of these names, with the functions that it is in."""
 
@@ -52,9 +58,11 @@ def list_silent():
     for path in SOURCES:
         # The program reads a ValueError of a config's file as a refusal.
         names = REFUSALS | ({"ValueError"} if "configs" in path.parts else set())
-        for node, functions in find_refusals(ast.parse(path.read_text()), names):
+        tree = ast.parse(path.read_text())
+        for node, functions in find_refusals(tree, names):
             function = functions[-1].name if functions else ""
-            text = " ".join(find_strings(each, functions) for each in node.args)
+            within = (*functions, take_texts(tree))
+            text = " ".join(find_strings(each, within) for each in node.args)
             if function in HAND_ON or not text.strip():
                 continue  # what another has to say
             if not any(way in text for way in WAYS_ON):

@@ -13,8 +13,10 @@ from fedmoe_jax.runtime.stop import ECHO_SECONDS, ENDINGS
 
 # Computes in C, as XLA does while it compiles: Python runs no handler meanwhile.
 BUSY = """
-import hashlib, sys
+import hashlib, signal, sys
 from fedmoe_jax.runtime.stop import Stop, listen
+for name in sys.argv[2:]:  # whatever the suite was started to ignore
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
 stop = Stop()
 listen(stop)
 print("busy", flush=True)
@@ -23,18 +25,11 @@ print("wished", stop(), flush=True)
 """
 
 
-def ignore_nothing():
-    """Whatever the suite was started to ignore, in the background say."""
-    for name in ENDINGS:
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-
-
 @contextlib.contextmanager
-def begin(work, *before):
-    command, pipe = [*before, sys.executable, "-c", BUSY, work], subprocess.PIPE
-    with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, preexec_fn=ignore_nothing
-    ) as busy:
+def begin(work, *before, heard=ENDINGS):
+    command = [*before, sys.executable, "-c", BUSY, work, *heard]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as busy:
         assert busy.stdout.readline() == "busy\n"
         yield busy
 
@@ -66,6 +61,6 @@ def test_a_signal_that_comes_twice_is_one():
 
 
 def test_an_ignored_signal_stays_ignored():
-    with begin("300000", "nohup") as busy:
+    with begin("300000", "nohup", heard=()) as busy:
         os.kill(busy.pid, signal.SIGHUP)
         assert busy.stdout.read() == "wished False\n"

@@ -1,4 +1,4 @@
-"""Evaluation of examples that clients set aside, against loops over examples."""
+"""Own test sets, and what else clients set aside, against loops over examples."""
 
 import json
 import math
