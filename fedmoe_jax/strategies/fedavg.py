@@ -1,8 +1,8 @@
 """Dense controls: one network, without experts to choose, that every client trains.
 
 Each is there three times: as large as the mixture in total, as large as what an example
-uses of it (`_active`), and as large as one expert, which every client has room for
-(`_smallest`). FedNova equals FedAvg but for rounding where all clients take
+uses of it (`_active`), and as large as one expert, the least that a mixture asks of any
+client (`_smallest`). FedNova equals FedAvg but for rounding where all clients take
 equally many steps (`local_epochs=0`). SCAFFOLD's mean of the control variates weighs
 clients by their examples, as the averages of all systems here do; the paper weighs
 clients alike in both. Where labels drift, these are the examples before the drift.
