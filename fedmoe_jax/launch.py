@@ -268,8 +268,9 @@ def run(
     stop: Stop,
     profile: bool,
     only: str | None = None,
+    tuned: bool = False,
 ) -> bool:
-    """Runs the config and reports it, also when it was stopped early.
+    """Runs or tunes the config and reports it, also when it was stopped early.
 
     Returns:
       Whether it is finished.
@@ -283,7 +284,7 @@ def run(
     from fedmoe_jax.train.run import train
 
     part = WHOLE if only is None else parse_part(only)
-    if only is not None and _TUNE.value:
+    if only is not None and tuned:
         raise UserError("--only is not allowed with --tune; allowed: one of them")
     if only is not None and "compare" not in config:
         raise UserError(
@@ -298,7 +299,7 @@ def run(
     start = time.monotonic()
     wished = lambda: any_process(stop())
     profile = profile and is_leader()
-    if _TUNE.value:
+    if tuned:
         return tune(config, workdir, wished, profile)
     if "compare" in config:
         folders, finished = compare(
@@ -542,7 +543,7 @@ def main(argv: list[str], stop: Stop) -> int:
         join_hosts(config, f"{config} {workdir} {profile} {only}")
         multihost.on_leader(check_plugins, workdir)
         multihost.on_leader(check_free, workdir, _ONLY.value is not None)
-        if run(config, workdir, command, stop, profile, only):
+        if run(config, workdir, command, stop, profile, only, _TUNE.value):
             return 0
     except UserError as error:
         return multihost.exit_all(refuse(str(error)))

@@ -33,6 +33,7 @@ from fedmoe_jax.report.tables import (
     needs_of,
     note_of,
     overwrites_of,
+    rates_of,
     table,
 )
 from fedmoe_jax.runtime.files import flatten, write_atomically, write_bytes
@@ -89,13 +90,14 @@ def _table_html(
     rows: Mapping[str, Sequence[Cell]],
     groups: Mapping[str, Sequence[Run]],
 ) -> str:
-    titles = ["Strategy", "Seeds", *(column.title for column in columns)]
+    titles = ["Strategy", "Seeds", "Rates", *(column.title for column in columns)]
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     body = ""
     for label, cells in rows.items():
         needs = escape(needs_of(groups[label]))
         body += f'<tr><td><b>{escape(label)}</b><div class="note">{needs}</div></td>'
         body += f'<td class="number">{len(groups[label])}</td>'
+        body += f"<td>{rates_of(groups[label])}</td>"
         for cell in cells:
             text = f"<b>{escape(cell.text)}</b>" if cell.bold else escape(cell.text)
             body += f'<td class="number">{text}</td>'

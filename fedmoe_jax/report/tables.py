@@ -244,17 +244,28 @@ def overwrites_of(group: Sequence[Run]) -> str:
     return f"Overwrites {changes}." if changes else ""
 
 
+def rates_of(group: Sequence[Run]) -> str:
+    """Whether the rates of a label's runs were tuned, see `train.tune`."""
+    tuned = [bool(run.config.get("tuned")) for run in group]
+    if all(tuned):
+        return "tuned"
+    return "tuned in part" if any(tuned) else "untuned"
+
+
 def print_table(runs: Sequence[Run], stream: TextIO) -> None:
     """The columns that are `printed`, for a terminal, and the runs that diverged."""
     columns, rows = table(runs)
     chosen = [place for place, column in enumerate(columns) if column.printed]
     titles = [textwrap.fill(one_line(columns[at].title), HEAD) for at in chosen]
     whole = max(map(len, rows)) <= WHOLE
-    shown = Table(Header("Strategy", no_wrap=whole), "Seeds", *titles, box=None)
+    shown = Table(
+        Header("Strategy", no_wrap=whole), "Seeds", "Rates", *titles, box=None
+    )
     groups = group_runs(name_runs(runs))
     for label, cells in rows.items():
         texts = [cells[place].text for place in chosen]
-        shown.add_row(one_line(label), str(len(groups[label])), *texts)
+        group = groups[label]
+        shown.add_row(one_line(label), str(len(group)), rates_of(group), *texts)
     # Names of users may have [ and :, which are no markup and no emoji.
     plain: dict[str, Any] = dict(markup=False, emoji=False)
     width = max(PRINTED, Console().width)
@@ -269,12 +280,13 @@ def markdown_table(runs: Sequence[Run]) -> str:
     columns, rows = table(runs)
     groups = group_runs(name_runs(runs))
     titles = [escape_markdown(column.title) for column in columns]
-    lines = [["Strategy", "Seeds", *titles, "Note"]]
+    lines = [["Strategy", "Seeds", "Rates", *titles, "Note"]]
     for label, cells in rows.items():
         shown = [f"**{cell.text}**" if cell.bold else cell.text for cell in cells]
         group = groups[label]
         note = escape_markdown(f"{note_of(group)} {needs_of(group)}")
-        lines.append([quote_markdown(label), str(len(group)), *shown, note])
+        own = [quote_markdown(label), str(len(group)), rates_of(group)]
+        lines.append([*own, *shown, note])
     return markdown_rows(lines)
 
 

@@ -143,7 +143,7 @@ def test_print_table_has_the_printed_columns_alone(runs):
     titles = [column.title for column in tables.table(runs)[0] if column.printed]
     words = {word for title in titles for word in title.split()}
     assert words <= set(head.split()) and {"Late", "violations"} <= words
-    assert set(head.split()) <= words | {"Strategy", "Seeds"}
+    assert set(head.split()) <= words | {"Strategy", "Seeds", "Rates"}
     strategies = [line.split()[:2] for line in lines if line.strip()]
     assert strategies == [["fedavg", "2"], ["greedy", "2"], ["random", "2"]]
     assert "50.0 ± 127.1" in lines[1]
@@ -172,3 +172,12 @@ def test_write_runs_csv_has_varied_fields(tmp_path):
     reached = [records[0][f"rounds_to.{n}_percent_of_best"] for n in (50, 80, 90, 95)]
     assert reached == ["4", "8", "8", "8"]  # 0.5 * 4 / 8, no control
     assert float(records[0]["final_global_accuracy"]) == 0.5
+
+
+def test_rates_are_tuned_or_not(tmp_path):
+    plain = make_run(tmp_path)
+    tuned = plain._replace(config=dict(plain.config) | {"tuned": "global_accuracy"})
+    assert tables.rates_of([plain, plain]) == "untuned"
+    assert tables.rates_of([tuned, tuned]) == "tuned"
+    assert tables.rates_of([tuned, plain]) == "tuned in part"
+    assert "| untuned |" in tables.markdown_table([plain])
