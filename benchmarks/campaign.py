@@ -473,6 +473,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", choices=TRIALS, action="append")
     chosen = parser.parse_args().trials
+    for name in ENDINGS:  # runs would ignore what this process was started to ignore
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     with prepare() as campaign:
         found = {name: run_trials(campaign, name) for name in chosen or TRIALS}
     text = make_table(found)
