@@ -359,7 +359,8 @@ def take_settings(config: ConfigDict, path: str) -> None:
         )
     file = resolve_folder("settings", path)
     settings = read_json(file).get("settings")
-    if not isinstance(settings, list) or not all(map(str.__instancecheck__, settings)):
+    listed = isinstance(settings, list)
+    if not listed or not all(isinstance(text, str) for text in settings):
         raise UserError(f"{file} holds no settings; allowed: what --tune has written")
     known = config.compare.strategies
     chosen = (text for text in settings if split_strategy(text)[0] in known)

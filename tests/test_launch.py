@@ -14,6 +14,7 @@ import pytest
 from absl import flags
 from factories import SMALL, find_importable, restart
 
+from configs import compare as study
 from configs import default
 from fedmoe_jax import launch
 from fedmoe_jax.report.rows import read_metrics
@@ -21,6 +22,7 @@ from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.stop import Stop
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import run as train
+from fedmoe_jax.train.compare import list_members
 
 from .report.fake_runs import write_run
 
@@ -153,6 +155,10 @@ BAD = {
     ),
     "no seeds": ([DIGITS, "--config.compare.seeds=()"], "compare.seeds"),
     "member": ([DIGITS, "--config.partition.min_size=999"], "partition.min_size=999"),
+    "part of tuning": ([DIGITS, "--only=1/2", "--tune"], "--only .* with --tune"),
+    "tuning of one run": ([*TINY, "--tune"], "--tune .*; allowed: with a comparison"),
+    "settings of one run": ([*TINY, "--settings=x"], "--settings=x .* comparison"),
+    "no settings": ([DIGITS, "--settings=none.json"], "none.json cannot be read"),
     "no folder": ([*TINY, "--workdir="], "workdir='' is not allowed"),
     "bucket": ([*TINY, "--workdir=gs://mine/run"], "workdir='gs://mine/run' .* copied"),
     "no home": ([*TINY, "--workdir=~nobody-here/run"], "~ has no home here"),
@@ -264,6 +270,24 @@ def test_a_config_in_the_users_home_is_found(command, monkeypatch, tmp_path):
     (tmp_path / "mine.py").write_text((CONFIGS / "default.py").read_text())
     code, _, err = command("--config=~/mine.py:smoke", "--config.max_held=9")
     assert code == 2 and err.startswith("error: max_held=9 is not allowed")
+
+
+@pytest.mark.parametrize("text", ['{"settings": 3}', '{"settings": [1]}', "{}"])
+def test_a_file_without_settings_is_refused(command, tmp_path, text):
+    (tmp_path / "mine.json").write_text(text)
+    code, _, err = command(DIGITS, f"--settings={tmp_path / 'mine.json'}")
+    assert code == 2 and "mine.json holds no settings; allowed: what --tune" in err
+
+
+def test_settings_are_those_of_the_strategies_that_are_compared(tmp_path):
+    settings = ["greedy: client.learning_rate=0.5", "fedmix: local_steps=9"]
+    (tmp_path / "mine.json").write_text(json.dumps({"settings": settings}))
+    config = study.get_config("digits,smoke")
+    config.compare.strategies = ("greedy", "random")
+    launch.take_settings(config.lock(), str(tmp_path / "mine.json"))
+    assert config.compare.settings == ("greedy: client.learning_rate=0.5",)
+    rates = {name: m.client.learning_rate for name, m in list_members(config)}
+    assert rates == {"greedy-seed0": 0.5, "random-seed0": 0.02}
 
 
 def start(cache, *words):
