@@ -17,7 +17,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.stem = "cnn"
     config.model.stem_width = 32
     config.model.expert_width = 128
-    config.client.learning_rate = 0.01  # at 0.03 the wide dense control diverges
+    config.client.learning_rate, config.client.clip = 0.03, 1.0
     config.devices.model_scale = 130.0
     if not argument:
         config.local_steps = 30

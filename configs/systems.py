@@ -1,49 +1,102 @@
-"""Every system of the comparison on CIFAR-10, side by side.
+"""Every system of the comparison, side by side, with every measure.
 
-    python launch.py --config=configs/systems.py --workdir=runs/systems
+    python launch.py --config=configs/systems.py:digits --workdir=runs/tune --tune
+    python launch.py --config=configs/systems.py:digits --workdir=runs/systems_digits \\
+      --settings=runs/tune/settings.json
+    python launch.py --config=configs/systems.py:claims --workdir=runs/tune_cifar --tune
+    python launch.py --config=configs/systems.py:claims --workdir=runs/systems \\
+      --settings=runs/tune_cifar/settings.json
 
-All get the same data, of which the server sets 2,500 examples aside (`fedjets` and
-`fedjets_no_anchors` train their stem on them, others use none), the same split, local
-steps and evaluation. `digits` and `smoke` can be given as arguments, as in
-`compare.py`; `smoke` has one published system.
+The first two calls tune all systems on the embedded digits and compare them over ten
+seeds; the last two do so on CIFAR-10 with those that carry claims, over five. Without
+`claims` CIFAR-10 has all systems, which takes many hours.
+
+All get the same data, split, local steps and evaluation. The server sets 50 examples
+aside, 2,500 of CIFAR-10 (`fedjets` and `fedjets_no_anchors` train on them, others use
+none); each client sets some aside for tuning and as its own test set, two further
+clients are never trained on. Updates of clients are clipped. `digits`, `claims` and
+`smoke` can be joined by commas; `smoke` has one published system.
 """
 
 from ml_collections import ConfigDict
 
 from configs import compare
 
+CLAIMS = (
+    "random",
+    "fixed_random",
+    "greedy",
+    "load_balanced",
+    "flex_moe",
+    "hfedmoe",
+    "pfedmoe",
+    "fedavg_active",
+    "fedavg_smallest",
+    "local_active",
+)
 STRATEGIES = (
     "random",
     "fixed_random",
     "greedy",
     "load_balanced",
+    "load_balanced_no_calibration",
     "load_balanced_running",
     "flex_moe",
+    "flex_moe_shared_gate",
     "flex_moe_examples",
+    "flex_moe_examples_shared_gate",
     "hfedmoe",
+    "hfedmoe_shared_gate",
     "fedjets",
+    "fedjets_shared_gate",
     "fedjets_no_anchors",
+    "fedjets_no_anchors_shared_gate",
     "fedmix",
+    "fedmix_shared_gate",
     "fedmix_all",
+    "fedmix_all_shared_gate",
     "fedmoe",
+    "fedmoe_shared_gate",
     "fedmoe_da",
     "pfedmoe",
+    "heterofl",
     "fedavg",
     "fedavg_active",
+    "fedavg_smallest",
+    "fedavg_dropout",
     "fedprox_active",
     "fednova_active",
     "scaffold_active",
     "fedadam_active",
     "local_active",
+    "local_smallest",
     "centralised_active",
 )
+ADAM = "server.optimizer=fedadam,server.learning_rate=0.01"
+FEDADAM = "fedadam_active: fedadam.server_learning_rate=0.03"
+
+
+def measure_all(config: ConfigDict, digits: bool) -> None:
+    """Turns every measure on, in place."""
+    config.partition.validation_share = 0.2 if digits else 0.1
+    config.partition.test_share = 0.1
+    config.partition.unseen = 2
+    config.evaluation.finetune = True
+    config.evaluation.finetune_rate = 0.02 if digits else 0.01
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """The comparison. `argument` joins any of `digits` and `smoke` with commas."""
-    config = compare.get_config(argument)
-    config.compare.strategies = STRATEGIES
-    if "smoke" in argument:
+    """The comparison. `argument` joins any of `digits`, `claims` and `smoke`."""
+    claims, rest = compare.take_word(argument, "claims")
+    config = compare.get_config(rest)
+    digits = "digits" in rest
+    config.compare.strategies = CLAIMS if claims else STRATEGIES
+    config.compare.seeds = tuple(range(10 if digits else 5))
+    config.data.public = 50 if digits else 2500
+    measure_all(config, digits)
+    config.tune.rates = (0.02, 0.06, 0.2) if digits else (0.01, 0.03, 0.1)
+    config.tune.servers = ("", ADAM, FEDADAM)
+    if "smoke" in rest:
         config.compare.strategies = (*compare.FAMILIES, "fedmoe")
-    config.data.public = 50 if "digits" in argument else 2500
+        config.compare.seeds = (0,)
     return config

@@ -31,6 +31,8 @@ FILES = sorted(
 )
 ARGUMENTS = {
     "compare": ("", "digits", "smoke", "digits,smoke"),
+    "systems": ("", "claims", "digits", "digits,smoke", "smoke"),
+    "figure3": ("", "fifty", "digits", "fifty,digits,smoke", "smoke"),
     "causes": ("idle", "gate", "personal", "gate,digits,smoke", "smoke"),
     "weights": ("", "full", "digits,smoke", "full,digits", "smoke"),
     "scores": ("", "full", "digits,smoke", "smoke"),
