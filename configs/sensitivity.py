@@ -3,8 +3,9 @@
     python launch.py --config=configs/sensitivity.py --workdir=runs/sensitivity
 
 Capacity (fewer slots, or up to all of them), the number of experts E and of active
-ones A, what becomes of the fitness of unheld pairs, calibration, the server's optimiser
-and the clients' rate. `smoke` has one seed, one strategy and one factor.
+ones A, what becomes of the fitness of unheld pairs, calibration, the server's
+optimiser, late clients, the order of sums and the clients' rate. `smoke` has one seed,
+one strategy and one factor.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +27,9 @@ ACTIVE = ("num_active=1", "num_active=4")
 IDLE = ("fitness.idle=keep", "fitness.idle=decay")
 CALIBRATION = ("loss.calibration=0.0", "loss.calibration=1.0")
 SERVER = (systems.ADAM,)
+LATE = ("late.kind=drop",)  # by default all wait for the slowest
+# The same draws, with sums in another order: what chance alone makes of a seed.
+SUMS = ("run.client_chunk=4",)
 RATES = ("client.learning_rate=0.06", "client.learning_rate=0.2")
 
 
@@ -36,7 +40,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compare.seeds = tuple(range(10))
     config.compare.changes = (
         *("", *CAPACITY, *EXPERTS, *ACTIVE),
-        *(*IDLE, *CALIBRATION, *SERVER, *RATES),
+        *(*IDLE, *CALIBRATION, *SERVER, *LATE, *SUMS, *RATES),
     )
     if argument:
         config.compare.strategies = ("load_balanced",)
