@@ -22,8 +22,8 @@ FIELD = "evaluation.baseline"
 ABOUT = (
     "Difference: of the row to the baseline, the mean over the seeds that both have "
     "(pairs) in points ± half-width of its 95 % t-interval; bold where the mean "
-    "exceeds it, as one in twenty does by chance. Won / lost: pairs in which the row "
-    "is better / worse. p: of the two-sided sign test, which leaves equal pairs out."
+    "exceeds it, as one in twenty does by chance. After it: pairs in which the row is "
+    "better / worse, and p of the two-sided sign test, which leaves equal pairs out."
 )
 
 
@@ -75,19 +75,17 @@ def pair_with(baseline: str, runs: Sequence[Run]) -> list[Pair]:
     return [(label, baseline) for label in labels if label != baseline]
 
 
-def _paired_cells(paired: Paired, digits: int) -> list[Cell]:
-    wins = f"{paired.wins} / {paired.losses}" if paired.pairs else "–"
-    p = f"{paired.p:.3g}" if paired.pairs else "–"
-    return [
-        difference_cell(paired, digits),
-        Cell(str(paired.pairs), paired.pairs),
-        Cell(wins, paired.wins),
-        Cell(p, paired.p),
-    ]
+def paired_cell(paired: Paired, digits: int) -> Cell:
+    """The difference, pairs won / lost, and p of the sign test."""
+    cell = difference_cell(paired, digits)
+    if not paired.pairs:
+        return cell
+    test = f"{paired.wins} / {paired.losses}, p {paired.p:.2g}"
+    return cell._replace(text=f"{cell.text}; {test}")
 
 
 def paired_section(runs: Sequence[Run], wanted: str) -> Section | None:
-    """A table for each final measure; None where there is nothing to compare.
+    """One table, a column a final measure; None where there is nothing to compare.
 
     Args:
       runs: of one label or several.
@@ -97,19 +95,23 @@ def paired_section(runs: Sequence[Run], wanted: str) -> Section | None:
     pairs = pair_with(baseline.label, runs) if baseline else []
     if baseline is None or not pairs:
         return None
-    title, measures = f"Paired differences: less {baseline.label}", final_measures(runs)
-    burdens, loads = pick_cells(runs, EVERYWHERE)
-    heads = ("Strategy", "Difference", "Pairs", "Won / lost", "p", *burdens)
-    sheets = []
-    for key, found in pair_labels(runs, pairs).items():
-        if any(paired.pairs for paired in found.values()):
-            digits = measures[key].digits
-            rows = {
-                label: [*_paired_cells(paired, digits), *loads[label]]
-                for (label, _), paired in found.items()
-            }
-            sheets.append(Sheet(measures[key].title, heads, rows))
-    if not sheets:
+    title = f"Paired differences: less {baseline.label}"
+    found = {
+        key: by_pair
+        for key, by_pair in pair_labels(runs, pairs).items()
+        if any(paired.pairs for paired in by_pair.values())
+    }
+    if not found:
         about = f"No row has a seed in common with {baseline.label}. {baseline.about}"
         return Section(title, about, ())
-    return Section(title, f"{ABOUT} {baseline.about}", sheets)
+    measures, (burdens, loads) = final_measures(runs), pick_cells(runs, EVERYWHERE)
+    rows = {}
+    for pair in pairs:
+        counts = max(by_pair[pair].pairs for by_pair in found.values())
+        cells = [
+            paired_cell(of[pair], measures[key].digits) for key, of in found.items()
+        ]
+        rows[pair[0]] = [Cell(str(counts), counts), *cells, *loads[pair[0]]]
+    titles = [measures[key].title for key in found]
+    heads = ("Strategy", "Pairs", *titles, *burdens)
+    return Section(title, f"{ABOUT} {baseline.about}", (Sheet("", heads, rows),))
