@@ -17,6 +17,7 @@ STRATEGIES = (
     "fixed_random",
     "greedy",
     "load_balanced",
+    "fedavg",
     "fedavg_active",
     "fedavg_smallest",
 )

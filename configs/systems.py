@@ -94,7 +94,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compare.seeds = tuple(range(10 if digits else 5))
     config.data.public = 50 if digits else 2500
     measure_all(config, digits)
-    config.tune.rates = (0.02, 0.06, 0.2) if digits else (0.01, 0.03, 0.1)
+    config.tune.rates = (0.05, 0.2, 0.8) if digits else (0.01, 0.03, 0.1)
     config.tune.servers = ("", ADAM, FEDADAM)
     if "smoke" in rest:
         config.compare.strategies = (*compare.FAMILIES, "fedmoe")
