@@ -197,7 +197,7 @@ def read_claim(entry: Mapping[str, Any], section: Mapping[str, Any]) -> Claim:
       UserError: it has a field that no claim has, or lacks one.
     """
     shared = {k: section[k] for k in ("study", "measure") if k in section}
-    values = shared | entry if "a" in entry else dict(entry)
+    values = {**shared, **entry} if "a" in entry else dict(entry)
     unknown = sorted(values.keys() - set(Claim._fields))
     if unknown or "id" not in values:
         raise UserError(
