@@ -5,9 +5,10 @@ It rewrites the numbers between the markers of the pages that quote claims;
 """
 
 import argparse
+import math
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from benchmarks.studies import (
 )
 from fedmoe_jax.measures import MEASURES
 from fedmoe_jax.options import Measure, UserError
-from fedmoe_jax.report.cells import Cell, mean_cell, median_cell
+from fedmoe_jax.report.cells import Cell, mark_best, mean_cell, median_cell
 from fedmoe_jax.report.diverged import KEY as DIVERGED
 from fedmoe_jax.report.paired import Paired, Seeds, difference_cell, pair_up
 from fedmoe_jax.report.runs import NAN
@@ -89,6 +90,20 @@ class Number(NamedTuple):
     rates: str
 
 
+class Computed(NamedTuple):
+    """All that pages quote.
+
+    Attributes:
+      claims: by id.
+      numbers: by the id of the claim; a struck one may have none.
+      tables: cells of the tables of means, heads first, by the table's name.
+    """
+
+    claims: Mapping[str, Claim]
+    numbers: Mapping[str, Number]
+    tables: Mapping[str, Sequence[Sequence[str]]]
+
+
 def find_measure(name: str) -> tuple[str, Measure]:
     """Key and measure of `global`, `final_global_accuracy`, `mean_load_cv` and so on.
 
@@ -106,7 +121,7 @@ def find_measure(name: str) -> tuple[str, Measure]:
     )
 
 
-def pick(table: Mapping[str, Seeds], label: str, claim: Claim) -> Seeds:
+def pick(table: Mapping[str, Seeds], label: str, study: str) -> Seeds:
     """The numbers of a row, by seed.
 
     Raises:
@@ -114,8 +129,7 @@ def pick(table: Mapping[str, Seeds], label: str, claim: Claim) -> Seeds:
     """
     if label not in table:
         raise UserError(
-            f"claim {claim.id}: {claim.study} has no row {label!r}; allowed: "
-            f"{', '.join(table)}"
+            f"claims: {study} has no row {label!r}; allowed: {', '.join(table)}"
         )
     return table[label]
 
@@ -143,6 +157,35 @@ def average(seeds: Seeds, key: str, measure: Measure) -> Cell:
     return mean_cell(values, measure.scale, measure.digits)
 
 
+def compare(claim: Claim, table: Mapping[str, Seeds]) -> Paired:
+    """The difference of a claim, less a second one where it names one.
+
+    Args:
+      claim: with two rows.
+      table: numbers by row and seed.
+
+    Raises:
+      UserError: the rows have no seed in common, or the measure has no difference.
+    """
+    key, measure = find_measure(claim.measure)
+    if key.startswith(TARGET):
+        raise UserError(
+            f"claim {claim.id}: a difference of {key} hides seeds that never got "
+            "there; allowed: no b"
+        )
+    ours, others = (pick(table, label, claim.study) for label in (claim.a, claim.b))
+    if claim.less:
+        first, second = (pick(table, label, claim.study) for label in claim.less)
+        ours, others = subtract(ours, others, key), subtract(first, second, key)
+    paired = pair_up(ours, others, key, measure)
+    if not paired.pairs:
+        raise UserError(
+            f"claim {claim.id}: {claim.study} has no seed with {key} of all its rows; "
+            "allowed: a measure that they have"
+        )
+    return paired
+
+
 def compute(claim: Claim, study: Study) -> Number:
     """The number of a claim.
 
@@ -152,32 +195,17 @@ def compute(claim: Claim, study: Study) -> Number:
     """
     key, measure = find_measure(claim.measure)
     table = take_window(study, key, *claim.rounds) if claim.rounds else study.seeds
-    ours = pick(table, claim.a, claim)
-    rates = [study.rates[claim.a]]
+    ours = pick(table, claim.a, claim.study)
     title, mean = measure.title, average(ours, key, measure)
     if claim.rounds:
         title += ", rounds {} to {}".format(*claim.rounds)
     if not claim.b:
-        return Number(title, mean, None, None, len(ours), mean, Cell("", NAN), *rates)
-    if key.startswith(TARGET):
-        raise UserError(
-            f"claim {claim.id}: a difference of {key} hides seeds that never got "
-            "there; allowed: no b"
-        )
-    others = pick(table, claim.b, claim)
-    rates += [study.rates[claim.b]] if study.rates[claim.b] not in rates else []
-    paired = pair_up(ours, others, key, measure)
-    if claim.less:
-        first, second = (pick(table, label, claim) for label in claim.less)
-        inner = subtract(ours, others, key), subtract(first, second, key)
-        paired = pair_up(*inner, key, measure)
-    if not paired.pairs:
-        raise UserError(
-            f"claim {claim.id}: {claim.study} has no seed with {key} of all its rows; "
-            "allowed: a measure that they have"
-        )
+        rates, none = study.rates[claim.a], Cell("", NAN)
+        return Number(title, mean, None, None, len(ours), mean, none, rates)
+    paired = compare(claim, table)
     cell = difference_cell(paired, measure.digits)
     sign = (1 if paired.mean > 0 else -1) * (measure.better or 1)
+    rates = dict.fromkeys(study.rates[label] for label in (claim.a, claim.b))
     return Number(
         title,
         cell,
@@ -185,7 +213,7 @@ def compute(claim: Claim, study: Study) -> Number:
         paired,
         paired.pairs,
         mean,
-        average(others, key, measure),
+        average(table[claim.b], key, measure),
         " / ".join(rates),
     )
 
@@ -209,6 +237,11 @@ def read_claim(entry: Mapping[str, Any], section: Mapping[str, Any]) -> Claim:
     for name in needed:
         if not getattr(claim, name):
             raise UserError(f"claim {claim.id}: {name} is empty; allowed: a text")
+    for name in ("less", "rounds"):
+        if len(getattr(claim, name)) not in (0, 2):
+            raise UserError(
+                f"claim {claim.id}: {name}={getattr(claim, name)}; allowed: two"
+            )
     return claim._replace(struck=str(claim.struck))
 
 
@@ -238,17 +271,11 @@ def read_studies(names: Iterable[str], results: Path) -> dict[str, Study]:
     return studies
 
 
-def compute_all(
-    listed: Mapping[str, Any], results: Path
-) -> tuple[dict[str, Claim], dict[str, Number]]:
-    """The claims by id, and the numbers of those that have one.
-
-    Args:
-      listed: the content of `claims.toml`.
-      results: the folder of the stored studies.
+def list_claims(listed: Mapping[str, Any]) -> dict[str, Claim]:
+    """The claims of a list, by id.
 
     Raises:
-      UserError: see `read_claim`, `read_studies` and `compute`; or an id is used twice.
+      UserError: see `read_claim`; or an id is used twice.
     """
     claims: dict[str, Claim] = {}
     for section in listed["sections"]:
@@ -256,14 +283,71 @@ def compute_all(
             claim = read_claim(entry, section)
             if claim.id in claims:
                 raise UserError(f"claim {claim.id} is there twice; allowed: one")
-            short = listed["studies"].get(claim.study, {}).get("short", {})
+            known = listed["studies"]
+            if claim.study and claim.study not in known:
+                raise UserError(
+                    f"claim {claim.id}: study {claim.study!r} is not listed; allowed: "
+                    f"{', '.join(known)}"
+                )
+            short = known[claim.study].get("short", {}) if claim.study else {}
             claims[claim.id] = expand(claim, short)
+    return claims
+
+
+def tabulate(table: Mapping[str, Any], study: Study) -> list[list[str]]:
+    """The means of some rows of a study, the best of each column bold.
+
+    Args:
+      table: its `measures`, and its `rows`: a label, or a label and a text for it.
+      study: whose rows they are.
+
+    Returns:
+      The heads, and the cells of each row.
+
+    Raises:
+      UserError: a measure or a row is unknown.
+    """
+    named = [
+        (row, f"`{row}`") if isinstance(row, str) else row for row in table["rows"]
+    ]
+    seeds = [pick(study.seeds, label, study.name) for label, _ in named]
+    heads, columns = [""], []
+    for name in table["measures"]:
+        key, measure = find_measure(name)
+        cells = [average(each, key, measure) for each in seeds]
+        columns.append(mark_best(cells, measure.better, measure.zero_wins))
+        heads.append(measure.title)
+    texts = [
+        [claims_page.show(c) if math.isfinite(c.value) else "–" for c in column]
+        for column in columns
+    ]
+    rows = zip((text for _, text in named), *texts, strict=True)
+    return [heads, *map(list, rows)]
+
+
+def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
+    """The claims and tables of a list.
+
+    Args:
+      listed: the content of `claims.toml`.
+      results: the folder of the stored studies.
+
+    Raises:
+      UserError: see `list_claims`, `read_studies`, `compute` and `tabulate`.
+    """
+    claims, tables = list_claims(listed), listed["tables"]
     numbered = {name: claim for name, claim in claims.items() if claim.a}
-    studies = read_studies((claim.study for claim in numbered.values()), results)
-    numbers = {
-        name: compute(claim, studies[claim.study]) for name, claim in numbered.items()
-    }
-    return claims, numbers
+    used = [claim.study for claim in numbered.values()]
+    used += [table["study"] for table in tables.values()]
+    studies = read_studies(used, results)
+    return Computed(
+        claims,
+        {
+            name: compute(claim, studies[claim.study])
+            for name, claim in numbered.items()
+        },
+        {name: tabulate(each, studies[each["study"]]) for name, each in tables.items()},
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -274,11 +358,11 @@ def main(arguments: list[str] | None = None) -> int:
     status = 0
     try:
         listed = tomllib.loads(LIST.read_text())
-        claims, numbers = compute_all(listed, RESULTS)
+        computed = compute_all(listed, RESULTS)
         for name in PAGES:
             path = RESULTS.parent / name
             old = path.read_text()
-            new = claims_page.rewrite(old, listed, claims, numbers, RESULTS)
+            new = claims_page.rewrite(old, listed, computed, RESULTS)
             if new == old:
                 continue
             if flags.check:
@@ -286,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name}: {claims_page.first_change(old, new)}", file=sys.stderr)
             else:
                 write_atomically(path, new)
-    except UserError as error:
+    except (UserError, tomllib.TOMLDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status

@@ -10,7 +10,7 @@ from fedmoe_jax.report.cells import Cell
 from fedmoe_jax.report.sheets import markdown_rows
 
 if TYPE_CHECKING:
-    from benchmarks.claims import Claim, Number
+    from benchmarks.claims import Claim, Computed, Number
 
 HEADS = (
     "claim",
@@ -123,16 +123,15 @@ def describe_study(name: str, study: Mapping[str, Any], results: Path) -> str:
 def section_text(
     section: Mapping[str, Any],
     listed: Mapping[str, Any],
-    claims: Mapping[str, "Claim"],
-    numbers: Mapping[str, "Number"],
+    computed: "Computed",
     results: Path,
 ) -> str:
     """A section of the table: its studies, their claims that stand, what follows."""
-    standing = [claims[entry["id"]] for entry in section["claims"]]
+    standing = [computed.claims[entry["id"]] for entry in section["claims"]]
     standing = [claim for claim in standing if not claim.struck]
     if not standing:
         return ""
-    studies = dict.fromkeys(claim.study for claim in standing)
+    studies, numbers = dict.fromkeys(c.study for c in standing), computed.numbers
     lines = [describe_study(name, listed["studies"][name], results) for name in studies]
     table = markdown_rows([HEADS, *(row(claim, numbers) for claim in standing)])
     parts = [f"## {section['title']}", "\n".join(lines), table.strip()]
@@ -140,12 +139,12 @@ def section_text(
     return "\n\n".join(parts)
 
 
-def struck_text(claims: Mapping[str, "Claim"], numbers: Mapping[str, "Number"]) -> str:
+def struck_text(computed: "Computed") -> str:
     """The claims that no longer stand, the newest last, each with its reason."""
-    gone = sorted((c for c in claims.values() if c.struck), key=lambda c: c.struck)
+    gone = [claim for claim in computed.claims.values() if claim.struck]
     lines = [
-        (f"~~{fill(c.text, numbers)}~~", fill(c.reason, numbers), c.struck)
-        for c in gone
+        (f"~~{fill(c.text, computed.numbers)}~~", fill(c.reason, computed.numbers), at)
+        for at, c in sorted(((c.struck, c) for c in gone), key=lambda pair: pair[0])
     ]
     return f"## Struck out\n\n{markdown_rows([STRUCK, *lines]).strip()}" if gone else ""
 
@@ -165,33 +164,35 @@ def replace_block(page: str, name: str, text: str) -> str:
 
 
 def rewrite(
-    page: str,
-    listed: Mapping[str, Any],
-    claims: Mapping[str, "Claim"],
-    numbers: Mapping[str, "Number"],
-    results: Path,
+    page: str, listed: Mapping[str, Any], computed: "Computed", results: Path
 ) -> str:
     """A page with the numbers of today.
 
     They stand between `<!-- claims -->` and `<!-- /claims -->` (the whole table), the
-    same with `headline` (the short one), and `<!-- ID -->` and `<!-- / -->` within a
-    sentence.
+    same with `headline` (the short one) and with the name of a table of means, and
+    between `<!-- ID -->` and `<!-- / -->` within a sentence.
 
     Args:
       page: its text.
       listed: the content of `claims.toml`.
-      claims: by id.
-      numbers: by the claim's id.
+      computed: of that list.
       results: the folder of the stored studies.
+
+    Raises:
+      UserError: it quotes what is no claim.
     """
     parts = [
-        section_text(section, listed, claims, numbers, results)
-        for section in listed["sections"]
+        section_text(each, listed, computed, results) for each in listed["sections"]
     ]
-    parts.append(struck_text(claims, numbers))
-    page = replace_block(page, "claims", "\n\n".join(filter(None, parts)))
-    page = replace_block(page, "headline", headline_text(listed["headline"], numbers))
-    put = lambda found: f"{found[1]}{quote(found[2], numbers)}{found[3]}"
+    blocks = {
+        "claims": "\n\n".join(filter(None, [*parts, struck_text(computed)])),
+        "headline": headline_text(listed["headline"], computed.numbers),
+    }
+    for name, lines in computed.tables.items():
+        blocks[name] = markdown_rows(lines).strip()
+    for name, text in blocks.items():
+        page = replace_block(page, name, text)
+    put = lambda found: f"{found[1]}{quote(found[2], computed.numbers)}{found[3]}"
     return re.sub(r"(<!-- ([\w.-]+) -->)[^<]*(<!-- / -->)", put, page)
 
 

@@ -137,7 +137,7 @@ def find_disagreements(study: Study, rows: Iterable[Mapping[str, str]]) -> list[
         label, other, key = row["strategy"], row["baseline"], row["measure"]
         if key not in MEASURES:  # of a plug-in
             continue
-        ours, others = study.seeds[label], study.seeds[other]
+        ours, others = study.seeds.get(label, {}), study.seeds.get(other, {})
         mean = pair_up(ours, others, key, MEASURES[key]).mean
         stored = float(row["difference"] or "nan")
         if not np.isclose(mean, stored, atol=1e-5, equal_nan=True):

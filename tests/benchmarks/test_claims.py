@@ -26,6 +26,11 @@ TABLE = """| Strategy | Rates |
 | `greedy` | tuned |
 | `steady` | untuned |
 """
+MEANS = {
+    "study": "tiny",
+    "measures": ["global", "mean_load_cv", "personal"],
+    "rows": ["random", ["greedy", "by fitness"]],
+}
 LEAD = {"id": "lead", "a": "greedy", "b": "random", "overturn": "more seeds"}
 
 
@@ -41,6 +46,7 @@ def list_claims(*entries):
     section = {"title": "All", "study": "tiny", "measure": "global"}
     return {
         "studies": {"tiny": {"command": "python tiny.py", "short": {"g": "greedy"}}},
+        "tables": {"means": MEANS},
         "headline": {"heads": ["A"], "rows": [["{lead.bold} of {lead.a}"]]},
         "sections": [section | {"claims": list(entries)}],
     }
@@ -48,7 +54,7 @@ def list_claims(*entries):
 
 def compute(results, **changes):
     listed = list_claims(LEAD | changes)
-    return claims.compute_all(listed, results)[1]["lead"]
+    return claims.compute_all(listed, results).numbers["lead"]
 
 
 def test_a_difference_by_hand(results):
@@ -103,7 +109,8 @@ def test_short_names_are_rows(results):
         ({"colour": "red"}, "'colour' is not allowed"),
         ({"overturn": ""}, "claim lead: overturn is empty"),
         ({"struck": "2026-01-01"}, "claim lead: reason is empty"),
-        ({"study": "absent"}, "absent has no table.md"),
+        ({"study": "absent"}, "study 'absent' is not listed; allowed: tiny"),
+        ({"less": ["random"]}, "less=['random']; allowed: two"),
         ({"rounds": [1, 2]}, "evaluations.csv has no global_accuracy"),
     ],
 )
@@ -127,9 +134,8 @@ def test_differences_of_other_runs_are_refused(results):
 
 def rewrite(results, page, *entries):
     listed = list_claims(LEAD, *entries)
-    return claims_page.rewrite(
-        page, listed, *claims.compute_all(listed, results), results
-    )
+    computed = claims.compute_all(listed, results)
+    return claims_page.rewrite(page, listed, computed, results)
 
 
 def test_numbers_within_sentences_are_those_of_the_claims(results):
@@ -168,6 +174,14 @@ def test_the_tables_of_a_page(results):
     assert "| ~~All is well~~ | only 12.0 ± 5.0 | 2026-01-02 |" in text
     assert "| A |\n| --- |\n| **12.0 ± 5.0** of 54.0 ± 9.9 |" in text
     assert text.endswith("<!-- /headline -->\nb\n")
+
+
+def test_a_table_of_means(results):
+    page = "<!-- means -->\n<!-- /means -->\n"
+    text = rewrite(results, page)
+    assert "|  | Global % | Load CV | Personal % |" in text
+    assert "| `random` | 42.0 ± 5.0 | 1.00 ± 0.00 | – |" in text
+    assert "| by fitness | **54.0 ± 9.9** | **0.50 ± 0.25** | – |" in text
 
 
 def test_the_committed_pages_have_the_numbers_of_the_committed_runs(capsys):

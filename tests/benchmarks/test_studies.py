@@ -112,4 +112,5 @@ def test_stored_differences_are_those_of_the_runs(folder):
     assert studies.find_disagreements(study, [row, unknown]) == []
     (fault,) = studies.find_disagreements(study, [row | {"difference": "11.1"}])
     assert fault.endswith("is 11.1, runs.csv gives 11")
-    assert len(studies.find_disagreements(study, [row | {"difference": ""}])) == 1
+    for other in ({"difference": ""}, {"strategy": "nobody"}):
+        assert len(studies.find_disagreements(study, [row | other])) == 1
