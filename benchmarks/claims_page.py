@@ -3,14 +3,13 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from benchmarks.claims_list import Claim
+from benchmarks.claims_numbers import Number
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.cells import Cell
-from fedmoe_jax.report.sheets import markdown_rows
-
-if TYPE_CHECKING:
-    from benchmarks.claims import Claim, Computed, Number
+from fedmoe_jax.report.sheets import Sheet, markdown_rows
 
 HEADS = (
     "claim",
@@ -30,12 +29,26 @@ VERBS = {  # of a gain, a loss, and what cannot be told
 DEFAULT = "`{a}` {{leads}} `{b}`"
 
 
+class Computed(NamedTuple):
+    """All that pages quote.
+
+    Attributes:
+      claims: by id.
+      numbers: by the id of the claim; a struck one may have none.
+      tables: of means, by name.
+    """
+
+    claims: Mapping[str, Claim]
+    numbers: Mapping[str, Number]
+    tables: Mapping[str, Sheet]
+
+
 def show(cell: Cell) -> str:
     """The text of a cell, bold where it is."""
     return f"**{cell.text}**" if cell.bold else cell.text
 
 
-def view(number: "Number", name: str) -> str:
+def view(number: Number, name: str) -> str:
     """A number as a sentence or a table quotes it.
 
     Args:
@@ -43,6 +56,9 @@ def view(number: "Number", name: str) -> str:
       name: empty: with its sign where it is negative; `size`: without; `bold`: bold
         where it exceeds its interval; `a`, `b`: the mean of that row; `p`, `wins`: of
         the sign test.
+
+    Raises:
+      UserError: the number has no such view.
     """
     cell, paired = number.cell, number.paired
     views = {
@@ -59,7 +75,7 @@ def view(number: "Number", name: str) -> str:
     return views[name]
 
 
-def quote(key: str, numbers: Mapping[str, "Number"]) -> str:
+def quote(key: str, numbers: Mapping[str, Number]) -> str:
     """The number of `id` or `id.view`.
 
     Raises:
@@ -73,7 +89,7 @@ def quote(key: str, numbers: Mapping[str, "Number"]) -> str:
     return view(numbers[name], how)
 
 
-def fill(text: str, numbers: Mapping[str, "Number"], gain: int | None = None) -> str:
+def fill(text: str, numbers: Mapping[str, Number], gain: int | None = None) -> str:
     """The text with a number in place of each {id}, and verbs that fit a gain."""
 
     def put(found: re.Match[str]) -> str:
@@ -84,7 +100,7 @@ def fill(text: str, numbers: Mapping[str, "Number"], gain: int | None = None) ->
     return re.sub(r"\{([\w.-]+)\}", put, text)
 
 
-def say(claim: "Claim", numbers: Mapping[str, "Number"]) -> str:
+def say(claim: Claim, numbers: Mapping[str, Number]) -> str:
     """The sentence of a claim with a number, as far as the number carries it."""
     number = numbers[claim.id]
     default = DEFAULT.format(a=claim.a, b=claim.b) if claim.b else f"`{claim.a}`"
@@ -94,7 +110,7 @@ def say(claim: "Claim", numbers: Mapping[str, "Number"]) -> str:
     return f"{number.title}: {text}"
 
 
-def row(claim: "Claim", numbers: Mapping[str, "Number"]) -> list[str]:
+def row(claim: Claim, numbers: Mapping[str, Number]) -> list[str]:
     """The line of a claim in the table, `HEADS`."""
     number = numbers[claim.id]
     paired, test = number.paired, "–"
@@ -123,7 +139,7 @@ def describe_study(name: str, study: Mapping[str, Any], results: Path) -> str:
 def section_text(
     section: Mapping[str, Any],
     listed: Mapping[str, Any],
-    computed: "Computed",
+    computed: Computed,
     results: Path,
 ) -> str:
     """A section of the table: its studies, their claims that stand, what follows."""
@@ -139,7 +155,7 @@ def section_text(
     return "\n\n".join(parts)
 
 
-def struck_text(computed: "Computed") -> str:
+def struck_text(computed: Computed) -> str:
     """The claims that no longer stand, the newest last, each with its reason."""
     gone = [claim for claim in computed.claims.values() if claim.struck]
     lines = [
@@ -150,7 +166,7 @@ def struck_text(computed: "Computed") -> str:
 
 
 def headline_text(
-    headline: Mapping[str, Sequence[Any]], numbers: Mapping[str, "Number"]
+    headline: Mapping[str, Sequence[Any]], numbers: Mapping[str, Number]
 ) -> str:
     """The short table: its heads, and rows of texts that quote claims."""
     lines = [[fill(text, numbers) for text in line] for line in headline["rows"]]
@@ -164,7 +180,7 @@ def replace_block(page: str, name: str, text: str) -> str:
 
 
 def rewrite(
-    page: str, listed: Mapping[str, Any], computed: "Computed", results: Path
+    page: str, listed: Mapping[str, Any], computed: Computed, results: Path
 ) -> str:
     """A page with the numbers of today.
 
@@ -188,8 +204,9 @@ def rewrite(
         "claims": "\n\n".join(filter(None, [*parts, struck_text(computed)])),
         "headline": headline_text(listed["headline"], computed.numbers),
     }
-    for name, lines in computed.tables.items():
-        blocks[name] = markdown_rows(lines).strip()
+    for name, sheet in computed.tables.items():
+        rows = [[text, *map(show, cells)] for text, cells in sheet.rows.items()]
+        blocks[name] = markdown_rows([sheet.heads, *rows]).strip()
     for name, text in blocks.items():
         page = replace_block(page, name, text)
     put = lambda found: f"{found[1]}{quote(found[2], computed.numbers)}{found[3]}"
@@ -199,5 +216,5 @@ def rewrite(
 def first_change(old: str, new: str) -> str:
     """The first line that would change, and what it would become."""
     lines = zip([*old.splitlines(), ""], [*new.splitlines(), ""], strict=False)
-    before, after = next((a, b) for a, b in lines if a != b)
+    before, after = next(((a, b) for a, b in lines if a != b), ("", ""))
     return f"has {before!r}, the stored numbers give {after!r}"

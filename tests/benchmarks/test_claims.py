@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from benchmarks import claims, claims_page
+from benchmarks import claims
+from benchmarks.claims_page import rewrite as rewrite_page
 from fedmoe_jax.options import UserError
 
 # Less `random`, `greedy` has 10, 12 and 14 points: mean 12, standard deviation 2, of
@@ -135,7 +136,7 @@ def test_differences_of_other_runs_are_refused(results):
 def rewrite(results, page, *entries):
     listed = list_claims(LEAD, *entries)
     computed = claims.compute_all(listed, results)
-    return claims_page.rewrite(page, listed, computed, results)
+    return rewrite_page(page, listed, computed, results)
 
 
 def test_numbers_within_sentences_are_those_of_the_claims(results):
