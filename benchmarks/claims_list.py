@@ -52,7 +52,9 @@ def read_claim(entry: Mapping[str, Any], section: Mapping[str, Any]) -> Claim:
             f"allowed; allowed: {', '.join(Claim._fields)}"
         )
     claim = Claim(**values)
-    needed = ["reason"] if claim.struck else ["overturn", "study", "measure", "a"]
+    needed = (
+        ["reason", "text"] if claim.struck else ["overturn", "study", "measure", "a"]
+    )
     for name in needed:
         if not getattr(claim, name):
             raise UserError(f"claim {claim.id}: {name} is empty; allowed: a text")

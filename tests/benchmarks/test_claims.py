@@ -110,6 +110,7 @@ def test_short_names_are_rows(results):
         ({"colour": "red"}, "'colour' is not allowed"),
         ({"overturn": ""}, "claim lead: overturn is empty"),
         ({"struck": "2026-01-01"}, "claim lead: reason is empty"),
+        ({"struck": "2026-01-01", "reason": "old"}, "claim lead: text is empty"),
         ({"study": "absent"}, "study 'absent' is not listed; allowed: tiny"),
         ({"less": ["random"]}, "less=['random']; allowed: two"),
         ({"rounds": [1, 2]}, "evaluations.csv has no global_accuracy"),
