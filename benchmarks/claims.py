@@ -1,0 +1,92 @@
+"""Recomputes every claim of `results/claims.toml`: `python -m benchmarks.claims`.
+
+It rewrites the numbers between the markers of the pages that quote claims;
+`--check` writes nothing and fails where a page has another number.
+"""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims_list import list_claims
+from benchmarks.claims_numbers import compute, tabulate
+from benchmarks.claims_page import Computed, first_change, rewrite
+from benchmarks.page import RESULTS
+from benchmarks.studies import Study, find_disagreements, read_csv, read_study
+from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.files import write_atomically
+
+LIST = RESULTS / "claims.toml"
+PAGES = ("results/README.md", "README.md", "docs/results.md")
+
+
+def read_studies(names: Iterable[str], results: Path) -> dict[str, Study]:
+    """The studies that claims are taken from.
+
+    Raises:
+      UserError: one is not stored, or its `paired.csv` is of other runs.
+    """
+    studies = {name: read_study(results / name) for name in dict.fromkeys(names)}
+    for name, study in studies.items():
+        path = results / name / "paired.csv"
+        for fault in find_disagreements(study, read_csv(path) if path.exists() else []):
+            raise UserError(f"{fault}; allowed: files of the same runs")
+    return studies
+
+
+def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
+    """The claims and tables of a list.
+
+    Args:
+      listed: the content of `claims.toml`.
+      results: the folder of the stored studies.
+
+    Raises:
+      UserError: see `list_claims`, `read_studies`, `compute` and `tabulate`.
+    """
+    claims, tables = list_claims(listed), listed["tables"]
+    numbered = {name: claim for name, claim in claims.items() if claim.a}
+    used = [claim.study for claim in numbered.values()]
+    used += [table["study"] for table in tables.values()]
+    studies = read_studies(used, results)
+    return Computed(
+        claims,
+        {
+            name: compute(claim, studies[claim.study])
+            for name, claim in numbered.items()
+        },
+        {name: tabulate(each, studies[each["study"]]) for name, each in tables.items()},
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rewrites the pages, or checks them; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims")
+    parser.add_argument("--check", action="store_true", help="writes nothing")
+    flags = parser.parse_args(arguments)
+    status = 0
+    try:
+        listed = tomllib.loads(LIST.read_text())
+        computed = compute_all(listed, RESULTS)
+        for name in PAGES:
+            path = RESULTS.parent / name
+            old = path.read_text()
+            new = rewrite(old, listed, computed, RESULTS)
+            if new == old:
+                continue
+            if flags.check:
+                status = 1
+                print(f"{name}: {first_change(old, new)}", file=sys.stderr)
+            else:
+                write_atomically(path, new)
+    except (UserError, tomllib.TOMLDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

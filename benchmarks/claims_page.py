@@ -1,0 +1,220 @@
+"""Pages that quote claims: the table of all, a short table, numbers in sentences."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.claims_list import Claim
+from benchmarks.claims_numbers import Number
+from fedmoe_jax.options import UserError
+from fedmoe_jax.report.cells import Cell
+from fedmoe_jax.report.sheets import Sheet, markdown_rows
+
+HEADS = (
+    "claim",
+    "number ± 95 % interval",
+    "sign test",
+    "seeds",
+    "rates",
+    "study",
+    "what would overturn it",
+)
+STRUCK = ("struck out", "reason", "date")
+UNKNOWN = "cannot be told"
+VERBS = {  # of a gain, a loss, and what cannot be told
+    "leads": ("leads", "trails", f"{UNKNOWN} from"),
+    "gains": ("gains", "loses", f"{UNKNOWN} to gain or lose"),
+}
+DEFAULT = "`{a}` {{leads}} `{b}`"
+
+
+class Computed(NamedTuple):
+    """All that pages quote.
+
+    Attributes:
+      claims: by id.
+      numbers: by the id of the claim; a struck one may have none.
+      tables: of means, by name.
+    """
+
+    claims: Mapping[str, Claim]
+    numbers: Mapping[str, Number]
+    tables: Mapping[str, Sheet]
+
+
+def show(cell: Cell) -> str:
+    """The text of a cell, bold where it is."""
+    return f"**{cell.text}**" if cell.bold else cell.text
+
+
+def view(number: Number, name: str) -> str:
+    """A number as a sentence or a table quotes it.
+
+    Args:
+      number: of a claim.
+      name: empty: with its sign where it is negative; `size`: without; `bold`: bold
+        where it exceeds its interval; `a`, `b`: the mean of that row; `p`, `wins`: of
+        the sign test.
+
+    Raises:
+      UserError: the number has no such view.
+    """
+    cell, paired = number.cell, number.paired
+    views = {
+        "": cell.text.lstrip("+"),
+        "size": cell.text.lstrip("+-"),
+        "bold": show(cell._replace(text=cell.text.lstrip("+"))),
+        "a": number.ours.text,
+        "b": number.others.text,
+    }
+    if paired:
+        views |= {"p": f"{paired.p:.3g}", "wins": f"{paired.wins} of {paired.pairs}"}
+    if name not in views:
+        raise UserError(f"claims: view {name!r}; allowed: {', '.join(views)}")
+    return views[name]
+
+
+def quote(key: str, numbers: Mapping[str, Number]) -> str:
+    """The number of `id` or `id.view`.
+
+    Raises:
+      UserError: no claim with a number has the id.
+    """
+    name, _, how = key.partition(".")
+    if name not in numbers:
+        raise UserError(
+            f"claims: {name!r} is quoted; allowed: the id of a claim with a number"
+        )
+    return view(numbers[name], how)
+
+
+def fill(text: str, numbers: Mapping[str, Number], gain: int | None = None) -> str:
+    """The text with a number in place of each {id}, and verbs that fit a gain."""
+
+    def put(found: re.Match[str]) -> str:
+        if gain is not None and found[1] in VERBS:
+            return VERBS[found[1]][{1: 0, -1: 1, 0: 2}[gain]]
+        return quote(found[1], numbers)
+
+    return re.sub(r"\{([\w.-]+)\}", put, text)
+
+
+def say(claim: Claim, numbers: Mapping[str, Number]) -> str:
+    """The sentence of a claim with a number, as far as the number carries it."""
+    number = numbers[claim.id]
+    default = DEFAULT.format(a=claim.a, b=claim.b) if claim.b else f"`{claim.a}`"
+    text = fill(claim.text or default, numbers, number.gain)
+    if number.gain == 0 and UNKNOWN not in text:
+        text += f": {UNKNOWN}"
+    return f"{number.title}: {text}"
+
+
+def row(claim: Claim, numbers: Mapping[str, Number]) -> list[str]:
+    """The line of a claim in the table, `HEADS`."""
+    number = numbers[claim.id]
+    paired, test = number.paired, "–"
+    if paired:
+        test = f"{paired.wins} of {paired.pairs}, p {paired.p:.3g}"
+    return [
+        say(claim, numbers),
+        show(number.cell),
+        test,
+        str(number.seeds),
+        number.rates,
+        f"[{claim.study}]({claim.study}/table.md)",
+        fill(claim.overturn, numbers),
+    ]
+
+
+def describe_study(name: str, study: Mapping[str, Any], results: Path) -> str:
+    """A study's command, what it costs, and links to its files and its log."""
+    files = [results / name / "table.md", *sorted((results / name).glob("*.csv"))]
+    links = [f"[{path.stem}]({name}/{path.name})" for path in files]
+    links += [f"[log](LOG.md#{study['log']})"] if "log" in study else []
+    about = f"{study['about']}; " if "about" in study else ""
+    return f"* `{name}`: `{study['command']}` ({about}{', '.join(links)})"
+
+
+def section_text(
+    section: Mapping[str, Any],
+    listed: Mapping[str, Any],
+    computed: Computed,
+    results: Path,
+) -> str:
+    """A section of the table: its studies, their claims that stand, what follows."""
+    standing = [computed.claims[entry["id"]] for entry in section["claims"]]
+    standing = [claim for claim in standing if not claim.struck]
+    if not standing:
+        return ""
+    studies, numbers = dict.fromkeys(c.study for c in standing), computed.numbers
+    lines = [describe_study(name, listed["studies"][name], results) for name in studies]
+    table = markdown_rows([HEADS, *(row(claim, numbers) for claim in standing)])
+    parts = [f"## {section['title']}", "\n".join(lines), table.strip()]
+    parts += [fill(section["about"], numbers)] if "about" in section else []
+    return "\n\n".join(parts)
+
+
+def struck_text(computed: Computed) -> str:
+    """The claims that no longer stand, the newest last, each with its reason."""
+    gone = [claim for claim in computed.claims.values() if claim.struck]
+    lines = [
+        (f"~~{fill(c.text, computed.numbers)}~~", fill(c.reason, computed.numbers), at)
+        for at, c in sorted(((c.struck, c) for c in gone), key=lambda pair: pair[0])
+    ]
+    return f"## Struck out\n\n{markdown_rows([STRUCK, *lines]).strip()}" if gone else ""
+
+
+def headline_text(
+    headline: Mapping[str, Sequence[Any]], numbers: Mapping[str, Number]
+) -> str:
+    """The short table: its heads, and rows of texts that quote claims."""
+    lines = [[fill(text, numbers) for text in line] for line in headline["rows"]]
+    return markdown_rows([headline["heads"], *lines]).strip()
+
+
+def replace_block(page: str, name: str, text: str) -> str:
+    """The page with a text between the lines `<!-- NAME -->` and `<!-- /NAME -->`."""
+    pattern = re.compile(f"(?<=<!-- {name} -->\n).*(?=<!-- /{name} -->)", re.S)
+    return pattern.sub(lambda _: f"\n{text}\n\n", page)
+
+
+def rewrite(
+    page: str, listed: Mapping[str, Any], computed: Computed, results: Path
+) -> str:
+    """A page with the numbers of today.
+
+    They stand between `<!-- claims -->` and `<!-- /claims -->` (the whole table), the
+    same with `headline` (the short one) and with the name of a table of means, and
+    between `<!-- ID -->` and `<!-- / -->` within a sentence.
+
+    Args:
+      page: its text.
+      listed: the content of `claims.toml`.
+      computed: of that list.
+      results: the folder of the stored studies.
+
+    Raises:
+      UserError: it quotes what is no claim.
+    """
+    parts = [
+        section_text(each, listed, computed, results) for each in listed["sections"]
+    ]
+    blocks = {
+        "claims": "\n\n".join(filter(None, [*parts, struck_text(computed)])),
+        "headline": headline_text(listed["headline"], computed.numbers),
+    }
+    for name, sheet in computed.tables.items():
+        rows = [[text, *map(show, cells)] for text, cells in sheet.rows.items()]
+        blocks[name] = markdown_rows([sheet.heads, *rows]).strip()
+    for name, text in blocks.items():
+        page = replace_block(page, name, text)
+    put = lambda found: f"{found[1]}{quote(found[2], computed.numbers)}{found[3]}"
+    return re.sub(r"(<!-- ([\w.-]+) -->)[^<]*(<!-- / -->)", put, page)
+
+
+def first_change(old: str, new: str) -> str:
+    """The first line that would change, and what it would become."""
+    lines = zip([*old.splitlines(), ""], [*new.splitlines(), ""], strict=False)
+    before, after = next(((a, b) for a, b in lines if a != b), ("", ""))
+    return f"has {before!r}, the stored numbers give {after!r}"
