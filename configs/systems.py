@@ -3,9 +3,9 @@
     python launch.py --config=configs/systems.py --workdir=runs/systems
 
 All get the same data, of which the server sets 2,500 examples aside (`fedjets` and
-`fedjets_no_anchors` train their stem on them, others use none), the same split, local
-steps and evaluation. `digits` and `smoke` can be given as arguments, as in
-`compare.py`; `smoke` has one published system.
+`fedjets_no_anchors` train the stem that their gates read on them, others use none), the
+same split, local steps and evaluation. `digits` and `smoke` can be given as arguments,
+as in `compare.py`; `smoke` has one published system.
 """
 
 from ml_collections import ConfigDict
