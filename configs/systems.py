@@ -12,8 +12,8 @@ seeds; the last two do so on CIFAR-10 with those that carry claims, over five. W
 `claims` CIFAR-10 has all systems, which takes many hours.
 
 All get the same data, split, local steps and evaluation. The server sets 50 examples
-aside, 2,500 of CIFAR-10 (`fedjets` and `fedjets_no_anchors` train on them, others use
-none); each client sets some aside for tuning and as its own test set, two further
+aside, 2,500 of CIFAR-10 (`fedjets` and `fedjets_no_anchors` train the stem that their
+gates read on them, others use none); each client sets some aside for tuning and as its own test set, two further
 clients are never trained on. Updates of clients are clipped. `digits`, `claims` and
 `smoke` can be joined by commas; `smoke` has one published system.
 """
@@ -48,6 +48,7 @@ STRATEGIES = (
     "hfedmoe",
     "hfedmoe_shared_gate",
     "fedjets",
+    "fedjets_frozen_stem",
     "fedjets_shared_gate",
     "fedjets_no_anchors",
     "fedjets_no_anchors_shared_gate",

@@ -25,6 +25,7 @@ from fedmoe_jax.types import (
 )
 
 PARTS = ("stem", "gate", "experts", "head")  # of a model
+GATE_STEM = "gate_stem"  # as one of `Strategy.frozen`
 ALL_EXPERTS = 2**31 - 1  # as `Strategy.local_experts`
 # None in the record that a user fills, and never None in a program: the config decides.
 Open = Any
@@ -152,7 +153,8 @@ class Model(NamedTuple):
         leaves `kernel` [E, D] and `bias` [E]. Frozen is what is never trained, {} for
         most.
       apply: (params, frozen, batch, held [G, K], slot [G, K], route, key or None) ->
-        outputs, Routing; the experts of `params` are the held ones, [K, ...].
+        outputs, Routing; the experts of `params` are the held ones, [K, ...]. Where
+        the model has parts, `params` may have a `gate_stem`, which the gate reads.
       parts: the functions of a model with one MoE layer, or None.
     """
 
@@ -216,6 +218,9 @@ class Strategy(NamedTuple):
         a multiple of `chunk_rounds`, may be the name of a config field. One at
         `num_rounds` acts only if the run is extended. `frozen` is `federation.frozen`,
         as the stage leaves it.
+      server_examples: (round [], hyper, sizes) -> examples [] on which the stages just
+        before the round train a stem, one expert and a head, repeats included; None
+        for none.
       exchange: (personal parts [N, ...], state, evidence, arrived [C], hyper) ->
         personal parts, state, and the experts that each client of the cohort has sent
         to and received from others, [C] each; it sees all layers. None for nothing.
@@ -238,7 +243,9 @@ class Strategy(NamedTuple):
       personal: parts that stay with the clients, of `stem`, `gate`, `experts`, `head`.
       local_experts: the last experts, as many of them stay with the clients, where
         `experts` is personal.
-      frozen: of `stem` and `head` the parts that are not trained; every client receives
+      frozen: of `stem` and `head` the parts that are not trained, and `gate_stem`, a
+        copy of the stem as it is before the first round, or as the stages leave it,
+        which the gate reads instead of the one that is trained; every client receives
         them once.
       silent: whether nothing travels between clients and server.
       pooled: whether one client owns all data and takes the steps of a whole cohort.
@@ -262,6 +269,7 @@ class Strategy(NamedTuple):
     update: UpdateFn = same_state
     report: Callable[..., PyTree] | None = None
     stages: tuple[tuple[Any, Callable[..., tuple[Any, PyTree]]], ...] = ()
+    server_examples: Callable[[Array, Hyper, Sizes], Array] | None = None
     exchange: Callable[..., tuple[PyTree, PyTree, Array, Array]] | None = None
     gate_weight: Callable[..., Array] | Open = None
     expert_weight: Callable[..., Array] | Open = None

@@ -48,6 +48,7 @@ SUMMED = (  # fields whose sum so far is in every row
     "radio_joules",
     "wasted_bytes",
     "wasted_flops",
+    "server_flops",
     "capacity_violations",
     *(f"{name}_clients" for name in OUTCOMES),
 )
@@ -343,11 +344,43 @@ MEASURES: dict[str, Measure] = {
         "client_flops",
         MEAN,
         "GFLOP a round",
-        "of all clients, forward and backward. Every expert that a client holds is "
-        "charged for every example, chosen by the gate or not; rounds before a "
-        "system's own rule sets in count, steps that the server takes alone do not",
+        "of all clients, forward and backward (frozen parts forward alone). Every "
+        "expert that a client holds is charged for every example, chosen by the gate "
+        "or not; rounds before a system's own rule sets in count; what the server "
+        "trains alone is Server GFLOP",
         better=-1,
         unit=1e9,
+        group=COST,
+    ),
+    "server_gigaflops": Measure(
+        "server_flops",
+        TOTAL,
+        "Server GFLOP",
+        "of the whole run: training that the server does alone, as on a public slice "
+        "before the first round, forward and backward; averaging is not counted",
+        better=-1,
+        unit=1e9,
+        digits=2,
+        group=COST,
+        trivial=0.0,
+    ),
+    "answer_kiloflops": Measure(
+        "answer_flops",
+        LAST,
+        "kFLOP an answer",
+        "of one test example, forward: what all share and the A experts that the gate "
+        "chooses, as global and personal accuracy ask; a dense model is one expert",
+        better=-1,
+        unit=1e3,
+        group=COST,
+    ),
+    "soft_answer_kiloflops": Measure(
+        "soft_answer_flops",
+        LAST,
+        "kFLOP a soft answer",
+        "likewise with all E experts, as global soft accuracy asks",
+        better=-1,
+        unit=1e3,
         group=COST,
     ),
     "simulated_minutes": Measure(
@@ -377,8 +410,10 @@ MEASURES: dict[str, Measure] = {
         "peak_client_parameters",
         MAX,
         "Peak client parameters, 1,000",
-        "the most that one client has in memory, without gradients and activations: "
-        "the largest client's in a mixture, every client's in a dense model",
+        "the most that one client has in memory, frozen parts and control variates "
+        "too, without gradients and activations: the largest client's in a mixture, "
+        "every client's in a dense model; rounds before a system's own rule sets in "
+        "count",
         better=-1,
         scale=1e-3,
         group=COST,

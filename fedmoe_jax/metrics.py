@@ -15,8 +15,18 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
 from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.types import AlignState, Array, Devices, Federation, PyTree, SimState
+from fedmoe_jax.scoring import evaluation_route
+from fedmoe_jax.types import (
+    AlignState,
+    Array,
+    Devices,
+    Federation,
+    Hyper,
+    PyTree,
+    SimState,
+)
 from fedmoe_jax.world.costs import (
+    answer_flops,
     client_bytes,
     client_flops,
     client_parameters,
@@ -113,6 +123,7 @@ def measure(
     replies: Reply,
     exchanged: tuple[Array, Array],
     load: Array,
+    hyper: Hyper,
     program: Program,
 ) -> dict[str, Array]:
     """The metrics of one round.
@@ -126,6 +137,7 @@ def measure(
       replies: of the cohort.
       exchanged: see `account`.
       load: [G, E] examples trained.
+      hyper: hyperparameters.
       program: the static parts.
 
     Raises:
@@ -140,6 +152,8 @@ def measure(
         | count_outcomes(participation.outcome)
         | measure_work(view.federation, cohort, program)
         | measure_server(after, capacity.buffered)
+        | measure_answers(program)
+        | measure_stages(before.round, hyper, program)
     )
     found = add_metrics(found, measure_strategy(after.align.strategy))
     return add_metrics(found, measure_processes(after.world, program.processes))
@@ -204,6 +218,23 @@ def measure_work(federation: Federation, cohort: Array, program: Program) -> dic
         "examples": steps.sum() * sizes.batch_size,
         "wasted_share": wasted_share(steps, num_devices, chunk),
     }
+
+
+def measure_answers(program: Program) -> dict[str, Array]:
+    """FLOPs of one answer: of the experts that the gate chooses, and of all of them."""
+    costs, sizes = program.costs, program.sizes
+    routed = evaluation_route(program).num_active
+    return {
+        "answer_flops": jnp.float32(answer_flops(costs, routed)),
+        "soft_answer_flops": jnp.float32(answer_flops(costs, sizes.num_experts)),
+    }
+
+
+def measure_stages(round: Array, hyper: Hyper, program: Program) -> dict[str, Array]:
+    """FLOPs of the server's own training just before a round."""
+    count = program.strategy.server_examples
+    examples = count(round, hyper, program.sizes) if count else jnp.zeros(())
+    return {"server_flops": program.costs.dense_flops * examples}
 
 
 def measure_server(state: SimState, buffered: Array) -> dict[str, Array]:

@@ -9,7 +9,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
-from fedmoe_jax.base import Data, Model, Routing, Scores, Strategy, Task
+from fedmoe_jax.base import (
+    GATE_STEM,
+    Data,
+    Model,
+    Routing,
+    Scores,
+    Strategy,
+    Task,
+)
 from fedmoe_jax.config import check, check_values, list_options
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.models import MODELS
@@ -255,7 +263,8 @@ def take_frozen(
       frozen: what the model itself keeps fixed.
       strategy: names the parts that it freezes.
     """
-    own = {part: params[part] for part in strategy.frozen}
+    whole = params | {GATE_STEM: params["stem"]}
+    own = {part: whole[part] for part in strategy.frozen}
     trained = {part: tree for part, tree in params.items() if part not in own}
     return trained, frozen | own
 
@@ -264,12 +273,13 @@ def check_layers(
     config: ConfigDict, strategy: Strategy, model: Model, num_layers: int
 ) -> None:
     """Raises UserError where a strategy for one MoE layer meets another model."""
-    if strategy.one_layer and (num_layers > 1 or model.parts is None):
+    bound = strategy.one_layer or GATE_STEM in strategy.frozen
+    if bound and (num_layers > 1 or model.parts is None):
         reason = f"has {num_layers} MoE layers" if num_layers > 1 else "has no parts"
         raise UserError(
             f"strategy={config.strategy!r} is not allowed with model.kind="
             f"{config.model.kind!r}, which {reason}; allowed: strategies without "
-            "`one_layer`"
+            "`one_layer` or a frozen `gate_stem`"
         )
 
 

@@ -96,7 +96,9 @@ def round_step(
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     return after, measure(
-        state, after, capacity, view, conditions, replies, sent, load, program
+        *(state, after, capacity, view, conditions, replies, sent, load),
+        hyper,
+        program,
     )
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from fedmoe_jax.base import Parts, Route, Scores
 from fedmoe_jax.models.dispatch import dispatch
-from fedmoe_jax.models.one_layer import apply_experts, log_probabilities
+from fedmoe_jax.models.one_layer import apply_experts, log_probabilities, show_gate
 from fedmoe_jax.models.routing import gate_logits, make_gates
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.priors import Priors
@@ -47,11 +47,13 @@ class Encoded(NamedTuple):
     Attributes:
       examples: the batch.
       features: [B, ...] float, output of the server's stem.
+      seen: [B, ...] float, what gates read of them, see `show_gate`.
       logits: [B, E] float of the server's gate, None where gates are personal.
     """
 
     examples: Examples
     features: Array
+    seen: Array
     logits: Array | None
 
 
@@ -189,13 +191,13 @@ def take_parts(program: Program) -> Parts:
 
 def encode(params: PyTree, examples: Examples, program: Program) -> Encoded:
     """The examples behind the server's stem and gate."""
-    stem = take_parts(program).stem
-    features = stem(params["stem"], examples.batch, None)
-    logits = None
+    parts = take_parts(program)
+    features = parts.stem(params["stem"], examples.batch, None)
+    seen, logits = show_gate(parts, params, examples.batch, features), None
     if not program.strategy.personal:
         (gate,) = params["gate"].values()
-        logits = gate_logits(gate, features)
-    return Encoded(examples, features, logits)
+        logits = gate_logits(gate, seen)
+    return Encoded(examples, features, seen, logits)
 
 
 def take_model(models: Models, number: Array) -> ClientView:
@@ -209,7 +211,7 @@ def own_logits(client: ClientView, encoded: Encoded) -> Array:
         assert encoded.logits is not None
         return encoded.logits
     (gate,) = client.personal["gate"].values()
-    return gate_logits(gate, encoded.features)
+    return gate_logits(gate, encoded.seen)
 
 
 def route_all(logits: Array, how: Route) -> Array:
@@ -359,7 +361,8 @@ def answer_personal(
         each=answer_experts(own["head"], outputs, program),
         none=answer_none(own["head"], experts, features, program),
     )
-    return gate_logits(gate, features), answers
+    seen = show_gate(parts, own, examples.batch, features)
+    return gate_logits(gate, seen), answers
 
 
 def answer_needed(

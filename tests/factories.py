@@ -174,6 +174,7 @@ COSTS = Costs(
     shared_flops=10.0,
     expert_flops=20.0,
     frozen_flops=0.0,
+    dense_flops=27.0,
     travel_bytes=500.0,
     copies=1,
 )

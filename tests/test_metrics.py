@@ -12,6 +12,7 @@ from factories import (
     make_devices,
     make_federation,
     make_feedback,
+    make_hyper,
     make_replies,
 )
 
@@ -21,14 +22,17 @@ from fedmoe_jax.metrics import (
     add_metrics,
     count_exchange,
     count_outcomes,
+    measure_answers,
     measure_learning,
     measure_load,
     measure_server,
+    measure_stages,
     measure_strategy,
     measure_work,
 )
 from fedmoe_jax.options import UserError, group
 from fedmoe_jax.runtime.sharding import CLIENTS
+from fedmoe_jax.strategies import fedjets
 from fedmoe_jax.world.costs import Traffic, scale_costs
 from fedmoe_jax.world.outcome import (
     BROKEN,
@@ -54,7 +58,7 @@ def make_program(silent=False, **static):
         device_costs=scale_costs(COSTS, 2),
         static=group(static, "Static"),
         strategy=SimpleNamespace(silent=silent),
-        sizes=SimpleNamespace(cohort_size=3, batch_size=8),
+        sizes=SimpleNamespace(cohort_size=3, batch_size=8, num_experts=4, num_active=2),
         mesh=SimpleNamespace(shape={CLIENTS: 1}),
         processes=(),
     )
@@ -157,6 +161,26 @@ def test_account_of_exchanged_experts_takes_time_and_bytes():
     assert found["compute_joules"] == plain["compute_joules"]
     silent = account_for(make_program(silent=True), exchanged)
     assert silent["bytes_up"] == plain["bytes_up"] - 1000  # nor does it send its own
+
+
+@pytest.mark.parametrize(("test_active", "routed"), [(0, 10 + 2 * 20), (1, 10 + 20)])
+def test_measure_answers_by_hand(test_active, routed):
+    """A third of 10 FLOPs for what all share, of 20 for each expert; A = 2, E = 4."""
+    fields = dict(test_active=test_active, mix="outputs", gating="chosen")
+    program = make_program()
+    program.strategy = SimpleNamespace(**fields)
+    found = measure_answers(program)
+    np.testing.assert_allclose(found["answer_flops"], routed / 3)
+    np.testing.assert_allclose(found["soft_answer_flops"], (10 + 4 * 20) / 3)
+
+
+def test_measure_stages_counts_the_servers_own_examples_before_the_round():
+    program, hyper = make_program(), make_hyper(fedjets={"steps": 3})
+    program.strategy = SimpleNamespace(server_examples=fedjets.count_public)
+    flops = [float(measure_stages(i, hyper, program)["server_flops"]) for i in range(3)]
+    assert flops == [27 * 3 * 8, 0, 0]  # three batches of eight
+    program.strategy = SimpleNamespace(server_examples=None)
+    assert float(measure_stages(0, hyper, program)["server_flops"]) == 0
 
 
 def test_count_outcomes_counts_each_client_once():

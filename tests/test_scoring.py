@@ -85,7 +85,8 @@ def test_find_needed_by_hand():
         wanted=jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
     )
     models = Models(clients, jnp.int32(2))  # the third row is none
-    encoded = Encoded(make_examples([0, 1, -1]), jnp.zeros((3, 1)), logits)
+    features = jnp.zeros((3, 1))
+    encoded = Encoded(make_examples([0, 1, -1]), features, features, logits)
     need = find_needed(encoded, models, Route(1))
     # Expert 0 is the server's choice, 2 the first client's for its label 0, 1 the
     # second's for its label 1; expert 3 and padding are never needed.

@@ -57,7 +57,8 @@ def test_prepare_state_acts_in_round_zero_alone_with_a_key_of_its_own():
 
 
 def test_init_state_leaves_frozen_parts_out_of_what_is_trained():
-    program = make_program(strategy="fedjets", **{"server.optimizer": "adam"})
+    changes = {"strategy": "fedjets_frozen_stem", "server.optimizer": "adam"}
+    program = make_program(**changes)
     state, frozen = init_state(KEY, make_hyper(), program)
     assert set(state.params) == {"gate", "experts", "head"} and set(frozen) == {"stem"}
     assert set(state.server_opt) == set(state.params)
@@ -65,3 +66,12 @@ def test_init_state_leaves_frozen_parts_out_of_what_is_trained():
     whole, nothing = init_state(KEY, make_hyper(), plain)
     assert nothing == {}
     jax.tree.map(np.testing.assert_array_equal, whole.params, state.params | frozen)
+
+
+def test_init_state_freezes_a_copy_of_the_stem_for_the_gate():
+    state, frozen = init_state(KEY, make_hyper(), make_program(strategy="fedjets"))
+    assert set(state.params) == {"stem", "gate", "experts", "head"}
+    assert set(frozen) == {"gate_stem"}
+    jax.tree.map(
+        np.testing.assert_array_equal, frozen["gate_stem"], state.params["stem"]
+    )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedmoe_jax.base import Parts, Route, Routing
+from fedmoe_jax.base import GATE_STEM, Parts, Route, Routing
 from fedmoe_jax.models import routing
 from fedmoe_jax.types import Array, PyTree
 
@@ -45,6 +45,21 @@ def apply_experts(
     for i, row in enumerate(split_rows(experts)):
         outputs.append(parts.expert(row, features, None if keys is None else keys[i]))
     return jnp.stack(outputs, axis=1)
+
+
+def show_gate(parts: Parts, params: PyTree, batch: PyTree, features: Array) -> Array:
+    """Features [B, ...] that the gate reads.
+
+    Args:
+      parts: of the model.
+      params: may have a `gate_stem`, see `Strategy.frozen`, whose features the gate
+        reads.
+      batch: of the task, leaves [B, ...].
+      features: [B, ...] float, of the stem.
+    """
+    if GATE_STEM not in params:
+        return features
+    return parts.stem(params[GATE_STEM], batch, None)
 
 
 def choose_trained(gates: Array, slot: Array, route: Route) -> Array | None:
@@ -108,7 +123,8 @@ def apply_parts(
     (gate,), (experts,) = params["gate"].values(), params["experts"].values()
     logits, gates = None, jnp.ones((features.shape[0], 1))
     if num_experts > 1:
-        logits = routing.gate_logits(gate, features)  # [B, E]
+        seen = show_gate(parts, params, batch, features)
+        logits = routing.gate_logits(gate, seen)  # [B, E]
         allowed = logits[:, held[0]], slot[0]
         gates = routing.make_gates(*allowed, route)  # [B, K]
     outputs = apply_experts(parts, experts, features, expert_key)

@@ -14,8 +14,9 @@ from fedmoe_jax.report.runs import NAN, Run, group_runs, join_measures, name_run
 from fedmoe_jax.report.sheets import Section, Sheet
 from fedmoe_jax.report.tables import EVERYWHERE, pick_cells
 
-# The columns beside the accuracies: the memory of a client, and what it cannot do.
-BESIDE = ("peak_client_parameters", *EVERYWHERE)
+# The columns beside the accuracies: what the server trains, the memory of a client, and
+# what it cannot do.
+BESIDE = ("server_gigaflops", "peak_client_parameters", *EVERYWHERE)
 
 
 class Budget(NamedTuple):

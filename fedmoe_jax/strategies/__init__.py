@@ -33,6 +33,7 @@ from fedmoe_jax.strategies.fedavg import (
 )
 from fedmoe_jax.strategies.fedjets import (
     FEDJETS,
+    FEDJETS_FROZEN_STEM,
     FEDJETS_NO_ANCHORS,
     FEDJETS_NO_ANCHORS_SHARED_GATE,
     FEDJETS_SHARED_GATE,
@@ -83,6 +84,7 @@ STRATEGIES: dict[str, Strategy] = {
     "fedmoe_da": FEDMOE_DA,
     "pfedmoe": PFEDMOE,
     "fedjets": FEDJETS,
+    "fedjets_frozen_stem": FEDJETS_FROZEN_STEM,
     "fedjets_shared_gate": FEDJETS_SHARED_GATE,
     "fedjets_no_anchors": FEDJETS_NO_ANCHORS,
     "fedjets_no_anchors_shared_gate": FEDJETS_NO_ANCHORS_SHARED_GATE,

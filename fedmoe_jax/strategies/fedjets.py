@@ -1,22 +1,26 @@
 """FedJETs, later DDOME (arXiv 2306.08586): anchors teach the gate its experts.
 
-A feature extractor is trained on a public slice of the data (`data.public`) and
-frozen. One anchor client per expert, chosen for its labels, trains that expert alone
-and teaches the gate that its images belong there. Every other client trains the two
-experts that the gate prefers on its data. At test time the best expert answers.
+A feature extractor, the common expert, is trained on a public slice of the data
+(`data.public`) and frozen; it feeds the gate alone. One anchor client per expert,
+chosen for its labels, trains that expert alone and teaches the gate that its images
+belong there. Every other client trains the two experts that the gate prefers on its
+data. At test time the best expert answers.
 
-Changed here: in the paper experts are whole networks, which clients train, and the
-frozen extractor feeds the gate alone. Here the extractor is the stem, which experts
-read as well and which nobody trains, so that a client's bytes and FLOPs are less than
-the paper's; the steps on the public slice are the server's and in no column of costs.
-Experts share the head; the gate is the linear one of all systems, with the clients'
-learning rate. The paper asks the gate that a client has just received. Here the server
-decides before it sends anything, by what the client reported when it last took part (at
-first: by lot), so that the choice is a round old and of the gate as that client had
-trained it. An anchor works in the rounds whose cohort it is in.
+Changed here: in the paper experts are whole networks, each with layers of its own.
+Here they share stem and head, as in all systems; clients train and send the stem, from
+the same initial weights as in all systems, beside the frozen one that the gate reads,
+which is sent once and run forward for every example (the paper keeps its outputs). The
+gate is the linear one of all systems, with the clients' learning rate. The paper asks
+the gate that a client has just received. Here the server decides before it sends
+anything, by what the client reported when it last took part (at first: by lot), so that
+the choice is a round old and of the gate as that client had trained it. An anchor works
+in the rounds whose cohort it is in.
 
+`fedjets_frozen_stem` has no second stem: experts read the frozen one as the gate does,
+and nobody trains it, so that a client's bytes and FLOPs are less than the paper's.
 `fedjets_no_anchors` knows no labels of clients; those of the public slice train its
-stem, too. The `_shared_gate` ones train the stem as all systems do, without a slice.
+common expert, too. The `_shared_gate` ones train the stem as all systems do, without a
+slice.
 """
 
 import jax
@@ -31,7 +35,7 @@ from fedmoe_jax.align.gate_mass import (
     update_mass,
 )
 from fedmoe_jax.align.ties import LOTS, first_by_lot, top_k_by_lot
-from fedmoe_jax.base import Model, Strategy, Task
+from fedmoe_jax.base import GATE_STEM, Model, Strategy, Task
 from fedmoe_jax.options import COUNT, TRACED, Option
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import (
@@ -48,6 +52,7 @@ from fedmoe_jax.types import (
 
 HELD = 2  # experts of a client that is no anchor
 MOMENTUM = 0.9
+CLIP = 1.0  # as rates that clients survive by clipping are the server's, too
 
 
 def train_stem(
@@ -68,7 +73,8 @@ def train_stem(
     assert parts is not None
     one = jax.tree.map(lambda leaf: leaf[0], experts)
     start = {"stem": stem, "expert": one, "head": params["head"]}
-    tx = optax.sgd(hyper.client.learning_rate, momentum=MOMENTUM)
+    descent = optax.sgd(hyper.client.learning_rate, momentum=MOMENTUM)
+    tx = optax.chain(optax.clip_by_global_norm(CLIP), descent)
 
     def loss(trained: PyTree, batch: PyTree) -> Array:
         features = parts.stem(trained["stem"], batch, None)
@@ -128,12 +134,16 @@ def prepare(
     task: Task,
     sizes: Sizes,
 ) -> tuple[SimState, PyTree]:
-    """Trains the stem on the public slice."""
+    """Trains the frozen stem, the gate's or that of all, on the public slice."""
     frozen, static = federation.frozen, (model, task, sizes.batch_size)
-    trained = train_stem(
-        *(key, frozen["stem"], state.params, federation, hyper, *static)
-    )
-    return state, frozen | {"stem": trained}
+    part = "stem" if "stem" in frozen else GATE_STEM
+    trained = train_stem(*(key, frozen[part], state.params, federation, hyper, *static))
+    return state, frozen | {part: trained}
+
+
+def count_public(round: Array, hyper: Hyper, sizes: Sizes) -> Array:
+    """Examples of the public slice on which `prepare` trains, before round 0: []."""
+    return jnp.where(round == 0, hyper.fedjets.steps * sizes.batch_size, 0)
 
 
 def prepare_anchors(
@@ -256,21 +266,22 @@ FEDJETS_SHARED_GATE = FEDJETS_NO_ANCHORS_SHARED_GATE._replace(
 FEDJETS_NO_ANCHORS = FEDJETS_NO_ANCHORS_SHARED_GATE._replace(
     about="As fedjets, but no client is an anchor, so no labels of clients are known.",
     assign=assign_and_teach,
-    needs="a labelled public slice for the frozen stem",
+    needs="a labelled public slice for the stem that its gate reads",
     options=(
         Option(
             "fedjets.steps",
             COUNT,
-            "local steps on data.public that train the stem",
+            "local steps on data.public that train the frozen stem",
             TRACED,
         ),
     ),
     allowed=(("data.public", COUNT), ("gate.mode", ("global",))),
     configure=configure,
     stages=((0, prepare),),
+    server_examples=count_public,
     gate_weight=rows_alike,
     expert_weight=slots_alike,
-    frozen=("stem",),
+    frozen=(GATE_STEM,),
     test_active=1,
     one_layer=True,
 )
@@ -280,7 +291,16 @@ FEDJETS = FEDJETS_NO_ANCHORS._replace(
         "Trains the two experts that the gate prefers on a client's data; one anchor "
         "client per expert, chosen by its labels, teaches the gate."
     ),
-    needs="a labelled public slice for the frozen stem, the labels of all clients",
+    needs=(
+        "a labelled public slice for the stem that its gate reads, the labels of all "
+        "clients"
+    ),
     at_most=(("num_experts", "num_clients"),),
     stages=((0, prepare_anchors),),
+)
+
+FEDJETS_FROZEN_STEM = FEDJETS._replace(
+    about="As fedjets, but experts, too, read the frozen stem, which nobody trains.",
+    needs="a labelled public slice for the frozen stem, the labels of all clients",
+    frozen=("stem",),
 )

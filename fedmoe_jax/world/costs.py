@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.base import PARTS, Strategy
+from fedmoe_jax.base import GATE_STEM, PARTS, Strategy
 from fedmoe_jax.types import Array, Devices, PyTree
 
 # Training holds the parameters, their gradients, the momentum, and activations that
@@ -23,6 +23,7 @@ TRAINING_COPIES = 4
 # The backward pass forms gradients of inputs and of parameters, each about as much
 # work as the forward pass.
 TRAINING_PASSES = 3
+BACKWARD = (TRAINING_PASSES - 1) / TRAINING_PASSES  # share of what has a backward pass
 
 NUMBER_BYTES = 4  # of a float32
 
@@ -44,6 +45,8 @@ class Costs(NamedTuple):
       expert_flops: one expert in every MoE layer, likewise.
       frozen_flops: the share of `shared_flops` of parts that have no backward pass
         where they are frozen.
+      dense_flops: stem, one expert in every MoE layer and head, forward and backward of
+        one example, as where the server trains them alone.
       travel_bytes: the stem, gate and head, but for those that stay with the clients.
       copies: 2 where control variates travel beside the model, else 1; no cost.
     """
@@ -56,6 +59,7 @@ class Costs(NamedTuple):
     shared_flops: float
     expert_flops: float
     frozen_flops: float
+    dense_flops: float
     travel_bytes: float
     copies: int
 
@@ -85,11 +89,14 @@ def count_costs(
       frozen: what is not, see `Federation.frozen`.
       forward: FLOPs of the parts, see `flops.count_forward_flops`. A part that is
         frozen has no backward pass; what a model itself keeps fixed is counted with
-        one.
+        one. A frozen stem of the gate is run beside the one that is trained.
       strategy: of a program, decides which parts travel and how often.
     """
     num_experts = jax.tree.leaves(params["experts"])[0].shape[0]
+    dense = sum(flops for part, flops in forward.items() if part != "gate")
     shared = {part: flops for part, flops in forward.items() if part != "experts"}
+    if GATE_STEM in frozen:
+        shared[GATE_STEM] = forward["stem"]
     idle = sum(flops for part, flops in shared.items() if part in frozen)
     size = {
         part: count_bytes(params.get(part, {})) for part in PARTS if part != "experts"
@@ -104,6 +111,7 @@ def count_costs(
         shared_flops=float(TRAINING_PASSES * sum(shared.values())),
         expert_flops=float(TRAINING_PASSES * forward["experts"]),
         frozen_flops=float(TRAINING_PASSES * idle),
+        dense_flops=float(TRAINING_PASSES * dense),
         travel_bytes=float(sum(size[part] for part in size if part not in personal)),
         copies=2 if strategy.variates else 1,
     )
@@ -184,12 +192,20 @@ def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     Returns:
       [C] float32.
     """
-    backward = (TRAINING_PASSES - 1) / TRAINING_PASSES
     untrained = traffic.held - traffic.trained
     per_example = costs.shared_flops + costs.expert_flops * (
-        traffic.held - backward * untrained
+        traffic.held - BACKWARD * untrained
     )
-    return (per_example - backward * costs.frozen_flops) * examples
+    return (per_example - BACKWARD * costs.frozen_flops) * examples
+
+
+def answer_flops(costs: Costs, experts: int) -> float:
+    """FLOPs of one example forward, through what all share and so many experts.
+
+    Of several MoE layers so many in each. A gate is counted also where it has only one
+    expert, as in training.
+    """
+    return (costs.shared_flops + experts * costs.expert_flops) / TRAINING_PASSES
 
 
 def client_memory(costs: Costs, traffic: Traffic) -> Array:

@@ -4,7 +4,12 @@ import chex
 import jax.numpy as jnp
 
 from fedmoe_jax.types import Array, Devices
-from fedmoe_jax.world.costs import ROUNDING, TRAINING_COPIES, Costs
+from fedmoe_jax.world.costs import (
+    BACKWARD,
+    ROUNDING,
+    TRAINING_COPIES,
+    Costs,
+)
 
 
 def true_capacity(
@@ -20,9 +25,10 @@ def true_capacity(
     """The number of experts that each device can hold: the least of three limits.
 
     Stem, gate and head are paid for first; what is left is divided by the cost of one
-    expert. Memory: `TRAINING_COPIES` of the parameters must fit. Network: down and up
-    within `communication_share` of the deadline. Compute: every held expert on every
-    example within the other part of it. The fixed split avoids a limit that depends
+    expert. Memory: `TRAINING_COPIES` of the parameters must fit, one of those that are
+    frozen. Network: what is trained, down and up within `communication_share` of the
+    deadline. Compute: every held expert on every example within the other part of it,
+    what is frozen without a backward pass. The fixed split avoids a limit that depends
     on the other. A resource that just suffices for k experts gives k.
 
     Args:
@@ -39,14 +45,15 @@ def true_capacity(
     """
     chex.assert_equal_shape([devices.memory, devices.flops, devices.upload])
     usable = (1 + ROUNDING) * (1 - buffer)
-    shared_bytes = costs.shared_bytes + costs.gate_bytes
-    copies = usable * devices.memory / TRAINING_COPIES
+    shared_bytes = costs.stem_bytes + costs.head_bytes + costs.gate_bytes
+    shared_flops = costs.shared_flops - BACKWARD * costs.frozen_flops
+    copies = (usable * devices.memory - costs.frozen_bytes) / TRAINING_COPIES
     by_memory = (copies - shared_bytes) / costs.expert_bytes
     seconds_per_byte = (1 / devices.download + 1 / devices.upload) / usable
     travelling = communication_share * deadline - 2 * devices.latency
     travelling = travelling / seconds_per_byte
     by_network = (travelling - shared_bytes) / costs.expert_bytes
     work = (1 - communication_share) * deadline * usable * devices.flops / examples
-    by_compute = (work - costs.shared_flops) / costs.expert_flops
+    by_compute = (work - shared_flops) / costs.expert_flops
     least = jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)
     return jnp.clip(jnp.floor(least), 0, max_capacity).astype(jnp.int32)

@@ -119,6 +119,23 @@ def test_apply_routes_among_the_held_experts(params):
     np.testing.assert_array_equal(routing.gates[0], expected)
 
 
+def test_apply_lets_the_gate_alone_read_a_stem_of_its_own(params):
+    model, every = make_image_model(), ([*range(EXPERTS)], [1] * EXPERTS, EXPERTS)
+    other = jax.tree.map(lambda leaf: leaf + 0.5, params["stem"])
+    plain, _ = apply(model, params, *every)
+    seen = model.parts.stem(other, {"x": draw(BATCH, 8, 8, 1)}, None)
+    expected = gate_logits(params["gate"]["moe"], seen)
+    found, routing = apply(model, params | {"gate_stem": other}, *every)
+    np.testing.assert_allclose(routing.logits[0], expected, rtol=1e-5, atol=1e-5)
+    gates = route(expected, jnp.ones(EXPERTS, bool), EXPERTS)
+    one = lambda e: apply(model, params, [e], [1], 1)[0]  # with the stem of experts
+    mixed = sum(gates[:, [e]] * one(e) for e in range(EXPERTS))
+    np.testing.assert_allclose(found, mixed, rtol=1e-4, atol=1e-4)
+    assert np.abs(found - plain).max() > 1e-3
+    same, _ = apply(model, params | {"gate_stem": params["stem"]}, *every)
+    np.testing.assert_allclose(same, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_apply_of_one_expert_has_nothing_to_route():
     model = make_image_model(num_experts=1)
     params = draw_params(model)

@@ -123,8 +123,8 @@ def test_chunk_keeps_shapes_and_stays_finite(strategy, gate_mode):
     assert all(len(values) == R for values in metrics.values())
     assert int(state.round) == R and metrics["nonfinite_clients"].sum() == 0
     record = parts.program.strategy
+    assert set(record.frozen).isdisjoint(state.params)
     if "stem" in record.frozen:
-        assert "stem" not in state.params
         return
     moved = [float(jnp.abs(a - b).max()) for a, b in stems(state, parts.state)]
     if "stem" in record.personal:
@@ -171,7 +171,7 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, gate_mode):
         most = sizes.cohort_size * (sizes.cohort_size - 1) * sizes.num_experts
         assert 0 < exchanged[0] <= most * expert  # none where no two have met
         both = both + exchanged
-    shared = sum(count(part) for part in ("stem", "gate", "head"))
+    shared = sum(count(part) for part in {"stem", "gate", "head", *record.frozen})
     most = (3 if record.variates else 1) * (shared + slots.max(1) * expert) / 4
     np.testing.assert_allclose(metrics["peak_client_parameters"], most, rtol=1e-6)
     numbers = 5 * slots.sum(1) + parts.program.report_numbers * sizes.cohort_size
@@ -298,7 +298,8 @@ def answer_slowly(trial, client):
     batch = program.task.prepare(data.test, data.statistics)
     model = program.model.parts
     features = model.stem(params["stem"], batch, None)
-    logits = gate_logits(params["gate"]["moe"], features)
+    seen = model.stem(params.get("gate_stem", params["stem"]), batch, None)
+    logits = gate_logits(params["gate"]["moe"], seen)
     gates = route_all(logits, evaluation_route(program))
     total = 0.0
     for expert in range(program.sizes.num_experts):
@@ -439,13 +440,26 @@ def test_scaffolds_running_mean_is_the_sum_over_all_variates(fields):
     assert np.abs(slow["head"]["kernel"]).max() > 1e-2
 
 
-def test_fedjets_keeps_its_prepared_stem_and_one_anchor_per_expert():
+@pytest.mark.parametrize(
+    ("strategy", "part"), [("fedjets", "gate_stem"), ("fedjets_frozen_stem", "stem")]
+)
+def test_fedjets_keeps_the_stem_that_it_trains_on_the_public_slice(strategy, part):
+    trial, other = (try_strategy(name, "global") for name in (strategy, "fedjets"))
+    plain = start(plan_run(strategy=strategy), trial.parts.program)
+    trained = trial.parts.federation.frozen[part]["kernel"]
+    assert np.abs(trained - plain.federation.frozen[part]["kernel"]).max() > 1e-6
+    # Both freeze the same one, and clients train from the common initial weights.
+    assert_same(trained, other.parts.federation.frozen["gate_stem"]["kernel"])
+    whole = plain.state.params | plain.federation.frozen
+    assert_same(whole["stem"], other.parts.state.params["stem"])
+    flops = trial.metrics["server_flops"]
+    examples = int(trial.parts.hyper.fedjets.steps) * B
+    assert flops[0] == trial.parts.program.costs.dense_flops * examples > 0
+    assert not flops[1:].any()
+
+
+def test_fedjets_has_one_anchor_per_expert():
     trial = try_strategy("fedjets", "global")
-    plan = plan_run(strategy="fedjets")
-    plain = start(plan, trial.parts.program).federation.frozen["stem"]["kernel"]
-    trained = trial.parts.federation.frozen["stem"]["kernel"]
-    assert np.abs(trained - plain).max() > 1e-6
-    assert "stem" not in trial.state.params
     anchor = np.array(trial.state.align.strategy["anchor"])[0]
     experts = np.arange(trial.parts.program.sizes.num_experts)
     assert sorted(anchor[anchor >= 0]) == experts.tolist()

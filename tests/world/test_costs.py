@@ -10,6 +10,7 @@ from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.world.costs import (
     Costs,
     Traffic,
+    answer_flops,
     client_bytes,
     client_flops,
     client_memory,
@@ -60,6 +61,7 @@ def test_count_costs_from_the_params():
         shared_flops=3 * (7 + 3 + 1),  # backward is twice forward
         expert_flops=3 * 13,
         frozen_flops=0,
+        dense_flops=3 * (7 + 1 + 13),  # all but the gate
         travel_bytes=4 * (20 + 14 + 24),
         copies=1,
     )
@@ -97,8 +99,42 @@ def test_count_costs_of_frozen_parts_apart():
     assert found.shared_bytes == whole.shared_bytes + 4 * 9
 
 
+def test_count_costs_of_a_frozen_stem_that_the_gate_alone_reads():
+    """The second stem is held and run forward; the first is trained and travels."""
+    whole = count_costs(PARAMS, {}, FORWARD, PLAIN)
+    found = count_costs(PARAMS, {"gate_stem": PARAMS["stem"]}, FORWARD, PLAIN)
+    assert found == whole._replace(
+        frozen_bytes=4 * 20, shared_flops=3 * (7 + 3 + 1 + 7), frozen_flops=3 * 7
+    )
+    # one expert of 154 bytes, in the client's first round
+    first = Traffic(*jnp.ones((4, 1)), *jnp.zeros((2, 1)), jnp.ones(1))
+    up, down = client_bytes(found, first)
+    assert (up.tolist(), down.tolist()) == ([232 + 154], [232 + 154 + 80])
+    later = first.replace(new=jnp.zeros(1))
+    assert client_bytes(found, later)[1].tolist() == [232 + 154]
+    assert client_memory(found, first).tolist() == [4 * (232 + 154) + 80]
+    assert client_parameters(found, first).tolist() == [(232 + 154 + 80) / 4]
+    # three times 11 of stem, gate and head and 13 of the expert, once 7
+    np.testing.assert_allclose(client_flops(found, first, 2.0), [2 * (3 * 24 + 7)])
+
+
+@pytest.mark.parametrize(
+    ("frozen", "experts", "expected"),
+    [
+        ({}, 1, 11 + 13),  # dense
+        ({}, 2, 11 + 2 * 13),
+        ({}, 4, 11 + 4 * 13),  # soft
+        ({"gate_stem": PARAMS["stem"]}, 1, 11 + 7 + 13),
+    ],
+)
+def test_answer_flops_by_hand(frozen, experts, expected):
+    costs = count_costs(PARAMS, frozen, FORWARD, PLAIN)
+    assert answer_flops(costs, experts) == expected
+
+
 def test_scale_costs_multiplies_every_cost():
-    scaled = Costs(900.0, 300.0, 300.0, 3000.0, 0.0, 30.0, 60.0, 0.0, 1500.0, copies=2)
+    sizes, flops = (900.0, 300.0, 300.0, 3000.0, 0.0), (30.0, 60.0, 0.0, 81.0)
+    scaled = Costs(*sizes, *flops, 1500.0, copies=2)
     assert scale_costs(VARIATES, 3) == scaled
     assert scale_costs(FROZEN, 3).frozen_bytes == 900
 

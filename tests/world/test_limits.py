@@ -36,6 +36,31 @@ def test_true_capacity_by_hand(limits, expected):
     assert got.dtype == jnp.int32 and got.tolist() == [expected]
 
 
+# 400 of the 500 bytes and 9 of the 10 FLOPs are frozen: memory m: (m - 400) / 4 - 100
+# over 1,000; network: (50 r / 2 - 100) / 1000; compute: (50 f / 5 - 1 - 9 / 3) / 20.
+FROZEN = COSTS._replace(
+    stem_bytes=0.0, head_bytes=0.0, frozen_bytes=400.0, frozen_flops=9.0
+)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (dict(memory=12_900.0), 3),  # 3.025
+        (dict(memory=12_700.0), 2),  # 2.975
+        (dict(rate=85.0), 2),  # 2.025
+        (dict(rate=83.0), 1),  # 1.975
+        (dict(flops=6.5), 3),  # 3.05
+        (dict(flops=6.3), 2),  # 2.95
+    ],
+)
+def test_true_capacity_beside_frozen_parts(limits, expected):
+    """They are held once, have travelled, and have no backward pass."""
+    devices = make_devices(1, **limits)
+    got = true_capacity(devices, FROZEN, buffer=0.0, **SETTING)
+    assert got.tolist() == [expected]
+
+
 @pytest.mark.parametrize("buffer", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("expert", [1000.0, 16_640.0, 5_767_168.0])
 def test_true_capacity_of_what_just_suffices_is_exact(expert, buffer):
