@@ -1,5 +1,6 @@
 """Settings of every test: eight CPU devices, strict shapes, repeatable examples."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +24,14 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build/programs")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
 import jax
+
+# Tracing makes objects by the million and hardly a cycle; looking for cycles as often
+# as Python does takes a fifth of its time.
+gc.set_threshold(200_000, 20, 20)
 
 # [N] + [N, E] is an error in tests: a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -46,3 +51,4 @@ def pytest_runtest_teardown(item, nextitem):
     if nextitem and nextitem.path != item.path and MAPS.exists():
         if MAPS.read_bytes().count(b"\n") > MANY_MAPS:
             jax.clear_caches()
+            gc.collect()

@@ -236,6 +236,7 @@ def test_run_writes_nothing_and_takes_jax_as_it_is(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA", "XDG"))}
     env |= {name: str(tmp_path) for name in ("HOME", "TMPDIR")}
     env |= {"PYTHONPATH": find_importable(), "PYTHONDONTWRITEBYTECODE": "1"}
+    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles in less time
     code = SCRIPT.replace("SIZES", repr(SMALL | {"num_rounds": 2}))
     ran = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True

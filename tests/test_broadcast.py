@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from factories import K, N, choose, plan_run, send_inputs, start_run
+from factories import K, N, choose, plan_run, send_inputs, start, use_linear_model
 
 from fedmoe_jax.world.step import observe
 
@@ -11,7 +11,7 @@ def test_broadcast_distorts_the_images_of_drifting_clients_of_the_cohort():
     plan = plan_run(cohort_size=3)
     source = np.array([0, 2, 1, *range(3, N)], np.int32)
     plan = plan._replace(federation=plan.federation.replace(drift_source=source))
-    run = start_run(plan, plan.program)
+    run = start(plan, use_linear_model(plan.program))
     cohort = jnp.array([0, 2, 3])
 
     def send(**world):

@@ -66,6 +66,7 @@ def changed(**fields):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), STUDIES)
 def test_every_study_is_valid(name, argument):
     runs = runs_of(get_config(name, argument))

@@ -311,6 +311,7 @@ def test_help_lists_every_field():
         assert ast.literal_eval(shown[1]) == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [[ROOT / "launch.py"], ["-m", "fedmoe_jax"]])
 def test_a_mistake_in_a_process_of_its_own(program, tmp_path):
     words = [f"--workdir={tmp_path / 'new'}", "--config.max_held=9"]
@@ -384,6 +385,7 @@ def test_interruptions_leave_no_mark_on_the_run(interrupted, tmp_path):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [[ROOT / "launch.py"], ["-m", "fedmoe_jax"]])
 def test_help_is_the_same_of_both_programs(program, tmp_path):
     _, out, _ = start(tmp_path, *program, "--help")
@@ -411,6 +413,7 @@ def test_a_run_of_an_older_version_is_refused_in_one_line(command, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_a_wish_to_stop_before_the_first_round_saves_nothing(command, tmp_path):
     stop = Stop()
     stop.wish()
@@ -464,6 +467,7 @@ def test_matplotlib_says_nothing_of_a_home_that_cannot_be_written(tmp_path):
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
 
 
+@pytest.mark.slow
 def test_report_joins_folders_without_jax(tmp_path):
     """In a process of its own, in which JAX cannot be imported."""
     made = [write_run(tmp_path / f"run{seed}", seed=seed) for seed in (0, 1)]
@@ -486,6 +490,7 @@ def test_report_joins_folders_without_jax(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_report_takes_the_baseline_of_the_first_folder(command, tmp_path):
     made = [write_run(tmp_path / f"made/{name}", name) for name in ("greedy", "random")]
     config = json.loads((made[0] / "config.json").read_text())

@@ -44,6 +44,7 @@ def decide(evidence, key):
     return top_k(scores, evidence.capacity, K)
 
 
+@pytest.mark.slow
 @layers
 def test_map_layers_of_evidence_is_a_loop(num_layers):
     rows = [draw_evidence(layer) for layer in range(num_layers)]
@@ -86,6 +87,7 @@ def learn(align, score, rate):
     return after, score.sum(0)
 
 
+@pytest.mark.slow
 @layers
 def test_map_layers_of_the_alignment_state_is_a_loop(num_layers):
     rows = [draw_align(layer) for layer in range(num_layers)]

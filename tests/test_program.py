@@ -219,6 +219,7 @@ def train_once(**changes):
     return np.asarray(result.delta["head"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["load_balanced", "fedavg"])
 def test_build_program_takes_the_clients_momentum(strategy):
     """With steps so small that both have one gradient g, the second moves by 1.9 g."""
@@ -229,6 +230,7 @@ def test_build_program_takes_the_clients_momentum(strategy):
     np.testing.assert_allclose(moved, 1.45 * plain, rtol=0.02, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_build_program_takes_the_clients_optimiser():
     changes = {"client.learning_rate": 1e-3, "client.optimizer": "adam"}
     np.testing.assert_allclose(np.abs(train_once(**changes)).max(), 2e-3, rtol=0.01)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import compile_assign, list_held, make_evidence, make_hyper, sizes_of
+from factories import list_held, make_evidence, make_hyper, sizes_of
 
 from fedmoe_jax.align import ties
 from fedmoe_jax.align.top_k import to_mask, top_k
@@ -14,12 +14,13 @@ from fedmoe_jax.strategies import STRATEGIES, find_strategy
 
 KEY, CLIENTS = jax.random.key(7), 900
 RANKING = ("greedy", "load_balanced", "load_balanced_running", "fedmix", "fedjets")
+top_k_by_lot = jax.jit(ties.top_k_by_lot, static_argnums=2)
 
 
 def decide(scores, capacity, max_held, client=None, key=KEY):
     scores, capacity = jnp.asarray(scores, jnp.float32), jnp.asarray(capacity)
     client = jnp.arange(len(scores)) if client is None else jnp.asarray(client)
-    return ties.top_k_by_lot(scores, capacity, max_held, client, key)
+    return top_k_by_lot(scores, capacity, max_held, client, key)
 
 
 def test_a_tie_for_the_last_slots_is_uniform_and_the_rest_stays():
@@ -86,13 +87,14 @@ def prepare(name, capacity, **changes):
         capacity=jnp.full(CLIENTS, capacity, jnp.int32),
         state=find_strategy(name).init(sizes),
     )
-    return find_strategy(name), evidence.replace(**changes), sizes
+    assign = jax.jit(find_strategy(name).assign, static_argnums=2)
+    return assign, evidence.replace(**changes), sizes
 
 
 @pytest.mark.parametrize("name", RANKING)
 def test_without_any_knowledge_experts_are_held_alike(name):
-    strategy, evidence, sizes = prepare(name, 2)
-    got = strategy.assign(evidence, make_hyper(), sizes, KEY)
+    assign, evidence, sizes = prepare(name, 2)
+    got = assign(evidence, make_hyper(), sizes, KEY)
     share = np.mean(to_mask(got, sizes.num_experts), axis=0)
     expected = np.full(sizes.num_experts, 2 / sizes.num_experts)
     np.testing.assert_allclose(share, expected, atol=0.06)
@@ -100,10 +102,10 @@ def test_without_any_knowledge_experts_are_held_alike(name):
 
 @pytest.mark.parametrize("name", ["fedmix", "fedjets"])
 def test_equal_gates_are_drawn(name):
-    strategy, evidence, sizes = prepare(name, 2)
+    assign, evidence, sizes = prepare(name, 2)
     mass = jnp.full((CLIENTS, sizes.num_experts), 1 / sizes.num_experts)
     evidence = evidence.replace(state=evidence.state | {"mass": mass})
-    got = strategy.assign(evidence, make_hyper(), sizes, KEY)
+    got = assign(evidence, make_hyper(), sizes, KEY)
     share = np.mean(to_mask(got, sizes.num_experts), axis=0)
     expected = np.full(sizes.num_experts, 2 / sizes.num_experts)
     np.testing.assert_allclose(share, expected, atol=0.06)
@@ -136,12 +138,14 @@ def test_the_bounded_decision_gives_no_client_the_lowest_ids(name):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_distinct_scores_leave_nothing_to_lots(name):
     """Evidence without ties, the same decision for two purposes of the lots."""
-    sizes = sizes_of(name)
-    state = find_strategy(name).init(sizes)
-    evidence = make_evidence(sizes, state=state)
-    first = compile_assign(name)(evidence, make_hyper(), key=KEY)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ties, "LOTS", ties.LOTS + 1)
-        jax.clear_caches()
-        again = find_strategy(name).assign(evidence, make_hyper(), sizes, KEY)
+    strategy, sizes = find_strategy(name), sizes_of(name)
+    evidence = make_evidence(sizes, state=strategy.init(sizes))
+
+    @jax.jit
+    def decide(purpose):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ties, "LOTS", purpose)
+            return strategy.assign(evidence, make_hyper(), sizes, KEY)
+
+    first, again = decide(ties.LOTS), decide(ties.LOTS + 1)
     assert list_held(first) == list_held(again)

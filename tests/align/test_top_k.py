@@ -22,7 +22,14 @@ pytestmark = pytest.mark.slow
 
 C, E, K = 4, 6, 3
 SPECIAL = np.float32([0.0, -0.0, 1.0, -1.0, np.nan, np.inf, -np.inf])
-decide = jax.jit(top_k, static_argnums=2)
+
+
+def trace_anew(function):
+    """The same function, of which no trace with other blocks is known."""
+    return lambda *args: function(*args)
+
+
+decide = jax.jit(trace_anew(top_k), static_argnums=2)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +37,6 @@ def small_blocks(monkeypatch):
     """Blocks of 64 clients, the least there is, so that few clients fill several."""
     monkeypatch.setattr(top_k_file, "RANK_BLOCK", 1)
     monkeypatch.setattr(top_k_file, "DECIDE_BLOCK", 1)
-    jax.clear_caches()
 
 
 # --- client by client
@@ -55,7 +61,7 @@ def rows(assignment):
 @settings(max_examples=60)
 @given(any_scores(C, E), capacities)
 def test_top_k_is_the_sorted_row_for_any_scores(scores, capacity):
-    assignment = jax.jit(top_k, static_argnums=2)(scores, capacity, K)
+    assignment = decide(scores, capacity, K)
     expected = [sort_row(row, k) for row, k in zip(scores, capacity, strict=True)]
     assert rows(assignment) == expected
     assert np.all((assignment.held >= 0) & (assignment.held < E))
@@ -208,11 +214,14 @@ HALVES = {"fitness": 0.5, "usage": 0.5}
 def test_a_block_decides_as_the_whole_cohort(strategy, exploration, monkeypatch):
     evidence, sizes = make_case(333, 12, 4, seed=1)
     hyper = make_hyper(weights=HALVES, fitness={"exploration": exploration})
-    run = jax.jit(strategy.assign, static_argnums=2)
-    blocks = run(evidence, hyper, sizes, jax.random.key(3))
+
+    def run():
+        assign = jax.jit(trace_anew(strategy.assign), static_argnums=2)
+        return assign(evidence, hyper, sizes, jax.random.key(3))
+
+    blocks = run()
     monkeypatch.setattr(top_k_file, "DECIDE_BLOCK", 10**9)
-    jax.clear_caches()
-    whole = run(evidence, hyper, sizes, jax.random.key(3))
+    whole = run()
     np.testing.assert_array_equal(blocks.held, whole.held)
     np.testing.assert_array_equal(blocks.slot, whole.slot)
 
@@ -247,14 +256,13 @@ def test_top_k_needs_no_array_larger_than_the_scores(monkeypatch):
 
 def test_the_decision_needs_no_second_matrix(monkeypatch):
     monkeypatch.undo()  # the real blocks
-    jax.clear_caches()
     clients, experts, max_held = 100_000, 64, 4
     evidence, sizes = make_case(8, experts, max_held, 0)
     grow = lambda leaf: jax.ShapeDtypeStruct(
         tuple(clients if size == 8 else size for size in leaf.shape), leaf.dtype
     )
     evidence = jax.tree.map(grow, evidence)
-    assign = jax.jit(LOAD_BALANCED.assign, static_argnums=2)
+    assign = jax.jit(trace_anew(LOAD_BALANCED.assign), static_argnums=2)
     key = jax.eval_shape(jax.random.key, 0)
     memory = (
         assign.lower(evidence, make_hyper(), sizes, key).compile().memory_analysis()

@@ -26,6 +26,7 @@ from benchmarks import (
 )
 from fedmoe_jax.capacity import count_capacity, count_workload
 from fedmoe_jax.models.flops import count_forward_flops
+from fedmoe_jax.state import init_state
 from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.plan import plan_waves
 
@@ -35,9 +36,18 @@ ROOT = Path(__file__).parents[2] / "benchmarks"
 NAMES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
 
 
+def fill_state(key, hyper, program):
+    """A first state of the right shapes, for rounds that are traced alone."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    fill = lambda leaf: key if is_key(leaf) else np.zeros(leaf.shape, leaf.dtype)
+    init = functools.partial(init_state, program=program)
+    return jax.tree.map(fill, jax.eval_shape(init, key, hyper))
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """Benchmarks trace their rounds instead of compiling them."""
+    monkeypatch.setattr(start, "init_state", fill_state)
     trace = lambda functions, *inputs: (
         [functools.partial(jax.eval_shape, function) for function in functions],
         0.0,

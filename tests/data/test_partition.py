@@ -245,6 +245,7 @@ def test_repair_moves_what_the_slow_twin_moves(sizes, seed, data):
     np.testing.assert_array_equal(filled, slow)
 
 
+@pytest.mark.slow
 def test_repair_of_many_clients_with_one_owner_of_all():
     """Alpha 1e-38 of 50,000 clients: nearly all have nothing before the repair."""
     y = np.arange(50_000) % 10
@@ -254,6 +255,7 @@ def test_repair_of_many_clients_with_one_owner_of_all():
     assert drawn.index.shape == (50_000, 1) and (drawn.size == 1).all()
 
 
+@pytest.mark.slow
 def test_lists_beyond_the_limit_are_refused_before_they_are_made():
     """One client has nearly all of 2^20 examples, the lists of all would have room."""
     y = np.zeros(2**20, int)

@@ -34,6 +34,7 @@ from fedmoe_jax.runtime.sharding import replicate, spread
 from fedmoe_jax.scoring import evaluation_route, route_all
 from fedmoe_jax.strategies import STRATEGIES, fedjets
 from fedmoe_jax.train import checkpoint
+from fedmoe_jax.train.plan import make_wave, program_key
 from fedmoe_jax.types import SimState
 from fedmoe_jax.world.costs import count_bytes
 
@@ -72,6 +73,26 @@ class Trial(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[0], both)
 
 
+@functools.cache
+def plan_cases():
+    """The plan of every case, and the program that it shares as in a comparison."""
+    groups, cases = {}, {}
+    for case in CASES:
+        plan = plan_run(**dict(zip(("strategy", "gate.mode"), case, strict=True)))
+        groups.setdefault(program_key(plan), []).append((case, plan))
+    for wave in map(make_wave, groups.values()):
+        program = use_linear_model(wave.program)
+        cases |= {
+            case: (plan, program)
+            for case, plan in zip(wave.names, wave.plans, strict=True)
+        }
+    return cases
+
+
+evaluate_once = functools.cache(build_evaluate)
+
+
+@functools.cache
 def compile_chunk(program):
     """R rounds of two runs, scanned and vmapped, as one program."""
     with pytest.MonkeyPatch.context() as patch:
@@ -96,8 +117,7 @@ def compile_chunk(program):
 @functools.cache
 def try_strategy(strategy, gate_mode):
     """The first chunk of rounds of a strategy, as its config makes it."""
-    plan = plan_run(**{"strategy": strategy, "gate.mode": gate_mode})
-    program = use_linear_model(plan.program)
+    plan, program = plan_cases()[strategy, gate_mode]
     sizes, mesh = program.sizes, program.mesh
     _, state, federation, hyper = start_run(plan, program, seed=0)
     # Expert 0 is the first choice of all clients under greedy, expert 3 of none.
@@ -318,7 +338,7 @@ def answer_slowly(trial, client):
 def test_evaluation_asks_every_clients_own_model(strategy, gate_mode):
     trial = try_strategy(strategy, gate_mode)
     program, data = trial.parts.program, trial.parts.federation
-    found = build_evaluate(program)(trial.state, data, trial.parts.hyper)
+    found = evaluate_once(program)(trial.state, data, trial.parts.hyper)
     y = np.array(data.test["y"])
     took_part = np.flatnonzero(np.array(trial.state.participation.rounds))
     clients = took_part if program.strategy.personal else took_part[:1]
@@ -375,6 +395,7 @@ def test_local_clients_train_alone():
         np.testing.assert_array_equal(far > 0, took_part)
 
 
+@functools.cache
 def first_round(strategy):
     """The server's move of the head in the first round, which dense controls share."""
     trial = try_strategy(strategy, "global")

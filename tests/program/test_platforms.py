@@ -16,7 +16,6 @@ from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.run import build_programs, stack_federations
 
 DEVICES = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}  # JAX's platform: its devices'
-SLOW_CUDA = pytest.param("cuda", marks=pytest.mark.slow)  # much like a TPU's
 CNN = {
     "model.stem": "cnn",
     "model.expert": "conv",
@@ -65,7 +64,8 @@ def lower_wave(wave, platform):
     )
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu", SLOW_CUDA])
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", DEVICES)
 def test_a_sweep_of_cnns_has_the_form_of_its_platform(monkeypatch, platform):
     wave = plan_two_runs(monkeypatch, platform)
     lowered, on_cpu = lower_wave(wave, platform), platform == "cpu"
@@ -94,7 +94,8 @@ def lower_decision(name, platform):
     return lower(jax.jit(in_order), platform, evidence, shapes_of(make_hyper()), key)
 
 
-@pytest.mark.parametrize("platform", ["tpu", SLOW_CUDA])
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_decides_on_any_platform(name, platform):
     held, slot = lower_decision(name, platform).out_avals[:2]

@@ -95,6 +95,7 @@ def test_every_folder_of_the_package_is_found():
     assert all((folder / "__init__.py").exists() for folder in folders)
 
 
+@pytest.mark.slow
 def test_every_import_is_required():
     providers = metadata.packages_distributions()
     for module in sorted(_imports()):

@@ -115,6 +115,7 @@ def test_pictures_write_a_dollar_as_a_dollar(tmp_path):
     assert not any(text.get_parse_math() for text in texts)
 
 
+@pytest.mark.slow
 def test_write_report_of_folders_says_what_made_the_runs(tmp_path):
     folders = [write_run(tmp_path / name, name) for name in ("greedy", "random")]
     for folder, commit in zip(folders, ("a" * 40, "b" * 40), strict=True):
@@ -137,6 +138,7 @@ def write_seeds(tmp_path):
     return [write_run(tmp_path / f"{top}", "gr$e|dy", 0, top) for top in tops]
 
 
+@pytest.mark.slow
 def test_report_on_a_terminal_that_knows_ascii_alone(monkeypatch, tmp_path):
     folders, path = write_seeds(tmp_path), tmp_path / "terminal"
     with path.open("w", encoding="ascii") as terminal:
@@ -147,6 +149,7 @@ def test_report_on_a_terminal_that_knows_ascii_alone(monkeypatch, tmp_path):
     assert page == tmp_path / "report.html" and page.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_report_writes_all_files_before_it_prints(monkeypatch, tmp_path, count):
     folders = write_seeds(tmp_path)

@@ -52,6 +52,7 @@ def test_a_second_signal_ends_the_process():
         assert busy.wait(60) == 128 + signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_twice_is_one():
     with begin("3000000") as busy:
         for name in ("SIGHUP", "SIGHUP", "SIGTERM"):

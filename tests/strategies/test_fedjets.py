@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from factories import list_held, make_config, make_hyper, prepare_strategy
 
 from fedmoe_jax.program import configure
 from fedmoe_jax.strategies import fedjets
 
 
+@pytest.mark.slow
 def test_choose_anchors_covers_the_labels():
     mix = jnp.array(
         [[0.6, 0.4, 0, 0], [0.7, 0.3, 0, 0], [0, 0, 1, 0], [0.2, 0, 0, 0.8]]

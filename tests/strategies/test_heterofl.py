@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import (
     draw,
     draw_params,
@@ -50,6 +51,7 @@ def widen(experts, held):
     return *hidden, *output
 
 
+@pytest.mark.slow
 def test_the_sum_of_held_slices_is_a_dense_network_of_their_width():
     model = make_image_model(num_experts=SLICES)
     params = jax.tree.map(np.asarray, draw_params(model))

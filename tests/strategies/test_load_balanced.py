@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import SIZES, make_evidence, make_hyper
 
 from fedmoe_jax.align.top_k import expected_load, to_mask
@@ -18,6 +19,7 @@ def load_cv_of(name, evidence, sizes, hyper):
     return load_cv(jnp.sum(mask * share[:, None], axis=0))
 
 
+@pytest.mark.slow
 def test_load_balanced_running_ends_the_herd():
     sizes = SIZES._replace(num_clients=20, cohort_size=20, num_experts=8)
     flat = np.full((20, 8), 0.5)

@@ -1,5 +1,6 @@
 """A comparison is its members: named, independent, run together and resumed."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -285,12 +286,17 @@ def test_compare_refuses_the_folder_of_another_comparison(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def rows_in(folder):
+    return len(read_metrics(folder / "metrics.jsonl"))
+
+
 # Strategies, traced hyperparameters and seeds in one program; personal gates and a
 # server optimiser with moments have the most state.
 MIXED = {
-    "compare.strategies": ("random", "load_balanced_running"),
+    "compare.strategies": ("load_balanced_running", "random"),
     "compare.changes": ("", "weights.usage=0.9,fitness.rate=0.7,fitness.prior=0.8"),
-    "compare.seeds": (0, 3),
+    "compare.seeds": (3, 1, 0),
+    "num_rounds": 6,
     "gate.mode": "personal",
     "server.optimizer": "adam",
     "chunk_rounds": 2,
@@ -302,68 +308,109 @@ STAGED = {
     "compare.seeds": (0, 3),
     "data.public": 50,
 }
+USERS_PROGRAMS = {}  # apart from those of tests that compile with other flags
+
+
+@contextlib.contextmanager
+def compile_as_users():
+    """Programs are compiled as users compile them, whatever there is already."""
+    compile = jax.stages.Lowered.compile
+    as_users = lambda lowered: compile(lowered, USERS_OPTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", as_users)
+        patch.setattr(loop, "_compiled", USERS_PROGRAMS)
+        yield
 
 
 @pytest.fixture
-def users_flags(monkeypatch):
-    """Programs are compiled as users compile them, and anew."""
-    compile = jax.stages.Lowered.compile
-    as_users = lambda lowered: compile(lowered, USERS_OPTIONS)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", as_users)
-    monkeypatch.setattr(loop, "_compiled", {})
+def users_flags():
+    with compile_as_users():
+        yield
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """The folder of every run of `MIXED` by its name, all run at once."""
+    workdir = tmp_path_factory.mktemp("mixed")
+    with compile_as_users():
+        folders, whole = compare(
+            tiny_config(**MIXED), workdir, stop=never, profile=False
+        )
+    assert whole and len(list((workdir / "checkpoints").iterdir())) == 1
+    assert len(folders) == 12
+    return {folder.name: folder for folder in folders}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", [MIXED, STAGED], ids=["mixed", "staged"])
-def test_compare_gives_every_run_as_it_is_alone_bitwise(users_flags, tmp_path, study):
-    config = tiny_config(**study)
-    folders, whole = compare(config, tmp_path / "runs", stop=never, profile=False)
-    members = list_members(config)
-    assert whole and len(list((tmp_path / "runs" / "checkpoints").iterdir())) == 1
-    assert len(members) == len(folders) > 1
-    for member, folder in zip(members, folders, strict=True):
-        alone = tmp_path / "alone" / member.name
-        assert run_alone(member.config, alone)
-        assert_same_results(folder, alone)
-
-
-def rows_in(folder):
-    return len(read_metrics(folder / "metrics.jsonl"))
+def test_compare_gives_every_run_as_it_is_alone_bitwise(users_flags, mixed, tmp_path):
+    config = tiny_config(**MIXED | {"compare.seeds": (0, 3)})
+    for name, member in list_members(config):
+        assert run_alone(member, tmp_path / name)
+        assert_same_results(mixed[name], tmp_path / name)
 
 
 @pytest.mark.slow
-def test_a_comparison_that_grows_is_the_one_run_at_once_bitwise(users_flags, tmp_path):
-    """More seeds, strategies, changes and rounds, of one that was stopped twice."""
-    small = {"compare.strategies": ("random",), "compare.seeds": (0, 1)}
-    large = {
-        "compare.strategies": ("greedy", "random"),
-        "compare.changes": ("", "weights.usage=0.9"),
-        "compare.seeds": (3, 1, 0),
+def test_parts_that_share_a_folder_are_the_whole(users_flags, mixed, tmp_path):
+    config = tiny_config(**MIXED | {"compare.changes": ("",), "compare.seeds": (0,)})
+    found = []
+    for number in (2, 1):  # any order
+        part, whole = compare(
+            config, tmp_path, stop=never, profile=False, part=(number, 2)
+        )
+        assert whole and part
+        found += part
+    names = [member.name for member in list_members(config)]
+    assert sorted(f.name for f in found) == sorted(names)
+    for name in names:
+        assert_same_results(tmp_path / "runs" / name, mixed[name])
+    before = snapshot(tmp_path)
+    assert compare(config, tmp_path, stop=never, profile=False)[1]
+    assert snapshot(tmp_path) == before | {
+        tmp_path / "lock": (tmp_path / "lock").read_bytes()  # names its last owner
     }
-    part, runs = tmp_path / "part", tmp_path / "part" / "runs"
+
+
+@pytest.mark.slow
+def test_a_comparison_that_grows_is_the_one_run_at_once_bitwise(
+    users_flags, mixed, tmp_path
+):
+    """More seeds, strategies, changes and rounds, of one that was stopped twice."""
+    small = {"compare.strategies": ("random",), "compare.changes": ("",)}
+    small |= {"compare.seeds": (0, 1), "num_rounds": 4}
+    runs = tmp_path / "runs"
     halfway = lambda: rows_in(runs / "random-seed0") >= 2
-    first, whole = compare(tiny_config(**small), part, stop=halfway, profile=False)
+    config = tiny_config(**MIXED | small)
+    first, whole = compare(config, tmp_path, stop=halfway, profile=False)
     assert (first, whole) == ([], False)
     before = (runs / "random-seed1" / "metrics.jsonl").read_text()
 
     # The stopped wave goes on, whatever joins it and whatever memory there is.
-    config = tiny_config(**large, **{"run.memory_limit_gb": 6.0})
-    begun = lambda: rows_in(runs / "greedy-seed3") >= 2
-    first, whole = compare(config, part, stop=begun, profile=False)
+    config = tiny_config(**MIXED | {"num_rounds": 4, "run.memory_limit_gb": 6.0})
+    begun = lambda: rows_in(runs / "load_balanced_running-seed3") >= 2
+    first, whole = compare(config, tmp_path, stop=begun, profile=False)
     assert not whole and (runs / "random-seed1" / "summary.json").exists()
     assert (runs / "random-seed1" / "metrics.jsonl").read_text().startswith(before)
 
-    found, whole = compare(
-        tiny_config(**large, num_rounds=6), part, stop=never, profile=False
-    )
-    assert whole and len(list((part / "checkpoints").iterdir())) == 2
-    at_once = tiny_config(**large, num_rounds=6)
-    expected, _ = compare(at_once, tmp_path / "once", stop=never, profile=False)
-    assert [f.name for f in found] == [f.name for f in expected] and len(found) == 12
-    for folder, other in zip(found, expected, strict=True):
-        assert_same_results(folder, other)
+    found, whole = compare(tiny_config(**MIXED), tmp_path, stop=never, profile=False)
+    assert whole and len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert [folder.name for folder in found] == list(mixed)
+    for folder in found:
+        assert_same_results(folder, mixed[folder.name])
     run = fedmoe_jax.load_run(runs / "random-seed1")  # of a wave that no cut gives
     assert run.state is not None and run.state.round == 6
+
+
+@pytest.mark.slow
+def test_what_runs_freeze_is_their_own_bitwise(users_flags, tmp_path):
+    config = tiny_config(**STAGED)
+    folders, whole = compare(config, tmp_path / "runs", stop=never, profile=False)
+    members = list_members(config)
+    assert whole and len(list((tmp_path / "runs" / "checkpoints").iterdir())) == 1
+    assert len(members) == len(folders) == 2
+    for member, folder in zip(members, folders, strict=True):
+        alone = tmp_path / "alone" / member.name
+        assert run_alone(member.config, alone)
+        assert_same_results(folder, alone)
 
 
 @pytest.mark.slow
@@ -413,27 +460,6 @@ def test_waves_of_older_versions_go_on_too(tmp_path):
     assert compare(more, tmp_path, stop=never, profile=False)[1]
     assert (folder / "metrics.jsonl").read_text().startswith(rows)
     assert rows_in(folder) == 6 and recorded.is_file()
-
-
-@pytest.mark.slow
-def test_parts_that_share_a_folder_are_the_whole(users_flags, tmp_path):
-    config = tiny_config(**{"compare.strategies": ("random", "greedy")})
-    shared, found = tmp_path / "shared", []
-    for number in (2, 1):  # any order
-        part, whole = compare(
-            config, shared, stop=never, profile=False, part=(number, 2)
-        )
-        assert whole and part
-        found += part
-    expected, _ = compare(config, tmp_path / "once", stop=never, profile=False)
-    assert sorted(f.name for f in found) == sorted(f.name for f in expected)
-    for folder in expected:
-        assert_same_results(shared / "runs" / folder.name, folder)
-    before = snapshot(shared)
-    assert compare(config, shared, stop=never, profile=False)[1]
-    assert snapshot(shared) == before | {
-        shared / "lock": (shared / "lock").read_bytes()  # names its last owner
-    }
 
 
 def test_a_part_without_a_run_says_so(tmp_path, capsys):

@@ -168,6 +168,7 @@ def test_what_fits_is_not_refused():
     assert not memory.fits({"data": 1e9, "state": 1.1e9}, 2.0)
 
 
+@pytest.mark.slow
 def test_run_beyond_the_limit_is_refused_before_it_is_built(tmp_path):
     config = default.get_config("smoke")
     config.run.num_devices = 1

@@ -29,6 +29,7 @@ def test_parse_part():
     assert parse_part("3/8") == (3, 8) and parse_part("1/1") == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 8, 11, 12, 13, 40])
 def test_every_member_is_in_one_part(parts):
     changes = ("", "num_rounds=40", "local_steps=9")
@@ -58,6 +59,7 @@ def test_a_long_run_has_a_part_for_itself():
     assert ["random-num_rounds=40-seed0"] in map(names_of, parts)
 
 
+@pytest.mark.slow
 def test_runs_that_share_a_program_are_neighbours():
     """The guess from configs alone is what the plans say."""
     strategies = ("fedavg", "random", "greedy", "fedprox")

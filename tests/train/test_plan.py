@@ -111,6 +111,7 @@ def test_make_wave_numbers_the_strategies_of_its_runs(plans):
     assert rates[2] == np.float32(0.9) != rates[1]
 
 
+@pytest.mark.slow
 def test_runs_that_divide_alike_share_a_partition():
     """Strategies share it, seeds and kinds of partition do not."""
     config = tiny_study(("random", "greedy"), ("", "partition.kind=iid"))

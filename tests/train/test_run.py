@@ -1,5 +1,6 @@
 """A run from its config to its folder: what is written, and how it goes on."""
 
+import functools
 import gc
 import gzip
 import json
@@ -74,9 +75,14 @@ def run(folder, stop=never, **changes):
     return run_alone(tiny_config(**changes), folder, stop)
 
 
+@functools.cache
+def first_state(**changes):
+    return restart(tiny_config(**changes)).state
+
+
 def state_of(folder, **changes):
     """The newest state on disk, as NumPy arrays with an axis S, and its round."""
-    like = restart(tiny_config(**changes)).state
+    like = first_state(**changes)
     state, done = checkpoint.read_latest(folder / "checkpoints", like)[:2]
     state = state.replace(key=jax.random.key_data(state.key))
     return jax.device_get(state), done

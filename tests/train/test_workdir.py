@@ -145,6 +145,7 @@ def test_kept_devices_that_are_no_text_have_changed(tmp_path):
         keep_devices(kept, str(mine), True)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_a_config_is_named(tmp_path):
     """Each refusal is one line; a flip may also say the same or of a free field."""
     config, draw = default.get_config("smoke"), random.Random(0)
