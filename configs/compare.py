@@ -21,6 +21,7 @@ STRATEGIES = (
     "fedavg",
     "fedavg_active",
 )
+ADAM = "server.optimizer=fedadam,server.learning_rate=0.01"
 # Compiling is most of a short study, so its strategies make two programs.
 FAMILIES = ("random", "load_balanced", "fedavg_active")
 
@@ -39,17 +40,20 @@ def get_config(argument: str = "") -> ConfigDict:
         raise ValueError(
             f"config argument {min(unknown)!r} is unknown; allowed: digits, smoke"
         )
-    config = default.get_config() if "digits" in words else cifar10.get_config()
+    digits = "digits" in words
+    config = default.get_config() if digits else cifar10.get_config()
     del config.strategy, config.seed  # every run has its own
     config.client.clip = 1.0  # so that a row survives rates that others need
+    if digits:
+        config.client.learning_rate = 0.2
     config.compare = ConfigDict()
     config.compare.strategies = STRATEGIES
     config.compare.changes = ("",)  # one-factor changes, such as "fitness.idle=keep"
     config.compare.seeds = (0, 1, 2)
     config.compare.settings = ()  # of one strategy, such as "greedy: local_steps=9"
     config.tune = ConfigDict()  # what --tune tries, rates x servers, at most eight
-    config.tune.rates = (0.01, 0.02, 0.05, 0.1)
-    config.tune.servers = ("", "server.optimizer=fedadam,server.learning_rate=0.01")
+    config.tune.rates = (0.05, 0.2, 0.8) if digits else (0.01, 0.03, 0.1)
+    config.tune.servers = ("", ADAM)
     config.tune.measure = "validation_personal_accuracy"
     config.evaluation.baseline = "fedavg_active"
     if "smoke" in words:

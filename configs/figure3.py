@@ -32,8 +32,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config = compare.get_config(rest)
     systems.measure_all(config, "digits" in rest)
     config.partition.unseen = 0
-    config.tune.rates = systems.get_config(rest).tune.rates
-    config.tune.servers = ("", systems.ADAM)
     if "smoke" not in rest:
         config.compare.strategies = STRATEGIES
         config.compare.seeds = tuple(range(5))

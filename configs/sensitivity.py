@@ -10,7 +10,7 @@ one strategy and one factor.
 
 from ml_collections import ConfigDict
 
-from configs import compare, systems
+from configs import compare
 
 STRATEGIES = (
     "random",
@@ -27,11 +27,11 @@ EXPERTS = ("num_experts=4", "num_experts=16")
 ACTIVE = ("num_active=1", "num_active=4")
 IDLE = ("fitness.idle=keep", "fitness.idle=decay")
 CALIBRATION = ("loss.calibration=0.0", "loss.calibration=1.0")
-SERVER = (systems.ADAM,)
+SERVER = (compare.ADAM,)
 LATE = ("late.kind=drop",)  # by default all wait for the slowest
 # The same draws, with sums in another order: what chance alone makes of a seed.
 SUMS = ("run.client_chunk=4",)
-RATES = ("client.learning_rate=0.06", "client.learning_rate=0.2")
+RATES = ("client.learning_rate=0.05", "client.learning_rate=0.8")
 
 
 def get_config(argument: str = "") -> ConfigDict:

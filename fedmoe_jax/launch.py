@@ -336,6 +336,10 @@ def tune(
         save_png(draw_tuning(trials, measure), picture)
         write_bytes(workdir / "tuning.png", picture.getvalue())
     if whole and is_leader():
+        last = [trial for trial in trials if trial.rounds == config.num_rounds]
+        strategies = list(config.compare.strategies)
+        print(*tuning.describe_choice(last, strategies, config), sep="\n")
+        print(f"trials: {workdir / 'tuning.csv'}, drawn in tuning.png")
         print(f"settings: {workdir / 'settings.json'}, for --settings")
     return whole
 

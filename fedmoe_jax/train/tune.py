@@ -8,7 +8,7 @@ setting; test examples play no part.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.options import UserError, is_number, show
 from fedmoe_jax.program import configure
-from fedmoe_jax.report.tuning import Trial
+from fedmoe_jax.report.tuning import Trial, split_rate
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import plain, read_json, write_json
 from fedmoe_jax.train.compare import compare, make_member, split_strategy
 
+VALIDATION = "validation_"  # measures of examples that clients set aside
 MOST = 8  # settings of a strategy
 FIRST = 3  # the first round of halving has a third of the rounds
 Changes = Mapping[str, list[str]]  # by strategy
@@ -45,6 +46,12 @@ def check_tune(config: ConfigDict) -> None:
                 f"tune.{name}={show(values)} is not allowed; allowed: {text}, at least "
                 "one"
             )
+    measure = config.tune.measure
+    if str(measure).startswith(VALIDATION) and not config.partition.validation_share:
+        raise UserError(
+            f"tune.measure={show(measure)} is not allowed with partition."
+            "validation_share=0.0; allowed: with a share above 0, such as 0.2"
+        )
 
 
 def list_settings(config: ConfigDict) -> dict[str, list[str]]:
@@ -134,6 +141,27 @@ def keep_half(trials: Iterable[Trial], strategies: Iterable[str]) -> dict[str, l
         ranked = rank(trials, strategy)
         kept[strategy] = [t.change for t in ranked[: math.ceil(len(ranked) / 2)]]
     return kept
+
+
+def describe_choice(
+    trials: Iterable[Trial], strategies: Iterable[str], config: ConfigDict
+) -> Iterator[str]:
+    """A line for each strategy: its setting, and whether a better rate may lie beyond.
+
+    Args:
+      trials: of all rounds.
+      strategies: names.
+      config: with `tune`.
+    """
+    rates = sorted(config.tune.rates)
+    for strategy in strategies:
+        best = rank(trials, strategy)[0]
+        rate, _ = split_rate(best.change)
+        text = f"{strategy}: {best.change}, {config.tune.measure} {best.value:.3f}"
+        ends = {rates[0]: "lowest", rates[-1]: "highest"}
+        if len(rates) > 1 and rate in ends:
+            text += f"; the {ends[rate]} of tune.rates, a better one may lie beyond"
+        yield text
 
 
 def tune(

@@ -106,6 +106,31 @@ def test_the_better_half_goes_on_and_what_diverged_comes_last():
     assert keep_half(TRIALS, ["a", "b"]) == {"a": ["z", "x"], "b": ["y"]}
 
 
+def test_the_choice_says_where_a_better_rate_may_lie_beyond():
+    config = study()
+    config.tune.rates, config.tune.measure = (0.01, 0.02, 0.03), "m"
+    rate = "client.learning_rate="
+    trials = [
+        Trial("a", f"{rate}0.02", 4, 0.5),
+        Trial("a", f"{rate}0.01,server.clip=1.0", 4, 0.25),
+        Trial("b", f"{rate}0.03", 4, 0.75),
+    ]
+    assert list(tuning.describe_choice(trials, ["a", "b"], config)) == [
+        f"a: {rate}0.02, m 0.500",
+        f"b: {rate}0.03, m 0.750; the highest of tune.rates, a better one may lie "
+        "beyond",
+    ]
+
+
+def test_a_validation_measure_needs_validation_examples():
+    config = study()
+    config.tune.measure = "validation_personal_accuracy"
+    with pytest.raises(UserError, match=r"partition\.validation_share=0\.0; allowed"):
+        tuning.check_tune(config)
+    config.partition.validation_share = 0.2
+    tuning.check_tune(config)
+
+
 @pytest.mark.slow
 def test_tune_writes_the_settings_of_the_best_trials(tmp_path, monkeypatch):
     """By `global_accuracy` here; a second call finds all of it done."""
