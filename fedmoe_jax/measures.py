@@ -362,6 +362,7 @@ MEASURES: dict[str, Measure] = {
         unit=1e9,
         digits=2,
         group=COST,
+        zero_wins=False,
         trivial=0.0,
     ),
     "answer_kiloflops": Measure(

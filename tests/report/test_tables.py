@@ -71,6 +71,30 @@ def test_every_table_has_late_clients_and_violations_of_dense_controls(tmp_path)
     assert all(title in tables.markdown_table(runs) for title in titles)
 
 
+def test_table_has_the_servers_own_training_and_the_cost_of_an_answer(tmp_path):
+    answers = dict(answer_flops=36_506.0, soft_answer_flops=152_538.0)
+    spent = [make_row(n, server_flops=f, **answers) for n, f in ((1, 5e8), (2, 0.0))]
+    dense = dict(answer_flops=43_343.0, soft_answer_flops=43_343.0)
+    plain = [make_row(n, server_flops=0.0, **dense) for n in (1, 2)]
+    runs = [make_run(tmp_path, "fedjets", spent), make_run(tmp_path, "fedavg", plain)]
+    titles = "Server GFLOP", "kFLOP an answer", "kFLOP a soft answer"
+    found = {
+        label: [cells_of(tables.table(runs), label)[title].text for title in titles]
+        for label in ("fedjets", "fedavg")
+    }
+    assert found == {
+        "fedjets": ["0.50 (1 seed)", "36.5 (1 seed)", "152.5 (1 seed)"],
+        "fedavg": ["0.00 (1 seed)", "43.3 (1 seed)", "43.3 (1 seed)"],
+    }
+    tables.write_runs_csv(tmp_path / "runs.csv", runs)
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        row, _ = csv.DictReader(file)
+    assert (row["server_gigaflops"], row["answer_kiloflops"]) == ("0.5", "36.506")
+    assert row["soft_answer_kiloflops"] == "152.538"
+    # Where no server trains, the column says nothing.
+    assert "Server GFLOP" not in titles_of(tables.table(runs[1:])[0])
+
+
 def test_table_has_a_column_of_jain_where_labels_differ(tmp_path):
     uneven = [make_row(1, participation_jain=0.7)]
     same = [make_run(tmp_path, label) for label in ("greedy", "random")]
