@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import K, N, choose, plan_run, send_inputs, start, use_linear_model
 
 from fedmoe_jax.world.step import observe
 
 
+@pytest.mark.slow
 def test_broadcast_distorts_the_images_of_drifting_clients_of_the_cohort():
     plan = plan_run(cohort_size=3)
     source = np.array([0, 2, 1, *range(3, N)], np.int32)

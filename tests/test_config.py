@@ -111,6 +111,7 @@ def test_smoke_is_the_same_study_but_shorter(name):
     assert short["num_rounds"] < long["num_rounds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_smoke_has_few_programs(name, monkeypatch):
     """Compiling one takes 8 to 20 s on 2 cores, and the study less than a minute."""

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import make_federation, make_hyper, make_program, prepare_state
 
 from fedmoe_jax.state import BEFORE_ROUNDS, init_align, init_state
@@ -31,6 +32,7 @@ def test_init_align_draws_other_scores_for_every_layer():
     assert three.detector.evidence.shape == (3, 10, 4)
 
 
+@pytest.mark.slow
 def test_prepare_state_acts_in_round_zero_alone_with_a_key_of_its_own():
     acted = []
 

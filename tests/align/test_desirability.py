@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import any_scores, make_hyper
 from hypothesis import given, settings
 
@@ -33,6 +34,7 @@ def test_normalise_fitness_forgets_the_scale_of_a_client():
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(any_scores(4, 6))
 def test_normalise_fitness_is_in_the_unit_interval_for_any_scores(scores):

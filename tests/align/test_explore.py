@@ -11,6 +11,7 @@ from factories import SIZES, make_evidence, make_hyper
 from fedmoe_jax.strategies import find_strategy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["greedy", "load_balanced", "load_balanced_running"])
 def test_explore_is_the_share_of_clients_that_ignore_the_scores(name):
     sizes = SIZES._replace(num_clients=900, cohort_size=900, num_experts=8)

@@ -82,6 +82,7 @@ def test_learn_by_hand():
     assert after.times_held.tolist() == [[2, 2, 1, 1], [1] * 4, [1, 1, 2, 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reaction", ["none", "reset", "hasten"])
 def test_learn_ignores_the_feedback_of_updates_that_were_lost(reaction):
     lost = learn_once(reaction, arrived=(False, True))

@@ -91,6 +91,7 @@ def prepare(name, capacity, **changes):
     return assign, evidence.replace(**changes), sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANKING)
 def test_without_any_knowledge_experts_are_held_alike(name):
     assign, evidence, sizes = prepare(name, 2)
@@ -100,6 +101,7 @@ def test_without_any_knowledge_experts_are_held_alike(name):
     np.testing.assert_allclose(share, expected, atol=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedmix", "fedjets"])
 def test_equal_gates_are_drawn(name):
     assign, evidence, sizes = prepare(name, 2)

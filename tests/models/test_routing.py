@@ -176,6 +176,7 @@ def test_z_loss_by_hand():
     np.testing.assert_allclose(z_loss(masses, some), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_calibrate_gate_adds_the_losses_with_their_weights():
     logits, held = draw(BATCH, EXPERTS), jnp.array([1, 0, 1, 1, 0], bool)
     hyper = make_hyper(loss={"calibration": 0.2, "load": 0.3, "z": 0.1})

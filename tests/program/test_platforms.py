@@ -103,6 +103,7 @@ def test_every_strategy_decides_on_any_platform(name, platform):
     assert (held.shape, held.dtype, slot.shape) == (shape, np.int32, shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", DEVICES)
 @pytest.mark.parametrize("name", ["random", "greedy", "load_balanced"])
 def test_scores_are_sorted_but_on_a_cpu(name, platform):

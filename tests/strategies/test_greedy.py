@@ -10,6 +10,7 @@ from fedmoe_jax.align.fitness import idle_rule, update_fitness
 from fedmoe_jax.strategies.greedy import GREEDY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "last"), [("decay", 0), ("keep", 2), ("prior", 2)], ids=str
 )

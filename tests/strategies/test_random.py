@@ -2,11 +2,13 @@
 
 import jax
 import numpy as np
+import pytest
 from factories import SIZES, make_hyper, prepare_strategy
 
 from fedmoe_jax.align.top_k import to_mask
 
 
+@pytest.mark.slow
 def test_random_holds_every_expert_equally_often():
     assign, evidence = prepare_strategy("random")
     keys = jax.random.split(jax.random.key(0), 400)

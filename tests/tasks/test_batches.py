@@ -45,6 +45,7 @@ def test_take_batch_drifts_rows_before_they_are_prepared(drift, expected):
     assert unread["x"].tolist() == [14, 11]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", [name for name, _ in IMAGES.drifts])
 def test_take_batch_drifts_the_images_alone(drift):
     data = draw_data()

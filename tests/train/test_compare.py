@@ -308,31 +308,38 @@ STAGED = {
     "compare.seeds": (0, 3),
     "data.public": 50,
 }
-USERS_PROGRAMS = {}  # apart from those of tests that compile with other flags
+
+
+@pytest.fixture(scope="module")
+def users_programs():
+    """What these tests compile as users do, apart from what others compile."""
+    programs = {}
+    yield programs
+    programs.clear()
 
 
 @contextlib.contextmanager
-def compile_as_users():
-    """Programs are compiled as users compile them, whatever there is already."""
+def compile_as_users(programs):
+    """Programs are compiled as users compile them, unless `programs` has them."""
     compile = jax.stages.Lowered.compile
     as_users = lambda lowered: compile(lowered, USERS_OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", as_users)
-        patch.setattr(loop, "_compiled", USERS_PROGRAMS)
+        patch.setattr(loop, "_compiled", programs)
         yield
 
 
 @pytest.fixture
-def users_flags():
-    with compile_as_users():
+def users_flags(users_programs):
+    with compile_as_users(users_programs):
         yield
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
+def mixed(users_programs, tmp_path_factory):
     """The folder of every run of `MIXED` by its name, all run at once."""
     workdir = tmp_path_factory.mktemp("mixed")
-    with compile_as_users():
+    with compile_as_users(users_programs):
         folders, whole = compare(
             tiny_config(**MIXED), workdir, stop=never, profile=False
         )
