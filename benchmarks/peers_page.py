@@ -38,8 +38,9 @@ TEXTS = ("work", "peer", "kind", "note", "measured", "commit")
 FIELDS = ("work", "peer", "kind", *NUMBERS, "note", "measured", "commit")
 ABOUT = """Works A, B, C and P are dense FedAvg: one expert (E = 1) that every client
 holds. M is `configs/cifar10.py`: 8 experts, of which a client holds 1 to 4 and each
-example meets at most 2, on images of few classes a client that can be learnt; the loss
-of both models at the end, on 500 images of all clients, shows that they learn alike.
+example meets at most 2, unclipped and at rate 0.01, on images of few classes a client
+that can be learnt; the loss of each model at the end, on 500 images of all clients,
+shows that it learns (initial weights and draws differ, and so do these losses).
 Ratios are ranges over pairs of launches that ran one after the other, the
 examples per second of ours divided by the peer's; in CPU seconds they compare the work
 of all cores. JAX peers have the XLA flags that fedmoe_jax sets for itself. Times are

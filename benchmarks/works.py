@@ -16,6 +16,7 @@ import numpy as np
 IMAGE = (32, 32, 3)
 CLASSES = 10
 LEARNING_RATE = 0.1
+MIXTURE_LEARNING_RATE, MOMENTUM, CALIBRATION = 0.01, 0.9, 0.2  # of M, unclipped
 SERVER_LEARNING_RATE = 1.0
 CHECKED = 500  # images, the first of the pool, on which runners report the loss
 # Mean and standard deviation of a uniform byte.

@@ -32,7 +32,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config = compare.get_config(rest)
     systems.measure_all(config, "digits" in rest)
     config.partition.unseen = 0
-    if "smoke" not in rest:
+    if "smoke" in rest:
+        config.evaluation.finetune = False
+    else:
         config.compare.strategies = STRATEGIES
         config.compare.seeds = tuple(range(5))
         config.num_rounds, config.eval_every, config.checkpoint.every = 100, 5, 20

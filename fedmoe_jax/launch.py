@@ -235,6 +235,14 @@ def explain(error: Exception) -> str:
     return f"{lines[-1]}; allowed: the flags that --help lists"
 
 
+def describe_unknown(text: str) -> str:
+    """One line on an unknown config field, of the text of ml_collections' error."""
+    name, *rest = text.strip().split("\n")
+    near = re.search(r'Did you mean "([^"]+)"', " ".join(rest))
+    hint = f", such as {near[1]}" if near else ""
+    return f"unknown config field {name}; allowed: the fields that --help lists{hint}"
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses absl flags; a mistake ends the program with one line and code 2."""
     try:
@@ -254,9 +262,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(refuse(str(error)))
     except (AttributeError, KeyError) as error:  # of ml_collections, an unknown field
         text = str(getattr(error.args[0], "args", error.args)[0])
-        text = text.strip().replace("\n", "; ")
-        allowed = "allowed: the fields that --help lists"
-        sys.exit(refuse(f"unknown config field {text}; {allowed}"))
+        sys.exit(refuse(describe_unknown(text)))
     except (OSError, flags.Error) as error:
         sys.exit(refuse(explain(error)))
 
@@ -362,6 +368,10 @@ def take_settings(config: ConfigDict, path: str) -> None:
             "--config=configs/compare.py"
         )
     file = resolve_folder("settings", path)
+    if not file.is_file():
+        raise UserError(
+            f"--settings={path} is not allowed; allowed: settings.json of --tune"
+        )
     settings = read_json(file).get("settings")
     listed = isinstance(settings, list)
     if not listed or not all(isinstance(text, str) for text in settings):
@@ -558,7 +568,7 @@ def main(argv: list[str], stop: Stop) -> int:
         multihost.await_news()
         traceback.print_exc()
         return multihost.exit_all(1)
-    print(f"stopped and saved; to resume: {command}")
+    print(f"stopped, with what is done saved; to resume: {command}")
     return 3
 
 

@@ -31,7 +31,10 @@ MLP = {"model.stem": "flat", "model.expert_width": works.HIDDEN}
 def describe(work: works.Work) -> ConfigDict:
     """The work as a config: one expert that all clients hold is plain FedAvg."""
     if work.model == "mixture":
-        return cifar10.get_config()
+        config = cifar10.get_config()
+        config.client.learning_rate = works.MIXTURE_LEARNING_RATE
+        config.client.clip = 0.0
+        return config
     fields = {
         "num_clients": work.clients,
         "cohort_size": work.cohort,

@@ -9,8 +9,6 @@ from meter import works
 from torch import nn
 from torch.nn import functional
 
-LEARNING_RATE, MOMENTUM, CALIBRATION = 0.01, 0.9, 0.2
-
 
 class Data(NamedTuple):
     """Images float32 [n, 12, 16, 16], channels last, and labels and clients' ids."""
@@ -146,7 +144,7 @@ def objective(logits, scores, labels, held: list[int]):
     """Cross-entropy, and the weighted `-log` of the gate mass on held experts."""
     held_mass = scores[:, held].logsumexp(1)
     calibration = (scores.logsumexp(1) - held_mass).mean()
-    return functional.cross_entropy(logits, labels) + CALIBRATION * calibration
+    return functional.cross_entropy(logits, labels) + works.CALIBRATION * calibration
 
 
 def train(model: Mixture, data: Data, client: int, work: works.Work, generator):
@@ -156,7 +154,10 @@ def train(model: Mixture, data: Data, client: int, work: works.Work, generator):
       NumPy [K] of its experts: accuracy weighted by gates, and images routed to them.
     """
     optimiser = torch.optim.SGD(
-        model.parameters(), LEARNING_RATE, momentum=MOMENTUM, fused=True
+        model.parameters(),
+        works.MIXTURE_LEARNING_RATE,
+        momentum=works.MOMENTUM,
+        fused=True,
     )
     order = torch.randperm(work.examples, generator=generator)
     drawn = data.ids[client, order[: work.steps * work.batch]]

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
+            print(
+                f"warning: the file system of {folder} has no locks; nothing else may "
+                "write there until this call has ended",
+                file=sys.stderr,
+            )
         file.truncate(0)  # of the name of an owner that has ended
         if not shared:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -37,7 +37,8 @@ def check_tune(config: ConfigDict) -> None:
     if "tune" not in config or set(config.tune) != set(allowed):
         raise UserError(
             "--tune is not allowed; allowed: with a comparison whose config has "
-            f"{', '.join(f'tune.{name}' for name in allowed)}"
+            f"{', '.join(f'tune.{name}' for name in allowed)}, as "
+            "configs/compare.py"
         )
     for name, (fits, text) in FIELDS.items():
         values = config.tune[name]

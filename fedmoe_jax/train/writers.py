@@ -6,9 +6,11 @@ A row is a flat dict with the key `round`, the number of rounds done (the first 
 
 import hashlib
 import json
+import math
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +26,10 @@ from fedmoe_jax.runtime.files import plain, write_atomically
 from fedmoe_jax.runtime.seals import METRICS
 from fedmoe_jax.train.board import open_board
 from fedmoe_jax.train.divergence import watch
+
+SEED = re.compile(r"-seed\d+$")  # at the end of the name of a comparison's run
+MOST_IN_LINES = 100  # letters of a name, as settings differ in the middle
+LINES = 5  # of several runs, beside the first
 
 
 def truncate_metrics(path: Path, last_round: int) -> None:
@@ -148,7 +154,6 @@ def open_progress(
       done: rounds done before this process.
       stream: of the output, `sys.stdout` as a rule.
     """
-    names = list(map(shorten, names))
     start = time.monotonic()
     console = Console(file=stream)
 
@@ -158,11 +163,13 @@ def open_progress(
     if stream.isatty() and not console.is_dumb_terminal:
         with _bar(console) as bar:
             tasks = [
-                bar.add_task(name, total=total, completed=done, **_shown({}, 0, 0))
+                bar.add_task(
+                    shorten(name), total=total, completed=done, **_shown({}, 0, 0)
+                )
                 for name in names
             ]
             yield lambda rows: [
-                _advance(bar, task, row, pace(rows), total)
+                _advance(bar, task, average_rows([row]), pace(rows), total)
                 for task, row in zip(tasks, rows, strict=True)
             ]
     else:
@@ -172,11 +179,11 @@ def open_progress(
 def _line_printer(
     total: int, names: list[str], done: int, pace: Callable, stream: TextIO
 ) -> Callable[[list[Row]], None]:
-    """Prints evaluations; of several runs about ten each, with their names."""
-    several = len(names) > 1
-    wait = total / 10 if several else 0
-    width = max(map(len, names)) if several else 0
-    last = done
+    """Prints evaluations; of several runs the first and five more, means over seeds."""
+    several, groups = len(names) > 1, group_seeds(names)
+    wait = total / LINES if several else 0
+    width = max(len(name) for name, _ in groups) if several else 0
+    last = -math.inf
 
     def update(rows: list[Row]) -> None:
         nonlocal last
@@ -184,11 +191,35 @@ def _line_printer(
         if rows[0].get("global_accuracy") is None or last + wait > at < total:
             return
         last = at
-        for name, row in zip(names, rows, strict=True):
+        for name, places in groups:
             label = f"{name:{width}}  " if several else ""
+            row = average_rows([rows[place] for place in places])
             _print_row(label, row, pace(rows), total, stream)
 
     return update
+
+
+def group_seeds(names: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Runs that differ in the seed alone: a name for them, and their places."""
+    groups: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        groups.setdefault(SEED.sub("", name), []).append(place)
+    return [
+        (f"{short} ({len(places)} seeds)" if len(places) > 1 else short, places)
+        for stem, places in groups.items()
+        for short in [shorten(stem, MOST_IN_LINES)]
+    ]
+
+
+def average_rows(rows: Sequence[Row]) -> Row:
+    """The means of what progress shows, over the rows that have it."""
+    average = {"round": rows[0]["round"]}
+    for key in ("global_accuracy", "personal_accuracy", "load_cv"):
+        known = [float(row[key]) for row in rows if row.get(key) is not None]
+        average[key] = sum(known) / len(known) if known else None
+    broken = sum(bool(row.get("diverged")) for row in rows)
+    of = f" {broken} of {len(rows)}" if len(rows) > 1 else ""
+    return average | {"diverged": f"DIVERGED{of}" if broken else ""}
 
 
 def _bar(console: Console) -> Progress:
@@ -225,7 +256,7 @@ def _shown(row: Row, pace: float, total: int) -> dict[str, Any]:
         "personal": _number(row.get("personal_accuracy"), 3),
         "cv": _number(row.get("load_cv"), 2),
         "left": "-" if seconds is None else _clock(seconds),
-        "diverged": "DIVERGED" if row.get("diverged") else "",
+        "diverged": row.get("diverged") or "",
     }
 
 

@@ -136,10 +136,14 @@ def runners(monkeypatch):
 
 
 def test_the_mixture_is_ours(runners, traced):
-    """Params, operations and held experts are those that work M is counted by."""
+    """Params, operations, held experts and rates are those of work M."""
     fedmoe, works = runners("fedmoe"), runners("meter").works
     work = works.WORKS["M"]._replace(examples=50)
-    started = start.start(fedmoe.describe(work), *fedmoe.load(work), 1)
+    config = fedmoe.describe(work)
+    assert config.client.learning_rate == works.MIXTURE_LEARNING_RATE
+    assert config.client.momentum == works.MOMENTUM and config.client.clip == 0
+    assert config.loss.calibration == works.CALIBRATION
+    started = start.start(config, *fedmoe.load(work), 1)
     program, federation, hyper = started.program, started.federation, started.hyper
     assert program.sizes.local_steps == work.steps
     count = lambda part: sum(leaf.size for leaf in jax.tree.leaves(part))

@@ -1,5 +1,7 @@
 """A folder has one owner at a time, and none when that one is dead."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 import threading
@@ -44,6 +46,21 @@ def test_lock_ends_with_its_block(tmp_path):
         with lock(tmp_path):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path, monkeypatch, capsys, number
+):
+    def refuse(file, kind):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock(tmp_path), take_turn(tmp_path):
+        assert capsys.readouterr().err == (
+            f"warning: the file system of {tmp_path} has no locks; nothing else may "
+            "write there until this call has ended\n"
+        )
 
 
 def test_take_turn_waits_for_the_other(tmp_path):

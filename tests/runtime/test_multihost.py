@@ -175,7 +175,10 @@ def interrupted(launch, tmp_path_factory):
 def test_a_signal_to_one_process_stops_all(interrupted):
     codes, outs, errs = interrupted[1]["stopped"]
     assert codes == [3, 3], errs
-    assert "stopped and saved; to resume: python " in outs[0].splitlines()[-1]
+    assert (
+        "stopped, with what is done saved; to resume: python "
+        in outs[0].splitlines()[-1]
+    )
     assert outs[1] == ""
 
 

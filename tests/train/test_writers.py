@@ -191,15 +191,34 @@ def test_open_progress_prints_lines_without_a_terminal(clock):
     )
 
 
-def test_open_progress_names_several_runs_about_ten_times(clock):
+def test_open_progress_names_several_runs_a_few_times(clock):
     stream = io.StringIO()
     with metrics.open_progress(40, ["a", "run"], done=0, stream=stream) as update:
         for number in range(1, 41):
             update([evaluated(number), evaluated(number)])
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 * 10
-    assert lines[0].startswith("a    round 4/40") and lines[1].startswith("run  round")
+    assert len(lines) == 2 * 6
+    assert lines[0].startswith("a    round 1/40") and lines[1].startswith("run  round")
+    assert [line.split()[2] for line in lines[::2]] == [
+        f"{number}/40" for number in (1, 9, 17, 25, 33, 40)
+    ]
     assert lines[-1].startswith("run  round 40/40")
+
+
+def test_open_progress_shows_means_over_seeds(clock):
+    names, stream = ["a-seed0", "a-seed12", "b-seed0"], io.StringIO()
+    rows = [
+        row(4, global_accuracy=0.25, personal_accuracy=0.5, load_cv=None),
+        row(4, global_accuracy=0.5, personal_accuracy=None, load_cv=1.0, diverged=1.0),
+        row(4, global_accuracy=1.0, personal_accuracy=1.0, load_cv=0.5, diverged=0.0),
+    ]
+    with metrics.open_progress(4, names, done=0, stream=stream) as update:
+        update(rows)
+    first, second = stream.getvalue().splitlines()
+    shown = "a (2 seeds)  round 4/4  global 0.375  personal 0.500  load CV 1.00"
+    assert first.startswith(shown) and first.endswith("DIVERGED 1 of 2")
+    assert second.startswith("b            round 4/4  global 1.000")
+    assert "DIVERGED" not in second
 
 
 def test_open_progress_times_the_rounds_of_this_process(clock):
@@ -257,7 +276,7 @@ def test_open_progress_prints_names_of_users_as_they_are(clock):
     lines = stream.getvalue().splitlines()
     assert len(lines) == len(HOSTILE)
     assert lines[0].startswith(HOSTILE[0]) and lines[1].startswith("two lines [2J ")
-    assert all("round 4/4" in line[:80] for line in lines)
+    assert all("round 4/4" in line[:120] for line in lines)
 
 
 def test_open_progress_shows_names_of_users_beside_bars(monkeypatch):
