@@ -235,12 +235,11 @@ def explain(error: Exception) -> str:
     return f"{lines[-1]}; allowed: the flags that --help lists"
 
 
-def describe_unknown(text: str) -> str:
-    """One line on an unknown config field, of the text of ml_collections' error."""
+def split_unknown(text: str) -> tuple[str, str]:
+    """An unknown config field in the text of ml_collections' error, and one near it."""
     name, *rest = text.strip().split("\n")
     near = re.search(r'Did you mean "([^"]+)"', " ".join(rest))
-    hint = f", such as {near[1]}" if near else ""
-    return f"unknown config field {name}; allowed: the fields that --help lists{hint}"
+    return name, f", such as {near[1]}" if near else ""
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -261,8 +260,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     except UserError as error:
         sys.exit(refuse(str(error)))
     except (AttributeError, KeyError) as error:  # of ml_collections, an unknown field
-        text = str(getattr(error.args[0], "args", error.args)[0])
-        sys.exit(refuse(describe_unknown(text)))
+        name, hint = split_unknown(str(getattr(error.args[0], "args", error.args)[0]))
+        allowed = f"allowed: the fields that --help lists{hint}"
+        sys.exit(refuse(f"unknown config field {name}; {allowed}"))
     except (OSError, flags.Error) as error:
         sys.exit(refuse(explain(error)))
 

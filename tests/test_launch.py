@@ -157,6 +157,10 @@ BAD = {
     "member": ([DIGITS, "--config.partition.min_size=999"], "partition.min_size=999"),
     "part of tuning": ([DIGITS, "--only=1/2", "--tune"], "--only .* with --tune"),
     "tuning of one run": ([*TINY, "--tune"], "--tune .*; allowed: with a comparison"),
+    "an unknown field": (
+        [*TINY, "--config.sed=3"],
+        r"unknown config field 'sed'; allowed: the fields that --help lists, such as seed",
+    ),
     "settings of one run": ([*TINY, "--settings=x"], "--settings=x .* comparison"),
     "no settings": (
         [DIGITS, "--settings=none.json"],
