@@ -3,7 +3,7 @@
     python launch.py --config=configs/compare.py --workdir=runs/compare
     python launch.py --config=configs/compare.py:digits --workdir=runs/digits
 
-The arguments are `digits` (the embedded data, about 45 seconds on 2 cores) and
+The arguments are `digits` (the embedded data, about 41 seconds on 2 cores) and
 `smoke` (the same study in under a minute: one seed, and each family of strategies
 once); `digits,smoke` is both.
 """
