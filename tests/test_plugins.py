@@ -209,7 +209,7 @@ STRATEGIES = {
 
 
 def start(folder, *words):
-    env = os.environ | {"PYTHONPATH": "", "HOME": str(folder)}
+    env = os.environ | {"PYTHONPATH": "", "XLA_FLAGS": "", "HOME": str(folder)}
     sizes = SMALL | {"num_rounds": 2, "data.name": "digits", "checkpoint.every": 1}
     fields = [f"--config.{name}={value}" for name, value in sizes.items()]
     ran = subprocess.run(
