@@ -317,12 +317,22 @@ def check_rows(job: Job, found: Found) -> None:
 def record_origins(folders: Sequence[Path | None], done: int) -> None:
     """Records that this process computes the rounds after the first `done`.
 
+    Prints a line where rounds before them may have been computed differently.
+
     Raises:
       UserError: see `record_origin`.
     """
+    other: set[str] = set()
     for folder in folders:
         if folder is not None:
-            record_origin(folder, done, find_origin())
+            other |= record_origin(folder, done, find_origin())
+    if other:
+        names = ", ".join(sorted(other))
+        print(
+            f"rounds up to {done} were computed with another {names}, which may "
+            "change numbers; origins.json has both",
+            flush=True,
+        )
 
 
 def run_stages(

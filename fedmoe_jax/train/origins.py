@@ -11,6 +11,8 @@ from fedmoe_jax.runtime.files import plain, read_json, write_json
 
 ORIGINS = "origins.json"
 
+NUMERIC = {"jax", "jaxlib", "device", "xla_flags", "variables"}
+
 Origin = dict[str, Any]  # of `find_origin`; empty where unknown
 
 
@@ -39,7 +41,7 @@ def read_origins(folder: Path) -> list[tuple[int, Origin]]:
         ) from None
 
 
-def record_origin(folder: Path, done: int, origin: Origin) -> None:
+def record_origin(folder: Path, done: int, origin: Origin) -> set[str]:
     """Writes what computes the rounds after the first `done` of a run.
 
     What an earlier process has computed beyond them is lost, and so is its entry. A
@@ -50,6 +52,9 @@ def record_origin(folder: Path, done: int, origin: Origin) -> None:
       done: rounds of the checkpoint that the process goes on from.
       origin: of this process.
 
+    Returns:
+      What differs from the origin before and may change numbers, such as `xla_flags`.
+
     Raises:
       UserError: see `read_origins`.
     """
@@ -57,11 +62,13 @@ def record_origin(folder: Path, done: int, origin: Origin) -> None:
     kept = [(first, made_by) for first, made_by in found if first <= done]
     if done and not kept:
         kept = [(1, {})]
-    if not kept or kept[-1][1] != plain(origin):
+    before = kept[-1][1] if kept else {}
+    if not kept or before != plain(origin):
         kept.append((done + 1, origin))
     listed = plain(list_origins(kept))
     sealed = {"origins": listed, "sha256": digest_origins(listed)}
     write_json(folder / ORIGINS, sealed)
+    return {name for name in NUMERIC & set(before) if before[name] != origin.get(name)}
 
 
 def digest_origins(listed: list[dict[str, Any]]) -> str:

@@ -17,14 +17,14 @@ SLOW = {"commit": "a1", "xla_flags": ""}
 
 
 def test_record_origin_keeps_those_of_earlier_rounds(tmp_path):
-    record_origin(tmp_path, 0, FAST)
-    record_origin(tmp_path, 4, SLOW)
-    record_origin(tmp_path, 6, SLOW)  # as the one before
-    record_origin(tmp_path, 8, FAST)
-    expected = [(1, FAST), (5, SLOW), (9, FAST)]
+    assert record_origin(tmp_path, 0, FAST) == set()
+    assert record_origin(tmp_path, 4, SLOW) == {"xla_flags"}
+    assert record_origin(tmp_path, 6, SLOW) == set()  # as the one before
+    assert record_origin(tmp_path, 8, FAST | {"commit": "b2"}) == {"xla_flags"}
+    expected = [(1, FAST), (5, SLOW), (9, FAST | {"commit": "b2"})]
     assert read_origins(tmp_path) == expected
     summary = summarise_origins(tmp_path)
-    assert summary["made_by"] == FAST
+    assert summary["made_by"] == FAST | {"commit": "b2"}
     assert [each["first_round"] for each in summary["origins"]] == [1, 5, 9]
 
 
