@@ -138,12 +138,13 @@ def _numbers_html(runs: Sequence[Run]) -> str:
 
 def _definitions_html(columns: Sequence[Column]) -> str:
     """The definitions of a table's columns."""
-    defined = [
-        f"<b>{escape(column.title)}</b>: {escape(column.about)}"
+    defined = "".join(
+        f"<li><b>{escape(column.title)}</b>: {escape(column.about)}.</li>"
         for column in columns
         if column.about
-    ]
-    return f"<p>{'. '.join(defined)}.</p>" if defined else ""
+    )
+    title = "<summary>What the columns say</summary>"
+    return f"<details>{title}<ul>{defined}</ul></details>" if defined else ""
 
 
 def _notes_html(groups: Mapping[str, Sequence[Run]]) -> str:
