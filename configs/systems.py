@@ -12,10 +12,11 @@ seeds; the last two do so on CIFAR-10 with those that carry claims, over five. W
 `claims` CIFAR-10 has all systems, which takes many hours.
 
 All get the same data, split, local steps and evaluation. The server sets 50 examples
-aside, 2,500 of CIFAR-10 (`fedjets` and `fedjets_no_anchors` train the stem that their
-gates read on them, others use none); each client sets some aside for tuning and as its
-own test set, two further clients are never trained on. `digits`, `claims` and `smoke`
-can be joined by commas; `smoke` has each family once, and no fine-tuning.
+aside, 2,500 of CIFAR-10 (`fedjets`, `fedjets_no_anchors` and `fedjets_frozen_stem`
+train the stem that their gates read on them, others use none); each client sets some
+aside for tuning and as its own test set, two further clients are never trained on.
+`digits`, `claims` and `smoke` can be joined by commas; `smoke` has each
+family once, and no fine-tuning.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ setting; test examples play no part.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def keep_half(trials: Iterable[Trial], strategies: Iterable[str]) -> dict[str, l
 
 
 def describe_choice(
-    trials: Iterable[Trial], strategies: Iterable[str], config: ConfigDict
+    trials: Sequence[Trial], strategies: Sequence[str], config: ConfigDict
 ) -> Iterator[str]:
     """A line for each strategy: its setting, and whether a better rate may lie beyond.
 
