@@ -1,6 +1,13 @@
 """Knowledge of devices that the server needs under memory pressure, on CIFAR-10.
 
-    python launch.py --config=configs/capacity.py --workdir=runs/capacity
+    python launch.py --config=configs/capacity.py:digits \\
+      --workdir=runs/capacity_digits \\
+      --settings=runs/tune/settings.json
+    python launch.py --config=configs/capacity.py --workdir=runs/capacity \\
+      --settings=runs/tune_cifar/settings.json
+
+Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes;
+without `--settings` all share the rate of `compare.py`.
 
 Other apps press on a device's memory for 30 % of the time and halve it. A client
 that then holds too much is lost, a late one is dropped. Self-reported profiles (up to
@@ -40,6 +47,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins any of `full`, `digits` and `smoke` with commas."""
     full, rest = compare.take_word(argument, "full")
     config = compare.get_config(rest)
+    compare.support_claims(config, rest)
     if "smoke" not in rest:
         config.num_rounds, config.eval_every, config.chunk_rounds = 30, 5, 1
         config.checkpoint.every, config.local_steps = 10, 20

@@ -32,11 +32,11 @@ def get_config(argument: str = "") -> ConfigDict:
     config = compare.get_config(rest)
     systems.measure_all(config, "digits" in rest)
     config.partition.unseen = 0
+    compare.support_claims(config, rest)
     if "smoke" in rest:
         config.evaluation.finetune = False
     else:
         config.compare.strategies = STRATEGIES
-        config.compare.seeds = tuple(range(5))
         config.num_rounds, config.eval_every, config.checkpoint.every = 100, 5, 20
         config.chunk_rounds = 5
         if "digits" not in rest:

@@ -1,6 +1,12 @@
 """The memory of scores, on CIFAR-10: fitness, usage and idle pairs.
 
-    python launch.py --config=configs/scores.py --workdir=runs/scores
+    python launch.py --config=configs/scores.py:digits --workdir=runs/scores_digits \\
+      --settings=runs/tune/settings.json
+    python launch.py --config=configs/scores.py --workdir=runs/scores \\
+      --settings=runs/tune_cifar/settings.json
+
+Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes;
+without `--settings` all share the rate of `compare.py`.
 
 One factor at a time around the default (fitness keeps 0.7 of itself a round, usage 0.9,
 idle pairs forget towards the prior). The argument `full` is the whole grid, for
@@ -24,6 +30,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins any of `full`, `digits` and `smoke` with commas."""
     full, rest = compare.take_word(argument, "full")
     config = compare.get_config(rest)
+    compare.support_claims(config, rest)
     config.compare.strategies = ("load_balanced",)
     one_at_a_time = ("", *FITNESS[1:], *USAGE[1:], *IDLE[1:])
     grid = tuple(map(",".join, itertools.product(FITNESS, USAGE, IDLE)))

@@ -1,6 +1,12 @@
 """Limits of alignment: drop-out, wrong profiles and drift, on CIFAR-10.
 
-    python launch.py --config=configs/stress.py --workdir=runs/stress
+    python launch.py --config=configs/stress.py:digits --workdir=runs/stress_digits \\
+      --settings=runs/tune/settings.json
+    python launch.py --config=configs/stress.py --workdir=runs/stress \\
+      --settings=runs/tune_cifar/settings.json
+
+Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes;
+without `--settings` all share the rate of `compare.py`.
 
 The paper's three stresses alone and together: 20 % of the clients drop out of every
 round, devices report their capacity up to 30 % wrong, and clients' labels drift
@@ -33,6 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins any of `full`, `digits` and `smoke` with commas."""
     full, rest = compare.take_word(argument, "full")
     config = compare.get_config(rest)
+    compare.support_claims(config, rest)
     if "smoke" not in rest:
         config.num_rounds, config.eval_every, config.chunk_rounds = 30, 5, 1
         config.checkpoint.every, config.local_steps = 10, 20

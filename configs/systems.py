@@ -92,11 +92,11 @@ def get_config(argument: str = "") -> ConfigDict:
     config = compare.get_config(rest)
     digits = "digits" in rest
     config.compare.strategies = CLAIMS if claims else STRATEGIES
-    config.compare.seeds = tuple(range(10 if digits else 5))
+    compare.support_claims(config, rest)
     config.data.public = 50 if digits else 2500
     measure_all(config, digits)
     config.tune.servers = (*config.tune.servers, FEDADAM)
     if "smoke" in rest:
-        config.compare.strategies, config.compare.seeds = compare.FAMILIES, (0,)
+        config.compare.strategies = compare.FAMILIES
         config.evaluation.finetune = False  # which compiles as long as the rest
     return config

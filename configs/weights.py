@@ -1,6 +1,12 @@
 """Fitness against usage: which trade-off is best, on CIFAR-10.
 
-    python launch.py --config=configs/weights.py --workdir=runs/weights
+    python launch.py --config=configs/weights.py:digits --workdir=runs/weights_digits \\
+      --settings=runs/tune/settings.json
+    python launch.py --config=configs/weights.py --workdir=runs/weights \\
+      --settings=runs/tune_cifar/settings.json
+
+Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes;
+without `--settings` all share the rate of `compare.py`.
 
 The paper's rule with the weights of fitness and usage at 0.3/0.7, 0.5/0.5, 0.7/0.3 and
 at both extremes. The argument `full` adds the ratios between and the form in which each
@@ -25,6 +31,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins any of `full`, `digits` and `smoke` with commas."""
     full, rest = compare.take_word(argument, "full")
     config = compare.get_config(rest)
+    compare.support_claims(config, rest)
     config.compare.strategies = ("load_balanced",)
     if full:
         config.compare.strategies = ("load_balanced", "load_balanced_running")
