@@ -20,26 +20,23 @@ import contextlib
 import faulthandler
 import functools
 import gc
-import inspect
-import io
-import logging as standard_logging
 import os
 import re
-import runpy
 import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from fedmoe_jax.config_file import ConfigFile
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.guard import guard, runs_with_others
 from fedmoe_jax.runtime.output import open_missing, secure
+from fedmoe_jax.runtime.quiet import quiet_matplotlib, quiet_orbax
 from fedmoe_jax.runtime.stop import Stop, listen
 
 KINDS = {  # of flags that are no text
@@ -50,79 +47,6 @@ KINDS = {  # of flags that are no text
     "profile": "true, false",
 }
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
-
-
-def split_config(text: str) -> tuple[str, ...]:
-    """`FILE` or `FILE:ARGUMENT` in its parts; a file that is there may have colons."""
-    places = [at for at, letter in enumerate(text) if letter == ":"]
-    if Path(text).is_file() or not places:
-        return (text,)
-    files = (at for at in reversed(places) if Path(text[:at]).is_file())
-    at = next(files, places[0])
-    return text[:at], text[at + 1 :]
-
-
-def call_config(file: str, words: list[str]) -> Any:
-    """The result of `get_config` of a file, with the argument if there is one.
-
-    Raises:
-      UserError: it has none, takes no argument, or refuses this one.
-    """
-    names: dict[str, Any] = runpy.run_path(file, run_name="config_config")
-    if "get_config" not in names:
-        raise UserError(f"config={file} has no get_config; allowed: one that has")
-    if words and not inspect.signature(names["get_config"]).parameters:
-        raise UserError(
-            f"config={file}:{words[0]} has an argument; allowed: none, as get_config "
-            f"of {file} takes none"
-        )
-    try:
-        return names["get_config"](*words)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
-
-
-def describe_fault(file: str, error: Exception) -> str:
-    """An error in a config's own code on one line, with its place in the file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == file]
-    lines += [getattr(error, "lineno", None)]  # of a syntax error
-    place = f" in line {lines[0]}" if lines[0] else ""
-    text = " ".join(str(error).split())
-    return (
-        f"config={file} ends in {type(error).__name__}{place} ({text}); allowed: a "
-        "file whose get_config returns a ConfigDict"
-    )
-
-
-class ConfigFile(flags.ArgumentParser):
-    """Loads a config's file; ml_collections' own parser takes no colon in its path."""
-
-    def parse(self, argument: str) -> ConfigDict:
-        """The locked config of `FILE[:ARGUMENT]`.
-
-        Raises:
-          UserError: there is no such file, it has no `get_config`, or that refuses the
-            argument with a ValueError, ends in another error or returns something else.
-        """
-        file, *words = split_config(os.path.expanduser(argument))
-        if not Path(file).is_file():
-            raise UserError(
-                f"config={argument} is no file; allowed: FILE or FILE:ARGUMENT, a "
-                "Python file with get_config such as configs/default.py"
-            )
-        try:
-            config = call_config(file, words)
-        except (UserError, SystemExit):
-            raise
-        except Exception as error:
-            raise UserError(describe_fault(file, error)) from None
-        if not isinstance(config, ConfigDict):
-            raise UserError(
-                f"config={file} returns a {type(config).__name__} from get_config; "
-                "allowed: a ConfigDict"
-            )
-        return config.lock()
 
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -282,6 +206,7 @@ def run(
       Whether it is finished.
     """
     from fedmoe_jax.report.folders import add_finished
+    from fedmoe_jax.report.outputs import write_all
     from fedmoe_jax.runtime.lock import take_turn
     from fedmoe_jax.runtime.multihost import any_process, is_leader
     from fedmoe_jax.runtime.settings import describe_settings
@@ -319,7 +244,7 @@ def run(
         with take_turn(workdir) if part != WHOLE else contextlib.nullcontext():
             if "compare" in config:
                 folders = add_finished(folders, workdir)
-            page = report(folders, workdir, command, config.evaluation.baseline)
+            page = write_all(folders, workdir, command, config.evaluation.baseline)
         print(f"report: {page}  ({time.monotonic() - start:.0f} s from the start)")
     return finished
 
@@ -328,19 +253,13 @@ def tune(
     config: ConfigDict, workdir: Path, stop: Callable[[], bool], profile: bool
 ) -> bool:
     """Tunes a comparison's strategies, and says what was found; whether it is done."""
-    from fedmoe_jax.report.plots import save_png
-    from fedmoe_jax.report.tuning import draw_tuning, write_tuning_csv
-    from fedmoe_jax.runtime.files import write_bytes
+    from fedmoe_jax.report.tuning import write_tuning
     from fedmoe_jax.runtime.multihost import is_leader
     from fedmoe_jax.train import tune as tuning
 
     trials, whole = tuning.tune(config, workdir, stop=stop, profile=profile)
     if trials and is_leader():
-        measure = config.tune.measure
-        write_tuning_csv(workdir / "tuning.csv", trials, measure)
-        picture = io.BytesIO()
-        save_png(draw_tuning(trials, measure), picture)
-        write_bytes(workdir / "tuning.png", picture.getvalue())
+        write_tuning(workdir, trials, config.tune.measure)
     if whole and is_leader():
         last = [trial for trial in trials if trial.rounds == config.num_rounds]
         strategies = list(config.compare.strategies)
@@ -348,38 +267,6 @@ def tune(
         print(f"trials: {workdir / 'tuning.csv'}, drawn in tuning.png")
         print(f"settings: {workdir / 'settings.json'}, for --settings")
     return whole
-
-
-def take_settings(config: ConfigDict, path: str) -> None:
-    """Puts the settings that `--tune` has written into a comparison, in place.
-
-    Those of strategies that it lacks are left out.
-
-    Raises:
-      UserError: this is no comparison, or the file holds no settings.
-    """
-    from fedmoe_jax.runtime.files import read_json
-    from fedmoe_jax.runtime.folders import resolve_folder
-    from fedmoe_jax.train.compare import split_strategy
-
-    if "compare" not in config:
-        raise UserError(
-            f"--settings={path} is not allowed; allowed: with a comparison, as of "
-            "--config=configs/compare.py"
-        )
-    file = resolve_folder("settings", path)
-    if not file.is_file():
-        raise UserError(
-            f"--settings={path} is not allowed; allowed: settings.json of --tune"
-        )
-    settings = read_json(file).get("settings")
-    listed = isinstance(settings, list)
-    if not listed or not all(isinstance(text, str) for text in settings):
-        raise UserError(f"{file} holds no settings; allowed: what --tune has written")
-    known = config.compare.strategies
-    chosen = (text for text in settings if split_strategy(text)[0] in known)
-    with config.unlocked():
-        config.compare.settings = tuple(chosen)
 
 
 def join_reports(sources: list[str], command: str, baseline: str) -> int:
@@ -397,6 +284,7 @@ def join_reports(sources: list[str], command: str, baseline: str) -> int:
     """
     from fedmoe_jax.report.baseline import check_baseline
     from fedmoe_jax.report.folders import join
+    from fedmoe_jax.report.outputs import write_all
     from fedmoe_jax.report.runs import load_run
     from fedmoe_jax.runtime.files import read_json
     from fedmoe_jax.runtime.folders import resolve_folder
@@ -418,31 +306,9 @@ def join_reports(sources: list[str], command: str, baseline: str) -> int:
     if baseline:
         check_baseline([load_run(folder) for folder in folders], baseline)
     workdir.mkdir(parents=True, exist_ok=True)
-    page = report(folders, workdir, command, baseline or first.get("baseline", ""))
+    page = write_all(folders, workdir, command, baseline or first.get("baseline", ""))
     print(f"report: {page}")
     return 0
-
-
-def report(folders: list[Path], workdir: Path, command: str, baseline: str) -> Path:
-    """Writes the report of these runs and its tables, then prints; returns the page."""
-    from fedmoe_jax.report.clients import write_clients_csv
-    from fedmoe_jax.report.page import write_report
-    from fedmoe_jax.report.paired_csv import write_paired_csv
-    from fedmoe_jax.report.runs import load_run
-    from fedmoe_jax.report.sections import markdown_tables
-    from fedmoe_jax.report.tables import print_table, write_runs_csv
-    from fedmoe_jax.runtime.files import write_atomically
-
-    gc.freeze()  # drawing makes garbage in plenty; what training has left stays
-    gc.enable()
-    runs = [load_run(folder) for folder in folders]
-    write_runs_csv(workdir / "runs.csv", runs)
-    write_clients_csv(workdir / "clients.csv", runs)
-    write_paired_csv(workdir / "paired.csv", runs, baseline)
-    write_atomically(workdir / "table.md", markdown_tables(runs, baseline))
-    page = write_report(workdir, runs, command, baseline)
-    print_table(runs, sys.stdout)
-    return page
 
 
 def join_hosts(config: ConfigDict, request: str) -> None:
@@ -494,35 +360,6 @@ def describe_loss(error: OSError, workdir: str) -> str:
     )
 
 
-def quiet_orbax() -> None:
-    """Leaves a failed save to the one line that `checkpoint` makes of it.
-
-    Orbax reports every file that it touches, and one failure several times, also by
-    asyncio; then TensorStore reports to an event loop that is closed.
-    """
-    logging.set_verbosity(logging.WARNING)
-    loud = re.compile(r"\b(orbax|asyncio)\b")
-    logging.get_absl_handler().addFilter(
-        lambda record: not loud.search(record.pathname)
-    )
-    show = sys.unraisablehook
-
-    def show_others(fault) -> None:
-        if str(fault.exc_value) != "Event loop is closed":
-            show(fault)
-
-    sys.unraisablehook = show_others
-
-
-def quiet_matplotlib() -> None:
-    """Leaves a home that cannot be written to the one warning of `keep_programs`.
-
-    Matplotlib goes on with a temporary folder, and warns of that twice.
-    """
-    logger = standard_logging.getLogger("matplotlib")
-    logger.addFilter(lambda record: record.funcName != "_get_config_or_cache_dir")
-
-
 def main(argv: list[str], stop: Stop) -> int:
     """Parses nothing more: flags are absl's. Returns the exit code."""
     if len(argv) > 1:
@@ -554,6 +391,8 @@ def main(argv: list[str], stop: Stop) -> int:
     try:
         workdir = resolve_folder("workdir", _WORKDIR.value)
         if _SETTINGS.value is not None:
+            from fedmoe_jax.train.tune import take_settings
+
             take_settings(config, _SETTINGS.value)
         join_hosts(config, f"{config} {workdir} {profile} {only}")
         multihost.on_leader(check_plugins, workdir)

@@ -15,6 +15,7 @@ from fedmoe_jax import launch
 from fedmoe_jax.api import predict, run, stack_rows
 from fedmoe_jax.configs import default
 from fedmoe_jax.options import UserError
+from fedmoe_jax.report import outputs
 
 ROOT = Path(__file__).parents[1]
 CLOCK = {"seconds", "evaluation_seconds", "save_seconds", "compile_seconds"}
@@ -65,7 +66,7 @@ def launched(tmp_path_factory):
     """The folder of the same run as `launch.py` makes it."""
     folder = tmp_path_factory.mktemp("launched")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "report", lambda *args, **kwargs: None)
+        patch.setattr(outputs, "write_all", lambda *args, **kwargs: None)
         assert launch.run(make_config(), folder, "", lambda: False, False)
     return folder
 
@@ -196,7 +197,7 @@ def test_load_run_without_a_checkpoint_has_rows_alone(launched, tmp_path):
 
 
 def test_load_run_reads_a_run_of_a_comparison(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "report", lambda *args, **kwargs: None)
+    monkeypatch.setattr(outputs, "write_all", lambda *args, **kwargs: None)
     config, strategies = make_config(), ("greedy", "random", "fedavg_active")
     config.compare = dict(strategies=strategies, changes=("",), seeds=(0, 1))
     assert launch.run(config, tmp_path, "", lambda: False, False)

@@ -16,13 +16,14 @@ from factories import SMALL, find_importable, restart
 
 from configs import compare as study
 from configs import default
-from fedmoe_jax import launch
+from fedmoe_jax import config_file, launch
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.stop import Stop
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.compare import list_members
+from fedmoe_jax.train.tune import take_settings
 
 from .report.fake_runs import write_run
 
@@ -260,7 +261,7 @@ def test_split_config_takes_colons_of_a_file_that_is_there(text, parts, tmp_path
     (tmp_path / "b:c").mkdir()
     for file in ("a.py", "b:c/a.py"):
         (tmp_path / file).touch()
-    found = launch.split_config(text.format(tmp_path))
+    found = config_file.split_config(text.format(tmp_path))
     assert found == tuple(part.format(tmp_path) for part in parts)
 
 
@@ -291,7 +292,7 @@ def test_settings_are_those_of_the_strategies_that_are_compared(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"settings": settings}))
     config = study.get_config("digits,smoke")
     config.compare.strategies = ("greedy", "random")
-    launch.take_settings(config.lock(), str(tmp_path / "mine.json"))
+    take_settings(config.lock(), str(tmp_path / "mine.json"))
     assert config.compare.settings == ("greedy: client.learning_rate=0.5",)
     rates = {name: m.client.learning_rate for name, m in list_members(config)}
     assert rates == {"greedy-seed0": 0.5, "random-seed0": 0.2}
@@ -455,7 +456,7 @@ def test_a_part_without_a_run_is_a_success(command, tmp_path):
 
 
 HOMELESS = """
-from fedmoe_jax.launch import quiet_matplotlib
+from fedmoe_jax.runtime.quiet import quiet_matplotlib
 quiet_matplotlib()
 import matplotlib
 print(matplotlib.get_cachedir())

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from fedmoe_jax.runtime.files import write_atomically
+from fedmoe_jax.report.plots import save_png
+from fedmoe_jax.runtime.files import write_atomically, write_bytes
 
 RATE = re.compile(r"client\.learning_rate=([^,]+),?")
 COLUMNS = 4  # panels in a row
@@ -42,6 +43,14 @@ def write_tuning_csv(path: Path, trials: Iterable[Trial], measure: str) -> None:
         value = "" if math.isnan(trial.value) else f"{trial.value:.10g}"
         writer.writerow((trial.strategy, trial.change, trial.rounds, value))
     write_atomically(path, text.getvalue())
+
+
+def write_tuning(workdir: Path, trials: Sequence[Trial], measure: str) -> None:
+    """`tuning.csv` and its picture, `tuning.png`."""
+    write_tuning_csv(workdir / "tuning.csv", trials, measure)
+    picture = io.BytesIO()
+    save_png(draw_tuning(trials, measure), picture)
+    write_bytes(workdir / "tuning.png", picture.getvalue())
 
 
 def split_rate(change: str) -> tuple[float, str]:

@@ -19,6 +19,7 @@ from fedmoe_jax.program import configure
 from fedmoe_jax.report.tuning import Trial, split_rate
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import plain, read_json, write_json
+from fedmoe_jax.runtime.folders import resolve_folder
 from fedmoe_jax.train.compare import compare, make_member, split_strategy
 
 VALIDATION = "validation_"  # measures of examples that clients set aside
@@ -207,3 +208,31 @@ def tune(
     if multihost.is_leader():
         write_json(workdir / "settings.json", {"settings": settings})
     return trials, True
+
+
+def take_settings(config: ConfigDict, path: str) -> None:
+    """Puts the settings that `--tune` has written into a comparison, in place.
+
+    Those of strategies that it lacks are left out.
+
+    Raises:
+      UserError: this is no comparison, or the file holds no settings.
+    """
+    if "compare" not in config:
+        raise UserError(
+            f"--settings={path} is not allowed; allowed: with a comparison, as of "
+            "--config=configs/compare.py"
+        )
+    file = resolve_folder("settings", path)
+    if not file.is_file():
+        raise UserError(
+            f"--settings={path} is not allowed; allowed: settings.json of --tune"
+        )
+    settings = read_json(file).get("settings")
+    listed = isinstance(settings, list)
+    if not listed or not all(isinstance(text, str) for text in settings):
+        raise UserError(f"{file} holds no settings; allowed: what --tune has written")
+    known = config.compare.strategies
+    chosen = (text for text in settings if split_strategy(text)[0] in known)
+    with config.unlocked():
+        config.compare.settings = tuple(chosen)

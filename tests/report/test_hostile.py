@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from fedmoe_jax import launch
-from fedmoe_jax.report import tables
+from fedmoe_jax.report import outputs
 from fedmoe_jax.report.clients import write_clients_csv
+from fedmoe_jax.report.outputs import write_all
 from fedmoe_jax.report.page import write_report
 from fedmoe_jax.report.plots import capacity_bars, save_png
 from fedmoe_jax.report.runs import load_run
@@ -143,7 +143,7 @@ def test_report_on_a_terminal_that_knows_ascii_alone(monkeypatch, tmp_path):
     folders, path = write_seeds(tmp_path), tmp_path / "terminal"
     with path.open("w", encoding="ascii") as terminal:
         monkeypatch.setattr(sys, "stdout", wrap(terminal, pytest.fail))
-        page = launch.report(folders, tmp_path, "command", "")
+        page = write_all(folders, tmp_path, "command", "")
         sys.stdout.flush()
     assert "50.0 +- 127.1" in path.read_text("ascii")
     assert page == tmp_path / "report.html" and page.exists()
@@ -153,9 +153,9 @@ def test_report_on_a_terminal_that_knows_ascii_alone(monkeypatch, tmp_path):
 @pytest.mark.parametrize("count", [1, 2])
 def test_report_writes_all_files_before_it_prints(monkeypatch, tmp_path, count):
     folders = write_seeds(tmp_path)
-    monkeypatch.setattr(tables, "print_table", lambda runs, stream: 1 / 0)
+    monkeypatch.setattr(outputs, "print_table", lambda runs, stream: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        launch.report(folders[:count], tmp_path, "command", "")
+        write_all(folders[:count], tmp_path, "command", "")
     written = {"report.html", "runs.csv", "table.md", "clients.csv"}
     assert written <= {path.name for path in tmp_path.iterdir()}
     with (tmp_path / "runs.csv").open(newline="", encoding="utf-8") as rows:
