@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims_list import list_claims
-from benchmarks.claims_numbers import compute, tabulate
+from benchmarks.claims_numbers import compute, tabulate, tabulate_differences
 from benchmarks.claims_page import Computed, first_change, rewrite
 from benchmarks.page import RESULTS
 from benchmarks.studies import Study, find_disagreements, read_csv, read_study
@@ -47,10 +47,11 @@ def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
     Raises:
       UserError: see `list_claims`, `read_studies`, `compute` and `tabulate`.
     """
-    claims, tables = list_claims(listed), listed["tables"]
+    claims, means = list_claims(listed), listed["tables"]
+    apart = listed["differences"]
     numbered = {name: claim for name, claim in claims.items() if claim.a}
     used = [claim.study for claim in numbered.values()]
-    used += [table["study"] for table in tables.values()]
+    used += [table["study"] for table in (*means.values(), *apart.values())]
     studies = read_studies(used, results)
     return Computed(
         claims,
@@ -58,7 +59,11 @@ def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
             name: compute(claim, studies[claim.study])
             for name, claim in numbered.items()
         },
-        {name: tabulate(each, studies[each["study"]]) for name, each in tables.items()},
+        {
+            name: make(table, studies[table["study"]])
+            for make, tables in ((tabulate, means), (tabulate_differences, apart))
+            for name, table in tables.items()
+        },
     )
 
 

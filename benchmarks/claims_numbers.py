@@ -1,4 +1,4 @@
-"""The number of a claim, and tables of means, from the runs of a stored study."""
+"""The number of a claim, and tables of a stored study's means and differences."""
 
 import math
 from collections.abc import Mapping
@@ -154,6 +154,32 @@ def compute(claim: Claim, study: Study) -> Number:
         average(table[claim.b], key, measure),
         " / ".join(rates),
     )
+
+
+def tabulate_differences(table: Mapping[str, Any], study: Study) -> Sheet:
+    """Differences of some pairs of strategies, a row for each change of the config.
+
+    Args:
+      table: its `measures`, its `pairs` of strategies, the second of which is taken
+        from the first, and its `rows`: a change, empty for the study's own config, and
+        a text for it.
+      study: whose rows they are.
+
+    Raises:
+      UserError: a measure or a row is unknown.
+    """
+    rows: dict[str, list[Cell]] = {text: [] for _, text in table["rows"]}
+    heads = [""]
+    for name in table["measures"]:
+        key, measure = find_measure(name)
+        for pair in table["pairs"]:
+            heads.append("{}: `{}` less `{}`".format(measure.title, *pair))
+            for change, text in table["rows"]:
+                labels = (f"{strategy} {change}".strip() for strategy in pair)
+                both = (pick(study.seeds, label, study.name) for label in labels)
+                paired = pair_up(*both, key, measure)
+                rows[text].append(difference_cell(paired, measure.digits))
+    return Sheet("", heads, rows)
 
 
 def tabulate(table: Mapping[str, Any], study: Study) -> Sheet:

@@ -35,7 +35,7 @@ class Computed(NamedTuple):
     Attributes:
       claims: by id.
       numbers: by the id of the claim; a struck one may have none.
-      tables: of means, by name.
+      tables: of means and of differences, by name.
     """
 
     claims: Mapping[str, Claim]
@@ -185,7 +185,7 @@ def rewrite(
     """A page with the numbers of today.
 
     They stand between `<!-- claims -->` and `<!-- /claims -->` (the whole table), the
-    same with `headline` (the short one) and with the name of a table of means, and
+    same with `headline` (the short one) and with the name of another table, and
     between `<!-- ID -->` and `<!-- / -->` within a sentence.
 
     Args:

@@ -32,6 +32,12 @@ MEANS = {
     "measures": ["global", "mean_load_cv", "personal"],
     "rows": ["random", ["greedy", "by fitness"]],
 }
+APART = {
+    "study": "tiny",
+    "measures": ["global", "mean_load_cv"],
+    "pairs": [["greedy", "random"]],
+    "rows": [["", "as it is"]],
+}
 LEAD = {"id": "lead", "a": "greedy", "b": "random", "overturn": "more seeds"}
 
 
@@ -48,6 +54,7 @@ def list_claims(*entries):
     return {
         "studies": {"tiny": {"command": "python tiny.py", "short": {"g": "greedy"}}},
         "tables": {"means": MEANS},
+        "differences": {"apart": APART},
         "headline": {"heads": ["A"], "rows": [["{lead.bold} of {lead.a}"]]},
         "sections": [section | {"claims": list(entries)}],
     }
@@ -184,6 +191,20 @@ def test_a_table_of_means(results):
     assert "|  | Global % | Load CV | Personal % |" in text
     assert "| `random` | 42.0 ± 5.0 | 1.00 ± 0.00 | – |" in text
     assert "| by fitness | **54.0 ± 9.9** | **0.50 ± 0.25** | – |" in text
+
+
+def test_a_table_of_differences(results):
+    text = rewrite(results, "<!-- apart -->\n<!-- /apart -->\n")
+    heads = "|  | Global %: `greedy` less `random` | Load CV: `greedy` less `random` |"
+    assert heads in text
+    assert "| as it is | **+12.0 ± 5.0** | **-0.50 ± 0.25** |" in text
+
+
+def test_a_table_of_differences_of_an_unknown_row(results):
+    listed = list_claims(LEAD)
+    listed["differences"]["apart"] = APART | {"rows": [["seed=1", "?"]]}
+    with pytest.raises(UserError, match="tiny has no row 'greedy seed=1'"):
+        claims.compute_all(listed, results)
 
 
 def test_the_committed_pages_have_the_numbers_of_the_committed_runs(capsys):
