@@ -65,7 +65,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compare.seeds = (0, 1, 2)
     config.compare.settings = ()  # of one strategy, such as "greedy: local_steps=9"
     config.tune = ConfigDict()  # what --tune tries, rates x servers, at most eight
-    config.tune.rates = (0.05, 0.2, 0.8) if digits else (0.01, 0.03, 0.1)
+    config.tune.rates = (0.05, 0.2, 0.8, 3.2) if digits else (0.01, 0.03, 0.1, 0.3)
     config.tune.servers = ("", ADAM)
     config.tune.measure = "validation_personal_accuracy"
     config.evaluation.baseline = "fedavg_active"
