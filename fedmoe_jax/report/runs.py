@@ -28,6 +28,7 @@ INCIDENTAL = (
     "evaluation.targets",
     "evaluation.baseline",
 )
+ORDERS = ("run.client_chunk", "run.num_devices")  # of sums, all else equal
 OWN_ROUNDS = "rounds_to_95_percent_of_final"
 LEARNT = 0.15  # of the way from chance to 1, on ten classes 23.5 %
 ABSENT = "absent"  # in place of the value where a run has no such field
@@ -133,16 +134,25 @@ def is_idle(run: Run, field: str) -> bool:
 def varied_fields(runs: Sequence[Run]) -> list[str]:
     """Config fields in which runs of one label differ.
 
-    Other than `INCIDENTAL` ones, and fields that none of them reads.
+    Without fields that none of them reads, and without `INCIDENTAL` ones; but with
+    `ORDERS` where a seed would be there twice: its sums in another order are no second
+    seed.
     """
     varied = {}
     for group in group_runs(runs).values():
         configs = [flatten(run.config) for run in group]
-        for field in dict.fromkeys(field for config in configs for field in config):
-            values = {str(config.get(field, ABSENT)) for config in configs}
-            differs = len(values) > 1 and not field.startswith(INCIDENTAL)
-            if differs and not all(is_idle(run, field) for run in group):
-                varied[field] = None
+        values = {
+            field: [str(config.get(field, ABSENT)) for config in configs]
+            for field in dict.fromkeys(field for config in configs for field in config)
+            if not all(is_idle(run, field) for run in group)
+        }
+        apart = [field for field, each in values.items() if len(set(each)) > 1]
+        fields = [field for field in apart if not field.startswith(INCIDENTAL)]
+        seeds = [str(config.get("seed", ABSENT)) for config in configs]
+        runs_apart = set(zip(seeds, *(values[field] for field in fields), strict=True))
+        if len(runs_apart) < len(group):
+            fields += [field for field in apart if field in ORDERS]
+        varied |= dict.fromkeys(fields)
     return list(varied)
 
 

@@ -53,6 +53,21 @@ def test_name_runs_splits_labels_by_varied_fields(tmp_path):
     assert {k: len(g) for k, g in groups.items()} == {low: 2, high: 2, "random": 1}
 
 
+def test_sums_of_a_seed_in_another_order_are_no_second_seed(tmp_path):
+    made = load_weights(tmp_path, [(0.5, 0.5, seed) for seed in (0, 1, 0, 1, 2)])
+    chunks = (1, 1, 4, 4, 1)
+    made = [
+        run._replace(config=run.config | {"run": {"client_chunk": chunk}})
+        for run, chunk in zip(made, chunks, strict=True)
+    ]
+    one, other = "greedy run.client_chunk=1", "greedy run.client_chunk=4"
+    labels = [run.label for run in runs.name_runs(made)]
+    assert labels == [one, one, other, other, one]
+    # Where no seed is there twice, seeds are computed as the machine has room.
+    alone = runs.name_runs([made[0], made[3], made[4]])
+    assert {run.label for run in alone} == {"greedy"}
+
+
 def test_name_runs_leaves_out_what_most_configs_share(tmp_path):
     cases = [(0.3, 0.5), (0.5, 0.5), (0.5, 0.7), (0.5, 0.9)]
     named = runs.name_runs(
