@@ -12,9 +12,10 @@ from fedmoe_jax.report.tables import EVERYWHERE, pick_cells
 SHARED_GATE, RANDOM = "_shared_gate", "random"  # in names of strategies, see list_parts
 ABOUT = (
     f"A row NAME{SHARED_GATE} has the assignment of NAME, and gate, loss and weights "
-    f"of {RANDOM}. Assignment: it less {RANDOM}, nothing else being different. The "
-    "rest: NAME less it, what the system owes to its gate, loss and weights. Seed by "
-    "seed, as the paired differences."
+    f"of {RANDOM}. Assignment: it less {RANDOM}. The rest: NAME less it, what the "
+    "system owes to its gate, loss and weights. Rows that are tuned have rates of "
+    "their own, which are in these differences, too. Seed by seed, as the paired "
+    "differences."
 )
 
 
