@@ -175,9 +175,11 @@ def tabulate_differences(table: Mapping[str, Any], study: Study) -> Sheet:
         for pair in table["pairs"]:
             heads.append("{}: `{}` less `{}`".format(measure.title, *pair))
             for change, text in table["rows"]:
-                labels = (f"{strategy} {change}".strip() for strategy in pair)
-                both = (pick(study.seeds, label, study.name) for label in labels)
-                paired = pair_up(*both, key, measure)
+                ours, others = (
+                    pick(study.seeds, f"{strategy} {change}".strip(), study.name)
+                    for strategy in pair
+                )
+                paired = pair_up(ours, others, key, measure)
                 rows[text].append(difference_cell(paired, measure.digits))
     return Sheet("", heads, rows)
 
