@@ -78,17 +78,19 @@ def draw_tuning(trials: Sequence[Trial], measure: str) -> Figure:
     rows = math.ceil(len(strategies) / COLUMNS)
     figure = Figure((COLUMNS * PANEL[0], rows * PANEL[1] + 1), layout="constrained")
     panels = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True).ravel()
-    handles = {}
+    handles, rates = {}, sorted({split_rate(trial.change)[0] for trial in trials})
     for panel, strategy in zip(panels, strategies, strict=False):
         panel.set_title(strategy, fontsize=8)
         panel.set_xscale("log")
+        # Plain numbers, as the style draws no mathtext.
+        panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        panel.set_xticks([], minor=True)
         for place, (name, points) in enumerate(list_curves(trials, strategy).items()):
             (line,) = panel.plot(*zip(*points, strict=True), "o-", color=f"C{place}")
             handles.setdefault(name, line)
     for panel in panels[len(strategies) :]:
         panel.set_axis_off()
-    figure.supxlabel("client.learning_rate", fontsize=8)
-    figure.supylabel(measure, fontsize=8)
+    figure.suptitle(f"{measure} against client.learning_rate", fontsize=8)
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", fontsize=7
     )

@@ -51,4 +51,6 @@ def test_every_strategy_has_a_panel():
     figure = draw_tuning(TRIALS, "global_accuracy")
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["greedy", "random"]
+    labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert labels == ["0.01", "0.05", "0.1"]
     assert [len(axes.lines) for axes in figure.axes] == [2, 1, 0, 0]
