@@ -45,7 +45,8 @@ def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
       results: the folder of the stored studies.
 
     Raises:
-      UserError: see `list_claims`, `read_studies`, `compute` and `tabulate`.
+      UserError: see `list_claims`, `read_studies`, `compute`, `tabulate` and
+        `tabulate_differences`.
     """
     claims, means = list_claims(listed), listed["tables"]
     apart = listed["differences"]

@@ -166,20 +166,18 @@ def tabulate_differences(table: Mapping[str, Any], study: Study) -> Sheet:
       study: whose rows they are.
 
     Raises:
-      UserError: a measure or a row is unknown.
+      UserError: see `find_measure` and `compare`.
     """
     rows: dict[str, list[Cell]] = {text: [] for _, text in table["rows"]}
     heads = [""]
     for name in table["measures"]:
-        key, measure = find_measure(name)
+        _, measure = find_measure(name)
         for pair in table["pairs"]:
             heads.append("{}: `{}` less `{}`".format(measure.title, *pair))
             for change, text in table["rows"]:
-                ours, others = (
-                    pick(study.seeds, f"{strategy} {change}".strip(), study.name)
-                    for strategy in pair
-                )
-                paired = pair_up(ours, others, key, measure)
+                a, b = (f"{strategy} {change}".strip() for strategy in pair)
+                claim = Claim(text, study=study.name, measure=name, a=a, b=b)
+                paired = compare(claim, study.seeds)
                 rows[text].append(difference_cell(paired, measure.digits))
     return Sheet("", heads, rows)
 

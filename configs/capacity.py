@@ -1,4 +1,4 @@
-"""Knowledge of devices that the server needs under memory pressure, on CIFAR-10.
+"""Knowledge of devices that the server needs under memory pressure.
 
     python launch.py --config=configs/capacity.py:digits \\
       --workdir=runs/capacity_digits \\
@@ -6,7 +6,8 @@
     python launch.py --config=configs/capacity.py --workdir=runs/capacity \\
       --settings=runs/tune_cifar/settings.json
 
-Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes;
+Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes,
+for fewer steps a round or more rounds;
 without `--settings` all share the rate of `compare.py`.
 
 Other apps press on a device's memory for 30 % of the time and halve it. A client

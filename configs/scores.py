@@ -1,4 +1,4 @@
-"""The memory of scores, on CIFAR-10: fitness, usage and idle pairs.
+"""The memory of scores: fitness, usage and idle pairs.
 
     python launch.py --config=configs/scores.py:digits --workdir=runs/scores_digits \\
       --settings=runs/tune/settings.json

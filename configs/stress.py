@@ -1,11 +1,12 @@
-"""Limits of alignment: drop-out, wrong profiles and drift, on CIFAR-10.
+"""Limits of alignment: drop-out, wrong profiles and drift.
 
     python launch.py --config=configs/stress.py:digits --workdir=runs/stress_digits \\
       --settings=runs/tune/settings.json
     python launch.py --config=configs/stress.py --workdir=runs/stress \\
       --settings=runs/tune_cifar/settings.json
 
-Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes;
+Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes,
+for fewer steps a round or more rounds;
 without `--settings` all share the rate of `compare.py`.
 
 The paper's three stresses alone and together: 20 % of the clients drop out of every

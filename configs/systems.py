@@ -28,6 +28,7 @@ CLAIMS = (
     "fixed_random",
     "greedy",
     "load_balanced",
+    "load_balanced_running",
     "flex_moe",
     "hfedmoe",
     "pfedmoe",

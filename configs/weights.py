@@ -1,4 +1,4 @@
-"""Fitness against usage: which trade-off is best, on CIFAR-10.
+"""Fitness against usage: which trade-off is best.
 
     python launch.py --config=configs/weights.py:digits --workdir=runs/weights_digits \\
       --settings=runs/tune/settings.json

@@ -14,7 +14,7 @@ from fedmoe_jax.runtime.files import write_atomically
 
 
 def write_all(folders: list[Path], workdir: Path, command: str, baseline: str) -> Path:
-    """Writes the report of these runs and its tables, then prints; returns the page.
+    """Writes the report of these runs, then prints its table; returns the page's path.
 
     Args:
       folders: of the runs.

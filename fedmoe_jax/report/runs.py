@@ -28,7 +28,7 @@ INCIDENTAL = (
     "evaluation.targets",
     "evaluation.baseline",
 )
-ORDERS = ("run.client_chunk", "run.num_devices")  # of sums, all else equal
+ORDERS = ("run.client_chunk", "run.num_devices")  # they change the order of sums alone
 OWN_ROUNDS = "rounds_to_95_percent_of_final"
 LEARNT = 0.15  # of the way from chance to 1, on ten classes 23.5 %
 ABSENT = "absent"  # in place of the value where a run has no such field

@@ -79,14 +79,17 @@ def draw_tuning(trials: Sequence[Trial], measure: str) -> Figure:
     figure = Figure((COLUMNS * PANEL[0], rows * PANEL[1] + 1), layout="constrained")
     panels = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True).ravel()
     handles, rates = {}, sorted({split_rate(trial.change)[0] for trial in trials})
-    for panel, strategy in zip(panels, strategies, strict=False):
+    curves = {strategy: list_curves(trials, strategy) for strategy in strategies}
+    names = list(dict.fromkeys(name for each in curves.values() for name in each))
+    for panel, (strategy, named) in zip(panels, curves.items(), strict=False):
         panel.set_title(strategy, fontsize=8)
         panel.set_xscale("log")
         # Plain numbers, as the style draws no mathtext.
         panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
         panel.set_xticks([], minor=True)
-        for place, (name, points) in enumerate(list_curves(trials, strategy).items()):
-            (line,) = panel.plot(*zip(*points, strict=True), "o-", color=f"C{place}")
+        for name, points in named.items():
+            colour = f"C{names.index(name)}"
+            (line,) = panel.plot(*zip(*points, strict=True), "o-", color=colour)
             handles.setdefault(name, line)
     for panel in panels[len(strategies) :]:
         panel.set_axis_off()

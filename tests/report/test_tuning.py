@@ -47,6 +47,14 @@ def test_every_trial_is_a_row(tmp_path):
     assert rows[2]["change"] == TRIALS[2].change
 
 
+def test_a_curve_has_the_colour_of_the_legend_in_every_panel():
+    other = [Trial("random", f"client.learning_rate=0.01,{SERVER}", 2, 0.5)]
+    figure = draw_tuning([*TRIALS, *other, *TRIALS[-1:]], "global_accuracy")
+    assert [line.get_color() for line in figure.axes[0].lines] == ["C0", "C1"]
+    figure = draw_tuning([*TRIALS[:4], *other, *TRIALS[-1:]], "global_accuracy")
+    assert [line.get_color() for line in figure.axes[1].lines] == ["C1", "C0"]
+
+
 def test_every_strategy_has_a_panel():
     figure = draw_tuning(TRIALS, "global_accuracy")
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
