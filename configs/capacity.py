@@ -6,9 +6,9 @@
     python launch.py --config=configs/capacity.py --workdir=runs/capacity \\
       --settings=runs/tune_cifar/settings.json
 
-Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes,
-for fewer steps a round or more rounds;
-without `--settings` all share the rate of `compare.py`.
+Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes
+for 40 rounds of 5 steps, on CIFAR-10 of 30; without `--settings` all share the rate of
+`compare.py`.
 
 Other apps press on a device's memory for 30 % of the time and halve it. A client
 that then holds too much is lost, a late one is dropped. Self-reported profiles (up to

@@ -5,9 +5,9 @@
     python launch.py --config=configs/stress.py --workdir=runs/stress \\
       --settings=runs/tune_cifar/settings.json
 
-Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes,
-for fewer steps a round or more rounds;
-without `--settings` all share the rate of `compare.py`.
+Ten seeds on the digits, five on CIFAR-10, with the rates that `systems.py` tunes
+for 40 rounds of 5 steps, on CIFAR-10 of 30; without `--settings` all share the rate of
+`compare.py`.
 
 The paper's three stresses alone and together: 20 % of the clients drop out of every
 round, devices report their capacity up to 30 % wrong, and clients' labels drift
