@@ -16,7 +16,7 @@ from factories import SMALL, find_importable, restart
 
 from configs import compare as study
 from configs import default
-from fedmoe_jax import config_file, launch
+from fedmoe_jax import launch
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.stop import Stop
@@ -246,25 +246,6 @@ def test_a_config_file_may_take_no_argument(command, tmp_path):
     assert code == 2 and "has an argument; allowed: none, as get_config of" in err
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("{}/a.py", ("{}/a.py",)),
-        ("{}/a.py:smoke", ("{}/a.py", "smoke")),
-        ("{}/a.py:x:y", ("{}/a.py", "x:y")),
-        ("{}/b:c/a.py", ("{}/b:c/a.py",)),
-        ("{}/b:c/a.py:smoke", ("{}/b:c/a.py", "smoke")),
-        ("{}/none.py:smoke", ("{}/none.py", "smoke")),
-    ],
-)
-def test_split_config_takes_colons_of_a_file_that_is_there(text, parts, tmp_path):
-    (tmp_path / "b:c").mkdir()
-    for file in ("a.py", "b:c/a.py"):
-        (tmp_path / file).touch()
-    found = config_file.split_config(text.format(tmp_path))
-    assert found == tuple(part.format(tmp_path) for part in parts)
-
-
 def test_a_config_in_a_folder_with_a_colon_is_read(command, tmp_path):
     file = tmp_path / "a:b" / "c d" / "mine.py"
     file.parent.mkdir(parents=True)
@@ -453,26 +434,6 @@ def test_a_part_without_a_run_is_a_success(command, tmp_path):
     code, out, err = command(*STUDY, "--only=8/8")
     assert (code, err) == (0, "") and out.count("\n") == 1
     assert "--only=8/8 has no run" in out and not (tmp_path / "new").exists()
-
-
-HOMELESS = """
-from fedmoe_jax.runtime.quiet import quiet_matplotlib
-quiet_matplotlib()
-import matplotlib
-print(matplotlib.get_cachedir())
-"""
-
-
-def test_matplotlib_says_nothing_of_a_home_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    places = {"HOME", "MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"}
-    env = {k: v for k, v in os.environ.items() if k not in places}
-    env |= {"PYTHONPATH": find_importable(), "TMPDIR": str(tmp_path)}
-    env["HOME"] = str(tmp_path / "file" / "home")
-    words = [sys.executable, "-c", HOMELESS]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
 
 
 @pytest.mark.slow
