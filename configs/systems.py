@@ -80,7 +80,6 @@ FEDADAM = "fedadam_active: fedadam.server_learning_rate=0.03"
 
 def measure_all(config: ConfigDict, digits: bool) -> None:
     """Turns every measure on, in place."""
-    config.partition.validation_share = 0.2 if digits else 0.1
     config.partition.test_share = 0.1
     config.partition.unseen = 2
     config.evaluation.finetune = True
