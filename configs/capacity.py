@@ -2,7 +2,7 @@
 
     python launch.py --config=configs/capacity.py:digits \\
       --workdir=runs/capacity_digits \\
-      --settings=runs/tune/settings.json
+      --settings=results/systems_digits/settings.json
     python launch.py --config=configs/capacity.py --workdir=runs/capacity \\
       --settings=runs/tune_cifar/settings.json
 

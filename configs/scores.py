@@ -1,7 +1,7 @@
 """The memory of scores: fitness, usage and idle pairs.
 
     python launch.py --config=configs/scores.py:digits --workdir=runs/scores_digits \\
-      --settings=runs/tune/settings.json
+      --settings=results/systems_digits/settings.json
     python launch.py --config=configs/scores.py --workdir=runs/scores \\
       --settings=runs/tune_cifar/settings.json
 

@@ -1,7 +1,7 @@
 """Limits of alignment: drop-out, wrong profiles and drift.
 
     python launch.py --config=configs/stress.py:digits --workdir=runs/stress_digits \\
-      --settings=runs/tune/settings.json
+      --settings=results/systems_digits/settings.json
     python launch.py --config=configs/stress.py --workdir=runs/stress \\
       --settings=runs/tune_cifar/settings.json
 

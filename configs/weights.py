@@ -1,7 +1,7 @@
 """Fitness against usage: which trade-off is best.
 
     python launch.py --config=configs/weights.py:digits --workdir=runs/weights_digits \\
-      --settings=runs/tune/settings.json
+      --settings=results/systems_digits/settings.json
     python launch.py --config=configs/weights.py --workdir=runs/weights \\
       --settings=runs/tune_cifar/settings.json
 
