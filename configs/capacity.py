@@ -27,6 +27,7 @@ from configs import compare
 KINDS = ("self_reported", "estimated", "oracle")
 BUFFERS = (0.1, 0.0, 0.25, 0.5)
 REFRESHES = (1, 5, 20)
+TRUTH = "load_balanced devices.buffer=0.1 profile.kind=oracle"  # of every round
 FEW = (
     "profile.kind=estimated,devices.buffer=0.1,profile.refresh=1",
     "profile.kind=estimated,devices.buffer=0.0,profile.refresh=5",
@@ -57,5 +58,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.devices.overload, config.late.kind = "lose", "drop"
     config.pressure.share, config.pressure.persistence = 0.3, 0.5
     config.compare.strategies = ("load_balanced",)
+    config.evaluation.baseline = TRUTH
     config.compare.changes = FEW if "smoke" in rest else list_changes(full)
     return config

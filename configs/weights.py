@@ -37,4 +37,5 @@ def get_config(argument: str = "") -> ConfigDict:
         config.compare.strategies = ("load_balanced", "load_balanced_running")
     ratios = RATIOS[::2] if "smoke" in rest else ALL_RATIOS if full else RATIOS
     config.compare.changes = tuple(map(weigh, ratios))
+    config.evaluation.baseline = f"load_balanced {weigh(0.5).replace(',', ' ')}"
     return config

@@ -17,6 +17,8 @@ from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.options import TRACED, Range, UserError
 from fedmoe_jax.program import build_program, make_hyper
+from fedmoe_jax.report.baseline import check_baseline
+from fedmoe_jax.report.runs import Run
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.tasks import TASKS
@@ -95,6 +97,19 @@ def test_every_study_builds(name, argument):
             federation = make_federation(config, data, make_partition(config, data))
             program = build_program(config, data, federation, build_mesh(1))
             assert program.costs.expert_bytes > 0
+
+
+@pytest.mark.parametrize("argument", ["", "digits"])
+@pytest.mark.parametrize(
+    "name", ["compare", "systems", "figure3", "weights", "scores", "capacity", "stress"]
+)
+def test_the_baseline_of_a_study_is_one_of_its_rows(name, argument):
+    study = get_config(name, argument)
+    runs = [
+        Run(each.to_dict(), [], {}, {}, Path(), each.strategy, {})
+        for each in runs_of(study)
+    ]
+    check_baseline(runs, study.evaluation.baseline)
 
 
 @pytest.mark.parametrize("name", FILES)
