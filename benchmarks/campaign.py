@@ -21,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +80,11 @@ class Campaign(NamedTuple):
 
 
 def begin(
-    workdir: Path, *words: str, cache: Path, name: str = "default.py:smoke"
+    workdir: Path,
+    *words: str,
+    cache: Path,
+    name: str = "default.py:smoke",
+    surroundings: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen:
     """Starts a run in a process of its own, of the config with this name."""
     config = f"--config={ROOT / 'configs' / name}"
@@ -88,6 +93,7 @@ def begin(
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **surroundings,
     }
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -341,8 +347,15 @@ def list_values(campaign: Campaign) -> list[Callable[[], Trial]]:
     return [partial(refuse, *each) for each in enumerate(flags)]
 
 
+def tells_one_error(err: str) -> bool:
+    """Whether stderr is one line that says what is wrong, warnings before it aside."""
+    lines = err.splitlines()
+    warned = all(line.startswith("warning: ") for line in lines[:-1])
+    return warned and bool(lines) and lines[-1].startswith("error: ")
+
+
 def list_disks(campaign: Campaign) -> list[Callable[[], Trial]]:
-    """Full disks of 0.06 to 2 MB, some with a profile, and then room."""
+    """Full disks of 0.06 to 20 MB, some with a profile, and then room."""
 
     def fill(number: int, size: int, *words: str) -> Trial:
         disk = campaign.folder / f"disk{number}"
@@ -353,7 +366,7 @@ def list_disks(campaign: Campaign) -> list[Callable[[], Trial]]:
             folder = disk / "run"
             cache = campaign.folder / "cache"
             code, _, err = finish(begin(folder, *words, cache=cache))
-            told = code == 0 or (code == 2 and "Traceback" not in err)
+            told = code == 0 or (code == 2 and tells_one_error(err))
             more = ["mount", "-o", "remount,size=64m", str(disk)]
             subprocess.run(more, check=True)
             verdict = again(campaign, folder)
@@ -361,7 +374,7 @@ def list_disks(campaign: Campaign) -> list[Callable[[], Trial]]:
             subprocess.run(["umount", str(disk)], check=True)
         return Trial(" ".join((f"{size} kB", *words)), verdict if told else UGLY)
 
-    bare = np.geomspace(60, 2000, DISKS).astype(int)
+    bare = np.geomspace(60, 20000, DISKS).astype(int)
     traced = np.geomspace(1000, 4000, PROFILES).astype(int)
     trials = [(size,) for size in bare] + [(size, "--profile") for size in traced]
     return [partial(fill, number, *each) for number, each in enumerate(trials)]
@@ -393,6 +406,59 @@ def list_signals(campaign: Campaign) -> list[Callable[[], Trial]]:
 
     pairs = itertools.product(ENDINGS, PHASES)
     return [partial(send, *pair) for pair in pairs]
+
+
+def list_readers(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """Readers of the output that leave after some lines, as `head` does."""
+
+    def leave(lines: int) -> Trial:
+        folder = campaign.folder / f"reader{lines}"
+        process = begin(folder, cache=campaign.folder / "cache")
+        assert process.stdout is not None and process.stderr is not None
+        for _ in range(lines):
+            process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        told = process.wait() in (0, 3) and "Traceback" not in err
+        verdict = again(campaign, folder)
+        return Trial(f"after {lines} lines", verdict if told else UGLY)
+
+    return [partial(leave, lines) for lines in (0, 1, 2, 4)]
+
+
+# Variables that make JAX compute other numbers.
+OTHER_NUMBERS = {
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_ENABLE_X64": "1",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+}
+
+
+def list_surroundings(campaign: Campaign) -> list[Callable[[], Trial]]:
+    """Variables that make JAX compute other numbers: told, and refused on a resume."""
+
+    def compute(variable: str, value: str, resumes: bool) -> Trial:
+        folder = campaign.folder / f"{variable}{resumes}"
+        if resumes:
+            shutil.copytree(campaign.part, folder)
+        here = {variable: value}
+        code, out, err = finish(
+            begin(folder, cache=campaign.folder / "cache", surroundings=here)
+        )
+        what = f"{variable}={value}, {'resumed' if resumes else 'new'}"
+        if not resumes:
+            told = code == 0 and f"{variable.lower()}=" in out
+            summary = json.loads((folder / "summary.json").read_text()) if told else {}
+            told = told and variable.lower() in summary["made_by"]["settings"]
+            return Trial(what, UNDISTURBED if told else SILENT)
+        if code != 2:
+            return Trial(what, SILENT)
+        told = tells_one_error(err) and variable in err
+        return Trial(what, again(campaign, folder) if told else UGLY)
+
+    trials = itertools.product(OTHER_NUMBERS.items(), (False, True))
+    return [partial(compute, *pair, resumes) for pair, resumes in trials]
 
 
 def list_caches(campaign: Campaign) -> list[Callable[[], Trial]]:
@@ -427,6 +493,8 @@ TRIALS: dict[str, Callable[[Campaign], list[Callable[[], Trial]]]] = {
     "values": list_values,
     "disks": list_disks,
     "signals": list_signals,
+    "readers": list_readers,
+    "surroundings": list_surroundings,
     "caches": list_caches,
 }
 
@@ -462,7 +530,8 @@ times.
 
 {table}
 
-*As undisturbed*: finished with the same result. *Named in one line*: exit code 2 and
+*As undisturbed*: finished with the same result; a new run under other surroundings
+says so and records them. *Named in one line*: exit code 2 and
 one line that names the file or field. *Lost*: not finished though it could have been.
 *Silent*: exit code 0 with another result. *Many lines*: a traceback.
 """

@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 from fedmoe_jax.runtime.files import write_atomically
+from fedmoe_jax.runtime.origin import PACKAGE, find_commit
 
 RESULTS = Path(__file__).parent.parent / "results"
 HEAD = """# Performance
@@ -30,13 +31,15 @@ def processor() -> str:
 
 
 def describe_machine() -> str:
-    """Processor, cores, load, versions and date on one line."""
+    """Processor, cores, load, versions, commit and date on one line."""
+    commit, dirty = find_commit(PACKAGE)
+    changed = ", changed" if dirty else ""
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
     load = os.getloadavg()[0]
     return (
         f"{processor()}, {os.cpu_count()} cores, load {load:.1f} at the end; "
         f"Python {platform.python_version()}, {versions}; "
-        f"{datetime.date.today().isoformat()}"
+        f"commit {(commit or 'unknown')[:9]}{changed}; {datetime.date.today()}"
     )
 
 

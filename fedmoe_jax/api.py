@@ -19,6 +19,7 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.folders import resolve_folder
+from fedmoe_jax.runtime.settings import tell_settings
 from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
 from fedmoe_jax.scoring import evaluation_route
 from fedmoe_jax.train import checkpoint
@@ -101,6 +102,7 @@ def run(
         raise UserError("compare is not allowed here; allowed: a config of one run")
     validate(config)
     adopt_devices(config.run.num_devices)
+    tell_settings()
     if workdir is not None:
         folder = resolve_folder("workdir", workdir)
         check_plugins(folder)

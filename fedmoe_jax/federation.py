@@ -34,14 +34,19 @@ def count_steps(config: ConfigDict, size: np.ndarray) -> np.ndarray:
     return np.maximum(batches, 1).astype(np.int32)
 
 
-def make_partition(config: ConfigDict, data: Data) -> Partition:
+def make_partition(config: ConfigDict, data: Data, taken_gb: float = 0.0) -> Partition:
     """Divides the training examples among the clients and the server's public slice.
 
     There are `partition.unseen` clients beyond `num_clients`, which never take part.
 
+    Args:
+      config: of the run.
+      data: its data set.
+      taken_gb: gigabytes of the partitions of other runs that are in memory.
+
     Raises:
       UserError: the data cannot be divided so, or the lists of the clients' examples
-        are beyond `run.memory_limit_gb`.
+        are beyond `run.memory_limit_gb`, with those of other runs.
     """
     options = config.partition
     total, public = len(data.stratum), config.data.public
@@ -71,6 +76,7 @@ def make_partition(config: ConfigDict, data: Data) -> Partition:
         owner=None if data.owner is None else data.owner[rest],
         unseen=options.unseen,
         limit_gb=config.run.memory_limit_gb,
+        taken_gb=taken_gb,
     )
     partition = renumber(partition, rest)._replace(public=aside)
     shares = Shares(options.unseen, options.test_share, options.validation_share)

@@ -26,8 +26,9 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -209,7 +210,7 @@ def run(
     from fedmoe_jax.report.outputs import write_all
     from fedmoe_jax.runtime.lock import take_turn
     from fedmoe_jax.runtime.multihost import any_process, is_leader
-    from fedmoe_jax.runtime.settings import describe_settings
+    from fedmoe_jax.runtime.settings import tell_settings
     from fedmoe_jax.train.compare import compare
     from fedmoe_jax.train.parts import WHOLE, parse_part
     from fedmoe_jax.train.run import train
@@ -223,8 +224,7 @@ def run(
             "--config=configs/compare.py"
         )
 
-    if (settings := describe_settings()) and is_leader():
-        print(f"JAX is set to other numbers than usual: {settings}", flush=True)
+    tell_settings()
     gc.freeze()  # what is imported stays
     gc.enable()
     start = time.monotonic()
@@ -311,17 +311,19 @@ def join_reports(sources: list[str], command: str, baseline: str) -> int:
     return 0
 
 
-def join_hosts(config: ConfigDict, request: str) -> None:
+def join_hosts(config: ConfigDict, request: Mapping[str, Any]) -> None:
     """Joins the other processes, if there are any, and sets JAX up.
 
     Args:
       config: for `run.num_devices`.
-      request: what this process was asked to do, to be the same on all.
+      request: what this process was asked to do, in parts by name, to be the same on
+        all.
 
     Raises:
       UserError: a mistake in the flags, or processes that do not fit together.
     """
     from fedmoe_jax.runtime import multihost
+    from fedmoe_jax.runtime.origin import find_origin
     from fedmoe_jax.runtime.xla import keep_host, keep_programs, set_cpu_devices
 
     local_processes = multihost.join(
@@ -337,7 +339,7 @@ def join_hosts(config: ConfigDict, request: str) -> None:
         ) from None
     keep_host()
     keep_programs()
-    multihost.handshake(request)
+    multihost.handshake(request, find_origin())
 
 
 def name_command() -> str:
@@ -384,6 +386,7 @@ def main(argv: list[str], stop: Stop) -> int:
         except OSError as error:
             return refuse(describe_loss(error, _WORKDIR.value))
     from fedmoe_jax.runtime import multihost
+    from fedmoe_jax.runtime.files import flatten
     from fedmoe_jax.runtime.folders import resolve_folder
     from fedmoe_jax.train.workdir import check_free, check_plugins
 
@@ -394,7 +397,9 @@ def main(argv: list[str], stop: Stop) -> int:
             from fedmoe_jax.train.tune import take_settings
 
             take_settings(config, _SETTINGS.value)
-        join_hosts(config, f"{config} {workdir} {profile} {only}")
+        request = {f"config.{k}": v for k, v in flatten(config.to_dict()).items()}
+        request |= {"--workdir": str(workdir), "--profile": profile, "--only": only}
+        join_hosts(config, request | {"--tune": _TUNE.value})
         multihost.on_leader(check_plugins, workdir)
         multihost.on_leader(check_free, workdir, _ONLY.value is not None)
         if run(config, workdir, command, stop, profile, only, _TUNE.value):

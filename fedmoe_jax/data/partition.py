@@ -56,6 +56,7 @@ def split(
     owner: np.ndarray | None = None,
     unseen: int = 0,
     limit_gb: float = math.inf,
+    taken_gb: float = 0.0,
 ) -> Partition:
     """Divides the training examples among the clients.
 
@@ -78,7 +79,8 @@ def split(
       seed: >= 0; the same arguments always give the same partition.
       owner: [X] int in [0, N), of `natural`, which leaves every client what it has.
       unseen: how many never take part, for messages.
-      limit_gb: gigabytes that the partition may take.
+      limit_gb: gigabytes that the partition may take, with those before it.
+      taken_gb: gigabytes of the partitions of other runs that are in memory.
 
     Returns:
       The partition. M is the largest size rounded up to a power of two, so that
@@ -107,7 +109,7 @@ def split(
         if kind == "classes":
             _refuse_size(kind, drawn, options)
         drawn = _fill_up(drawn, options, rng)
-    _check_size(drawn, options, limit_gb)
+    _check_size(drawn, options, limit_gb, taken_gb)
     return _pack(drawn, stratum, options)
 
 
@@ -296,19 +298,22 @@ def _find_width(size: np.ndarray) -> int:
     return 1 << (max(int(size.max()), 1) - 1).bit_length()
 
 
-def _check_size(owner: np.ndarray, options: Options, limit_gb: float) -> None:
+def _check_size(
+    owner: np.ndarray, options: Options, limit_gb: float, taken_gb: float
+) -> None:
     """Raises UserError where the partition would be beyond the limit."""
     size = np.bincount(owner, minlength=options.num_clients)
     width = _find_width(size)
     rows = options.num_clients * (width + 1 + options.num_strata)
     needed = rows * np.dtype(np.int32).itemsize / 1e9
-    if needed > limit_gb:
+    if taken_gb + needed > limit_gb:
+        beside = f" beside the {taken_gb:.2f} of other runs" if taken_gb else ""
         raise UserError(
             f"run.memory_limit_gb={limit_gb:g} is too low: the lists of examples of "
             f"{options.clients} clients, each with room for the "
             f"{size.max()} of the largest (rounded up to {width}), need {needed:.2f} "
-            f"GB; allowed: at least {math.ceil(needed)}, or fewer clients, or clients "
-            "that are less skewed in size"
+            f"GB{beside}; allowed: at least {math.ceil(taken_gb + needed)}, or fewer "
+            "clients, or clients that are less skewed in size, or fewer runs at once"
         )
 
 

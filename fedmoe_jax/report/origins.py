@@ -10,19 +10,22 @@ from fedmoe_jax.runtime.files import flatten
 
 COMMIT_LETTERS = 9
 UNKNOWN = "unknown"
+VARIES = "varies"
 UNTIL = " until round "  # of a field that changed within a run
 
 
 def origin_of(run: Run) -> dict[str, Any]:
-    """The flat `made_by` of a summary; empty while a run is in progress, or older."""
-    return flatten(run.summary.get("made_by", {}))
+    """The flat `made_by` of the process that computed its last rounds, if known."""
+    return list_origins(run)[-1][1]
 
 
 def list_origins(run: Run) -> list[tuple[int, dict[str, Any]]]:
-    """The first round of each process that computed a run, and its flat `made_by`."""
-    origins = run.summary.get("origins", ())
-    found = [(each["first_round"], flatten(each["made_by"])) for each in origins]
-    return found or [(1, origin_of(run))]
+    """The first round of each process that computed a run, and its flat `made_by`.
+
+    One process without fields where none is known.
+    """
+    found = [(each["first_round"], flatten(each["made_by"])) for each in run.origins]
+    return found or [(1, {})]
 
 
 def made_by_columns(run: Run) -> dict[str, Any]:
@@ -34,6 +37,17 @@ def made_by_columns(run: Run) -> dict[str, Any]:
     last = origin_of(run)
     columns = {f"made_by.{name}": value for name, value in last.items()}
     return columns | {"made_by.earlier": describe_earlier(run)} if last else {}
+
+
+def join_columns(runs: Sequence[Run]) -> dict[str, Any]:
+    """The columns that trace a number of several runs; `VARIES` where they differ."""
+    each = [made_by_columns(run) for run in runs]
+    names = dict.fromkeys(name for columns in each for name in columns)
+    joined = {}
+    for name in names:
+        values = {str(columns.get(name)): columns.get(name) for columns in each}
+        joined[name] = values.popitem()[1] if len(values) == 1 else VARIES
+    return joined
 
 
 def describe_earlier(run: Run) -> str:
@@ -73,15 +87,15 @@ def _show(name: str, value: Any, whole: bool = False) -> str:
 
 
 def describe_origins(runs: Sequence[Run]) -> tuple[str, str]:
-    """What made all finished runs alike, and in what they differ with their counts.
+    """What made all begun runs alike, and in what they differ with their counts.
 
     Both are one line; empty where there is nothing to say. What is unknown of all runs
     is left out.
     """
-    finished = [run for run in runs if run.summary]
+    begun = [run for run in runs if run.summary or run.origins]
     alike, different = [], []
-    for name in list_names(finished):
-        values = Counter(_show_run(run, name) for run in finished)
+    for name in list_names(begun):
+        values = Counter(_show_run(run, name) for run in begun)
         if len(values) > 1 or UNTIL in next(iter(values)):
             counts = [
                 f"{value} ({count} run{'s' if count > 1 else ''})"

@@ -15,7 +15,7 @@ from fedmoe_jax.report import forms
 from fedmoe_jax.report.rows import is_number, measured, read_metrics, stack_experts
 from fedmoe_jax.report.summary import measure_run, reach_targets
 from fedmoe_jax.runtime.files import flatten, read_arrays, read_json
-from fedmoe_jax.runtime.seals import METRICS, find_broken
+from fedmoe_jax.runtime.seals import METRICS, ORIGINS, find_broken
 
 NAN = float("nan")
 # Config fields that do not change what a run computes, or that number its repetition.
@@ -48,6 +48,8 @@ class Run(NamedTuple):
       label: the strategy; runs of one label are repetitions of one another.
       measures: by the keys of its numbers; the package's where the run is in progress
         or older than its summary's `measures`.
+      origins: the processes that computed it, as `origins.json` or the summary lists
+        them; empty where none is known.
     """
 
     config: dict[str, Any]
@@ -57,6 +59,7 @@ class Run(NamedTuple):
     folder: Path
     label: str
     measures: Mapping[str, Measure]
+    origins: Sequence[Mapping[str, Any]] = ()
 
 
 def load_run(folder: str | Path) -> Run:
@@ -93,7 +96,20 @@ def load_run(folder: str | Path) -> Run:
         measures=unpack_measures(summary["measures"], path)
         if "measures" in summary
         else MEASURES,
+        origins=read_origins(folder, summary),
     )
+
+
+def read_origins(folder: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What computed a run, that of a run in progress from its own file, if it can."""
+    if "origins" in summary:
+        return summary["origins"]
+    if "made_by" in summary:
+        return [{"first_round": 1, "made_by": summary["made_by"]}]
+    try:
+        return read_json(folder / ORIGINS)["origins"]
+    except (OSError, UserError, KeyError, TypeError):  # none, or it is damaged
+        return []
 
 
 def check_sealed(folder: Path) -> None:

@@ -4,9 +4,9 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -26,22 +26,31 @@ class Trial(NamedTuple):
       change: of the config, `client.learning_rate=RATE` first.
       rounds: of the run.
       value: of the measure, higher is better; NaN where the run diverged.
+      made_by: what computed the run, flat.
     """
 
     strategy: str
     change: str
     rounds: int
     value: float
+    made_by: Mapping[str, Any]
 
 
 def write_tuning_csv(path: Path, trials: Iterable[Trial], measure: str) -> None:
-    """One row per trial; of one that diverged the value is empty."""
+    """One row per trial; of one that diverged the value is empty.
+
+    The last columns trace its run, as those of `runs.csv`.
+    """
+    trials = list(trials)
+    traced = dict.fromkeys(name for trial in trials for name in trial.made_by)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(("strategy", "change", "rounds", measure))
+    columns = [f"made_by.{name}" for name in traced]
+    writer.writerow(["strategy", "change", "rounds", measure, *columns])
     for trial in trials:
         value = "" if math.isnan(trial.value) else f"{trial.value:.10g}"
-        writer.writerow((trial.strategy, trial.change, trial.rounds, value))
+        origin = [trial.made_by.get(name) for name in traced]
+        writer.writerow([trial.strategy, trial.change, trial.rounds, value, *origin])
     write_atomically(path, text.getvalue())
 
 

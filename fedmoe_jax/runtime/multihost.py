@@ -13,14 +13,15 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fedmoe_jax.options import UserError
+from fedmoe_jax.options import UserError, show
+from fedmoe_jax.runtime.files import plain
 from fedmoe_jax.types import PyTree
 
 # A process that was not heard of for so many seconds is dead, and so are the others.
@@ -103,14 +104,15 @@ def join(
     return num_processes if local and num_processes else 1
 
 
-def handshake(request: str) -> None:
+def handshake(request: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
     """The first meeting of all processes; silences all but the leader.
 
     Args:
-      request: what this process was asked to do.
+      request: what this process was asked to do, in parts by name.
+      origin: what it would compute with, likewise, see `find_origin`.
 
     Raises:
-      UserError: they have different numbers of devices or different requests.
+      UserError: they have different numbers of devices, requests or origins.
     """
     if not is_leader():
         sys.stdout.flush()
@@ -121,7 +123,7 @@ def handshake(request: str) -> None:
             f"the processes have {sorted(counts.values())} devices; allowed: equally "
             "many on each, see run.num_devices and XLA_FLAGS"
         )
-    check_equal("config, workdir and profile", request)
+    check_same(dict(request) | dict(origin))
 
 
 def is_leader() -> bool:
@@ -155,6 +157,23 @@ def check_equal(what: str, tree: PyTree) -> None:
     sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
     if len(set(allgather_text(str(sums)))) > 1:
         _end_all(f"{what} differ between the processes; allowed: the same on all")
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Checks that all processes have the same values, by name.
+
+    Raises:
+      UserError: they do not; names the first that differs, and how.
+    """
+    texts = allgather_text(json.dumps(plain(values)))
+    of_all = [json.loads(text) for text in texts]
+    for name in values:
+        first, *others = (each.get(name) for each in of_all)
+        if other := [value for value in others if value != first]:
+            _end_all(
+                f"{name} differs between the processes ({show(first)} and "
+                f"{show(other[0])}); allowed: the same on all"
+            )
 
 
 def run_on_all(function: Callable, *arguments: Any) -> Any:

@@ -7,6 +7,7 @@ from fedmoe_jax.runtime.files import digest, read_json, write_json
 
 SEALS = "sha256.json"
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+ORIGINS = "origins.json"  # of a run in progress, too, with a digest of its own
 RESULTS = (METRICS, "final.npz", "summary.json")
 SEALED = (CONFIG, *RESULTS)
 

@@ -45,6 +45,12 @@ def describe_settings() -> str:
     return " ".join(f"{name}={value}" for name, value in sorted(changed))
 
 
+def tell_settings() -> None:
+    """Prints the settings that are not JAX's own, where there are any."""
+    if settings := describe_settings():
+        print(f"JAX is set to other numbers than usual: {settings}", flush=True)
+
+
 def check_settings(saved: dict, where: str) -> None:
     """Checks that this process computes as the one that saved a state.
 

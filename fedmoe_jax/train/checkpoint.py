@@ -232,7 +232,16 @@ def _read(
     for name, leaf in _named(state):
         if _sha256(leaf) != leaves[name][1]:
             raise ValueError(f"{name} does not match its sha256")
+    _check_round(state, step)
     return Found(state, step, meta.get("rows", []))
+
+
+def _check_round(state: PyTree, step: int) -> None:
+    """Raises ValueError where a simulation is of another round than its number."""
+    if hasattr(state, "round"):
+        found = np.unique(_on_host(state.round))
+        if found.tolist() != [step]:
+            raise ValueError(f"it is of round {found.max()} under another number")
 
 
 def _set_aside(store: ocp.CheckpointManager, damaged: dict, step: int) -> None:
@@ -312,8 +321,13 @@ def _sha256(leaf: Array) -> str:
     is_key = jax.dtypes.issubdtype  # pyright: ignore[reportPrivateImportUsage] is public
     if is_key(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
+    return hashlib.sha256(_on_host(leaf).tobytes()).hexdigest()
+
+
+def _on_host(leaf: Array) -> np.ndarray:
+    """The values of a leaf that all devices have, or those of one process."""
     values = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+    return np.ascontiguousarray(values)
 
 
 def _sha256_of_list(leaves: Leaves) -> str:

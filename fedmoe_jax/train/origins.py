@@ -8,8 +8,7 @@ from typing import Any
 
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import plain, read_json, write_json
-
-ORIGINS = "origins.json"
+from fedmoe_jax.runtime.seals import ORIGINS
 
 NUMERIC = {"jax", "jaxlib", "device", "xla_flags", "variables"}
 

@@ -101,7 +101,9 @@ def make_partition_once(
     """As `make_partition`, added to those made; runs that divide alike share arrays."""
     key = config.seed, config.num_clients, str(config.data), str(config.partition)
     if key not in made:
-        made[key] = make_partition(config, data)
+        arrays = (array for each in made.values() for array in each)
+        taken = sum(array.nbytes for array in arrays) / 1e9
+        made[key] = make_partition(config, data, taken)
     return made[key]
 
 

@@ -18,7 +18,7 @@ from fedmoe_jax.options import UserError, is_number, show
 from fedmoe_jax.program import configure
 from fedmoe_jax.report.tuning import Trial, split_rate
 from fedmoe_jax.runtime import multihost
-from fedmoe_jax.runtime.files import plain, read_json, write_json
+from fedmoe_jax.runtime.files import flatten, plain, read_json, write_json
 from fedmoe_jax.runtime.folders import resolve_folder
 from fedmoe_jax.train.compare import compare, make_member, split_strategy
 
@@ -122,10 +122,9 @@ def read_trials(
                 "measure of an evaluation, those of validation examples with "
                 "partition.validation_share > 0"
             )
-        diverged = bool(summary.get("diverged"))
-        trials.append(
-            Trial(strategy, change, rounds, math.nan if diverged else float(value))
-        )
+        value = math.nan if summary.get("diverged") else float(value)
+        made_by = flatten(summary.get("made_by", {}))
+        trials.append(Trial(strategy, change, rounds, value, made_by))
     return trials
 
 

@@ -1,12 +1,16 @@
 """What made runs: what they share, and where they differ."""
 
+import json
+
 from fedmoe_jax.report.origins import (
     describe_origins,
+    join_columns,
     made_by_columns,
     origin_of,
 )
+from fedmoe_jax.report.runs import load_run
 
-from .fake_runs import make_run
+from .fake_runs import make_run, write_run
 
 ORIGIN = {
     "commit": "a1b2c3d4e5f6a7b8",
@@ -19,8 +23,9 @@ ORIGIN = {
 
 
 def made_by(tmp_path, **changes):
-    run = make_run(tmp_path)
-    return run._replace(summary={"made_by": ORIGIN | changes})
+    run, origin = make_run(tmp_path), ORIGIN | changes
+    origins = [{"first_round": 1, "made_by": origin}]
+    return run._replace(summary={"made_by": origin}, origins=origins)
 
 
 def test_describe_origins_of_one_run_has_no_differences(tmp_path):
@@ -45,7 +50,28 @@ def test_describe_origins_counts_the_runs_of_each(tmp_path):
     )
 
 
-def test_describe_origins_knows_nothing_of_runs_in_progress_and_older(tmp_path):
+def test_a_run_in_progress_is_traced_by_its_own_file(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "summary.json").unlink()
+    (folder / "origins.json").write_text(
+        json.dumps({"origins": [{"first_round": 1, "made_by": ORIGIN}]})
+    )
+    run = load_run(folder)
+    assert not run.summary and origin_of(run) == ORIGIN
+    assert describe_origins([run])[0].startswith("commit a1b2c3d4e")
+    (folder / "origins.json").write_text("{")
+    assert origin_of(load_run(folder)) == {}
+
+
+def test_join_columns_says_what_varies(tmp_path):
+    one, other = made_by(tmp_path), made_by(tmp_path, device="H100")
+    assert join_columns([one, one]) == made_by_columns(one)
+    joined = join_columns([one, other])
+    assert joined == made_by_columns(one) | {"made_by.device": "varies"}
+    assert join_columns([one, make_run(tmp_path)])["made_by.commit"] == "varies"
+
+
+def test_describe_origins_knows_nothing_of_older_runs(tmp_path):
     early = make_run(tmp_path)
     assert origin_of(early) == {} and describe_origins([early]) == ("", "")
     alike, different = describe_origins([early, made_by(tmp_path)])
@@ -62,8 +88,7 @@ def resumed(tmp_path, *starts, **changes):
     for start, name in zip(starts, [*changes], strict=True):
         origin = origins[-1]["made_by"] | {name: ORIGIN[name]}
         origins.append({"first_round": start, "made_by": origin})
-    run = made_by(tmp_path)
-    return run._replace(summary=run.summary | {"origins": origins})
+    return made_by(tmp_path)._replace(origins=origins)
 
 
 FAST = "--xla_cpu_enable_fast_math=true"
@@ -96,6 +121,6 @@ def test_origins_of_rounds_before_they_were_kept_are_unknown(tmp_path):
     run = made_by(tmp_path)
     early = {"first_round": 1, "made_by": {}}
     late = {"first_round": 3, "made_by": ORIGIN}
-    run.summary["origins"] = [early, late]
+    run = run._replace(origins=[early, late])
     assert "device unknown until round 2, then cpu" in describe_origins([run])[1]
     assert "rounds 1 to 2: commit=unknown" in made_by_columns(run)["made_by.earlier"]

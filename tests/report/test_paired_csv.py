@@ -28,6 +28,20 @@ def test_write_paired_csv_has_the_numbers_of_the_tables(tmp_path):
     assert len(records) == 2 * len(measures)
 
 
+def test_write_paired_csv_traces_the_runs_of_both_labels(tmp_path):
+    runs = make_labels(tmp_path, greedy={0: 0.4, 1: 0.4}, random={0: 0.5, 1: 0.5})
+    origin = lambda run: {"commit": "a1b2", "device": run.label}
+    traced = [
+        run._replace(origins=[{"first_round": 1, "made_by": origin(run)}])
+        for run in runs
+    ]
+    write_paired_csv(tmp_path / "paired.csv", traced, "greedy")
+    with (tmp_path / "paired.csv").open(newline="", encoding="utf-8") as file:
+        for record in csv.DictReader(file):
+            assert record["made_by.commit"] == "a1b2"
+            assert record["made_by.device"] == "varies"
+
+
 def test_write_paired_csv_has_the_parts_once(tmp_path):
     write_paired_csv(tmp_path / "x.csv", make_labels(tmp_path, **IN_PARTS), "random")
     lines = (tmp_path / "x.csv").read_text().splitlines()[1:]

@@ -12,12 +12,18 @@ from fedmoe_jax.report.tuning import (
 )
 
 SERVER = "server.optimizer=fedadam,server.learning_rate=0.01"
+
+
+def make_trial(*values):
+    return Trial(*values, made_by={"commit": "a1b2", "dirty": False})
+
+
 TRIALS = [
-    Trial("greedy", "client.learning_rate=0.05", 2, 0.5),
-    Trial("greedy", "client.learning_rate=0.01", 2, 0.25),
-    Trial("greedy", f"client.learning_rate=0.01,{SERVER}", 2, 0.75),
-    Trial("greedy", "client.learning_rate=0.1", 2, math.nan),
-    Trial("random", "client.learning_rate=0.01", 2, 0.125),
+    make_trial("greedy", "client.learning_rate=0.05", 2, 0.5),
+    make_trial("greedy", "client.learning_rate=0.01", 2, 0.25),
+    make_trial("greedy", f"client.learning_rate=0.01,{SERVER}", 2, 0.75),
+    make_trial("greedy", "client.learning_rate=0.1", 2, math.nan),
+    make_trial("random", "client.learning_rate=0.01", 2, 0.125),
 ]
 
 
@@ -45,10 +51,13 @@ def test_every_trial_is_a_row(tmp_path):
         "0.125",
     ]
     assert rows[2]["change"] == TRIALS[2].change
+    assert {(row["made_by.commit"], row["made_by.dirty"]) for row in rows} == {
+        ("a1b2", "False")
+    }
 
 
 def test_a_curve_has_the_colour_of_the_legend_in_every_panel():
-    other = [Trial("random", f"client.learning_rate=0.01,{SERVER}", 2, 0.5)]
+    other = [make_trial("random", f"client.learning_rate=0.01,{SERVER}", 2, 0.5)]
     figure = draw_tuning([*TRIALS, *other, *TRIALS[-1:]], "global_accuracy")
     assert [line.get_color() for line in figure.axes[0].lines] == ["C0", "C1"]
     figure = draw_tuning([*TRIALS[:4], *other, *TRIALS[-1:]], "global_accuracy")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.guard import LOST
+from fedmoe_jax.runtime.lock import lock
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train import run as train
 from fedmoe_jax.train.compare import compare
@@ -36,7 +38,8 @@ PATIENCE = 150  # seconds after which processes that should have ended are hangi
 SIZES = SMALL | {"num_rounds": 6, "num_clients": 5, "run.num_devices": 2}
 STUDY = {"strategies": ("greedy", "random"), "seeds": (0, 1)}
 
-# Starts launch.py, which sends itself SIGNAL in the round ROUND and draws no pictures.
+# Starts launch.py, which sends itself SIGNAL in the round ROUND, before it compiles in
+# round 0, and draws no pictures.
 SCRIPT = """
 import os, runpy, signal, sys, time
 number, last = map(int, sys.argv[1:3])
@@ -57,6 +60,12 @@ def changed(argv, stop):  # in the child that the guard has split off
                 time.sleep(0.01)
         return list_rows(config, done, *others)
     driver.list_rows = interrupted
+    compile_programs = driver.compile_programs
+    def struck(*inputs):
+        if last == 0:
+            os.kill(os.getpid(), number)
+        return compile_programs(*inputs)
+    driver.compile_programs = struck
     return main(argv, stop)
 launch.main = changed
 sys.argv = sys.argv[3:]
@@ -84,8 +93,8 @@ def launch(tmp_path_factory):
     """Runs launch.py in two processes.
 
     `struck` maps a process to the signal that it sends itself and in which round;
-    `extra` are further flags of the second process. Returns exit codes, stdouts,
-    stderrs.
+    `extra` are further flags of the second process, `variables` the environment of
+    some. Returns exit codes, stdouts, stderrs.
     """
     cache = tmp_path_factory.mktemp("cache")
     env = os.environ | {
@@ -96,7 +105,7 @@ def launch(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def run(*words, struck=None, extra=()):
+    def run(*words, struck=None, extra=(), variables=MappingProxyType({})):
         port = free_port()
         paths = [[cache / f"{name}{i}" for name in ("out", "err")] for i in (0, 1)]
         with contextlib.ExitStack() as stack:
@@ -110,7 +119,11 @@ def launch(tmp_path_factory):
                 out, err = [stack.enter_context(p.open("w")) for p in paths[process]]
                 started.append(
                     subprocess.Popen(
-                        command, env=env, cwd=cache, stdout=out, stderr=err
+                        command,
+                        env=env | variables.get(process, {}),
+                        cwd=cache,
+                        stdout=out,
+                        stderr=err,
                     )
                 )
             wait_for(started)
@@ -161,13 +174,13 @@ def assert_same_run(found, expected):
 
 @pytest.fixture(scope="module")
 def interrupted(launch, tmp_path_factory):
-    """One run, stopped through process 1, then without process 1, then without 0."""
+    """One run, stopped through process 1, then without 1, then compiled without 0."""
     folder = tmp_path_factory.mktemp("run") / "here"
     words = [*TINY, f"--workdir={folder}"]
     return folder, {
         "stopped": launch(*words, struck={1: (signal.SIGTERM, 2)}),
         "1 killed": launch(*words, struck={1: (signal.SIGKILL, 3)}),
-        "0 killed": launch(*words, struck={0: (signal.SIGKILL, 5)}),
+        "0 killed": launch(*words, struck={0: (signal.SIGKILL, 0)}),
         "finished": launch(*words),
     }
 
@@ -250,8 +263,31 @@ def test_different_requests_end_both(launch, tmp_path):
     words = [*TINY, f"--workdir={tmp_path / 'new'}"]
     codes, _, errs = launch(*words, extra=["--config.seed=1"])
     assert codes == [2, 2] and errs[1] == ""
-    assert errs[0].startswith("error: config, workdir and profile differ")
+    assert errs[0] == (
+        "error: config.seed differs between the processes (0 and 1); allowed: the "
+        "same on all\n"
+    )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_computes_otherwise_ends_both(launch, tmp_path):
+    words = [*TINY, f"--workdir={tmp_path / 'new'}"]
+    codes, _, errs = launch(*words, variables={1: {"JAX_ENABLE_X64": "1"}})
+    assert codes == [2, 2] and errs[1] == ""
+    assert errs[0] == (
+        "error: settings differs between the processes ('' and 'jax_enable_x64=True'); "
+        "allowed: the same on all\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_ends_both(launch, tmp_path):
+    with lock(tmp_path):
+        codes, _, errs = launch(*TINY, f"--workdir={tmp_path}")
+    assert codes == [2, 2] and errs[1] == ""
+    told = f"error: workdir={tmp_path} is in use by process {os.getpid()} on "
+    assert errs[0].startswith(told) and errs[0].count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 ADDRESS = "localhost:1234"

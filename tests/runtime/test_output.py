@@ -73,6 +73,18 @@ def test_secure_takes_a_full_disk_for_no_reason_to_stop(monkeypatch):
     errors.close()
 
 
+def test_secure_wishes_to_stop_when_the_reader_has_left(monkeypatch):
+    read, stream = open_pipe("utf-8")
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", stream)
+    gone = []
+    output.secure(on_reader_gone=lambda: gone.append(True))
+    for _ in range(3):
+        print("lost", flush=True)
+    assert gone == [True]
+    stream.close()
+
+
 def test_a_program_without_output_ends_as_with_it():
     program = "from fedmoe_jax import launch; launch.app.run = "
     program += "lambda *args, **options: print('lost'); launch.start()"

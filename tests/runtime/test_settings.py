@@ -31,6 +31,16 @@ def test_this_jax_has_every_setting_and_its_usual_value():
     assert settings.read_settings() == settings.DEFAULTS
 
 
+def test_tell_settings_is_silent_unless_one_is_changed(capsys):
+    settings.tell_settings()
+    assert capsys.readouterr().out == ""
+    with jax.default_matmul_precision("highest"):
+        settings.tell_settings()
+    assert capsys.readouterr().out == (
+        "JAX is set to other numbers than usual: jax_default_matmul_precision=highest\n"
+    )
+
+
 def test_check_settings_refuses_another_precision():
     saved = settings.read_settings()
     settings.check_settings({}, "an older checkpoint")

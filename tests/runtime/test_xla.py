@@ -91,6 +91,16 @@ def test_programs_are_kept_unless_told_where(monkeypatch, tmp_path):
             jax.config.update(name, value)
 
 
+def test_processors_that_differ_share_no_programs(monkeypatch):
+    names = []
+    for features in ("fpu avx2", "fpu avx2 avx512f"):
+        text = f"processor : 0\nmodel name : AMD EPYC\nflags : {features}\n"
+        monkeypatch.setattr(xla.Path, "read_text", lambda path, text=text: text)
+        names.append(xla.name_processor())
+    assert len(set(names)) == 2
+    assert xla.name_processor() == names[1]
+
+
 @pytest.fixture
 def no_folder():
     """JAX without a folder of programs, as it was before afterwards."""

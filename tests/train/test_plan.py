@@ -6,6 +6,7 @@ import pytest
 from factories import make_config, make_data, never, plan_run, tiny_study
 
 from fedmoe_jax.data.load import DATASETS
+from fedmoe_jax.federation import make_partition
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.sharding import CLIENTS, RUNS, build_mesh
 from fedmoe_jax.train.compare import compare, list_members
@@ -15,6 +16,7 @@ from fedmoe_jax.train.plan import (
     estimate,
     load_data,
     load_dataset_once,
+    make_partition_once,
     make_wave,
     plan_waves,
     program_key,
@@ -171,6 +173,19 @@ def test_cut_makes_waves_that_fit_into_the_memory(tmp_path):
     folders, whole = compare(config, tmp_path, stop=never, profile=False)
     assert whole and len(folders) == 6
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_the_partitions_of_all_runs_are_within_the_limit_together():
+    config, data = make_config(), make_data(64)
+    made = {}
+    alone = sum(array.nbytes for array in make_partition(config, data)) / 1e9
+    config.run.memory_limit_gb = 1.5 * alone
+    make_partition_once(config, data, made)
+    assert make_partition_once(config, data, made) is made.popitem()[1]
+    make_partition_once(config, data, made)
+    config.seed = 1
+    with pytest.raises(UserError, match="beside the .* of other runs; allowed"):
+        make_partition_once(config, data, made)
 
 
 @pytest.mark.slow

@@ -538,11 +538,19 @@ def test_train_makes_damaged_results_again(finished, tmp_path, name, damage):
     assert {key: one[key] for key in keys} == {key: other[key] for key in keys}
 
 
-def test_train_passes_over_a_checkpoint_under_another_number(finished, tmp_path):
+@pytest.mark.parametrize("numbered", [True, False])  # older ones do not say their step
+def test_train_passes_over_a_checkpoint_under_another_number(
+    finished, tmp_path, numbered
+):
     folder = shutil.copytree(finished, tmp_path / "run")
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "4")
     shutil.copytree(folder / "checkpoints" / "2", folder / "checkpoints" / "4")
+    if not numbered:
+        path = folder / "checkpoints" / "4" / "meta" / "metadata"
+        meta = json.loads(path.read_text())
+        assert meta.pop("step") == 2
+        path.write_text(json.dumps(meta))
     assert run(folder)
     assert_same_run(folder, finished)
 

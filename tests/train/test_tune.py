@@ -92,12 +92,16 @@ def test_trials_are_a_comparison_on_one_seed():
     assert trial.compare.seeds == (3,) and trial.num_rounds == 2
 
 
+def make_trial(*values):
+    return Trial(*values, made_by={})
+
+
 TRIALS = [
-    Trial("a", "x", 2, 0.5),
-    Trial("a", "y", 2, math.nan),
-    Trial("a", "z", 2, 0.7),
-    Trial("b", "x", 2, math.nan),
-    Trial("b", "y", 2, 0.1),
+    make_trial("a", "x", 2, 0.5),
+    make_trial("a", "y", 2, math.nan),
+    make_trial("a", "z", 2, 0.7),
+    make_trial("b", "x", 2, math.nan),
+    make_trial("b", "y", 2, 0.1),
 ]
 
 
@@ -111,9 +115,9 @@ def test_the_choice_says_where_a_better_rate_may_lie_beyond():
     config.tune.rates, config.tune.measure = (0.01, 0.02, 0.03), "m"
     rate = "client.learning_rate="
     trials = [
-        Trial("a", f"{rate}0.02", 4, 0.5),
-        Trial("a", f"{rate}0.01,server.clip=1.0", 4, 0.25),
-        Trial("b", f"{rate}0.03", 4, 0.75),
+        make_trial("a", f"{rate}0.02", 4, 0.5),
+        make_trial("a", f"{rate}0.01,server.clip=1.0", 4, 0.25),
+        make_trial("b", f"{rate}0.03", 4, 0.75),
     ]
     assert list(tuning.describe_choice(trials, ["a", "b"], config)) == [
         f"a: {rate}0.02, m 0.500",
