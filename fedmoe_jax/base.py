@@ -41,8 +41,10 @@ class Data(NamedTuple):
       test_stratum: [X'] int32, likewise.
       stratum_names: L names.
       task: the name of its task in `tasks.TASKS`.
-      owner: [X] int32 in [0, N), the natural client of each training example, for
+      owner: [X] int32 in [0, n), the natural client of each training example, for
         `partition.kind=natural`; None where there is none.
+      test_owner: [X'] int32 in [0, n), the natural client of each test example, whose
+        own test set it then is; None where test examples have none.
     """
 
     train: dict[str, np.ndarray]
@@ -52,6 +54,7 @@ class Data(NamedTuple):
     stratum_names: tuple[str, ...]
     task: str
     owner: np.ndarray | None = None
+    test_owner: np.ndarray | None = None
 
 
 class Scores(NamedTuple):

@@ -196,6 +196,20 @@ def check_baseline(label: str) -> None:
         )
 
 
+def check_overlap(values: dict[str, Any]) -> None:
+    """Raises UserError where clients would be tested on what others train on."""
+    if not values["partition.overlap"]:
+        return
+    for name in ("test_share", "validation_share", "unseen"):
+        field = f"partition.{name}"
+        if values[field]:
+            raise UserError(
+                f"{field}={show(values[field])} is not allowed with partition.overlap="
+                f"{values['partition.overlap']}, as other clients may own these "
+                "examples; allowed: 0"
+            )
+
+
 def check_drift(values: dict[str, Any]) -> None:
     """Raises UserError for a drift that the run would not see or could not have."""
     on = values["drift.labels"] > 0 or values["drift.images"] != "none"
@@ -287,6 +301,7 @@ def validate(config: ConfigDict) -> None:
     for name, allowed in strategy.allowed:
         check(name, values[name], allowed, where)
     check_at_most(values, strategy.at_most, where)
+    check_overlap(values)
     check_drift(values)
     check_schedules(values)
     check_targets(values["evaluation.targets"])

@@ -54,7 +54,7 @@ def make_partition(config: ConfigDict, data: Data, taken_gb: float = 0.0) -> Par
     if options.unseen:
         clients += options.unseen
         named += f" + partition.unseen={options.unseen}"
-    most = total - clients * options.min_size
+    most = total - (1 if options.overlap else clients * options.min_size)
     if public > max(most, 0):
         raise UserError(
             f"data.public={public} is not allowed; allowed: 0 to {max(most, 0)}, which "
@@ -64,6 +64,7 @@ def make_partition(config: ConfigDict, data: Data, taken_gb: float = 0.0) -> Par
     rng = np.random.default_rng([config.seed, 2])
     order = rng.permutation(total).astype(np.int32)
     aside, rest = np.sort(order[:public]), np.sort(order[public:])
+    owner, test_owner = assign_owners(config, data)
     partition = split(
         options.kind,
         data.stratum[rest],
@@ -73,19 +74,42 @@ def make_partition(config: ConfigDict, data: Data, taken_gb: float = 0.0) -> Par
         classes_per_client=options.classes_per_client,
         min_size=options.min_size,
         seed=config.seed,
-        owner=None if data.owner is None else data.owner[rest],
+        owner=None if owner is None else owner[rest],
         unseen=options.unseen,
+        overlap=options.overlap,
         limit_gb=config.run.memory_limit_gb,
         taken_gb=taken_gb,
     )
     partition = renumber(partition, rest)._replace(public=aside)
     shares = Shares(options.unseen, options.test_share, options.validation_share)
-    return set_aside(partition, data.stratum, shares, config.seed)
+    return set_aside(partition, data.stratum, shares, config.seed, test_owner)
+
+
+def assign_owners(
+    config: ConfigDict, data: Data
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The client of each training and test example that has a natural one.
+
+    Where the data have more clients than the run, each client of the run has as many of
+    them as others, or one more, at random.
+
+    Returns:
+      [X] and [X'] int, None each where there is none.
+    """
+    options = config.partition
+    if options.kind != "natural" or data.owner is None:
+        return None, None
+    found, clients = int(data.owner.max()) + 1, config.num_clients + options.unseen
+    client = np.arange(found)
+    if found > clients:
+        client = np.random.default_rng([config.seed, 6]).permutation(found) % clients
+    test_owner = data.test_owner
+    return client[data.owner], None if test_owner is None else client[test_owner]
 
 
 def list_own_tests(config: ConfigDict, partition: Partition) -> Lists | None:
-    """Every client's own test set; None where the config sets none aside."""
-    if not config.partition.test_share:
+    """Every client's own test set; None where there is none."""
+    if not config.partition.test_share and not len(partition.own_test):
         return None
     owned = partition.own_test_client, partition.own_test
     on_host: Any = list_examples(*owned, config.num_clients)
@@ -156,8 +180,12 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     if find_strategy(config.strategy).pooled:
         partition, devices = pool(partition), unlimited_device()
         drift_source = np.zeros(1, np.int32)
+    train = data.train
+    if (partition.own_test >= len(data.stratum)).any():
+        join = lambda name: np.concatenate([train[name], data.test[name]])
+        train = {name: join(name) for name in data.train}
     on_host: dict[str, Any] = dict(
-        train=data.train,
+        train=train,
         index=partition.index,
         size=partition.size,
         steps=count_steps(config, partition.size),

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from fedmoe_jax.align.fitness import SCORES
-from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.data.partition import KINDS
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.image_parts import EXPERTS, STEMS
@@ -149,9 +148,10 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "data.name",
-        DATASETS,
-        "data set: scikit-learn's digits, a synthetic task whose best "
-        "assignment is known, or CIFAR-10 from TFDS",
+        None,
+        "data set: digits (scikit-learn's), synthetic (a task whose best assignment is "
+        "known), arrays (data.file), or one that TFDS has prepared, such as cifar10, "
+        "mnist or emnist/byclass",
     ),
     Option(
         "data.public",
@@ -163,6 +163,9 @@ OPTIONS: tuple[Option, ...] = (
         None,
         "TFDS folder; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets",
     ),
+    Option("data.file", None, ".npz file of arrays, see docs/running.md"),
+    Option("data.image_key", None, "TFDS feature of the images; empty: the only one"),
+    Option("data.label_key", None, "TFDS feature of the labels; empty: the only one"),
     Option(
         "partition.kind",
         tuple(KINDS),
@@ -181,6 +184,12 @@ OPTIONS: tuple[Option, ...] = (
         "shards of each client, of shards, or its classes, of classes",
     ),
     Option("partition.min_size", COUNT, "examples that every client gets at least"),
+    Option(
+        "partition.overlap",
+        NON_NEGATIVE,
+        "examples that each client draws among all of them, so that they have several "
+        "owners and a population may be larger than the data; 0: each has one owner",
+    ),
     Option(
         "partition.test_share",
         Range(0, 1, open_high=True),

@@ -187,6 +187,13 @@ def make_config(**changes):
     return config
 
 
+def make_options(**changes):
+    """The default config's group `data` with some fields changed."""
+    options = default.get_config().data
+    options.update(changes)
+    return options
+
+
 def tiny_config(**changes):
     config = default.get_config("smoke")
     config.update_from_flattened_dict(TINY | changes)

@@ -89,7 +89,7 @@ def test_every_study_builds(name, argument):
         if config.seed == 0 and new:
             cifar = config.data.name == "cifar10"
             load = draw_images if cifar else load_dataset
-            data = load(config.data.name, config.data.dir)
+            data = load(config.data)
             if cifar:
                 with config.unlocked():
                     config.data.public = min(config.data.public, 50)
@@ -407,7 +407,7 @@ def test_hyperparameters_are_read_from_their_fields():
         assert found.dtype == (np.int32 if whole else np.float32), name
 
 
-def draw_images(name, data_dir):
+def draw_images(options):
     """As many random images of CIFAR-10's shape as 20 clients need."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (400, 32, 32, 3), np.uint8)

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from factories import make_data, tiny_config
 
-from fedmoe_jax.federation import count_steps, make_federation
+from fedmoe_jax.api import run
+from fedmoe_jax.data.images import label_images
+from fedmoe_jax.data.load import DATASETS
+from fedmoe_jax.federation import (
+    assign_owners,
+    count_steps,
+    make_federation,
+    make_partition,
+)
+from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Partition
 
 
@@ -51,3 +60,81 @@ def test_make_federation_gives_every_client_its_histogram(strategy):
     np.testing.assert_allclose(federation.label_mix, LABEL_MIX, rtol=1e-6)
     sizes = {"load_balanced": [4, 8], "centralised": [12]}[strategy]
     assert federation.size.tolist() == sizes
+
+
+def make_natural(owner, test_owner, **changes):
+    """Data of natural clients, and a config that takes them as they are."""
+    y = np.arange(len(owner), dtype=np.int32) % 3
+    test_y = np.arange(len(test_owner), dtype=np.int32) % 3
+    images = lambda y: np.full((len(y), 8, 8, 1), y[:, None, None, None], np.uint8)
+    data = label_images(images(y), y, images(test_y), test_y, ("a", "b", "c"))
+    config = tiny_config(**{"partition.kind": "natural", "partition.min_size": 1})
+    config.update_from_flattened_dict(changes)
+    return config, data._replace(owner=owner, test_owner=test_owner)
+
+
+def test_assign_owners_shares_natural_clients_out_evenly():
+    owner, test_owner = np.arange(60) % 15, np.arange(30) % 15
+    config, data = make_natural(owner, test_owner, num_clients=4, cohort_size=4)
+    client, test_client = assign_owners(config, data)
+    groups = [set(owner[client == c]) for c in range(4)]
+    assert sorted(map(len, groups)) == [3, 4, 4, 4]
+    assert set.union(*groups) == set(range(15))
+    np.testing.assert_array_equal(test_client, client[:30])
+    config.seed = 1
+    assert (assign_owners(config, data)[0] != client).any()
+    config.num_clients = 15
+    np.testing.assert_array_equal(assign_owners(config, data)[0], owner)
+    config.partition.kind = "iid"
+    assert assign_owners(config, data) == (None, None)
+
+
+def test_make_federation_gives_every_client_its_own_test_examples():
+    owner, test_owner = np.arange(60) % 5, np.array([0, 0, 1, 2, 4, 4, 4])
+    config, data = make_natural(owner, test_owner, num_clients=5, cohort_size=5)
+    partition = make_partition(config, data)
+    federation = make_federation(config, data, partition)
+    assert federation.own_test.size.tolist() == [2, 1, 1, 0, 3]
+    for client, row in enumerate(federation.own_test.index):
+        ids = row[: federation.own_test.size[client]]
+        np.testing.assert_array_equal(ids - 60, np.flatnonzero(test_owner == client))
+        np.testing.assert_array_equal(
+            federation.train["y"][ids], data.test["y"][ids - 60]
+        )
+    assert len(federation.train["x"]) == 67
+    owned = federation.index[np.arange(16) < federation.size[:, None]]
+    everything = np.concatenate([owned, federation.public])
+    assert sorted(everything) == list(range(60))  # nobody trains on them
+
+
+def test_make_federation_leaves_out_the_test_examples_of_unseen_clients():
+    owner, test_owner = np.arange(60) % 6, np.arange(18) % 6
+    sizes = {"num_clients": 4, "cohort_size": 4, "partition.unseen": 2}
+    config, data = make_natural(owner, test_owner, **sizes)
+    partition = make_partition(config, data)
+    assert np.bincount(partition.own_test_client).tolist() == [3] * 4
+    of_natural = lambda ids: {int(i) % 6 for i in ids}
+    for client in range(4):
+        trains = of_natural(partition.index[client, : partition.size[client]])
+        tests = partition.own_test[partition.own_test_client == client] - 60
+        assert trains == of_natural(tests) and len(trains) == 1
+    assert of_natural(partition.unseen).isdisjoint(of_natural(partition.own_test - 60))
+
+
+def test_own_test_examples_are_not_set_aside_twice():
+    config, data = make_natural(np.arange(60) % 5, np.arange(5), num_clients=5)
+    config.partition.test_share = 0.1
+    with pytest.raises(UserError, match="partition.test_share=0.1 .* allowed: 0"):
+        make_partition(config, data)
+
+
+@pytest.mark.slow
+def test_natural_clients_with_test_examples_are_scored_on_them():
+    sizes = {"num_clients": 5, "cohort_size": 5, "num_rounds": 2, "eval_every": 2}
+    config, data = make_natural(np.arange(60) % 5, np.arange(4), **sizes)
+    config.data.name = "mine"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "mine", lambda options: data)
+        rows = run(config).rows
+    assert rows["own_test_clients"][-1] == 4
+    assert 0 <= rows["own_test_accuracy"][-1] <= 1

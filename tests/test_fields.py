@@ -14,7 +14,11 @@ from fedmoe_jax.strategies import STRATEGIES
 CHECKED_ELSEWHERE = {
     "strategy",
     "tuned",
+    "data.name",
     "data.dir",
+    "data.file",
+    "data.image_key",
+    "data.label_key",
     "evaluation.targets",
     "evaluation.baseline",
     "devices.tiers",

@@ -37,12 +37,16 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.name = "digits"
     config.data.public = 0
     config.data.dir = ""
+    config.data.file = ""
+    config.data.image_key = ""
+    config.data.label_key = ""
 
     config.partition = ConfigDict()
     config.partition.kind = "dirichlet"
     config.partition.alpha = 0.1
     config.partition.classes_per_client = 2
     config.partition.min_size = 10
+    config.partition.overlap = 0
     config.partition.test_share = 0.0
     config.partition.validation_share = 0.0
     config.partition.unseen = 0

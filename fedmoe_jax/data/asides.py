@@ -18,7 +18,11 @@ class Shares(NamedTuple):
 
 
 def set_aside(
-    partition: Partition, stratum: np.ndarray, shares: Shares, seed: int
+    partition: Partition,
+    stratum: np.ndarray,
+    shares: Shares,
+    seed: int,
+    test_owner: np.ndarray | None = None,
 ) -> Partition:
     """The partition of the clients that take part, with what they train on.
 
@@ -27,6 +31,8 @@ def set_aside(
       stratum: [X] int32 in [0, L), of all training examples.
       shares: where all are 0, the partition stays as it is.
       seed: >= 0.
+      test_owner: [X'] int, the client of each test example, which are own test sets
+        then, numbered after the training examples; None where they have none.
 
     Returns:
       The partition of N clients. Those that are unseen were drawn at random. Of the
@@ -35,8 +41,19 @@ def set_aside(
       at least is left to train on.
 
     Raises:
-      UserError: the shares leave nothing to train on.
+      UserError: the shares leave nothing to train on, or there are own test sets
+        already.
     """
+    if test_owner is not None and shares.test:
+        raise UserError(
+            f"partition.test_share={shares.test:g} is not allowed with data whose test "
+            "examples have clients; allowed: 0"
+        )
+    if test_owner is not None:
+        partition = partition._replace(
+            own_test=np.arange(len(test_owner), dtype=np.int32) + len(stratum),
+            own_test_client=test_owner.astype(np.int32),
+        )
     if not any(shares):
         return partition
     if shares.test + shares.validation >= 1:
@@ -54,6 +71,9 @@ def set_aside(
     tests, validations = count_asides(np.bincount(owner), shares)
     test = pick_evenly(owner, stratum[example], tests, rng)
     own_test, own_test_client = example[test], owner[test]
+    if test_owner is not None:
+        own = test_owner, partition.own_test
+        own_test, own_test_client = take_clients(*own, ~hidden)
     example, owner = example[~test], owner[~test]
     tuning = pick_evenly(owner, stratum[example], validations, rng)
     validation, example, owner = example[tuning], example[~tuning], owner[~tuning]

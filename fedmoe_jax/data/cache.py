@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,21 @@ from fedmoe_jax.runtime.files import brief, digest
 from fedmoe_jax.runtime.xla import find_caches
 
 
-def cache_folders(source: Path) -> tuple[Path, ...]:
-    """The folders for decoded arrays of exactly these records, by preference."""
-    stats = [(path.name, path.stat()) for path in sorted(source.glob("cifar10-*"))]
-    stamp = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+def cache_folders(source: Path, keys: Sequence[str] = ()) -> tuple[Path, ...]:
+    """The folders for decoded arrays of exactly these records, by preference.
+
+    Args:
+      source: folder of the records, `NAME/VERSION`.
+      keys: of the features that are decoded, where they are not the data set's own.
+    """
+    name = source.parent.name
+    stats = [(path.name, path.stat()) for path in sorted(source.glob("*array_record*"))]
+    stamp: list = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    stamp += keys
     caches, named = find_caches(), [str(source.resolve()), *stamp]
     folders = [source / "fedmoe_jax" / _short_hash(stamp)]
     if caches is not None:
-        folders.append(caches / f"cifar10-{_short_hash(named)}")
+        folders.append(caches / f"{name}-{_short_hash(named)}")
     return tuple(folders)
 
 

@@ -1,12 +1,9 @@
-"""CIFAR-10 through TFDS, without TensorFlow: prepare, decode once, cache.
+"""CIFAR-10 for TFDS, prepared without TensorFlow.
 
 TFDS reads array_record without TensorFlow but neither extracts archives nor encodes
 arrays without it, so `prepare_cifar10` replaces these two steps of TFDS's builder.
 """
 
-import json
-import os
-import sys
 import tarfile
 import tempfile
 import urllib.parse
@@ -16,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.cache import brief, cache_folders, find_decoded, keep_decoded
-from fedmoe_jax.data.images import label_images
+from fedmoe_jax.data.cache import brief
+from fedmoe_jax.data.folders import resolve_data_dir
+from fedmoe_jax.data.tfds import INFO, check_format, load_images
 from fedmoe_jax.options import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -29,32 +28,19 @@ MEMBERS = {
     "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
     "test": ("test_batch.bin",),
 }
-ARRAYS = ("train_x", "train_y", "test_x", "test_y", "label_names")
 PROBE_SECONDS = 10
-DECODE_BATCH = 1000  # images
 
 
-def load_cifar10(data_dir: Path) -> Data:
-    """Loads CIFAR-10 in its original order, preparing and decoding it where needed.
+def load_cifar10(options: ConfigDict) -> Data:
+    """Loads CIFAR-10 in its original order, preparing it where it is absent.
 
-    Decoded arrays are kept beside the records, or in the user's cache folder where
-    that folder is not writable, and belong to exactly these records.
+    Args:
+      options: the config's group `data`.
 
     Raises:
       UserError: absent and not to be had, prepared as TFRECORD, or damaged.
     """
-    source = prepare_cifar10(data_dir, manual_dir="")
-    folders = cache_folders(source)
-    if (found := find_decoded(folders, ARRAYS)) is not None:
-        return _label(found)
-    arrays = _decode(source)
-    keep_decoded(folders if _is_writable(source) else folders[1:], arrays)
-    return _label(arrays)
-
-
-def _label(arrays: dict[str, np.ndarray]) -> Data:
-    names = tuple(str(name) for name in arrays["label_names"])
-    return label_images(*(arrays[name] for name in ARRAYS[:-1]), label_names=names)
+    return load_images(prepare_cifar10(resolve_data_dir(options.dir), ""), options)
 
 
 def prepare_cifar10(data_dir: Path, manual_dir: str) -> Path:
@@ -72,30 +58,16 @@ def prepare_cifar10(data_dir: Path, manual_dir: str) -> Path:
         failed attempt leaves nothing behind.
     """
     source = data_dir / "cifar10" / VERSION
-    if not (source / "dataset_info.json").exists():
+    if not (source / INFO).exists():
         _check_reachable(data_dir, manual_dir)
         _build(data_dir, manual_dir)
-    _check_format(source)
+    beside = data_dir / "array_record"
+    check_format(
+        source,
+        f"run 'python -m fedmoe_jax.data --data_dir={beside}', then set data.dir or "
+        f"TFDS_DATA_DIR to {beside}",
+    )
     return source
-
-
-def _check_format(source: Path) -> None:
-    """Refuses TFRECORD, which cannot be read without TensorFlow."""
-    try:
-        info = json.loads((source / "dataset_info.json").read_text())
-        form = info.get("fileFormat", "tfrecord")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"data.dir: {source / 'dataset_info.json'} cannot be read "
-            f"({brief(error)}); delete {source} and start again"
-        ) from error
-    if form != "array_record":
-        beside = source.parent.parent / "array_record"
-        raise UserError(
-            f"data.dir: {source} holds {form} files, allowed: array_record; run "
-            f"'python -m fedmoe_jax.data --data_dir={beside}', then set data.dir or "
-            f"TFDS_DATA_DIR to {beside}"
-        )
 
 
 def _check_reachable(data_dir: Path, manual_dir: str) -> None:
@@ -199,44 +171,3 @@ def _read_examples(archive: Path, split: str) -> Iterator[tuple[int, dict]]:
             png = Image.fromarray(np.ascontiguousarray(image))
             yield i, {"id": f"{split}_{i:05d}", "image": png, "label": int(label)}
         start += len(rows)
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether we may write; a folder without write bits is left alone even by root."""
-    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
-
-
-def _decode(source: Path) -> dict[str, np.ndarray]:
-    """The `ARRAYS` of both splits in original order; about half a minute of PNG."""
-    import tensorflow_datasets as tfds
-
-    print(f"decoding CIFAR-10 from {source}, once", file=sys.stderr, flush=True)
-    try:
-        builder = tfds.builder_from_directory(source)
-        train = _decode_split(builder.as_data_source("train"))
-        test = _decode_split(builder.as_data_source("test"))
-        names = np.array(builder.info.features["label"].names)
-    except ImportError:
-        raise
-    # array_record reports damage as RuntimeError, TFDS in several other ways.
-    except Exception as error:
-        raise UserError(
-            f"data.dir: CIFAR-10 in {source} is damaged ({brief(error)}); delete "
-            "that folder and prepare it again with python -m fedmoe_jax.data"
-        ) from error
-    return dict(zip(ARRAYS, (*train, *test, names), strict=True))
-
-
-def _decode_split(records: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Images [X, 32, 32, 3] uint8 and labels [X] int32, placed by TFDS `id`."""
-    total = len(records)
-    x = np.zeros((total, 32, 32, 3), np.uint8)
-    y = np.full(total, -1, np.int32)
-    for start in range(0, total, DECODE_BATCH):
-        batch = range(start, min(start + DECODE_BATCH, total))
-        for record in records.__getitems__(list(batch)):
-            place = int(record["id"].decode().rpartition("_")[2])
-            x[place], y[place] = record["image"], record["label"]
-    if (y < 0).any():
-        raise ValueError("ids are not 0, 1, 2, ...")
-    return x, y

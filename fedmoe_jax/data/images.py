@@ -16,14 +16,15 @@ def label_images(
     """`Data` of the task `images`, with leaves `x` and `y`.
 
     Args:
-      train_x: [X, H, W, F] uint8.
+      train_x: [X, H, W, F] uint8 or float32.
       train_y: [X] int32 in [0, L).
-      test_x: [X', H, W, F] uint8.
+      test_x: [X', H, W, F], likewise.
       test_y: [X'] int32.
       label_names: L names.
     """
     chex.assert_rank([train_x, test_x], 4)
-    chex.assert_type([train_x, test_x], np.uint8)
+    kinds = [np.uint8 if x.dtype == np.uint8 else np.float32 for x in (train_x, test_x)]
+    chex.assert_type([train_x, test_x], kinds)
     chex.assert_type([train_y, test_y], np.int32)
     return Data(
         train={"x": train_x, "y": train_y},

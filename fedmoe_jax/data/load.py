@@ -1,4 +1,4 @@
-"""Data sets as NumPy arrays: digits, a task with a known answer, CIFAR-10.
+"""Data sets as NumPy arrays, by name.
 
     python -m fedmoe_jax.data --data_dir=DIR [--manual_dir=DIR]
 
@@ -6,43 +6,58 @@ prepares CIFAR-10 for TFDS in array_record form, without TensorFlow. `--manual_d
 is a folder that holds `cifar-10-binary.tar.gz` fetched by hand.
 """
 
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
 from fedmoe_jax.data import cifar10
+from fedmoe_jax.data.arrays import load_arrays
 from fedmoe_jax.data.digits import load_digits
+from fedmoe_jax.data.folders import resolve_data_dir
 from fedmoe_jax.data.synthetic import load_synthetic
+from fedmoe_jax.data.tfds import find_source, load_images
 from fedmoe_jax.forms import check_type
-from fedmoe_jax.options import UserError
+from fedmoe_jax.options import UserError, show
 from fedmoe_jax.runtime.folders import resolve_folder
 
 
-def load_dataset(name: str, data_dir: str) -> Data:
+def load_dataset(options: ConfigDict) -> Data:
     """Loads a data set by name; the arrays never depend on a run's seed.
 
     Args:
-      name: `digits`, `synthetic` or `cifar10`.
-      data_dir: the TFDS folder of `cifar10`; empty for TFDS_DATA_DIR, else
-        ~/tensorflow_datasets. The other two ignore it and touch no disk.
+      options: the config's group `data`. A `name` outside of `DATASETS` is a data set
+        that TFDS has prepared, such as `mnist` or `emnist/byclass`.
 
     Raises:
-      UserError: unknown name, CIFAR-10 is absent or damaged, or arrays do not fit each
-        other.
+      UserError: it is absent or damaged, or arrays do not fit each other.
     """
-    if name not in DATASETS:
-        allowed = ", ".join(DATASETS)
-        raise UserError(f"data.name={name!r} is unknown; allowed: {allowed}")
-    data = DATASETS[name](data_dir)
+    name = options.name
+    data = DATASETS.get(name, load_prepared)(options)
     check_type(f"data.name={name!r} has a loader that", data, Data)
     check_data(name, data)
     return data
+
+
+def load_prepared(options: ConfigDict) -> Data:
+    """Loads what TFDS has prepared under a name.
+
+    Raises:
+      UserError: nothing is there, or it cannot be read.
+    """
+    data_dir = resolve_data_dir(options.dir)
+    source = find_source(data_dir, options.name)
+    if source is None:
+        raise UserError(
+            f"data.name={show(options.name)} is not in {data_dir}; allowed: "
+            f"{', '.join(DATASETS)}, or a data set that TFDS has prepared there in "
+            "array_record form"
+        )
+    return load_images(source, options)
 
 
 def check_data(name: str, data: Data) -> None:
@@ -71,9 +86,16 @@ def check_data(name: str, data: Data) -> None:
         pair = form(values), form(data.test[leaf])
         found = f"rows of {leaf!r} {pair[0]} in train and {pair[1]} in test"
         require(pair[0] == pair[1], found, "the same in both")
-    owner = data.stratum if data.owner is None else data.owner
-    fits = is_ids(owner) and len(owner) == len(data.stratum) and owner.min() >= 0
-    require(fits, "no owner of every example", "integers [X] >= 0, or None")
+    owners = {"train": data.owner, "test": data.test_owner}
+    for part, owner in owners.items():
+        if owner is not None:
+            count = len(parts[part][1])
+            fits = is_ids(owner) and len(owner) == count and owner.min() >= 0
+            require(fits, f"no owner of every {part} example", "integers [X] >= 0")
+    if data.test_owner is not None:
+        most = -1 if data.owner is None else data.owner.max()
+        found = f"test examples of the client {data.test_owner.max()}"
+        require(data.test_owner.max() <= most, found, f"clients up to {most}")
 
 
 def is_ids(ids: Any) -> bool:
@@ -82,22 +104,12 @@ def is_ids(ids: Any) -> bool:
     return array and np.issubdtype(ids.dtype, np.integer)
 
 
-def resolve_data_dir(data_dir: str) -> Path:
-    """The TFDS folder: `data_dir`, else TFDS_DATA_DIR, else ~/tensorflow_datasets.
-
-    Raises:
-      UserError: see `resolve_folder`.
-    """
-    shared = os.environ.get("TFDS_DATA_DIR")
-    if shared and not data_dir:
-        return resolve_folder("TFDS_DATA_DIR", shared)
-    return resolve_folder("data.dir", data_dir or "~/tensorflow_datasets")
-
-
-DATASETS: dict[str, Callable[[str], Data]] = {
-    "digits": lambda data_dir: load_digits(),
-    "synthetic": lambda data_dir: load_synthetic(),
-    "cifar10": lambda data_dir: cifar10.load_cifar10(resolve_data_dir(data_dir)),
+# A loader gets the config's group `data`.
+DATASETS: dict[str, Callable[[ConfigDict], Data]] = {
+    "digits": lambda options: load_digits(),
+    "synthetic": lambda options: load_synthetic(),
+    "cifar10": cifar10.load_cifar10,
+    "arrays": load_arrays,
 }
 
 

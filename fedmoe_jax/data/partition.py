@@ -1,6 +1,7 @@
 """The owner of each training example, drawn once on the host.
 
-Every rule gives an owner to every example, so each example is used exactly once.
+Every rule gives an owner to every example, so each example is used exactly once. With
+`overlap` every client draws its examples among all instead, see `data.overlap`.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import chex
 import numpy as np
 
+from fedmoe_jax.data.overlap import KINDS as OVERLAPPING
+from fedmoe_jax.data.overlap import draw_examples, draw_mix, draw_sizes
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import write_arrays
 from fedmoe_jax.types import Partition
@@ -31,6 +34,7 @@ class Options(NamedTuple):
     min_size: int
     owner: np.ndarray | None
     unseen: int
+    overlap: int
 
     @property
     def clients(self) -> str:
@@ -55,6 +59,7 @@ def split(
     seed: int,
     owner: np.ndarray | None = None,
     unseen: int = 0,
+    overlap: int = 0,
     limit_gb: float = math.inf,
     taken_gb: float = 0.0,
 ) -> Partition:
@@ -79,6 +84,9 @@ def split(
       seed: >= 0; the same arguments always give the same partition.
       owner: [X] int in [0, N), of `natural`, which leaves every client what it has.
       unseen: how many never take part, for messages.
+      overlap: 0, or how many examples each client draws among all, on average, with
+        replacement; fewer are left where it drew one twice. Of `dirichlet`, `classes`,
+        `quantity` and `iid`.
       limit_gb: gigabytes that the partition may take, with those before it.
       taken_gb: gigabytes of the partitions of other runs that are in memory.
 
@@ -88,11 +96,12 @@ def split(
 
     Raises:
       UserError: an argument is outside its range, N * min_size > X, the data have no
-        natural clients, or not these, the classes cannot be dealt to these clients, or
-        the partition would be beyond `limit_gb`.
+        natural clients, or not these, the classes cannot be dealt to these clients, the
+        rule has no overlap, or the partition would be beyond `limit_gb`.
     """
     options = Options(
-        *(num_clients, num_strata, alpha, classes_per_client, min_size, owner, unseen)
+        *(num_clients, num_strata, alpha, classes_per_client, min_size, owner, unseen),
+        overlap=overlap,
     )
     stratum = np.asarray(stratum)
     _check(kind, stratum, options, seed)
@@ -101,6 +110,10 @@ def split(
     if kind == "classes":
         _check_classes(stratum, options)
     rng = np.random.default_rng(seed)
+    if overlap:
+        drawn, example = _own_overlap(kind, stratum, options, rng)
+        _check_size(drawn, options, limit_gb, taken_gb)
+        return _pack(drawn, example, stratum, options)
     for _ in range(MAX_DRAWS):
         drawn = KINDS[kind](stratum, options, rng)
         if np.bincount(drawn, minlength=num_clients).min() >= min_size:
@@ -110,7 +123,7 @@ def split(
             _refuse_size(kind, drawn, options)
         drawn = _fill_up(drawn, options, rng)
     _check_size(drawn, options, limit_gb, taken_gb)
-    return _pack(drawn, stratum, options)
+    return _pack(drawn, np.arange(len(drawn)), stratum, options)
 
 
 def _check(kind: str, stratum: np.ndarray, options: Options, seed: int) -> None:
@@ -129,10 +142,16 @@ def _check(kind: str, stratum: np.ndarray, options: Options, seed: int) -> None:
         ),
         (options.min_size >= 1, "partition.min_size", options.min_size, ">= 1"),
         (
-            needed <= len(stratum),
+            bool(options.overlap) or needed <= len(stratum),
             "partition.min_size",
             options.min_size,
             f"{options.clients} times it at most {len(stratum)} examples",
+        ),
+        (
+            not options.overlap or kind in OVERLAPPING,
+            "partition.kind",
+            kind,
+            f"with partition.overlap: {', '.join(OVERLAPPING)}",
         ),
         (seed >= 0, "seed", seed, ">= 0"),
     )
@@ -153,7 +172,7 @@ def _check_natural(options: Options) -> None:
     if len(size) != options.num_clients:
         raise UserError(
             f"{options.clients} is not allowed with partition.kind='natural'; "
-            f"allowed: {len(size)}, the data's clients"
+            f"allowed: at most {len(size)}, the data's clients"
         )
     if size.min() < options.min_size:
         _refuse_size("natural", options.owner, options)
@@ -180,7 +199,8 @@ def _check_classes(stratum: np.ndarray, options: Options) -> None:
             f"allowed: at least {least}, as there are {options.num_strata} classes"
         )
     count = np.bincount(stratum, minlength=options.num_strata)
-    if count.min() < math.ceil(places / options.num_strata):
+    holders = 1 if options.overlap else math.ceil(places / options.num_strata)
+    if count.min() < holders:
         raise UserError(
             f"{options.clients} is not allowed with partition.kind='classes' and "
             f" partition.classes_per_client={options.classes_per_client}: "
@@ -257,6 +277,27 @@ def _own_iid(
     return rng.permutation(np.arange(len(stratum)) % options.num_clients)
 
 
+def _own_overlap(
+    kind: str, stratum: np.ndarray, options: Options, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Owner and id of the examples that clients draw among all, client by client.
+
+    Raises:
+      UserError: a client is left with fewer than `min_size`.
+    """
+    share = np.bincount(stratum, minlength=options.num_strata) / len(stratum)
+    held = np.ones((options.num_clients, options.num_strata), bool)
+    if kind == "classes":
+        held = _deal_classes(options, rng)
+    mix = draw_mix(kind, held, share, options.alpha, rng)
+    counts = options.num_clients, options.overlap, options.alpha
+    size = draw_sizes(kind, *counts, rng)
+    owner, example = draw_examples(stratum, size, mix, rng)
+    if np.bincount(owner, minlength=options.num_clients).min() < options.min_size:
+        _refuse_size(kind, owner, options)
+    return owner, example
+
+
 def _own_natural(
     stratum: np.ndarray, options: Options, rng: np.random.Generator
 ) -> np.ndarray:
@@ -317,11 +358,13 @@ def _check_size(
         )
 
 
-def _pack(owner: np.ndarray, stratum: np.ndarray, options: Options) -> Partition:
+def _pack(
+    owner: np.ndarray, example: np.ndarray, stratum: np.ndarray, options: Options
+) -> Partition:
     """Lists every client's examples in ascending order, padded with zeros."""
-    index, size = list_examples(owner, np.arange(len(owner)), options.num_clients)
+    index, size = list_examples(owner, example, options.num_clients)
     label_counts = np.zeros((options.num_clients, options.num_strata), np.int32)
-    np.add.at(label_counts, (owner, stratum), 1)
+    np.add.at(label_counts, (owner, stratum[example]), 1)
     return Partition(index, size, label_counts, np.zeros(0, np.int32))
 
 
@@ -387,10 +430,10 @@ def load_partition(path: str | Path) -> Partition:
 
 
 def _check_whole(partition: Partition) -> None:
-    """Raises unless every example is owned, public or set aside once, as counted."""
+    """Raises unless no client has an example twice, and all are counted."""
     index, size = partition.index, partition.size
-    owned = index[np.arange(index.shape[1]) < size[:, None]]
-    others = partition.public, partition.own_test, partition.validation
-    everything = np.sort(np.concatenate([owned, *others, partition.unseen]))
-    np.testing.assert_array_equal(everything, np.arange(len(everything)))
+    owned = np.arange(index.shape[1]) < size[:, None]
+    client = np.nonzero(owned)[0]
+    pairs = np.unique(np.stack([client, index[owned]]), axis=1)
+    assert pairs.shape[1] == size.sum()
     np.testing.assert_array_equal(partition.label_counts.sum(1), size)

@@ -69,7 +69,9 @@ SUMMARY = {
     **dict.fromkeys(("note", "needs"), TEXT._replace(needed=False)),
     **dict.fromkeys(("idle", "reads"), TEXTS._replace(needed=False)),
     **dict.fromkeys(("made_by", "overwrites"), OBJECT._replace(needed=False)),
-    "wall_seconds": NUMBER._replace(needed=False),
+    **dict.fromkeys(
+        ("wall_seconds", "owners_per_example"), NUMBER._replace(needed=False)
+    ),
 }
 FLOAT, INTEGER, NAMES = "f", "iu", "U"  # kinds of dtypes
 # Axes by the letters of `types`, with D for clients that have a device of their own; a

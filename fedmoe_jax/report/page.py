@@ -33,6 +33,7 @@ from fedmoe_jax.report.tables import (
     needs_of,
     note_of,
     overwrites_of,
+    owners_of,
     rates_of,
     table,
 )
@@ -151,7 +152,8 @@ def _notes_html(groups: Mapping[str, Sequence[Run]]) -> str:
     """Every strategy's decisions, and the config fields that it overwrites."""
     items = ""
     for label, group in groups.items():
-        text = f"{note_of(group)} {overwrites_of(group)}".strip()
+        sentences = note_of(group), owners_of(group), overwrites_of(group)
+        text = " ".join(filter(None, sentences))
         items += f"<li><b>{escape(label)}</b> {escape(text)}</li>"
     return f"<details><summary>What each decides</summary><ul>{items}</ul></details>"
 

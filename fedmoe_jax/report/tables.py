@@ -237,6 +237,12 @@ def needs_of(group: Sequence[Run]) -> str:
     return f"Needs {needs}." if needs else ""
 
 
+def owners_of(group: Sequence[Run]) -> str:
+    """That examples have several owners, as a sentence; empty where they have one."""
+    owners = group[0].summary.get("owners_per_example")
+    return f"An example has {owners:.3g} owners, on average." if owners else ""
+
+
 def overwrites_of(group: Sequence[Run]) -> str:
     """The config fields that the strategy overwrites, as a sentence; empty for none."""
     fields = group[0].summary.get("overwrites", {})
@@ -284,7 +290,8 @@ def markdown_table(runs: Sequence[Run]) -> str:
     for label, cells in rows.items():
         shown = [f"**{cell.text}**" if cell.bold else cell.text for cell in cells]
         group = groups[label]
-        note = escape_markdown(f"{note_of(group)} {needs_of(group)}")
+        sentences = note_of(group), owners_of(group), needs_of(group)
+        note = escape_markdown(" ".join(filter(None, sentences)))
         own = [quote_markdown(label), str(len(group)), rates_of(group)]
         lines.append([*own, *shown, note])
     return markdown_rows(lines)

@@ -14,6 +14,8 @@ from fedmoe_jax.types import Array, PyTree
 
 def measure_channels(data: Data) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation [F] float32 of the training pixels / 255."""
+    if data.train["x"].dtype != np.uint8:
+        return measure_floats(data.train["x"] / 255.0)
     levels = np.arange(256) / 255.0
     channels = np.moveaxis(data.train["x"], -1, 0)
     counts = np.stack([np.bincount(x.ravel(), minlength=256) for x in channels])
@@ -23,17 +25,27 @@ def measure_channels(data: Data) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)
 
 
+def measure_floats(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [F] float32 of images [X, H, W, F] of any range.
+
+    A channel that does not vary has the deviation 1.
+    """
+    mean, std = (f(axis=(0, 1, 2), dtype=np.float64) for f in (x.mean, x.std))
+    varies = std > 1e-6 * np.abs(mean)
+    return mean.astype(np.float32), np.where(varies, std, 1.0).astype(np.float32)
+
+
 def measure_pixels(data: Data) -> PyTree:
     """`mean` and `std` [H, W, F] float32 of each channel, repeated at every pixel.
 
     Raises:
-      UserError: the images `x` are no uint8 [X, H, W, F].
+      UserError: the images `x` are no uint8 or float32 [X, H, W, F].
     """
     x = data.train.get("x", np.zeros(0))
-    if x.dtype != np.uint8 or x.ndim != 4:
+    if x.dtype not in (np.uint8, np.float32) or x.ndim != 4:
         raise UserError(
             f"the task images has train['x'] {x.dtype}{list(x.shape)}; allowed: "
-            "uint8[X, H, W, F]"
+            "uint8[X, H, W, F] or float32[X, H, W, F]"
         )
     mean, std = measure_channels(data)
     shape = data.train["x"].shape[1:]
@@ -43,7 +55,7 @@ def measure_pixels(data: Data) -> PyTree:
 def normalise(x: Array, mean: Array, std: Array) -> Array:
     """Images [B, H, W, F] -> float32 with zero mean and unit variance per F.
 
-    Pixels are uint8, or floats in [0, 255].
+    `mean` and `std` are those of x / 255, whatever the range of x is.
     `mean` and `std` [H, W, F] are read like the images, so that the loop vectorises.
     """
     return (x.astype(jnp.float32) / 255.0 - mean[None]) / std[None]

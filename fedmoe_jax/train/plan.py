@@ -7,6 +7,7 @@ memory together than the limit. A run alone is a wave of one.
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -76,13 +77,17 @@ class Wave(NamedTuple):
 
 
 @functools.cache
-def _load(loader: Callable | None, name: str, data_dir: str) -> Data:
-    return load_dataset(name, data_dir)
+def _load(loader: Callable | None, options: str) -> Data:
+    return load_dataset(ConfigDict(json.loads(options)))
 
 
-def load_dataset_once(name: str, data_dir: str) -> Data:
-    """As `load_dataset`, kept; a plug-in that joins anew has another loader."""
-    return _load(DATASETS.get(name), name, data_dir)
+def load_dataset_once(options: ConfigDict) -> Data:
+    """As `load_dataset`, kept; a plug-in that joins anew has another loader.
+
+    The server's share of the examples is not the loader's affair.
+    """
+    fields = {name: value for name, value in options.items() if name != "public"}
+    return _load(DATASETS.get(options.name), json.dumps(fields, sort_keys=True))
 
 
 def load_data(config: ConfigDict) -> None:
@@ -92,7 +97,7 @@ def load_data(config: ConfigDict) -> None:
       UserError: the config is not allowed or the data cannot be loaded.
     """
     validate(config)
-    load_dataset_once(config.data.name, config.data.dir)
+    load_dataset_once(config.data)
 
 
 def make_partition_once(
@@ -121,7 +126,7 @@ def plan_run(
       UserError: the config or the data do not allow this run.
     """
     validate(config)
-    data = load_dataset_once(config.data.name, config.data.dir)
+    data = load_dataset_once(config.data)
     partition = make_partition_once(config, data, {} if made is None else made)
     federation = make_federation(config, data, partition)
     program = build_program(config, data, federation, mesh)

@@ -47,6 +47,7 @@ from fedmoe_jax.types import (
     Array,
     Federation,
     Hyper,
+    Partition,
     PyTree,
     SimState,
 )
@@ -291,6 +292,15 @@ def split_runs(tree: PyTree) -> list[PyTree]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
 
 
+def summarise_owners(config: ConfigDict, partition: Partition) -> dict[str, float]:
+    """`owners_per_example`, the mean over owned examples, where there is an overlap."""
+    if not config.partition.overlap:
+        return {}
+    places = np.arange(partition.index.shape[1]) < partition.size[:, None]
+    owned = len(np.unique(partition.index[places]))
+    return {"owners_per_example": float(partition.size.sum() / owned)}
+
+
 def finish(
     plan: Plan,
     workdir: Path,
@@ -310,6 +320,7 @@ def finish(
         "reads": strategy.reads,
         "overwrites": find_overwritten(config),
         "idle": sorted(set().union(*list_idle_fields(config))),
+        **summarise_owners(config, plan.partition),
         **make_summary(rows, spent, MEASURES, config.evaluation.targets),
         **summarise_origins(workdir),
         "measures": pack_measures(MEASURES),

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
 from fedmoe_jax.align import top_k as top_k_file
-from fedmoe_jax.align.top_k import expected_load, running_top_k, to_mask, top_k
+from fedmoe_jax.align.top_k import (
+    _pick_by_rounds,
+    _pick_by_sort,
+    expected_load,
+    running_top_k,
+    to_mask,
+    top_k,
+)
 from fedmoe_jax.runtime.sharding import CLIENTS, build_mesh, spread
 from fedmoe_jax.strategies.greedy import GREEDY
 from fedmoe_jax.strategies.load_balanced import LOAD_BALANCED
@@ -98,6 +105,18 @@ def test_running_top_k_is_its_slow_twin(seed, capacity):
     # With A = K every expected load is the whole load, so nothing is rounded.
     got = decide_running(*map(jnp.asarray, args), max_held=K, num_active=K)
     assert rows(got) == slow_running_top_k(*args, num_active=K)
+
+
+def test_picks_by_rounds_are_those_by_sort():
+    rng = np.random.default_rng(0)
+    values = np.array([-np.inf, -1.0, -0.0, 0.0, 1.0, np.inf, np.nan], np.float32)
+    scores = jnp.asarray(rng.choice(values, (500, 9)))
+    lots = jnp.asarray(rng.random((500, 9), np.float32))
+    for max_held in (1, 4, 9):
+        pick = lambda rule, k=max_held: jax.vmap(lambda s, a: rule(s, a, k))
+        held = [pick(rule)(scores, lots) for rule in (_pick_by_rounds, _pick_by_sort)]
+        np.testing.assert_array_equal(*held)
+        assert (np.diff(np.sort(held[0], axis=1), axis=1) > 0).all()
 
 
 @settings(max_examples=40)

@@ -155,7 +155,7 @@ def test_unseen_clients_are_beyond_those_that_take_part():
         (
             {"partition.kind": "natural"},
             "num_clients=5 + partition.unseen=3 is not allowed with partition.kind="
-            "'natural'; allowed: 6, the data's clients",
+            "'natural'; allowed: at most 6, the data's clients",
         ),
     ],
 )

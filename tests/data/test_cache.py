@@ -20,19 +20,22 @@ ARRAYS = {"x": np.arange(6, dtype=np.uint8).reshape(3, 2), "y": np.array([2, 0, 
 
 def test_cache_folders_belong_to_exactly_these_records(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    sources = [tmp_path / name for name in ("one", "two")]
+    sources = [tmp_path / name / "mnist" / "1.0.0" for name in ("one", "two")]
     for source in sources:
-        source.mkdir()
-        (source / "cifar10-train").write_bytes(b"records")
-        os.utime(source / "cifar10-train", ns=(1, 1))
+        source.mkdir(parents=True)
+        (source / "cifar10-train.array_record").write_bytes(b"records")
+        os.utime(source / "cifar10-train.array_record", ns=(1, 1))
     (beside, mine), (beside_two, mine_two) = map(cache_folders, sources)
     assert beside.parent == sources[0] / "fedmoe_jax"
     assert mine.parent == tmp_path / "home" / "fedmoe_jax"
+    assert mine.name.startswith("mnist-")
+    other = cache_folders(sources[0], ["image", "coarse_label"])
+    assert len({*other, beside, mine}) == 4
     # Equal records have equal stamps; in the user's folder the place counts, too.
     assert beside.name == beside_two.name and mine != mine_two
     (sources[0] / "notes.txt").write_text("no records")
     assert cache_folders(sources[0]) == (beside, mine)
-    os.utime(sources[0] / "cifar10-train", ns=(2, 2))
+    os.utime(sources[0] / "cifar10-train.array_record", ns=(2, 2))
     changed = cache_folders(sources[0])
     assert changed[0] != beside and changed[1] != mine
 

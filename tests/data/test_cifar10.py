@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import make_options
 
-from fedmoe_jax.data import cifar10
+from fedmoe_jax.data import cifar10, tfds
 from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.options import UserError
 
@@ -75,10 +76,14 @@ def tfds_dir(prepared_once, tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_decoding(monkeypatch):
-    def fail(source):
+    def fail(*arguments):
         raise AssertionError("decoded although a decoded copy exists")
 
-    return lambda: monkeypatch.setattr(cifar10, "_decode", fail)
+    return lambda: monkeypatch.setattr(tfds, "decode", fail)
+
+
+def load_from(folder):
+    return cifar10.load_cifar10(make_options(dir=str(folder)))
 
 
 def listing(folder):
@@ -103,9 +108,9 @@ def one_line(error):
 def test_load_cifar10_prepared_by_hand_is_in_original_order(
     tfds_dir, small, no_decoding
 ):
-    assert_is_small(cifar10.load_cifar10(tfds_dir), small)
+    assert_is_small(load_from(tfds_dir), small)
     no_decoding()
-    assert_is_small(cifar10.load_cifar10(tfds_dir), small)
+    assert_is_small(load_from(tfds_dir), small)
     assert sorted(p.name for p in tfds_dir.iterdir()) == ["cifar10"]
 
 
@@ -120,7 +125,7 @@ def test_load_cifar10_downloads_when_absent(small, tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/{cifar10.ARCHIVE}"
         expect_archive(monkeypatch, url, small[2])
-        assert_is_small(load_dataset("cifar10", ""), small)
+        assert_is_small(load_dataset(make_options(name="cifar10")), small)
         server.shutdown()
     assert [p.name for p in (tmp_path / "new" / "tfds").iterdir()] == ["cifar10"]
 
@@ -135,7 +140,7 @@ def test_load_cifar10_without_network_says_what_to_run_and_leaves_nothing(
 ):
     monkeypatch.setattr(cifar10, "URL", "http://127.0.0.1:9/cifar.tar.gz")
     with pytest.raises(UserError) as error:
-        cifar10.load_cifar10(tmp_path / "tfds")
+        load_from(tmp_path / "tfds")
     message = one_line(error)
     assert f"python -m fedmoe_jax.data --data_dir={tmp_path / 'tfds'}" in message
     assert "config.data.name=digits" in message
@@ -154,7 +159,7 @@ def test_load_cifar10_does_not_retry_a_server_without_the_archive(
         url = f"http://127.0.0.1:{server.server_port}/{cifar10.ARCHIVE}"
         monkeypatch.setattr(cifar10, "URL", url)
         with pytest.raises(UserError, match="HTTPError") as error:
-            cifar10.load_cifar10(tmp_path / "tfds")
+            load_from(tmp_path / "tfds")
         server.shutdown()
     one_line(error)
     assert listing(tmp_path) == [served]
@@ -190,7 +195,7 @@ def test_load_cifar10_names_a_fresh_folder_beside_tfrecords(tfds_dir):
     del content["fileFormat"]
     info.write_text(json.dumps(content))
     with pytest.raises(UserError) as error:
-        cifar10.load_cifar10(tfds_dir)
+        load_from(tfds_dir)
     message = one_line(error)
     assert str(info.parent) in message
     assert f"--data_dir={tfds_dir / 'array_record'}" in message
@@ -203,7 +208,7 @@ def test_load_cifar10_names_damaged_records(tfds_dir):
     content[len(content) // 2] ^= 1
     records.write_bytes(content)
     with pytest.raises(UserError) as error:
-        cifar10.load_cifar10(tfds_dir)
+        load_from(tfds_dir)
     assert str(source) in one_line(error)
     assert not (source / "fedmoe_jax").exists()
 
@@ -212,7 +217,7 @@ def test_load_cifar10_names_damaged_records(tfds_dir):
 def test_load_cifar10_makes_a_damaged_copy_again(
     tfds_dir, small, damage, no_decoding, capsys
 ):
-    cifar10.load_cifar10(tfds_dir)
+    load_from(tfds_dir)
     (folder,) = (tfds_dir / "cifar10" / cifar10.VERSION / "fedmoe_jax").iterdir()
     path = folder / "train_x.npy"
     whole = path.read_bytes()
@@ -225,12 +230,12 @@ def test_load_cifar10_makes_a_damaged_copy_again(
     else:
         (folder / "sha256.json").write_text("[]")
     capsys.readouterr()
-    assert_is_small(cifar10.load_cifar10(tfds_dir), small)
+    assert_is_small(load_from(tfds_dir), small)
     warned = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
     assert len(warned) == 1
     assert warned[0].startswith(f"warning: decoded images in {folder} are damaged (")
     no_decoding()  # a whole copy is in its place
-    assert_is_small(cifar10.load_cifar10(tfds_dir), small)
+    assert_is_small(load_from(tfds_dir), small)
     assert capsys.readouterr().err == ""
 
 
@@ -240,21 +245,21 @@ def test_load_cifar10_caches_a_read_only_folder_for_the_user(
     source = tfds_dir / "cifar10" / cifar10.VERSION
     before = listing(tfds_dir)
     source.chmod(0o555)
-    assert_is_small(cifar10.load_cifar10(tfds_dir), small)
+    assert_is_small(load_from(tfds_dir), small)
     assert listing(tfds_dir) == before
     (kept,) = (Path(os.environ["XDG_CACHE_HOME"]) / "fedmoe_jax").iterdir()
     assert kept.name.startswith("cifar10-")
     no_decoding()
-    assert_is_small(cifar10.load_cifar10(tfds_dir), small)
+    assert_is_small(load_from(tfds_dir), small)
 
 
 def test_load_cifar10_decodes_changed_records_again(tfds_dir, small, no_decoding):
-    cifar10.load_cifar10(tfds_dir)
+    load_from(tfds_dir)
     (records,) = (tfds_dir / "cifar10" / cifar10.VERSION).glob("cifar10-test*")
     os.utime(records, ns=(1, 1))
     no_decoding()
     with pytest.raises(AssertionError, match="decoded although"):
-        cifar10.load_cifar10(tfds_dir)
+        load_from(tfds_dir)
 
 
 def test_load_cifar10_loads_where_nothing_can_be_written(
@@ -264,7 +269,7 @@ def test_load_cifar10_loads_where_nothing_can_be_written(
     file = tfds_dir.parent / "file"
     file.write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    assert_is_small(cifar10.load_cifar10(tfds_dir), small)
+    assert_is_small(load_from(tfds_dir), small)
     assert "decoded images are not kept" in capsys.readouterr().err
 
 
@@ -273,7 +278,7 @@ def test_load_cifar10_of_the_real_archive():
     where = os.environ.get("TFDS_DATA_DIR", "")
     if not (Path(where) / "cifar10" / cifar10.VERSION / "dataset_info.json").exists():
         pytest.skip("CIFAR-10 is not in TFDS_DATA_DIR")
-    found = load_dataset("cifar10", "")
+    found = load_dataset(make_options(name="cifar10"))
     assert found.train["x"].shape == (50000, 32, 32, 3)
     assert found.stratum_names == NAMES
     np.testing.assert_array_equal(np.bincount(found.train["y"]), [5000] * 10)

@@ -23,10 +23,11 @@ def test_label_images_makes_the_labels_the_strata():
     ("train_x", "train_y"),
     [
         (TRAIN[..., 0], TRAIN_Y),
-        (TRAIN.astype(np.float32), TRAIN_Y),
+        (TRAIN.astype(np.float64), TRAIN_Y),
+        (TRAIN.astype(np.int32), TRAIN_Y),
         (TRAIN, TRAIN_Y.astype(np.int64)),
     ],
-    ids=["no channels", "floats", "wide labels"],
+    ids=["no channels", "wide floats", "whole numbers", "wide labels"],
 )
 def test_label_images_refuses_other_shapes_and_types(train_x, train_y):
     with pytest.raises(AssertionError):

@@ -3,32 +3,35 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from factories import make_options
 
 from fedmoe_jax.data import cifar10
 from fedmoe_jax.data.digits import load_digits
-from fedmoe_jax.data.load import check_data, load_dataset, resolve_data_dir
+from fedmoe_jax.data.load import check_data, load_dataset
 from fedmoe_jax.options import UserError
 
 
-def test_load_dataset_refuses_an_unknown_name_in_one_line():
-    with pytest.raises(UserError) as error:
-        load_dataset("mnist", "")
-    assert str(error.value) == (
-        "data.name='mnist' is unknown; allowed: digits, synthetic, cifar10"
-    )
+def test_load_dataset_refuses_an_unknown_name_in_one_line(tmp_path):
+    for name in ("mnist", "../digits", "", "a/b/c"):
+        with pytest.raises(UserError) as error:
+            load_dataset(make_options(name=name, dir=str(tmp_path)))
+        assert str(error.value) == (
+            f"data.name={name!r} is not in {tmp_path}; allowed: digits, synthetic, "
+            "cifar10, arrays, or a data set that TFDS has prepared there in "
+            "array_record form"
+        )
 
 
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_load_dataset_gives_the_same_arrays_every_time(name):
     np.random.seed(1)
-    first = load_dataset(name, "")
+    first = load_dataset(make_options(name=name))
     np.random.seed(2)
-    again = load_dataset(name, "")
+    again = load_dataset(make_options(name=name))
     jax.tree.map(np.testing.assert_array_equal, first[:4], again[:4])
     assert first[4:] == again[4:]
 
@@ -40,6 +43,11 @@ MISFITS = {
     "smaller images": lambda data: {"test": data.test | {"x": data.test["x"][:, 1:]}},
     "fewer owners": lambda data: {"owner": data.stratum[1:]},
     "owner of none": lambda data: {"owner": data.stratum - 1},
+    "test owners alone": lambda data: {"test_owner": data.test_stratum},
+    "strange test owners": lambda data: {
+        "owner": data.stratum,
+        "test_owner": data.test_stratum + 1,
+    },
     "half owners": lambda data: {"owner": data.stratum / 2},
     "list of strata": lambda data: {"stratum": data.stratum.tolist()},
     "other strata": lambda data: {"stratum": data.stratum.astype(np.int64)},
@@ -53,15 +61,6 @@ def test_check_data_refuses_arrays_that_do_not_fit():
         with pytest.raises(UserError, match="^data.name='digits' has ") as error:
             check_data("digits", digits._replace(**change(digits)))
         assert "\n" not in str(error.value) and "; allowed: " in str(error.value)
-
-
-def test_resolve_data_dir_prefers_the_argument_to_the_environment(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("TFDS_DATA_DIR", "~/shared")
-    assert resolve_data_dir("given") == Path("given")
-    assert resolve_data_dir("") == Path("/home/me/shared")
-    monkeypatch.setenv("TFDS_DATA_DIR", "")
-    assert resolve_data_dir("") == Path("/home/me/tensorflow_datasets")
 
 
 @pytest.mark.slow

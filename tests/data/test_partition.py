@@ -200,9 +200,14 @@ def test_repair_reaches_the_tightest_fit():
     np.testing.assert_array_equal(drawn.size, 40)
 
 
+def make_options(**changes):
+    options = dict(num_strata=4, alpha=0.5, classes_per_client=2, owner=None)
+    return partition.Options(**options, unseen=0, overlap=0, **changes)
+
+
 def test_repair_takes_from_the_largest_only():
     owner = np.repeat([0, 1, 2], [9, 6, 1])
-    options = partition.Options(3, 4, 0.5, 2, min_size=4, owner=None, unseen=0)
+    options = make_options(num_clients=3, min_size=4)
     filled = partition._fill_up(owner, options, np.random.default_rng(0))
     # Sizes 9 6 1 -> 8 6 2 -> 7 6 3 -> 6 6 4, by hand.
     np.testing.assert_array_equal(np.bincount(filled), [6, 6, 4])
@@ -235,9 +240,7 @@ def test_repair_moves_what_the_slow_twin_moves(sizes, seed, data):
     total = sum(sizes)
     least = data.draw(st.integers(0, total // len(sizes)))
     owner = np.random.default_rng(seed).permutation(np.repeat(range(len(sizes)), sizes))
-    options = partition.Options(
-        len(sizes), 4, 0.5, 2, min_size=least, owner=None, unseen=0
-    )
+    options = make_options(num_clients=len(sizes), min_size=least)
     filled, slow = (
         fill(owner.astype(int), options, np.random.default_rng(seed))
         for fill in (partition._fill_up, fill_slowly)
@@ -374,7 +377,7 @@ def test_missing_and_inconsistent_files_are_refused(tmp_path):
         partition.load_partition(path)
     drawn = split("iid")
     twice = drawn.index.copy()
-    twice[0, 0] = twice[1, 0]
+    twice[0, 0] = twice[0, 1]
     partition.save_partition(path, drawn._replace(index=twice))
     with pytest.raises(UserError, match="AssertionError"):
         partition.load_partition(path)

@@ -47,7 +47,7 @@ def draw_strings(count, rng):
     return text, language
 
 
-def load_strings(data_dir):
+def load_strings(options):
     rng = np.random.default_rng(0)
     (text, language), (test_text, test_language) = (
         draw_strings(count, rng) for count in (240, 61)

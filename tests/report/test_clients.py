@@ -82,7 +82,8 @@ def test_write_clients_csv_writes_nothing_of_runs_in_progress(tmp_path):
 def test_write_clients_csv_traces_every_row_as_runs_csv_does(tmp_path):
     run = make_run(tmp_path, arrays=MORE)
     commit = {"commit": "a" * 40, "dirty": False, "device": "cpu"}
-    run = run._replace(summary={"made_by": commit})
+    origins = [{"first_round": 1, "made_by": commit}]
+    run = run._replace(summary={"made_by": commit}, origins=origins)
     write_clients_csv(tmp_path / "clients.csv", [run, make_run(tmp_path, "random")])
     write_runs_csv(tmp_path / "runs.csv", [run])
     first, *_, last = read(tmp_path / "clients.csv")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe_jax.data.load import resolve_data_dir
+from fedmoe_jax.data.folders import resolve_data_dir
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.folders import resolve_folder
 

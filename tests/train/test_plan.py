@@ -3,7 +3,14 @@
 import chex
 import numpy as np
 import pytest
-from factories import make_config, make_data, never, plan_run, tiny_study
+from factories import (
+    make_config,
+    make_data,
+    make_options,
+    never,
+    plan_run,
+    tiny_study,
+)
 
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.federation import make_partition
@@ -30,7 +37,8 @@ def test_load_data_has_it_at_hand_for_every_later_run():
     config = make_config(**{"data.name": "synthetic"})
     load_data(config)
     before = _load.cache_info().misses
-    assert load_dataset_once("synthetic", "").task == "images"
+    config.data.public = 3
+    assert load_dataset_once(config.data).task == "images"
     assert _load.cache_info().misses == before
     with pytest.raises(UserError, match="cohort_size=21"):
         load_data(make_config(cohort_size=21))
@@ -41,8 +49,9 @@ def test_load_dataset_once_takes_the_loader_of_a_plugin_that_has_joined_anew(
 ):
     for count in (4, 5):
         mine = make_data(count)
-        monkeypatch.setitem(DATASETS, "mine", lambda folder, mine=mine: mine)
-        assert load_dataset_once("mine", "") is load_dataset_once("mine", "") is mine
+        monkeypatch.setitem(DATASETS, "mine", lambda options, mine=mine: mine)
+        options = make_options(name="mine")
+        assert load_dataset_once(options) is load_dataset_once(options) is mine
 
 
 @pytest.mark.parametrize(
@@ -176,7 +185,7 @@ def test_cut_makes_waves_that_fit_into_the_memory(tmp_path):
 
 
 def test_the_partitions_of_all_runs_are_within_the_limit_together():
-    config, data = make_config(), make_data(64)
+    config, data = make_config(**{"partition.min_size": 1}), make_data(64)
     made = {}
     alone = sum(array.nbytes for array in make_partition(config, data)) / 1e9
     config.run.memory_limit_gb = 1.5 * alone

@@ -1,0 +1,207 @@
+"""Prepared TFDS data sets are read by their features, without TensorFlow."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from factories import make_options
+
+from fedmoe_jax.data import tfds
+from fedmoe_jax.data.load import load_dataset
+from fedmoe_jax.options import UserError
+
+RNG = np.random.default_rng(0)
+X = RNG.integers(0, 256, (15, 28, 28, 1), np.uint8)
+COARSE, FINE = np.arange(15) % 2, np.arange(15) % 3
+TRAIN = 10
+
+
+def prepare(root, features, examples, name="tiny", version="1.0.0"):
+    """Writes a data set in array_record form; `examples` maps splits to dicts."""
+    import tensorflow_datasets as source
+
+    def describe(builder):
+        return source.core.DatasetInfo(builder=builder, features=features)
+
+    fields = {
+        "VERSION": source.core.Version(version),
+        "pkg_dir_path": None,
+        "_info": describe,
+        "_split_generators": lambda builder, manager: {
+            split: enumerate(rows) for split, rows in examples.items()
+        },
+        "_generate_examples": None,
+    }
+    with source.core.registered.skip_registration():
+        kind = type(name.title(), (source.core.GeneratorBasedBuilder,), fields)
+        kind.__abstractmethods__ = frozenset()
+    builder = kind(data_dir=str(root), file_format="array_record")
+    builder.download_and_prepare(
+        download_config=source.download.DownloadConfig(try_download_gcs=False)
+    )
+    return root / name / version
+
+
+def list_rows(places, **changes):
+    from PIL import Image
+
+    def row(i):
+        png = Image.fromarray(X[i, ..., 0])
+        return {"image": png, "fine": int(FINE[i]), "coarse": int(COARSE[i])}
+
+    return [row(i) | {k: f(i) for k, f in changes.items()} for i in places]
+
+
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory):
+    """Images with two labels, one of them a class with names."""
+    import tensorflow_datasets as source
+
+    root = tmp_path_factory.mktemp("tfds")
+    features = source.features.FeaturesDict(
+        {
+            "image": source.features.Image(shape=(28, 28, 1)),
+            "fine": source.features.ClassLabel(names=["a", "b", "c"]),
+            "coarse": np.int64,
+            "weight": np.float32,
+        }
+    )
+    rows = list_rows(range(15), weight=lambda i: 0.5)
+    prepare(root, features, {"train": rows[:TRAIN], "test": rows[TRAIN:]})
+    return root
+
+
+@pytest.fixture
+def root(prepared_once, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Path(shutil.copytree(prepared_once, tmp_path / "tfds"))
+
+
+def load(root, **changes):
+    return load_dataset(make_options(name="tiny", dir=str(root), **changes))
+
+
+def pair(data, split):
+    """The labels of one split, by the images that they belong to."""
+    x, y = getattr(data, split)["x"], getattr(data, split)["y"]
+    return {image.tobytes(): int(label) for image, label in zip(x, y, strict=True)}
+
+
+def test_load_dataset_reads_images_and_the_label_that_is_named(root, capsys):
+    for key, labels in (("fine", FINE), ("coarse", COARSE)):
+        data = load(root, label_key=key)
+        names = ("a", "b", "c") if key == "fine" else ("0", "1")
+        assert data.stratum_names == names and data.task == "images"
+        expected = {x.tobytes(): y for x, y in zip(X, labels, strict=True)}
+        assert pair(data, "train") | pair(data, "test") == expected
+        assert len(data.train["x"]) == TRAIN
+    assert capsys.readouterr().err.count("decoding tiny from") == 2
+    load(root, label_key="fine")  # from its own copy
+    assert capsys.readouterr().err == ""
+
+
+def test_load_dataset_takes_the_newest_version(root):
+    assert tfds.find_source(root, "tiny") == root / "tiny" / "1.0.0"
+    for version in ("1.0.9", "1.0.10", "notes"):
+        (root / "tiny" / version).mkdir()
+        (root / "tiny" / version / tfds.INFO).touch()
+    assert tfds.find_source(root, "tiny").name == "1.0.10"
+    assert tfds.find_source(root, "../tiny") is tfds.find_source(root, "big") is None
+
+
+def change_features(root, **changes):
+    path = root / "tiny" / "1.0.0" / "features.json"
+    tree = json.loads(path.read_text())
+    tree["featuresDict"]["features"] |= changes
+    path.write_text(json.dumps(tree))
+
+
+def test_load_dataset_says_which_keys_there_are(root):
+    for label in ("", "image", "weight", "none"):
+        with pytest.raises(UserError) as error:
+            load(root, label_key=label)
+        told = f"data.label_key={label!r} is not allowed; allowed: coarse, fine"
+        assert str(error.value) == told
+    change_features(root, label={"classLabel": {"numClasses": "3"}})
+    features = tfds.read_features(root / "tiny" / "1.0.0")
+    assert tfds.choose_key(features, "data.label_key", "", "label") == "label"
+    with pytest.raises(UserError, match="data.image_key='x' .* allowed: image"):
+        load(root, label_key="fine", image_key="x")
+
+
+def test_load_dataset_refuses_text_alone_in_one_line(root):
+    path = root / "tiny" / "1.0.0" / "features.json"
+    path.write_text(json.dumps({"featuresDict": {"features": {"text": {"text": {}}}}}))
+    with pytest.raises(UserError, match="has no image") as error:
+        load(root)
+    assert "\n" not in str(error.value)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="features.json cannot be read"):
+        load(root)
+
+
+def test_load_dataset_refuses_tfrecords(root):
+    path = root / "tiny" / "1.0.0" / tfds.INFO
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"fileFormat": "tfrecord"}))
+    with pytest.raises(UserError, match="holds tfrecord files, allowed: array_record"):
+        load(root, label_key="fine")
+
+
+def test_load_dataset_names_damaged_records(root):
+    (records,) = (root / "tiny" / "1.0.0").glob("*test.array_record*")
+    content = bytearray(records.read_bytes())
+    content[len(content) // 2] ^= 1
+    records.write_bytes(content)
+    with pytest.raises(UserError, match="the records in .* are damaged") as error:
+        load(root, label_key="fine")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["split", "sizes", "labels"])
+def test_load_dataset_refuses_what_no_task_can_use(tmp_path, case):
+    import tensorflow_datasets as source
+    from PIL import Image
+
+    features = source.features.FeaturesDict(
+        {"image": source.features.Image(shape=(None, None, 1)), "label": np.int64}
+    )
+    grow = lambda i: Image.fromarray(np.zeros((4 + i, 4), np.uint8))
+    same = lambda i: Image.fromarray(np.zeros((4, 4), np.uint8))
+    image = grow if case == "sizes" else same
+    label = lambda i: i - (case == "labels")
+    rows = [{"image": image(i), "label": label(i)} for i in range(3)]
+    splits = {"train": rows} | ({} if case == "split" else {"test": rows})
+    prepare(tmp_path, features, splits)
+    told = {
+        "split": "has no split 'test'; allowed: .* this has train",
+        "sizes": r"has images of \[4, 4, 1\] and \[5, 4, 1\] pixels; allowed: one size",
+        "labels": "has strata of train from -1 to 1; allowed: 0 to 1",
+    }
+    with pytest.raises(UserError, match=told[case]) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_load_dataset_sorts_by_the_id(tmp_path):
+    import tensorflow_datasets as source
+
+    features = source.features.FeaturesDict(
+        {
+            "id": source.features.Text(),
+            "image": source.features.Image(shape=(28, 28, 1)),
+            "label": np.int64,
+        }
+    )
+    rows = [
+        {k: row[k] for k in ("id", "image", "label")}
+        for row in list_rows(
+            range(15), id=lambda i: f"x_{99 - i}", label=lambda i: int(FINE[i])
+        )
+    ]
+    prepare(tmp_path, features, {"train": rows[:TRAIN], "test": rows[TRAIN:]})
+    data = load(tmp_path)
+    np.testing.assert_array_equal(data.train["x"], X[:TRAIN][::-1])
+    np.testing.assert_array_equal(data.test["y"], FINE[TRAIN:][::-1])
