@@ -231,7 +231,7 @@ def test_a_value_of_another_kind_is_refused_by_name(name):
         ("client.prox", None, "numbers >= 0"),
         ("usage.decay", "much", "numbers [0, 1]"),
         ("run.tensorboard", 1, "True, False"),
-        ("data.name", 3, "digits, synthetic, cifar10"),
+        ("data.name", 3, "text"),
         ("data.dir", 3, "text"),
         ("devices.shares", (1, None), "tuples such as (0.4, 0.4, 0.2)"),
     ],
