@@ -45,6 +45,7 @@ class Data(NamedTuple):
         `partition.kind=natural`; None where there is none.
       test_owner: [X'] int32 in [0, n), the natural client of each test example, whose
         own test set it then is; None where test examples have none.
+      vocabulary: number of tokens, of text; else None.
     """
 
     train: dict[str, np.ndarray]
@@ -55,6 +56,7 @@ class Data(NamedTuple):
     task: str
     owner: np.ndarray | None = None
     test_owner: np.ndarray | None = None
+    vocabulary: int | None = None
 
 
 class Scores(NamedTuple):

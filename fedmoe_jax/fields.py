@@ -8,8 +8,10 @@ from typing import Any
 
 from fedmoe_jax.align.fitness import SCORES
 from fedmoe_jax.data.partition import KINDS
+from fedmoe_jax.data.text import CLIENTS
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.image_parts import EXPERTS, STEMS
+from fedmoe_jax.models.transformer import GATE_INPUTS
 from fedmoe_jax.options import (
     COUNT,
     NON_NEGATIVE,
@@ -164,6 +166,17 @@ OPTIONS: tuple[Option, ...] = (
         "TFDS folder; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets",
     ),
     Option("data.file", None, ".npz file of arrays, see docs/running.md"),
+    Option(
+        "data.client",
+        tuple(CLIENTS),
+        "client of text: a file, its first folder, or the speaker of a line NAME:",
+    ),
+    Option("data.length", COUNT, "tokens of a window of text that are predicted"),
+    Option(
+        "data.kilobytes",
+        NON_NEGATIVE,
+        "text that each client trains on, from its start; 0: all but the last tenth",
+    ),
     Option("data.image_key", None, "TFDS feature of the images; empty: the only one"),
     Option("data.label_key", None, "TFDS feature of the labels; empty: the only one"),
     Option(
@@ -237,6 +250,31 @@ OPTIONS: tuple[Option, ...] = (
         "model.expert_dropout",
         Range(0, 1, open_high=True),
         "share of each expert's outputs that training drops",
+    ),
+    Option("model.blocks", COUNT, "blocks of a transformer"),
+    Option(
+        "model.moe_every",
+        Range(1, 2),
+        "a mixture in every block of a transformer, or in every second one",
+    ),
+    Option("model.heads", COUNT, "heads of queries, divisors of model.stem_width"),
+    Option("model.kv_heads", COUNT, "heads of keys and values, divisors of heads"),
+    Option(
+        "model.shared_width",
+        NON_NEGATIVE,
+        "hidden units of the expert of a transformer's MoE layers that every client "
+        "trains; 0: none",
+    ),
+    Option(
+        "model.remat",
+        None,
+        "whether backward passes of a transformer compute blocks again, for memory",
+    ),
+    Option(
+        "gate.input",
+        GATE_INPUTS,
+        "hidden states that a transformer's gates score: each token's, or the mean of "
+        "those so far",
     ),
     Option(
         "gate.mode",

@@ -38,6 +38,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.public = 0
     config.data.dir = ""
     config.data.file = ""
+    config.data.client = "file"
+    config.data.length = 32
+    config.data.kilobytes = 0
     config.data.image_key = ""
     config.data.label_key = ""
 
@@ -60,9 +63,16 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.feature_width = 64
     config.model.stem_dropout = 0.0
     config.model.expert_dropout = 0.0
+    config.model.blocks = 2
+    config.model.moe_every = 1
+    config.model.heads = 4
+    config.model.kv_heads = 4
+    config.model.shared_width = 0
+    config.model.remat = False
 
     config.gate = ConfigDict()
     config.gate.mode = "global"
+    config.gate.input = "token"
 
     config.loss = ConfigDict()
     config.loss.calibration = 0.2

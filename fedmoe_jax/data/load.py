@@ -19,7 +19,9 @@ from fedmoe_jax.data import cifar10
 from fedmoe_jax.data.arrays import load_arrays
 from fedmoe_jax.data.digits import load_digits
 from fedmoe_jax.data.folders import resolve_data_dir
+from fedmoe_jax.data.markov import load_markov
 from fedmoe_jax.data.synthetic import load_synthetic
+from fedmoe_jax.data.text import load_text
 from fedmoe_jax.data.tfds import find_source, load_images
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.options import UserError, show
@@ -110,6 +112,8 @@ DATASETS: dict[str, Callable[[ConfigDict], Data]] = {
     "synthetic": lambda options: load_synthetic(),
     "cifar10": cifar10.load_cifar10,
     "arrays": load_arrays,
+    "text": load_text,
+    "markov": load_markov,
 }
 
 

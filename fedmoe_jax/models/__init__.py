@@ -3,9 +3,12 @@
 from collections.abc import Callable
 
 from fedmoe_jax.base import Model
-from fedmoe_jax.models import image_moe
+from fedmoe_jax.models import image_moe, transformer
 
 # (config, shapes of a batch, width of the outputs, platform) -> model; the config is as
 # the strategy configures it. Equal arguments must give the same functions, as runs
 # share compiled programs by them.
-MODELS: dict[str, Callable[..., Model]] = {"image_moe": image_moe.build}
+MODELS: dict[str, Callable[..., Model]] = {
+    "image_moe": image_moe.build,
+    "transformer": transformer.build,
+}

@@ -3,8 +3,9 @@
 from fedmoe_jax.base import Task
 from fedmoe_jax.options import UserError
 from fedmoe_jax.tasks.images import IMAGES
+from fedmoe_jax.tasks.text import TEXT
 
-TASKS: dict[str, Task] = {"images": IMAGES}
+TASKS: dict[str, Task] = {"images": IMAGES, "text": TEXT}
 
 
 def find_task(name: str) -> Task:

@@ -1,0 +1,150 @@
+"""Folders of text: a client is a file, a folder or a speaker; tokens are bytes."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fedmoe_jax.base import Data
+from fedmoe_jax.data.windows import Document, make_text
+from fedmoe_jax.options import UserError
+from fedmoe_jax.runtime.files import brief
+from fedmoe_jax.runtime.folders import resolve_folder
+
+BYTES = 256
+HEADING = re.compile(rb"^([^\n:]{1,60}):[ \t]*$", re.M)  # of a speech
+TEST_SHARE = 0.1  # of each client's text, its end
+KILO = 1000
+
+
+def load_text(options: ConfigDict) -> Data:
+    """Loads the .txt files of `options.dir`.
+
+    The last tenth of each client's text is its test. Of the rest the first
+    `options.kilobytes` are trained on, all where it is 0, so that more text is tested
+    on the same.
+
+    Args:
+      options: the config's group `data`: `dir`, `client` (see `CLIENTS`), `length` and
+        `kilobytes`.
+
+    Raises:
+      UserError: no folder, no files, files that cannot be read or hold nothing, or
+        windows that are longer than any client's text.
+    """
+    if not options.dir:
+        raise UserError(
+            "data.dir='' is not allowed with data.name='text'; allowed: a folder of "
+            ".txt files"
+        )
+    folder = resolve_folder("data.dir", options.dir)
+    texts = CLIENTS[options.client](read_files(folder), folder)
+    return divide(texts, options, f"data.dir={str(folder)!r}")
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The .txt files of a folder and its folders, by their paths, sorted.
+
+    Raises:
+      UserError: there is none, or one cannot be read.
+    """
+    try:
+        paths = sorted(path for path in folder.rglob("*.txt") if path.is_file())
+        found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    except OSError as error:
+        raise UserError(
+            f"data.dir={str(folder)!r} cannot be read ({brief(error)}); allowed: a "
+            "folder of .txt files"
+        ) from error
+    if not found:
+        raise UserError(
+            f"data.dir={str(folder)!r} holds no .txt file; allowed: a folder of .txt "
+            "files, or of folders of them"
+        )
+    return found
+
+
+Text = tuple[str, str, bytes]  # client, stratum, text
+
+
+def list_files(files: dict[str, bytes], folder: Path) -> list[Text]:
+    """Every file is a client; its stratum is its first folder, if it is in one."""
+    del folder
+    return [(name, Path(name).parts[0], text) for name, text in files.items()]
+
+
+def list_folders(files: dict[str, bytes], folder: Path) -> list[Text]:
+    """Every first folder is a client and a stratum.
+
+    Raises:
+      UserError: a file is in none.
+    """
+    joined: dict[str, bytes] = {}
+    for name, text in files.items():
+        first, *rest = Path(name).parts
+        if not rest:
+            raise UserError(
+                f"data.client='folder' is not allowed with {folder / name}, which is "
+                "in no folder of its own; allowed: file"
+            )
+        joined[first] = joined.get(first, b"") + text
+    return [(name, name, text) for name, text in joined.items()]
+
+
+def list_speakers(files: dict[str, bytes], folder: Path) -> list[Text]:
+    """Every speaker is a client and a stratum, with the speeches under its `NAME:`.
+
+    Raises:
+      UserError: there is no such heading.
+    """
+    joined: dict[str, bytes] = {}
+    for text in files.values():
+        for name, speech in list_speeches(text):
+            joined[name] = joined.get(name, b"") + speech
+    if not joined:
+        raise UserError(
+            f"data.client='speaker' is not allowed with {folder}, which has no speech "
+            "under a line 'NAME:'; allowed: file, folder"
+        )
+    return [(name, name, text) for name, text in joined.items()]
+
+
+def list_speeches(text: bytes) -> Iterator[tuple[str, bytes]]:
+    """Speaker and text of every speech, in their order."""
+    found = list(HEADING.finditer(text))
+    ends = [*(each.start() for each in found[1:]), len(text)]
+    for heading, end in zip(found, ends, strict=False):
+        speech = text[heading.end() : end].strip() + b"\n"
+        yield heading[1].decode("utf-8", "replace").strip(), speech
+
+
+CLIENTS = {"file": list_files, "folder": list_folders, "speaker": list_speakers}
+
+
+def divide(texts: list[Text], options: ConfigDict, where: str) -> Data:
+    """`Data` of the texts; clients too short for a test window are left out."""
+    documents, short = [], 0
+    for client, stratum, text in texts:
+        tokens = np.frombuffer(text, np.uint8)
+        start = len(tokens) - round(TEST_SHARE * len(tokens))
+        kept = tokens[: min(start, KILO * options.kilobytes or start)]
+        if len(tokens) - start > options.length and len(kept) > options.length:
+            documents.append(Document(client, stratum, kept, tokens[start:]))
+        else:
+            short += 1
+    if documents and short:
+        print(
+            f"{short} of {len(texts)} clients have too little text for a window of "
+            f"{options.length} to train on and one to test, and are left out",
+            file=sys.stderr,
+        )
+    if not documents:
+        longest = max(len(text) for *_, text in texts)
+        raise UserError(
+            f"data.length={options.length} is not allowed with {where}, whose longest "
+            f"client has {longest} bytes; allowed: less than a tenth of them"
+        )
+    return make_text(documents, options.length, BYTES, where)

@@ -1,0 +1,267 @@
+"""A decoder transformer with a mixture of experts in every block, or every second one.
+
+The stem holds what every client trains: embeddings, attention, norms, shared experts
+and the hidden layers of blocks without a mixture. Every MoE layer has a gate and
+experts of its own, named after its block.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from fedmoe_jax.base import Model, Route, Routing
+from fedmoe_jax.models import routing
+from fedmoe_jax.models.one_layer import choose_trained, freeze_others, split_rows
+from fedmoe_jax.models.transformer_parts import (
+    attend,
+    average_prefix,
+    draw,
+    feed_forward,
+    init_attention,
+    init_feed_forward,
+    normalise,
+)
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Array, PyTree
+
+GATE_INPUTS = ("token", "prefix")
+
+
+class Shape(NamedTuple):
+    """The sizes of a transformer, hashable.
+
+    Attributes:
+      blocks: number of blocks.
+      moe_every: a mixture in every block (1), or in every second one (2), the last of
+        each two.
+      width: D.
+      heads: of queries; `width` is a multiple.
+      kv_heads: of keys and values; `heads` is a multiple.
+      expert_width: F, hidden units of an expert and of a dense layer.
+      shared_width: hidden units of the expert that every client trains in every MoE
+        layer; 0 for none.
+      num_experts: E of each layer.
+      vocabulary: tokens.
+      gate_input: a name in `GATE_INPUTS`: each token's hidden state, or the mean of
+        those so far.
+      remat: whether backward passes compute blocks again instead of keeping them.
+      platform: `cpu`, `gpu` or `tpu`; on a `cpu` experts are looped over.
+    """
+
+    blocks: int
+    moe_every: int
+    width: int
+    heads: int
+    kv_heads: int
+    expert_width: int
+    shared_width: int
+    num_experts: int
+    vocabulary: int
+    gate_input: str
+    remat: bool
+    platform: str
+
+
+def name_blocks(shape: Shape) -> list[tuple[str, bool]]:
+    """Names of the blocks, in their order and sorted; whether each has a mixture."""
+    every = shape.moe_every
+    return [(f"block{i:03d}", i % every == every - 1) for i in range(shape.blocks)]
+
+
+def init_block(key: Array, mixes: bool, shape: Shape) -> PyTree:
+    """What all clients train of one block."""
+    attention, hidden = jax.random.split(key)
+    width = shape.shared_width if mixes else shape.expert_width
+    block = {
+        "attention": init_attention(
+            attention, shape.width, shape.heads, shape.kv_heads
+        ),
+        "norm": jnp.ones((2, shape.width)),
+    }
+    if width:
+        block["shared"] = init_feed_forward(hidden, shape.width, width)
+    return block
+
+
+def init(key: Array, shape: Shape) -> tuple[PyTree, PyTree]:
+    """`Model.init`."""
+    table, head, *keys = jax.random.split(key, 2 + shape.blocks)
+    stem = {"embedding": draw(table, shape.vocabulary, shape.width, fan_in=1)}
+    gates, experts = {}, {}
+    for own, (name, mixes) in zip(keys, name_blocks(shape), strict=True):
+        block, gate, expert = jax.random.split(own, 3)
+        stem[name] = init_block(block, mixes, shape)
+        if mixes:
+            gates[name] = {
+                "kernel": 0.1 * draw(gate, shape.num_experts, shape.width, fan_in=1),
+                "bias": jnp.zeros(shape.num_experts),
+            }
+            make = functools.partial(
+                init_feed_forward, width=shape.width, hidden=shape.expert_width
+            )
+            experts[name] = jax.vmap(make)(jax.random.split(expert, shape.num_experts))
+    head = {
+        "norm": jnp.ones(shape.width),
+        "kernel": draw(head, shape.width, shape.vocabulary, fan_in=shape.width),
+    }
+    return {"stem": stem, "gate": gates, "experts": experts, "head": head}, {}
+
+
+def run_experts(experts: PyTree, x: Array, platform: str) -> Array:
+    """Outputs [T, K, D] of the held experts, leaves [K, ...], on tokens [T, D]."""
+    if platform != "cpu":
+        return jax.vmap(feed_forward, in_axes=(0, None), out_axes=1)(experts, x)
+    # On CPU a loop is faster: vmapping batches small products.
+    outputs = [feed_forward(row, x) for row in split_rows(experts)]
+    return jnp.stack(outputs, axis=1)
+
+
+def mix_experts(
+    gate: PyTree,
+    experts: PyTree,
+    x: Array,
+    held: Array,
+    slot: Array,
+    route: Route,
+    shape: Shape,
+) -> tuple[Array, Routing]:
+    """ONE MoE layer, dropless: every held expert sees every token.
+
+    Args:
+      gate: `kernel` [E, D] and `bias` [E].
+      experts: of the held ones, leaves [K, ...].
+      x: [B, P, D], normalised hidden states.
+      held: [K] int32.
+      slot: [K] bool.
+      route: see `Route`.
+      shape: of the model.
+
+    Returns:
+      [B, P, D], and the routing of the layer, of all B * P positions.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    outputs = run_experts(experts, tokens, shape.platform)
+    if shape.num_experts == 1:
+        gates = jnp.ones(outputs.shape[:2])
+        return outputs[:, 0].reshape(x.shape), Routing(None, gates)
+    seen = average_prefix(x) if shape.gate_input == "prefix" else x
+    logits = jnp.einsum("bpd,ed->bpe", seen, gate["kernel"])
+    logits = logits.reshape(-1, shape.num_experts) + gate["bias"][None]
+    gates = routing.make_gates(logits[:, held], slot, route)
+    trained = choose_trained(gates, slot, route)
+    if trained is not None:
+        outputs = freeze_others(outputs, trained)
+    mixed = jnp.einsum("tk,tkd->td", gates, outputs)
+    return mixed.reshape(x.shape), Routing(logits, gates, trained)
+
+
+def apply(
+    params: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    held: Array,
+    slot: Array,
+    route: Route,
+    key: Array | None,
+    *,
+    shape: Shape,
+) -> tuple[Array, Routing]:
+    """`Model.apply`: `tokens` [B, P] int32 -> logits [B, P, vocabulary], routing.
+
+    Nothing is dropped at random; `key` is not used.
+    """
+    stem, head = params["stem"], params["head"]
+    layers: list[Routing] = []
+
+    def run_block(name: str, mixes: bool, x: Array) -> tuple[Array, Routing | None]:
+        block, decision = stem[name], None
+        x = x + attend(block["attention"], normalise(x, block["norm"][0]))
+        hidden = normalise(x, block["norm"][1])
+        if "shared" in block:
+            x = x + feed_forward(block["shared"], hidden)
+        if mixes:
+            own = params["gate"][name], params["experts"][name]
+            slots = held[len(layers)], slot[len(layers)]
+            mixed, decision = mix_experts(*own, hidden, *slots, route, shape)
+            x = x + mixed
+        return x, decision
+
+    x = stem["embedding"][batch["tokens"]]
+    for name, mixes in name_blocks(shape):
+        run = functools.partial(run_block, name, mixes)
+        x, decision = (jax.checkpoint(run) if shape.remat else run)(x)
+        if decision is not None:
+            layers.append(decision)
+    outputs = normalise(x, head["norm"]) @ head["kernel"]
+    return outputs, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+@functools.cache
+def build_model(shape: Shape) -> Model:
+    """The model of these sizes; equal sizes give the same functions."""
+    return Model(
+        init=functools.partial(init, shape=shape),
+        apply=functools.partial(apply, shape=shape),
+    )
+
+
+def check_shape(shape: Shape) -> None:
+    """Raises UserError unless heads divide and some block has a mixture."""
+    rules = (
+        ("model.heads", shape.heads, "model.stem_width", shape.width),
+        ("model.kv_heads", shape.kv_heads, "model.heads", shape.heads),
+    )
+    for name, value, of, whole in rules:
+        if whole % value:
+            raise UserError(
+                f"{name}={value} is not allowed; allowed: divisors of {of}={whole}"
+            )
+    if shape.width // shape.heads % 2:
+        raise UserError(
+            f"model.heads={shape.heads} is not allowed with model.stem_width="
+            f"{shape.width}; allowed: heads of an even number of units"
+        )
+    if shape.blocks < shape.moe_every:
+        raise UserError(
+            f"model.blocks={shape.blocks} is not allowed with model.moe_every="
+            f"{shape.moe_every}; allowed: >= {shape.moe_every}"
+        )
+
+
+def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) -> Model:
+    """The model of a config; equal configs give the same functions.
+
+    Args:
+      config: gives `num_experts`, `gate.input` and the group `model`.
+      batch: shapes of a batch with `tokens` [B, P].
+      num_outputs: the vocabulary.
+      platform: that it will run on, `cpu`, `gpu` or `tpu`.
+
+    Raises:
+      UserError: the batch has no tokens, or sizes do not fit each other.
+    """
+    if "tokens" not in batch:
+        raise UserError(
+            f"model.kind={config.model.kind!r} is not allowed with data without tokens "
+            f"(they have {', '.join(batch)}); allowed: image_moe"
+        )
+    options = config.model
+    shape = Shape(
+        blocks=options.blocks,
+        moe_every=options.moe_every,
+        width=options.stem_width,
+        heads=options.heads,
+        kv_heads=options.kv_heads,
+        expert_width=options.expert_width,
+        shared_width=options.shared_width,
+        num_experts=config.num_experts,
+        vocabulary=num_outputs,
+        gate_input=config.gate.input,
+        remat=options.remat,
+        platform=platform,
+    )
+    check_shape(shape)
+    return build_model(shape)

@@ -1,0 +1,95 @@
+"""The parts of a transformer block, as pure functions of one batch of sequences.
+
+Norms are RMSNorm (arXiv 1910.07467), positions rotary (arXiv 2104.09864), heads share
+keys and values in groups (arXiv 2305.13245), hidden layers are SwiGLU (arXiv
+2002.05202).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.types import Array, PyTree
+
+EPSILON = 1e-6  # of a mean square
+BASE = 10_000.0  # of the wavelengths of rotary positions
+
+
+def normalise(x: Array, scale: Array) -> Array:
+    """RMSNorm over the last axis: x [..., D], scale [D]."""
+    square = jnp.square(x).mean(axis=-1, keepdims=True)
+    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    return x * jax.lax.rsqrt(square + EPSILON) * scale
+
+
+def rotate(x: Array) -> Array:
+    """Rotary positions of heads [B, P, H, W], with W even; position 0 stays."""
+    _, length, _, width = x.shape
+    rate = BASE ** (-jnp.arange(width // 2) / (width // 2))
+    angle = jnp.arange(length)[None, :, None, None] * rate[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+
+
+def attend(params: PyTree, x: Array) -> Array:
+    """Causal attention with grouped heads.
+
+    Args:
+      params: `query` [D, H, W], `key` and `value` [D, H', W], H a multiple of H', and
+        `out` [H, W, D].
+      x: [B, P, D].
+
+    Returns:
+      [B, P, D].
+    """
+    query, key, value = (
+        jnp.einsum("bpd,dhw->bphw", x, params[name])
+        for name in ("query", "key", "value")
+    )
+    query, key = rotate(query), rotate(key)
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(each, groups, axis=2) for each in (key, value))
+    scores = jnp.einsum("bphw,bqhw->bhpq", query, key) / jnp.sqrt(query.shape[-1])
+    past = jnp.tri(x.shape[1], dtype=bool)
+    weights = jax.nn.softmax(jnp.where(past[None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhpq,bqhw,hwd->bpd", weights, value, params["out"])
+
+
+def feed_forward(params: PyTree, x: Array) -> Array:
+    """SwiGLU: `gate` and `up` [D, F], `down` [F, D], x [..., D]."""
+    hidden = jax.nn.silu(x @ params["gate"]) * (x @ params["up"])
+    return hidden @ params["down"]
+
+
+def average_prefix(x: Array) -> Array:
+    """The mean of each position and those before it, x [B, P, D]."""
+    count = jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)
+    return jnp.cumsum(x, axis=1) / count[None, :, None]
+
+
+def draw(key: Array, *shape: int, fan_in: int) -> Array:
+    """Normal weights with the variance 1 / `fan_in`."""
+    return jax.random.normal(key, shape) / jnp.sqrt(fan_in)
+
+
+def init_attention(key: Array, width: int, heads: int, kv_heads: int) -> PyTree:
+    """Params of `attend`, of heads that have `width / heads` numbers each."""
+    keys, size = jax.random.split(key, 4), width // heads
+    return {
+        "query": draw(keys[0], width, heads, size, fan_in=width),
+        "key": draw(keys[1], width, kv_heads, size, fan_in=width),
+        "value": draw(keys[2], width, kv_heads, size, fan_in=width),
+        "out": draw(keys[3], heads, size, width, fan_in=width),
+    }
+
+
+def init_feed_forward(key: Array, width: int, hidden: int) -> PyTree:
+    """Params of `feed_forward`."""
+    keys = jax.random.split(key, 3)
+    return {
+        "gate": draw(keys[0], width, hidden, fan_in=width),
+        "up": draw(keys[1], width, hidden, fan_in=width),
+        "down": draw(keys[2], hidden, width, fan_in=hidden),
+    }

@@ -1,0 +1,74 @@
+"""Text as windows of tokens, each of which is predicted from those before it."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedmoe_jax.base import Data, Scores, Task
+from fedmoe_jax.options import UserError
+from fedmoe_jax.types import Array, PyTree
+
+
+def check_tokens(data: Data) -> PyTree:
+    """Nothing that `prepare` would read.
+
+    Raises:
+      UserError: there are no whole numbers `tokens` [X, P + 1] below the vocabulary, or
+        no `length` [X] of them.
+    """
+    tokens = data.train.get("tokens", np.zeros(0))
+    whole = np.issubdtype(tokens.dtype, np.integer) and tokens.ndim == 2
+    if not whole or tokens.shape[1] < 2 or "length" not in data.train:
+        raise UserError(
+            f"the task text has train['tokens'] {tokens.dtype}{list(tokens.shape)} and "
+            f"leaves {', '.join(data.train)}; allowed: whole numbers tokens[X, P + 1] "
+            "and length[X]"
+        )
+    for part, rows in (("train", data.train), ("test", data.test)):
+        low, high = rows["tokens"].min(), rows["tokens"].max()
+        if data.vocabulary is None or low < 0 or high >= data.vocabulary:
+            raise UserError(
+                f"the task text has {part} tokens from {low} to {high}; allowed: 0 to "
+                f"one less than the vocabulary={data.vocabulary}"
+            )
+    return {}
+
+
+def count_vocabulary(data: Data) -> int:
+    """The number of tokens, see `Data.vocabulary`."""
+    check_tokens(data)
+    assert data.vocabulary is not None
+    return data.vocabulary
+
+
+def prepare(rows: PyTree, statistics: PyTree) -> PyTree:
+    """Inputs and targets of windows [B, P + 1].
+
+    Returns:
+      `tokens` and `target` [B, P] int32, each target the token after; `weight` [B, P]
+      float32, 1 for targets within the window's `length`.
+    """
+    del statistics
+    windows = rows["tokens"].astype(jnp.int32)
+    place = jnp.arange(1, windows.shape[1])
+    return {
+        "tokens": windows[:, :-1],
+        "target": windows[:, 1:],
+        "weight": (place[None] < rows["length"][:, None]).astype(jnp.float32),
+    }
+
+
+def score_tokens(logits: Array, batch: PyTree) -> Scores:
+    """Cross-entropy in nats and accuracy of every position [B, P]."""
+    target = batch["target"]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    right = (logits.argmax(-1) == target).astype(jnp.float32)
+    return Scores(loss, right, batch["weight"])
+
+
+TEXT = Task(
+    statistics=check_tokens,
+    prepare=prepare,
+    loss=score_tokens,
+    num_outputs=count_vocabulary,
+)

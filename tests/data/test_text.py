@@ -1,0 +1,116 @@
+"""Folders of text: clients, strata, test texts, and what is refused in one line."""
+
+import numpy as np
+import pytest
+from factories import make_options
+
+from fedmoe_jax.data.load import load_dataset
+from fedmoe_jax.data.text import list_speeches
+from fedmoe_jax.options import UserError
+
+LATVIAN, WOLOF = "Iesākumā bija Vārds. " * 20, "Ca ndoorte la Kàddu gi nekkoon. " * 30
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, text in {
+        "latvian/john.txt": LATVIAN,
+        "latvian/mark.txt": LATVIAN[::-1],
+        "wolof/john.txt": WOLOF,
+        "wolof/notes.md": "no text",
+    }.items():
+        path = tmp_path / "nt" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return tmp_path / "nt"
+
+
+def load(folder, **changes):
+    options = {"length": 16} | changes
+    return load_dataset(make_options(name="text", dir=str(folder), **options))
+
+
+def read(rows, owner, client):
+    """The text of one client, from its windows."""
+    chosen = np.flatnonzero(owner == client)
+    tokens, sizes = rows["tokens"][chosen], rows["length"][chosen]
+    targets = [row[1:size] for row, size in zip(tokens, sizes, strict=True)]
+    return bytes([tokens[0, 0]]) + np.concatenate(targets).tobytes()
+
+
+def test_load_text_of_files_and_folders(folder):
+    data = load(folder)
+    assert data.stratum_names == ("latvian", "wolof") and data.vocabulary == 256
+    for client, text in enumerate((LATVIAN, LATVIAN[::-1], WOLOF)):
+        whole = text.encode()
+        start = len(whole) - round(0.1 * len(whole))
+        assert read(data.train, data.owner, client) == whole[:start]
+        assert read(data.test, data.test_owner, client) == whole[start:]
+    joined = load(folder, client="folder")
+    assert joined.owner.max() == 1
+    whole = (LATVIAN + LATVIAN[::-1]).encode()
+    text = read(joined.train, joined.owner, 0) + read(joined.test, joined.test_owner, 0)
+    assert text == whole
+
+
+def test_load_text_trains_on_less_and_tests_on_the_same(folder):
+    (folder / "wolof" / "john.txt").write_text(WOLOF * 9, encoding="utf-8")
+    whole, short = load(folder), load(folder, kilobytes=1)
+    assert len(read(short.train, short.owner, 2)) == 1000
+    for name in whole.test:
+        np.testing.assert_array_equal(whole.test[name], short.test[name])
+
+
+PLAY = b"""Proud prologue.
+
+ANNA:
+%s
+
+First Citizen:
+Speak, %s: speak.
+
+ANNA:
+Away!
+"""
+
+
+def test_list_speeches_by_hand():
+    play = PLAY % (b"We are one.", b"I said")
+    assert list(list_speeches(play)) == [
+        ("ANNA", b"We are one.\n"),
+        ("First Citizen", b"Speak, I said: speak.\n"),
+        ("ANNA", b"Away!\n"),
+    ]
+
+
+def test_load_text_of_speakers_leaves_out_those_who_say_little(tmp_path, capsys):
+    long = b"word " * 90
+    (tmp_path / "play.txt").write_bytes(PLAY % (long, b"x"))
+    data = load(tmp_path, client="speaker")
+    assert data.stratum_names == ("ANNA",) and data.owner.max() == 0
+    told = capsys.readouterr().err
+    assert told.startswith("1 of 2 clients have too little text") and "\n" == told[-1]
+
+
+def test_load_text_takes_bytes_that_are_no_utf8(tmp_path):
+    text = bytes(range(256)) * 4
+    (tmp_path / "raw.txt").write_bytes(text)
+    data = load(tmp_path)
+    assert text == read(data.train, data.owner, 0) + read(data.test, data.test_owner, 0)
+
+
+def test_load_text_refuses_in_one_line(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (folder / "loose.txt").write_text("of no folder")
+    cases = [
+        ({"folder": ""}, "data.dir='' is not allowed"),
+        ({"folder": tmp_path / "empty"}, "holds no .txt file"),
+        ({"folder": tmp_path / "none"}, "holds no .txt file"),
+        ({"folder": folder, "client": "folder"}, "which is in no folder of its own"),
+        ({"folder": folder, "client": "speaker"}, "no speech under a line 'NAME:'"),
+        ({"folder": folder, "length": 500}, "data.length=500 .* longest client has 9"),
+    ]
+    for case, told in cases:
+        with pytest.raises(UserError, match=told) as error:
+            load(**case)
+        assert "\n" not in str(error.value) and "; allowed: " in str(error.value)

@@ -1,0 +1,241 @@
+"""A two-layer transformer against loops over tokens, heads and experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from fedmoe_jax.base import Route
+from fedmoe_jax.models import transformer
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.models.transformer_parts import average_prefix, rotate
+from fedmoe_jax.options import UserError
+
+SHAPE = transformer.Shape(
+    blocks=2,
+    moe_every=1,
+    width=8,
+    heads=2,
+    kv_heads=1,
+    expert_width=6,
+    shared_width=0,
+    num_experts=4,
+    vocabulary=5,
+    gate_input="token",
+    remat=False,
+    platform="cpu",
+)
+TOKENS = jnp.array([[1, 2, 3, 4, 0, 2], [3, 3, 1, 0, 0, 4]])
+HELD = jnp.array([[2, 0, 1], [3, 1, 0]])
+SLOT = jnp.array([[True, True, False], [True, True, True]])
+
+
+def make_params(shape):
+    params, frozen = transformer.build_model(shape).init(jax.random.key(0))
+    assert frozen == {}
+    return jax.tree.map(lambda leaf: 2 * leaf, params)  # so that gates differ
+
+
+def run(shape, params, held=HELD, slot=SLOT, active=2):
+    own = take_submodel(params, {}, held, 0) if shape.num_experts > 1 else params
+    route = Route(active)
+    batch = {"tokens": TOKENS}
+    model = transformer.build_model(shape)
+    return model.apply(own, {}, batch, held, slot, route, None)
+
+
+def norm(x, scale):
+    return x / np.sqrt((x**2).mean() + 1e-6) * scale
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def hidden_layer(own, x):
+    return (silu(x @ own["gate"]) * (x @ own["up"])) @ own["down"]
+
+
+def turn(x, place):
+    """Rotary positions of one head's numbers at one place."""
+    half = len(x) // 2
+    turned = x.copy()
+    for i in range(half):
+        angle = place * 10_000 ** (-i / half)
+        turned[i] = x[i] * np.cos(angle) - x[half + i] * np.sin(angle)
+        turned[half + i] = x[half + i] * np.cos(angle) + x[i] * np.sin(angle)
+    return turned
+
+
+def attend_slowly(own, normed, place):
+    """One position's attention over those before it, head by head."""
+    out = np.zeros(normed.shape[1])
+    heads, kv_heads = own["query"].shape[1], own["key"].shape[1]
+    for head in range(heads):
+        group = head // (heads // kv_heads)
+        query = turn(normed[place] @ own["query"][:, head], place)
+        keys = [turn(x @ own["key"][:, group], q) for q, x in enumerate(normed)]
+        scores = np.array([query @ k for k in keys[: place + 1]]) / np.sqrt(len(query))
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        values = normed[: place + 1] @ own["value"][:, group]
+        out += weights @ values @ own["out"][head]
+    return out
+
+
+def route_slowly(gate, seen, held, slot, active):
+    """Gates of one token over the slots: softmax over the best held experts."""
+    logits = gate["kernel"] @ seen + gate["bias"]
+    own = np.where(slot, logits[held], -np.inf)
+    best = np.argsort(-own)[: min(active, slot.sum())]
+    gates = np.zeros(len(held))
+    gates[best] = np.exp(own[best] - own[best].max())
+    return logits, gates / gates.sum()
+
+
+def run_slowly(shape, params, held, slot, active):
+    """Outputs [B, P, V], logits [G, P', E] and gates [G, P', K], token by token."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    stem, outputs, routed = params["stem"], [], []
+    for row in np.asarray(TOKENS):
+        x = stem["embedding"][row]
+        layer = 0
+        for name, mixes in transformer.name_blocks(shape):
+            block = stem[name]
+            normed = np.array([norm(each, block["norm"][0]) for each in x])
+            x = x + [
+                attend_slowly(block["attention"], normed, p) for p in range(len(x))
+            ]
+            normed = np.array([norm(each, block["norm"][1]) for each in x])
+            if "shared" in block:
+                x = x + [hidden_layer(block["shared"], each) for each in normed]
+            if not mixes:
+                continue
+            gate, experts = params["gate"][name], params["experts"][name]
+            for place, each in enumerate(normed):
+                prefix = shape.gate_input == "prefix"
+                seen = normed[: place + 1].mean(0) if prefix else each
+                own = np.asarray(held[layer]), np.asarray(slot[layer])
+                logits, gates = route_slowly(gate, seen, *own, active)
+                routed.append((layer, logits, gates))
+                for k, expert in enumerate(np.asarray(held[layer])):
+                    one = {part: leaf[expert] for part, leaf in experts.items()}
+                    x[place] = x[place] + gates[k] * hidden_layer(one, each)
+            layer += 1
+        normed = np.array([norm(each, params["head"]["norm"]) for each in x])
+        outputs.append(normed @ params["head"]["kernel"])
+    of_layer = lambda g, at: np.array([r[at] for r in routed if r[0] == g])
+    layers = range(len(params["gate"]))
+    return (
+        np.array(outputs),
+        np.array([of_layer(g, 1) for g in layers]),
+        np.array([of_layer(g, 2) for g in layers]),
+    )
+
+
+CASES = {
+    "tokens": {},
+    "prefix": {"gate_input": "prefix"},
+    "shared": {"shared_width": 4},
+    "every second": {"blocks": 3, "moe_every": 2},
+    "compute again": {"remat": True},
+    "accelerator": {"platform": "gpu"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_apply_is_its_slow_twin(case):
+    shape = SHAPE._replace(**CASES[case])
+    params = make_params(shape)
+    layers = len(params["gate"])
+    held, slot = HELD[:layers], SLOT[:layers]
+    outputs, routing = run(shape, params, held, slot)
+    slow, logits, gates = run_slowly(shape, params, held, slot, 2)
+    close = dict(rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(outputs, slow, **close)
+    np.testing.assert_allclose(routing.logits, logits, **close)
+    np.testing.assert_allclose(routing.gates, gates, **close)
+    assert outputs.shape == (2, 6, 5) and routing.trained is None
+
+
+def test_remat_gives_the_same_gradients():
+    params = make_params(SHAPE)
+
+    def loss(params, shape):
+        return jnp.square(run(shape, params)[0]).sum()
+
+    plain = jax.grad(loss)(params, SHAPE)
+    again = jax.grad(loss)(params, SHAPE._replace(remat=True))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, plain, again)
+
+
+def test_later_tokens_change_nothing_before_them():
+    for gate_input in transformer.GATE_INPUTS:
+        shape = SHAPE._replace(gate_input=gate_input)
+        params = make_params(shape)
+        first = run(shape, params)[0]
+        global TOKENS
+        before, TOKENS = TOKENS, TOKENS.at[:, 4:].set(1)
+        try:
+            second = run(shape, params)[0]
+        finally:
+            TOKENS = before
+        np.testing.assert_allclose(first[:, :4], second[:, :4], rtol=1e-5, atol=1e-5)
+        assert not np.allclose(first[:, 4:], second[:, 4:])
+
+
+def test_one_expert_needs_no_gate():
+    shape = SHAPE._replace(num_experts=1)
+    params = make_params(shape)
+    one = jnp.zeros((2, 1), int), jnp.ones((2, 1), bool)
+    outputs, routing = run(shape, params, *one, active=1)
+    assert routing.logits is None and (routing.gates == 1).all()
+    doubled = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 0), params["experts"])
+    rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 0), params["gate"])
+    two = params | {"experts": doubled, "gate": rows}
+    everything = jnp.array([[0, 1]] * 2), jnp.ones((2, 2), bool)
+    same, _ = run(SHAPE._replace(num_experts=2), two, *everything)
+    np.testing.assert_allclose(outputs, same, rtol=1e-4, atol=1e-4)
+
+
+def test_average_prefix_by_hand():
+    x = jnp.array([[[1.0], [3.0], [8.0]]])
+    assert average_prefix(x).tolist() == [[[1.0], [2.0], [4.0]]]
+
+
+def test_rotate_keeps_lengths_and_depends_on_distances_alone():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 1, 6))
+    rows = rotate(jnp.broadcast_to(x, (1, 9, 1, 6)))[0, :, 0]
+    np.testing.assert_allclose((rows**2).sum(1), (x**2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(rows[0], x[0, 0, 0])
+    np.testing.assert_allclose(rows[1] @ rows[4], rows[5] @ rows[8], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"heads": 3}, "model.heads=3 .* divisors of model.stem_width=8"),
+        ({"kv_heads": 3}, "model.kv_heads=3 .* divisors of model.heads=4"),
+        ({"heads": 8}, "heads of an even number"),
+        ({"blocks": 1, "moe_every": 2}, "model.blocks=1 .* allowed: >= 2"),
+    ],
+)
+def test_build_refuses_sizes_that_do_not_fit(changes, told):
+    config = default.get_config()
+    config.model.update({"stem_width": 8, "heads": 4, "kv_heads": 4} | changes)
+    if changes.get("heads"):
+        config.model.kv_heads = config.model.heads
+    tokens = {"tokens": jax.ShapeDtypeStruct((1, 6), jnp.int32)}
+    with pytest.raises(UserError, match=told) as error:
+        transformer.build(config, tokens, 5, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_build_refuses_images():
+    config = default.get_config()
+    config.model.kind = "transformer"
+    images = {"x": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)}
+    with pytest.raises(UserError, match="data without tokens .* image_moe"):
+        transformer.build(config, images, 5, "cpu")
