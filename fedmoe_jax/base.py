@@ -85,6 +85,8 @@ class Task(NamedTuple):
       drifts: (name, (rows, amount []) -> rows) of every way in which rows can drift.
       add_prior: (outputs, log shares of the strata [L]) -> outputs, of outputs that are
         logits of the strata; None for others, which no label prior shifts.
+      bits: whether evaluation also gives the loss, in bits of a position, whose
+        `Scores.loss` then is a cross-entropy in nats.
     """
 
     statistics: Callable[[Data], PyTree]
@@ -93,6 +95,7 @@ class Task(NamedTuple):
     num_outputs: Callable[[Data], int]
     drifts: tuple[tuple[str, Callable[[PyTree, Array], PyTree]], ...] = ()
     add_prior: Callable[[PyTree, Array], PyTree] | None = None
+    bits: bool = False
 
 
 class Route(NamedTuple):

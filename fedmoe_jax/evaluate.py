@@ -76,7 +76,7 @@ def count_batch(
 ) -> dict[str, Array]:
     """The scores of `count_examples`; where data drift, of drifted examples, too.
 
-    These are `drifted` [L], of the global model, `drifted_personal`, `drifted_prior`.
+    These are `drifted` [V, L] of the global model, `drifted_personal`, `drifted_prior`.
     """
     federation = view.federation
     num_strata = federation.label_mix.shape[1]
@@ -113,11 +113,11 @@ def count_examples(
         experts are computed, for `soft` and `expert` too, and how they are mixed.
 
     Returns:
-      `total` [L] weights; `global`, `soft` [L], `expert` [E, L], `personal` [rows, L],
-      `prior` [m, L] scores times weights; `routed` [G, E, L] gate mass. `Panel.model`
-      says which row of `personal` is whose, `Panel.priors` of `prior`; without
-      `every_expert` they hold only for strata that the client has. Models without parts
-      have no `soft` and no `expert`.
+      `total` [L] weights; `global`, `soft` [V, L], `expert` [E, V, L], `personal`
+      [rows, V, L], `prior` [m, V, L] values times weights; `routed` [G, E, L] gates.
+      `Panel.model` says which row of `personal` is whose, `Panel.priors` of `prior`;
+      without `every_expert` they hold only for strata that the client has. Models
+      without parts have no `soft` and no `expert`.
     """
     params = join_frozen(state, federation, program)
     models = panel.models
@@ -140,7 +140,7 @@ def count_unseen(
     panel: Panel,
     program: Program,
 ) -> dict[str, Array]:
-    """Weights `total` and scores `global` of clients [U] that never take part."""
+    """Weights `total` [U], scores `global` [V, U] of clients that never take part."""
     num_clients = program.static.partition.unseen
     panel = keep_server(panel, num_clients, program)
     source = take_pool(federation, pool)
@@ -183,13 +183,40 @@ def worst_decile(accuracy: Array, counted: Array) -> Array:
     return worst.sum() / jnp.maximum(number, 1)
 
 
+def mean_values(name: str, values: Array, counted: Array) -> dict[str, Array]:
+    """The means of clients' values, and of the worst tenth of those that count.
+
+    Args:
+      name: `{name}_accuracy` and `{name}_bits` are the means, if there are bits; the
+        others are `worst_decile` and the name without `personal`.
+      values: [n, V].
+      counted: [n] bool.
+    """
+    worst = f"worst_decile_{name}".replace("_personal", "")
+    accuracy, *bits = values.T
+    found = {
+        f"{name}_accuracy": mean_counted(accuracy, counted),
+        f"{worst}_accuracy": worst_decile(accuracy, counted),
+    }
+    for each in bits:
+        found[f"{name}_bits"] = mean_counted(each, counted)
+        found[f"{worst}_bits"] = -worst_decile(-each, counted)
+    return found
+
+
+def name_values(name: str, values: Array) -> dict[str, Array]:
+    """`{name}_accuracy` and, if there are bits, `{name}_bits`, of values [V]."""
+    kinds = ("accuracy", "bits")[: len(values)]
+    return {f"{name}_{kind}": values[i] for i, kind in enumerate(kinds)}
+
+
 def find_personal(counts: dict[str, Array], panel: Panel) -> Array:
-    """Every scored client's own row of counts, of the examples as it sees them."""
+    """Every scored client's own counts [n, V, L], of the examples as it sees them."""
     personal = counts["personal"][panel.model]
     if panel.drifts is None:
         return personal
     drifted = counts["drifted_personal"][panel.model]
-    return jnp.where(panel.drifts[:, None], drifted, personal)
+    return jnp.where(panel.drifts[:, None, None], drifted, personal)
 
 
 def measure_priors(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
@@ -201,15 +228,12 @@ def measure_priors(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
         return {}
     rows, client = counts["prior"], panel.priors.row
     if panel.drifts is not None:
-        drifts = panel.drifts[client][:, None]
+        drifts = panel.drifts[client][:, None, None]
         rows = jnp.where(drifts, counts["drifted_prior"], rows)
     share = panel.label_mix / jnp.maximum(counts["total"], 1.0)[None]
-    accuracy = (rows * share[client]).sum(1)
+    values = (rows * share[client][:, None]).sum(2)
     counted = jnp.broadcast_to(panel.counted, len(panel.label_mix))[client]
-    return {
-        "personal_prior_accuracy": mean_counted(accuracy, counted),
-        "worst_decile_prior_accuracy": worst_decile(accuracy, counted),
-    }
+    return mean_values("personal_prior", values, counted)
 
 
 def place_clients(accuracy: Array, panel: Panel, num_clients: int) -> Array:
@@ -220,25 +244,25 @@ def place_clients(accuracy: Array, panel: Panel, num_clients: int) -> Array:
 
 
 def measure_clients(counts: dict[str, Array], panel: Panel) -> Array:
-    """Accuracy [n] of every client on its own mix; arguments as in `measure_means`."""
+    """Values [n, V] of every client on its own mix; arguments as in `measure_means`."""
     share = 1.0 / jnp.maximum(counts["total"], 1.0)
-    return (find_personal(counts, panel) * share[None] * panel.label_mix).sum(1)
+    personal = find_personal(counts, panel) * share[None, None]
+    return (personal * panel.label_mix[:, None]).sum(2)
 
 
 def measure_means(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
-    """The global accuracy, and the means over clients that count.
+    """The global values, and the means over clients that count.
 
     Args:
       counts: see `count_batch`.
       panel: the clients that are scored; of pooled data it has one, and the label mix
         of every client.
     """
-    accuracy = measure_clients(counts, panel)
-    counted = jnp.broadcast_to(panel.counted, accuracy.shape)
+    values = measure_clients(counts, panel)
+    counted = jnp.broadcast_to(panel.counted, len(values))
     return {
-        "global_accuracy": counts["global"].sum() / counts["total"].sum(),
-        "personal_accuracy": mean_counted(accuracy, counted),
-        "worst_decile_accuracy": worst_decile(accuracy, counted),
+        **name_values("global", counts["global"].sum(1) / counts["total"].sum()),
+        **mean_values("personal", values, counted),
         "clients_counted": counted.sum(),
         **measure_priors(counts, panel),
     }
@@ -256,21 +280,23 @@ def summarise_counts(
     """
     total = counts["total"]  # [L]
     share = 1.0 / jnp.maximum(total, 1.0)
-    accuracy = measure_clients(counts, panel)
+    values = measure_clients(counts, panel)
     accuracies = measure_means(counts, panel) | {
-        "client_accuracy": place_clients(accuracy, panel, num_clients),
+        "client_accuracy": place_clients(values[:, 0], panel, num_clients),
         "specialisation": counts["routed"] * share[None, None],
     }
+    if values.shape[1] > 1:
+        accuracies["client_bits"] = place_clients(values[:, 1], panel, num_clients)
     if "drifted" in counts:
-        accuracies["drifted_accuracy"] = counts["drifted"].sum() / total.sum()
+        accuracies["drifted_accuracy"] = counts["drifted"][0].sum() / total.sum()
     if "soft" in counts:
-        accuracies["global_soft_accuracy"] = counts["soft"].sum() / total.sum()
-        accuracies["expert_accuracy"] = counts["expert"].sum(1) / total.sum()
+        accuracies["global_soft_accuracy"] = counts["soft"][0].sum() / total.sum()
+        accuracies["expert_accuracy"] = counts["expert"][:, 0].sum(1) / total.sum()
     return accuracies
 
 
 def summarise_validation(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
-    """The accuracies to tune by, of counts over the validation examples.
+    """The values to tune by, of counts over the validation examples.
 
     Strata without an example do not count in a client's mix.
     """
@@ -278,27 +304,22 @@ def summarise_validation(counts: dict[str, Array], panel: Panel) -> dict[str, Ar
     mix /= jnp.maximum(mix.sum(axis=1, keepdims=True), 1e-9)
     found = measure_means(counts, panel._replace(label_mix=mix))
     names = "global_accuracy", "personal_accuracy", "personal_prior_accuracy"
+    names += "global_bits", "personal_bits"
     return {f"validation_{name}": found[name] for name in names if name in found}
 
 
 def summarise_unseen(counts: dict[str, Array]) -> dict[str, Array]:
     """The accuracies of clients [U] that never take part."""
-    accuracy = counts["global"] / jnp.maximum(counts["total"], 1.0)
-    return {
-        "unseen_accuracy": mean_counted(accuracy, counts["total"] > 0),
-        "worst_decile_unseen_accuracy": worst_decile(accuracy, counts["total"] > 0),
-    }
+    values = counts["global"] / jnp.maximum(counts["total"], 1.0)[None]
+    return mean_values("unseen", values.T, counts["total"] > 0)
 
 
 def summarise_own_tests(counts: dict[str, Array], counted: Array) -> dict[str, Array]:
     """The accuracies of clients [n] on their own test sets, of those that have one."""
-    accuracy = counts["right"] / jnp.maximum(counts["total"], 1.0)
+    values = counts["right"] / jnp.maximum(counts["total"], 1.0)[None]
     counted &= counts["total"] > 0
-    return {
-        "own_test_accuracy": mean_counted(accuracy, counted),
-        "worst_decile_own_test_accuracy": worst_decile(accuracy, counted),
-        "own_test_clients": counted.sum(),
-    }
+    found = mean_values("own_test", values.T, counted)
+    return found | {"own_test_clients": counted.sum()}
 
 
 def sum_batches(
@@ -340,8 +361,10 @@ def build_evaluate_share(
       images drift `drifted_accuracy` [], the global one on drifted images; where the
       task has a place for priors `personal_prior_accuracy` and
       `worst_decile_prior_accuracy` []; with `every_expert` also `global_soft_accuracy`
-      [] and `expert_accuracy` [E]; and, where the federation has such examples, those
-      of `summarise_own_tests`, `summarise_validation` and `summarise_unseen`.
+      [] and `expert_accuracy` [E]; where the task has bits `global_bits`,
+      `personal_bits`, `worst_decile_bits` and `client_bits`, likewise; and, where the
+      federation has such examples, those of `summarise_own_tests`,
+      `summarise_validation` and `summarise_unseen`.
     """
     # Jitted, so that its shapes and the loop over batches share one trace.
     one_batch = jax.jit(functools.partial(count_batch, program=program), inline=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from fedmoe_jax.client import build_client_update
-from fedmoe_jax.evaluate import count_weights, mean_counted, worst_decile
+from fedmoe_jax.evaluate import count_weights, mean_values
 from fedmoe_jax.held_sets import run_model
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import replace
@@ -63,21 +63,25 @@ def score_tuned(
     mix: Array,
     program: Program,
 ) -> Array:
-    """Accuracy [] of ONE client's sub-model on the test set weighted to its mix [L]."""
+    """Values [V] of ONE client's sub-model on the test set weighted to its mix [L]."""
     source = take_test(federation)
     count, num_strata = len(source.group), len(mix)
     position = schedule_examples(count, TEST_BATCH, jnp.int32(0), 1)
 
-    def add(totals: Array, batch: Array) -> tuple[Array, None]:
+    def count(batch: Array) -> tuple[Array, Array]:
         place = source, federation, batch
         examples = read_examples(*place, inputs.distortion, num_strata, program)
         slots = inputs.held, inputs.slot
         outputs, _ = run_model(submodel, federation.frozen, *slots, examples, program)
         right = sum_scores(outputs, examples, program)
-        return totals + jnp.stack([right, count_weights(examples, program)]), None
+        return right, count_weights(examples, program)
 
-    (right, total), _ = jax.lax.scan(add, jnp.zeros((2, num_strata)), position)
-    return (right / jnp.maximum(total, 1.0) * mix).sum()
+    def add(totals: tuple, batch: Array) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, totals, count(batch)), None
+
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(count, position[0]))
+    (right, total), _ = jax.lax.scan(add, zero, position)
+    return (right / jnp.maximum(total, 1.0)[None] * mix[None]).sum(axis=1)
 
 
 def finetune_client(
@@ -90,7 +94,7 @@ def finetune_client(
     client_update: Callable[..., ClientUpdate],
     program: Program,
 ) -> Array:
-    """Accuracy [] of ONE client after the local round that it would train now."""
+    """Values [V] of ONE client after the local round that it would train now."""
     federation, strategy = view.federation, program.strategy
     inputs = gather_input(state, view, client, program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
@@ -106,20 +110,21 @@ def finetune_client(
 def build_finetune_share(
     program: Program,
 ) -> Callable[[SimState, Federation, Hyper, Array], dict[str, Array]]:
-    """Builds `finetune_share(state, federation, hyper, client_accuracy)`.
+    """Builds `finetune_share(state, federation, hyper, client_values)`.
 
     It is written for one device and joins the devices of the mesh axis `clients`, which
     share out the clients.
 
     Returns:
       A function whose result holds `personal_finetuned_accuracy` and
-      `worst_decile_finetuned_accuracy` [], of at most `evaluation.clients` clients.
-      `client_accuracy` [N] is that of `evaluate`.
+      `worst_decile_finetuned_accuracy` [], of at most `evaluation.clients` clients, and
+      their bits where the task has such. `client_values` [V, N] are the clients' of
+      `evaluate`.
     """
     client_update = build_client_update(program)
 
     def finetune_share(
-        state: SimState, federation: Federation, hyper: Hyper, client_accuracy: Array
+        state: SimState, federation: Federation, hyper: Hyper, client_values: Array
     ) -> dict[str, Array]:
         view = observe(state.world, federation, hyper, program.processes)
         panel = gather_panel(state, view, program)
@@ -139,14 +144,10 @@ def build_finetune_share(
         most = -(-len(client) // num_devices)
         place = device * most + jnp.arange(most)
         found = jax.lax.map(score, jnp.minimum(place, len(client) - 1))
-        accuracy = jnp.zeros(len(client)).at[place].set(found, mode="drop")
-        accuracy = jax.lax.psum(accuracy, CLIENTS)
+        empty = jnp.zeros((len(client), len(client_values)))
+        values = jax.lax.psum(empty.at[place].set(found, mode="drop"), CLIENTS)
         served = find_participants(state)[client]
-        accuracy = jnp.where(served, accuracy, client_accuracy[client])
-        counted = panel.counted[row]
-        return {
-            "personal_finetuned_accuracy": mean_counted(accuracy, counted),
-            "worst_decile_finetuned_accuracy": worst_decile(accuracy, counted),
-        }
+        values = jnp.where(served[:, None], values, client_values[:, client].T)
+        return mean_values("personal_finetuned", values, panel.counted[row])
 
     return finetune_share

@@ -23,6 +23,7 @@ from fedmoe_jax.scoring import (
     share_gates,
     sum_scores,
     sum_strata,
+    sum_values,
 )
 from fedmoe_jax.types import Array, PyTree
 
@@ -95,14 +96,14 @@ def run_all(
 def score_all(
     outputs: PyTree, routing: Routing, examples: Examples, program: Program
 ) -> dict[str, Array]:
-    """Scores with all experts: `global` [L], and their gate mass `routed` [G, E, L]."""
+    """Scores with all experts: `global` [V, L], their gate mass `routed` [G, E, L]."""
     scores = program.task.loss(outputs, examples.batch)
     sum_column = lambda gates: sum_strata(
         gates.reshape(scores.score.shape), scores, examples.stratum
     )
     over_experts = jax.vmap(sum_column, in_axes=1)
     return {
-        "global": sum_strata(scores.score, scores, examples.stratum),
+        "global": sum_values(scores, examples, program),
         "routed": jax.vmap(over_experts)(share_gates(routing.gates, program)),
     }
 
@@ -117,7 +118,7 @@ def score_sets(
 ) -> dict[str, Array]:
     """Rows of the distinct sets, each once, see `scoring.make_rows`.
 
-    Rows of `personal` [N + 1, L] beyond their count are 0.
+    Rows of `personal` [N + 1, V, L] beyond their count are 0.
     """
 
     def score(number: Array, rows: dict[str, Array]) -> dict[str, Array]:
@@ -126,7 +127,7 @@ def score_sets(
         outputs, _ = run_model(submodel, frozen, held, slot, examples, program)
         return set_rows(rows, number, outputs, priors, examples, program)
 
-    rows = make_rows(len(sets.of_client) + 1, priors, examples)
+    rows = make_rows(len(sets.of_client) + 1, priors, examples, program)
     return jax.lax.fori_loop(0, sets.count, score, rows)
 
 
@@ -171,8 +172,8 @@ def score_model(
       program: the static parts.
 
     Returns:
-      See `evaluate.count_examples`; `personal` [N + 1, L] of the distinct sets and, in
-      the last row, of all experts, or [N, L] of clients with personal parts.
+      See `evaluate.count_examples`; `personal` [N + 1, V, L] of the distinct sets and,
+      in the last row, of all experts, or [N, V, L] of clients with personal parts.
     """
     if sets is None:
         own = lambda one: score_own(one[0], one[1], params, frozen, examples, program)

@@ -56,6 +56,8 @@ SUMMED = (  # fields whose sum so far is in every row
 ACCURACY = Measure("", FINAL, better=1, scale=100.0, evaluated=True)
 NEVER = -1.0  # no accuracy and no count, so that a column needs any number at all
 ASIDE = ACCURACY._replace(trivial=NEVER)  # of examples that not every run sets aside
+# Of text: 2 to their power is the perplexity.
+BITS = Measure("", FINAL, better=-1, digits=3, evaluated=True, trivial=NEVER)
 TRAFFIC = Measure("", MEAN, better=-1, unit=1e6, group=COST, zero_wins=False)
 
 MEASURES: dict[str, Measure] = {
@@ -153,6 +155,80 @@ MEASURES: dict[str, Measure] = {
         field="worst_decile_own_test_accuracy",
         title="Worst decile, own test %",
         about="of the same accuracies, the worst tenth of the clients",
+    ),
+    "final_global_bits": BITS._replace(
+        field="global_bits",
+        title="Global, bits",
+        about="cross-entropy of a token (a byte, of text) in bits, top-A routing over "
+        "all experts, on the whole test set",
+        printed=True,
+        curve=Curve(
+            "Global loss (bits)",
+            "Bits of a token of the whole test set with all experts; less is better. A "
+            "gate that sends tokens to experts that do not know them costs bits here, "
+            "and none where clients use their own experts.",
+            costs=True,
+        ),
+    ),
+    "final_personal_bits": BITS._replace(
+        field="personal_bits",
+        title="Personal, bits",
+        about="likewise with each client's held experts, the test set weighted to its "
+        "own mix, the mean over clients",
+        printed=True,
+        curve=Curve(
+            "Personal loss (bits)",
+            "Bits of a token with each client's own experts, on its own mix of the "
+            "test set; less is better.",
+            costs=True,
+        ),
+    ),
+    "final_worst_decile_bits": BITS._replace(
+        field="worst_decile_bits",
+        title="Worst decile, bits",
+        about="of the same bits, the worst tenth of the clients",
+    ),
+    "final_personal_finetuned_bits": BITS._replace(
+        field="personal_finetuned_bits",
+        title="Personal, fine-tuned, bits",
+        about="personal bits at the end, after one more local round",
+    ),
+    "final_worst_decile_finetuned_bits": BITS._replace(
+        field="worst_decile_finetuned_bits",
+        title="Worst decile, fine-tuned, bits",
+        about="of the same bits, the worst tenth of the clients",
+    ),
+    "final_own_test_bits": BITS._replace(
+        field="own_test_bits",
+        title="Own test, bits",
+        about="with each client's held experts on its own test examples, the mean over "
+        "clients",
+        printed=True,
+    ),
+    "final_worst_decile_own_test_bits": BITS._replace(
+        field="worst_decile_own_test_bits",
+        title="Worst decile, own test, bits",
+        about="of the same bits, the worst tenth of the clients",
+    ),
+    "final_unseen_bits": BITS._replace(
+        field="unseen_bits",
+        title="Unseen clients, bits",
+        about="with all experts, on the examples of each client that never takes part",
+    ),
+    "final_worst_decile_unseen_bits": BITS._replace(
+        field="worst_decile_unseen_bits",
+        title="Worst decile, unseen clients, bits",
+        about="of the same bits, the worst tenth of these clients",
+    ),
+    "final_validation_global_bits": BITS._replace(
+        field="validation_global_bits",
+        title="Validation, global, bits",
+        about="global bits on the examples that clients set aside for tuning",
+    ),
+    "final_validation_personal_bits": BITS._replace(
+        field="validation_personal_bits",
+        title="Validation, personal, bits",
+        about="personal bits on the same examples",
     ),
     "own_test_clients": Measure(
         "own_test_clients",

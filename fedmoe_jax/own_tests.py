@@ -20,9 +20,11 @@ from fedmoe_jax.scoring import (
     Examples,
     answer_experts,
     answer_none,
+    count_values,
     encode,
     evaluation_route,
     join_frozen,
+    list_values,
     mix_answers,
     take_model,
     take_parts,
@@ -40,7 +42,7 @@ def score_own_tests(
     """Scores of clients on their own test sets, written for one device of the mesh.
 
     Returns:
-      `right`, the sum of the scores, and `total`, that of their weights, [n] each; and
+      `right` [V, n], the sums of values, and `total` [n], that of their weights; and
       [n] bool, the clients that count. All clients, those of the panel where parts are
       personal.
     """
@@ -56,11 +58,12 @@ def score_own_tests(
 def sum_examples(
     outputs: PyTree, batch: PyTree, program: Program
 ) -> tuple[Array, Array]:
-    """Score and weight of each example [B], summed over its positions."""
+    """Values [V, B] and weight [B] of each example, summed over its positions."""
     scores = program.task.loss(outputs, batch)
     weight = jnp.ones_like(scores.score) if scores.weight is None else scores.weight
     per_example = lambda leaf: leaf.reshape(len(leaf), -1).sum(axis=1)
-    return per_example(scores.score * weight), per_example(weight)
+    values = [per_example(each * weight) for each in list_values(scores, program)]
+    return jnp.stack(values), per_example(weight)
 
 
 def read_batch(
@@ -152,15 +155,23 @@ def score_shared(
         own = held[jnp.minimum(client, len(held) - 1)]  # of pooled data there is one
         outputs = answer_held(params, federation.frozen, own, examples, program)
         right, weight = sum_examples(outputs, batch, program)
-        add_real = lambda sums, value: sums.at[client].add(jnp.where(real, value, 0.0))
         return {
-            "right": add_real(counts["right"], right),
-            "total": add_real(counts["total"], weight),
+            "right": counts["right"]
+            .at[:, client]
+            .add(jnp.where(real[None], right, 0.0)),
+            "total": counts["total"].at[client].add(jnp.where(real, weight, 0.0)),
         }
 
-    zero = jnp.zeros(len(lists.size))
     batches = -(-total // (num_devices * size))
-    return jax.lax.fori_loop(0, batches, add, {"right": zero, "total": zero})
+    return jax.lax.fori_loop(0, batches, add, no_counts(len(lists.size), program))
+
+
+def no_counts(num_clients: int, program: Program) -> dict[str, Array]:
+    """`right` [V, n] and `total` [n] of no example."""
+    return {
+        "right": jnp.zeros((count_values(program), num_clients)),
+        "total": jnp.zeros(num_clients),
+    }
 
 
 # ---- personal parts
@@ -179,9 +190,11 @@ def score_personal(
     score = lambda row: score_client(
         state, view, lists, panel, client[row], row, program
     )
-    counts = jax.lax.map(score, row)
-    empty = jnp.zeros(count)
-    return jax.tree.map(lambda leaf: empty.at[place].set(leaf, mode="drop"), counts)
+    counts, empty = jax.lax.map(score, row), no_counts(count, program)
+    return {
+        "right": empty["right"].at[:, place].set(counts["right"].T, mode="drop"),
+        "total": empty["total"].at[place].set(counts["total"], mode="drop"),
+    }
 
 
 def score_client(
@@ -193,7 +206,7 @@ def score_client(
     row: Array,
     program: Program,
 ) -> dict[str, Array]:
-    """`right` and `total` [] of ONE client, which has its own row of the panel."""
+    """`right` [V] and `total` [] of ONE client, which has its own row of the panel."""
     federation = view.federation
     own = take_model(panel.models, row)
     held = jnp.broadcast_to(jnp.arange(own.held.shape[1]), own.held.shape)
@@ -213,10 +226,10 @@ def score_client(
         outputs, _ = run_model(model, federation.frozen, *slots, examples, program)
         right, weight = sum_examples(outputs, batch, program)
         return {
-            "right": counts["right"] + jnp.where(real, right, 0.0).sum(),
+            "right": counts["right"] + jnp.where(real[None], right, 0.0).sum(axis=1),
             "total": counts["total"] + jnp.where(real, weight, 0.0).sum(),
         }
 
-    zero = jnp.zeros(())
     batches = -(-length // size)
-    return jax.lax.fori_loop(0, batches, add, {"right": zero, "total": zero})
+    one = jax.tree.map(lambda leaf: leaf[..., 0], no_counts(1, program))
+    return jax.lax.fori_loop(0, batches, add, one)

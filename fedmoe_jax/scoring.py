@@ -11,6 +11,7 @@ Where parts of the model are personal the server has none of them, and the globa
 are those of each client's own model.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -127,28 +128,45 @@ def sum_strata(values: Array, scores: Scores, stratum: Array) -> Array:
     return values.reshape(len(stratum), -1).sum(axis=1) @ stratum
 
 
+def list_values(scores: Scores, program: Program) -> list[Array]:
+    """The V values of every position: its score and, of some tasks, its bits."""
+    bits = [scores.loss / math.log(2)] if program.task.bits else []
+    return [scores.score, *bits]
+
+
+def count_values(program: Program) -> int:
+    """V, see `list_values`."""
+    return 2 if program.task.bits else 1
+
+
+def sum_values(scores: Scores, examples: Examples, program: Program) -> Array:
+    """Sums of the values in each stratum, [V, L]."""
+    values = list_values(scores, program)
+    return jnp.stack([sum_strata(each, scores, examples.stratum) for each in values])
+
+
 def sum_scores(outputs: PyTree, examples: Examples, program: Program) -> Array:
-    """Sum of the scores of the model's outputs in each stratum, [L]."""
+    """Sums of the values of the model's outputs in each stratum, [V, L]."""
     scores = program.task.loss(outputs, examples.batch)
-    return sum_strata(scores.score, scores, examples.stratum)
+    return sum_values(scores, examples, program)
 
 
 def score_prior(
     outputs: PyTree, log_share: Array, examples: Examples, program: Program
 ) -> Array:
-    """Scores [L] of a model's outputs, shifted by the prior [L] of ONE client."""
+    """Scores [V, L] of a model's outputs, shifted by the prior [L] of ONE client."""
     assert program.task.add_prior is not None
     return sum_scores(program.task.add_prior(outputs, log_share), examples, program)
 
 
 def make_rows(
-    num_models: int, priors: Priors | None, examples: Examples
+    num_models: int, priors: Priors | None, examples: Examples, program: Program
 ) -> dict[str, Array]:
-    """Empty rows: `personal` [num_models, L] and, with priors, `prior` [m, L]."""
-    num_strata = examples.stratum.shape[1]
-    rows = {"personal": jnp.zeros((num_models, num_strata))}
+    """Empty rows: `personal` [models, V, L] and, with priors, `prior` [m, V, L]."""
+    each = count_values(program), examples.stratum.shape[1]
+    rows = {"personal": jnp.zeros((num_models, *each))}
     if priors is not None:
-        rows["prior"] = jnp.zeros((len(priors.row), num_strata))
+        rows["prior"] = jnp.zeros((len(priors.row), *each))
     return rows
 
 
@@ -274,7 +292,7 @@ def sum_gates(gates: Array, scores: Scores, stratum: Array) -> Array:
 def score_mixture(
     gates: Array, answers: Answers, examples: Examples, program: Program
 ) -> Array:
-    """Scores [L] of one mixture.
+    """Scores [V, L] of one mixture.
 
     Args:
       gates: [B, E] float.
@@ -294,7 +312,7 @@ def read_answers(answers: Array, program: Program) -> Array:
 def score_routed(
     logits: Array, answers: Answers, examples: Examples, program: Program
 ) -> dict[str, Array]:
-    """Scores of one gate over all experts: `global`, `soft` [L], `routed` [1, E, L].
+    """Scores of one gate over all experts: `global`, `soft` [V, L], `routed` [1, E, L].
 
     `soft` mixes every expert and is left out where not all are computed.
     """
@@ -304,7 +322,7 @@ def score_routed(
     scores = program.task.loss(outputs, examples.batch)
     shares = share_gates(gates, program)
     counts = {
-        "global": sum_strata(scores.score, scores, examples.stratum),
+        "global": sum_values(scores, examples, program),
         "routed": sum_gates(shares, scores, examples.stratum)[None],
     }
     if program.strategy.every_expert:
@@ -323,7 +341,7 @@ def evaluation_route(program: Program) -> Route:
 def score_experts(
     answers: Answers, examples: Examples, program: Program
 ) -> dict[str, Array]:
-    """Scores of every expert without a gate: `expert` [E, L]."""
+    """Scores of every expert without a gate: `expert` [E, V, L]."""
     score = lambda one: sum_scores(read_answers(one, program), examples, program)
     return {"expert": jax.vmap(score, in_axes=1)(answers.each)}
 
@@ -430,7 +448,7 @@ def score_models(
         outputs = mix_answers(gates, answers, program)
         return set_rows(rows, number, outputs, priors, examples, program)
 
-    rows = make_rows(len(models.view.held), priors, examples)
+    rows = make_rows(len(models.view.held), priors, examples, program)
     return jax.lax.fori_loop(0, models.count, add, rows)
 
 

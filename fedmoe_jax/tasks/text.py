@@ -71,4 +71,5 @@ TEXT = Task(
     prepare=prepare,
     loss=score_tokens,
     num_outputs=count_vocabulary,
+    bits=True,
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
@@ -48,7 +49,7 @@ class Programs(NamedTuple):
     Attributes:
       run_rounds: (state, federation, hyper) -> (state, metrics), R rounds.
       evaluate: (state, federation, hyper) -> accuracies.
-      finetune: (state, federation, hyper, client accuracies [S, N]) -> accuracies after
+      finetune: (state, federation, hyper, client values [S, V, N]) -> accuracies after
         one more local round, of the last evaluation; None without.
       stages: (rounds, (state, federation, hyper) -> (state, frozen)), each run once so
         many rounds are done.
@@ -196,8 +197,10 @@ def advance(
         found = evaluate(state, *inputs)
         accuracies = job.split(jax.device_get(found))
         if last and (tune := job.programs.finetune):
-            (tune,), _ = compile_once([tune], state, *inputs, found["client_accuracy"])
-            tuned = tune(state, *inputs, found["client_accuracy"])
+            names = ("client_accuracy", "client_bits")
+            values = jnp.stack([found[name] for name in names if name in found], axis=1)
+            (tune,), _ = compile_once([tune], state, *inputs, values)
+            tuned = tune(state, *inputs, values)
             tuned = job.split(jax.device_get(tuned))
             accuracies = [a | b for a, b in zip(accuracies, tuned, strict=True)]
     clock = Clock((trained - start) / runs, (time.monotonic() - trained) / runs)

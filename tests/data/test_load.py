@@ -21,8 +21,8 @@ def test_load_dataset_refuses_an_unknown_name_in_one_line(tmp_path):
             load_dataset(make_options(name=name, dir=str(tmp_path)))
         assert str(error.value) == (
             f"data.name={name!r} is not in {tmp_path}; allowed: digits, synthetic, "
-            "cifar10, arrays, text, markov, or a data set that TFDS has prepared there in "
-            "array_record form"
+            "cifar10, arrays, text, markov, or a data set that TFDS has prepared there "
+            "in array_record form"
         )
 
 
