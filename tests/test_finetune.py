@@ -52,7 +52,8 @@ def finetune(run, rate):
     hyper = replace(run.hyper, evaluation={"finetune_rate": jnp.float32(rate)})
     before = build_evaluate(program)(run.state, run.federation, hyper)
     tune = jax.jit(spread(build_finetune_share(program), program.mesh))
-    after = tune(run.state, run.federation, hyper, before["client_accuracy"])
+    values = before["client_accuracy"][None]  # of V, the accuracy
+    after = tune(run.state, run.federation, hyper, values)
     return jax.device_get((before, after))
 
 

@@ -67,8 +67,8 @@ def test_score_sets_runs_the_model_once_for_each_set():
     priors = gather_priors(mix, sets.of_client, jnp.arange(6), 7)
     rows = score_sets(params, frozen, sets, priors, examples, program)
     jax.effects_barrier()
-    assert len(runs) == 2 and rows["personal"].shape == (7, 1)
-    assert not rows["personal"][2:].any() and rows["prior"].shape == (6, 1)
+    assert len(runs) == 2 and rows["personal"].shape == (7, 1, 1)
+    assert not rows["personal"][2:].any() and rows["prior"].shape == (6, 1, 1)
 
 
 @pytest.mark.parametrize(

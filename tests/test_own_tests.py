@@ -258,8 +258,8 @@ def test_strata_without_validation_do_not_count():
         sets=None,
         priors=gather_priors(mix, jnp.arange(2), jnp.arange(2), 2),
     )
-    rows = jnp.array([[3.0, 0.0], [1.0, 0.0]])
-    counts = {"total": jnp.array([4.0, 0.0]), "global": jnp.array([2.0, 0.0])}
+    rows = jnp.array([[[3.0, 0.0]], [[1.0, 0.0]]])
+    counts = {"total": jnp.array([4.0, 0.0]), "global": jnp.array([[2.0, 0.0]])}
     found = summarise_validation(counts | {"personal": rows, "prior": rows}, panel)
     assert found["validation_global_accuracy"] == 0.5
     assert found["validation_personal_accuracy"] == (0.75 + 0.25) / 2

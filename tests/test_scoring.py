@@ -56,7 +56,7 @@ def test_score_mixture_by_hand():
     examples = make_examples([0, 1, -1])
     # The first is right (2.0 against 1.5), the second wrong, the third is padding.
     found = score_mixture(gates, Answers(answers), examples, PROGRAM)
-    assert found.tolist() == [1.0, 0.0]
+    assert found.tolist() == [[1.0, 0.0]]  # one value: accuracy
 
 
 def test_score_mixture_gives_the_head_what_gates_leave():
@@ -66,7 +66,7 @@ def test_score_mixture_gives_the_head_what_gates_leave():
     # 1.0 against 0.75 + 0.5; and 2.0 against 4.5 less 1.0.
     for labels, right in (([0, 0], [0.0, 0.0]), ([1, 1], [0.0, 2.0])):
         found = score_mixture(gates, answers, make_examples(labels), PROGRAM)
-        assert found.tolist() == right
+        assert found.tolist() == [right]
 
 
 def test_read_answers_of_probabilities_are_their_logarithms():

@@ -1,0 +1,189 @@
+"""Runs on text: a transformer with two MoE layers learns known languages."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import SMALL
+
+from configs import default
+from fedmoe_jax.api import run as run_alone
+from fedmoe_jax.data.markov import entropy_rates
+from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.runtime.sharding import build_mesh, replicate
+from fedmoe_jax.scoring import evaluation_route
+from fedmoe_jax.state import init_state
+from fedmoe_jax.train import run
+from fedmoe_jax.train.compare import compare
+from fedmoe_jax.train.plan import plan_run
+
+pytestmark = pytest.mark.slow
+
+N, E, G, K, A = 8, 4, 2, 2, 2
+LENGTH = 16
+
+
+def make_config(**changes):
+    config = default.get_config("smoke")
+    fields = {
+        "data.name": "markov",
+        "data.length": LENGTH,
+        "model.kind": "transformer",
+        "model.stem_width": 16,
+        "model.expert_width": 16,
+        "model.heads": 2,
+        "model.kv_heads": 1,
+        "gate.input": "prefix",
+        "partition.kind": "natural",
+        "num_clients": N,
+        "cohort_size": N,
+        "num_experts": E,
+        "max_held": K,
+        "num_active": A,
+        "local_steps": 8,
+        "batch_size": 8,
+        "num_rounds": 6,
+        "chunk_rounds": 2,
+        "eval_every": 2,
+        "checkpoint.every": 2,
+        "client.optimizer": "adamw",
+        "client.learning_rate": 0.01,
+        "devices.model_scale": 100.0,
+        "devices.deadline": 1e6,
+        "run.num_devices": 1,
+        "run.tensorboard": False,
+    }
+    config.update_from_flattened_dict(SMALL | fields | changes)
+    return config
+
+
+def train(config, workdir, stop=lambda: False):
+    run.train(config, workdir, stop=stop, label="text", profile=False)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_transformer_learns_and_no_model_is_better_than_the_limit():
+    changes = {"num_rounds": 12, "evaluation.finetune": True, "strategy": "greedy"}
+    rows = run_alone(make_config(**changes)).rows
+    found = {name: values[-1] for name, values in rows.items()}
+    first = next(x for x in rows["personal_bits"] if not math.isnan(x))
+    limit = entropy_rates().mean()
+    assert found["personal_bits"] < 0.85 * first
+    for name in ("global_bits", "personal_bits", "own_test_bits"):
+        assert limit < found[name] < math.log2(12) + 0.5
+    assert limit < found["personal_finetuned_bits"] < found["personal_bits"]
+    assert found["worst_decile_bits"] > found["personal_bits"]
+    assert found["own_test_clients"] == N
+    assert found["personal_accuracy"] > 2 / 12
+    assert np.shape(found["expert_load"]) == (G, E)
+
+
+@pytest.mark.parametrize("gate", ["global", "personal"])
+def test_bits_are_those_of_every_token(gate):
+    config = make_config(**{"gate.mode": gate, "partition.validation_share": 0.1})
+    plan = plan_run(config, build_mesh(1))
+    state, frozen = jax.jit(init_state, static_argnums=2)(
+        jax.random.key(0), plan.hyper, plan.program
+    )
+    federation = plan.federation.replace(frozen=frozen)
+    order = jax.random.uniform(jax.random.key(1), (N, G, E)).argsort(axis=2)
+    held = order < 1 + jnp.arange(N)[:, None, None] % K  # one expert, or two
+    counted = state.participation.replace(rounds=jnp.ones(N, jnp.int32))
+    align = state.align.replace(held=held)
+    state = state.replace(align=align, participation=counted)
+    program, mesh = plan.program, plan.program.mesh
+    found = build_evaluate(program)(
+        *(replicate(tree, mesh) for tree in (state, federation, plan.hyper))
+    )
+    test = plan.data.test
+    batch = program.task.prepare(jax.tree.map(jnp.asarray, test), {})
+    weight = np.asarray(batch["weight"])
+
+    def count(client, slot):
+        """Bits and hits of every token with one client's gate and experts."""
+        own = jax.tree.map(lambda leaf: leaf[client], state.personal)
+        everything = jnp.tile(jnp.arange(E), (G, 1))
+        params = take_submodel(state.params, own, everything, 0)
+        how = evaluation_route(program)
+        logits, _ = program.model.apply(
+            params, frozen, batch, everything, slot, how, None
+        )
+        log_odds = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        chosen = np.take_along_axis(log_odds, np.asarray(batch["target"])[..., None], 2)
+        right = np.asarray(logits.argmax(-1) == batch["target"])
+        return -chosen[..., 0] / np.log(2) * weight, right * weight
+
+    everyone = jnp.ones((G, E), bool)
+    clients = range(N) if gate == "personal" else [0]
+    bits = np.mean([count(c, everyone)[0].sum() for c in clients]) / weight.sum()
+    np.testing.assert_allclose(found["global_bits"], bits, rtol=1e-4)
+    for client in range(N):
+        values = count(client, held[client])
+        of = plan.data.test_stratum == client // 2  # its language, of two writers
+        means = [each[of].sum() / weight[of].sum() for each in values]
+        own = plan.data.test_owner == client
+        np.testing.assert_allclose(found["client_bits"][client], means[0], rtol=1e-4)
+        np.testing.assert_allclose(found["client_accuracy"][client], means[1], 1e-4)
+        assert own.any()
+    own_bits = [
+        count(c, held[c])[0][plan.data.test_owner == c].sum()
+        / weight[plan.data.test_owner == c].sum()
+        for c in range(N)
+    ]
+    np.testing.assert_allclose(found["own_test_bits"], np.mean(own_bits), rtol=1e-4)
+    np.testing.assert_allclose(
+        found["worst_decile_own_test_bits"], max(own_bits), rtol=1e-4
+    )
+    assert {"validation_global_bits", "validation_personal_bits"} <= found.keys()
+
+
+def test_a_run_that_was_stopped_goes_on_bitwise(tmp_path):
+    whole = train(make_config(), tmp_path / "whole")
+    calls = iter([False, True])
+    train(make_config(), tmp_path / "parts", stop=lambda: next(calls, True))
+    parts = train(make_config(), tmp_path / "parts")
+    clocks = ("seconds", "_seconds")
+    for one, other in zip(whole, parts, strict=True):
+        for name in one.keys() - {n for n in one if n.endswith(clocks)}:
+            assert one[name] == other[name], name
+    with (
+        np.load(tmp_path / "whole" / "final.npz") as a,
+        np.load(tmp_path / "parts" / "final.npz") as b,
+    ):
+        for name in a.files:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_runs_on_eight_devices_and_in_a_comparison_are_those_alone(tmp_path):
+    alone = train(make_config(), tmp_path / "alone")
+    many = train(make_config(**{"run.num_devices": 8}), tmp_path / "many")
+    config = make_config()
+    with config.unlocked():
+        config.compare = {
+            "strategies": ("greedy", config.strategy),
+            "changes": ("",),
+            "seeds": (0,),
+        }
+    folders, whole = compare(
+        config, tmp_path / "two", stop=lambda: False, profile=False
+    )
+    assert whole
+    lines = (folders[1] / "metrics.jsonl").read_text().splitlines()
+    for one, other, line in zip(alone, many, lines, strict=True):
+        together = json.loads(line)
+        for name in ("train_loss", "expert_load", "global_bits", "own_test_bits"):
+            if one.get(name) is not None:
+                np.testing.assert_allclose(one[name], other[name], rtol=1e-3)
+                np.testing.assert_allclose(one[name], together[name], rtol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["flex_moe", "hfedmoe", "fedavg_active", "local"])
+def test_systems_train_a_transformer(strategy, tmp_path):
+    rows = train(make_config(strategy=strategy, num_rounds=4), tmp_path)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert entropy_rates().mean() < rows[-1]["personal_bits"] < 4.5
