@@ -25,6 +25,7 @@ CHECKED_ELSEWHERE = {
     "devices.shares",
 }
 CHECKED_ELSEWHERE |= {
+    "model.remat",
     "run.tensorboard",
     "evaluation.finetune",
     "devices.csv",

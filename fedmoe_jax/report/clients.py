@@ -13,6 +13,7 @@ from fedmoe_jax.report.runs import Run, name_folders, varied_fields
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
 FIELDS = ("client", "tier", "capacity", "participation", "num_examples", "accuracy")
+BITS = "bits"  # of a token, a further field of runs on text
 
 
 class Clients(NamedTuple):
@@ -21,6 +22,7 @@ class Clients(NamedTuple):
     Attributes:
       accuracy: float in [0, 1] of the last evaluation, each client's experts on its own
         classes; NaN for a client without examples or a model, and in files without it.
+      bits: float, of a token in the same evaluation; empty where the task has none.
       num_examples: int, of its own.
       capacity: int, experts that its device can hold; empty where all data lie in one
         place, and no client has a device.
@@ -29,6 +31,7 @@ class Clients(NamedTuple):
     """
 
     accuracy: np.ndarray
+    bits: np.ndarray
     num_examples: np.ndarray
     capacity: np.ndarray
     participation: np.ndarray
@@ -53,6 +56,7 @@ def find_clients(run: Run) -> Clients | None:
     own["tier"] = name_tiers(run)[arrays["tier"]]
     return Clients(
         accuracy=arrays.get("client_accuracy", unknown),
+        bits=arrays.get("client_bits", unknown[:0]),
         num_examples=num_examples,
         **{name: v if len(v) == count else v[:0] for name, v in own.items()},
     )
@@ -64,20 +68,18 @@ def list_clients(run: Run) -> Iterator[dict[str, Any]]:
     if found is None:
         return
     absent = [""] * len(found.accuracy)
-    known = [
-        f"{accuracy:.6g}" if np.isfinite(accuracy) else ""
-        for accuracy in found.accuracy.tolist()
-    ]
+    show = lambda value: f"{value:.6g}" if np.isfinite(value) else ""
     columns = (
         *(
             column.tolist() or absent
             for column in (found.tier, found.capacity, found.participation)
         ),
         found.num_examples.tolist(),
-        known,
+        [show(value) for value in found.accuracy.tolist()],
     )
-    for number, values in enumerate(zip(*columns, strict=True)):
-        yield dict(zip(FIELDS, (number, *values), strict=True))
+    bits = [{BITS: show(value)} for value in found.bits.tolist()] or [{}] * len(absent)
+    for number, (*values, own) in enumerate(zip(*columns, bits, strict=True)):
+        yield dict(zip(FIELDS, (number, *values), strict=True)) | own
 
 
 def write_clients_csv(path: str | Path, runs: Sequence[Run]) -> None:
@@ -90,7 +92,8 @@ def write_clients_csv(path: str | Path, runs: Sequence[Run]) -> None:
     varied, text = varied_fields(runs), io.StringIO(newline="")
     made_by = [made_by_columns(run) for run in runs]
     traced = dict.fromkeys(name for columns in made_by for name in columns)
-    fields = ["strategy", "seed", *varied, *FIELDS, "folder", *traced]
+    bits = [BITS] if any("client_bits" in run.arrays for run in runs) else []
+    fields = ["strategy", "seed", *varied, *FIELDS, *bits, "folder", *traced]
     writer = csv.DictWriter(text, fields)
     writer.writeheader()
     for run, folder, made in zip(runs, name_folders(runs), made_by, strict=True):

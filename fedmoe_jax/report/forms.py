@@ -87,6 +87,7 @@ ARRAYS = {
     "belief": ("D", INTEGER, False),
     "participation": ("D", INTEGER, False),
     "client_accuracy": ("N", FLOAT, False),
+    "client_bits": ("N", FLOAT, False),
     "last_client": ("C", INTEGER, False),
     "last_code": ("C", INTEGER, False),
     "last_phases": ("C3", FLOAT, False),

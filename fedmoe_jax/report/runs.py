@@ -227,8 +227,13 @@ def varies(run: Run, measure: Measure) -> bool:
 
 
 def chance_of(run: Run) -> float | None:
-    """Accuracy of guessing among the classes, in (0, 1]; None before the run's end."""
-    return 1 / len(run.arrays["label_names"]) if run.arrays else None
+    """Accuracy of guessing among the classes, in (0, 1].
+
+    None before the run's end, and of text, whose strata are not what is predicted.
+    """
+    if not run.arrays or "client_bits" in run.arrays:
+        return None
+    return 1 / len(run.arrays["label_names"])
 
 
 def has_learnt(run: Run, final: float) -> bool:

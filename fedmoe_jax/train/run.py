@@ -345,9 +345,10 @@ def save_arrays(
 ) -> None:
     """Writes `final.npz`, the arrays that the report draws.
 
-    `results` are those of the last evaluation: `specialisation` [G, E, L] and
-    `client_accuracy` [N], which is NaN in the file for a client without examples and,
-    where parts are personal, for one that has none yet.
+    `results` are those of the last evaluation: `specialisation` [G, E, L],
+    `client_accuracy` [N] and, of some tasks, `client_bits` [N], which are NaN in the
+    file for a client without examples and, where parts are personal, for one that has
+    none yet.
     """
     label_counts = plan.partition.label_counts
     specialisation, num_examples = results["specialisation"], label_counts.sum(axis=1)
@@ -370,7 +371,11 @@ def save_arrays(
         last_spent=participation.outcome.spent,
         label_counts=label_counts,
         num_examples=num_examples,
-        client_accuracy=np.where(served, results["client_accuracy"], np.nan),
+        **{
+            name: np.where(served, results[name], np.nan)
+            for name in ("client_accuracy", "client_bits")
+            if name in results
+        },
         specialisation=specialisation if several else specialisation[0],
         label_names=np.array(plan.data.stratum_names),
     )

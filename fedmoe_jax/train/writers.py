@@ -211,10 +211,13 @@ def group_seeds(names: Sequence[str]) -> list[tuple[str, list[int]]]:
     ]
 
 
+SCORES = ("global_accuracy", "personal_accuracy", "global_bits", "personal_bits")
+
+
 def average_rows(rows: Sequence[Row]) -> Row:
     """The means of what progress shows, over the rows that have it."""
     average = {"round": rows[0]["round"]}
-    for key in ("global_accuracy", "personal_accuracy", "load_cv"):
+    for key in (*SCORES, "load_cv"):
         known = [float(row[key]) for row in rows if row.get(key) is not None]
         average[key] = sum(known) / len(known) if known else None
     broken = sum(bool(row.get("diverged")) for row in rows)
@@ -252,12 +255,20 @@ def _print_row(label: str, row: Row, pace: float, total: int, stream: TextIO) ->
 def _shown(row: Row, pace: float, total: int) -> dict[str, Any]:
     seconds = round(pace * (total - row["round"])) if row else None
     return {
-        "global": _number(row.get("global_accuracy"), 3),
-        "personal": _number(row.get("personal_accuracy"), 3),
+        "global": _score(row, "global"),
+        "personal": _score(row, "personal"),
         "cv": _number(row.get("load_cv"), 2),
         "left": "-" if seconds is None else _clock(seconds),
         "diverged": row.get("diverged") or "",
     }
+
+
+def _score(row: Row, name: str) -> str:
+    """Bits of a token, where a task has such, else the accuracy."""
+    bits = row.get(f"{name}_bits")
+    if bits is not None:
+        return f"{_number(bits, 3)} bits"
+    return _number(row.get(f"{name}_accuracy"), 3)
 
 
 def _number(value: Any, digits: int) -> str:

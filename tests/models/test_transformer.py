@@ -9,7 +9,6 @@ from configs import default
 from fedmoe_jax.base import Route
 from fedmoe_jax.models import transformer
 from fedmoe_jax.models.submodel import take_submodel
-from fedmoe_jax.models.transformer_parts import average_prefix, rotate
 from fedmoe_jax.options import UserError
 
 SHAPE = transformer.Shape(
@@ -198,19 +197,6 @@ def test_one_expert_needs_no_gate():
     everything = jnp.array([[0, 1]] * 2), jnp.ones((2, 2), bool)
     same, _ = run(SHAPE._replace(num_experts=2), two, *everything)
     np.testing.assert_allclose(outputs, same, rtol=1e-4, atol=1e-4)
-
-
-def test_average_prefix_by_hand():
-    x = jnp.array([[[1.0], [3.0], [8.0]]])
-    assert average_prefix(x).tolist() == [[[1.0], [2.0], [4.0]]]
-
-
-def test_rotate_keeps_lengths_and_depends_on_distances_alone():
-    x = jax.random.normal(jax.random.key(0), (1, 1, 1, 6))
-    rows = rotate(jnp.broadcast_to(x, (1, 9, 1, 6)))[0, :, 0]
-    np.testing.assert_allclose((rows**2).sum(1), (x**2).sum(), rtol=1e-5)
-    np.testing.assert_allclose(rows[0], x[0, 0, 0])
-    np.testing.assert_allclose(rows[1] @ rows[4], rows[5] @ rows[8], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from fedmoe_jax.measures import MEASURES, OUTCOMES
 from fedmoe_jax.options import FINAL
 from fedmoe_jax.report.runs import Run, load_run
 
+IMAGES = [m.field for m in MEASURES.values() if not m.field.endswith("_bits")]
 ACCURACIES = [m.field for m in MEASURES.values() if m.over == FINAL]
+ACCURACIES = [field for field in ACCURACIES if field in IMAGES]
 NAMES = [f"class{i}" for i in range(5)]
 N, L = 6, len(NAMES)
 CONFIG = {

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 
 from fedmoe_jax.report.clients import find_clients, list_clients, write_clients_csv
+from fedmoe_jax.report.runs import chance_of
 from fedmoe_jax.report.tables import write_runs_csv
 
 from .fake_runs import ARRAYS, make_run
@@ -41,6 +42,17 @@ def test_list_clients_leaves_unknown_numbers_empty(tmp_path):
     older = list(list_clients(make_run(tmp_path)))
     assert [r["accuracy"] for r in older] == ["", "", ""]
     assert [r["participation"] for r in older] == [1, 4, 4]
+
+
+def test_write_clients_csv_has_the_bits_of_text(tmp_path):
+    text = MORE | {"client_bits": np.array([2.5, np.nan, 1.25])}
+    runs = [make_run(tmp_path, arrays=text), make_run(tmp_path, "images", arrays=MORE)]
+    write_clients_csv(tmp_path / "clients.csv", runs)
+    bits = [record["bits"] for record in read(tmp_path / "clients.csv")]
+    assert bits == ["2.5", "", "1.25", "", "", ""]
+    write_clients_csv(tmp_path / "clients.csv", runs[1:])
+    assert "bits" not in read(tmp_path / "clients.csv")[0]
+    assert chance_of(runs[0]) is None and chance_of(runs[1]) > 0
 
 
 def test_write_clients_csv_has_a_row_per_run_and_client(tmp_path):

@@ -191,6 +191,15 @@ def test_open_progress_prints_lines_without_a_terminal(clock):
     )
 
 
+def test_open_progress_shows_the_bits_of_text(clock):
+    stream = io.StringIO()
+    found = row(4, global_accuracy=0.25, personal_accuracy=0.5)
+    found |= {"global_bits": 2.5, "personal_bits": 2.0}
+    with metrics.open_progress(4, ["run"], done=0, stream=stream) as update:
+        update([found])
+    assert "global 2.500 bits  personal 2.000 bits  " in stream.getvalue()
+
+
 def test_open_progress_names_several_runs_a_few_times(clock):
     stream = io.StringIO()
     with metrics.open_progress(40, ["a", "run"], done=0, stream=stream) as update:
