@@ -65,8 +65,8 @@ def score_tuned(
 ) -> Array:
     """Values [V] of ONE client's sub-model on the test set weighted to its mix [L]."""
     source = take_test(federation)
-    count, num_strata = len(source.group), len(mix)
-    position = schedule_examples(count, TEST_BATCH, jnp.int32(0), 1)
+    num_strata = len(mix)
+    position = schedule_examples(len(source.group), TEST_BATCH, jnp.int32(0), 1)
 
     def count(batch: Array) -> tuple[Array, Array]:
         place = source, federation, batch

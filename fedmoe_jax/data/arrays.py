@@ -8,9 +8,9 @@ floats; `train_y` and `test_y` are labels [X], whole numbers from 0. `train_clie
 """
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -57,33 +57,39 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
+def refuse(path: Path, fault: str, allowed: str) -> NoReturn:
+    """Raises UserError for a file that `fault`."""
+    raise UserError(f"data.file={str(path)!r} {fault}; allowed: {allowed}")
+
+
 def label_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> Data:
     """`Data` of the arrays of a file, see `load_arrays`."""
-
-    def require(holds: Any, fault: str, allowed: str) -> None:
-        if not holds:
-            raise UserError(f"data.file={str(path)!r} {fault}; allowed: {allowed}")
-
     for name in NEEDED:
-        require(name in arrays, f"has no {name}", ", ".join(ALLOWED))
+        if name not in arrays:
+            refuse(path, f"has no {name}", ", ".join(ALLOWED))
     for name in arrays:
-        require(name in ALLOWED, f"has {name}", ", ".join(ALLOWED))
-    images = {part: as_images(arrays[f"{part}_x"]) for part in PARTS}
-    for part, x in images.items():
-        form = describe(arrays, f"{part}_x")
-        fits = x is not None and len(x) and np.isfinite(x).all()
-        require(fits, form, "images [X, H, W, F] or [X, H, W], uint8 or finite floats")
+        if name not in ALLOWED:
+            refuse(path, f"has {name}", ", ".join(ALLOWED))
+    images = {}
+    for part in PARTS:
+        x = as_images(arrays[f"{part}_x"])
+        if x is None or not len(x) or not np.isfinite(x).all():
+            form = describe(arrays, f"{part}_x")
+            refuse(
+                path, form, "images [X, H, W, F] or [X, H, W], uint8 or finite floats"
+            )
         for name in (f"{part}_y", f"{part}_client"):
-            if name in arrays:
-                form = describe(arrays, name)
+            if name in arrays and not is_counting(arrays[name], len(x)):
                 count = f"{len(x)} whole numbers >= 0, one for each image"
-                require(is_counting(arrays[name], len(x)), form, count)
+                refuse(path, describe(arrays, name), count)
+        images[part] = x
     train_y, test_y = (arrays[f"{part}_y"].astype(np.int32) for part in PARTS)
     most = 1 + int(max(train_y.max(), test_y.max()))
     names = tuple(map(str, arrays.get("label_names", range(most))))
-    require(len(names) >= most, f"has {len(names)} label_names", f"at least {most}")
+    if len(names) < most:
+        refuse(path, f"has {len(names)} label_names", f"at least {most}")
     found = images["train"], train_y, images["test"], test_y
-    owner, test_owner = number_clients(arrays, require)
+    owner, test_owner = number_clients(arrays, path)
     return label_images(*found, names)._replace(owner=owner, test_owner=test_owner)
 
 
@@ -99,19 +105,20 @@ def is_counting(y: np.ndarray, count: int) -> bool:
 
 
 def number_clients(
-    arrays: Mapping[str, np.ndarray], require: Callable[[Any, str, str], None]
+    arrays: Mapping[str, np.ndarray], path: Path
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The clients of training and test examples, numbered from 0 without a gap."""
     owner, tested = (arrays.get(f"{part}_client") for part in PARTS)
     if owner is None:
-        require(tested is None, "has test_client", "train_client beside it")
+        if tested is not None:
+            refuse(path, "has test_client", "train_client beside it")
         return None, None
     clients, owner = np.unique(owner, return_inverse=True)
     if tested is None:
         return owner, None
     for strange in np.setdiff1d(tested, clients):
         fault = f"has no training example of the test_client {strange}"
-        require(False, fault, "clients of train_client")
+        refuse(path, fault, "clients of train_client")
     return owner, np.searchsorted(clients, tested)
 
 

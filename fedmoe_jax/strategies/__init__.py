@@ -60,6 +60,7 @@ from fedmoe_jax.strategies.load_balanced import (
     LOAD_BALANCED_NO_CALIBRATION,
     LOAD_BALANCED_RUNNING,
 )
+from fedmoe_jax.strategies.oracle import ORACLE
 from fedmoe_jax.strategies.pfedmoe import PFEDMOE
 from fedmoe_jax.strategies.random import FIXED_RANDOM, RANDOM
 from fedmoe_jax.strategies.round_robin import ROUND_ROBIN
@@ -69,6 +70,7 @@ STRATEGIES: dict[str, Strategy] = {
     "random": RANDOM,
     "fixed_random": FIXED_RANDOM,
     "round_robin": ROUND_ROBIN,
+    "oracle": ORACLE,
     "greedy": GREEDY,
     "load_balanced": LOAD_BALANCED,
     "load_balanced_no_calibration": LOAD_BALANCED_NO_CALIBRATION,

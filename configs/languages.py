@@ -1,0 +1,78 @@
+"""Federated language models: does an assignment find the languages?
+
+    python launch.py --config=configs/languages.py:markov --workdir=runs/markov
+    python launch.py --config=configs/languages.py --workdir=runs/languages \\
+      --config.data.dir=FOLDER
+
+Clients write in one language each, two clients for each language, and train a byte
+transformer of two blocks with a mixture in both. `markov` has four languages that are
+Markov sources over one alphabet, whose limit in bits is known, and needs no file;
+without it FOLDER has a folder of .txt files for each of eight languages, of which the
+first 80 kB are trained on, 40 by each client. `oracle` knows each client's language.
+`smoke` is short, with the embedded languages.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare, default
+
+STRATEGIES = (
+    "random",
+    "fixed_random",
+    "greedy",
+    "load_balanced",
+    "load_balanced_running",
+    "oracle",
+    "flex_moe",
+    "hfedmoe",
+    "fedavg_smallest",
+    "fedavg_active",
+    "local_smallest",
+    "local_active",
+)
+FEW = ("random", "greedy", "load_balanced", "oracle", "fedavg_active", "local_active")
+
+
+def make_text(config: ConfigDict, markov: bool) -> None:
+    """Sets data, model and training of text, in place."""
+    config.data.name = "markov" if markov else "text"
+    config.data.client, config.data.length = "folder", 32 if markov else 128
+    config.data.kilobytes = 0 if markov else 80
+    languages = 4 if markov else 8
+    config.num_clients = config.cohort_size = 2 * languages
+    config.partition.kind, config.partition.classes_per_client = "classes", 1
+    config.num_experts, config.num_active = languages, 2
+    config.max_held = 2 if markov else 4
+    config.model.kind = "transformer"
+    config.model.stem_width, config.model.expert_width = (
+        (32, 32) if markov else (64, 64)
+    )
+    config.gate.input, config.loss.calibration = "prefix", 1.0
+    config.client.optimizer, config.client.learning_rate = "adamw", 0.003
+    config.client.clip = 1.0
+    config.local_steps, config.batch_size = 10, 8
+    config.num_rounds, config.eval_every = (60, 5) if markov else (150, 10)
+    config.chunk_rounds = config.checkpoint.every = 5 if markov else 10
+    config.devices.model_scale = 2000.0 if markov else 200.0
+    config.evaluation.finetune = True
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The comparison. `argument` joins any of `markov` and `smoke` with commas."""
+    words = set(filter(None, argument.split(",")))
+    if unknown := words - {"markov", "smoke"}:
+        raise ValueError(
+            f"config argument {min(unknown)!r} is unknown; allowed: markov, smoke"
+        )
+    smoke = "smoke" in words
+    config = compare.get_config("digits,smoke" if smoke else "digits")
+    make_text(config, markov=bool(words))
+    config.compare.strategies = FEW if words else STRATEGIES
+    config.compare.seeds = (0, 1, 2)
+    config.tune.rates = (0.0003, 0.001, 0.003, 0.01)
+    if smoke:
+        default.shrink(config)
+        config.compare.strategies = ("random", "oracle", "fedavg_active")
+        config.compare.seeds = (0,)
+        config.evaluation.finetune = False
+    return config

@@ -1,0 +1,66 @@
+"""An assignment that knows each client's group: what finding it would be worth.
+
+Not a published system, but the bound for those that look for groups of clients.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedmoe_jax.align.explore import uniform_scores
+from fedmoe_jax.align.top_k import top_k
+from fedmoe_jax.base import Strategy
+from fedmoe_jax.types import (
+    Array,
+    Assignment,
+    Evidence,
+    Federation,
+    Hyper,
+    PyTree,
+    SimState,
+    Sizes,
+)
+
+
+def init(sizes: Sizes) -> dict[str, Array]:
+    """`stratum` [N] int32, each client's main one; known from round 0 on."""
+    return {"stratum": jnp.zeros(sizes.num_clients, jnp.int32)}
+
+
+def look(
+    state: SimState, federation: Federation, hyper: Hyper, key: Array, **static: Any
+) -> tuple[SimState, PyTree]:
+    """The stage before round 0: the main stratum of every client, the first of equals.
+
+    Where the data drift it stays what it was.
+    """
+    main = federation.label_mix.argmax(axis=1).astype(jnp.int32)
+    own = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(main, leaf.shape), state.align.strategy
+    )
+    align = state.align.replace(strategy=own)
+    return state.replace(align=align), federation.frozen
+
+
+def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
+    """First the expert of the client's stratum (stratum mod E), others at random.
+
+    The others are drawn afresh each round.
+    """
+    own = evidence.state["stratum"][evidence.client] % sizes.num_experts
+    scores = uniform_scores(key, evidence.client, sizes.num_experts)
+    scores = jnp.where(jnp.arange(sizes.num_experts)[None] == own[:, None], 2.0, scores)
+    return top_k(scores, evidence.capacity, sizes.max_held)
+
+
+ORACLE = Strategy(
+    assign=assign,
+    about=(
+        "Gives each client the expert of its main stratum (label, language), and "
+        "others at random: a bound for strategies that look for groups."
+    ),
+    needs="every client's main stratum, which no server knows",
+    init=init,
+    stages=((0, look),),
+)

@@ -1,0 +1,33 @@
+"""The oracle: every client's own expert first, of its main stratum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from factories import SIZES, make_hyper, plan_run, prepare_strategy, start_run
+
+from fedmoe_jax.strategies.oracle import assign, look
+
+
+def test_assign_gives_the_expert_of_the_stratum_first():
+    _, evidence = prepare_strategy("oracle")
+    stratum = jnp.arange(SIZES.num_clients) + 3  # beyond E, too
+    evidence = evidence.replace(state={"stratum": stratum})
+    keys = jax.random.split(jax.random.key(0), 50)
+    found = [assign(evidence, make_hyper(), SIZES, key) for key in keys]
+    for each in found:
+        expected = stratum[evidence.client] % SIZES.num_experts
+        np.testing.assert_array_equal(each.held[:, 0], expected)
+        np.testing.assert_array_equal(each.slot.sum(axis=1), evidence.capacity)
+    others = {int(e) for each in found for e in np.asarray(each.held)[:, 1]}
+    assert others == set(range(SIZES.num_experts))
+
+
+def test_look_finds_the_main_stratum_of_every_client():
+    plan = plan_run(strategy="oracle")
+    run = start_run(plan, plan.program)
+    mix = np.asarray(run.federation.label_mix)
+    state, frozen = look(run.state, run.federation, run.hyper, jax.random.key(0))
+    stratum = state.align.strategy["stratum"]
+    assert stratum.dtype == jnp.int32
+    np.testing.assert_array_equal(stratum[0], mix.argmax(axis=1))
+    assert frozen is run.federation.frozen
