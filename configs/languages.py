@@ -70,6 +70,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compare.strategies = FEW if words else STRATEGIES
     config.compare.seeds = (0, 1, 2)
     config.tune.rates = (0.0003, 0.001, 0.003, 0.01)
+    config.tune.servers = ("", "server.optimizer=fedadam,server.learning_rate=0.003")
+    config.tune.measure = "validation_personal_bits"
+    config.partition.validation_share = 0.1
     if smoke:
         default.shrink(config)
         config.compare.strategies = ("random", "oracle", "fedavg_active")

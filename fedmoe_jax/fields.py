@@ -179,6 +179,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("data.image_key", None, "TFDS feature of the images; empty: the only one"),
     Option("data.label_key", None, "TFDS feature of the labels; empty: the only one"),
+    Option("data.text_key", None, "TFDS feature of the text; empty: the only one"),
     Option(
         "partition.kind",
         tuple(KINDS),

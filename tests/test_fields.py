@@ -19,6 +19,7 @@ CHECKED_ELSEWHERE = {
     "data.file",
     "data.image_key",
     "data.label_key",
+    "data.text_key",
     "evaluation.targets",
     "evaluation.baseline",
     "devices.tiers",

@@ -43,6 +43,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.kilobytes = 0
     config.data.image_key = ""
     config.data.label_key = ""
+    config.data.text_key = ""
 
     config.partition = ConfigDict()
     config.partition.kind = "dirichlet"

@@ -22,7 +22,8 @@ from fedmoe_jax.data.folders import resolve_data_dir
 from fedmoe_jax.data.markov import load_markov
 from fedmoe_jax.data.synthetic import load_synthetic
 from fedmoe_jax.data.text import load_text
-from fedmoe_jax.data.tfds import find_source, load_images
+from fedmoe_jax.data.tfds import find_source, load_images, read_features
+from fedmoe_jax.data.tfds_text import load_records
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.options import UserError, show
 from fedmoe_jax.runtime.folders import resolve_folder
@@ -59,7 +60,10 @@ def load_prepared(options: ConfigDict) -> Data:
             f"{', '.join(DATASETS)}, or a data set that TFDS has prepared there in "
             "array_record form"
         )
-    return load_images(source, options)
+    features = read_features(source).values()
+    shows = any("image" in feature for feature in features)
+    load = load_images if shows and not options.text_key else load_records
+    return load(source, options)
 
 
 def check_data(name: str, data: Data) -> None:

@@ -25,7 +25,7 @@ class Trial(NamedTuple):
       strategy: its name.
       change: of the config, `client.learning_rate=RATE` first.
       rounds: of the run.
-      value: of the measure, higher is better; NaN where the run diverged.
+      value: of the measure; NaN where the run diverged.
       made_by: what computed the run, flat.
     """
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from fedmoe_jax.measures import MEASURES
 from fedmoe_jax.options import UserError, is_number, show
 from fedmoe_jax.program import configure
 from fedmoe_jax.report.tuning import Trial, split_rate
@@ -128,18 +129,25 @@ def read_trials(
     return trials
 
 
-def rank(trials: Iterable[Trial], strategy: str) -> list[Trial]:
-    """The trials of a strategy, the best first; one that diverged is the last."""
+def rank(trials: Iterable[Trial], strategy: str, measure: str) -> list[Trial]:
+    """The trials of a strategy, the best first; one that diverged is the last.
+
+    Less of a measure may be better, as of bits.
+    """
     own = [trial for trial in trials if trial.strategy == strategy]
-    worth = lambda trial: -math.inf if math.isnan(trial.value) else trial.value
+    known = MEASURES.get(f"final_{measure}")
+    sign = -1 if known and known.better < 0 else 1
+    worth = lambda trial: -math.inf if math.isnan(trial.value) else sign * trial.value
     return sorted(own, key=worth, reverse=True)
 
 
-def keep_half(trials: Iterable[Trial], strategies: Iterable[str]) -> dict[str, list]:
+def keep_half(
+    trials: Iterable[Trial], strategies: Iterable[str], measure: str
+) -> dict[str, list]:
     """The changes of the better half of each strategy's trials, rounded up."""
     trials, kept = list(trials), {}
     for strategy in strategies:
-        ranked = rank(trials, strategy)
+        ranked = rank(trials, strategy, measure)
         kept[strategy] = [t.change for t in ranked[: math.ceil(len(ranked) / 2)]]
     return kept
 
@@ -156,7 +164,7 @@ def describe_choice(
     """
     rates = sorted(config.tune.rates)
     for strategy in strategies:
-        best = rank(trials, strategy)[0]
+        best = rank(trials, strategy, config.tune.measure)[0]
         rate, _ = split_rate(best.change)
         text = f"{strategy}: {best.change}, {config.tune.measure} {best.value:.3f}"
         ends = {rates[0]: "lowest", rates[-1]: "highest"}
@@ -201,8 +209,8 @@ def tune(
         found = multihost.on_leader(read_trials, folders, changes, rounds, measure)
         found = [Trial(*values) for values in found]
         trials += found
-        changes = keep_half(found, strategies)
-    best = {strategy: rank(found, strategy)[0] for strategy in strategies}
+        changes = keep_half(found, strategies, measure)
+    best = {strategy: rank(found, strategy, measure)[0] for strategy in strategies}
     settings = [f"{s}: {t.change},tuned={measure}" for s, t in best.items()]
     if multihost.is_leader():
         write_json(workdir / "settings.json", {"settings": settings})

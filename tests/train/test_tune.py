@@ -106,8 +106,14 @@ TRIALS = [
 
 
 def test_the_better_half_goes_on_and_what_diverged_comes_last():
-    assert [trial.change for trial in rank(TRIALS, "a")] == ["z", "x", "y"]
-    assert keep_half(TRIALS, ["a", "b"]) == {"a": ["z", "x"], "b": ["y"]}
+    found = [trial.change for trial in rank(TRIALS, "a", "global_accuracy")]
+    assert found == ["z", "x", "y"]
+    assert keep_half(TRIALS, ["a", "b"], "m") == {"a": ["z", "x"], "b": ["y"]}
+
+
+def test_fewer_bits_are_better():
+    found = [trial.change for trial in rank(TRIALS, "a", "validation_personal_bits")]
+    assert found == ["x", "z", "y"]
 
 
 def test_the_choice_says_where_a_better_rate_may_lie_beyond():

@@ -1,0 +1,76 @@
+"""Text of any TFDS data set in array_record form, without TensorFlow."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fedmoe_jax.base import Data
+from fedmoe_jax.data.cache import brief
+from fedmoe_jax.data.text import BYTES, divide, list_speakers
+from fedmoe_jax.data.tfds import SPLITS, check_format, choose_key, read_features
+from fedmoe_jax.data.windows import Document, make_text
+from fedmoe_jax.options import UserError
+
+
+def load_records(source: Path, options: ConfigDict) -> Data:
+    """The texts of a prepared data set, joined.
+
+    With `data.client=file` the splits are those of the data set, and no example has a
+    natural client; with `speaker` the training split's speakers are the clients, and
+    the last tenth of each one's text is its test.
+
+    Args:
+      source: folder of the records.
+      options: the group `data`, with `text_key`, empty for the only text.
+
+    Raises:
+      UserError: in another file format, damaged, without a split `train` or `test` or
+        text, or with too little of it.
+    """
+    check_format(source, "prepare it again with file_format='array_record'")
+    key = choose_key(read_features(source), "data.text_key", options.text_key, "text")
+    train, test = (b"\n".join(texts) for texts in read_splits(source, key))
+    where = f"data.name={options.name!r}"
+    if options.client == "folder":
+        raise UserError(
+            f"data.client='folder' is not allowed with {where}; allowed: file, speaker"
+        )
+    if options.client == "speaker":
+        return divide(list_speakers({"train": train}, source), options, where)
+    tokens = [np.frombuffer(text, np.uint8) for text in (train, test)]
+    document = Document(options.name, options.name, *tokens)
+    data = make_text([document], options.length, BYTES, where)
+    return data._replace(owner=None, test_owner=None)
+
+
+def read_splits(source: Path, key: str) -> list[list[bytes]]:
+    """The texts of the splits `train` and `test`, in the order of the records.
+
+    Raises:
+      UserError: see `load_records`.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(source)
+        known = ", ".join(builder.info.splits)
+        for split in SPLITS:
+            if split not in builder.info.splits:
+                raise UserError(
+                    f"data.dir: {source} has no split {split!r}; allowed: data with "
+                    f"the splits train and test, this has {known}"
+                )
+        sources: list[Any] = [builder.as_data_source(split) for split in SPLITS]
+        return [
+            [bytes(records[i][key]) for i in range(len(records))] for records in sources
+        ]
+    except (ImportError, UserError):
+        raise
+    # array_record reports damage as RuntimeError, TFDS in several other ways.
+    except Exception as error:
+        raise UserError(
+            f"data.dir: the records in {source} are damaged ({brief(error)}); delete "
+            "that folder and prepare it again"
+        ) from error
