@@ -19,7 +19,7 @@ from flax import struct
 
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.models.submodel import held_mask, is_local
-from fedmoe_jax.moe_layers import LAYERED, layer_names, map_layers
+from fedmoe_jax.moe_layers import LAYERED, count_experts, layer_names, map_layers
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.types import (
     Array,
@@ -48,8 +48,7 @@ class Sums(struct.PyTreeNode):
 
 def zero_sums(params: PyTree) -> Sums:
     """Sums before any client."""
-    gates = params["gate"]
-    rows = len(gates), gates[layer_names(gates)[0]]["bias"].shape[0]
+    rows = len(params["gate"]), count_experts(params["gate"])
     shape = lambda part: rows if part in LAYERED else ()
     return Sums(
         delta=jax.tree.map(jnp.zeros_like, params),
@@ -132,8 +131,8 @@ def weigh(
       count, such as an expert that was trained on no position: it is not sent. A
       broken update weighs like others: it travels, and is left out when it arrives.
     """
-    num_layers, rows = inputs.held.shape[0], update.delta["gate"]
-    num_experts = rows[layer_names(rows)[0]]["bias"].shape[0]
+    num_layers = inputs.held.shape[0]
+    num_experts = count_experts(update.delta["gate"])
 
     def weigh_layer(held: Array, slot: Array, feedback: Feedback) -> tuple:
         mask = held_mask(held, slot, num_experts)

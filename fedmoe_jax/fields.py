@@ -267,6 +267,11 @@ OPTIONS: tuple[Option, ...] = (
         "trains; 0: none",
     ),
     Option(
+        "model.tied",
+        None,
+        "whether a client holds the same experts in all MoE layers of a transformer",
+    ),
+    Option(
         "model.remat",
         None,
         "whether backward passes of a transformer compute blocks again, for memory",

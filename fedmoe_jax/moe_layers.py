@@ -56,6 +56,11 @@ def layer_keys(key: Array, num_layers: int) -> Array:
     return jnp.stack([key, *others])
 
 
+def count_experts(part: dict[str, PyTree]) -> int:
+    """E, the rows of every leaf of a part that has rows."""
+    return jax.tree.leaves(part)[0].shape[0]
+
+
 def layer_names(tree: dict[str, PyTree]) -> list[str]:
     """The names of the G subtrees of a part of the params, in the order of G."""
     return sorted(tree)

@@ -69,6 +69,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.heads = 4
     config.model.kv_heads = 4
     config.model.shared_width = 0
+    config.model.tied = False
     config.model.remat = False
 
     config.gate = ConfigDict()

@@ -2,7 +2,9 @@
 
 The stem holds what every client trains: embeddings, attention, norms, shared experts
 and the hidden layers of blocks without a mixture. Every MoE layer has a gate and
-experts of its own, named after its block.
+experts of its own, named after its block. Where they are tied a client holds the same
+experts in all blocks: to all others that is one MoE layer, whose experts have a part in
+every block.
 """
 
 import functools
@@ -28,6 +30,7 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Array, PyTree
 
 GATE_INPUTS = ("token", "prefix")
+TIED = "blocks"  # the one MoE layer where all are tied
 
 
 class Shape(NamedTuple):
@@ -47,6 +50,7 @@ class Shape(NamedTuple):
       vocabulary: tokens.
       gate_input: a name in `GATE_INPUTS`: each token's hidden state, or the mean of
         those so far.
+      tied: whether a client holds the same experts in all blocks.
       remat: whether backward passes compute blocks again instead of keeping them.
       platform: `cpu`, `gpu` or `tpu`; on a `cpu` experts are looped over.
     """
@@ -61,6 +65,7 @@ class Shape(NamedTuple):
     num_experts: int
     vocabulary: int
     gate_input: str
+    tied: bool
     remat: bool
     platform: str
 
@@ -107,6 +112,8 @@ def init(key: Array, shape: Shape) -> tuple[PyTree, PyTree]:
         "norm": jnp.ones(shape.width),
         "kernel": draw(head, shape.width, shape.vocabulary, fan_in=shape.width),
     }
+    if shape.tied:
+        gates, experts = {TIED: gates}, {TIED: experts}
     return {"stem": stem, "gate": gates, "experts": experts, "head": head}, {}
 
 
@@ -174,6 +181,9 @@ def apply(
     Nothing is dropped at random; `key` is not used.
     """
     stem, head = params["stem"], params["head"]
+    gates, experts = params["gate"], params["experts"]
+    if shape.tied:
+        gates, experts = gates[TIED], experts[TIED]
     layers: list[Routing] = []
 
     def run_block(name: str, mixes: bool, x: Array) -> tuple[Array, Routing | None]:
@@ -183,8 +193,8 @@ def apply(
         if "shared" in block:
             x = x + feed_forward(block["shared"], hidden)
         if mixes:
-            own = params["gate"][name], params["experts"][name]
-            slots = held[len(layers)], slot[len(layers)]
+            own, layer = (gates[name], experts[name]), 0 if shape.tied else len(layers)
+            slots = held[layer], slot[layer]
             mixed, decision = mix_experts(*own, hidden, *slots, route, shape)
             x = x + mixed
         return x, decision
@@ -196,7 +206,25 @@ def apply(
         if decision is not None:
             layers.append(decision)
     outputs = normalise(x, head["norm"]) @ head["kernel"]
-    return outputs, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return outputs, (join_tied if shape.tied else stack_layers)(layers)
+
+
+def stack_layers(layers: list[Routing]) -> Routing:
+    """The routing of G layers, leaves [G, ...]."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def join_tied(layers: list[Routing]) -> Routing:
+    """The routing of tied layers as that of one.
+
+    Logits are those of all blocks one after the other, gates their mean over blocks.
+    """
+    logits, gates, trained = stack_layers(layers)
+    if logits is not None:
+        logits = logits.reshape(1, -1, logits.shape[-1])
+    if trained is not None:
+        trained = trained.any(axis=0, keepdims=True)
+    return Routing(logits, gates.mean(axis=0, keepdims=True), trained)
 
 
 @functools.cache
@@ -260,6 +288,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         num_experts=config.num_experts,
         vocabulary=num_outputs,
         gate_input=config.gate.input,
+        tied=options.tied,
         remat=options.remat,
         platform=platform,
     )

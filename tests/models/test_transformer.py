@@ -22,6 +22,7 @@ SHAPE = transformer.Shape(
     num_experts=4,
     vocabulary=5,
     gate_input="token",
+    tied=False,
     remat=False,
     platform="cpu",
 )
@@ -168,6 +169,21 @@ def test_remat_gives_the_same_gradients():
     again = jax.grad(loss)(params, SHAPE._replace(remat=True))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, plain, again)
+
+
+def test_tied_layers_are_those_that_hold_the_same():
+    """The same params, the same held sets in both blocks: the same outputs."""
+    params = make_params(SHAPE)
+    join = lambda part: {transformer.TIED: params[part]}
+    tied = params | {"gate": join("gate"), "experts": join("experts")}
+    held, slot = HELD[:1], SLOT[:1]
+    outputs, routing = run(SHAPE._replace(tied=True), tied, held, slot)
+    both = jnp.concatenate([held, held]), jnp.concatenate([slot, slot])
+    expected, layers = run(SHAPE, params, *both)
+    np.testing.assert_array_equal(outputs, expected)
+    assert routing.logits.shape == (1, 24, 4) and routing.gates.shape == (1, 12, 3)
+    np.testing.assert_array_equal(routing.logits[0, 12:], layers.logits[1])
+    np.testing.assert_allclose(routing.gates[0], layers.gates.mean(axis=0), rtol=1e-6)
 
 
 def test_later_tokens_change_nothing_before_them():

@@ -182,6 +182,19 @@ def test_runs_on_eight_devices_and_in_a_comparison_are_those_alone(tmp_path):
                 np.testing.assert_allclose(one[name], together[name], rtol=1e-3)
 
 
+def test_tied_layers_agree_with_others_where_all_is_held():
+    """All experts held by all: nothing is left to assign, but for sums of gates."""
+    changes = {"max_held": E, "devices.model_scale": 1.0, "num_rounds": 2}
+    changes |= {"strategy": "round_robin", "loss.calibration": 0.0, "client.clip": 0.0}
+    rows = [
+        run_alone(make_config(**changes | {"model.tied": tied})).rows
+        for tied in (False, True)
+    ]
+    for name in ("train_loss", "global_bits", "personal_bits"):
+        np.testing.assert_allclose(rows[0][name], rows[1][name], rtol=1e-4)
+    assert rows[1]["expert_load"].shape[1:] == (E,)
+
+
 @pytest.mark.parametrize("strategy", ["flex_moe", "hfedmoe", "fedavg_active", "local"])
 def test_systems_train_a_transformer(strategy, tmp_path):
     rows = train(make_config(strategy=strategy, num_rounds=4), tmp_path)
