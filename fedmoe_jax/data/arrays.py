@@ -57,8 +57,8 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def refuse(path: Path, fault: str, allowed: str) -> NoReturn:
-    """Raises UserError for a file that `fault`."""
+def misfit(path: Path, fault: str, allowed: str) -> NoReturn:
+    """Raises UserError: the file does not fit, as it has this fault."""
     raise UserError(f"data.file={str(path)!r} {fault}; allowed: {allowed}")
 
 
@@ -66,28 +66,28 @@ def label_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> Data:
     """`Data` of the arrays of a file, see `load_arrays`."""
     for name in NEEDED:
         if name not in arrays:
-            refuse(path, f"has no {name}", ", ".join(ALLOWED))
+            misfit(path, f"has no {name}", ", ".join(ALLOWED))
     for name in arrays:
         if name not in ALLOWED:
-            refuse(path, f"has {name}", ", ".join(ALLOWED))
+            misfit(path, f"has {name}", ", ".join(ALLOWED))
     images = {}
     for part in PARTS:
         x = as_images(arrays[f"{part}_x"])
         if x is None or not len(x) or not np.isfinite(x).all():
             form = describe(arrays, f"{part}_x")
-            refuse(
+            misfit(
                 path, form, "images [X, H, W, F] or [X, H, W], uint8 or finite floats"
             )
         for name in (f"{part}_y", f"{part}_client"):
             if name in arrays and not is_counting(arrays[name], len(x)):
                 count = f"{len(x)} whole numbers >= 0, one for each image"
-                refuse(path, describe(arrays, name), count)
+                misfit(path, describe(arrays, name), count)
         images[part] = x
     train_y, test_y = (arrays[f"{part}_y"].astype(np.int32) for part in PARTS)
     most = 1 + int(max(train_y.max(), test_y.max()))
     names = tuple(map(str, arrays.get("label_names", range(most))))
     if len(names) < most:
-        refuse(path, f"has {len(names)} label_names", f"at least {most}")
+        misfit(path, f"has {len(names)} label_names", f"at least {most}")
     found = images["train"], train_y, images["test"], test_y
     owner, test_owner = number_clients(arrays, path)
     return label_images(*found, names)._replace(owner=owner, test_owner=test_owner)
@@ -111,14 +111,14 @@ def number_clients(
     owner, tested = (arrays.get(f"{part}_client") for part in PARTS)
     if owner is None:
         if tested is not None:
-            refuse(path, "has test_client", "train_client beside it")
+            misfit(path, "has test_client", "train_client beside it")
         return None, None
     clients, owner = np.unique(owner, return_inverse=True)
     if tested is None:
         return owner, None
     for strange in np.setdiff1d(tested, clients):
         fault = f"has no training example of the test_client {strange}"
-        refuse(path, fault, "clients of train_client")
+        misfit(path, fault, "clients of train_client")
     return owner, np.searchsorted(clients, tested)
 
 

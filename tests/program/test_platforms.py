@@ -41,7 +41,7 @@ def plan_two_runs(monkeypatch, platform):
     """Two runs of a CNN on images like those of CIFAR-10, on one such device."""
     monkeypatch.setattr(program, "find_platform", lambda mesh: DEVICES[platform])
     data = make_data(100, (32, 32, 3))
-    monkeypatch.setattr(planning, "load_dataset_once", lambda name, folder: data)
+    monkeypatch.setattr(planning, "load_dataset_once", lambda options: data)
     (wave,) = planning.plan_waves(list_members(tiny_study(("greedy",), **CNN)))
     assert wave.program.platform == DEVICES[platform]
     return wave
