@@ -41,9 +41,9 @@ class Data(NamedTuple):
       test_stratum: [X'] int32, likewise.
       stratum_names: L names.
       task: the name of its task in `tasks.TASKS`.
-      owner: [X] int32 in [0, n), the natural client of each training example, for
+      owner: [X] int in [0, n), the natural client of each training example, for
         `partition.kind=natural`; None where there is none.
-      test_owner: [X'] int32 in [0, n), the natural client of each test example, whose
+      test_owner: [X'] int in [0, n), the natural client of each test example, whose
         own test set it then is; None where test examples have none.
       vocabulary: number of tokens, of text; else None.
     """
@@ -122,7 +122,8 @@ class Routing(NamedTuple):
 
     Attributes:
       logits: [G, P, E] float32 over all experts, P positions of the batch (images or
-        tokens); None for a model with one expert.
+        tokens), of tied layers those of each, one after the other; None for a model
+        with one expert.
       gates: [G, P, K] float32 over the held experts, rows sum to 1 but for some
         `Strategy.gating`.
       trained: [G, K] bool, the slots that get gradients from the batch; None for all.

@@ -268,6 +268,15 @@ def measure_means(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
     }
 
 
+def leave_out_untested(counts: dict[str, Array], panel: Panel) -> Panel:
+    """The panel with label mixes of strata that have examples in these counts alone."""
+    tested = counts["total"] > 0
+    mix = jnp.where(tested[None], panel.label_mix, 0.0)
+    mix /= jnp.maximum(mix.sum(axis=1, keepdims=True), 1e-9)
+    # As they are where nothing is left out, to the last bit.
+    return panel._replace(label_mix=jnp.where(tested.all(), panel.label_mix, mix))
+
+
 def summarise_counts(
     counts: dict[str, Array], panel: Panel, num_clients: int
 ) -> dict[str, Array]:
@@ -278,7 +287,7 @@ def summarise_counts(
       panel: as in `measure_means`.
       num_clients: N.
     """
-    total = counts["total"]  # [L]
+    panel, total = leave_out_untested(counts, panel), counts["total"]  # [L]
     share = 1.0 / jnp.maximum(total, 1.0)
     values = measure_clients(counts, panel)
     accuracies = measure_means(counts, panel) | {
@@ -300,9 +309,7 @@ def summarise_validation(counts: dict[str, Array], panel: Panel) -> dict[str, Ar
 
     Strata without an example do not count in a client's mix.
     """
-    mix = jnp.where(counts["total"][None] > 0, panel.label_mix, 0.0)
-    mix /= jnp.maximum(mix.sum(axis=1, keepdims=True), 1e-9)
-    found = measure_means(counts, panel._replace(label_mix=mix))
+    found = measure_means(counts, leave_out_untested(counts, panel))
     names = "global_accuracy", "personal_accuracy", "personal_prior_accuracy"
     names += "global_bits", "personal_bits"
     return {f"validation_{name}": found[name] for name in names if name in found}

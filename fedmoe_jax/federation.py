@@ -58,8 +58,12 @@ def make_partition(config: ConfigDict, data: Data, taken_gb: float = 0.0) -> Par
     if public > max(most, 0):
         raise UserError(
             f"data.public={public} is not allowed; allowed: 0 to {max(most, 0)}, which "
-            f"leaves {named} clients partition.min_size={options.min_size} of the "
-            f"{total} training examples each"
+            + (
+                f"leaves one of the {total} training examples to the clients"
+                if options.overlap
+                else f"leaves {named} clients partition.min_size={options.min_size} of "
+                f"the {total} training examples each"
+            )
         )
     rng = np.random.default_rng([config.seed, 2])
     order = rng.permutation(total).astype(np.int32)
@@ -180,12 +184,8 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     if find_strategy(config.strategy).pooled:
         partition, devices = pool(partition), unlimited_device()
         drift_source = np.zeros(1, np.int32)
-    train = data.train
-    if (partition.own_test >= len(data.stratum)).any():
-        join = lambda name: np.concatenate([train[name], data.test[name]])
-        train = {name: join(name) for name in data.train}
     on_host: dict[str, Any] = dict(
-        train=train,
+        train=data.train,
         index=partition.index,
         size=partition.size,
         steps=count_steps(config, partition.size),

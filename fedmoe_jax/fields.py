@@ -151,9 +151,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "data.name",
         None,
-        "data set: digits (scikit-learn's), synthetic (a task whose best assignment is "
-        "known), arrays (data.file), or one that TFDS has prepared, such as cifar10, "
-        "mnist or emnist/byclass",
+        "data set: digits (scikit-learn's), synthetic (images whose best assignment is "
+        "known), markov (text likewise), arrays (data.file), text (data.dir), or one "
+        "that TFDS has prepared, such as cifar10, mnist or emnist/byclass",
     ),
     Option(
         "data.public",
@@ -163,13 +163,15 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "data.dir",
         None,
-        "TFDS folder; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets",
+        "TFDS folder; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets; of text the "
+        "folder of .txt files",
     ),
     Option("data.file", None, ".npz file of arrays, see docs/running.md"),
     Option(
         "data.client",
         tuple(CLIENTS),
-        "client of text: a file, its first folder, or the speaker of a line NAME:",
+        "client of text: a file, its first folder (not of TFDS), or the speaker of a "
+        "line NAME:",
     ),
     Option("data.length", COUNT, "tokens of a window of text that are predicted"),
     Option(
@@ -260,6 +262,11 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("model.heads", COUNT, "heads of queries, divisors of model.stem_width"),
     Option("model.kv_heads", COUNT, "heads of keys and values, divisors of heads"),
+    Option(
+        "model.dense_width",
+        COUNT,
+        "hidden units of a transformer's blocks without a mixture",
+    ),
     Option(
         "model.shared_width",
         NON_NEGATIVE,

@@ -81,6 +81,9 @@ def score_tuned(
 
     zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(count, position[0]))
     (right, total), _ = jax.lax.scan(add, zero, position)
+    tested = jnp.where(total > 0, mix, 0.0)
+    left = tested / jnp.maximum(tested.sum(), 1e-9)
+    mix = jnp.where((total > 0).all(), mix, left)
     return (right / jnp.maximum(total, 1.0)[None] * mix[None]).sum(axis=1)
 
 

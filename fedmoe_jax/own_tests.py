@@ -69,9 +69,24 @@ def sum_examples(
 def read_batch(
     federation: Federation, example: Array, amount: Array | None, program: Program
 ) -> PyTree:
-    """The training examples `example` [B], drifted by `amount` [] where it is given."""
-    rows = federation.train, example, federation.statistics
-    return take_batch(*rows, program.task, program.static.drift.images, amount)
+    """The examples `example` [B], drifted by `amount` [] where it is given.
+
+    Those numbered after the training examples are test examples.
+    """
+    taken = take_rows(federation, example), jnp.arange(len(example))
+    drift = program.static.drift.images, amount
+    return take_batch(*taken, federation.statistics, program.task, *drift)
+
+
+def take_rows(federation: Federation, example: Array) -> PyTree:
+    """Rows [B, ...] of training examples, and of test examples numbered after them."""
+
+    def take(train: Array, test: Array) -> Array:
+        place = example - len(train)
+        own = place.reshape(-1, *[1] * (train.ndim - 1)) >= 0
+        return jnp.where(own, test[jnp.maximum(place, 0)], train[example])
+
+    return jax.tree.map(take, federation.train, federation.test)
 
 
 # ---- the server's model

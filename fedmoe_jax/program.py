@@ -274,12 +274,13 @@ def check_layers(
 ) -> None:
     """Raises UserError where a strategy for one MoE layer meets another model."""
     bound = strategy.one_layer or GATE_STEM in strategy.frozen
+    bound |= strategy.mix == "probabilities"
     if bound and (num_layers > 1 or model.parts is None):
         reason = f"has {num_layers} MoE layers" if num_layers > 1 else "has no parts"
         raise UserError(
             f"strategy={config.strategy!r} is not allowed with model.kind="
             f"{config.model.kind!r}, which {reason}; allowed: strategies without "
-            "`one_layer` or a frozen `gate_stem`"
+            "`one_layer`, a frozen `gate_stem` or mixed probabilities"
         )
 
 

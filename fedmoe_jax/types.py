@@ -121,7 +121,8 @@ class Partition(NamedTuple):
       size: [N] int32, how many entries of each row count.
       label_counts: [N, L] int32, of these examples those of each stratum.
       public: [Q] int32, examples that the server has and no client owns.
-      own_test: [Q] int32, examples that clients set aside as their own test sets.
+      own_test: [Q] int32, examples that clients set aside as their own test sets, or,
+        numbered after the training examples, the data's test examples of each client.
       own_test_client: [Q] int32 in [0, N), the client of each.
       validation: [Q] int32, examples that clients set aside for tuning.
       unseen: [Q] int32, examples of clients that never take part.
@@ -210,7 +211,7 @@ class Federation(struct.PyTreeNode):
       drift_source: [N] int32, a permutation: towards whose data each client drifts,
         itself if it does not; see `world.drift`.
       own_test: each client's own test set, of all clients where the data are pooled,
-        too; None without any.
+        too; numbers from X on are test examples; None without any.
       validation: examples set aside for tuning, by stratum; None without any.
       unseen: examples of clients that never take part, by client; None without any.
     """

@@ -1,5 +1,7 @@
 """The examples of each client, and its local steps."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from factories import make_data, tiny_config
@@ -14,6 +16,7 @@ from fedmoe_jax.federation import (
     make_partition,
 )
 from fedmoe_jax.options import UserError
+from fedmoe_jax.own_tests import take_rows
 from fedmoe_jax.types import Partition
 
 
@@ -98,10 +101,13 @@ def test_make_federation_gives_every_client_its_own_test_examples():
     for client, row in enumerate(federation.own_test.index):
         ids = row[: federation.own_test.size[client]]
         np.testing.assert_array_equal(ids - 60, np.flatnonzero(test_owner == client))
-        np.testing.assert_array_equal(
-            federation.train["y"][ids], data.test["y"][ids - 60]
-        )
-    assert len(federation.train["x"]) == 67
+        rows = take_rows(jax.tree.map(jnp.asarray, federation), jnp.asarray(ids))
+        np.testing.assert_array_equal(rows["y"], data.test["y"][ids - 60])
+    rows = take_rows(jax.tree.map(jnp.asarray, federation), jnp.arange(67))
+    for name, leaf in rows.items():
+        both = np.concatenate([data.train[name], data.test[name]])
+        np.testing.assert_array_equal(leaf, both)
+    assert federation.train is data.train
     owned = federation.index[np.arange(16) < federation.size[:, None]]
     everything = np.concatenate([owned, federation.public])
     assert sorted(everything) == list(range(60))  # nobody trains on them

@@ -68,6 +68,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.moe_every = 1
     config.model.heads = 4
     config.model.kv_heads = 4
+    config.model.dense_width = 64
     config.model.shared_width = 0
     config.model.tied = False
     config.model.remat = False

@@ -7,7 +7,6 @@ floats; `train_y` and `test_y` are labels [X], whole numbers from 0. `train_clie
 `test_client` [X] name each example's client, `label_names` [L] the labels.
 """
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
 from fedmoe_jax.data.images import label_images
-from fedmoe_jax.options import UserError
+from fedmoe_jax.options import INT32, UserError
 from fedmoe_jax.runtime.files import brief
 from fedmoe_jax.runtime.folders import resolve_folder
 
@@ -50,7 +49,8 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    # A damaged file raises a dozen unrelated kinds of exception, a .npy file another.
+    except Exception as error:
         raise UserError(
             f"data.file={str(path)!r} cannot be read ({brief(error)}); allowed: a .npz "
             "file of arrays of numbers"
@@ -85,7 +85,7 @@ def label_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> Data:
         images[part] = x
     train_y, test_y = (arrays[f"{part}_y"].astype(np.int32) for part in PARTS)
     most = 1 + int(max(train_y.max(), test_y.max()))
-    names = tuple(map(str, arrays.get("label_names", range(most))))
+    names = tuple(map(str, np.ravel(arrays.get("label_names", np.arange(most)))))
     if len(names) < most:
         misfit(path, f"has {len(names)} label_names", f"at least {most}")
     found = images["train"], train_y, images["test"], test_y
@@ -101,7 +101,7 @@ def describe(arrays: Mapping[str, np.ndarray], name: str) -> str:
 def is_counting(y: np.ndarray, count: int) -> bool:
     """Whether these are so many whole numbers that are not negative."""
     whole = y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
-    return bool(whole and len(y) == count and y.min() >= 0)
+    return bool(whole and len(y) == count and y.min() >= 0 and y.max() <= INT32)
 
 
 def number_clients(

@@ -19,6 +19,8 @@ from fedmoe_jax.runtime.files import write_arrays
 from fedmoe_jax.types import Partition
 
 MAX_DRAWS = 100
+DRAW_BYTES = 48  # six whole numbers of 64 bits
+OF_CLASSES = ("classes", "shards")  # kinds that read `classes_per_client`
 
 
 class Options(NamedTuple):
@@ -111,6 +113,7 @@ def split(
         _check_classes(stratum, options)
     rng = np.random.default_rng(seed)
     if overlap:
+        _check_draws(options, limit_gb, taken_gb)
         drawn, example = _own_overlap(kind, stratum, options, rng)
         _check_size(drawn, options, limit_gb, taken_gb)
         return _pack(drawn, example, stratum, options)
@@ -135,7 +138,7 @@ def _check(kind: str, stratum: np.ndarray, options: Options, seed: int) -> None:
         (options.num_clients >= 1, "num_clients", options.num_clients, ">= 1"),
         (finite and options.alpha > 0, "partition.alpha", options.alpha, "> 0"),
         (
-            1 <= options.classes_per_client <= num_strata,
+            kind not in OF_CLASSES or 1 <= options.classes_per_client <= num_strata,
             "partition.classes_per_client",
             options.classes_per_client,
             f"1 to {num_strata}, the number of classes",
@@ -181,10 +184,11 @@ def _check_natural(options: Options) -> None:
 def _refuse_size(kind: str, owner: np.ndarray, options: Options) -> None:
     """Raises UserError, as the smallest client has less than `min_size`."""
     least = np.bincount(owner, minlength=options.num_clients).min()
+    drawn = f", partition.overlap={options.overlap}" if options.overlap else ""
     raise UserError(
         f"partition.min_size={options.min_size} is not allowed with "
-        f"partition.kind={kind!r}; allowed: at most {least}, the examples of the "
-        "smallest client"
+        f"partition.kind={kind!r}{drawn}; allowed: at most {least}, the examples of "
+        "the smallest client"
     )
 
 
@@ -337,6 +341,19 @@ def _fill_up(
 def _find_width(size: np.ndarray) -> int:
     """M: the largest of the sizes [N], at least 1, rounded up to a power of two."""
     return 1 << (max(int(size.max()), 1) - 1).bit_length()
+
+
+def _check_draws(options: Options, limit_gb: float, taken_gb: float) -> None:
+    """Raises UserError where the draws of an overlap would be beyond the limit."""
+    draws = options.num_clients * options.overlap
+    needed = DRAW_BYTES * draws / 1e9
+    if taken_gb + needed > limit_gb:
+        raise UserError(
+            f"run.memory_limit_gb={limit_gb:g} is too low: drawing partition.overlap="
+            f"{options.overlap} examples for each of {options.clients} clients needs "
+            f"{needed:.2f} GB; allowed: at least {math.ceil(taken_gb + needed)}, or "
+            "fewer of both"
+        )
 
 
 def _check_size(

@@ -15,7 +15,7 @@ from fedmoe_jax.runtime.files import brief
 from fedmoe_jax.runtime.folders import resolve_folder
 
 BYTES = 256
-HEADING = re.compile(rb"^([^\n:]{1,60}):[ \t]*$", re.M)  # of a speech
+HEADING = re.compile(rb"^([^\n:]{1,60}):[ \t\r]*$", re.M)  # of a speech
 TEST_SHARE = 0.1  # of each client's text, its end
 KILO = 1000
 
@@ -51,6 +51,10 @@ def read_files(folder: Path) -> dict[str, bytes]:
     Raises:
       UserError: there is none, or one cannot be read.
     """
+    if not folder.is_dir():
+        raise UserError(
+            f"data.dir={str(folder)!r} is no folder; allowed: a folder of .txt files"
+        )
     try:
         paths = sorted(path for path in folder.rglob("*.txt") if path.is_file())
         found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
@@ -143,6 +147,11 @@ def divide(texts: list[Text], options: ConfigDict, where: str) -> Data:
         )
     if not documents:
         longest = max(len(text) for *_, text in texts)
+        if options.kilobytes and round(TEST_SHARE * longest) > options.length:
+            raise UserError(
+                f"data.kilobytes={options.kilobytes} is not allowed with data.length="
+                f"{options.length}; allowed: 0, or more than a window"
+            )
         raise UserError(
             f"data.length={options.length} is not allowed with {where}, whose longest "
             f"client has {longest} bytes; allowed: less than a tenth of them"

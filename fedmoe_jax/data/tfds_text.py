@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
 from fedmoe_jax.data.cache import brief
-from fedmoe_jax.data.text import BYTES, divide, list_speakers
+from fedmoe_jax.data.text import BYTES, KILO, divide, list_speakers
 from fedmoe_jax.data.tfds import SPLITS, check_format, choose_key, read_features
 from fedmoe_jax.data.windows import Document, make_text
 from fedmoe_jax.options import UserError
@@ -39,6 +39,7 @@ def load_records(source: Path, options: ConfigDict) -> Data:
         )
     if options.client == "speaker":
         return divide(list_speakers({"train": train}, source), options, where)
+    train = train[: KILO * options.kilobytes or None]
     tokens = [np.frombuffer(text, np.uint8) for text in (train, test)]
     document = Document(options.name, options.name, *tokens)
     data = make_text([document], options.length, BYTES, where)

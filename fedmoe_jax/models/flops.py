@@ -123,14 +123,27 @@ def _sum_marked(function: Callable, *arguments: PyTree) -> float:
     """Bytes of the values with the marked axis, of one row of it."""
     jaxpr = jax.make_jaxpr(function)(*arguments)
     values = [var.aval for eqn in _list_equations(jaxpr) for var in eqn.outvars]
-    marked = [value for value in values if MARK in value.shape]
+    marked = [value for value in values if any(map(is_marked, value.shape))]
     return float(sum(value.size * value.dtype.itemsize for value in marked)) / MARK
 
 
-def _list_equations(closed: Any) -> Iterator[Any]:
-    """The equations of a jaxpr, and those inside functions with own gradients."""
-    for equation in closed.jaxpr.eqns:
+def is_marked(size: int) -> bool:
+    """Whether an axis of the marked batch is among those that make up this one."""
+    return size > 0 and size % MARK == 0
+
+
+def _list_equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr, and those inside functions with own gradients.
+
+    What a backward pass computes again counts like what is kept: it is there, too.
+    """
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         inner = equation.params.get("call_jaxpr")
+        if (
+            "checkpoint" in equation.primitive.name
+            or "remat" in equation.primitive.name
+        ):
+            inner = equation.params["jaxpr"]
         if inner is None:
             yield equation
         else:

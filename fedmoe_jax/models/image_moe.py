@@ -18,6 +18,7 @@ from fedmoe_jax.base import Model, Parts
 from fedmoe_jax.models.image_parts import EXPERTS, STEMS, check_fit
 from fedmoe_jax.models.layers import dropout
 from fedmoe_jax.models.one_layer import apply_parts
+from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Array, PyTree
 
 LAYER = "moe"  # the name of the one MoE layer in `gate` and `experts`
@@ -114,9 +115,14 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
       platform: that it will run on, `cpu`, `gpu` or `tpu`.
 
     Raises:
-      UserError: see `build_model`.
+      UserError: the batch has no images; see `build_model`.
     """
     options = config.model
+    if "x" not in batch:
+        raise UserError(
+            f"model.kind={options.kind!r} is not allowed with data without images "
+            f"(they have {', '.join(batch)}); allowed: transformer"
+        )
     return build_model(
         stem=options.stem,
         stem_width=options.stem_width,

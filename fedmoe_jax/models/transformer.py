@@ -43,7 +43,8 @@ class Shape(NamedTuple):
       width: D.
       heads: of queries; `width` is a multiple.
       kv_heads: of keys and values; `heads` is a multiple.
-      expert_width: F, hidden units of an expert and of a dense layer.
+      expert_width: F, hidden units of an expert.
+      dense_width: hidden units of blocks without a mixture.
       shared_width: hidden units of the expert that every client trains in every MoE
         layer; 0 for none.
       num_experts: E of each layer.
@@ -61,6 +62,7 @@ class Shape(NamedTuple):
     heads: int
     kv_heads: int
     expert_width: int
+    dense_width: int
     shared_width: int
     num_experts: int
     vocabulary: int
@@ -79,7 +81,7 @@ def name_blocks(shape: Shape) -> list[tuple[str, bool]]:
 def init_block(key: Array, mixes: bool, shape: Shape) -> PyTree:
     """What all clients train of one block."""
     attention, hidden = jax.random.split(key)
-    width = shape.shared_width if mixes else shape.expert_width
+    width = shape.shared_width if mixes else shape.dense_width
     block = {
         "attention": init_attention(
             attention, shape.width, shape.heads, shape.kv_heads
@@ -217,14 +219,21 @@ def stack_layers(layers: list[Routing]) -> Routing:
 def join_tied(layers: list[Routing]) -> Routing:
     """The routing of tied layers as that of one.
 
-    Logits are those of all blocks one after the other, gates their mean over blocks.
+    Logits are those of all blocks one after the other, so that losses of the gates are
+    their mean over blocks; gates are their mean.
+
+    Raises:
+      UserError: the strategy trains some of the held experts, block by block.
     """
     logits, gates, trained = stack_layers(layers)
+    if trained is not None:
+        raise UserError(
+            "model.tied=True is not allowed with a strategy that trains some of the "
+            "held experts on a batch; allowed: False"
+        )
     if logits is not None:
         logits = logits.reshape(1, -1, logits.shape[-1])
-    if trained is not None:
-        trained = trained.any(axis=0, keepdims=True)
-    return Routing(logits, gates.mean(axis=0, keepdims=True), trained)
+    return Routing(logits, gates.mean(axis=0, keepdims=True))
 
 
 @functools.cache
@@ -277,6 +286,12 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
             f"(they have {', '.join(batch)}); allowed: image_moe"
         )
     options = config.model
+    for field in ("stem_dropout", "expert_dropout"):
+        if options[field]:
+            raise UserError(
+                f"model.{field}={options[field]:g} is not allowed with model.kind="
+                f"{options.kind!r}, which drops nothing; allowed: 0"
+            )
     shape = Shape(
         blocks=options.blocks,
         moe_every=options.moe_every,
@@ -284,6 +299,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         heads=options.heads,
         kv_heads=options.kv_heads,
         expert_width=options.expert_width,
+        dense_width=options.dense_width,
         shared_width=options.shared_width,
         num_experts=config.num_experts,
         vocabulary=num_outputs,

@@ -69,7 +69,7 @@ def find_origin() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": find_installed("jax"),
         "jaxlib": find_installed("jaxlib"),
-        "device": jax.devices()[0].device_kind,
+        "device": jax.local_devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "variables": describe_variables(),
         "settings": describe_settings(),

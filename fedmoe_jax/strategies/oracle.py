@@ -1,6 +1,7 @@
-"""An assignment that knows each client's group: what finding it would be worth.
+"""An assignment that knows each client's group: what finding it may be worth.
 
-Not a published system, but the bound for those that look for groups of clients.
+Not a published system, but the reference for those that look for groups of clients. It
+is no bound: beside the first expert nothing is chosen.
 """
 
 from typing import Any
@@ -58,7 +59,7 @@ ORACLE = Strategy(
     assign=assign,
     about=(
         "Gives each client the expert of its main stratum (label, language), and "
-        "others at random: a bound for strategies that look for groups."
+        "others at random: the reference for strategies that look for groups."
     ),
     needs="every client's main stratum, which no server knows",
     init=init,

@@ -205,7 +205,8 @@ def program_key(plan: Plan) -> tuple:
     """Equal for plans that one compiled program can run together."""
     static = plan.program._replace(strategy=traits(plan.program.strategy))
     schedule = tuple(str(plan.config[name]) for name in SCHEDULE)
-    return static, schedule
+    tests = plan.federation.own_test is not None
+    return static, schedule, tests
 
 
 def cut(group: list[tuple[str, Plan]]) -> list[Wave]:

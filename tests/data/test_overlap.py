@@ -61,9 +61,14 @@ def test_draw_sizes_have_the_mean_that_is_asked_for():
     assert draw_sizes("iid", 3, 20, 0.1, rng).tolist() == [20] * 3
 
 
+def test_draws_beyond_the_limit_are_refused_before_they_are_made():
+    with pytest.raises(UserError, match="partition.overlap=250 .* needs 12.00 GB"):
+        divide("iid", num_clients=10**6, overlap=250, limit_gb=8.0)
+
+
 def test_split_refuses_rules_without_an_overlap_and_clients_that_are_too_small():
     for kind in ("shards", "natural"):
         with pytest.raises(UserError, match="with partition.overlap: dirichlet, cl"):
             divide(kind)
-    with pytest.raises(UserError, match="partition.min_size=20 .* at most 1"):
+    with pytest.raises(UserError, match="min_size=20 .* partition.overlap=20; .* 1"):
         divide("iid", min_size=20)

@@ -11,6 +11,7 @@ from fedmoe_jax.data.images import label_images
 from fedmoe_jax.federation import make_partition
 from fedmoe_jax.options import UserError
 
+OF_EACH = "partition.classes_per_client"
 DRAWN = [kind for kind in partition.KINDS if kind != "natural"]
 ARGUMENTS = {
     "num_clients": 5,
@@ -291,8 +292,8 @@ def test_renumber_by_hand():
         ({"alpha": float("inf")}, "partition.alpha", "inf"),
         ({"min_size": 41}, "partition.min_size", "41"),
         ({"min_size": 0}, "partition.min_size", "0"),
-        ({"classes_per_client": 5}, "partition.classes_per_client", "5"),
-        ({"classes_per_client": 0}, "partition.classes_per_client", "0"),
+        ({"kind": "shards", "classes_per_client": 5}, OF_EACH, "5"),
+        ({"kind": "classes", "classes_per_client": 0}, OF_EACH, "0"),
         ({"num_clients": 0}, "num_clients", "0"),
         ({"seed": -1}, "seed", "-1"),
         ({"kind": "own"}, "partition.kind", "'own'"),
@@ -318,6 +319,11 @@ def test_wrong_arguments_are_named_on_one_line(changes, field, value):
     message = str(error.value)
     assert message.startswith(f"{field}={value} ")
     assert "allowed: " in message and "\n" not in message
+
+
+def test_classes_per_client_binds_kinds_that_read_it_alone():
+    drawn = split("iid", y=np.zeros(200, int), num_strata=1, classes_per_client=2)
+    assert drawn.size.sum() == 200
 
 
 def test_round_trip_leaves_one_file(tmp_path):

@@ -105,7 +105,7 @@ def test_load_text_refuses_in_one_line(folder, tmp_path):
     cases = [
         ({"folder": ""}, "data.dir='' is not allowed"),
         ({"folder": tmp_path / "empty"}, "holds no .txt file"),
-        ({"folder": tmp_path / "none"}, "holds no .txt file"),
+        ({"folder": tmp_path / "none"}, "is no folder; allowed: a folder of .txt"),
         ({"folder": folder, "client": "folder"}, "which is in no folder of its own"),
         ({"folder": folder, "client": "speaker"}, "no speech under a line 'NAME:'"),
         ({"folder": folder, "length": 500}, "data.length=500 .* longest client has 9"),

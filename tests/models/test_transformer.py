@@ -7,9 +7,12 @@ import pytest
 
 from configs import default
 from fedmoe_jax.base import Route
-from fedmoe_jax.models import transformer
+from fedmoe_jax.models import image_moe, transformer
+from fedmoe_jax.models.flops import count_activation_bytes
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
+from fedmoe_jax.tasks.batches import shape_batch
+from fedmoe_jax.tasks.text import TEXT
 
 SHAPE = transformer.Shape(
     blocks=2,
@@ -18,6 +21,7 @@ SHAPE = transformer.Shape(
     heads=2,
     kv_heads=1,
     expert_width=6,
+    dense_width=7,
     shared_width=0,
     num_experts=4,
     vocabulary=5,
@@ -235,9 +239,45 @@ def test_build_refuses_sizes_that_do_not_fit(changes, told):
     assert "\n" not in str(error.value)
 
 
+def build_counted(**changes):
+    """The transformer of a config, and the shapes of its batches."""
+    config = default.get_config()
+    small = {"stem_width": 8, "expert_width": 6, "dense_width": 7, "blocks": 2}
+    config.model.update(small | changes)
+    rows = {name: np.zeros((1, 6), np.int32) for name in ("tokens", "target", "weight")}
+    batch = shape_batch(rows, {}, TEXT._replace(prepare=lambda rows, statistics: rows))
+    return transformer.build(config, batch.of(1), 5, "cpu"), batch
+
+
+def test_dense_blocks_have_a_width_of_their_own():
+    narrow, wide = (
+        build_counted(moe_every=2, expert_width=width)[0].init(jax.random.key(0))[0]
+        for width in (6, 60)
+    )
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert count(narrow["stem"]) == count(wide["stem"])
+    assert 10 * count(narrow["experts"]) == count(wide["experts"])
+
+
+def test_activations_grow_with_the_experts_and_with_remat_too():
+    for remat in (False, True):
+        model, batch = build_counted(remat=remat)
+        found = [count_activation_bytes(model, batch, count) for count in (1, 2, 4)]
+        each = 2 * 6 * (2 * 6 + 8) * 4  # blocks x tokens x (hidden, outputs) x 4 B
+        assert found[1] - found[0] > each and found[2] - found[1] > 2 * each
+
+
+def test_build_refuses_dropout():
+    with pytest.raises(UserError, match="model.expert_dropout=0.5 .* allowed: 0"):
+        build_counted(expert_dropout=0.5)
+
+
 def test_build_refuses_images():
     config = default.get_config()
     config.model.kind = "transformer"
     images = {"x": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)}
     with pytest.raises(UserError, match="data without tokens .* image_moe"):
         transformer.build(config, images, 5, "cpu")
+    tokens = {"tokens": jax.ShapeDtypeStruct((1, 6), jnp.int32)}
+    with pytest.raises(UserError, match="data without images .* transformer"):
+        image_moe.build(config, tokens, 5, "cpu")

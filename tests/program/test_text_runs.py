@@ -14,6 +14,7 @@ from fedmoe_jax.api import run as run_alone
 from fedmoe_jax.data.markov import entropy_rates
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.scoring import evaluation_route
 from fedmoe_jax.state import init_state
@@ -140,6 +141,27 @@ def test_bits_are_those_of_every_token(gate):
         found["worst_decile_own_test_bits"], max(own_bits), rtol=1e-4
     )
     assert {"validation_global_bits", "validation_personal_bits"} <= found.keys()
+
+
+def test_mixing_probabilities_is_refused():
+    with pytest.raises(UserError, match="strategy='fedmix_all' .* mixed probabilities"):
+        plan_run(make_config(strategy="fedmix_all"), build_mesh(1))
+
+
+def test_runs_with_and_without_own_tests_are_planned_together(tmp_path):
+    config = make_config(num_rounds=2)
+    with config.unlocked():
+        config.compare = {
+            "strategies": (config.strategy,),
+            "changes": ("", "partition.kind=iid"),
+            "seeds": (0,),
+        }
+    folders, whole = compare(config, tmp_path, stop=lambda: False, profile=False)
+    rows = [
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        for folder in folders
+    ]
+    assert whole and "own_test_bits" in rows[0] and "own_test_bits" not in rows[1]
 
 
 def test_a_run_that_was_stopped_goes_on_bitwise(tmp_path):
