@@ -384,7 +384,7 @@ def test_train_refuses_another_config_and_changes_nothing(finished):
     [
         ("cohort_size", 5),
         ("partition.min_size", 400),
-        ("partition.classes_per_client", 11),
+        ("data.public", 10_000),
         ("model.stem", "resnet9"),
         ("model.expert", "conv"),
         ("devices.shares", (0.5, 0.5)),

@@ -148,7 +148,7 @@ def test_tune_writes_the_settings_of_the_best_trials(tmp_path, monkeypatch):
     config.tune.measure = "global_accuracy"
     trials, whole = tune(config, tmp_path, stop=lambda: False, profile=False)
     assert whole and [trial.rounds for trial in trials] == [2] * 4 + [4] * 2
-    best = rank(trials[4:], "greedy")[0]
+    best = rank(trials[4:], "greedy", "global_accuracy")[0]
     written = json.loads((tmp_path / "settings.json").read_text())
     expected = f"greedy: {best.change},tuned=global_accuracy"
     assert written == {"settings": [expected]}
