@@ -4,11 +4,12 @@ Records are decoded once. The decoded arrays are kept beside them, or in the use
 cache folder where theirs is not writable, and belong to exactly these records.
 """
 
+import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,34 @@ def is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
+@contextlib.contextmanager
+def open_records(source: Path) -> Iterator[Any]:
+    """Yields TFDS's builder of a prepared data set with the `SPLITS`.
+
+    Raises:
+      UserError: a split is missing, or, while records are read, they are damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(source)
+        missing = [split for split in SPLITS if split not in builder.info.splits]
+        if missing:
+            raise UserError(
+                f"data.dir: {source} has no split {missing[0]!r}; allowed: data with "
+                f"the splits train and test, this has {', '.join(builder.info.splits)}"
+            )
+        yield builder
+    except (ImportError, UserError):
+        raise
+    # array_record reports damage as RuntimeError, TFDS in several other ways.
+    except Exception as error:
+        raise UserError(
+            f"data.dir: the records in {source} are damaged ({brief(error)}); delete "
+            "that folder and prepare it again"
+        ) from error
+
+
 def decode(source: Path, image: str, label: str, sort: bool) -> dict[str, np.ndarray]:
     """The `ARRAYS` of both splits; about half a minute for 60,000 PNGs.
 
@@ -166,30 +195,13 @@ def decode(source: Path, image: str, label: str, sort: bool) -> dict[str, np.nda
     Raises:
       UserError: see `load_images`.
     """
-    import tensorflow_datasets as tfds
-
     print(f"decoding {source.parent.name} from {source}, once", file=sys.stderr)
-    try:
-        builder = tfds.builder_from_directory(source)
-        missing = [split for split in SPLITS if split not in builder.info.splits]
-        if missing:
-            raise UserError(
-                f"data.dir: {source} has no split {missing[0]!r}; allowed: data with "
-                f"the splits train and test, this has {', '.join(builder.info.splits)}"
-            )
+    with open_records(source) as builder:
         parts = [
             decode_split(builder.as_data_source(split), image, label, sort)
             for split in SPLITS
         ]
         names = getattr(builder.info.features[label], "names", None)
-    except (ImportError, UserError):
-        raise
-    # array_record reports damage as RuntimeError, TFDS in several other ways.
-    except Exception as error:
-        raise UserError(
-            f"data.dir: the records in {source} are damaged ({brief(error)}); delete "
-            "that folder and prepare it again"
-        ) from error
     if names is None:
         names = [str(i) for i in range(1 + max(int(y.max()) for _, y in parts))]
     values = (*parts[0], *parts[1], np.array(names))

@@ -1,15 +1,19 @@
 """Text of any TFDS data set in array_record form, without TensorFlow."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.cache import brief
 from fedmoe_jax.data.text import BYTES, KILO, divide, list_speakers
-from fedmoe_jax.data.tfds import SPLITS, check_format, choose_key, read_features
+from fedmoe_jax.data.tfds import (
+    SPLITS,
+    check_format,
+    choose_key,
+    open_records,
+    read_features,
+)
 from fedmoe_jax.data.windows import Document, make_text
 from fedmoe_jax.options import UserError
 
@@ -52,26 +56,6 @@ def read_splits(source: Path, key: str) -> list[list[bytes]]:
     Raises:
       UserError: see `load_records`.
     """
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder_from_directory(source)
-        known = ", ".join(builder.info.splits)
-        for split in SPLITS:
-            if split not in builder.info.splits:
-                raise UserError(
-                    f"data.dir: {source} has no split {split!r}; allowed: data with "
-                    f"the splits train and test, this has {known}"
-                )
-        sources: list[Any] = [builder.as_data_source(split) for split in SPLITS]
-        return [
-            [bytes(records[i][key]) for i in range(len(records))] for records in sources
-        ]
-    except (ImportError, UserError):
-        raise
-    # array_record reports damage as RuntimeError, TFDS in several other ways.
-    except Exception as error:
-        raise UserError(
-            f"data.dir: the records in {source} are damaged ({brief(error)}); delete "
-            "that folder and prepare it again"
-        ) from error
+    with open_records(source) as builder:
+        splits = [builder.as_data_source(split) for split in SPLITS]
+        return [[bytes(split[i][key]) for i in range(len(split))] for split in splits]
