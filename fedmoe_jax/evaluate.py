@@ -268,6 +268,39 @@ def measure_means(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
     }
 
 
+def average_strata(values: Array, label_mix: Array, counted: Array) -> Array:
+    """The mean of clients' values in each stratum, weighted by their mixes: [V, L].
+
+    Args:
+      values: [n, V, L], or [1, V, L] of one model that serves all.
+      label_mix: [n, L].
+      counted: [n] bool; others are left out.
+
+    Returns:
+      NaN in a stratum that no client has.
+    """
+    mix = jnp.where(counted[:, None], label_mix, 0.0)
+    total = mix.sum(axis=0)[None]
+    mean = (values * mix[:, None]).sum(axis=0) / jnp.maximum(total, 1e-9)
+    return jnp.where(total > 0, mean, jnp.nan)
+
+
+def measure_strata(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
+    """Global and personal values of each stratum, NaN without an example or a client.
+
+    Arguments as in `measure_means`.
+    """
+    share = jnp.where(counts["total"] > 0, 1.0 / counts["total"], jnp.nan)
+    counted = jnp.broadcast_to(panel.counted, len(panel.label_mix))
+    own = find_personal(counts, panel) * share[None, None]
+    return {
+        **name_values("stratum", counts["global"] * share[None]),
+        **name_values(
+            "personal_stratum", average_strata(own, panel.label_mix, counted)
+        ),
+    }
+
+
 def leave_out_untested(counts: dict[str, Array], panel: Panel) -> Panel:
     """The panel with label mixes of strata that have examples in these counts alone."""
     tested = counts["total"] > 0
@@ -290,7 +323,8 @@ def summarise_counts(
     panel, total = leave_out_untested(counts, panel), counts["total"]  # [L]
     share = 1.0 / jnp.maximum(total, 1.0)
     values = measure_clients(counts, panel)
-    accuracies = measure_means(counts, panel) | {
+    accuracies = measure_means(counts, panel) | measure_strata(counts, panel)
+    accuracies |= {
         "client_accuracy": place_clients(values[:, 0], panel, num_clients),
         "specialisation": counts["routed"] * share[None, None],
     }
@@ -364,14 +398,15 @@ def build_evaluate_share(
       A function whose result holds `global_accuracy`, `personal_accuracy`,
       `worst_decile_accuracy` (all []), `clients_counted` [] int32, those of which these
       are the mean, `client_accuracy` [N], NaN beyond a sample, and
-      `specialisation` [G, E, L] (the share of each class's gate mass per expert); where
-      images drift `drifted_accuracy` [], the global one on drifted images; where the
-      task has a place for priors `personal_prior_accuracy` and
+      `specialisation` [G, E, L] (the share of each class's gate mass per expert),
+      `stratum_accuracy` and `personal_stratum_accuracy` [L], see `measure_strata`;
+      where images drift `drifted_accuracy` [], the global one on drifted images; where
+      the task has a place for priors `personal_prior_accuracy` and
       `worst_decile_prior_accuracy` []; with `every_expert` also `global_soft_accuracy`
       [] and `expert_accuracy` [E]; where the task has bits `global_bits`,
-      `personal_bits`, `worst_decile_bits` and `client_bits`, likewise; and, where the
-      federation has such examples, those of `summarise_own_tests`,
-      `summarise_validation` and `summarise_unseen`.
+      `personal_bits`, `worst_decile_bits`, `client_bits`, `stratum_bits` and
+      `personal_stratum_bits`, likewise; and, where the federation has such examples,
+      those of `summarise_own_tests`, `summarise_validation` and `summarise_unseen`.
     """
     # Jitted, so that its shapes and the loop over batches share one trace.
     one_batch = jax.jit(functools.partial(count_batch, program=program), inline=True)

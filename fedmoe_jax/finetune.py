@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from fedmoe_jax.client import build_client_update
-from fedmoe_jax.evaluate import count_weights, mean_values
+from fedmoe_jax.evaluate import (
+    average_strata,
+    count_weights,
+    mean_values,
+    name_values,
+)
 from fedmoe_jax.held_sets import run_model
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import replace
@@ -62,8 +67,12 @@ def score_tuned(
     federation: Federation,
     mix: Array,
     program: Program,
-) -> Array:
-    """Values [V] of ONE client's sub-model on the test set weighted to its mix [L]."""
+) -> tuple[Array, Array]:
+    """Values of ONE client's sub-model on the test set.
+
+    Returns:
+      [V], weighted to its mix [L], and [V, L] in each stratum.
+    """
     source = take_test(federation)
     num_strata = len(mix)
     position = schedule_examples(len(source.group), TEST_BATCH, jnp.int32(0), 1)
@@ -84,7 +93,8 @@ def score_tuned(
     tested = jnp.where(total > 0, mix, 0.0)
     left = tested / jnp.maximum(tested.sum(), 1e-9)
     mix = jnp.where((total > 0).all(), mix, left)
-    return (right / jnp.maximum(total, 1.0)[None] * mix[None]).sum(axis=1)
+    values = right / jnp.maximum(total, 1.0)[None]
+    return (values * mix[None]).sum(axis=1), values
 
 
 def finetune_client(
@@ -96,8 +106,12 @@ def finetune_client(
     *,
     client_update: Callable[..., ClientUpdate],
     program: Program,
-) -> Array:
-    """Values [V] of ONE client after the local round that it would train now."""
+) -> tuple[Array, Array]:
+    """Values of ONE client after the local round that it would train now.
+
+    Returns:
+      As of `score_tuned`.
+    """
     federation, strategy = view.federation, program.strategy
     inputs = gather_input(state, view, client, program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
@@ -120,9 +134,10 @@ def build_finetune_share(
 
     Returns:
       A function whose result holds `personal_finetuned_accuracy` and
-      `worst_decile_finetuned_accuracy` [], of at most `evaluation.clients` clients, and
-      their bits where the task has such. `client_values` [V, N] are the clients' of
-      `evaluate`.
+      `worst_decile_finetuned_accuracy` [] and `finetuned_stratum_accuracy` [L], of at
+      most `evaluation.clients` clients, in strata of those that hold experts, and their
+      bits where the task has such.
+      `client_values` [V, N] are the clients' of `evaluate`.
     """
     client_update = build_client_update(program)
 
@@ -136,7 +151,7 @@ def build_finetune_share(
         rate, usual = hyper.evaluation.finetune_rate, hyper.client.learning_rate
         own = replace(hyper, client={"learning_rate": jnp.where(rate > 0, rate, usual)})
 
-        def score(place: Array) -> Array:
+        def score(place: Array) -> tuple[Array, Array]:
             return finetune_client(
                 *(state, view, own, client[place], panel.label_mix[row[place]]),
                 client_update=client_update,
@@ -147,10 +162,17 @@ def build_finetune_share(
         most = -(-len(client) // num_devices)
         place = device * most + jnp.arange(most)
         found = jax.lax.map(score, jnp.minimum(place, len(client) - 1))
-        empty = jnp.zeros((len(client), len(client_values)))
-        values = jax.lax.psum(empty.at[place].set(found, mode="drop"), CLIENTS)
-        served = find_participants(state)[client]
-        values = jnp.where(served[:, None], values, client_values[:, client].T)
-        return mean_values("personal_finetuned", values, panel.counted[row])
+
+        def join(share: Array) -> Array:
+            empty = jnp.zeros((len(client), *share.shape[1:]))
+            return jax.lax.psum(empty.at[place].set(share, mode="drop"), CLIENTS)
+
+        values, by_stratum = jax.tree.map(join, found)
+        served, as_before = find_participants(state)[client], client_values[:, client].T
+        values = jnp.where(served[:, None], values, as_before)
+        mix, counted = panel.label_mix[row], panel.counted[row]
+        strata = average_strata(by_stratum, mix, counted & served)
+        means = mean_values("personal_finetuned", values, counted)
+        return means | name_values("finetuned_stratum", strata)
 
     return finetune_share

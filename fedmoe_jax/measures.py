@@ -40,6 +40,13 @@ OUTCOMES = (  # of a client's round, by code
 # Of clients whose update does not count, whatever the reason.
 LOST = tuple(f"{name}_clients" for name in OUTCOMES if name not in ("merged", "stale"))
 
+# Fields of an evaluation with a number for each stratum, by whose models were scored.
+OF_STRATA = tuple(
+    f"{whose}stratum_{value}"
+    for whose in ("", "personal_", "finetuned_")
+    for value in ("accuracy", "bits")
+)
+
 SUMMED = (  # fields whose sum so far is in every row
     "bytes_up",
     "bytes_down",
@@ -79,6 +86,7 @@ MEASURES: dict[str, Measure] = {
     "final_global_soft_accuracy": ACCURACY._replace(
         field="global_soft_accuracy",
         title="Global soft %",
+        trivial=NEVER,
         about="with all experts, weighted by the whole gate",
         printed=True,
         line="Global soft",
@@ -325,6 +333,7 @@ MEASURES: dict[str, Measure] = {
         ),
     ),
     "expert_accuracy": Measure("expert_accuracy", scale=100.0, evaluated=True),
+    **{name: Measure(name, evaluated=True) for name in OF_STRATA},
     "mean_late_clients": Measure(
         "late_clients",
         MEAN,

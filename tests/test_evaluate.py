@@ -173,7 +173,7 @@ def slow_evaluate(state):
     soft = [ask(c, lambda row: np.exp(row) / np.exp(row).sum())[0] for c in clients]
 
     def ask_own(shift):
-        """Every client's accuracy with its experts, its logits shifted by its mix."""
+        """Accuracies [N, L] with each client's experts, logits shifted by its mix."""
         found = []
         for c in range(SIZES.num_clients):
             held = np.asarray(state.align.held[c, 0])
@@ -181,15 +181,17 @@ def slow_evaluate(state):
             mix = np.asarray(FEDERATION.label_mix[c])
             choose = lambda row, held=held: slow_gates(row, held, active)
             right, _ = ask(c, choose, shift(mix))
-            by_label = [right[labels == label].mean() for label in range(CLASSES)]
-            found.append(mix @ by_label)
+            found.append([right[labels == label].mean() for label in range(CLASSES)])
         return np.array(found)
 
-    client_accuracy = ask_own(np.zeros_like)
-    prior_accuracy = ask_own(lambda mix: np.log(mix + 1e-3))
-    counted, prior = client_accuracy, prior_accuracy
+    by_label, mix = ask_own(np.zeros_like), np.asarray(FEDERATION.label_mix)
+    client_accuracy = (mix * by_label).sum(axis=1)
+    prior = (mix * ask_own(lambda mix: np.log(mix + 1e-3))).sum(axis=1)
+    counted = client_accuracy
     if personal:
-        counted, prior = (np.delete(x, [IDLE, LOST]) for x in (counted, prior))
+        counted, prior, mix, by_label = (
+            np.delete(x, [IDLE, LOST], axis=0) for x in (counted, prior, mix, by_label)
+        )
     worst = lambda x: np.sort(x)[: math.ceil(len(x) / 10)].mean()
     routed = np.mean([gates for _, gates in top], axis=0)
     alone = answers.argmax(-1) == labels[:, None]
@@ -201,6 +203,11 @@ def slow_evaluate(state):
         "personal_prior_accuracy": prior.mean(),
         "worst_decile_prior_accuracy": worst(prior),
         "clients_counted": len(counted),
+        "stratum_accuracy": np.mean(
+            [[right[labels == k].mean() for k in range(CLASSES)] for right, _ in top],
+            axis=0,
+        ),
+        "personal_stratum_accuracy": (mix * by_label).sum(axis=0) / mix.sum(axis=0),
         "client_accuracy": client_accuracy,
         "expert_accuracy": alone.mean(0),
         "specialisation": np.stack(
@@ -351,6 +358,8 @@ def test_evaluate_ignores_padding(form):
         "personal_accuracy": (0.75 + 0.25 / 3 + 0.8 * 2 / 3) / 2,
         "worst_decile_accuracy": 0.8 * 2 / 3,
         "clients_counted": 2,
+        "stratum_accuracy": [1, 1 / 3],
+        "personal_stratum_accuracy": [0.75 / 0.95, (0.25 / 3 + 0.8 * 2 / 3) / 1.05],
         "specialisation": [[[1, 1], [0, 0]]],
     }
     if form == "parts":

@@ -100,6 +100,10 @@ def test_finetuned_accuracy_equals_the_slow_loop(strategy, devices):
     worst = after["worst_decile_finetuned_accuracy"]
     np.testing.assert_allclose(worst, min(slow), atol=5e-3)
     assert abs(after[TUNED] - before["personal_accuracy"]) > 3e-3
+    mix = np.delete(run.federation.label_mix, (3, 5), axis=0).sum(axis=0)
+    strata = after["finetuned_stratum_accuracy"]
+    trained = sum(np.delete(slow, (3, 5)))
+    np.testing.assert_allclose(mix @ strata, trained, atol=2e-2)
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "pfedmoe", "fedjets", "hfedmoe"])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmoe_jax.measures import MEASURES, OUTCOMES
+from fedmoe_jax.measures import MEASURES, OF_STRATA, OUTCOMES
 from fedmoe_jax.options import UserError, is_number, is_whole, show
 from fedmoe_jax.report.rows import Row
 
@@ -162,6 +162,8 @@ def fits_rank(name: str, rank: int) -> bool:
     """Whether a report can use a field of the rows with so many axes."""
     if name in EXPERTS:
         return rank in (1, 2)
+    if name in OF_STRATA:
+        return rank == 1
     return rank == 0 or name not in SINGLE
 
 

@@ -27,6 +27,7 @@ from fedmoe_jax.report.origins import describe_origins
 from fedmoe_jax.report.runs import Run, group_runs, name_runs
 from fedmoe_jax.report.sections import list_sections
 from fedmoe_jax.report.sheets import section_html
+from fedmoe_jax.report.strata import strata_pictures
 from fedmoe_jax.report.tables import (
     EVERYWHERE,
     Column,
@@ -299,7 +300,7 @@ def write_report(
     parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
     parts += map(section_html, list_sections(runs, baseline))
     gallery = show(final_picture(groups)) if len(groups) > 1 else ""
-    gallery += show(curve_pictures(groups))
+    gallery += show(strata_pictures(groups)) + show(curve_pictures(groups))
     bands = "" if len(runs) == len(groups) else BANDS
     parts.append(f'<h2>Over rounds</h2>{bands}<div class="pictures">{gallery}</div>')
     gallery, bands = show(cost_pictures(groups)), SEEDS if bands else ""

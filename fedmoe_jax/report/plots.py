@@ -37,6 +37,7 @@ DPI = 200
 FAST = 1  # compression that saves time for a few more bytes
 PARTICIPATION_BARS = 20  # at most
 QUANTILES = 20  # dots of a row, at most
+MOST_NUMBERS = 16  # columns of a map whose cells have numbers
 MOST_TIER = 24  # letters of a tier's or class's name
 LINE_INCHES = 0.125  # height of one line of the small letters
 STYLE: dict[Any, Any] = {"font.size": 8, "axes.linewidth": 0.6, "legend.frameon": False}
@@ -288,6 +289,35 @@ def specialisation_map(shares: np.ndarray, label_names: Names) -> Figure:
         place["color"] = "black" if share > 0.45 * np.nanmax(shares) else "white"
         axes.text(label, expert, f"{100 * share:.0f}", **place)
     _settle_maps(panels, bars, inner, names)
+    return figure
+
+
+@rc_context(STYLE)
+def strata_map(
+    labels: Sequence[str],
+    names: Names,
+    values: np.ndarray,
+    title: str,
+    low_is_good: bool,
+) -> Figure:
+    """Numbers of every strategy in every stratum, [rows, L]; bright is good."""
+    count = values.shape[1]
+    inner = max(0.3 * count, 1.2), 0.19 * len(labels) + 0.2
+    shown = -values if low_is_good else values
+    figure, panels, bars = _open_maps([Map(shown, ("", "", title))], inner)
+    (axes,), (bar,) = panels, bars
+    axes.set_yticks(range(len(labels)), list(map(shorten, labels)))
+    if low_is_good:
+        bar.yaxis.set_major_formatter(lambda at, _: f"{abs(at):.3g}")
+    below = _name_classes(axes, names)
+    digits, middle = (2, 0) if low_is_good else (0, 1), np.nanmedian(shown)
+    if count <= MOST_NUMBERS:
+        for row, column in np.argwhere(np.isfinite(values)):
+            colour = "black" if shown[row, column] > middle else "white"
+            place: dict[str, Any] = dict(ha="center", va="center", size=5.5)
+            text = f"{values[row, column]:.{digits[0]}f}"
+            axes.text(column, row, text, color=colour, **place)
+    _settle_maps(panels, bars, inner, below)
     return figure
 
 

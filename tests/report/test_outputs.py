@@ -36,7 +36,7 @@ def test_report_writes_all_files_before_it_prints(monkeypatch, tmp_path, count):
     monkeypatch.setattr(outputs, "print_table", lambda runs, stream: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_all(folders[:count], tmp_path, "command", "")
-    written = {"report.html", "runs.csv", "table.md", "clients.csv"}
+    written = {"report.html", "runs.csv", "table.md", "clients.csv", "strata.csv"}
     assert written <= {path.name for path in tmp_path.iterdir()}
     with (tmp_path / "runs.csv").open(newline="", encoding="utf-8") as rows:
         assert len(list(csv.DictReader(rows))) == count

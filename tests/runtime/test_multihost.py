@@ -226,6 +226,7 @@ def test_there_is_one_set_of_outputs(interrupted):
         "origins.json",
         "runs.csv",
         "clients.csv",
+        "strata.csv",
         "table.md",
         "checkpoints",
         "lock",

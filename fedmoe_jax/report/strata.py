@@ -1,0 +1,125 @@
+"""Classes, languages or whatever else the split skews, one by one.
+
+`strata.csv` has the numbers of every one, and a picture compares strategies in each.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedmoe_jax.report.figures import Picture
+from fedmoe_jax.report.origins import made_by_columns
+from fedmoe_jax.report.plots import strata_map
+from fedmoe_jax.report.rows import Row, final_mean
+from fedmoe_jax.report.runs import Run, name_folders, varied_fields
+from fedmoe_jax.runtime.files import flatten, write_atomically
+
+KINDS = {  # fields of rows, in front of `_accuracy` and `_bits`, by their column
+    "global": "stratum",
+    "personal": "personal_stratum",
+    "finetuned": "finetuned_stratum",
+}
+VALUES = ("accuracy", "bits")
+MOST = 40  # strata of a picture
+CAPTIONS = {
+    "global": "the model with all experts",
+    "personal": "clients' own experts, the mean over clients by their examples of it",
+    "finetuned": "clients' own experts after one more local round",
+}
+
+
+def find_columns(runs: Sequence[Run]) -> dict[str, str]:
+    """The fields that any of the runs has, by the columns of `strata.csv`."""
+    named = {
+        f"{kind}_{value}": f"{field}_{value}"
+        for kind, field in KINDS.items()
+        for value in VALUES
+    }
+    known = {name for run in runs for row in run.rows for name in row}
+    return {column: field for column, field in named.items() if field in known}
+
+
+def final_strata(rows: Sequence[Row], field: str) -> np.ndarray | None:
+    """The final value of every stratum, [L], see `final_mean`; None without one."""
+    points = [(r["round"], np.array(r[field], float)) for r in rows if r.get(field)]
+    return np.asarray(final_mean(points)) if points else None
+
+
+def list_strata(run: Run, columns: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """A record for every stratum of a finished run; empty where a number is unknown."""
+    if not run.arrays:
+        return
+    show = lambda value: f"{value:.6g}" if np.isfinite(value) else ""
+    names, examples = run.arrays["label_names"], run.arrays["label_counts"].sum(axis=0)
+    found = {column: final_strata(run.rows, field) for column, field in columns.items()}
+    for place, name in enumerate(names):
+        record = {"stratum": str(name), "num_examples": str(examples[place])}
+        for column, values in found.items():
+            record[column] = "" if values is None else show(values[place])
+        yield record
+
+
+def write_strata_csv(path: str | Path, runs: Sequence[Run]) -> None:
+    """One row per run and stratum: strategy, seed, varied fields, numbers, folder.
+
+    Then what made the run, as in `runs.csv`. Writes nothing where no run is finished.
+    """
+    if not any(run.arrays for run in runs):
+        return
+    varied, columns = varied_fields(runs), find_columns(runs)
+    made_by = [made_by_columns(run) for run in runs]
+    traced = dict.fromkeys(name for each in made_by for name in each)
+    own = ["stratum", "num_examples", *columns]
+    text = io.StringIO(newline="")
+    fields = ["strategy", "seed", *varied, *own, "folder", *traced]
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    for run, folder, made in zip(runs, name_folders(runs), made_by, strict=True):
+        flat = flatten(run.config)
+        name = {"strategy": flat["strategy"], "seed": flat.get("seed")}
+        name |= {field: flat.get(field) for field in varied}
+        name |= {"folder": folder} | made
+        writer.writerows(name | record for record in list_strata(run, columns))
+    write_atomically(Path(path), text.getvalue())
+
+
+def mean_strata(
+    groups: Mapping[str, Sequence[Run]], field: str, count: int
+) -> dict[str, np.ndarray]:
+    """The mean over the seeds of each label that has the field of `count` strata."""
+    found = {}
+    for label, group in groups.items():
+        each = [final_strata(run.rows, field) for run in group]
+        rows = [row for row in each if row is not None and len(row) == count]
+        if rows:
+            seen = np.isfinite(rows)
+            total, seeds = np.where(seen, rows, 0.0).sum(axis=0), seen.sum(axis=0)
+            found[label] = np.where(seeds, total / np.maximum(seeds, 1), np.nan)
+    return found
+
+
+def strata_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
+    """A map of strategies and strata for each kind of number; none of many strata."""
+    runs = [run for group in groups.values() for run in group if run.arrays]
+    names = list(dict.fromkeys(tuple(run.arrays["label_names"]) for run in runs))
+    if len(names) != 1 or not 1 < len(names[0]) <= MOST:
+        return
+    bits = "global_bits" in find_columns(runs)
+    for kind, field in KINDS.items():
+        found = mean_strata(groups, f"{field}_{VALUES[bits]}", len(names[0]))
+        if not found:
+            continue
+        rows = np.stack(list(found.values()))
+        title = "Bits of a token" if bits else "Accuracy (%)"
+        caption = (
+            f"{kind.capitalize()} in each class or group: {CAPTIONS[kind]}; means over "
+            "seeds. A column that is bad in every row is hard; a row with a few bad "
+            "columns serves some at the expense of others."
+        )
+        drawn = strata_map(
+            list(found), names[0], rows if bits else 100 * rows, title, bits
+        )
+        yield Picture(f"{kind}_strata", caption, drawn)
