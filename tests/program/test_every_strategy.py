@@ -17,6 +17,7 @@ from factories import (
     all_finite,
     assert_same,
     breakable,
+    make_program,
     plan_run,
     send_inputs,
     start,
@@ -264,6 +265,24 @@ def test_bytes_of_a_first_round_with_a_shared_expert_by_hand(strategy):
     clients = trial.parts.program.sizes.cohort_size
     expected = BYTES_DOWN[strategy] + SHARED_BYTES[strategy]
     assert trial.metrics["bytes_down"][0] == clients * expected
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_pays_for_a_shared_expert_once(strategy):
+    """Of 4 hidden units between features of 8 and outputs of 4, as TINY has them."""
+    record, numbers = STRATEGIES[strategy], 8 * 4 + 4 + 4 * 4 + 4
+    plain, found = (
+        make_program(strategy=strategy, **{"model.shared_width": n}).costs
+        for n in (0, 4)
+    )
+    more = lambda name: getattr(found, name) - getattr(plain, name)
+    assert more("shared_bytes") == 4 * numbers and more("expert_bytes") == 0
+    stays = record.silent or "stem" in record.frozen
+    assert more("travel_bytes") == 4 * numbers * (not stays)
+    passes = 3 * 2 * (8 * 4 + 4 * 4)  # two products, forward and backward
+    assert passes <= more("shared_flops") < 1.2 * passes and more("expert_flops") == 0
+    frozen = more("shared_flops") if "stem" in record.frozen else 0
+    assert more("frozen_flops") == frozen
 
 
 def test_fedjets_trains_a_shared_expert_or_freezes_it_with_the_stem():
