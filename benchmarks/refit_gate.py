@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from fedmoe_jax.api import Run, load_run
-from fedmoe_jax.models.one_layer import apply_experts
+from fedmoe_jax.models.one_layer import add_shared, apply_experts, run_shared
 from fedmoe_jax.models.routing import gate_logits, pool, route
 from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Array, PyTree
@@ -51,7 +51,8 @@ def see(run: Run, rows: PyTree, target: Array) -> Seen:
         batch = program.task.prepare(rows, statistics)
         features = parts.stem(params["stem"], batch, None)
         outputs = apply_experts(parts, experts, features, None)
-        return pool(features), parts.head(params["head"], outputs)
+        shared = run_shared(parts, params["stem"], features, None)
+        return pool(features), parts.head(params["head"], add_shared(outputs, shared))
 
     take = lambda start: {name: x[start : start + BATCH] for name, x in rows.items()}
     found = [answer(take(start)) for start in range(0, len(target), BATCH)]

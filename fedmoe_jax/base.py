@@ -26,6 +26,8 @@ from fedmoe_jax.types import (
 
 PARTS = ("stem", "gate", "experts", "head")  # of a model
 GATE_STEM = "gate_stem"  # as one of `Strategy.frozen`
+SHARED = "shared"  # the shared expert's params in a stem, see `Parts`
+SHARED_EXPERT = "shared_expert"  # as a part that has FLOPs
 ALL_EXPERTS = 2**31 - 1  # as `Strategy.local_experts`
 # None in the record that a user fills, and never None in a program: the config decides.
 Open = Any
@@ -139,17 +141,26 @@ class Parts(NamedTuple):
 
     With them evaluation computes every expert once per batch, for all clients.
 
+    A shared expert answers every example, on every client. It belongs to the stem: it
+    is trained, averaged, personal or frozen with it, but for a `gate_stem`, which has
+    none. Its outputs s are added once, whatever the gates g sum to: to the mixture of
+    the routed outputs o, `head(sum_k g_k o_k + s)`, or to every routed expert's where
+    probabilities are mixed, `sum_k g_k softmax(head(o_k + s))`.
+
     Attributes:
       stem: (stem params, batch, key or None) -> features [B, ...].
       expert: (ONE expert's params, features, key or None) -> outputs [B, O].
       head: (head params, outputs [..., O]) -> outputs of the model [..., L].
       platform: as the builder got it; experts are vmapped, but on a `cpu` looped over.
+      shared: (the shared expert's params, features, key or None) -> outputs [B, O];
+        the params are the stem's subtree `shared`. None: there is no shared expert.
     """
 
     stem: Callable[[PyTree, PyTree, Array | None], Array]
     expert: Callable[[PyTree, Array, Array | None], Array]
     head: Callable[[PyTree, Array], Array]
     platform: str
+    shared: Callable[[PyTree, Array, Array | None], Array] | None = None
 
 
 class Model(NamedTuple):

@@ -270,8 +270,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "model.shared_width",
         NON_NEGATIVE,
-        "hidden units of the expert of a transformer's MoE layers that every client "
-        "trains; 0: none",
+        "hidden units or channels of a shared expert beside the routed ones, which "
+        "every client trains; 0: none",
     ),
     Option(
         "model.tied",

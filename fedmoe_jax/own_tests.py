@@ -137,15 +137,16 @@ def answer_parts(
     choose = lambda row, mask: make_gates(row[None], mask, how)[0]
     gates = jax.vmap(choose)(encoded.logits, held)
     (experts,), parts = params["experts"].values(), take_parts(program)
+    features, shared = encoded.features, encoded.shared
     if program.strategy.every_expert:
-        outputs = apply_experts(parts, experts, encoded.features, None)
-        answers = answer_experts(params["head"], outputs, program)
+        outputs = apply_experts(parts, experts, features, None)
+        answers = answer_experts(params["head"], outputs, shared, program)
     else:
         need = examples.real[:, None] & (gates > 0)
-        answers = dispatch(parts, experts, params["head"], encoded.features, need)
+        answers = dispatch(parts, experts, params["head"], features, need, shared)
         if program.strategy.mix == "probabilities":
             answers = jax.nn.softmax(answers)
-    none = answer_none(params["head"], experts, encoded.features, program)
+    none = answer_none(params["head"], experts, features, shared, program)
     return mix_answers(gates, Answers(answers, none), program)
 
 

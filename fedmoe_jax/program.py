@@ -22,6 +22,7 @@ from fedmoe_jax.config import check, check_values, list_options
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
+from fedmoe_jax.models.one_layer import take_gate_stem
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
@@ -254,16 +255,17 @@ def count_report(
 
 
 def take_frozen(
-    params: PyTree, frozen: PyTree, strategy: Strategy
+    params: PyTree, frozen: PyTree, model: Model, strategy: Strategy
 ) -> tuple[PyTree, PyTree]:
     """Params without the parts that the strategy freezes, and all that is frozen.
 
     Args:
       params: of the model, with all parts.
       frozen: what the model itself keeps fixed.
+      model: its parts say what of the stem a gate needs.
       strategy: names the parts that it freezes.
     """
-    whole = params | {GATE_STEM: params["stem"]}
+    whole = params | {GATE_STEM: take_gate_stem(model.parts, params["stem"])}
     own = {part: whole[part] for part in strategy.frozen}
     trained = {part: tree for part, tree in params.items() if part not in own}
     return trained, frozen | own
@@ -331,7 +333,7 @@ def build_program(
     check_layers(config, strategy, model, sizes.num_layers)
     check_state(config, strategy, sizes)
     outputs, scores, routing = trace_model(model, task, batch, sizes)
-    trained, frozen = take_frozen(params, frozen, strategy)
+    trained, frozen = take_frozen(params, frozen, model, strategy)
     forward = count_forward_flops(model, batch)
     costs = count_costs(trained, frozen, forward, strategy)
     rows = batch.of(sizes.batch_size)

@@ -7,6 +7,8 @@
 
 Every expert's own outputs [B, E, L] are computed once, and each score is that of one
 mixture of them: the head is linear, and what the gates leave of 1 is its own answer.
+A shared expert's outputs are added to those of every expert before the head, and to
+those of none, which is what `base.Parts` says of them.
 Where parts of the model are personal the server has none of them, and the global scores
 are those of each client's own model.
 """
@@ -20,7 +22,13 @@ import jax.numpy as jnp
 
 from fedmoe_jax.base import Parts, Route, Scores
 from fedmoe_jax.models.dispatch import dispatch
-from fedmoe_jax.models.one_layer import apply_experts, log_probabilities, show_gate
+from fedmoe_jax.models.one_layer import (
+    add_shared,
+    apply_experts,
+    log_probabilities,
+    run_shared,
+    show_gate,
+)
 from fedmoe_jax.models.routing import gate_logits, make_gates
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.priors import Priors
@@ -50,20 +58,24 @@ class Encoded(NamedTuple):
       features: [B, ...] float, output of the server's stem.
       seen: [B, ...] float, what gates read of them, see `show_gate`.
       logits: [B, E] float of the server's gate, None where gates are personal.
+      shared: [B, O] float, outputs of the shared expert, None where there is none.
     """
 
     examples: Examples
     features: Array
     seen: Array
     logits: Array | None
+    shared: Array | None = None
 
 
 class Answers(NamedTuple):
     """The outputs that the mixtures of one batch are made of.
 
     Attributes:
-      each: [B, E, L] float, of every expert alone; probabilities where they are mixed.
-      none: [L] float, of the head without any expert; None where gates sum to 1.
+      each: [B, E, L] float, of every expert, alone or with the shared one;
+        probabilities where they are mixed.
+      none: [L] float, of the head without any of these experts, [B, L] with the shared
+        one; None where gates sum to 1.
     """
 
     each: Array
@@ -215,7 +227,8 @@ def encode(params: PyTree, examples: Examples, program: Program) -> Encoded:
     if not program.strategy.personal:
         (gate,) = params["gate"].values()
         logits = gate_logits(gate, seen)
-    return Encoded(examples, features, seen, logits)
+    shared = run_shared(parts, params["stem"], features, None)
+    return Encoded(examples, features, seen, logits, shared)
 
 
 def take_model(models: Models, number: Array) -> ClientView:
@@ -271,7 +284,8 @@ def mix_answers(gates: Array, answers: Answers, program: Program) -> Array:
     """Outputs [B, L] of one mixture, see `score_mixture`."""
     mixed = jnp.einsum("be,bel->bl", gates, answers.each)
     if answers.none is not None:
-        mixed += (1 - gates.sum(axis=1, keepdims=True)) * answers.none[None]
+        left = 1 - gates.sum(axis=1, keepdims=True)
+        mixed += left * (answers.none if answers.none.ndim == 2 else answers.none[None])
     return read_answers(mixed, program)
 
 
@@ -346,20 +360,35 @@ def score_experts(
     return {"expert": jax.vmap(score, in_axes=1)(answers.each)}
 
 
-def answer_experts(head: PyTree, outputs: Array, program: Program) -> Array:
-    """Every expert's outputs [B, E, L], or probabilities where they are mixed."""
-    answers = take_parts(program).head(head, outputs)
+def answer_experts(
+    head: PyTree, outputs: Array, shared: Array | None, program: Program
+) -> Array:
+    """Every expert's outputs [B, E, L], or probabilities where they are mixed.
+
+    Args:
+      head: params.
+      outputs: [B, E, O] float, of the experts.
+      shared: [B, O] float, of the shared one, or None.
+      program: a model with parts.
+    """
+    answers = take_parts(program).head(head, add_shared(outputs, shared))
     mixed = program.strategy.mix == "probabilities"
     return jax.nn.softmax(answers) if mixed else answers
 
 
 def answer_none(
-    head: PyTree, experts: PyTree, features: Array, program: Program
+    head: PyTree,
+    experts: PyTree,
+    features: Array,
+    shared: Array | None,
+    program: Program,
 ) -> Array | None:
-    """The head's outputs [L] without any expert, see `Answers`."""
+    """The head's outputs [L] or [B, L] without any routed expert, see `Answers`."""
     parts, strategy = take_parts(program), program.strategy
     if strategy.gating == "chosen" or strategy.mix == "probabilities":
         return None
+    if shared is not None:
+        return parts.head(head, shared)
     one = jax.tree.map(lambda leaf: leaf[0], experts)
     outputs = jax.eval_shape(lambda: parts.expert(one, features, None))
     return parts.head(head, jnp.zeros(outputs.shape[1:]))
@@ -375,9 +404,10 @@ def answer_personal(
     (gate,), (experts,) = own["gate"].values(), own["experts"].values()
     features = parts.stem(own["stem"], examples.batch, None)
     outputs = apply_experts(parts, experts, features, None)
+    shared = run_shared(parts, own["stem"], features, None)
     answers = Answers(
-        each=answer_experts(own["head"], outputs, program),
-        none=answer_none(own["head"], experts, features, program),
+        each=answer_experts(own["head"], outputs, shared, program),
+        none=answer_none(own["head"], experts, features, shared, program),
     )
     seen = show_gate(parts, own, examples.batch, features)
     return gate_logits(gate, seen), answers
@@ -391,9 +421,9 @@ def answer_needed(
     parts = take_parts(program)
     if program.strategy.every_expert:
         outputs = apply_experts(parts, experts, encoded.features, None)
-        return answer_experts(head, outputs, program)
+        return answer_experts(head, outputs, encoded.shared, program)
     need = find_needed(encoded, models, evaluation_route(program))
-    answers = dispatch(parts, experts, head, encoded.features, need)
+    answers = dispatch(parts, experts, head, encoded.features, need, encoded.shared)
     mixed = program.strategy.mix == "probabilities"
     return jax.nn.softmax(answers) if mixed else answers
 
@@ -405,7 +435,7 @@ def answer_server(
     (experts,), head = params["experts"].values(), params["head"]
     return Answers(
         each=answer_needed(params, encoded, models, program),
-        none=answer_none(head, experts, encoded.features, program),
+        none=answer_none(head, experts, encoded.features, encoded.shared, program),
     )
 
 

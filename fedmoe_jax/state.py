@@ -49,7 +49,8 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> tuple[SimState, Py
     """
     sizes, strategy, static = program.sizes, program.strategy, program.static
     params_key, fitness_key, run_key = jax.random.split(key, 3)
-    params, frozen = take_frozen(*program.model.init(params_key), strategy)
+    initial = program.model.init(params_key)
+    params, frozen = take_frozen(*initial, program.model, strategy)
     zeros = lambda leaf: jnp.zeros((sizes.num_clients, *leaf.shape), leaf.dtype)
     copies = lambda leaf: jnp.tile(leaf[None], (sizes.num_clients,) + (1,) * leaf.ndim)
     tx = server_optimizer(static.server, hyper.server.learning_rate)

@@ -243,7 +243,7 @@ def use_model(program, model, **flops):
         gate_width=program_file.measure_gate(params["gate"]),
     )
     traced = trace_model(model, program.task, program.batch, sizes)
-    trained, frozen = take_frozen(params, frozen, program.strategy)
+    trained, frozen = take_frozen(params, frozen, model, program.strategy)
     forward = dict.fromkeys(PARTS, 1.0) | flops
     costs = count_costs(trained, frozen, forward, program.strategy)
     outputs, scores, routing = traced
@@ -255,7 +255,10 @@ def use_model(program, model, **flops):
 
 def use_linear_model(program, **flops):
     """The program with the linear model, which compiles faster."""
-    return use_model(program, make_linear_model(program.sizes.num_experts), **flops)
+    parts = program.model.parts
+    shared = parts is not None and parts.shared is not None
+    model = make_linear_model(program.sizes.num_experts, shared)
+    return use_model(program, model, **flops)
 
 
 def make_evidence(sizes=SIZES, **changes):
@@ -477,7 +480,7 @@ def join_parts(init, parts, num_experts) -> Model:
 
 
 @functools.cache
-def make_linear_model(num_experts):
+def make_linear_model(num_experts, shared=False):
     """Linear stem, experts and head: the least model in which every part learns."""
     product = lambda params, x, key=None: x @ params["kernel"]
 
@@ -494,11 +497,15 @@ def make_linear_model(num_experts):
             "experts": {"moe": {"kernel": jax.random.normal(expert, experts) / 2}},
             "head": {"kernel": jax.random.normal(head, (4, 16)) / 2},
         }
+        if shared:
+            own = jax.random.normal(jax.random.fold_in(key, 4), (4, 4)) / 2
+            params["stem"]["shared"] = {"kernel": own}
         return params, {}
 
     flat = lambda batch: batch["x"].reshape(batch["x"].shape[0], -1)
     stem = lambda params, batch, key: product(params, flat(batch))
-    return join_parts(init, Parts(stem, product, product, "cpu"), num_experts)
+    parts = Parts(stem, product, product, "cpu", product if shared else None)
+    return join_parts(init, parts, num_experts)
 
 
 @functools.cache
@@ -530,6 +537,7 @@ IMAGE_MODEL = dict(
     stem_width=8,
     expert_width=8,
     feature_width=6,
+    shared_width=0,
     stem_dropout=0.0,
     expert_dropout=0.0,
     num_experts=5,

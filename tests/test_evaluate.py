@@ -133,6 +133,16 @@ def slow_gates(logits, allowed, num_active):
     return gates / gates.sum()
 
 
+def share_slowly(stem, features):
+    """Outputs [X', O] of a shared expert, in NumPy; 0 where there is none."""
+    if "shared" not in stem:
+        return 0.0
+    shared = jax.tree.map(np.asarray, stem["shared"])
+    second, first = shared["Dense_0"], shared["Dense_1"]
+    hidden = np.maximum(np.asarray(features) @ first["kernel"] + first["bias"], 0)
+    return hidden @ second["kernel"] + second["bias"]
+
+
 def answer_all(state):
     """Features [X', D] and every expert's logits [X', E, L] of the test images."""
     x = np.asarray(FEDERATION.test["x"], np.float32)
@@ -142,6 +152,7 @@ def answer_all(state):
     for e in range(SIZES.num_experts):
         row = jax.tree.map(lambda leaf, e=e: leaf[e], state.params["experts"]["moe"])
         outputs = parts.expert(row, features, None)
+        outputs = outputs + share_slowly(state.params["stem"], features)
         answers.append(parts.head(state.params["head"], outputs))
     return np.asarray(features), np.stack(answers, axis=1)
 
@@ -244,17 +255,35 @@ def test_evaluate_equals_the_slow_loop(
     np.testing.assert_allclose(result["specialisation"].sum(1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["global", "personal"])
+@pytest.mark.parametrize("every_expert", [True, False])
+def test_evaluate_with_a_shared_expert_equals_the_slow_loop(mode, every_expert):
+    program = build(mode, every_expert, **{"model.shared_width": 3})
+    state = draw_state(program)
+    result, expected = (
+        build_evaluate(program)(state, FEDERATION, {}),
+        slow_evaluate(state),
+    )
+    assert result.keys() == expected.keys() - (set() if every_expert else LEFT_OUT)
+    for name, value in result.items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize(
-    ("experts", "held", "active", "mode", "expert"),
+    ("experts", "held", "active", "mode", "expert", "shared"),
     [
-        (16, 4, 2, "global", "mlp"),
-        (9, 3, 1, "personal", "mlp"),
-        (6, 6, 3, "global", "conv"),
+        (16, 4, 2, "global", "mlp", 0),
+        (9, 3, 1, "personal", "mlp", 0),
+        (6, 6, 3, "global", "conv", 0),
+        (9, 3, 2, "global", "conv", 4),
     ],
 )
-def test_evaluate_by_dispatch_changes_nothing(experts, held, active, mode, expert):
+def test_evaluate_by_dispatch_changes_nothing(
+    experts, held, active, mode, expert, shared
+):
     stem, image = ("cnn", (16, 16, 1)) if expert == "conv" else ("mlp", IMAGE)
     changes = {"num_experts": experts, "max_held": held, "num_active": active}
+    changes["model.shared_width"] = shared
     changes |= {"model.stem": stem, "model.expert": expert}
     programs = [build(mode, each, image=image, **changes) for each in (True, False)]
     state, federation = draw_state(programs[0]), draw_federation(image)
@@ -295,6 +324,32 @@ def test_evaluate_without_parts_is_that_with_parts(mode, devices, mix):
         np.testing.assert_allclose(value, expected[name], atol=1e-6, err_msg=name)
     scores = [float(found[f"{n}_accuracy"]) for n in ("global", "personal")]
     assert scores[0] != pytest.approx(scores[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "mix", "gating", "every_expert"),
+    [
+        ("global", "outputs", "chosen", True),
+        ("global", "outputs", "all", False),
+        ("personal", "outputs", "sum", True),
+        ("global", "probabilities", "chosen", False),
+        ("personal", "probabilities", "chosen", True),
+    ],
+)
+def test_evaluate_with_a_shared_expert_is_the_forward_pass_of_training(
+    mode, mix, gating, every_expert
+):
+    """Without parts evaluation runs `Model.apply`, which is what clients train."""
+    program = build(mode, every_expert, **{"model.shared_width": 3})
+    strategy = program.strategy._replace(mix=mix, gating=gating)
+    program = program._replace(strategy=strategy)
+    state = draw_state(program)
+    whole = program._replace(model=program.model._replace(parts=None))
+    found, expected = (
+        build_evaluate(each)(state, FEDERATION, {}) for each in (whole, program)
+    )
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-6, err_msg=name)
 
 
 # ---- positions that only pad

@@ -208,6 +208,18 @@ def test_probabilities_are_mixed_in_own_tests_too():
         np.testing.assert_allclose(found[name], value, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("personal", "every_expert"),
+    [((), True), ((), False), (("stem", "gate", "experts", "head"), True)],
+)
+def test_a_shared_expert_answers_in_own_tests_too(personal, every_expert):
+    program = build(personal, every_expert, True, 1, **{"model.shared_width": 3})
+    state = draw_state(program)
+    found = build_evaluate(program)(state, FEDERATION, {})
+    for name, value in slow_asides(program, state).items():
+        np.testing.assert_allclose(found[name], value, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("personal", [(), ("gate",)])
 def test_images_of_own_tests_drift_with_their_clients(personal):
     """At full loss of contrast the images of the two that drift are their means."""

@@ -8,6 +8,7 @@ from factories import (
     E,
     K,
     make_config,
+    make_devices,
     make_federation,
     make_inputs,
     make_program,
@@ -24,6 +25,7 @@ from fedmoe_jax.aggregate import (
 )
 from fedmoe_jax.base import PARTS, Strategy
 from fedmoe_jax.client import build_client_update
+from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import (
@@ -36,8 +38,10 @@ from fedmoe_jax.program import (
     make_hyper,
     make_static,
     resolve,
+    take_frozen,
 )
 from fedmoe_jax.strategies import STRATEGIES, find_strategy
+from fedmoe_jax.world.limits import true_capacity
 
 NOTHING = Strategy(about="Leaves all to the config.", assign=None)
 OPEN = {"personal", "gate_weight", "expert_weight", "gate_loss", "every_expert"}
@@ -278,3 +282,39 @@ def test_longest_is_a_power_of_two_where_clients_differ():
     assert [longest(steps, ragged) for ragged in (False, True)] == [5, 8]
     assert longest(np.array([8, 1]), True) == 8
     assert longest(np.array([1, 1]), True) == 1
+
+
+# ---- a shared expert
+
+
+def test_build_program_counts_a_shared_expert_with_the_stem():
+    """TINY's stem has 8 outputs, an expert 4 hidden units and 4 outputs."""
+    plain, found = (make_program(**{"model.shared_width": n}).costs for n in (0, 4))
+    numbers = 8 * 4 + 4 + 4 * 4 + 4  # two products with their biases: those of a routed
+    assert plain.expert_bytes == 4 * numbers
+    more = {"stem_bytes": 4 * numbers, "travel_bytes": 4 * numbers}
+    more |= {name: plain.expert_flops for name in ("shared_flops", "dense_flops")}
+    expected = {name: getattr(plain, name) + value for name, value in more.items()}
+    assert found == plain._replace(**expected)
+    # So one routed expert fewer fits the same memory.
+    room = plain.shared_bytes + plain.gate_bytes + 2 * plain.expert_bytes
+    devices = make_devices(1, memory=4 * room)
+    capacity = lambda costs: true_capacity(
+        devices,
+        costs,
+        buffer=jnp.zeros(()),
+        examples=jnp.ones(1),
+        deadline=100.0,
+        communication_share=0.5,
+        max_capacity=4,
+    )
+    assert (capacity(plain).tolist(), capacity(found).tolist()) == ([2], [1])
+
+
+def test_take_frozen_gives_the_gate_a_stem_without_the_shared_expert():
+    program = make_program(strategy="fedjets", **{"model.shared_width": 4})
+    params, _ = shape_params(program.model)
+    trained, frozen = take_frozen(params, {}, program.model, program.strategy)
+    assert trained == params and "shared" in params["stem"]
+    rest = {name: x for name, x in params["stem"].items() if name != "shared"}
+    assert frozen == {"gate_stem": rest}

@@ -55,7 +55,12 @@ def plan_blocks(need: Array, rows: int) -> Blocks:
 
 
 def dispatch(
-    parts: Parts, experts: PyTree, head: PyTree, features: Array, need: Array
+    parts: Parts,
+    experts: PyTree,
+    head: PyTree,
+    features: Array,
+    need: Array,
+    shared: Array | None,
 ) -> Array:
     """Every needed expert's own class logits.
 
@@ -65,6 +70,8 @@ def dispatch(
       head: params.
       features: [B, ...] float.
       need: [B, E] bool.
+      shared: [B, O] float, outputs of the shared expert, added to every expert's; None
+        for none.
 
     Returns:
       [B, E, L] float32, zero where `need` is false.
@@ -74,6 +81,8 @@ def dispatch(
     def answer(expert: Array, image: Array) -> Array:
         one = jax.tree.map(lambda leaf: leaf[expert], experts)
         outputs = parts.expert(one, features.at[image].get(mode="clip"), None)
+        if shared is not None:
+            outputs = outputs + shared.at[image].get(mode="clip")
         return parts.head(head, outputs)
 
     def fill(block: Array, logits: Array) -> Array:

@@ -7,8 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.base import Model, Route, Routing, Scores, Task
-from fedmoe_jax.models.one_layer import apply_experts
+from fedmoe_jax.base import (
+    SHARED,
+    SHARED_EXPERT,
+    Model,
+    Route,
+    Routing,
+    Scores,
+    Task,
+)
+from fedmoe_jax.models.one_layer import apply_experts, run_shared
 from fedmoe_jax.models.routing import gate_logits
 from fedmoe_jax.tasks.batches import BatchShapes
 from fedmoe_jax.types import PyTree, Sizes
@@ -66,8 +74,8 @@ def count_forward_flops(model: Model, batch: BatchShapes) -> dict[str, float]:
 
     Returns:
       `experts`, of one expert in every MoE layer, and the rest: `stem`, `gate` and
-      `head`, or `shared` where the model does not name its parts. A model with one
-      expert and no parts is all `shared`.
+      `head`, and `shared_expert` where there is one; or `shared` where the model does
+      not name its parts. A model with one expert and no parts is all `shared`.
     """
     if model.parts is None:
         return _count_whole(model, batch)
@@ -79,12 +87,16 @@ def count_forward_flops(model: Model, batch: BatchShapes) -> dict[str, float]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), experts
     )
     output = jax.eval_shape(parts.expert, expert, features, None)
-    return {
+    flops = {
         "stem": count_flops(parts.stem, params["stem"], example, None),
         "gate": count_flops(gate_logits, gate, features),
         "head": count_flops(parts.head, params["head"], output),
         "experts": count_flops(parts.expert, expert, features, None),
     }
+    if parts.shared is not None:
+        own = params["stem"][SHARED], features, None
+        flops[SHARED_EXPERT] = count_flops(parts.shared, *own)
+    return flops
 
 
 def _count_whole(model: Model, batch: BatchShapes) -> dict[str, float]:
@@ -114,7 +126,9 @@ def count_activation_bytes(model: Model, batch: BatchShapes, experts: int) -> fl
     (held,) = params["experts"].values()
 
     def forward(stem: PyTree, held: PyTree, rows: PyTree) -> PyTree:
-        return apply_experts(parts, held, parts.stem(stem, rows, None), None)
+        features = parts.stem(stem, rows, None)
+        shared = run_shared(parts, stem, features, None)
+        return apply_experts(parts, held, features, None), shared
 
     return _sum_marked(forward, params["stem"], held, rows)
 

@@ -4,7 +4,8 @@ A stem turns images into features, a gate scores E experts from the pooled featu
 each expert turns features into outputs, one linear head turns (mixed) outputs into
 logits. Because the head is linear, mixing outputs or mixing each expert's logits, and
 the head's own for what the gates leave of one, gives the same prediction; training does
-the first, evaluation the second.
+the first, evaluation the second. A shared expert (`base.Parts`) has the form of the
+routed ones and a width of its own; its outputs are added to the mixture.
 """
 
 import functools
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from fedmoe_jax.base import Model, Parts
-from fedmoe_jax.models.image_parts import EXPERTS, STEMS, check_fit
+from fedmoe_jax.base import SHARED, Model, Parts
+from fedmoe_jax.models.image_parts import EXPERTS, STEMS, check_fit, check_shared
 from fedmoe_jax.models.layers import dropout
-from fedmoe_jax.models.one_layer import apply_parts
+from fedmoe_jax.models.one_layer import SHARED_KEY, apply_parts
 from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Array, PyTree
 
@@ -32,6 +33,7 @@ def build_model(
     expert: str,
     expert_width: int,
     feature_width: int,
+    shared_width: int,
     stem_dropout: float,
     expert_dropout: float,
     num_experts: int,
@@ -47,6 +49,7 @@ def build_model(
       expert: a name in `EXPERTS`.
       expert_width: hidden units or channels of one expert.
       feature_width: O, outputs of one expert (`dense` has `expert_width` outputs).
+      shared_width: hidden units or channels of the shared expert; 0 for none.
       stem_dropout: rate in [0, 1) at which the stem's outputs are dropped in training.
       expert_dropout: rate in [0, 1) at which each expert's outputs are dropped.
       num_experts: E.
@@ -55,11 +58,14 @@ def build_model(
       platform: that it will run on, `cpu`, `gpu` or `tpu`.
 
     Raises:
-      UserError: the stem cannot take these images, or the expert not these features.
+      UserError: the stem cannot take these images, or the expert not these features,
+        or no shared expert's outputs fit its own.
     """
     check_fit(stem, expert, image_shape)
+    check_shared(expert, shared_width)
     stem_module = STEMS[stem](stem_width, platform)
     expert_module = EXPERTS[expert](expert_width, feature_width, platform)
+    shared_module = EXPERTS[expert](shared_width, feature_width, platform)
     head_module = nn.Dense(num_classes)
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
@@ -79,6 +85,10 @@ def build_model(
             "bias": jnp.zeros((num_experts,)),
         }
         head = head_module.init(head_key, output)["params"]
+        if shared_width:  # from a key of its own: the others start as without it
+            shared_key = jax.random.fold_in(key, SHARED_KEY)
+            shared = shared_module.init(shared_key, features)["params"]
+            stem_params = {**stem_params, SHARED: shared}
         params = {
             "stem": stem_params,
             "gate": {LAYER: gate},
@@ -91,15 +101,18 @@ def build_model(
         features = stem_module.apply({"params": params}, batch["x"])
         return dropout(features, stem_dropout, key)
 
-    def run_expert(params: PyTree, x: Array, key: Array | None) -> Array:
-        return dropout(expert_module.apply({"params": params}, x), expert_dropout, key)
+    def run(module: nn.Module, params: PyTree, x: Array, key: Array | None) -> Array:
+        # A tuple only of mutable collections.
+        outputs: Array = module.apply({"params": params}, x)  # pyright: ignore[reportAssignmentType]
+        return dropout(outputs, expert_dropout, key)
 
     parts = Parts(
         stem=run_stem,
-        expert=run_expert,
+        expert=functools.partial(run, expert_module),
         # A tuple only of mutable collections.
         head=lambda params, x: head_module.apply({"params": params}, x),  # pyright: ignore[reportArgumentType]
         platform=platform,
+        shared=functools.partial(run, shared_module) if shared_width else None,
     )
     apply = functools.partial(apply_parts, parts=parts, num_experts=num_experts)
     return Model(init=init, apply=apply, parts=parts)
@@ -129,6 +142,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         expert=options.expert,
         expert_width=options.expert_width,
         feature_width=options.feature_width,
+        shared_width=options.shared_width,
         stem_dropout=options.stem_dropout,
         expert_dropout=options.expert_dropout,
         num_experts=config.num_experts,

@@ -158,3 +158,13 @@ def check_fit(stem: str, expert: str, image_shape: tuple[int, int, int]) -> None
             "model.expert='conv' with model.stem='cnn' needs images whose sides are "
             f"multiples of 16, this data has {height}x{width}; allowed: dense, mlp"
         )
+
+
+def check_shared(expert: str, shared_width: int) -> None:
+    """Raises UserError unless the outputs of a shared expert can be added."""
+    if shared_width and expert == "dense":
+        raise UserError(
+            f"model.shared_width={shared_width} is not allowed with model.expert="
+            "'dense', whose outputs are its hidden units, so that other widths cannot "
+            "be added; allowed: 0"
+        )

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedmoe_jax.base import GATE_STEM, Parts, Route, Routing
+from fedmoe_jax.base import GATE_STEM, SHARED, Parts, Route, Routing
 from fedmoe_jax.models import routing
 from fedmoe_jax.types import Array, PyTree
+
+SHARED_KEY = 2**31  # folded into keys that are also split for E experts
 
 
 def split_rows(experts: PyTree) -> list[PyTree]:
@@ -47,6 +49,35 @@ def apply_experts(
     return jnp.stack(outputs, axis=1)
 
 
+def run_shared(
+    parts: Parts, stem: PyTree, features: Array, key: Array | None
+) -> Array | None:
+    """Outputs [B, O] of the shared expert, None of a model without one.
+
+    Args:
+      parts: of the model.
+      stem: params, with those of the shared expert.
+      features: [B, ...] float, of the stem.
+      key: of the experts' dropout, or None for none.
+    """
+    if parts.shared is None:
+        return None
+    own = None if key is None else jax.random.fold_in(key, SHARED_KEY)
+    return parts.shared(stem[SHARED], features, own)
+
+
+def add_shared(outputs: Array, shared: Array | None) -> Array:
+    """Every expert's outputs [B, n, O] with those of the shared one, [B, O] or None."""
+    return outputs if shared is None else outputs + shared[:, None]
+
+
+def take_gate_stem(parts: Parts | None, stem: PyTree) -> PyTree:
+    """A stem as a gate alone needs it: without the shared expert."""
+    if parts is None or parts.shared is None:
+        return stem
+    return {name: tree for name, tree in stem.items() if name != SHARED}
+
+
 def show_gate(parts: Parts, params: PyTree, batch: PyTree, features: Array) -> Array:
     """Features [B, ...] that the gate reads.
 
@@ -84,16 +115,25 @@ def freeze_others(outputs: Array, trained: Array) -> Array:
     return jnp.where(chosen, outputs, jax.lax.stop_gradient(outputs))
 
 
-def mix_outputs(parts: Parts, head: PyTree, outputs: Array, gates: Array) -> Array:
-    """Logits [B, L] of the mixture of the experts' outputs [B, K, O]."""
-    return parts.head(head, jnp.einsum("bk,bko->bo", gates, outputs))
+def mix_outputs(
+    parts: Parts, head: PyTree, outputs: Array, gates: Array, shared: Array | None
+) -> Array:
+    """Logits [B, L] of the mixture of the experts' outputs [B, K, O].
+
+    Those of the shared one, [B, O] or None, are added to it, see `Parts`.
+    """
+    mixed = jnp.einsum("bk,bko->bo", gates, outputs)
+    return parts.head(head, mixed if shared is None else mixed + shared)
 
 
 def mix_probabilities(
-    parts: Parts, head: PyTree, outputs: Array, gates: Array
+    parts: Parts, head: PyTree, outputs: Array, gates: Array, shared: Array | None
 ) -> Array:
-    """Logits [B, L] of the mixture of the experts' own class probabilities."""
-    answers = jax.nn.softmax(parts.head(head, outputs))  # [B, K, L]
+    """Logits [B, L] of the mixture of the experts' own class probabilities.
+
+    Each answers with the shared one, see `Parts`; arguments as in `mix_outputs`.
+    """
+    answers = jax.nn.softmax(parts.head(head, add_shared(outputs, shared)))  # [B, K, L]
     return log_probabilities(jnp.einsum("bk,bkl->bl", gates, answers))
 
 
@@ -131,7 +171,8 @@ def apply_parts(
     trained = choose_trained(gates, slot[0], route)
     if trained is not None:
         outputs = freeze_others(outputs, trained)
+    shared = run_shared(parts, params["stem"], features, expert_key)
     mix = mix_probabilities if route.mix == "probabilities" else mix_outputs
-    predictions = mix(parts, params["head"], outputs, gates)
+    predictions = mix(parts, params["head"], outputs, gates, shared)
     one_layer = lambda leaf: leaf[None]
     return predictions, jax.tree.map(one_layer, Routing(logits, gates, trained))

@@ -2,10 +2,12 @@
 
 Each is there three times: as large as the mixture in total, as large as what an example
 uses of it (`_active`), and as large as one expert, the least that a mixture asks of any
-client (`_smallest`). FedNova equals FedAvg but for rounding where all clients take
-equally many steps (`local_epochs=0`). SCAFFOLD's mean of the control variates weighs
-clients by their examples, as the averages of all systems here do; the paper weighs
-clients alike in both. Where labels drift, these are the examples before the drift.
+client (`_smallest`). A shared expert stays beside it, as in the mixture: the two hidden
+layers are one of their total width, but for their initial weights. FedNova equals
+FedAvg but for rounding where all clients take equally many steps (`local_epochs=0`).
+SCAFFOLD's mean of the control variates weighs clients by their examples, as the
+averages of all systems here do; the paper weighs clients alike in both. Where labels
+drift, these are the examples before the drift.
 """
 
 from collections.abc import Callable

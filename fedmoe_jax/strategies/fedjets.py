@@ -20,7 +20,9 @@ in the rounds whose cohort it is in.
 and nobody trains it, so that a client's bytes and FLOPs are less than the paper's.
 `fedjets_no_anchors` knows no labels of clients; those of the public slice train its
 common expert, too. The `_shared_gate` ones train the stem as all systems do, without a
-slice.
+slice. A shared expert (`model.shared_width`) is trained with the stem on the slice;
+`fedjets_frozen_stem` keeps it, frozen, and in `fedjets` clients train their own from
+the initial weights, as the gate needs none.
 """
 
 import jax
@@ -36,6 +38,7 @@ from fedmoe_jax.align.gate_mass import (
 )
 from fedmoe_jax.align.ties import LOTS, first_by_lot, top_k_by_lot
 from fedmoe_jax.base import GATE_STEM, Model, Strategy, Task
+from fedmoe_jax.models.one_layer import run_shared, take_gate_stem
 from fedmoe_jax.options import COUNT, TRACED, Option
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import (
@@ -67,7 +70,8 @@ def train_stem(
 ) -> PyTree:
     """The stem after `steps` steps on the public slice, with an expert and a head.
 
-    Expert and head are thrown away; experts of a run start as in every other system.
+    Expert and head are thrown away; experts of a run start as in every other system. A
+    shared expert is trained as a part of the stem.
     """
     (experts,), parts = params["experts"].values(), model.parts
     assert parts is not None
@@ -79,6 +83,8 @@ def train_stem(
     def loss(trained: PyTree, batch: PyTree) -> Array:
         features = parts.stem(trained["stem"], batch, None)
         outputs = parts.expert(trained["expert"], features, None)
+        shared = run_shared(parts, trained["stem"], features, None)
+        outputs = outputs if shared is None else outputs + shared
         return task.loss(parts.head(trained["head"], outputs), batch).loss.mean()
 
     def step(number: Array, carry: tuple) -> tuple:
@@ -136,9 +142,12 @@ def prepare(
 ) -> tuple[SimState, PyTree]:
     """Trains the frozen stem, the gate's or that of all, on the public slice."""
     frozen, static = federation.frozen, (model, task, sizes.batch_size)
-    part = "stem" if "stem" in frozen else GATE_STEM
-    trained = train_stem(*(key, frozen[part], state.params, federation, hyper, *static))
-    return state, frozen | {part: trained}
+    # Before the first round the gate's is that of all, but for the shared expert.
+    stem = frozen["stem"] if "stem" in frozen else state.params["stem"]
+    trained = train_stem(*(key, stem, state.params, federation, hyper, *static))
+    if "stem" in frozen:
+        return state, frozen | {"stem": trained}
+    return state, frozen | {GATE_STEM: take_gate_stem(model.parts, trained)}
 
 
 def count_public(round: Array, hyper: Hyper, sizes: Sizes) -> Array:

@@ -5,7 +5,8 @@ client; one of k_c slots trains the first k_c / K of its hidden units, and each 
 averaged over those that trained it. Here experts are the slices of the hidden layer:
 client c holds slices 0 to k_c - 1, all of them answer every example, and their outputs
 are added, scaled by K / k_c (the paper's scaler). Changed here: stem and head are whole
-on every client, as in all systems, so only the layer of the experts is nested; each
+on every client, as in all systems, so only the layer of the experts is nested (a shared
+expert is whole, too, and outside the scaler); each
 slice has an output bias and, in convolutional experts, a normalisation of its own;
 there is no batch statistic to keep, and no masked cross-entropy.
 """

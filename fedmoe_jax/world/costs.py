@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.base import GATE_STEM, PARTS, Strategy
+from fedmoe_jax.base import GATE_STEM, PARTS, SHARED_EXPERT, Strategy
 from fedmoe_jax.types import Array, Devices, PyTree
 
 # Training holds the parameters, their gradients, the momentum, and activations that
@@ -88,8 +88,9 @@ def count_costs(
       params: the parts that are trained, see `base.Model`, arrays or their shapes.
       frozen: what is not, see `Federation.frozen`.
       forward: FLOPs of the parts, see `flops.count_forward_flops`. A part that is
-        frozen has no backward pass; what a model itself keeps fixed is counted with
-        one. A frozen stem of the gate is run beside the one that is trained.
+        frozen has no backward pass, nor has a shared expert with a frozen stem; what a
+        model itself keeps fixed is counted with one. A frozen stem of the gate is run
+        beside the one that is trained.
       strategy: of a program, decides which parts travel and how often.
     """
     num_experts = jax.tree.leaves(params["experts"])[0].shape[0]
@@ -98,6 +99,7 @@ def count_costs(
     if GATE_STEM in frozen:
         shared[GATE_STEM] = forward["stem"]
     idle = sum(flops for part, flops in shared.items() if part in frozen)
+    idle += forward.get(SHARED_EXPERT, 0.0) if "stem" in frozen else 0.0
     size = {
         part: count_bytes(params.get(part, {})) for part in PARTS if part != "experts"
     }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import fill, make_image_model
+from factories import draw, fill, make_image_model
 
 from fedmoe_jax.models import dispatch
 from fedmoe_jax.models.flops import shape_params
@@ -42,9 +42,11 @@ def draw_need(seed, share):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def dense(parts, experts, head, features):
+def dense(parts, experts, head, features, shared=None):
     """[B, E, L] logits of every expert on every image."""
-    return parts.head(head, apply_experts(parts, experts, features, None))
+    outputs = apply_experts(parts, experts, features, None)
+    beside = 0.0 if shared is None else jnp.tile(shared[:, None], (1, EXPERTS, 1))
+    return parts.head(head, outputs + beside)
 
 
 def test_plan_blocks_by_hand():
@@ -85,16 +87,22 @@ def test_plan_blocks_has_every_needed_pair_once(need, rows):
     assert used[: blocks.count].all() and not used[blocks.count :].any()
 
 
-@pytest.mark.parametrize(("expert", "rows"), [("mlp", 2), ("mlp", 64), ("conv", 2)])
-def test_dispatch_gives_needed_pairs_their_dense_logits(monkeypatch, expert, rows):
+@pytest.mark.parametrize(
+    ("expert", "rows", "shared"),
+    [("mlp", 2, False), ("mlp", 64, False), ("conv", 2, False), ("mlp", 2, True)],
+)
+def test_dispatch_gives_needed_pairs_their_dense_logits(
+    monkeypatch, expert, rows, shared
+):
     monkeypatch.setattr(dispatch, "BLOCK_ROWS", rows)
     parts, *case = make_case(expert)
+    beside = draw(9, 6, seed=1) if shared else None
     run = jax.jit(lambda *args: dispatch.dispatch(parts, *args))
-    everything = dense(parts, *case)
+    everything = dense(parts, *case, beside)
     for share in (0.0, 0.4, 1.1):
         need = draw_need(0, share)
         wanted = jnp.where(need[..., None], everything, 0.0)
-        np.testing.assert_allclose(run(*case, need), wanted, atol=1e-5)
+        np.testing.assert_allclose(run(*case, need, beside), wanted, atol=1e-5)
 
 
 def test_dispatch_works_as_much_as_is_needed(monkeypatch):
@@ -109,7 +117,7 @@ def test_dispatch_works_as_much_as_is_needed(monkeypatch):
         return parts.expert(one, x, key)
 
     need, spied = draw_need(0, 0.4), parts._replace(expert=expert)
-    result = dispatch.dispatch(spied, poisoned, head, features, need)
+    result = dispatch.dispatch(spied, poisoned, head, features, need, None)
     jax.effects_barrier()
     assert np.isfinite(result).all()
     assert sum(rows) == sum(2 * -(-size // 2) for size in np.asarray(need).sum(0))
@@ -122,7 +130,7 @@ def test_dispatch_over_runs(monkeypatch, walk):
     parts, *trained, features = make_case("mlp")
     runs = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), trained)
     need = jnp.stack([draw_need(0, 0.3), draw_need(1, 0.8), draw_need(2, 0.0)])
-    one = lambda run: dispatch.dispatch(parts, *run[0], features, run[1])
+    one = lambda run: dispatch.dispatch(parts, *run[0], features, run[1], None)
     over = {"map": lambda x: jax.lax.map(one, x), "vmap": jax.vmap(one)}[walk]
     result = jax.jit(over)((runs, need))
     for i in range(3):

@@ -11,8 +11,9 @@ from fedmoe_jax.tasks.images import IMAGES, measure_pixels
 WIDTH, OUTPUTS, STEM, CLASSES = 32, 16, 64, 10
 
 
-def build(num_experts):
+def build(num_experts, shared_width=0):
     widths = dict(stem_width=STEM, expert_width=WIDTH, feature_width=OUTPUTS)
+    widths["shared_width"] = shared_width
     return make_image_model(num_experts=num_experts, num_classes=CLASSES, **widths)
 
 
@@ -67,3 +68,22 @@ def test_count_forward_flops_on_the_host(monkeypatch):
     for part, product in products.items():
         # Biases and activations besides.
         assert product <= found[part] < 1.2 * product
+
+
+def test_count_forward_flops_of_a_shared_expert_are_those_of_a_routed_one():
+    plain, found = (count_forward_flops(build(4, n), shapes()) for n in (0, WIDTH))
+    assert found == plain | {"shared_expert": plain["experts"]}
+    double = count_forward_flops(build(4, 2 * WIDTH), shapes())
+    # Two products of WIDTH more hidden units, and their biases and activations.
+    products = 2 * (STEM * WIDTH + WIDTH * OUTPUTS)
+    more = double["shared_expert"] - found["shared_expert"]
+    assert products <= more < 1.1 * products
+    whole = count_forward_flops(build(4, WIDTH)._replace(parts=None), shapes())
+    shared = sum(found[part] for part in ("stem", "gate", "head", "shared_expert"))
+    assert whole["shared"] == pytest.approx(shared, rel=0.1)
+
+
+def test_count_activation_bytes_of_a_shared_expert_are_those_of_a_routed_one():
+    count = lambda width, held: count_activation_bytes(build(4, width), shapes(), held)
+    assert 0 < count(WIDTH, 1) - count(0, 1) <= count(0, 2) - count(0, 1)
+    assert count(WIDTH, 1) - count(0, 1) >= 4 * (WIDTH + OUTPUTS)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from factories import draw, draw_params, make_image_model
 
+from fedmoe_jax.base import Route
 from fedmoe_jax.models.flops import shape_params
-from fedmoe_jax.models.one_layer import apply_experts
+from fedmoe_jax.models.one_layer import apply_experts, run_shared
 from fedmoe_jax.models.routing import gate_logits
 
 pytestmark = pytest.mark.slow
@@ -138,3 +139,71 @@ def test_init_draws_every_expert_differently():
 
     for kernel in jax.jit(kernels)(jax.random.key(0)):
         assert len(np.unique(np.asarray(kernel).reshape(3, -1)[:, 0])) == 3
+
+
+# ---- a shared expert
+
+
+@pytest.mark.parametrize("expert", ["mlp", "conv"])
+def test_init_of_a_shared_expert_changes_nothing_else(expert):
+    """The other parts start as without it; it has the form of a routed one."""
+    build = lambda width: make_image_model(
+        "cnn", expert, (16, 16, 1), shared_width=width
+    )
+    plain, with_shared = (jax.jit(build(n).init)(jax.random.key(5))[0] for n in (0, 8))
+    shared = with_shared["stem"].pop("shared")
+    jax.tree.map(np.testing.assert_array_equal, with_shared, plain)
+    routed = plain["experts"]["moe"]
+    assert jax.tree.map(lambda leaf: leaf[0].shape, routed) == jax.tree.map(
+        lambda leaf: leaf.shape, shared
+    )
+    kernel = np.asarray(shared["Dense_0"]["kernel"])
+    assert (
+        (np.abs(np.asarray(routed["Dense_0"]["kernel"]) - kernel) > 1e-3)
+        .any((1, 2))
+        .all()
+    )
+    wide = shape_params(build(24))[0]["stem"]["shared"]
+    assert wide["Dense_0"]["kernel"].shape[0] == 3 * kernel.shape[0]
+
+
+def test_build_model_without_a_shared_expert_has_none():
+    model = make_image_model()
+    assert model.parts.shared is None and "shared" not in shape_params(model)[0]["stem"]
+
+
+def test_a_shared_expert_drops_its_rate_by_a_mask_of_its_own():
+    """With all experts alike and a bare head, what is dropped shows in the outputs."""
+    changes = {"expert_dropout": 0.5, "shared_width": 64, "expert_width": 64}
+    build = lambda **more: make_image_model(
+        "flat", "mlp", (4, 4, 1), feature_width=2000, **changes | more
+    )
+    model, params = build(num_experts=2), draw_params(build(num_experts=2))
+    key, features = jax.random.key(3), draw(2, 16)
+    shared = run_shared(model.parts, params["stem"], features, key)
+    routed = apply_experts(model.parts, params["experts"]["moe"], features, key)
+    whole = run_shared(model.parts, params["stem"], features, None)
+    kept = np.asarray(shared) != 0
+    np.testing.assert_allclose(kept.mean(), 0.5, atol=0.03)
+    np.testing.assert_allclose(
+        np.asarray(shared)[kept], 2 * np.asarray(whole)[kept], rtol=1e-5
+    )
+    for mask in np.moveaxis(np.asarray(routed) != 0, 1, 0):
+        np.testing.assert_allclose((mask == kept).mean(), 0.5, atol=0.03)
+    # Routed experts drop what they drop without a shared one.
+    plain = build(num_experts=2, shared_width=0).parts
+    again = apply_experts(plain, params["experts"]["moe"], features, key)
+    np.testing.assert_array_equal(routed, again)
+
+
+@pytest.mark.parametrize("shared_width", [0, 64])
+def test_apply_drops_only_with_a_key(shared_width):
+    model = make_image_model(expert_dropout=0.5, shared_width=shared_width)
+    whole = make_image_model(shared_width=shared_width)
+    params, batch = draw_params(model), {"x": draw(BATCH, 8, 8, 1)}
+    slots = jnp.arange(EXPERTS)[None], jnp.ones((1, EXPERTS), bool)
+    answer = lambda model, key: model.apply(params, {}, batch, *slots, Route(2), key)[0]
+    expected = answer(whole, None)
+    np.testing.assert_array_equal(answer(model, None), expected)
+    np.testing.assert_array_equal(answer(whole, jax.random.key(0)), expected)
+    assert np.abs(answer(model, jax.random.key(0)) - expected).max() > 1e-2

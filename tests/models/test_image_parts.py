@@ -7,7 +7,7 @@ import pytest
 from factories import draw, draw_params, make_image_model
 
 from fedmoe_jax.models.flops import shape_params
-from fedmoe_jax.models.image_parts import MlpExpert, MlpStem, check_fit
+from fedmoe_jax.models.image_parts import MlpExpert, MlpStem, check_fit, check_shared
 from fedmoe_jax.options import UserError
 
 BATCH = 3
@@ -48,6 +48,17 @@ def test_check_fit_refuses_parts_that_do_not_fit(
 )
 def test_check_fit_allows_the_least_sides(stem, expert, image_shape):
     check_fit(stem, expert, image_shape)
+
+
+def test_check_shared_refuses_outputs_that_are_hidden_units():
+    with pytest.raises(UserError) as error:
+        make_image_model("flat", "dense", (8, 8, 1), shared_width=8)
+    assert str(error.value) == (
+        "model.shared_width=8 is not allowed with model.expert='dense', whose outputs "
+        "are its hidden units, so that other widths cannot be added; allowed: 0"
+    )
+    check_shared("dense", 0)
+    check_shared("conv", 8)
 
 
 def test_mlp_stem_normalises_features_by_hand():

@@ -16,6 +16,7 @@ from fedmoe_jax.models.one_layer import (
     mix_outputs,
     mix_probabilities,
     split_rows,
+    take_gate_stem,
 )
 from fedmoe_jax.models.routing import gate_logits, route
 
@@ -136,6 +137,88 @@ def test_apply_lets_the_gate_alone_read_a_stem_of_its_own(params):
     np.testing.assert_allclose(same, plain, rtol=1e-6, atol=1e-6)
 
 
+# ---- a shared expert
+
+
+def run_mlp(params, features):
+    """The hidden layer of ONE `mlp` expert, in NumPy."""
+    second, first = params["Dense_0"], params["Dense_1"]  # named from the outside in
+    hidden = np.maximum(features @ first["kernel"] + first["bias"], 0)
+    return hidden @ second["kernel"] + second["bias"]
+
+
+def gate_slowly(logits, slot, active, gating):
+    """Gates [K] of one image over the held experts, one sort at a time."""
+    allowed = np.flatnonzero(slot)
+    if gating == "sum":
+        return np.where(slot, len(slot) / len(allowed), 0.0)
+    best = sorted(allowed, key=lambda k: (-logits[k], k))[:active]
+    over = allowed if gating == "all" else best
+    gates = np.zeros(len(slot))
+    gates[best] = np.exp(logits[best]) / np.exp(logits[over]).sum()
+    return gates
+
+
+def share_slowly(params, held, slot, active, mix, gating):
+    """Predictions of 3 images, with a shared expert, in NumPy."""
+    params, batch = jax.tree.map(np.asarray, params), {"x": draw(BATCH, 8, 8, 1)}
+    features = np.asarray(make_image_model().parts.stem(params["stem"], batch, None))
+    gate, head, found = params["gate"]["moe"], params["head"], []
+    answer = lambda outputs: outputs @ head["kernel"] + head["bias"]
+    for x in features:
+        gates = gate_slowly(
+            (gate["kernel"] @ x + gate["bias"])[held], slot, active, gating
+        )
+        take = lambda e: jax.tree.map(lambda leaf: leaf[e], params["experts"]["moe"])
+        outputs = [run_mlp(take(e), x) for e in held]
+        beside = run_mlp(params["stem"]["shared"], x)
+        if mix == "outputs":
+            total = sum(g * o for g, o in zip(gates, outputs, strict=True))
+            found.append(answer(total + beside))
+        else:
+            own = [softmax(answer(o + beside)) for o in outputs]
+            found.append(np.log(sum(g * p for g, p in zip(gates, own, strict=True))))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("gating", ["chosen", "all", "sum"])
+@pytest.mark.parametrize("mix", ["outputs", "probabilities"])
+@pytest.mark.parametrize("slot", [[1, 1, 1, 0], [0, 1, 0, 0]])
+def test_apply_adds_the_shared_expert_once(mix, gating, slot):
+    model, held = make_image_model(shared_width=3), [4, 1, 0, 4]
+    params = draw_params(model)
+    found, _ = apply(model, params, held, slot, 2, mix=mix, gating=gating)
+    expected = share_slowly(params, held, np.array(slot, bool), 2, mix, gating)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_apply_trains_the_shared_expert_beside_experts_that_are_frozen():
+    model = make_image_model(shared_width=3)
+    params = draw_params(model)
+    first = {"priority": lambda gates: -jnp.arange(3.0), "budget": jnp.int32(1)}
+
+    def total(params):
+        return apply(model, params, [0, 1, 2], [1, 1, 1], 3, **first)[0].sum()
+
+    grads = jax.grad(total)(params)
+    moved = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+    assert moved(grads["stem"]["shared"]) > 1e-3
+    experts = grads["experts"]["moe"]
+    rows = [jax.tree.map(lambda leaf, e=e: leaf[e], experts) for e in range(3)]
+    assert moved(rows[0]) > 1e-3 and moved(rows[1:]) == 0
+
+
+def test_take_gate_stem_leaves_out_the_shared_expert():
+    parts = make_image_model(shared_width=3).parts
+    stem = {"kernel": 1, "shared": {"kernel": 2}}
+    assert take_gate_stem(parts, stem) == {"kernel": 1}
+    plain = make_image_model().parts
+    assert take_gate_stem(plain, stem) is take_gate_stem(None, stem) is stem
+
+
+# ---- what else there is
+
+
 def test_apply_of_one_expert_has_nothing_to_route():
     model = make_image_model(num_experts=1)
     params = draw_params(model)
@@ -162,7 +245,7 @@ def test_mix_probabilities_mixes_no_logits():
     model = SimpleNamespace(head=lambda params, outputs: params * outputs)
     outputs = jnp.log(jnp.array([[[0.99, 0.01], [0.2, 0.8]]]))
     gates = jnp.array([[0.25, 0.75]])
-    mixed = jax.nn.softmax(mix_probabilities(model, 1.0, outputs, gates))
+    mixed = jax.nn.softmax(mix_probabilities(model, 1.0, outputs, gates, None))
     np.testing.assert_allclose(mixed, [[0.3975, 0.6025]], rtol=1e-5)
-    other = jax.nn.softmax(mix_outputs(model, 1.0, outputs, gates))
+    other = jax.nn.softmax(mix_outputs(model, 1.0, outputs, gates, None))
     assert other[0, 0] > 0.5

@@ -17,6 +17,7 @@ from factories import (
     all_finite,
     assert_same,
     breakable,
+    make_program,
     plan_run,
     send_inputs,
     start,
@@ -43,6 +44,20 @@ pytestmark = pytest.mark.slow
 # These controls differ from the one of the total size in their width only.
 CASES = [(n, "global") for n in STRATEGIES if not n.endswith(("_active", "_smallest"))]
 CASES += [("greedy", "holder_rows"), ("greedy", "personal")]
+# One of each kind of forward pass, and of what becomes of the stem.
+WITH_SHARED = (
+    "greedy",
+    "hfedmoe",
+    "pfedmoe",
+    "fedmix",
+    "heterofl",
+    "local",
+    "scaffold",
+)
+WITH_SHARED += ("fedjets", "fedjets_frozen_stem", "fedmoe_da", "centralised")
+CASES += [(name, "shared") for name in WITH_SHARED]
+VARIANTS = {mode: {"gate.mode": mode} for mode in ("global", "holder_rows", "personal")}
+VARIANTS["shared"] = {"model.shared_width": 4}  # an expert that every client trains
 BROKEN = 3  # a client
 # These give clients more than they have room for; `needs` says so.
 BEYOND_CAPACITY = {"hfedmoe", "fedmix_all", "fedmoe", "fedmoe_da", "pfedmoe"}
@@ -78,7 +93,8 @@ def plan_cases():
     """The plan of every case, and the program that it shares as in a comparison."""
     groups, cases = {}, {}
     for case in CASES:
-        plan = plan_run(**dict(zip(("strategy", "gate.mode"), case, strict=True)))
+        strategy, variant = case
+        plan = plan_run(strategy=strategy, **VARIANTS[variant])
         groups.setdefault(program_key(plan), []).append((case, plan))
     for wave in map(make_wave, groups.values()):
         program = use_linear_model(wave.program)
@@ -115,9 +131,9 @@ def compile_chunk(program):
 
 
 @functools.cache
-def try_strategy(strategy, gate_mode):
+def try_strategy(strategy, variant):
     """The first chunk of rounds of a strategy, as its config makes it."""
-    plan, program = plan_cases()[strategy, gate_mode]
+    plan, program = plan_cases()[strategy, variant]
     sizes, mesh = program.sizes, program.mesh
     _, state, federation, hyper = start_run(plan, program, seed=0)
     # Expert 0 is the first choice of all clients under greedy, expert 3 of none.
@@ -134,9 +150,9 @@ def try_strategy(strategy, gate_mode):
     return trial._replace(state=state, metrics=jax.device_get(metrics), held=held)
 
 
-@pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
-def test_chunk_keeps_shapes_and_stays_finite(strategy, gate_mode):
-    parts, state, metrics, *_ = try_strategy(strategy, gate_mode)
+@pytest.mark.parametrize(("strategy", "variant"), CASES)
+def test_chunk_keeps_shapes_and_stays_finite(strategy, variant):
+    parts, state, metrics, *_ = try_strategy(strategy, variant)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(state) == shapes(parts.state)
     assert all_finite(state) and all_finite(metrics)
@@ -153,9 +169,9 @@ def test_chunk_keeps_shapes_and_stays_finite(strategy, gate_mode):
         assert min(moved) > 1e-5
 
 
-@pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
-def test_held_experts_fit_the_clients(strategy, gate_mode):
-    parts, state, _, held, _ = try_strategy(strategy, gate_mode)
+@pytest.mark.parametrize(("strategy", "variant"), CASES)
+def test_held_experts_fit_the_clients(strategy, variant):
+    parts, state, _, held, _ = try_strategy(strategy, variant)
     capacity = np.array(state.belief.capacity)
     sizes = parts.program.sizes
     assert set(capacity) == {1, 2} or sizes.num_experts == 1
@@ -167,9 +183,9 @@ def test_held_experts_fit_the_clients(strategy, gate_mode):
     assert (last[held[-1].any(1)] == held[-1][held[-1].any(1)]).all()
 
 
-@pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
-def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, gate_mode):
-    parts, state, metrics, held, _ = try_strategy(strategy, gate_mode)
+@pytest.mark.parametrize(("strategy", "variant"), CASES)
+def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
+    parts, state, metrics, held, _ = try_strategy(strategy, variant)
     params = state.params | parts.federation.frozen
     count = lambda part: count_bytes(params[part])
     sizes, record = parts.program.sizes, parts.program.strategy
@@ -232,6 +248,10 @@ BYTES_DOWN = {
 }
 
 
+# What a shared expert of 16 numbers adds to it; it travels with the stem.
+SHARED_BYTES = {"pfedmoe": 4 * 16, "scaffold": 2 * 4 * 16, "local": 0}
+
+
 @pytest.mark.parametrize("strategy", BYTES_DOWN)
 def test_bytes_of_a_first_round_by_hand(strategy):
     trial = try_strategy(strategy, "global")
@@ -239,9 +259,50 @@ def test_bytes_of_a_first_round_by_hand(strategy):
     assert trial.metrics["bytes_down"][0] == clients * BYTES_DOWN[strategy]
 
 
-@pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
-def test_a_saved_state_goes_on_alike_in_the_same_program(strategy, gate_mode, tmp_path):
-    trial = try_strategy(strategy, gate_mode)
+@pytest.mark.parametrize("strategy", SHARED_BYTES)
+def test_bytes_of_a_first_round_with_a_shared_expert_by_hand(strategy):
+    trial = try_strategy(strategy, "shared")
+    clients = trial.parts.program.sizes.cohort_size
+    expected = BYTES_DOWN[strategy] + SHARED_BYTES[strategy]
+    assert trial.metrics["bytes_down"][0] == clients * expected
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_pays_for_a_shared_expert_once(strategy):
+    """Of 4 hidden units between features of 8 and outputs of 4, as TINY has them."""
+    record, numbers = STRATEGIES[strategy], 8 * 4 + 4 + 4 * 4 + 4
+    plain, found = (
+        make_program(strategy=strategy, **{"model.shared_width": n}).costs
+        for n in (0, 4)
+    )
+    more = lambda name: getattr(found, name) - getattr(plain, name)
+    assert more("shared_bytes") == 4 * numbers and more("expert_bytes") == 0
+    stays = record.silent or "stem" in record.frozen
+    assert more("travel_bytes") == 4 * numbers * (not stays)
+    passes = 3 * 2 * (8 * 4 + 4 * 4)  # two products, forward and backward
+    assert passes <= more("shared_flops") < 1.2 * passes and more("expert_flops") == 0
+    frozen = more("shared_flops") if "stem" in record.frozen else 0
+    assert more("frozen_flops") == frozen
+
+
+def test_fedjets_trains_a_shared_expert_or_freezes_it_with_the_stem():
+    trained = try_strategy("fedjets", "shared")
+    assert set(trained.parts.federation.frozen["gate_stem"]) == {"kernel"}
+    kernel = lambda stem: np.array(stem["shared"]["kernel"])
+    before, after = trained.parts.state.params["stem"], trained.state.params["stem"]
+    assert np.abs(kernel(after) - kernel(before)).max() > 1e-5
+    frozen = try_strategy("fedjets_frozen_stem", "shared")
+    assert "stem" not in frozen.state.params
+    made = frozen.parts.federation.frozen["stem"]
+    assert np.abs(kernel(made) - kernel(before)).max() > 1e-6  # on the public slice
+    # The server trains the same network for both.
+    kept = trained.parts.federation.frozen["gate_stem"]["kernel"]
+    np.testing.assert_array_equal(made["kernel"], kept)
+
+
+@pytest.mark.parametrize(("strategy", "variant"), CASES)
+def test_a_saved_state_goes_on_alike_in_the_same_program(strategy, variant, tmp_path):
+    trial = try_strategy(strategy, variant)
     with checkpoint.open_checkpoints(tmp_path, 1) as store:
         checkpoint.save(store, R, trial.state)
     with checkpoint.open_checkpoints(tmp_path, 1) as store:
@@ -252,9 +313,9 @@ def test_a_saved_state_goes_on_alike_in_the_same_program(strategy, gate_mode, tm
     assert trial.chunk._cache_size() == 1
 
 
-@pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
-def test_a_broken_client_spoils_nothing(strategy, gate_mode):
-    trial = try_strategy(strategy, gate_mode)
+@pytest.mark.parametrize(("strategy", "variant"), CASES)
+def test_a_broken_client_spoils_nothing(strategy, variant):
+    trial = try_strategy(strategy, variant)
     parts, sizes = trial.parts, trial.parts.program.sizes
     broken = BROKEN % sizes.num_clients
     train = parts.federation.train
@@ -285,15 +346,15 @@ def test_personal_gates_change_for_the_cohort_only():
     np.testing.assert_array_equal(changed, took_part)
 
 
-@pytest.mark.parametrize("gate_mode", ["holder_rows", "global"])
-def test_gate_rows_of_unheld_experts(gate_mode):
-    parts, state, _, held, _ = try_strategy("greedy", gate_mode)
+@pytest.mark.parametrize("variant", ["holder_rows", "global"])
+def test_gate_rows_of_unheld_experts(variant):
+    parts, state, _, held, _ = try_strategy("greedy", variant)
     rows_held = held.any((0, 1))
     assert rows_held[0] and not rows_held[3]
     old, new = (s.params["gate"]["moe"]["kernel"] for s in (parts.state, state))
     changed = np.abs(new - old).max(1) > 0
     # Globally every row learns from the calibration loss of every client.
-    np.testing.assert_array_equal(changed, rows_held | (gate_mode == "global"))
+    np.testing.assert_array_equal(changed, rows_held | (variant == "global"))
 
 
 def test_experts_nobody_held_keep_their_values():
@@ -321,22 +382,20 @@ def answer_slowly(trial, client):
     seen = model.stem(params.get("gate_stem", params["stem"]), batch, None)
     logits = gate_logits(params["gate"]["moe"], seen)
     gates = route_all(logits, evaluation_route(program))
-    total = 0.0
+    shared = params["stem"].get("shared", {"kernel": jnp.zeros((4, 4))})
+    beside = model.head(params["head"], features @ shared["kernel"])
+    total, mixes = 0.0, program.strategy.mix == "probabilities"
     for expert in range(program.sizes.num_experts):
         one = jax.tree.map(lambda leaf, e=expert: leaf[e], params["experts"]["moe"])
         logits = model.head(params["head"], model.expert(one, features, None))
-        each = (
-            jax.nn.softmax(logits)
-            if program.strategy.mix == "probabilities"
-            else logits
-        )
+        each = jax.nn.softmax(logits + beside) if mixes else logits
         total = total + gates[:, expert, None] * each  # the head is linear
-    return np.array(total.argmax(1))
+    return np.array((total if mixes else total + beside).argmax(1))
 
 
-@pytest.mark.parametrize(("strategy", "gate_mode"), CASES)
-def test_evaluation_asks_every_clients_own_model(strategy, gate_mode):
-    trial = try_strategy(strategy, gate_mode)
+@pytest.mark.parametrize(("strategy", "variant"), CASES)
+def test_evaluation_asks_every_clients_own_model(strategy, variant):
+    trial = try_strategy(strategy, variant)
     program, data = trial.parts.program, trial.parts.federation
     found = evaluate_once(program)(trial.state, data, trial.parts.hyper)
     y = np.array(data.test["y"])

@@ -1,10 +1,19 @@
 """The dense controls: their sizes, what each changes, FedNova's factors."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import SIZES, make_config, sizes_of
+from factories import (
+    SIZES,
+    draw,
+    draw_params,
+    make_config,
+    make_image_model,
+    sizes_of,
+)
 
+from fedmoe_jax.base import Route
 from fedmoe_jax.optimizers import step_weights
 from fedmoe_jax.program import configure, make_hyper
 from fedmoe_jax.strategies import find_strategy
@@ -70,6 +79,37 @@ def test_normalise_steps_counts_how_often_a_gradient_is_used(momentum):
     np.testing.assert_allclose(scale, mean / used, rtol=1e-5)
     # With the same gradient everywhere nothing changes: every client goes as far.
     np.testing.assert_allclose(scale * used, mean, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_control_with_a_shared_expert_is_one_network_of_the_total_width():
+    """Two trained layers side by side are one, as wide as both together."""
+    config = make_config(strategy="fedavg_active", **{"model.shared_width": 3})
+    used = configure(config).model
+    assert (used.shared_width, used.expert_width) == (3, 2 * config.model.expert_width)
+    both = make_image_model(num_experts=1, shared_width=3, expert_width=8)
+    one = make_image_model(num_experts=1, expert_width=11)
+    params = jax.tree.map(np.asarray, draw_params(both))
+    stem = {name: tree for name, tree in params["stem"].items() if name != "shared"}
+    shared, routed = params["stem"]["shared"], params["experts"]["moe"]
+    join = lambda a, b, axis: np.concatenate([a[0], b], axis)[None]
+    hidden = {
+        "kernel": join(routed["Dense_1"]["kernel"], shared["Dense_1"]["kernel"], 1),
+        "bias": join(routed["Dense_1"]["bias"], shared["Dense_1"]["bias"], 0),
+    }
+    outputs = {
+        "kernel": join(routed["Dense_0"]["kernel"], shared["Dense_0"]["kernel"], 0),
+        "bias": routed["Dense_0"]["bias"] + shared["Dense_0"]["bias"][None],
+    }
+    wide = params | {"stem": stem}
+    wide["experts"] = {"moe": {"Dense_0": outputs, "Dense_1": hidden}}
+    slots = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    inputs = {"x": draw(5, 8, 8, 1)}, *slots, Route(1), None
+    found, expected = (
+        both.apply(params, {}, *inputs)[0],
+        one.apply(wide, {}, *inputs)[0],
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_smallest_control_needs_no_room():

@@ -52,8 +52,10 @@ def widen(experts, held):
 
 
 @pytest.mark.slow
-def test_the_sum_of_held_slices_is_a_dense_network_of_their_width():
-    model = make_image_model(num_experts=SLICES)
+@pytest.mark.parametrize("shared_width", [0, 5])
+def test_the_sum_of_held_slices_is_a_dense_network_of_their_width(shared_width):
+    """A shared expert is whole on every client, and outside the scaler."""
+    model = make_image_model(num_experts=SLICES, shared_width=shared_width)
     params = jax.tree.map(np.asarray, draw_params(model))
     batch = {"x": draw(4, 8, 8, 1)}
     features = np.asarray(model.parts.stem(params["stem"], batch, None))
@@ -66,6 +68,10 @@ def test_the_sum_of_held_slices_is_a_dense_network_of_their_width():
         hidden = np.maximum(features @ kernel + bias, 0)
         wide = (hidden @ out + shift) * SLICES / count  # the scaler
         head = params["head"]
+        if shared_width:
+            own = jax.tree.map(lambda leaf: leaf[None], params["stem"]["shared"])
+            kernel, bias, out, shift = widen(own, (0,))
+            wide = wide + np.maximum(features @ kernel + bias, 0) @ out + shift
         expected = wide @ head["kernel"] + head["bias"]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
         assert (np.asarray(routing.gates[0]) > 0).sum(1).tolist() == [count] * 4

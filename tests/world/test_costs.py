@@ -99,6 +99,27 @@ def test_count_costs_of_frozen_parts_apart():
     assert found.shared_bytes == whole.shared_bytes + 4 * 9
 
 
+def test_count_costs_of_a_shared_expert_with_its_stem():
+    stem = PARAMS["stem"] | {"shared": {"kernel": jnp.zeros((5, 7))}}  # 35 floats more
+    params, forward = PARAMS | {"stem": stem}, FORWARD | {"shared_expert": 11}
+    plain = count_costs(PARAMS, {}, FORWARD, PLAIN)
+    found = count_costs(params, {}, forward, PLAIN)
+    assert found == plain._replace(
+        stem_bytes=4 * 55,
+        travel_bytes=4 * (55 + 14 + 24),
+        shared_flops=3 * (7 + 11 + 3 + 1),
+        dense_flops=3 * (7 + 11 + 1 + 13),
+    )
+    rest = {part: tree for part, tree in params.items() if part != "stem"}
+    frozen = count_costs(rest, {"stem": stem}, forward, PLAIN)
+    assert frozen.frozen_flops == 3 * (7 + 11) and frozen.frozen_bytes == 4 * 55
+    # The gate's own stem has none: it costs what it costs without a shared expert.
+    gate_stem = {"gate_stem": PARAMS["stem"]}
+    beside = count_costs(params, gate_stem, forward, PLAIN)
+    assert beside.frozen_flops == 3 * 7 and beside.frozen_bytes == 4 * 20
+    assert beside.shared_flops == 3 * (7 + 11 + 3 + 1 + 7)
+
+
 def test_count_costs_of_a_frozen_stem_that_the_gate_alone_reads():
     """The second stem is held and run forward; the first is trained and travels."""
     whole = count_costs(PARAMS, {}, FORWARD, PLAIN)
