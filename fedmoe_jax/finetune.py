@@ -19,7 +19,7 @@ from fedmoe_jax.options import replace
 from fedmoe_jax.panel import choose_rows, gather_panel
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.scoring import find_participants, sum_scores
+from fedmoe_jax.scoring import divide_bits, find_participants, sum_scores
 from fedmoe_jax.sources import TEST_BATCH, read_examples, schedule_examples, take_test
 from fedmoe_jax.types import (
     Array,
@@ -63,7 +63,7 @@ def score_tuned(
     mix: Array,
     program: Program,
 ) -> Array:
-    """Values [V] of ONE client's sub-model on the test set weighted to its mix [L]."""
+    """Accuracy and bits of ONE client's sub-model on the test set, by its mix [L]."""
     source = take_test(federation)
     num_strata = len(mix)
     position = schedule_examples(len(source.group), TEST_BATCH, jnp.int32(0), 1)
@@ -84,7 +84,7 @@ def score_tuned(
     tested = jnp.where(total > 0, mix, 0.0)
     left = tested / jnp.maximum(tested.sum(), 1e-9)
     mix = jnp.where((total > 0).all(), mix, left)
-    return (right / jnp.maximum(total, 1.0)[None] * mix[None]).sum(axis=1)
+    return divide_bits((right / jnp.maximum(total, 1.0)[None] * mix[None]).sum(axis=1))
 
 
 def finetune_client(
@@ -97,7 +97,7 @@ def finetune_client(
     client_update: Callable[..., ClientUpdate],
     program: Program,
 ) -> Array:
-    """Values [V] of ONE client after the local round that it would train now."""
+    """Values of ONE client after the local round that it would train now."""
     federation, strategy = view.federation, program.strategy
     inputs = gather_input(state, view, client, program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
@@ -121,7 +121,7 @@ def build_finetune_share(
     Returns:
       A function whose result holds `personal_finetuned_accuracy` and
       `worst_decile_finetuned_accuracy` [], of at most `evaluation.clients` clients, and
-      their bits where the task has such. `client_values` [V, N] are the clients' of
+      their bits where the task has such. `client_values` [1 or 2, N] are those of
       `evaluate`.
     """
     client_update = build_client_update(program)

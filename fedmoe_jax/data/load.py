@@ -43,7 +43,24 @@ def load_dataset(options: ConfigDict) -> Data:
     data = DATASETS.get(name, load_prepared)(options)
     check_type(f"data.name={name!r} has a loader that", data, Data)
     check_data(name, data)
+    if "bytes" not in data.train:
+        refuse_tokenizer(options)
     return data
+
+
+def refuse_tokenizer(options: ConfigDict) -> None:
+    """Raises UserError where data without text of their own have a tokenizer."""
+    if options.tokenizer:
+        raise UserError(
+            f"data.tokenizer={options.tokenizer!r} is not allowed with data.name="
+            f"{options.name!r}, which has no text to encode; allowed: ''"
+        )
+
+
+def load_cifar10(options: ConfigDict) -> Data:
+    """Loads CIFAR-10, preparing it where it is absent; see `cifar10.load_cifar10`."""
+    refuse_tokenizer(options)  # before anything is downloaded
+    return cifar10.load_cifar10(options)
 
 
 def load_prepared(options: ConfigDict) -> Data:
@@ -62,8 +79,10 @@ def load_prepared(options: ConfigDict) -> Data:
         )
     features = read_features(source).values()
     shows = any("image" in feature for feature in features)
-    load = load_images if shows and not options.text_key else load_records
-    return load(source, options)
+    if not shows or options.text_key:
+        return load_records(source, options)
+    refuse_tokenizer(options)  # before anything is decoded
+    return load_images(source, options)
 
 
 def check_data(name: str, data: Data) -> None:
@@ -114,7 +133,7 @@ def is_ids(ids: Any) -> bool:
 DATASETS: dict[str, Callable[[ConfigDict], Data]] = {
     "digits": lambda options: load_digits(),
     "synthetic": lambda options: load_synthetic(),
-    "cifar10": cifar10.load_cifar10,
+    "cifar10": load_cifar10,
     "arrays": load_arrays,
     "text": load_text,
     "markov": load_markov,

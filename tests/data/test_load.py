@@ -36,6 +36,17 @@ def test_load_dataset_gives_the_same_arrays_every_time(name):
     assert first[4:] == again[4:]
 
 
+def test_load_dataset_refuses_a_tokenizer_without_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "load_cifar10", None)  # it is not reached
+    for name in ("digits", "synthetic", "markov", "cifar10"):
+        with pytest.raises(UserError) as error:
+            load_dataset(make_options(name=name, tokenizer="t.json"))
+        assert str(error.value) == (
+            f"data.tokenizer='t.json' is not allowed with data.name={name!r}, which "
+            "has no text to encode; allowed: ''"
+        )
+
+
 MISFITS = {
     "fewer strata": lambda data: {"stratum": data.stratum[1:]},
     "unknown stratum": lambda data: {"stratum": data.stratum + 1},

@@ -118,6 +118,12 @@ def change_features(root, **changes):
     path.write_text(json.dumps(tree))
 
 
+def test_load_dataset_of_images_refuses_a_tokenizer_before_it_decodes(root, capsys):
+    with pytest.raises(UserError, match="data.tokenizer='t.json' .* allowed: ''"):
+        load(root, label_key="fine", tokenizer="t.json")
+    assert capsys.readouterr().err == ""
+
+
 def test_load_dataset_says_which_keys_there_are(root):
     for label in ("", "image", "weight", "none"):
         with pytest.raises(UserError) as error:
