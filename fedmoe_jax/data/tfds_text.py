@@ -35,7 +35,7 @@ def load_records(source: Path, options: ConfigDict) -> Data:
         text, or with too little of it; a tokenizer that cannot be read, or whose text
         is not UTF-8.
     """
-    check_format(source, "prepare it again with file_format='array_record'")
+    check_format(source, options.name)
     key = choose_key(read_features(source), "data.text_key", options.text_key, "text")
     train, test = (b"\n".join(texts) for texts in read_splits(source, key))
     where = f"data.name={options.name!r}"
