@@ -68,11 +68,14 @@ class Scores(NamedTuple):
       loss: float32, what training minimises; nats for cross-entropies.
       score: float32 in [0, 1], 1 is best: 1 where a class is predicted right.
       weight: float32 >= 0, 0 for padding; None where every position counts alike.
+      bytes: float32 >= 0, bytes of text that the position stands for, by which bits are
+        divided; None for one each.
     """
 
     loss: Array
     score: Array
     weight: Array | None = None
+    bytes: Array | None = None
 
 
 class Task(NamedTuple):
@@ -87,8 +90,8 @@ class Task(NamedTuple):
       drifts: (name, (rows, amount []) -> rows) of every way in which rows can drift.
       add_prior: (outputs, log shares of the strata [L]) -> outputs, of outputs that are
         logits of the strata; None for others, which no label prior shifts.
-      bits: whether evaluation also gives the loss, in bits of a position, whose
-        `Scores.loss` then is a cross-entropy in nats.
+      bits: whether evaluation also gives the loss, in bits of a byte (of a position,
+        without `Scores.bytes`), whose `Scores.loss` then is a cross-entropy in nats.
     """
 
     statistics: Callable[[Data], PyTree]

@@ -38,6 +38,7 @@ from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS, spread
 from fedmoe_jax.scoring import (
     Examples,
+    divide_bits,
     join_frozen,
     score_parts,
     sum_strata,
@@ -189,7 +190,7 @@ def mean_values(name: str, values: Array, counted: Array) -> dict[str, Array]:
     Args:
       name: `{name}_accuracy` and `{name}_bits` are the means, if there are bits; the
         others are `worst_decile` and the name without `personal`.
-      values: [n, V].
+      values: [n, 1 or 2].
       counted: [n] bool.
     """
     worst = f"worst_decile_{name}".replace("_personal", "")
@@ -205,7 +206,7 @@ def mean_values(name: str, values: Array, counted: Array) -> dict[str, Array]:
 
 
 def name_values(name: str, values: Array) -> dict[str, Array]:
-    """`{name}_accuracy` and, if there are bits, `{name}_bits`, of values [V]."""
+    """`{name}_accuracy` and, if there are bits, `{name}_bits`, of values [1 or 2]."""
     kinds = ("accuracy", "bits")[: len(values)]
     return {f"{name}_{kind}": values[i] for i, kind in enumerate(kinds)}
 
@@ -231,7 +232,7 @@ def measure_priors(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
         drifts = panel.drifts[client][:, None, None]
         rows = jnp.where(drifts, counts["drifted_prior"], rows)
     share = panel.label_mix / jnp.maximum(counts["total"], 1.0)[None]
-    values = (rows * share[client][:, None]).sum(2)
+    values = divide_bits((rows * share[client][:, None]).sum(2))
     counted = jnp.broadcast_to(panel.counted, len(panel.label_mix))[client]
     return mean_values("personal_prior", values, counted)
 
@@ -244,10 +245,13 @@ def place_clients(accuracy: Array, panel: Panel, num_clients: int) -> Array:
 
 
 def measure_clients(counts: dict[str, Array], panel: Panel) -> Array:
-    """Values [n, V] of every client on its own mix; arguments as in `measure_means`."""
+    """Accuracy and bits [n, 1 or 2] of every client on its own mix.
+
+    Arguments as in `measure_means`.
+    """
     share = 1.0 / jnp.maximum(counts["total"], 1.0)
     personal = find_personal(counts, panel) * share[None, None]
-    return (personal * panel.label_mix[:, None]).sum(2)
+    return divide_bits((personal * panel.label_mix[:, None]).sum(2))
 
 
 def measure_means(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
@@ -260,8 +264,9 @@ def measure_means(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
     """
     values = measure_clients(counts, panel)
     counted = jnp.broadcast_to(panel.counted, len(values))
+    server = divide_bits(counts["global"].sum(1) / counts["total"].sum())
     return {
-        **name_values("global", counts["global"].sum(1) / counts["total"].sum()),
+        **name_values("global", server),
         **mean_values("personal", values, counted),
         "clients_counted": counted.sum(),
         **measure_priors(counts, panel),
@@ -293,11 +298,10 @@ def measure_strata(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
     share = jnp.where(counts["total"] > 0, 1.0 / counts["total"], jnp.nan)
     counted = jnp.broadcast_to(panel.counted, len(panel.label_mix))
     own = find_personal(counts, panel) * share[None, None]
+    own = average_strata(own, panel.label_mix, counted)
     return {
-        **name_values("stratum", counts["global"] * share[None]),
-        **name_values(
-            "personal_stratum", average_strata(own, panel.label_mix, counted)
-        ),
+        **name_values("stratum", divide_bits((counts["global"] * share[None]).T).T),
+        **name_values("personal_stratum", divide_bits(own.T).T),
     }
 
 
@@ -352,14 +356,14 @@ def summarise_validation(counts: dict[str, Array], panel: Panel) -> dict[str, Ar
 def summarise_unseen(counts: dict[str, Array]) -> dict[str, Array]:
     """The accuracies of clients [U] that never take part."""
     values = counts["global"] / jnp.maximum(counts["total"], 1.0)[None]
-    return mean_values("unseen", values.T, counts["total"] > 0)
+    return mean_values("unseen", divide_bits(values.T), counts["total"] > 0)
 
 
 def summarise_own_tests(counts: dict[str, Array], counted: Array) -> dict[str, Array]:
     """The accuracies of clients [n] on their own test sets, of those that have one."""
     values = counts["right"] / jnp.maximum(counts["total"], 1.0)[None]
     counted &= counts["total"] > 0
-    found = mean_values("own_test", values.T, counted)
+    found = mean_values("own_test", divide_bits(values.T), counted)
     return found | {"own_test_clients": counted.sum()}
 
 

@@ -179,6 +179,12 @@ OPTIONS: tuple[Option, ...] = (
         NON_NEGATIVE,
         "text that each client trains on, from its start; 0: all but the last tenth",
     ),
+    Option(
+        "data.tokenizer",
+        None,
+        "file tokenizer.json of the package tokenizers, for text; empty: its bytes are "
+        "the tokens",
+    ),
     Option("data.image_key", None, "TFDS feature of the images; empty: the only one"),
     Option("data.label_key", None, "TFDS feature of the labels; empty: the only one"),
     Option("data.text_key", None, "TFDS feature of the text; empty: the only one"),

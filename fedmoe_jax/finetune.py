@@ -24,7 +24,7 @@ from fedmoe_jax.options import replace
 from fedmoe_jax.panel import choose_rows, gather_panel
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.scoring import find_participants, sum_scores
+from fedmoe_jax.scoring import divide_bits, find_participants, sum_scores
 from fedmoe_jax.sources import TEST_BATCH, read_examples, schedule_examples, take_test
 from fedmoe_jax.types import (
     Array,
@@ -71,7 +71,8 @@ def score_tuned(
     """Values of ONE client's sub-model on the test set.
 
     Returns:
-      [V], weighted to its mix [L], and [V, L] in each stratum.
+      Accuracy and bits [1 or 2], weighted to its mix [L], and sums [V, L] in each
+      stratum by its weight.
     """
     source = take_test(federation)
     num_strata = len(mix)
@@ -94,7 +95,7 @@ def score_tuned(
     left = tested / jnp.maximum(tested.sum(), 1e-9)
     mix = jnp.where((total > 0).all(), mix, left)
     values = right / jnp.maximum(total, 1.0)[None]
-    return (values * mix[None]).sum(axis=1), values
+    return divide_bits((values * mix[None]).sum(axis=1)), values
 
 
 def finetune_client(
@@ -136,8 +137,7 @@ def build_finetune_share(
       A function whose result holds `personal_finetuned_accuracy` and
       `worst_decile_finetuned_accuracy` [] and `finetuned_stratum_accuracy` [L], of at
       most `evaluation.clients` clients, in strata of those that hold experts, and their
-      bits where the task has such.
-      `client_values` [V, N] are the clients' of `evaluate`.
+      bits where the task has such. `client_values` [1 or 2, N] are those of `evaluate`.
     """
     client_update = build_client_update(program)
 
@@ -173,6 +173,6 @@ def build_finetune_share(
         mix, counted = panel.label_mix[row], panel.counted[row]
         strata = average_strata(by_stratum, mix, counted & served)
         means = mean_values("personal_finetuned", values, counted)
-        return means | name_values("finetuned_stratum", strata)
+        return means | name_values("finetuned_stratum", divide_bits(strata.T).T)
 
     return finetune_share

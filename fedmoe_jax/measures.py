@@ -167,12 +167,12 @@ MEASURES: dict[str, Measure] = {
     "final_global_bits": BITS._replace(
         field="global_bits",
         title="Global, bits",
-        about="cross-entropy of a token (a byte, of text) in bits, top-A routing over "
-        "all experts, on the whole test set",
+        about="cross-entropy of a byte of text (a letter of markov) in bits, whatever "
+        "its tokens are, top-A routing over all experts, on the whole test set",
         printed=True,
         curve=Curve(
             "Global loss (bits)",
-            "Bits of a token of the whole test set with all experts; less is better. A "
+            "Bits of a byte of the whole test set with all experts; less is better. A "
             "gate that sends tokens to experts that do not know them costs bits here, "
             "and none where clients use their own experts.",
             costs=True,
@@ -186,7 +186,7 @@ MEASURES: dict[str, Measure] = {
         printed=True,
         curve=Curve(
             "Personal loss (bits)",
-            "Bits of a token with each client's own experts, on its own mix of the "
+            "Bits of a byte with each client's own experts, on its own mix of the "
             "test set; less is better.",
             costs=True,
         ),

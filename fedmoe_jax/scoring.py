@@ -141,14 +141,29 @@ def sum_strata(values: Array, scores: Scores, stratum: Array) -> Array:
 
 
 def list_values(scores: Scores, program: Program) -> list[Array]:
-    """The V values of every position: its score and, of some tasks, its bits."""
-    bits = [scores.loss / math.log(2)] if program.task.bits else []
-    return [scores.score, *bits]
+    """The V values of every position: score and, of some tasks, bits, and bytes."""
+    if not program.task.bits:
+        return [scores.score]
+    bytes_ = [] if scores.bytes is None else [scores.bytes]
+    return [scores.score, scores.loss / math.log(2), *bytes_]
 
 
 def count_values(program: Program) -> int:
     """V, see `list_values`."""
-    return 2 if program.task.bits else 1
+    return len(jax.eval_shape(lambda s: list_values(s, program), program.scores))
+
+
+def divide_bits(values: Array) -> Array:
+    """Means of accuracy and, if there are such, of bits, which are those of a byte.
+
+    Args:
+      values: [..., V], means over positions; with three the second is divided by the
+        third, the mean bytes of a position.
+    """
+    if values.shape[-1] < 3:
+        return values
+    accuracy, bits, bytes_ = jnp.moveaxis(values, -1, 0)
+    return jnp.stack([accuracy, bits / jnp.maximum(bytes_, 1e-6)], axis=-1)
 
 
 def sum_values(scores: Scores, examples: Examples, program: Program) -> Array:

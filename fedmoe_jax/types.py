@@ -18,7 +18,7 @@ Axis letters, used in every docstring, comment and einsum of this package:
 | L | strata of the data: label classes, topics |
 | R | rounds in one compiled chunk |
 | S | runs of a sweep |
-| V | values of a score in evaluation: accuracy and, of some tasks, bits |
+| V | values of a score in evaluation: accuracy and, of some tasks, bits, and bytes |
 | X | examples of a data set |
 
 Words: `mask` is bool, `weight` >= 0, `size` counts examples, `load` counts examples

@@ -194,6 +194,30 @@ def make_options(**changes):
     return options
 
 
+def train_tokenizer(text, size=300):
+    """Byte pairs of a text, which encode every text without loss."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    return tokenizer
+
+
+def write_tokenizer(folder, tokenizer):
+    """The path of a tokenizer's file."""
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return str(path)
+
+
 def tiny_config(**changes):
     config = default.get_config("smoke")
     config.update_from_flattened_dict(TINY | changes)

@@ -20,6 +20,7 @@ CHECKED_ELSEWHERE = {
     "data.image_key",
     "data.label_key",
     "data.text_key",
+    "data.tokenizer",
     "evaluation.targets",
     "evaluation.baseline",
     "devices.tiers",

@@ -13,7 +13,10 @@ from fedmoe_jax.scoring import (
     Encoded,
     Examples,
     Models,
+    count_values,
+    divide_bits,
     find_needed,
+    list_values,
     read_answers,
     score_mixture,
     sum_strata,
@@ -48,6 +51,27 @@ def test_sum_strata_by_hand(shape, weight, expected):
     stratum = make_examples([0, 0, 1]).stratum
     found = sum_strata(values, Scores(values, values, weight), stratum)
     assert found.tolist() == expected
+
+
+def test_divide_bits_gives_those_of_a_byte():
+    values = jnp.array([[0.5, 6.0, 4.0], [0.25, 3.0, 0.0]])
+    found = divide_bits(values)
+    assert found[0].tolist() == [0.5, 1.5] and found[1, 0] == 0.25
+    for fewer in (values[:, :1], values[:, :2], values[0, :2]):
+        assert divide_bits(fewer) is fewer
+
+
+def test_list_values_by_hand():
+    one, two = jnp.ones(2), 2 * jnp.ones(2)
+    texts = PROGRAM._replace(task=PROGRAM.task._replace(bits=True))
+    for program, scores, expected in (
+        (PROGRAM, Scores(one, two, bytes=one), [2.0]),
+        (texts, Scores(jnp.log(4.0) * one, one), [1.0, 2.0]),
+        (texts, Scores(jnp.log(4.0) * one, one, bytes=3 * one), [1.0, 2.0, 3.0]),
+    ):
+        found = [float(each[0]) for each in list_values(scores, program)]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert count_values(program._replace(scores=scores)) == len(expected)
 
 
 def test_score_mixture_by_hand():

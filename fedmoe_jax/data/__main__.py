@@ -1,8 +1,8 @@
-"""`python -m fedmoe_jax.data` prepares CIFAR-10, see `load`."""
+"""`python -m fedmoe_jax.data NAME` prepares a data set of TFDS, see `prepare`."""
 
 from absl import app
 
-from fedmoe_jax.data.load import define_flags, main
+from fedmoe_jax.data.prepare import define_flags, main
 
 if __name__ == "__main__":
     define_flags()

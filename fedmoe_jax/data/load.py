@@ -1,32 +1,23 @@
-"""Data sets as NumPy arrays, by name.
+"""Data sets as NumPy arrays, by name."""
 
-    python -m fedmoe_jax.data --data_dir=DIR [--manual_dir=DIR]
-
-prepares CIFAR-10 for TFDS in array_record form, without TensorFlow. `--manual_dir`
-is a folder that holds `cifar-10-binary.tar.gz` fetched by hand.
-"""
-
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data import cifar10
 from fedmoe_jax.data.arrays import load_arrays
 from fedmoe_jax.data.digits import load_digits
 from fedmoe_jax.data.folders import resolve_data_dir
 from fedmoe_jax.data.markov import load_markov
+from fedmoe_jax.data.prepare import prepare
 from fedmoe_jax.data.synthetic import load_synthetic
 from fedmoe_jax.data.text import load_text
-from fedmoe_jax.data.tfds import find_source, load_images, read_features
+from fedmoe_jax.data.tfds import COMMAND, find_source, load_images, read_features
 from fedmoe_jax.data.tfds_text import load_records
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.options import UserError, show
-from fedmoe_jax.runtime.folders import resolve_folder
 
 
 def load_dataset(options: ConfigDict) -> Data:
@@ -43,7 +34,29 @@ def load_dataset(options: ConfigDict) -> Data:
     data = DATASETS.get(name, load_prepared)(options)
     check_type(f"data.name={name!r} has a loader that", data, Data)
     check_data(name, data)
+    if "bytes" not in data.train:
+        refuse_tokenizer(options)
     return data
+
+
+def refuse_tokenizer(options: ConfigDict) -> None:
+    """Raises UserError where data without text of their own have a tokenizer."""
+    if options.tokenizer:
+        raise UserError(
+            f"data.tokenizer={options.tokenizer!r} is not allowed with data.name="
+            f"{options.name!r}, which has no text to encode; allowed: ''"
+        )
+
+
+def load_cifar10(options: ConfigDict) -> Data:
+    """Loads CIFAR-10 in its original order, preparing it where it is absent.
+
+    Raises:
+      UserError: absent and not to be had, prepared as TFRECORD, or damaged.
+    """
+    refuse_tokenizer(options)  # before anything is downloaded
+    source = prepare("cifar10", resolve_data_dir(options.dir))
+    return load_images(source, options)
 
 
 def load_prepared(options: ConfigDict) -> Data:
@@ -57,13 +70,15 @@ def load_prepared(options: ConfigDict) -> Data:
     if source is None:
         raise UserError(
             f"data.name={show(options.name)} is not in {data_dir}; allowed: "
-            f"{', '.join(DATASETS)}, or a data set that TFDS has prepared there in "
-            "array_record form"
+            f"{', '.join(DATASETS)}, or a data set of TFDS that '{COMMAND} NAME "
+            f"--data_dir={data_dir}' has prepared"
         )
     features = read_features(source).values()
     shows = any("image" in feature for feature in features)
-    load = load_images if shows and not options.text_key else load_records
-    return load(source, options)
+    if not shows or options.text_key:
+        return load_records(source, options)
+    refuse_tokenizer(options)  # before anything is decoded
+    return load_images(source, options)
 
 
 def check_data(name: str, data: Data) -> None:
@@ -114,32 +129,8 @@ def is_ids(ids: Any) -> bool:
 DATASETS: dict[str, Callable[[ConfigDict], Data]] = {
     "digits": lambda options: load_digits(),
     "synthetic": lambda options: load_synthetic(),
-    "cifar10": cifar10.load_cifar10,
+    "cifar10": load_cifar10,
     "arrays": load_arrays,
     "text": load_text,
     "markov": load_markov,
 }
-
-
-def main(argv: list[str]) -> None:
-    """Prepares CIFAR-10 from the flags; exit code 2 on a mistake."""
-    del argv
-    try:
-        data_dir, manual = resolve_data_dir(flags.FLAGS.data_dir), ""
-        if flags.FLAGS.manual_dir:
-            manual = str(resolve_folder("manual_dir", flags.FLAGS.manual_dir))
-        folder = cifar10.prepare_cifar10(data_dir, manual)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    print(f"CIFAR-10 is ready in {folder}; use it with TFDS_DATA_DIR={data_dir}")
-
-
-def define_flags() -> None:
-    """Defines the flags of `main`; importing this module must add none to a program."""
-    flags.DEFINE_string(
-        "data_dir", "", "TFDS folder; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets"
-    )
-    flags.DEFINE_string(
-        "manual_dir", "", "folder with cifar-10-binary.tar.gz; empty: download it"
-    )

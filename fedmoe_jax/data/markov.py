@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
+from fedmoe_jax.data.tokens import Tokens
 from fedmoe_jax.data.windows import Document, make_text
 
 LANGUAGES = 4
@@ -71,5 +72,6 @@ def load_markov(options: ConfigDict) -> Data:
             text = write_text(transitions, TRAIN + TEST, rng)
             name = f"language{number}"
             client = f"{name} writer{writer}"
-            documents.append(Document(client, name, text[:TRAIN], text[TRAIN:]))
+            parts = Tokens(text[:TRAIN]), Tokens(text[TRAIN:])
+            documents.append(Document(client, name, *parts))
     return make_text(documents, options.length, LETTERS, "data.name='markov'")

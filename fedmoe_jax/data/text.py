@@ -1,20 +1,19 @@
-"""Folders of text: a client is a file, a folder or a speaker; tokens are bytes."""
+"""Folders of text: a client is a file, a folder or a speaker."""
 
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
+from fedmoe_jax.data.tokens import Coder, load_coder
 from fedmoe_jax.data.windows import Document, make_text
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import brief
 from fedmoe_jax.runtime.folders import resolve_folder
 
-BYTES = 256
 HEADING = re.compile(rb"^([^\n:]{1,60}):[ \t\r]*$", re.M)  # of a speech
 TEST_SHARE = 0.1  # of each client's text, its end
 KILO = 1000
@@ -28,12 +27,13 @@ def load_text(options: ConfigDict) -> Data:
     on the same.
 
     Args:
-      options: the config's group `data`: `dir`, `client` (see `CLIENTS`), `length` and
-        `kilobytes`.
+      options: the config's group `data`: `dir`, `client` (see `CLIENTS`), `length`,
+        `kilobytes` and `tokenizer`.
 
     Raises:
-      UserError: no folder, no files, files that cannot be read or hold nothing, or
-        windows that are longer than any client's text.
+      UserError: no folder, no files, files that cannot be read or hold nothing, windows
+        that are longer than any client's text, a tokenizer that cannot be read, or one
+        with a file that is not UTF-8.
     """
     if not options.dir:
         raise UserError(
@@ -41,8 +41,11 @@ def load_text(options: ConfigDict) -> Data:
             ".txt files"
         )
     folder = resolve_folder("data.dir", options.dir)
-    texts = CLIENTS[options.client](read_files(folder), folder)
-    return divide(texts, options, f"data.dir={str(folder)!r}")
+    coder, files = load_coder(options), read_files(folder)
+    for name, text in files.items():
+        coder.check(text, str(folder / name))
+    texts = CLIENTS[options.client](files, folder)
+    return divide(texts, coder, options, f"data.dir={str(folder)!r}")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -128,32 +131,37 @@ def list_speeches(text: bytes) -> Iterator[tuple[str, bytes]]:
 CLIENTS = {"file": list_files, "folder": list_folders, "speaker": list_speakers}
 
 
-def divide(texts: list[Text], options: ConfigDict, where: str) -> Data:
+def divide(texts: list[Text], coder: Coder, options: ConfigDict, where: str) -> Data:
     """`Data` of the texts; clients too short for a test window are left out."""
-    documents, short = [], 0
-    for client, stratum, text in texts:
-        tokens = np.frombuffer(text, np.uint8)
-        start = len(tokens) - round(TEST_SHARE * len(tokens))
-        kept = tokens[: min(start, KILO * options.kilobytes or start)]
-        if len(tokens) - start > options.length and len(kept) > options.length:
-            documents.append(Document(client, stratum, kept, tokens[start:]))
-        else:
-            short += 1
-    if documents and short:
+    documents = [encode_parts(each, coder, options.kilobytes) for each in texts]
+    counts = [(len(each.train.ids), len(each.test.ids)) for each in documents]
+    enough = [min(count) > options.length for count in counts]
+    kept = [each for each, long in zip(documents, enough, strict=True) if long]
+    if kept and len(kept) < len(texts):
         print(
-            f"{short} of {len(texts)} clients have too little text for a window of "
-            f"{options.length} to train on and one to test, and are left out",
+            f"{len(texts) - len(kept)} of {len(texts)} clients have too little text "
+            f"for a window of {options.length} to train on and one to test, and are "
+            "left out",
             file=sys.stderr,
         )
-    if not documents:
-        longest = max(len(text) for *_, text in texts)
-        if options.kilobytes and round(TEST_SHARE * longest) > options.length:
+    if not kept:
+        tested = max(test for _, test in counts)
+        if options.kilobytes and tested > options.length:
             raise UserError(
                 f"data.kilobytes={options.kilobytes} is not allowed with data.length="
                 f"{options.length}; allowed: 0, or more than a window"
             )
         raise UserError(
             f"data.length={options.length} is not allowed with {where}, whose longest "
-            f"client has {longest} bytes; allowed: less than a tenth of them"
+            f"client has {tested} tokens to test on; allowed: less"
         )
-    return make_text(documents, options.length, BYTES, where)
+    return make_text(kept, options.length, coder.vocabulary, where)
+
+
+def encode_parts(text: Text, coder: Coder, kilobytes: int) -> Document:
+    """The tokens that one client trains and is tested on, see `load_text`."""
+    client, stratum, whole = text
+    start = coder.cut(whole, len(whole) - round(TEST_SHARE * len(whole)))
+    end = coder.cut(whole, min(start, KILO * kilobytes or start))
+    parts = coder.encode(whole[:end]), coder.encode(whole[start:])
+    return Document(client, stratum, *parts)

@@ -24,6 +24,7 @@ from fedmoe_jax.options import UserError
 ARRAYS = ("train_x", "train_y", "test_x", "test_y", "label_names")
 SPLITS = ("train", "test")
 DECODE_BATCH = 1000  # images
+COMMAND = "python -m fedmoe_jax.data"  # which prepares data sets
 ID = "id"  # a text feature by which examples are sorted, where a data set has it
 INFO = "dataset_info.json"
 NAME = re.compile(r"\w+(/[\w.+-]+)?")  # of a data set and its config
@@ -49,12 +50,16 @@ def find_source(data_dir: Path, name: str) -> Path | None:
     return max(found, key=version, default=None)
 
 
-def check_format(source: Path, advice: str) -> None:
+def check_format(source: Path, name: str) -> None:
     """Refuses TFRECORD, which cannot be read without TensorFlow.
 
+    Args:
+      source: folder of the records.
+      name: of the data set.
+
     Raises:
-      UserError: the records have another form than array_record, with the advice, or
-        their form cannot be told.
+      UserError: the records have another form than array_record, or their form cannot
+        be told.
     """
     try:
         info = json.loads((source / INFO).read_text())
@@ -65,8 +70,11 @@ def check_format(source: Path, advice: str) -> None:
             f"{source} and prepare it again"
         ) from error
     if form != "array_record":
+        beside = source.parents[1 + name.count("/")] / "array_record"
         raise UserError(
-            f"data.dir: {source} holds {form} files, allowed: array_record; {advice}"
+            f"data.dir: {source} holds {form} files, allowed: array_record; run "
+            f"'{COMMAND} {name} --data_dir={beside}', then set data.dir or "
+            f"TFDS_DATA_DIR to {beside}"
         )
 
 
@@ -134,7 +142,7 @@ def load_images(source: Path, options: ConfigDict) -> Data:
       UserError: in another file format, damaged, without a split `train` or `test`, or
         without one image of fixed size and one label.
     """
-    check_format(source, "prepare it again with file_format='array_record'")
+    check_format(source, options.name)
     features = read_features(source)
     keys = [
         choose_key(features, f"data.{kind}_key", options[f"{kind}_key"], kind)

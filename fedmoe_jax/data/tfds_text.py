@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.text import BYTES, KILO, divide, list_speakers
+from fedmoe_jax.data.text import KILO, divide, list_speakers
 from fedmoe_jax.data.tfds import (
     SPLITS,
     check_format,
@@ -14,6 +13,7 @@ from fedmoe_jax.data.tfds import (
     open_records,
     read_features,
 )
+from fedmoe_jax.data.tokens import load_coder
 from fedmoe_jax.data.windows import Document, make_text
 from fedmoe_jax.options import UserError
 
@@ -27,13 +27,15 @@ def load_records(source: Path, options: ConfigDict) -> Data:
 
     Args:
       source: folder of the records.
-      options: the group `data`, with `text_key`, empty for the only text.
+      options: the group `data`, with `tokenizer`, and `text_key`, empty for the only
+        text.
 
     Raises:
       UserError: in another file format, damaged, without a split `train` or `test` or
-        text, or with too little of it.
+        text, or with too little of it; a tokenizer that cannot be read, or whose text
+        is not UTF-8.
     """
-    check_format(source, "prepare it again with file_format='array_record'")
+    check_format(source, options.name)
     key = choose_key(read_features(source), "data.text_key", options.text_key, "text")
     train, test = (b"\n".join(texts) for texts in read_splits(source, key))
     where = f"data.name={options.name!r}"
@@ -41,12 +43,15 @@ def load_records(source: Path, options: ConfigDict) -> Data:
         raise UserError(
             f"data.client='folder' is not allowed with {where}; allowed: file, speaker"
         )
+    coder = load_coder(options)
+    for text in (train, test):
+        coder.check(text, where)
     if options.client == "speaker":
-        return divide(list_speakers({"train": train}, source), options, where)
-    train = train[: KILO * options.kilobytes or None]
-    tokens = [np.frombuffer(text, np.uint8) for text in (train, test)]
+        return divide(list_speakers({"train": train}, source), coder, options, where)
+    train = train[: coder.cut(train, KILO * options.kilobytes or len(train))]
+    tokens = coder.encode(train), coder.encode(test)
     document = Document(options.name, options.name, *tokens)
-    data = make_text([document], options.length, BYTES, where)
+    data = make_text([document], options.length, coder.vocabulary, where)
     return data._replace(owner=None, test_owner=None)
 
 

@@ -1,11 +1,13 @@
 """Text as windows of tokens: what a client trains on, and what it is tested on."""
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fedmoe_jax.base import Data
+from fedmoe_jax.data.tokens import Tokens
 from fedmoe_jax.options import UserError
 
 
@@ -15,21 +17,21 @@ class Document(NamedTuple):
     Attributes:
       client: its name.
       stratum: its language, topic or whatever else the partition skews.
-      train: [n] tokens.
-      test: [m] tokens.
+      train: n tokens.
+      test: m tokens.
     """
 
     client: str
     stratum: str
-    train: np.ndarray
-    test: np.ndarray
+    train: Tokens
+    test: Tokens
 
 
 def cut_windows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Windows that share their first and last token, so that each is a target once.
 
     Args:
-      tokens: [n] int, n >= 2.
+      tokens: [n] int, n >= 2, or one number of each.
       length: P, targets of a window.
 
     Returns:
@@ -44,16 +46,37 @@ def cut_windows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def join_windows(
-    texts: Sequence[np.ndarray], length: int
+    texts: Sequence[Tokens], length: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The windows of several texts, `tokens` and `length`, and each one's text [X]."""
-    cut = [cut_windows(text, length) for text in texts if len(text) > 1]
-    places = [place for place, text in enumerate(texts) if len(text) > 1]
+    """The windows of several texts, and each one's text [X].
+
+    They are `tokens` and `length` and, where tokens are not one byte each, the `bytes`
+    [X, P + 1] int32 of every token.
+    """
+    cut = [cut_windows(text.ids, length) for text in texts if len(text.ids) > 1]
+    places = [place for place, text in enumerate(texts) if len(text.ids) > 1]
     rows = {
         "tokens": np.concatenate([tokens for tokens, _ in cut]),
         "length": np.concatenate([sizes for _, sizes in cut]),
     }
+    sizes = [text.bytes for text in texts if text.bytes is not None]
+    if sizes:
+        windows = [cut_windows(each, length)[0] for each in sizes if len(each) > 1]
+        rows["bytes"] = np.concatenate(windows).astype(np.int32)
     return rows, np.repeat(places, [len(sizes) for _, sizes in cut])
+
+
+def note_losses(documents: Sequence[Document]) -> None:
+    """Says so where letters of texts are lost: their bits are of less than the text."""
+    texts = [text for each in documents for text in (each.train, each.test)]
+    lost = sum(not text.exact for text in texts)
+    if lost:
+        print(
+            f"warning: {lost} of {len(texts)} texts cannot be read from their tokens "
+            "(unknown words, lower case, ...), so that their bits of a byte are too "
+            "low",
+            file=sys.stderr,
+        )
 
 
 def make_text(
@@ -70,18 +93,20 @@ def make_text(
     Raises:
       UserError: no client has a window's text to train on, or one has no text.
     """
-    longest = max((len(each.train) for each in documents), default=0)
+    longest = max((len(each.train.ids) for each in documents), default=0)
     if longest <= length:
         raise UserError(
             f"data.length={length} is not allowed with {where}, whose longest client "
             f"has {longest} tokens to train on; allowed: 1 to {max(longest - 1, 1)}"
         )
     for each in documents:
-        if min(len(each.train), len(each.test)) < 2:
+        counts = len(each.train.ids), len(each.test.ids)
+        if min(counts) < 2:
             raise UserError(
-                f"{where} has the client {each.client!r} with {len(each.train)} tokens "
-                f"to train on and {len(each.test)} to test; allowed: at least 2 of both"
+                f"{where} has the client {each.client!r} with {counts[0]} tokens to "
+                f"train on and {counts[1]} to test; allowed: at least 2 of both"
             )
+    note_losses(documents)
     names = tuple(dict.fromkeys(each.stratum for each in documents))
     stratum = np.array([names.index(each.stratum) for each in documents], np.int32)
     train, owner = join_windows([each.train for each in documents], length)

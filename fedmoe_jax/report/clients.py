@@ -13,7 +13,7 @@ from fedmoe_jax.report.runs import Run, name_folders, varied_fields
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
 FIELDS = ("client", "tier", "capacity", "participation", "num_examples", "accuracy")
-BITS = "bits"  # of a token, a further field of runs on text
+BITS = "bits"  # of a byte of text, a further field of runs on text
 
 
 class Clients(NamedTuple):
@@ -22,7 +22,7 @@ class Clients(NamedTuple):
     Attributes:
       accuracy: float in [0, 1] of the last evaluation, each client's experts on its own
         classes; NaN for a client without examples or a model, and in files without it.
-      bits: float, of a token in the same evaluation; empty where the task has none.
+      bits: float, of a byte in the same evaluation; empty where the task has none.
       num_examples: int, of its own.
       capacity: int, experts that its device can hold; empty where all data lie in one
         place, and no client has a device.

@@ -70,7 +70,8 @@ SUMMARY = {
     **dict.fromkeys(("idle", "reads"), TEXTS._replace(needed=False)),
     **dict.fromkeys(("made_by", "overwrites"), OBJECT._replace(needed=False)),
     **dict.fromkeys(
-        ("wall_seconds", "owners_per_example"), NUMBER._replace(needed=False)
+        ("wall_seconds", "owners_per_example", "bytes_per_token"),
+        NUMBER._replace(needed=False),
     ),
 }
 FLOAT, INTEGER, NAMES = "f", "iu", "U"  # kinds of dtypes

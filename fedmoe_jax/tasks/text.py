@@ -46,16 +46,20 @@ def prepare(rows: PyTree, statistics: PyTree) -> PyTree:
 
     Returns:
       `tokens` and `target` [B, P] int32, each target the token after; `weight` [B, P]
-      float32, 1 for targets within the window's `length`.
+      float32, 1 for targets within the window's `length`; where rows have the `bytes`
+      [B, P + 1] of their tokens, `bytes` [B, P] float32 of the targets.
     """
     del statistics
     windows = rows["tokens"].astype(jnp.int32)
     place = jnp.arange(1, windows.shape[1])
-    return {
+    batch = {
         "tokens": windows[:, :-1],
         "target": windows[:, 1:],
         "weight": (place[None] < rows["length"][:, None]).astype(jnp.float32),
     }
+    if "bytes" in rows:
+        batch["bytes"] = rows["bytes"][:, 1:].astype(jnp.float32)
+    return batch
 
 
 def score_tokens(logits: Array, batch: PyTree) -> Scores:
@@ -63,7 +67,7 @@ def score_tokens(logits: Array, batch: PyTree) -> Scores:
     target = batch["target"]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     right = (logits.argmax(-1) == target).astype(jnp.float32)
-    return Scores(loss, right, batch["weight"])
+    return Scores(loss, right, batch["weight"], batch.get("bytes"))
 
 
 TEXT = Task(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from fedmoe_jax.base import Data
 from fedmoe_jax.capacity import Belief
 from fedmoe_jax.config import list_idle_fields
 from fedmoe_jax.evaluate import build_evaluate_share
@@ -301,6 +302,14 @@ def summarise_owners(config: ConfigDict, partition: Partition) -> dict[str, floa
     return {"owners_per_example": float(partition.size.sum() / owned)}
 
 
+def summarise_tokens(data: Data) -> dict[str, float]:
+    """`bytes_per_token` of the test text, where tokens are not one byte each."""
+    if "bytes" not in data.test:
+        return {}
+    sizes, length = data.test["bytes"][:, 1:], data.test["length"]
+    return {"bytes_per_token": float(sizes.sum() / (length - 1).sum())}
+
+
 def finish(
     plan: Plan,
     workdir: Path,
@@ -321,6 +330,7 @@ def finish(
         "overwrites": find_overwritten(config),
         "idle": sorted(set().union(*list_idle_fields(config))),
         **summarise_owners(config, plan.partition),
+        **summarise_tokens(plan.data),
         **make_summary(rows, spent, MEASURES, config.evaluation.targets),
         **summarise_origins(workdir),
         "measures": pack_measures(MEASURES),

@@ -264,7 +264,7 @@ def _shown(row: Row, pace: float, total: int) -> dict[str, Any]:
 
 
 def _score(row: Row, name: str) -> str:
-    """Bits of a token, where a task has such, else the accuracy."""
+    """Bits of a byte, where a task has such, else the accuracy."""
     bits = row.get(f"{name}_bits")
     if bits is not None:
         return f"{_number(bits, 3)} bits"

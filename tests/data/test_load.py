@@ -1,15 +1,11 @@
 """Data sets by name: what is known, what fits together, and the command line."""
 
-import json
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 from factories import make_options
 
-from fedmoe_jax.data import cifar10
+from fedmoe_jax.data import load as module
 from fedmoe_jax.data.digits import load_digits
 from fedmoe_jax.data.load import check_data, load_dataset
 from fedmoe_jax.options import UserError
@@ -21,8 +17,8 @@ def test_load_dataset_refuses_an_unknown_name_in_one_line(tmp_path):
             load_dataset(make_options(name=name, dir=str(tmp_path)))
         assert str(error.value) == (
             f"data.name={name!r} is not in {tmp_path}; allowed: digits, synthetic, "
-            "cifar10, arrays, text, markov, or a data set that TFDS has prepared there "
-            "in array_record form"
+            "cifar10, arrays, text, markov, or a data set of TFDS that 'python -m "
+            f"fedmoe_jax.data NAME --data_dir={tmp_path}' has prepared"
         )
 
 
@@ -34,6 +30,17 @@ def test_load_dataset_gives_the_same_arrays_every_time(name):
     again = load_dataset(make_options(name=name))
     jax.tree.map(np.testing.assert_array_equal, first[:4], again[:4])
     assert first[4:] == again[4:]
+
+
+def test_load_dataset_refuses_a_tokenizer_without_text(monkeypatch):
+    monkeypatch.setattr(module, "prepare", None)  # it is not reached
+    for name in ("digits", "synthetic", "markov", "cifar10"):
+        with pytest.raises(UserError) as error:
+            load_dataset(make_options(name=name, tokenizer="t.json"))
+        assert str(error.value) == (
+            f"data.tokenizer='t.json' is not allowed with data.name={name!r}, which "
+            "has no text to encode; allowed: ''"
+        )
 
 
 MISFITS = {
@@ -61,24 +68,3 @@ def test_check_data_refuses_arrays_that_do_not_fit():
         with pytest.raises(UserError, match="^data.name='digits' has ") as error:
             check_data("digits", digits._replace(**change(digits)))
         assert "\n" not in str(error.value) and "; allowed: " in str(error.value)
-
-
-@pytest.mark.slow
-def test_main_prepares_or_refuses_in_one_line(tmp_path):
-    def command(*arguments):
-        line = [sys.executable, "-m", "fedmoe_jax.data", *arguments]
-        return subprocess.run(line, capture_output=True, text=True)
-
-    records = tmp_path / "ready" / "cifar10" / cifar10.VERSION
-    records.mkdir(parents=True)
-    info = json.dumps({"fileFormat": "array_record"})
-    (records / "dataset_info.json").write_text(info)
-    ready = command(f"--data_dir={tmp_path / 'ready'}")
-    assert ready.returncode == 0
-    assert f"TFDS_DATA_DIR={tmp_path / 'ready'}" in ready.stdout
-    (tmp_path / "manual").mkdir()
-    manual = f"--manual_dir={tmp_path / 'manual'}"
-    refused = command(f"--data_dir={tmp_path / 'tfds'}", manual)
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1 and cifar10.ARCHIVE in refused.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"ready", "manual"}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from factories import make_options
+from factories import make_options, train_tokenizer, write_tokenizer
 
 from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.data.text import list_speeches
@@ -97,6 +97,52 @@ def test_load_text_takes_bytes_that_are_no_utf8(tmp_path):
     (tmp_path / "raw.txt").write_bytes(text)
     data = load(tmp_path)
     assert text == read(data.train, data.owner, 0) + read(data.test, data.test_owner, 0)
+
+
+def test_load_text_of_a_tokenizer_divides_the_same_text(folder, tmp_path, capsys):
+    tokenizer = train_tokenizer(LATVIAN)
+    options = {"tokenizer": write_tokenizer(tmp_path, tokenizer), "length": 2}
+    data, plain = load(folder, **options), load(folder, length=2)
+    assert data.vocabulary == tokenizer.get_vocab_size()
+    assert data.stratum_names == plain.stratum_names and capsys.readouterr().err == ""
+    for client, text in enumerate((LATVIAN, LATVIAN[::-1], WOLOF)):
+        whole = text.encode()
+        parts = [(data.train, data.owner), (data.test, data.test_owner)]
+        ids = [read_ids(rows, owner, client) for rows, owner in parts]
+        train, test = (tokenizer.decode(each.tolist()).encode() for each in ids)
+        assert train + test == whole
+        assert 0 <= round(0.9 * len(whole)) - len(train) < 2  # at a character
+        for (rows, owner), part, first in zip(parts, (train, test), ids, strict=True):
+            chosen = owner == client
+            left = tokenizer.decode([first[0]]).encode()
+            assert rows["bytes"][chosen, 1:].sum() == len(part) - len(left)
+
+
+def read_ids(rows, owner, client):
+    """The tokens of one client, from its windows."""
+    chosen = np.flatnonzero(owner == client)
+    tokens, sizes = rows["tokens"][chosen], rows["length"][chosen]
+    targets = [row[1:size] for row, size in zip(tokens, sizes, strict=True)]
+    return np.concatenate([tokens[0, :1], *targets])
+
+
+def test_load_text_of_a_tokenizer_is_bounded_in_bytes(tmp_path):
+    tokenizer = train_tokenizer(LATVIAN)
+    (tmp_path / "long.txt").write_text("ā" * 5000, encoding="utf-8")
+    (tmp_path / "odd.txt").write_text("b" + "ā" * 5000, encoding="utf-8")
+    path = write_tokenizer(tmp_path, tokenizer)
+    data = load(tmp_path, tokenizer=path, kilobytes=1)
+    ids = [read_ids(data.train, data.owner, client).tolist() for client in (0, 1)]
+    texts = [tokenizer.decode(each) for each in ids]
+    assert texts == ["ā" * 500, "b" + "ā" * 499]
+
+
+def test_load_text_of_a_tokenizer_names_a_file_that_is_no_utf8(folder, tmp_path):
+    (folder / "wolof" / "raw.txt").write_bytes(bytes(range(256)) * 4)
+    load(folder)
+    with pytest.raises(UserError, match="raw.txt is not UTF-8, as its byte 128") as e:
+        load(folder, tokenizer=write_tokenizer(tmp_path, train_tokenizer(WOLOF)))
+    assert "\n" not in str(e.value)
 
 
 def test_load_text_refuses_in_one_line(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Prepared TFDS data sets are read by their features, without TensorFlow."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,93 @@ def test_load_dataset_reads_images_and_the_label_that_is_named(root, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.fixture
+def no_decoding(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("decoded although a decoded copy exists")
+
+    return lambda: monkeypatch.setattr(tfds, "decode", fail)
+
+
+def find_records(root):
+    return root / "tiny" / "1.0.0"
+
+
+def assert_whole(data):
+    expected = {x.tobytes(): y for x, y in zip(X, FINE, strict=True)}
+    assert pair(data, "train") | pair(data, "test") == expected
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "digest"])
+def test_load_dataset_makes_a_damaged_copy_again(root, damage, no_decoding, capsys):
+    load(root, label_key="fine")
+    (folder,) = (find_records(root) / "fedmoe_jax").iterdir()
+    path = folder / "train_x.npy"
+    whole = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(whole[:-1])
+    elif damage == "flip":
+        path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    elif damage == "remove":
+        path.unlink()
+    else:
+        (folder / "sha256.json").write_text("[]")
+    capsys.readouterr()
+    assert_whole(load(root, label_key="fine"))
+    warned = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"warning: decoded images in {folder} are damaged (")
+    no_decoding()  # a whole copy is in its place
+    assert_whole(load(root, label_key="fine"))
+    assert capsys.readouterr().err == ""
+
+
+def test_load_dataset_caches_a_read_only_folder_for_the_user(root, no_decoding):
+    listing = lambda: sorted(root.rglob("*"))
+    before = listing()
+    find_records(root).chmod(0o555)
+    assert_whole(load(root, label_key="fine"))
+    assert listing() == before
+    (kept,) = (Path(os.environ["XDG_CACHE_HOME"]) / "fedmoe_jax").iterdir()
+    assert kept.name.startswith("tiny-")
+    no_decoding()
+    assert_whole(load(root, label_key="fine"))
+
+
+def test_load_dataset_decodes_changed_records_again(root, no_decoding):
+    load(root, label_key="fine")
+    (records,) = find_records(root).glob("tiny-test*")
+    os.utime(records, ns=(1, 1))
+    no_decoding()
+    with pytest.raises(AssertionError, match="decoded although"):
+        load(root, label_key="fine")
+
+
+def test_load_dataset_loads_where_nothing_can_be_written(root, monkeypatch, capsys):
+    find_records(root).chmod(0o555)
+    file = root.parent / "file"
+    file.write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert_whole(load(root, label_key="fine"))
+    assert "decoded images are not kept" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_load_dataset_of_the_real_cifar10():
+    where = os.environ.get("TFDS_DATA_DIR", "")
+    if not tfds.find_source(Path(where), "cifar10"):
+        pytest.skip("CIFAR-10 is not in TFDS_DATA_DIR")
+    found = load_dataset(make_options(name="cifar10"))
+    assert found.train["x"].shape == (50000, 32, 32, 3)
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    assert found.stratum_names == tuple(names.split())
+    np.testing.assert_array_equal(np.bincount(found.train["y"]), [5000] * 10)
+    np.testing.assert_array_equal(np.bincount(found.test["y"]), [1000] * 10)
+    # Channel means as commonly published for the training images.
+    means = found.train["x"].mean((0, 1, 2)) / 255
+    np.testing.assert_allclose(means, [0.4914, 0.4822, 0.4465], atol=1e-3)
+
+
 def test_load_dataset_takes_the_newest_version(root):
     assert tfds.find_source(root, "tiny") == root / "tiny" / "1.0.0"
     for version in ("1.0.9", "1.0.10", "notes"):
@@ -116,6 +204,12 @@ def change_features(root, **changes):
     tree = json.loads(path.read_text())
     tree["featuresDict"]["features"] |= changes
     path.write_text(json.dumps(tree))
+
+
+def test_load_dataset_of_images_refuses_a_tokenizer_before_it_decodes(root, capsys):
+    with pytest.raises(UserError, match="data.tokenizer='t.json' .* allowed: ''"):
+        load(root, label_key="fine", tokenizer="t.json")
+    assert capsys.readouterr().err == ""
 
 
 def test_load_dataset_says_which_keys_there_are(root):
@@ -154,6 +248,7 @@ def test_load_dataset_names_damaged_records(root):
     with pytest.raises(UserError, match="the records in .* are damaged") as error:
         load(root, label_key="fine")
     assert "\n" not in str(error.value)
+    assert not (find_records(root) / "fedmoe_jax").exists()
 
 
 @pytest.mark.parametrize("case", ["split", "sizes", "labels"])

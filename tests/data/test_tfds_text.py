@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import make_options
+from factories import make_options, train_tokenizer, write_tokenizer
 
 from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.options import UserError
@@ -51,6 +51,23 @@ def test_load_records_has_speakers_as_clients(root):
     data = load(root, client="speaker")
     assert data.stratum_names == ("ANNA", "BEN") and data.test_owner.tolist()
     assert set(data.owner) == {0, 1}
+
+
+def test_load_records_in_tokens_of_a_tokenizer(root, tmp_path):
+    tokenizer = train_tokenizer(TRAIN[0])
+    path = write_tokenizer(tmp_path, tokenizer)
+    data, text = load(root, tokenizer=path, length=2), "\n".join(TEST)
+    targets = [
+        row[1:size].tolist()
+        for row, size in zip(data.test["tokens"], data.test["length"], strict=True)
+    ]
+    first = data.test["tokens"][0, 0]
+    assert tokenizer.decode([first, *sum(targets, [])]) == text
+    left = len(tokenizer.decode([first]))
+    assert data.test["bytes"][:, 1:].sum() == len(text) - left
+    speakers = load(root, tokenizer=path, length=2, client="speaker")
+    assert speakers.stratum_names == ("ANNA", "BEN")
+    assert speakers.vocabulary == data.vocabulary == tokenizer.get_vocab_size()
 
 
 def test_load_records_refuses_in_one_line(root):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmoe_jax.data.tokens import Tokens
 from fedmoe_jax.data.windows import Document, cut_windows, make_text
 from fedmoe_jax.options import UserError
 
@@ -25,7 +26,7 @@ def test_cut_windows_has_every_token_as_a_target_once(count, length):
 
 
 def write(client, stratum, train, test):
-    tokens = lambda count: np.arange(count, dtype=np.uint8) % 7
+    tokens = lambda count: Tokens(np.arange(count, dtype=np.uint8) % 7)
     return Document(client, stratum, tokens(train), tokens(test))
 
 
@@ -37,6 +38,15 @@ def test_make_text_has_natural_clients_and_strata():
     assert data.stratum.tolist() == [0, 0, 1, 0]
     assert data.test_stratum.tolist() == [0, 1, 0]
     assert data.train["length"].tolist() == [5, 5, 4, 5]
+    assert data.train.keys() == data.test.keys() == {"tokens", "length"}
+
+
+def test_make_text_has_the_bytes_of_every_token_and_says_what_is_lost(capsys):
+    text = Tokens(np.arange(6), 10 * np.arange(6))
+    data = make_text([Document("a", "x", text, text._replace(exact=False))], 3, 7, "")
+    assert data.train["bytes"].tolist() == [[0, 10, 20, 30], [30, 40, 50, 0]]
+    np.testing.assert_array_equal(data.train["bytes"], 10 * data.test["tokens"])
+    assert capsys.readouterr().err.startswith("warning: 1 of 2 texts cannot be read")
 
 
 def test_make_text_refuses_windows_beyond_every_text_and_clients_without():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import SMALL
+from factories import SMALL, train_tokenizer, write_tokenizer
 
 from configs import default
 from fedmoe_jax.api import run as run_alone
@@ -84,10 +84,33 @@ def test_a_transformer_learns_and_no_model_is_better_than_the_limit():
     assert np.shape(found["expert_load"]) == (G, E)
 
 
-@pytest.mark.parametrize("gate", ["global", "personal"])
-def test_bits_are_those_of_every_token(gate):
-    config = make_config(**{"gate.mode": gate, "partition.validation_share": 0.1})
-    plan = plan_run(config, build_mesh(1))
+def write_languages(folder):
+    """Two texts of each of four languages, and a tokenizer that knows one of them."""
+    rng = np.random.default_rng(0)
+    for language in range(4):
+        for writer in range(2):
+            words = rng.choice([f"{'aāb日'[language]}{i} " for i in range(9)], 600)
+            path = folder / f"language{language}" / f"{writer}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(words), encoding="utf-8")
+    tokenizer = train_tokenizer("".join(words))
+    return {
+        "data.name": "text",
+        "data.dir": str(folder),
+        "data.tokenizer": write_tokenizer(folder, tokenizer),
+        "data.length": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("gate", "tokens"),
+    [("global", "bytes"), ("personal", "bytes"), ("global", "tokenizer")],
+)
+def test_bits_are_those_of_every_byte(gate, tokens, tmp_path):
+    changes = {"gate.mode": gate, "partition.validation_share": 0.1}
+    if tokens == "tokenizer":
+        changes |= write_languages(tmp_path)
+    plan = plan_run(make_config(**changes), build_mesh(1))
     state, frozen = jax.jit(init_state, static_argnums=2)(
         jax.random.key(0), plan.hyper, plan.program
     )
@@ -104,9 +127,11 @@ def test_bits_are_those_of_every_token(gate):
     test = plan.data.test
     batch = program.task.prepare(jax.tree.map(jnp.asarray, test), {})
     weight = np.asarray(batch["weight"])
+    size = weight * np.asarray(batch.get("bytes", 1.0))
+    assert ("bytes" in batch) == (tokens == "tokenizer")
 
     def count(client, slot):
-        """Bits and hits of every token with one client's gate and experts."""
+        """Bits and hits of every token, with one client's gate and experts."""
         own = jax.tree.map(lambda leaf: leaf[client], state.personal)
         everything = jnp.tile(jnp.arange(E), (G, 1))
         params = take_submodel(state.params, own, everything, 0)
@@ -121,19 +146,20 @@ def test_bits_are_those_of_every_token(gate):
 
     everyone = jnp.ones((G, E), bool)
     clients = range(N) if gate == "personal" else [0]
-    bits = np.mean([count(c, everyone)[0].sum() for c in clients]) / weight.sum()
+    bits = np.mean([count(c, everyone)[0].sum() for c in clients]) / size.sum()
     np.testing.assert_allclose(found["global_bits"], bits, rtol=1e-4)
     for client in range(N):
         values = count(client, held[client])
         of = plan.data.test_stratum == client // 2  # its language, of two writers
-        means = [each[of].sum() / weight[of].sum() for each in values]
+        totals = size[of].sum(), weight[of].sum()
+        means = [v[of].sum() / t for v, t in zip(values, totals, strict=True)]
         own = plan.data.test_owner == client
         np.testing.assert_allclose(found["client_bits"][client], means[0], rtol=1e-4)
         np.testing.assert_allclose(found["client_accuracy"][client], means[1], 1e-4)
         assert own.any()
     own_bits = [
         count(c, held[c])[0][plan.data.test_owner == c].sum()
-        / weight[plan.data.test_owner == c].sum()
+        / size[plan.data.test_owner == c].sum()
         for c in range(N)
     ]
     np.testing.assert_allclose(found["own_test_bits"], np.mean(own_bits), rtol=1e-4)
@@ -141,6 +167,19 @@ def test_bits_are_those_of_every_token(gate):
         found["worst_decile_own_test_bits"], max(own_bits), rtol=1e-4
     )
     assert {"validation_global_bits", "validation_personal_bits"} <= found.keys()
+
+
+def test_a_tokenizer_gives_bits_of_a_byte_after_one_more_local_round(tmp_path):
+    fields = {"num_rounds": 2, "evaluation.finetune": True}
+    fields |= {"evaluation.finetune_rate": 1e-9}  # which changes nothing
+    changes = write_languages(tmp_path / "text")
+    row = train(make_config(**changes, **fields), tmp_path / "run")[-1]
+    for name in ("personal", "worst_decile"):
+        tuned = row[f"{name}_finetuned_bits"]
+        np.testing.assert_allclose(tuned, row[f"{name}_bits"], rtol=1e-4)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    tokens = row["global_bits"] * summary["bytes_per_token"]
+    assert 1 < summary["bytes_per_token"] < 2 and 3 < tokens < math.log2(300) + 0.5
 
 
 def test_mixing_probabilities_is_refused():

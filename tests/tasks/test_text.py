@@ -26,6 +26,15 @@ def test_prepare_predicts_every_token_after_the_first():
     assert batch["tokens"].dtype == batch["target"].dtype == jnp.int32
 
 
+def test_bytes_are_those_of_the_targets():
+    rows = {"tokens": jnp.array([[1, 2, 3]]), "length": jnp.array([3])}
+    batch = TEXT.prepare(rows | {"bytes": jnp.array([[9, 4, 2]])}, {})
+    assert batch["bytes"].tolist() == [[4, 2]]
+    scores = TEXT.loss(jnp.zeros((1, 2, 5)), batch)
+    assert scores.bytes is batch["bytes"]
+    assert TEXT.loss(jnp.zeros((1, 2, 5)), TEXT.prepare(rows, {})).bytes is None
+
+
 def test_loss_is_nats_and_accuracy_of_every_position():
     logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
     batch = {"target": jnp.array([[1, 2]]), "weight": jnp.array([[1.0, 0.0]])}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from factories import (
     SMALL,
+    make_data,
     never,
     restart,
     rows_of,
@@ -38,7 +39,7 @@ from fedmoe_jax.state import init_state
 from fedmoe_jax.train import checkpoint, loop
 from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.plan import plan_run, plan_waves
-from fedmoe_jax.train.run import build_job, save_arrays, train
+from fedmoe_jax.train.run import build_job, save_arrays, summarise_tokens, train
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
 pytestmark = [
@@ -178,6 +179,13 @@ def test_finish_summarises_the_rows(finished):
     assert summary["reads"] == ["fitness", "usage"]
     assert summary["made_by"]["jax"] == jax.__version__
     assert unpack_measures(summary["measures"], finished) == MEASURES
+
+
+def test_summarise_tokens_counts_the_bytes_of_targets():
+    rows = {"bytes": np.array([[9, 4, 2], [2, 6, 0]]), "length": np.array([3, 2])}
+    data = make_data()._replace(test=rows)
+    assert summarise_tokens(data) == {"bytes_per_token": 4.0}
+    assert summarise_tokens(make_data()) == {}
 
 
 def test_save_arrays_agrees_with_the_state(finished):
