@@ -48,7 +48,7 @@ DRJAX_NOTE = "convolution as im2col: XLA's own is 11 times slower in a loop on C
 PEERS = {
     "fedmoe": Peer(
         *("fedmoe_jax", "ours", "fedmoe.py", None, True, True),
-        models=("cnn", "mlp", "mixture"),
+        models=("cnn", "mlp", "mixture", "language"),
     ),
     "pfl-single": Peer(
         "pfl-research, 1 process",
@@ -84,6 +84,11 @@ PEERS = {
         "PyTorch mixture, {p} processes",
         *("pytorch", "torch_mixture.py", "torch", True),
         models=("mixture",),
+    ),
+    "torch-language": Peer(
+        "PyTorch language, {p} processes",
+        *("pytorch", "torch_language.py", "torch", True),
+        models=("language",),
     ),
     "fedjax": Peer(
         "FedJAX, jit backend",
@@ -206,12 +211,14 @@ def summarise(work: works.Work, found: list[Launch]) -> dict[str, float]:
     """Medians over all timed rounds, and the range of the launches' own medians."""
     seconds = median(s for one in found for s in one.seconds)
     medians = [median(one.seconds) for one in found]
+    tokens = works.tokens_per_round(work)
     return {
         "seconds": seconds,
         "seconds_min": min(medians),
         "seconds_max": max(medians),
         "updates_per_s": work.cohort / seconds,
         "examples_per_s": works.examples_per_round(work) / seconds,
+        **({"tokens_per_s": tokens / seconds} if tokens else {}),
         "cpu_seconds": median(s for one in found for s in one.cpu_seconds),
         "peak_mb": max(one.peak_mb for one in found),
         "startup_s": median(one.startup for one in found),
@@ -267,7 +274,10 @@ def run_work(name: str, pythons: dict, flags: argparse.Namespace) -> list[dict]:
     found, failures = repeat(able, repetitions, run)
     limits.append(launches.measure_dense())
     print("  dense limit " + ", ".join(f"{x:.0f}" for x in limits) + " GFLOP/s")
-    return build_rows(name, found, failures, median(limits), flags.processes)
+    rows = build_rows(name, found, failures, median(limits), flags.processes)
+    for row in rows:
+        print(f"  {row['peer']:30} {peers_page.say_rates(row)}", flush=True)
+    return rows
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ COLUMNS = {  # CSV name: heading of the page's tables
     "seconds_max": "max",
     "updates_per_s": "client updates/s",
     "examples_per_s": "examples/s",
+    "tokens_per_s": "tokens/s",
     "cpu_seconds": "CPU s/round",
     "peak_mb": "peak MB",
     "startup_s": "start-up s",
@@ -41,6 +42,9 @@ holds. M is `configs/cifar10.py`: 8 experts, of which a client holds 1 to 4 and 
 example meets at most 2, unclipped and at rate 0.01, on images of few classes a client
 that can be learnt; the loss of each model at the end, on 500 images of all clients,
 shows that it learns (initial weights and draws differ, and so do these losses).
+L is `configs/languages.py` with held sets that stay: a transformer of two blocks, in
+each of which a client holds 1 to 4 of 8 experts and a byte meets at most 2, on windows
+of 128 bytes of eight languages that can be learnt; an example is a window.
 Ratios are ranges over pairs of launches that ran one after the other, the
 examples per second of ours divided by the peer's; in CPU seconds they compare the work
 of all cores. JAX peers have the XLA flags that fedmoe_jax sets for itself. Times are
@@ -49,9 +53,9 @@ the dense limit is the model's operations (forward and backward) over those of a
 4096 float32 matrix product on all cores (best of five before and after the work's
 launches; it varies by a third on a shared machine). Start-up lasts from the launch of
 the process to the end of its first round, so it includes imports, data and compilation.
-Peak memory is the sum over a peer's processes of each one's peak resident size. A, B,
-M and P give every client examples of its own; in C the clients share a pool of 50,000
-images. No peer evaluates inside a timed round."""
+Peak memory is the sum over a peer's processes of each one's peak resident size. In C
+the clients share a pool of 50,000 images, elsewhere each has examples of its own. No
+peer evaluates inside a timed round."""
 
 
 def read_rows(text: str) -> list[dict]:
@@ -103,6 +107,19 @@ def format_range(row: dict, name: str) -> str:
     if f"{name}_min" not in row:
         return "unknown"
     return f"{row[f'{name}_min']:.2g} to {row[f'{name}_max']:.2g}"
+
+
+def say_rates(row: dict) -> str:
+    """What a work's row says, in short, or why it says nothing."""
+    if "seconds" not in row:
+        return row["note"]
+    said = [f"{1 / row['seconds']:.3g} rounds/s"]
+    if "tokens_per_s" in row:
+        said.append(f"{row['tokens_per_s']:,.0f} tokens/s")
+    said.append(f"{row['dense_share']:.0%} of the dense limit")
+    names = {"ratio": "ours / it", "cpu_ratio": "in CPU seconds"}
+    said += [f"{name} {format_range(row, field)}" for field, name in names.items()]
+    return ", ".join(said)
 
 
 def format_number(value: float) -> str:

@@ -6,7 +6,8 @@ C clients a round, B examples a batch, E experts, A of them active. In dense wor
 client trains one epoch of SGD in the order of its examples, and the server adds the
 unweighted mean of the clients' changes. Work M is `configs/cifar10.py`: every client
 trains the experts that it holds, on batches drawn without replacement, and an expert is
-averaged over the clients that held it.
+averaged over the clients that held it. Work L is `configs/languages.py` with held sets
+that stay: a decoder transformer of bytes with such a mixture in both of its blocks.
 """
 
 from typing import NamedTuple
@@ -19,6 +20,7 @@ LEARNING_RATE = 0.1
 MIXTURE_LEARNING_RATE, MOMENTUM, CALIBRATION = 0.01, 0.9, 0.2  # of M, unclipped
 SERVER_LEARNING_RATE = 1.0
 CHECKED = 500  # images, the first of the pool, on which runners report the loss
+CHECKED_WINDOWS = 8  # of each client of L, likewise
 # Mean and standard deviation of a uniform byte.
 MEAN, DEVIATION = 127.5, 73.9
 HIDDEN = 64  # of the MLP
@@ -32,13 +34,22 @@ EXPERT = (128, 64)  # its experts' hidden units and outputs
 HELD = (4, 1, 4, 1, 4, 1, 1, 4, 2, 4, 1, 4, 4, 1, 4, 4, 4, 4, 1, 1)
 OWN_CLASSES = 4  # of a client of the mixture
 SHOWN = 0.5  # share of an image of the mixture that its class decides
+# Of L: the transformer and its AdamW as `configs/languages.py` has them.
+VOCABULARY, WINDOW = 256, 128  # bytes, and positions of a window
+LANGUAGES = 8  # two clients write each
+SURE = 0.5  # share of the bytes that the language and the byte before decide
+BLOCKS, WIDTH, HEADS, KV_HEADS = 2, 64, 4, 4
+HIDDEN_UNITS = 64  # of an expert
+LANGUAGE_LEARNING_RATE, CLIP, LANGUAGE_CALIBRATION = 0.003, 1.0, 1.0
+# Experts of each block that each client's device holds there.
+LANGUAGE_HELD = (4, 1, 4, 4, 1, 1, 4, 4, 3, 4, 1, 4, 4, 4, 1, 1)
 
 
 class Work(NamedTuple):
     """One federated task; `pool` = None gives every client examples of its own."""
 
     title: str
-    model: str  # "cnn", "mlp" or "mixture"
+    model: str  # "cnn", "mlp", "mixture" or "language"
     clients: int  # N
     examples: int  # M
     cohort: int  # C
@@ -54,6 +65,11 @@ WORKS = {
     "C": Work(
         "MLP, 200 of 10,000 clients x 250", "mlp", 10_000, 250, 200, 10, 50_000, 5
     ),
+    "L": Work(
+        "language, 16 of 16 clients x 80 windows",
+        *("language", 16, 312, 16, 8, None, 3),
+        steps=10,
+    ),
     "M": Work(
         "8 experts, 20 of 20 clients x 960",
         *("mixture", 20, 2500, 20, 32, None, 3),
@@ -64,7 +80,7 @@ WORKS = {
 
 
 def num_images(work: Work) -> int:
-    """Images in memory: the pool's, or N x M."""
+    """Images, or windows, in memory: the pool's, or N x M."""
     return work.pool or work.clients * work.examples
 
 
@@ -86,6 +102,31 @@ def load_images(work: Work) -> tuple[np.ndarray, np.ndarray]:
         shown = rng.integers(0, 256, IMAGE, dtype=np.uint8) < 256 * SHOWN
         np.copyto(image, pictures[label], where=shown)
     return images, labels
+
+
+def load_windows(work: Work) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of bytes and their languages: uint8 [N x M, WINDOW + 1], int32 [N x M].
+
+    They are in the order of their clients, each of which writes one language. There a
+    byte is followed by a certain other in half of the cases, and by any otherwise.
+    """
+    rng = np.random.default_rng(0)
+    follower = np.stack([rng.permutation(VOCABULARY) for _ in range(LANGUAGES)])
+    client = np.repeat(np.arange(work.clients, dtype=np.int32), work.examples)
+    language = client % LANGUAGES
+    shape = len(client), WINDOW + 1
+    windows = rng.integers(0, VOCABULARY, shape, dtype=np.uint8)
+    sure = rng.random(shape, dtype=np.float32) < SURE
+    for place in range(1, WINDOW + 1):
+        after = follower[language, windows[:, place - 1]].astype(np.uint8)
+        np.copyto(windows[:, place], after, where=sure[:, place])
+    return windows, language
+
+
+def checked_windows(work: Work) -> np.ndarray:
+    """Windows on which runners report the loss, as many of each client: int [n]."""
+    first = np.arange(work.clients)[:, None] * work.examples
+    return (first + np.arange(CHECKED_WINDOWS)).ravel()
 
 
 def normalise(images: np.ndarray) -> np.ndarray:
@@ -110,6 +151,11 @@ def sample_cohort(work: Work, round_number: int) -> np.ndarray:
     """Clients of one round: int [C], without replacement."""
     rng = np.random.default_rng((2, round_number))
     return rng.choice(work.clients, work.cohort, replace=False)
+
+
+def tokens_per_round(work: Work) -> int:
+    """Bytes that are trained on in a round; 0 of images."""
+    return examples_per_round(work) * WINDOW if work.model == "language" else 0
 
 
 def examples_per_round(work: Work) -> int:
@@ -164,10 +210,39 @@ def mixture_parameters() -> dict[str, int]:
     }
 
 
+def language_macs() -> list[float]:
+    """As `layer_macs`, of a window; of the experts those that a byte's gate chooses.
+
+    A position attends to those up to itself. Looking up an embedding is no work.
+    """
+    active = float(np.minimum(LANGUAGE_HELD, ACTIVE).mean())
+    size = WIDTH // HEADS
+    attention = [
+        WIDTH * size * (HEADS + 2 * KV_HEADS),
+        2 * WIDTH * (WINDOW + 1) / 2,
+        WIDTH * WIDTH,
+    ]
+    block = [*attention, WIDTH * EXPERTS, active * 3 * WIDTH * HIDDEN_UNITS]
+    return [0.0, *(WINDOW * macs for macs in BLOCKS * block + [WIDTH * VOCABULARY])]
+
+
+def language_parameters() -> dict[str, int]:
+    """Numbers in each part of the language model, all E experts of all blocks."""
+    attention = WIDTH * (WIDTH // HEADS) * 2 * (HEADS + KV_HEADS)
+    return {
+        "stem": VOCABULARY * WIDTH + BLOCKS * (attention + 2 * WIDTH),
+        "gate": BLOCKS * EXPERTS * (WIDTH + 1),
+        "experts": BLOCKS * EXPERTS * 3 * WIDTH * HIDDEN_UNITS,
+        "head": WIDTH + WIDTH * VOCABULARY,
+    }
+
+
 def layer_macs(model: str) -> list[float]:
     """Multiply-adds of each layer's forward pass on one example, first layer first."""
     if model == "mixture":
         return mixture_macs()
+    if model == "language":
+        return language_macs()
     pixels = int(np.prod(IMAGE))
     if model == "mlp":
         return [pixels * HIDDEN, HIDDEN * CLASSES]

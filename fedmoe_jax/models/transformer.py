@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.base import Model, Route, Routing
 from fedmoe_jax.models import routing
 from fedmoe_jax.models.one_layer import choose_trained, freeze_others, split_rows
+from fedmoe_jax.models.routed_experts import mix_routed
 from fedmoe_jax.models.transformer_parts import (
     attend,
     average_prefix,
@@ -53,7 +54,8 @@ class Shape(NamedTuple):
         those so far.
       tied: whether a client holds the same experts in all blocks.
       remat: whether backward passes compute blocks again instead of keeping them.
-      platform: `cpu`, `gpu` or `tpu`; on a `cpu` experts are looped over.
+      platform: `cpu`, `gpu` or `tpu`; on a `cpu` experts are looped over, or see only
+        what is routed to them.
     """
 
     blocks: int
@@ -128,6 +130,16 @@ def run_experts(experts: PyTree, x: Array, platform: str) -> Array:
     return jnp.stack(outputs, axis=1)
 
 
+def sees_routed(route: Route, count: int, platform: str) -> bool:
+    """Whether each of `count` experts runs on the tokens that are routed to it alone.
+
+    Where a token can meet all of them, nothing is left out; what trains some of them
+    needs the outputs of each.
+    """
+    chooses = route.num_active < count and route.gating != "sum"
+    return platform == "cpu" and chooses and route.priority is None
+
+
 def mix_experts(
     gate: PyTree,
     experts: PyTree,
@@ -137,7 +149,7 @@ def mix_experts(
     route: Route,
     shape: Shape,
 ) -> tuple[Array, Routing]:
-    """ONE MoE layer, dropless: every held expert sees every token.
+    """ONE MoE layer, dropless: a held expert sees every token that is routed to it.
 
     Args:
       gate: `kernel` [E, D] and `bias` [E].
@@ -152,14 +164,18 @@ def mix_experts(
       [B, P, D], and the routing of the layer, of all B * P positions.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    outputs = run_experts(experts, tokens, shape.platform)
     if shape.num_experts == 1:
+        outputs = run_experts(experts, tokens, shape.platform)
         gates = jnp.ones(outputs.shape[:2])
         return outputs[:, 0].reshape(x.shape), Routing(None, gates)
     seen = average_prefix(x) if shape.gate_input == "prefix" else x
     logits = jnp.einsum("bpd,ed->bpe", seen, gate["kernel"])
     logits = logits.reshape(-1, shape.num_experts) + gate["bias"][None]
     gates = routing.make_gates(logits[:, held], slot, route)
+    if sees_routed(route, len(held), shape.platform):
+        mixed = mix_routed(experts, tokens, gates)
+        return mixed.reshape(x.shape), Routing(logits, gates)
+    outputs = run_experts(experts, tokens, shape.platform)
     trained = choose_trained(gates, slot, route)
     if trained is not None:
         outputs = freeze_others(outputs, trained)

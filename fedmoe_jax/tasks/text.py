@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from fedmoe_jax.base import Data, Scores, Task
 from fedmoe_jax.options import UserError
@@ -66,8 +67,19 @@ def score_tokens(logits: Array, batch: PyTree) -> Scores:
     """Cross-entropy in nats and accuracy of every position [B, P]."""
     target = batch["target"]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    right = (logits.argmax(-1) == target).astype(jnp.float32)
+    right = (find_largest(logits) == target).astype(jnp.float32)
     return Scores(loss, right, batch["weight"], batch.get("bytes"))
+
+
+def find_largest(logits: Array) -> Array:
+    """`logits.argmax(-1)`, in two passes that CPUs vectorise, unlike the one of argmax.
+
+    Where a logit is NaN it is none of the tokens.
+    """
+    logits = lax.stop_gradient(logits)
+    token = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    largest = logits == logits.max(axis=-1, keepdims=True)
+    return jnp.where(largest, token, logits.shape[-1]).min(axis=-1)
 
 
 TEXT = Task(

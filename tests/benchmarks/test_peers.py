@@ -45,6 +45,36 @@ def test_mixture_by_hand():
     assert works.mixture_parameters()["experts"] == 8 * (139_264 + 192)
 
 
+def test_language_by_hand():
+    work = works.WORKS["L"]
+    assert works.examples_per_round(work) == 16 * 10 * 8
+    assert works.tokens_per_round(work) == 16 * 10 * 8 * 128
+    assert works.tokens_per_round(works.WORKS["M"]) == 0
+    # Of a byte in each of two blocks: query, key, value and out; on average 64.5 scores
+    # and as many values; a gate of 8; three products of an expert, of two where a
+    # client holds two, which 10 of 16 do. Then the head, 64 -> 256.
+    block = 4 * 64 * 64 + 2 * 64 * 64.5 + 64 * 8 + 1.625 * 3 * 64 * 64
+    macs = 128 * (2 * block + 64 * 256)
+    assert sum(works.layer_macs("language")) == pytest.approx(macs)
+    assert works.flops_per_example("language") == pytest.approx(6 * macs)
+
+
+def test_windows_have_the_language_of_their_client():
+    work = works.WORKS["L"]._replace(examples=100)
+    windows, language = works.load_windows(work)
+    assert windows.shape == (1600, 129) and windows.dtype == np.uint8
+    assert (language[works.load_ids(work)] == np.arange(16)[:, None] % 8).all()
+    pairs = np.stack([windows[:, :-1], windows[:, 1:]], axis=-1)
+    for number in range(works.LANGUAGES):
+        seen = np.zeros((256, 256), int)
+        np.add.at(seen, tuple(pairs[language == number].reshape(-1, 2).T), 1)
+        # A certain byte follows in half of the cases, and by chance in one of 512.
+        share = seen.max(axis=1) / seen.sum(axis=1)
+        np.testing.assert_allclose(share.mean(), 0.5 + 0.5 / 256, atol=0.02)
+    checked = works.checked_windows(work)
+    assert (np.bincount(checked // 100) == works.CHECKED_WINDOWS).all()
+
+
 def test_a_client_of_the_mixture_owns_four_classes():
     work = works.WORKS["M"]._replace(examples=100)
     ids, (_, labels) = works.load_ids(work), works.load_images(work)
@@ -60,7 +90,8 @@ def test_only_those_that_can_do_a_work_are_asked():
         if works.WORKS[name].model in peer.models
     }
     assert able("M") == {"fedmoe", "torch-mixture"}
-    assert "torch-mixture" not in able("A") and len(able("A")) == len(peers.PEERS) - 1
+    assert able("L") == {"fedmoe", "torch-language"}
+    assert able("A") == set(peers.PEERS) - {"torch-mixture", "torch-language"}
 
 
 @pytest.mark.parametrize("name", works.WORKS)
@@ -147,6 +178,17 @@ def test_rows_by_hand():
     share = 1250 * works.flops_per_example("cnn") / 100e9
     assert pfl["dense_share"] == pytest.approx(share)
     assert "no wheel" in fedjax["note"] and "seconds" not in fedjax
+
+
+def test_rates_in_short():
+    ours, _, fedjax, _ = fake_rows()
+    said = peers_page.say_rates(ours)
+    assert said.startswith("0.667 rounds/s, ") and "ours / it 1 to 1" in said
+    assert "tokens" not in said and "no wheel" in peers_page.say_rates(fedjax)
+    launch = launches.Launch([2.0], [3.0], 5.0, 3.0, 2.5)
+    (row,) = peers.build_rows("L", {"fedmoe": [launch]}, {}, 100.0, 2)
+    assert row["tokens_per_s"] == 16 * 10 * 8 * 128 / 2
+    assert "0.5 rounds/s, 81,920 tokens/s" in peers_page.say_rates(row)
 
 
 def test_page_and_csv(tmp_path, monkeypatch):

@@ -175,6 +175,34 @@ def test_remat_gives_the_same_gradients():
     jax.tree.map(close, plain, again)
 
 
+def test_gradients_on_cpu_are_those_of_all_experts_on_all_tokens():
+    params = make_params(SHAPE)
+
+    def loss(params, shape):
+        outputs, routing = run(shape, params)
+        return jnp.square(outputs).sum() + jnp.sin(routing.logits).sum()
+
+    routed = jax.grad(loss)(params, SHAPE)
+    dense = jax.grad(loss)(params, SHAPE._replace(platform="gpu"))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    jax.tree.map(close, routed, dense)
+
+
+@pytest.mark.parametrize(
+    ("route", "platform", "expected"),
+    [
+        (Route(2), "cpu", True),
+        (Route(3), "cpu", False),  # of three experts
+        (Route(2), "gpu", False),
+        (Route(2, gating="all"), "cpu", True),
+        (Route(2, gating="sum"), "cpu", False),
+        (Route(2, priority=lambda gates: gates.sum(0)), "cpu", False),
+    ],
+)
+def test_experts_see_what_is_routed_to_them(route, platform, expected):
+    assert transformer.sees_routed(route, 3, platform) == expected
+
+
 def test_tied_layers_are_those_that_hold_the_same():
     """The same params, the same held sets in both blocks: the same outputs."""
     params = make_params(SHAPE)

@@ -21,7 +21,7 @@ def test_average_prefix_by_hand():
 
 def test_rotate_keeps_lengths_and_depends_on_distances_alone():
     x = jax.random.normal(jax.random.key(0), (1, 1, 1, 6))
-    rows = rotate(jnp.broadcast_to(x, (1, 9, 1, 6)))[0, :, 0]
+    rows = rotate(jnp.broadcast_to(x, (1, 1, 9, 6)))[0, 0]
     np.testing.assert_allclose((rows**2).sum(1), (x**2).sum(), rtol=1e-5)
     np.testing.assert_allclose(rows[0], x[0, 0, 0])
     np.testing.assert_allclose(rows[1] @ rows[4], rows[5] @ rows[8], rtol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 
 from fedmoe_jax.base import Data
 from fedmoe_jax.options import UserError
-from fedmoe_jax.tasks.text import TEXT
+from fedmoe_jax.tasks.text import TEXT, find_largest
 
 
 def make_data(tokens, length, vocabulary=5):
@@ -41,6 +41,12 @@ def test_loss_is_nats_and_accuracy_of_every_position():
     scores = TEXT.loss(logits, batch)
     np.testing.assert_allclose(scores.loss, [[np.log(4), -np.log(0.8)]], rtol=1e-6)
     assert scores.score.tolist() == [[0, 1]] and scores.weight is batch["weight"]
+
+
+def test_the_largest_logit_is_that_of_argmax_even_where_several_are():
+    logits = np.random.default_rng(0).integers(-3, 3, (4, 50, 7)).astype(np.float32)
+    np.testing.assert_array_equal(find_largest(logits), logits.argmax(-1))
+    assert find_largest(jnp.array([1.0, jnp.nan])) == 2
 
 
 def test_the_vocabulary_is_the_width_of_the_outputs():
