@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fedmoe_jax.base import Model, Route, Routing, Scores, Task
 from fedmoe_jax.models.one_layer import apply_experts
 from fedmoe_jax.models.routing import gate_logits
+from fedmoe_jax.positions import weigh_routing
 from fedmoe_jax.tasks.batches import BatchShapes
 from fedmoe_jax.types import PyTree, Sizes
 
@@ -45,7 +46,8 @@ def trace_model(
 
     def forward(*inputs: PyTree) -> tuple[PyTree, Scores, Routing]:
         outputs, routing = model.apply(*inputs, route, None)
-        return outputs, task.loss(outputs, inputs[2]), routing
+        scores = task.loss(outputs, inputs[2])
+        return outputs, scores, weigh_routing(routing, scores.weight)
 
     rows = batch.of(sizes.batch_size)
     return jax.eval_shape(forward, *shape_inputs(model, rows, sizes.max_held))

@@ -225,15 +225,16 @@ def join_tied(layers: list[Routing]) -> Routing:
     Raises:
       UserError: the strategy trains some of the held experts, block by block.
     """
-    logits, gates, trained = stack_layers(layers)
-    if trained is not None:
+    joined = stack_layers(layers)
+    if joined.trained is not None:
         raise UserError(
             "model.tied=True is not allowed with a strategy that trains some of the "
             "held experts on a batch; allowed: False"
         )
+    logits = joined.logits
     if logits is not None:
         logits = logits.reshape(1, -1, logits.shape[-1])
-    return Routing(logits, gates.mean(axis=0, keepdims=True))
+    return Routing(logits, joined.gates.mean(axis=0, keepdims=True))
 
 
 @functools.cache

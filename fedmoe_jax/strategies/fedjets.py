@@ -37,6 +37,7 @@ from fedmoe_jax.align.gate_mass import (
 from fedmoe_jax.align.ties import LOTS, first_by_lot, top_k_by_lot
 from fedmoe_jax.base import GATE_STEM, Model, Strategy, Task
 from fedmoe_jax.options import COUNT, TRACED, Option
+from fedmoe_jax.positions import mean_loss
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import (
     Array,
@@ -79,7 +80,7 @@ def train_stem(
     def loss(trained: PyTree, batch: PyTree) -> Array:
         features = parts.stem(trained["stem"], batch, None)
         outputs = parts.expert(trained["expert"], features, None)
-        return task.loss(parts.head(trained["head"], outputs), batch).loss.mean()
+        return mean_loss(task.loss(parts.head(trained["head"], outputs), batch))
 
     def step(number: Array, carry: tuple) -> tuple:
         trained, opt_state = carry
