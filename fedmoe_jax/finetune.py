@@ -20,7 +20,7 @@ from fedmoe_jax.panel import choose_rows, gather_panel
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.scoring import find_participants, sum_scores
-from fedmoe_jax.sources import TEST_BATCH, read_examples, schedule_examples, take_test
+from fedmoe_jax.sources import choose_batch, read_examples, schedule_examples, take_test
 from fedmoe_jax.types import (
     Array,
     ClientInput,
@@ -66,7 +66,8 @@ def score_tuned(
     """Values [V] of ONE client's sub-model on the test set weighted to its mix [L]."""
     source = take_test(federation)
     num_strata = len(mix)
-    position = schedule_examples(len(source.group), TEST_BATCH, jnp.int32(0), 1)
+    most = choose_batch(program)
+    position = schedule_examples(len(source.group), most, jnp.int32(0), 1)
 
     def count(batch: Array) -> tuple[Array, Array]:
         place = source, federation, batch

@@ -10,10 +10,11 @@ from factories import (
     make_hyper,
     make_inputs,
     make_program,
+    make_windows,
     use_model,
 )
 
-from fedmoe_jax.base import Data, Model, Routing, Scores, Task
+from fedmoe_jax.base import Model, Routing, Scores, Task
 from fedmoe_jax.loss import (
     local_loss,
     mean_report,
@@ -241,14 +242,13 @@ def test_sum_gate_losses_of_one_expert_is_nothing():
 TOKENS = np.array([[1, 2, 3, 4, 0, 2, 2], [3, 3, 1, 0, 0, 4, 1]], np.int32)
 
 
-def make_windows(cut, **changes):
+def start_windows(cut, **changes):
     """A program of windows of 4 tokens to predict, and its batch of two.
 
     They end there, or 2 more places only pad them.
     """
-    tokens, length = TOKENS[:, : 5 if cut else 7], np.full(2, 5)
-    rows, stratum = {"tokens": tokens, "length": length}, np.zeros(2, np.int32)
-    data = Data(rows, rows, stratum, stratum, ("all",), "text", vocabulary=5)
+    data = make_windows(TOKENS[:, : 5 if cut else 7], 5)
+    rows = data.train | {"length": np.full(2, 5)}
     small = {"kind": "transformer", "stem_width": 8, "heads": 2, "kv_heads": 1}
     fields = {f"model.{name}": value for name, value in small.items()}
     fields |= {"num_experts": 4, "max_held": 3, "batch_size": 2, "num_active": 2}
@@ -265,7 +265,7 @@ def test_a_padded_window_is_the_window_cut_to_its_length(strategy, tied):
     found = []
     for cut in (False, True):
         changes = {"strategy": strategy, "model.tied": tied}
-        program, batch = make_windows(cut, **changes)
+        program, batch = start_windows(cut, **changes)
         sizes = program.sizes
         slots = 1, sizes.num_layers, sizes.max_held
         held = np.broadcast_to(np.arange(sizes.max_held)[::-1], slots)
