@@ -22,6 +22,7 @@ from fedmoe_jax.runtime.folders import resolve_folder
 from fedmoe_jax.runtime.settings import tell_settings
 from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
 from fedmoe_jax.scoring import evaluation_route
+from fedmoe_jax.sources import choose_batch
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
@@ -36,8 +37,6 @@ from fedmoe_jax.train.workdir import (
     read_config,
 )
 from fedmoe_jax.types import PyTree, SimState
-
-BATCH = 500  # inputs that `predict` takes at once
 
 
 class Run(NamedTuple):
@@ -257,8 +256,9 @@ def predict(
     apply = lambda rows: apply_model(
         program, run.params, run.frozen, personal, federation.statistics, rows
     )
-    starts = range(0, len(jax.tree.leaves(rows)[0]), BATCH)
-    take = lambda start: {name: x[start : start + BATCH] for name, x in rows.items()}
+    most = choose_batch(program)
+    starts = range(0, len(jax.tree.leaves(rows)[0]), most)
+    take = lambda start: {name: x[start : start + most] for name, x in rows.items()}
     return np.concatenate([apply(take(start)) for start in starts])
 
 

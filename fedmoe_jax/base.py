@@ -132,11 +132,15 @@ class Routing(NamedTuple):
       gates: [G, P, K] float32 over the held experts, rows sum to 1 but for some
         `Strategy.gating`.
       trained: [G, K] bool, the slots that get gradients from the batch; None for all.
+      weight: [G, P] float32 >= 0 of the positions of the logits, 0 for padding, as the
+        task has them in `Scores.weight`; models leave it out. None where every position
+        counts alike.
     """
 
     logits: Array | None
     gates: Array
     trained: Array | None = None
+    weight: Array | None = None
 
 
 class Parts(NamedTuple):
@@ -235,7 +239,8 @@ class Strategy(NamedTuple):
       update: (evidence, assignment, feedback, reports, hyper) -> its state after a
         round; feedback is 0 for clients whose update did not arrive.
       report: (routing of the layer, batch, hyper) -> pytree that a client sends beside
-        its update, the mean over its local batches; None for nothing.
+        its update, the mean over its local batches; None for nothing. The routing has
+        the `weight` [P] of its positions.
       stages: (rounds, (state, federation, hyper, key, model=, task=, sizes=) ->
         (state, frozen)), run between chunks, once so many rounds are done; the number,
         a multiple of `chunk_rounds`, may be the name of a config field. One at
@@ -251,11 +256,12 @@ class Strategy(NamedTuple):
         weight of each of its gate rows in their averages, [E].
       expert_weight: (slot [K] bool, feedback [K], examples [], hyper) of ONE client ->
         weight of the expert in each slot in its average, [K].
-      gate_loss: (logits [P, E], held [E] bool, factor [], hyper) -> [] nats;
-        `factor` is the assignment's factor of the calibration loss.
-      expert_priority: (gates [P, K], hyper) -> value [K] of training each held expert
-        on a batch; the most valuable get gradients, as many as the client has room
-        for. None: all.
+      gate_loss: (logits [P, E], weight [P], held [E] bool, factor [], hyper) -> []
+        nats; `weight` is of the positions, None where all count alike, and `factor`
+        the assignment's factor of the calibration loss.
+      expert_priority: (gates [P, K], weight [P] or None, hyper) -> value [K] of
+        training each held expert on a batch; the most valuable get gradients, as many
+        as the client has room for. None: all.
       mix: `outputs` of the experts, or their `probabilities`.
       gating: the gates of an example over the experts that may answer it, in training
         and evaluation: softmax over the A `chosen` ones; softmax over `all` of them, of
@@ -297,7 +303,7 @@ class Strategy(NamedTuple):
     gate_weight: Callable[..., Array] | Open = None
     expert_weight: Callable[..., Array] | Open = None
     gate_loss: Callable[..., Array] | Open = None
-    expert_priority: Callable[[Array, Hyper], Array] | None = None
+    expert_priority: Callable[[Array, Array | None, Hyper], Array] | None = None
     mix: str = "outputs"
     gating: str = "chosen"
     step_scale: Callable[[Array, Array, float], Array] | None = None

@@ -44,8 +44,8 @@ from fedmoe_jax.scoring import (
     sum_strata,
 )
 from fedmoe_jax.sources import (
-    TEST_BATCH,
     Source,
+    choose_batch,
     read_examples,
     schedule_examples,
     take_pool,
@@ -152,7 +152,7 @@ def count_unseen(
         counts = count_examples(state, federation, panel, examples, program=program)
         return {name: counts[name] for name in ("total", "global")}
 
-    return sum_batches(count, len(source.group))
+    return sum_batches(count, len(source.group), choose_batch(program))
 
 
 def count_weights(examples: Examples, program: Program) -> Array:
@@ -368,16 +368,17 @@ def summarise_own_tests(counts: dict[str, Array], counted: Array) -> dict[str, A
 
 
 def sum_batches(
-    count: Callable[[Array], dict[str, Array]], num_examples: int
+    count: Callable[[Array], dict[str, Array]], num_examples: int, most: int
 ) -> dict[str, Array]:
     """The counts of a whole pass, summed over batches and devices.
 
     Args:
       count: positions [B] of one batch -> its counts.
       num_examples: Q, of the pass.
+      most: the largest batch allowed.
     """
     device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
-    position = schedule_examples(num_examples, TEST_BATCH, device, num_devices)
+    position = schedule_examples(num_examples, most, device, num_devices)
 
     def add(total: dict[str, Array], batch: Array) -> tuple[dict[str, Array], None]:
         return jax.tree.map(jnp.add, total, count(batch)), None
@@ -427,6 +428,7 @@ def build_evaluate_share(
         count_all = lambda source: sum_batches(
             lambda position: one_batch(state, view, panel, source, position),
             len(source.group),
+            choose_batch(program),
         )
         counts = count_all(take_test(federation))
         accuracies = summarise_counts(counts, panel, sizes.num_clients)

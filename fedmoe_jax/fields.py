@@ -290,6 +290,11 @@ OPTIONS: tuple[Option, ...] = (
         "whether backward passes of a transformer compute blocks again, for memory",
     ),
     Option(
+        "model.scan",
+        None,
+        "whether a transformer's blocks are one loop, which compiles one of them",
+    ),
+    Option(
         "gate.input",
         GATE_INPUTS,
         "hidden states that a transformer's gates score: each token's, or the mean of "

@@ -25,7 +25,7 @@ from fedmoe_jax.panel import choose_rows, gather_panel
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.scoring import divide_bits, find_participants, sum_scores
-from fedmoe_jax.sources import TEST_BATCH, read_examples, schedule_examples, take_test
+from fedmoe_jax.sources import choose_batch, read_examples, schedule_examples, take_test
 from fedmoe_jax.types import (
     Array,
     ClientInput,
@@ -76,7 +76,8 @@ def score_tuned(
     """
     source = take_test(federation)
     num_strata = len(mix)
-    position = schedule_examples(len(source.group), TEST_BATCH, jnp.int32(0), 1)
+    most = choose_batch(program)
+    position = schedule_examples(len(source.group), most, jnp.int32(0), 1)
 
     def count(batch: Array) -> tuple[Array, Array]:
         place = source, federation, batch

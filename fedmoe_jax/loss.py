@@ -7,6 +7,7 @@ from flax import struct
 from fedmoe_jax.base import Route, Routing, Scores
 from fedmoe_jax.models.submodel import held_mask
 from fedmoe_jax.moe_layers import map_layers
+from fedmoe_jax.positions import mean_loss, weigh_routing
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, ClientInput, Feedback, Hyper, PyTree
 
@@ -164,20 +165,35 @@ def sum_gate_losses(
     if routing.logits is None:
         return 0.0
 
-    def layer_loss(logits: Array, held: Array, slot: Array, factor: Array) -> Array:
+    def layer_loss(
+        logits: Array, weight: Array | None, held: Array, slot: Array, factor: Array
+    ) -> Array:
         mask = held_mask(held, slot, sizes.num_experts)
-        return program.strategy.gate_loss(logits, mask, factor, hyper)
+        return program.strategy.gate_loss(logits, weight, mask, factor, hyper)
 
     over_layers = map_layers(layer_loss, sizes.num_layers, in_axes=0)
-    losses = over_layers(routing.logits, inputs.held, inputs.slot, inputs.calibration)
-    return losses.sum()
+    slots = inputs.held, inputs.slot, inputs.calibration
+    return over_layers(routing.logits, routing.weight, *slots).sum()
 
 
-def make_route(inputs: ClientInput, hyper: Hyper, program: Program) -> Route:
-    """The routing of ONE client's examples in training, as the strategy has it."""
+def weigh_batch(batch: PyTree, program: Program) -> Array | None:
+    """Weights [P] of a batch's positions, in which outputs play no part, or None."""
+    if program.scores.weight is None:
+        return None
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.outputs)
+    weight = program.task.loss(blank, batch).weight
+    assert weight is not None
+    return weight.reshape(-1)
+
+
+def make_route(
+    inputs: ClientInput, batch: PyTree, hyper: Hyper, program: Program
+) -> Route:
+    """The routing of ONE client's batch in training, as the strategy has it."""
     strategy, priority = program.strategy, None
     if rate := strategy.expert_priority:
-        priority = lambda gates: rate(gates, hyper)
+        weight = weigh_batch(batch, program)
+        priority = lambda gates: rate(gates, weight, hyper)
     return Route(
         num_active=program.sizes.num_active,
         mix=strategy.mix,
@@ -185,13 +201,6 @@ def make_route(inputs: ClientInput, hyper: Hyper, program: Program) -> Route:
         budget=inputs.budget,
         gating=strategy.gating,
     )
-
-
-def mean_loss(scores: Scores) -> Array:
-    """[] nats, the mean over positions by their weights."""
-    if scores.weight is None:
-        return scores.loss.mean()
-    return (scores.loss * scores.weight).sum() / jnp.maximum(scores.weight.sum(), 1e-6)
 
 
 def local_loss(
@@ -218,10 +227,11 @@ def local_loss(
     Returns:
       loss [], and the feedback of the batch.
     """
-    route, slots = make_route(inputs, hyper, program), (inputs.held, inputs.slot)
+    route, slots = make_route(inputs, batch, hyper, program), (inputs.held, inputs.slot)
     params = submodel | {part: frozen[part] for part in program.strategy.frozen}
     outputs, routing = program.model.apply(params, frozen, batch, *slots, route, key)
     scores = flatten_positions(program.task.loss(outputs, batch))
+    routing = weigh_routing(routing, scores.weight)
     loss = mean_loss(scores) + sum_gate_losses(routing, inputs, hyper, program)
     report = make_report(routing, batch, hyper, program)
     return loss, sum_batch(scores, routing, report, program.sizes.num_layers)

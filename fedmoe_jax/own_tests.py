@@ -30,7 +30,7 @@ from fedmoe_jax.scoring import (
     take_parts,
     view_clients,
 )
-from fedmoe_jax.sources import TEST_BATCH
+from fedmoe_jax.sources import choose_batch
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import Array, Federation, Lists, PyTree, SimState
 from fedmoe_jax.world.step import View
@@ -159,7 +159,7 @@ def score_shared(
     held = view_clients(state, federation).held
     device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
     place, total = list_places(lists), lists.size.sum()
-    width, size = lists.index.shape[1], min(TEST_BATCH, len(place))
+    width, size = lists.index.shape[1], min(choose_batch(program), len(place))
 
     def add(number: Array, counts: dict[str, Array]) -> dict[str, Array]:
         position = (number * num_devices + device) * size + jnp.arange(size)
@@ -230,7 +230,7 @@ def score_client(
     model = take_submodel(params, own.personal, held, program.strategy.local_experts)
     amount = None if view.distortion is None else view.distortion[client]
     index, length = lists.index[client], lists.size[client]
-    size = min(TEST_BATCH, len(index))
+    size = min(choose_batch(program), len(index))
 
     def add(number: Array, counts: dict[str, Array]) -> dict[str, Array]:
         position = number * size + jnp.arange(size)

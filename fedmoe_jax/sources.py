@@ -1,5 +1,6 @@
 """The examples that one pass of evaluation scores, in batches shared out to devices."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ from fedmoe_jax.scoring import Examples
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import Array, Federation, Pool
 
-TEST_BATCH = 500
+TEST_BATCH = 500  # examples at once, at most
+TEST_POSITIONS = 2048  # of the examples at once, unless one alone has more
 
 
 class Source(NamedTuple):
@@ -36,6 +38,15 @@ def take_test(federation: Federation) -> Source:
 def take_pool(federation: Federation, pool: Pool) -> Source:
     """Training examples that are set aside."""
     return Source(federation.train, pool.example, pool.group)
+
+
+def choose_batch(program: Program) -> int:
+    """The most examples of a batch in evaluation: 500 images, fewer windows of text.
+
+    Memory follows the positions of a batch, not its examples.
+    """
+    positions = math.prod(program.scores.loss.shape[1:])
+    return max(1, min(TEST_BATCH, TEST_POSITIONS // positions))
 
 
 def divide_examples(count: int, most: int, num_devices: int) -> tuple[int, int]:

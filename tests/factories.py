@@ -19,7 +19,7 @@ import numpy as np
 from configs import compare as study
 from configs import default
 from fedmoe_jax import program as program_file
-from fedmoe_jax.base import PARTS, Model, Parts
+from fedmoe_jax.base import PARTS, Data, Model, Parts
 from fedmoe_jax.broadcast import broadcast, gather_evidence
 from fedmoe_jax.capacity import Belief, Capacity
 from fedmoe_jax.client import build_client_update
@@ -245,6 +245,14 @@ def make_data(num_classes=10, shape=(8, 8, 1)):
     x = np.zeros((num_classes, *shape), np.uint8)
     y = np.arange(num_classes, dtype=np.int32)
     return label_images(x, y, x, y, tuple(map(str, y)))
+
+
+def make_windows(tokens, vocabulary):
+    """Windows [X, P + 1] of text, none of them padded."""
+    length = np.full(len(tokens), tokens.shape[1])
+    rows, stratum = {"tokens": tokens, "length": length}, np.zeros(len(tokens), int)
+    names = dict(stratum_names=("all",), task="text", vocabulary=vocabulary)
+    return Data(rows, rows, stratum, stratum, **names)
 
 
 def make_program(data=None, steps=None, **changes) -> Program:

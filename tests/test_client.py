@@ -499,7 +499,7 @@ def test_draw_batches_depends_on_the_key_and_all_orders_occur():
 @pytest.mark.parametrize(("value", "still"), [([1, 2, 9], 0), ([2, 1, 9], 1)])
 def test_client_update_trains_the_most_valuable_experts_only(value, still):
     """Of the held experts 4 and 1 there is room for one; 9 is of the invalid slot."""
-    priority = lambda gates, hyper: jnp.array(value, jnp.float32)
+    priority = lambda gates, weight, hyper: jnp.array(value, jnp.float32)
     program = use_strategy(build(), expert_priority=priority)
     delta = run(program, inputs=make_input(budget=jnp.int32(1))).delta
     for leaf in jax.tree.leaves(delta["experts"]):

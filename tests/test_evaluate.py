@@ -17,7 +17,7 @@ from factories import (
 )
 from jax.sharding import PartitionSpec as P
 
-from fedmoe_jax import evaluate
+from fedmoe_jax import evaluate, sources
 from fedmoe_jax.base import Routing
 from fedmoe_jax.evaluate import build_evaluate, build_evaluate_share
 from fedmoe_jax.models.flops import shape_params
@@ -244,7 +244,7 @@ def expected(gate_mode):
 def test_evaluate_equals_the_slow_loop(
     monkeypatch, gate_mode, expected, devices, batch, every_expert
 ):
-    monkeypatch.setattr(evaluate, "TEST_BATCH", batch)
+    monkeypatch.setattr(sources, "TEST_BATCH", batch)
     build_evaluate.cache_clear()
     program = build(gate_mode, every_expert, devices)
     result = build_evaluate(program)(draw_state(program), FEDERATION, {})

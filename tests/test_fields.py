@@ -28,6 +28,7 @@ CHECKED_ELSEWHERE = {
 }
 CHECKED_ELSEWHERE |= {
     "model.remat",
+    "model.scan",
     "model.tied",
     "run.tensorboard",
     "evaluation.finetune",

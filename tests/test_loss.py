@@ -4,19 +4,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import assert_same, make_hyper, make_inputs, make_program, use_model
+from factories import (
+    assert_same,
+    fill,
+    make_hyper,
+    make_inputs,
+    make_program,
+    make_windows,
+    use_model,
+)
 
 from fedmoe_jax.base import Model, Routing, Scores, Task
 from fedmoe_jax.loss import (
     local_loss,
-    mean_loss,
     mean_report,
     sum_batch,
     sum_gate_losses,
     summarise_feedback,
     zero_sums,
 )
+from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.models.routing import route as route_top
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.positions import mean_loss
 from fedmoe_jax.tasks.batches import shape_batch
 
 pytestmark = pytest.mark.slow
@@ -95,15 +105,6 @@ def test_sum_batch_without_padding_is_that_of_the_other_positions():
     found = sum_one(loss[real], score[real], gates[real])
     assert padded.weight == padded.positions == real.sum()
     assert_same(padded.replace(weight=None), found, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("weight", "mean"),
-    [(None, 16 / 3), ([1.0, 3.0, 0.0], 11 / 4), ([0.0, 0.0, 0.0], 0.0)],
-)
-def test_mean_loss_by_hand(weight, mean):
-    loss = jnp.array([2.0, 3.0, 11.0])
-    close(mean_loss(Scores(loss, loss, weight and jnp.array(weight))), mean)
 
 
 def test_sum_batch_adds_up_over_batches():
@@ -234,3 +235,53 @@ def test_sum_gate_losses_of_one_expert_is_nothing():
     inputs = make_inputs(HELD[:, :1], SLOT[:, :1])
     routing = Routing(None, jnp.ones((1, 4, 1)))
     assert sum_gate_losses(routing, inputs, make_hyper(), program) == 0
+
+
+# ---- windows that are padded
+
+TOKENS = np.array([[1, 2, 3, 4, 0, 2, 2], [3, 3, 1, 0, 0, 4, 1]], np.int32)
+
+
+def start_windows(cut, **changes):
+    """A program of windows of 4 tokens to predict, and its batch of two.
+
+    They end there, or 2 more places only pad them.
+    """
+    data = make_windows(TOKENS[:, : 5 if cut else 7], 5)
+    rows = data.train | {"length": np.full(2, 5)}
+    small = {"kind": "transformer", "stem_width": 8, "heads": 2, "kv_heads": 1}
+    fields = {f"model.{name}": value for name, value in small.items()}
+    fields |= {"num_experts": 4, "max_held": 3, "batch_size": 2, "num_active": 2}
+    program = make_program(data, **fields | changes)
+    return program, program.task.prepare(jax.tree.map(jnp.asarray, rows), {})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tied"),
+    [("fedmix_shared_gate", False), ("fedmix_shared_gate", True), ("hfedmoe", False)],
+)
+def test_a_padded_window_is_the_window_cut_to_its_length(strategy, tied):
+    """Losses of the gates, gradients, report, feedback and which slots are trained."""
+    found = []
+    for cut in (False, True):
+        changes = {"strategy": strategy, "model.tied": tied}
+        program, batch = start_windows(cut, **changes)
+        sizes = program.sizes
+        slots = 1, sizes.num_layers, sizes.max_held
+        held = np.broadcast_to(np.arange(sizes.max_held)[::-1], slots)
+        inputs = make_inputs(held, np.ones(slots, bool), budget=np.array([2]))
+        inputs = jax.tree.map(lambda leaf: leaf[0], inputs)
+        params = take_submodel(fill(shape_params(program.model)[0]), {}, inputs.held, 0)
+        hyper = make_hyper(loss={"calibration": 0.3, "load": 0.2, "z": 0.1})
+
+        def losses(params, program=program, batch=batch, inputs=inputs, hyper=hyper):
+            return local_loss(
+                *(params, {}, batch, inputs, hyper, jax.random.key(0)), program=program
+            )
+
+        (loss, sums), grads = jax.jit(jax.value_and_grad(losses, has_aux=True))(params)
+        assert sums.positions == 8
+        found.append((loss, sums, grads))
+    assert_same(*found, rtol=1e-4, atol=1e-5)
+    for part in ("gate", "experts"):  # none of it is nothing
+        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads[part]))

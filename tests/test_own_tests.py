@@ -18,7 +18,7 @@ from factories import (
     run_alone,
 )
 
-from fedmoe_jax import evaluate, own_tests
+from fedmoe_jax import sources
 from fedmoe_jax.base import Route
 from fedmoe_jax.data.partition import load_partition
 from fedmoe_jax.evaluate import build_evaluate, summarise_validation
@@ -182,8 +182,7 @@ def slow_asides(program, state):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("batch", [500, 4])
 def test_asides_equal_the_slow_loop(form, batch, monkeypatch):
-    monkeypatch.setattr(evaluate, "TEST_BATCH", batch)
-    monkeypatch.setattr(own_tests, "TEST_BATCH", batch)
+    monkeypatch.setattr(sources, "TEST_BATCH", batch)
     build_evaluate.cache_clear()
     program = build(*form)
     state = draw_state(program)

@@ -3,9 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import make_data, make_federation, make_program
+from factories import make_data, make_federation, make_program, make_windows
 
+from fedmoe_jax.configs import default
+from fedmoe_jax.models.flops import count_activation_bytes
 from fedmoe_jax.sources import (
+    choose_batch,
     read_examples,
     schedule_examples,
     take_pool,
@@ -24,6 +27,26 @@ FEDERATION = make_federation(
 
 def read(source, position, num_groups):
     return read_examples(source, FEDERATION, position, None, num_groups, PROGRAM)
+
+
+def test_images_are_evaluated_in_batches_of_500():
+    assert choose_batch(PROGRAM) == 500
+
+
+@pytest.mark.parametrize(
+    ("length", "batch"), [(3, 500), (32, 64), (256, 8), (1024, 2), (4096, 1)]
+)
+def test_long_windows_are_evaluated_in_small_batches(length, batch):
+    """Of the default widths, up to 1024 tokens, a batch needs less than half a GB."""
+    data = make_windows(np.zeros((2, length + 1), np.int32), 256)
+    whole = default.get_config().model
+    fields = {f"model.{name}": whole[name] for name in ("stem_width", "expert_width")}
+    fields |= {"model.kind": "transformer", "num_experts": 8}
+    program = make_program(data, **fields)
+    assert choose_batch(program) == batch
+    if length <= 1024:
+        each = count_activation_bytes(program.model, program.batch, 8)
+        assert batch * each < 0.5e9
 
 
 @pytest.mark.parametrize(

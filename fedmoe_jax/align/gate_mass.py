@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.explore import uniform_scores
 from fedmoe_jax.base import Routing
+from fedmoe_jax.positions import average
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -24,7 +25,7 @@ def init_mass(sizes: Sizes) -> PyTree:
 def report_mass(routing: Routing, batch: PyTree, hyper: Hyper) -> Array:
     """ONE client's report on a batch: its mean gate over all experts, [E]."""
     assert routing.logits is not None  # with one expert there is no report
-    return jax.nn.softmax(routing.logits).mean(0)
+    return average(jax.nn.softmax(routing.logits), routing.weight)
 
 
 def update_mass(

@@ -73,6 +73,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.shared_width = 0
     config.model.tied = False
     config.model.remat = False
+    config.model.scan = False
 
     config.gate = ConfigDict()
     config.gate.mode = "global"

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from fedmoe_jax.base import (
     SHARED,
@@ -18,6 +19,7 @@ from fedmoe_jax.base import (
 )
 from fedmoe_jax.models.one_layer import apply_experts, run_shared
 from fedmoe_jax.models.routing import gate_logits
+from fedmoe_jax.positions import weigh_routing
 from fedmoe_jax.tasks.batches import BatchShapes
 from fedmoe_jax.types import PyTree, Sizes
 
@@ -53,17 +55,40 @@ def trace_model(
 
     def forward(*inputs: PyTree) -> tuple[PyTree, Scores, Routing]:
         outputs, routing = model.apply(*inputs, route, None)
-        return outputs, task.loss(outputs, inputs[2]), routing
+        scores = task.loss(outputs, inputs[2])
+        return outputs, scores, weigh_routing(routing, scores.weight)
 
     rows = batch.of(sizes.batch_size)
     return jax.eval_shape(forward, *shape_inputs(model, rows, sizes.max_held))
 
 
+def unroll_loops(jaxpr: Any) -> Any:
+    """The jaxpr with the body of every scan as often as it runs."""
+    plain = getattr(jaxpr, "jaxpr", jaxpr)
+
+    def unroll(equation: Any) -> Any:
+        params = {
+            name: unroll_loops(value) if hasattr(value, "eqns") else value
+            for name, value in equation.params.items()
+        }
+        if equation.primitive.name == "scan":
+            params["unroll"] = max(params["length"], 1)
+        return equation.replace(params=params)
+
+    unrolled = plain.replace(eqns=[unroll(equation) for equation in plain.eqns])
+    return unrolled if plain is jaxpr else jaxpr.replace(jaxpr=unrolled)
+
+
 def count_flops(function: Callable, *arguments: PyTree) -> float:
-    """FLOPs of a function of such shapes, as XLA counts them before compiling."""
+    """FLOPs of a function of such shapes, as XLA counts them before compiling.
+
+    XLA counts the body of a loop once, so loops of a known length are unrolled.
+    """
     host = jax.local_devices(backend="cpu")[0]  # others cannot count before compiling
     with jax.default_device(host):
-        analysis = jax.jit(function).lower(*arguments).cost_analysis()
+        unrolled = jaxpr_as_fun(unroll_loops(jax.make_jaxpr(function)(*arguments)))
+        lowered = jax.jit(unrolled).lower(*jax.tree.leaves(arguments))
+        analysis = lowered.cost_analysis()
     assert analysis is not None
     return float(analysis.get("flops", 0.0))  # a flat stem has none
 
@@ -150,9 +175,12 @@ def _list_equations(jaxpr: Any) -> Iterator[Any]:
     """The equations of a jaxpr, and those inside functions with own gradients.
 
     What a backward pass computes again counts like what is kept: it is there, too.
+    The body of a loop counts as often as it runs.
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        inner = equation.params.get("call_jaxpr")
+        inner, times = equation.params.get("call_jaxpr"), 1
+        if equation.primitive.name == "scan":
+            inner, times = equation.params["jaxpr"], equation.params["length"]
         if (
             "checkpoint" in equation.primitive.name
             or "remat" in equation.primitive.name
@@ -161,4 +189,5 @@ def _list_equations(jaxpr: Any) -> Iterator[Any]:
         if inner is None:
             yield equation
         else:
-            yield from _list_equations(inner)
+            for _ in range(times):
+                yield from _list_equations(inner)

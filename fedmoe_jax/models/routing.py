@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from fedmoe_jax.base import Route
 from fedmoe_jax.options import UserError
+from fedmoe_jax.positions import average
 from fedmoe_jax.types import Array, Hyper, PyTree
 
 
@@ -94,52 +95,59 @@ def make_gates(logits: Array, mask: Array, how: Route) -> Array:
     return GATINGS[how.gating](logits, mask, how.num_active)
 
 
-def calibration_loss(logits: Array, held: Array) -> Array:
-    """`-log` of the gate mass that falls on held experts, mean over the batch, nats.
+def calibration_loss(logits: Array, weight: Array | None, held: Array) -> Array:
+    """`-log` of the gate mass that falls on held experts, mean over positions, nats.
 
     A client's gate is otherwise only trained to choose among the experts it holds, so
     experts never held together would never be compared. Zero when all are held.
 
     Args:
-      logits: [B, E] float over all experts.
+      logits: [P, E] float over all experts.
+      weight: [P] float32 of the positions, None where all count alike.
       held: [E] bool, at least one held.
     """
     chex.assert_rank([logits, held], [2, 1])
     held_mass = jax.nn.logsumexp(jnp.where(held[None], logits, -jnp.inf), axis=-1)
-    return (jax.nn.logsumexp(logits, axis=-1) - held_mass).mean()
+    return average(jax.nn.logsumexp(logits, axis=-1) - held_mass, weight)
 
 
-def load_loss(logits: Array, mask: Array) -> Array:
+def load_loss(logits: Array, weight: Array | None, mask: Array) -> Array:
     """Load-balancing loss of the Switch Transformer (arXiv 2101.03961, eq. 4), >= 0.
 
-    `n * sum_e f_e P_e` over the n allowed experts, f_e the share of examples whose
+    `n * sum_e f_e P_e` over the n allowed experts, f_e the share of positions whose
     first choice is e and P_e the mean gate probability; 1 under a uniform routing.
 
     Args:
-      logits: [B, E] float.
+      logits: [P, E] float.
+      weight: [P] float32 of the positions, None where all count alike.
       mask: [E] bool, allowed experts.
     """
     probabilities = jax.nn.softmax(jnp.where(mask[None], logits, -jnp.inf), axis=-1)
     first = jax.nn.one_hot(probabilities.argmax(-1), logits.shape[-1])
-    return mask.sum() * (first.mean(0) * probabilities.mean(0)).sum()
+    mean = lambda values: average(values, weight)
+    return mask.sum() * (mean(first) * mean(probabilities)).sum()
 
 
-def z_loss(logits: Array, mask: Array) -> Array:
+def z_loss(logits: Array, weight: Array | None, mask: Array) -> Array:
     """Router z-loss (ST-MoE, arXiv 2202.08906, eq. 5): mean squared log-sum-exp.
 
     Args:
-      logits: [B, E] float.
+      logits: [P, E] float.
+      weight: [P] float32 of the positions, None where all count alike.
       mask: [E] bool, allowed experts.
     """
     masked = jnp.where(mask[None], logits, -jnp.inf)
-    return jnp.square(jax.nn.logsumexp(masked, axis=-1)).mean()
+    return average(jnp.square(jax.nn.logsumexp(masked, axis=-1)), weight)
 
 
-def calibrate_gate(logits: Array, held: Array, factor: Array, hyper: Hyper) -> Array:
+def calibrate_gate(
+    logits: Array, weight: Array | None, held: Array, factor: Array, hyper: Hyper
+) -> Array:
     """Calibration, load and z losses of gate logits, each with its weight.
 
     Args:
       logits: [P, E] float32.
+      weight: [P] float32 of the positions, None where all count alike.
       held: [E] bool.
       factor: [] of the calibration loss.
       hyper: gives the weights, `loss.calibration`, `loss.load` and `loss.z`.
@@ -149,7 +157,7 @@ def calibrate_gate(logits: Array, held: Array, factor: Array, hyper: Hyper) -> A
     """
     weights = hyper.loss
     return (
-        weights.calibration * factor * calibration_loss(logits, held)
-        + weights.load * load_loss(logits, held)
-        + weights.z * z_loss(logits, held)
+        weights.calibration * factor * calibration_loss(logits, weight, held)
+        + weights.load * load_loss(logits, weight, held)
+        + weights.z * z_loss(logits, weight, held)
     )

@@ -8,6 +8,7 @@ every block.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -54,6 +55,7 @@ class Shape(NamedTuple):
         those so far.
       tied: whether a client holds the same experts in all blocks.
       remat: whether backward passes compute blocks again instead of keeping them.
+      scan: whether the blocks are one loop over stacked params.
       platform: `cpu`, `gpu` or `tpu`; on a `cpu` experts are looped over, or see only
         what is routed to them.
     """
@@ -71,6 +73,7 @@ class Shape(NamedTuple):
     gate_input: str
     tied: bool
     remat: bool
+    scan: bool
     platform: str
 
 
@@ -183,6 +186,87 @@ def mix_experts(
     return mixed.reshape(x.shape), Routing(logits, gates, trained)
 
 
+class Block(NamedTuple):
+    """The params of ONE block.
+
+    Attributes:
+      stem: what all clients train of it.
+      layer: `gate`, `experts`, `held` [K] and `slot` [K] of its mixture; None without.
+    """
+
+    stem: PyTree
+    layer: tuple[PyTree, PyTree, Array, Array] | None
+
+
+def group_blocks(
+    params: PyTree, held: Array, slot: Array, shape: Shape
+) -> tuple[list[list[Block]], list[Block]]:
+    """Groups of `moe_every` blocks, the last of each with a mixture, and the rest."""
+    gates, experts, blocks = params["gate"], params["experts"], []
+    if shape.tied:
+        gates, experts = gates[TIED], experts[TIED]
+    for i, (name, mixes) in enumerate(name_blocks(shape)):
+        layer, place = None, 0 if shape.tied else i // shape.moe_every
+        if mixes:
+            layer = gates[name], experts[name], held[place], slot[place]
+        blocks.append(Block(params["stem"][name], layer))
+    every = shape.moe_every
+    whole = shape.blocks - shape.blocks % every
+    groups = [blocks[i : i + every] for i in range(0, whole, every)]
+    return groups, blocks[whole:]
+
+
+def run_block(
+    block: Block, x: Array, *, route: Route, shape: Shape
+) -> tuple[Array, Routing | None]:
+    """ONE block on hidden states [B, P, D], and the routing of its mixture."""
+    stem, decision = block.stem, None
+    x = x + attend(stem["attention"], normalise(x, stem["norm"][0]))
+    hidden = normalise(x, stem["norm"][1])
+    if "shared" in stem:
+        x = x + feed_forward(stem["shared"], hidden)
+    if block.layer is not None:
+        gate, experts, held, slot = block.layer
+        mixed, decision = mix_experts(gate, experts, hidden, held, slot, route, shape)
+        x = x + mixed
+    return x, decision
+
+
+RunBlock = Callable[[Block, Array], tuple[Array, Routing | None]]
+
+
+def run_group(run: RunBlock, x: Array, group: list[Block]) -> tuple[Array, Routing]:
+    """ONE group of blocks, and the routing of the last one."""
+    decision = None
+    for block in group:
+        x, decision = run(block, x)
+    assert decision is not None
+    return x, decision
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """One tree of leaves [n, ...] from n of them."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def loop_groups(
+    run: RunBlock, groups: list[list[Block]], x: Array
+) -> tuple[Array, Routing]:
+    """All groups, each compiled by itself, and their routing, leaves [G, ...]."""
+    layers = []
+    for group in groups:
+        x, decision = run_group(run, x, group)
+        layers.append(decision)
+    return x, stack(layers)
+
+
+def scan_groups(
+    run: RunBlock, groups: list[list[Block]], x: Array
+) -> tuple[Array, Routing]:
+    """As `loop_groups`, as one loop over stacked params: it compiles one group."""
+    return jax.lax.scan(functools.partial(run_group, run), x, stack(groups))
+
+
 def apply(
     params: PyTree,
     frozen: PyTree,
@@ -198,42 +282,20 @@ def apply(
 
     Nothing is dropped at random; `key` is not used.
     """
-    stem, head = params["stem"], params["head"]
-    gates, experts = params["gate"], params["experts"]
-    if shape.tied:
-        gates, experts = gates[TIED], experts[TIED]
-    layers: list[Routing] = []
-
-    def run_block(name: str, mixes: bool, x: Array) -> tuple[Array, Routing | None]:
-        block, decision = stem[name], None
-        x = x + attend(block["attention"], normalise(x, block["norm"][0]))
-        hidden = normalise(x, block["norm"][1])
-        if "shared" in block:
-            x = x + feed_forward(block["shared"], hidden)
-        if mixes:
-            own, layer = (gates[name], experts[name]), 0 if shape.tied else len(layers)
-            slots = held[layer], slot[layer]
-            mixed, decision = mix_experts(*own, hidden, *slots, route, shape)
-            x = x + mixed
-        return x, decision
-
-    x = stem["embedding"][batch["tokens"]]
-    for name, mixes in name_blocks(shape):
-        run = functools.partial(run_block, name, mixes)
-        x, decision = (jax.checkpoint(run) if shape.remat else run)(x)
-        if decision is not None:
-            layers.append(decision)
+    head = params["head"]
+    run = functools.partial(run_block, route=route, shape=shape)
+    run = jax.checkpoint(run) if shape.remat else run
+    groups, rest = group_blocks(params, held, slot, shape)
+    x = params["stem"]["embedding"][batch["tokens"]]
+    x, layers = (scan_groups if shape.scan else loop_groups)(run, groups, x)
+    for block in rest:
+        x, _ = run(block, x)
     outputs = normalise(x, head["norm"]) @ head["kernel"]
-    return outputs, (join_tied if shape.tied else stack_layers)(layers)
+    return outputs, join_tied(layers) if shape.tied else layers
 
 
-def stack_layers(layers: list[Routing]) -> Routing:
-    """The routing of G layers, leaves [G, ...]."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-
-
-def join_tied(layers: list[Routing]) -> Routing:
-    """The routing of tied layers as that of one.
+def join_tied(joined: Routing) -> Routing:
+    """The routing of tied layers [G, ...] as that of one.
 
     Logits are those of all blocks one after the other, so that losses of the gates are
     their mean over blocks; gates are their mean.
@@ -241,15 +303,15 @@ def join_tied(layers: list[Routing]) -> Routing:
     Raises:
       UserError: the strategy trains some of the held experts, block by block.
     """
-    logits, gates, trained = stack_layers(layers)
-    if trained is not None:
+    if joined.trained is not None:
         raise UserError(
             "model.tied=True is not allowed with a strategy that trains some of the "
             "held experts on a batch; allowed: False"
         )
+    logits = joined.logits
     if logits is not None:
         logits = logits.reshape(1, -1, logits.shape[-1])
-    return Routing(logits, gates.mean(axis=0, keepdims=True))
+    return Routing(logits, joined.gates.mean(axis=0, keepdims=True))
 
 
 @functools.cache
@@ -322,6 +384,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         gate_input=config.gate.input,
         tied=options.tied,
         remat=options.remat,
+        scan=options.scan,
         platform=platform,
     )
     check_shape(shape)

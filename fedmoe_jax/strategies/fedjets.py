@@ -40,6 +40,7 @@ from fedmoe_jax.align.ties import LOTS, first_by_lot, top_k_by_lot
 from fedmoe_jax.base import GATE_STEM, Model, Strategy, Task
 from fedmoe_jax.models.one_layer import run_shared, take_gate_stem
 from fedmoe_jax.options import COUNT, TRACED, Option
+from fedmoe_jax.positions import mean_loss
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import (
     Array,
@@ -85,7 +86,7 @@ def train_stem(
         outputs = parts.expert(trained["expert"], features, None)
         shared = run_shared(parts, trained["stem"], features, None)
         outputs = outputs if shared is None else outputs + shared
-        return task.loss(parts.head(trained["head"], outputs), batch).loss.mean()
+        return mean_loss(task.loss(parts.head(trained["head"], outputs), batch))
 
     def step(number: Array, carry: tuple) -> tuple:
         trained, opt_state = carry

@@ -22,6 +22,7 @@ from fedmoe_jax.align.ties import top_k_by_lot
 from fedmoe_jax.align.top_k import give_all_slots, hold_all
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import NON_NEGATIVE, SHARE, TRACED, Option
+from fedmoe_jax.positions import average
 from fedmoe_jax.types import Array, Assignment, Evidence, Feedback, Hyper, Sizes
 
 
@@ -38,11 +39,13 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     return top_k_by_lot(scores, count, sizes.max_held, evidence.client, key)
 
 
-def gate_loss(logits: Array, held: Array, factor: Array, hyper: Hyper) -> Array:
+def gate_loss(
+    logits: Array, weight: Array | None, held: Array, factor: Array, hyper: Hyper
+) -> Array:
     """`-variety H(mean pi) + sparsity mean H(pi)` of gate logits [P, E], nats."""
     gates = jax.nn.softmax(logits)
-    variety = entr(gates.mean(axis=0)).sum()
-    sparsity = entr(gates).sum(axis=1).mean()
+    variety = entr(average(gates, weight)).sum()
+    sparsity = average(entr(gates).sum(axis=1), weight)
     return hyper.fedmix.sparsity * sparsity - hyper.fedmix.variety * variety
 
 

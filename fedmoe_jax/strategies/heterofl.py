@@ -26,7 +26,9 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
     return Assignment(jnp.broadcast_to(slices, slot.shape), slot)
 
 
-def no_loss(logits: Array, held: Array, factor: Array, hyper: Hyper) -> Array:
+def no_loss(
+    logits: Array, weight: Array | None, held: Array, factor: Array, hyper: Hyper
+) -> Array:
     """Nothing: there is no gate to train."""
     return jnp.zeros(())
 

@@ -17,6 +17,7 @@ from jax.scipy.special import xlogy
 from fedmoe_jax.align.top_k import give_all_slots, hold_all
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import NON_NEGATIVE, SHARE, TRACED, Option
+from fedmoe_jax.positions import average
 from fedmoe_jax.types import Array, Feedback, Hyper
 
 
@@ -26,16 +27,18 @@ def importance(mean: Array, peak: Array, hyper: Hyper) -> Array:
     return share * mean + (1 - share) * peak
 
 
-def expert_value(gates: Array, hyper: Hyper) -> Array:
-    """Information-bottleneck value [K] of each expert for a batch of gates [B, K] (14).
+def expert_value(gates: Array, weight: Array | None, hyper: Hyper) -> Array:
+    """Information-bottleneck value [K] of each expert for a batch of gates [P, K] (14).
 
     Importance less `beta` times the information of the choice about the example;
-    minus infinity where no example of the batch is routed to it.
+    minus infinity where no example of the batch is routed to it. Positions count with
+    their weights [P].
     """
-    mean = gates.mean(axis=0)  # (10)
+    mean = average(gates, weight)  # (10)
     relative = gates / jnp.maximum(mean, 1e-12)[None]
-    information = xlogy(gates, relative).mean(axis=0)
-    peak = gates.max(axis=0)
+    information = average(xlogy(gates, relative), weight)
+    counted = gates if weight is None else jnp.where(weight[:, None] > 0, gates, 0.0)
+    peak = counted.max(axis=0)
     value = importance(mean, peak, hyper) - hyper.hfedmoe.beta * information
     return jnp.where(peak > 0, value, -jnp.inf)
 

@@ -8,7 +8,7 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size
 from fedmoe_jax.runtime.sharding import CLIENTS, runs_at_once
-from fedmoe_jax.sources import TEST_BATCH, divide_examples
+from fedmoe_jax.sources import choose_batch, divide_examples
 from fedmoe_jax.types import PER_RUN, Federation, SimState
 from fedmoe_jax.world.costs import count_bytes
 
@@ -34,7 +34,7 @@ def estimate_memory(
       federation: of one run, arrays on the host or their shapes, with what is frozen.
       program: the static parts; its mesh says how many devices a run has.
       training_bytes: activations of one example through K experts, both ways.
-      evaluation_bytes: activations of one image, forward, as evaluation runs it.
+      evaluation_bytes: activations of one example, forward, as evaluation runs it.
       num_runs: runs that advance together, a multiple of the mesh's `runs`.
     """
     sizes, devices = program.sizes, program.mesh.size
@@ -50,8 +50,8 @@ def estimate_memory(
     own = state.variate.get("own", {})
     rows = count_bytes((state.personal, own)) / sizes.num_clients
     sums = count_bytes((state.params, state.stale))
-    images = divide_examples(federation.test_stratum.shape[0], TEST_BATCH, per_run)[1]
-    evaluating = images * evaluation_bytes
+    tested, most = len(federation.test_stratum), choose_batch(program)
+    evaluating = divide_examples(tested, most, per_run)[1] * evaluation_bytes
     at_once = runs_at_once(num_runs, program.mesh, program.platform)
     per_run_data = count_bytes([getattr(federation, name) for name in PER_RUN])
     shared = count_bytes(federation) - per_run_data

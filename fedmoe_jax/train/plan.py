@@ -143,8 +143,9 @@ def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
     state, frozen = jax.eval_shape(
         lambda k, h: init_state(k, h, program), key, widest.hyper
     )
-    sizes = program.sizes
-    evaluated = sizes.num_experts if program.strategy.every_expert else sizes.max_held
+    sizes, whole = program.sizes, program.strategy.every_expert
+    whole |= program.model.parts is None  # run with all experts, and with those held
+    evaluated = sizes.num_experts if whole else sizes.max_held
     forward = [
         count_activation_bytes(program.model, program.batch, count)
         for count in (sizes.max_held, evaluated)

@@ -20,6 +20,8 @@ def test_report_mass_is_the_mean_gate_over_all_experts():
     gates = jnp.array([[0.5, 0.25, 0.25], [0.7, 0.1, 0.2]])
     report = report_mass(Routing(jnp.log(gates), None), None, None)
     np.testing.assert_allclose(report, [0.6, 0.175, 0.225], rtol=1e-5)
+    padded = Routing(jnp.log(gates), None, weight=jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(report_mass(padded, None, None), gates[1], rtol=1e-5)
 
 
 def test_update_mass_keeps_the_last_report_of_a_lost_update():

@@ -136,16 +136,18 @@ def test_route_passes_gradients_to_the_chosen_rows_only():
 def test_calibration_loss_by_hand():
     uniform = jnp.zeros((2, 3))
     one, two = jnp.array([False, True, False]), jnp.array([True, True, False])
-    np.testing.assert_allclose(calibration_loss(uniform, one), np.log(3), rtol=1e-6)
+    np.testing.assert_allclose(
+        calibration_loss(uniform, None, one), np.log(3), rtol=1e-6
+    )
     masses = jnp.log(jnp.array([[1.0, 2.0, 5.0], [3.0, 3.0, 2.0]]))
-    assert calibration_loss(masses, jnp.ones(3, bool)) == 0
+    assert calibration_loss(masses, None, jnp.ones(3, bool)) == 0
     expected = -(np.log(3 / 8) + np.log(6 / 8)) / 2
-    np.testing.assert_allclose(calibration_loss(masses, two), expected, rtol=1e-6)
+    np.testing.assert_allclose(calibration_loss(masses, None, two), expected, rtol=1e-6)
 
 
 def test_calibration_loss_moves_mass_to_held_experts():
     logits, held = draw(BATCH, EXPERTS), np.array([1, 0, 1, 0, 0], bool)
-    grad = jax.jit(jax.grad(calibration_loss))(logits, jnp.array(held))
+    grad = jax.jit(jax.grad(calibration_loss))(logits, None, jnp.array(held))
     among_held = softmax(np.where(held, logits, -np.inf))
     expected = (softmax(logits) - among_held) / BATCH
     np.testing.assert_allclose(grad, expected, atol=1e-6)
@@ -154,34 +156,47 @@ def test_calibration_loss_moves_mass_to_held_experts():
 
 def test_load_loss_by_hand():
     every, some = jnp.ones(4, bool), jnp.array([True, True, True, False])
-    np.testing.assert_allclose(load_loss(jnp.zeros((4, 4)), every), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(load_loss(jnp.zeros((4, 4)), some), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(
+        load_loss(jnp.zeros((4, 4)), None, every), 1.0, rtol=1e-6
+    )
+    np.testing.assert_allclose(load_loss(jnp.zeros((4, 4)), None, some), 1.0, rtol=1e-6)
     confident = 100 * jnp.eye(4)  # every expert is chosen once: balanced
-    np.testing.assert_allclose(load_loss(confident, every), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(load_loss(confident, None, every), 1.0, rtol=1e-6)
     collapsed = confident[np.zeros(4, int)]
-    np.testing.assert_allclose(load_loss(collapsed, every), 4.0, rtol=1e-6)
+    np.testing.assert_allclose(load_loss(collapsed, None, every), 4.0, rtol=1e-6)
     rows = np.array([[6.0, 3.0, 1.0, 90.0], [2.0, 7.0, 1.0, 90.0]])
     # f = (1/2, 1/2, 0) and P = (0.4, 0.5, 0.1) among the three allowed
-    loss = load_loss(jnp.log(jnp.float32(rows[[0, 1, 0, 1]])), some)
+    loss = load_loss(jnp.log(jnp.float32(rows[[0, 1, 0, 1]])), None, some)
     np.testing.assert_allclose(loss, 3 * 0.45, rtol=1e-5)
 
 
 def test_z_loss_by_hand():
     some = jnp.array([True, True, True, False])
     np.testing.assert_allclose(
-        z_loss(jnp.zeros((2, 4)), some), np.log(3) ** 2, rtol=1e-6
+        z_loss(jnp.zeros((2, 4)), None, some), np.log(3) ** 2, rtol=1e-6
     )
     masses = jnp.log(jnp.array([[1.0, 2.0, 5.0, 90.0], [3.0, 3.0, 4.0, 90.0]]))
     expected = (np.log(8) ** 2 + np.log(10) ** 2) / 2
-    np.testing.assert_allclose(z_loss(masses, some), expected, rtol=1e-5)
+    np.testing.assert_allclose(z_loss(masses, None, some), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["calibration_loss", "load_loss", "z_loss"])
+def test_losses_of_the_gate_count_positions_by_their_weights(name):
+    """Padding counts nothing, and a weight of 2 as the position twice."""
+    loss, held = getattr(routing, name), jnp.array([1, 0, 1, 1, 0], bool)
+    logits = draw(4, EXPERTS)
+    found = loss(logits, jnp.array([1.0, 0.0, 2.0, 0.0]), held)
+    expected = loss(logits[jnp.array([0, 2, 2])], None, held)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert abs(found - loss(logits, None, held)) > 1e-3
 
 
 @pytest.mark.slow
 def test_calibrate_gate_adds_the_losses_with_their_weights():
     logits, held = draw(BATCH, EXPERTS), jnp.array([1, 0, 1, 1, 0], bool)
     hyper = make_hyper(loss={"calibration": 0.2, "load": 0.3, "z": 0.1})
-    terms = [loss(logits, held) for loss in (calibration_loss, load_loss, z_loss)]
+    terms = [loss(logits, None, held) for loss in (calibration_loss, load_loss, z_loss)]
     expected = 0.2 * 0.5 * terms[0] + 0.3 * terms[1] + 0.1 * terms[2]
-    found = calibrate_gate(logits, held, jnp.float32(0.5), hyper)
+    found = calibrate_gate(logits, None, held, jnp.float32(0.5), hyper)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert len({float(term) for term in terms}) == 3

@@ -8,7 +8,7 @@ import pytest
 from configs import default
 from fedmoe_jax.base import Route
 from fedmoe_jax.models import image_moe, transformer
-from fedmoe_jax.models.flops import count_activation_bytes
+from fedmoe_jax.models.flops import count_activation_bytes, count_forward_flops
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
 from fedmoe_jax.tasks.batches import shape_batch
@@ -28,6 +28,7 @@ SHAPE = transformer.Shape(
     gate_input="token",
     tied=False,
     remat=False,
+    scan=False,
     platform="cpu",
 )
 TOKENS = jnp.array([[1, 2, 3, 4, 0, 2], [3, 3, 1, 0, 0, 4]])
@@ -201,6 +202,75 @@ def test_gradients_on_cpu_are_those_of_all_experts_on_all_tokens():
 )
 def test_experts_see_what_is_routed_to_them(route, platform, expected):
     assert transformer.sees_routed(route, 3, platform) == expected
+
+
+SCANNED = {
+    "plain": {},
+    "every second, one over": {"blocks": 5, "moe_every": 2, "shared_width": 4},
+    "compute again": {"remat": True},
+    "tied": {"tied": True},
+    "one expert": {"num_experts": 1},
+    "some are trained": {},
+}
+
+
+@pytest.mark.parametrize("case", SCANNED)
+def test_a_loop_over_blocks_is_the_blocks_one_by_one(case):
+    """Outputs, routing and gradients, each layer with a held set of its own."""
+    shape = SHAPE._replace(**SCANNED[case])
+    params = make_params(shape)
+    one, layers = shape.num_experts == 1, len(params["gate"])
+    held = jnp.zeros((layers, 1), int) if one else HELD[:layers]
+    slot = jnp.ones((layers, 1), bool) if one else SLOT[:layers]
+    route = Route(1 if one else 2)
+    if case == "some are trained":
+        route = route._replace(priority=lambda gates: gates.sum(0), budget=jnp.int32(1))
+    own = params if one else take_submodel(params, {}, held, 0)
+
+    def loss(own, shape):
+        batch, model = {"tokens": TOKENS}, transformer.build_model(shape)
+        outputs, routing = model.apply(own, {}, batch, held, slot, route, None)
+        total = jnp.square(outputs).sum() + jnp.square(routing.gates[..., 0]).sum()
+        return total, (outputs, routing)
+
+    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    (grads, found), (looped_grads, looped) = (
+        grad(own, shape._replace(scan=scan)) for scan in (False, True)
+    )
+    assert jax.tree.structure(found) == jax.tree.structure(looped)
+    assert (found[1].trained is not None) == (case == "some are trained")
+    pairs = (grads, found), (looped_grads, looped)
+    for a, b in zip(*map(jax.tree.leaves, pairs), strict=True):
+        most = float(jnp.abs(jnp.float32(a)).max())
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * most)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads["stem"]))
+
+
+def test_a_loop_over_blocks_compiles_one_of_them():
+    def count(blocks, scan):
+        shape = SHAPE._replace(blocks=blocks, scan=scan, shared_width=4)
+        params, _ = jax.eval_shape(
+            transformer.build_model(shape).init, jax.random.key(0)
+        )
+        everything = jnp.tile(jnp.arange(4), (blocks, 1)), jnp.ones((blocks, 4), bool)
+        apply = lambda params: transformer.apply(
+            *(params, {}, {"tokens": TOKENS}, *everything, Route(2), None), shape=shape
+        )
+        return str(jax.make_jaxpr(apply)(params)).count("dot_general[")
+
+    assert count(2, True) == count(9, True) < count(2, False) < count(9, False)
+
+
+def test_costs_of_a_loop_are_those_of_the_blocks_one_by_one():
+    for every in (1, 2):
+        built = [
+            build_counted(blocks=5, moe_every=every, scan=scan)
+            for scan in (False, True)
+        ]
+        plain, looped = (count_forward_flops(*each) for each in built)
+        assert plain == looped and plain["experts"] > 0
+        plain, looped = (count_activation_bytes(*each, 2) for each in built)
+        np.testing.assert_allclose(looped, plain, rtol=0.05)
 
 
 def test_tied_layers_are_those_that_hold_the_same():

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import jax
 import numpy as np
 import pytest
-from factories import SMALL, find_importable
+from factories import SMALL, find_importable, stop_at
 
 from configs import compare as study
 from configs import default
@@ -36,6 +36,15 @@ NEVER = lambda: False
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 PATIENCE = 150  # seconds after which processes that should have ended are hanging
 SIZES = SMALL | {"num_rounds": 6, "num_clients": 5, "run.num_devices": 2}
+TEXT = {
+    "data.name": "markov",
+    "data.length": 8,
+    "model.kind": "transformer",
+    "model.stem_width": 8,
+    "model.heads": 2,
+    "model.kv_heads": 1,
+    "num_active": 1,
+}
 STUDY = {"strategies": ("greedy", "random"), "seeds": (0, 1)}
 
 # Starts launch.py, which sends itself SIGNAL in the round ROUND, before it compiles in
@@ -250,6 +259,27 @@ def test_a_comparison_is_the_one_of_a_single_process(launch, tmp_path):
     for other in alone:
         assert_same_run(folder / "runs" / other.name, other)
     assert (folder / "table.md").exists()
+
+
+def test_a_transformer_begun_on_two_devices_is_finished_by_two_processes(
+    launch, tmp_path
+):
+    """Two MoE layers, and rows and arrays of the run on one device alone."""
+    config = default.get_config("smoke")
+    config.update_from_flattened_dict(SIZES | TEXT)
+    folder, alone = tmp_path / "two", tmp_path / "one"
+    train.train(config, folder, stop=stop_at(folder, 2), label="text", profile=False)
+    begun = (folder / "metrics.jsonl").read_text()
+    assert begun.count("\n") == 2
+    words = [*TINY, *flags_of(TEXT), f"--workdir={folder}"]
+    codes, outs, errs = launch(*words)
+    assert codes == [0, 0], errs
+    assert outs[1] == "" and (folder / "metrics.jsonl").read_text().startswith(begun)
+    config.run.num_devices = 1
+    train.train(config, alone, stop=NEVER, label="alone", profile=False)
+    assert_same_run(folder, alone)
+    with np.load(folder / "final.npz") as arrays:
+        assert arrays["fitness"].shape[1:] == (2, SIZES["num_experts"])
 
 
 def test_a_mistake_that_only_process_0_can_see_ends_both(launch, tmp_path):

@@ -25,8 +25,10 @@ def test_gate_loss_by_hand():
     logits = jnp.log(jnp.array([[0.9, 0.1], [0.1, 0.9]]))
     hyper = make_hyper(fedmix={"sparsity": 2.0, "variety": 3.0})
     one = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
-    loss = fedmix.gate_loss(logits, None, None, hyper)
+    loss = fedmix.gate_loss(logits, None, None, None, hyper)
     np.testing.assert_allclose(loss, 2 * one - 3 * np.log(2), rtol=1e-5)
+    loss = fedmix.gate_loss(logits, jnp.array([0.0, 1.0]), None, None, hyper)
+    np.testing.assert_allclose(loss, 2 * one - 3 * one, rtol=1e-5)
 
 
 def test_by_responsibility_by_hand():

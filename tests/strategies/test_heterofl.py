@@ -38,7 +38,9 @@ def test_configure_makes_a_slice_of_every_slot_of_the_largest_client():
 def test_no_loss_trains_no_gate():
     logits = draw(4, SLICES)
     held = jnp.array([True, False, False])
-    grads = jax.grad(lambda logits: no_loss(logits, held, 1.0, make_hyper()))(logits)
+    grads = jax.grad(lambda logits: no_loss(logits, None, held, 1.0, make_hyper()))(
+        logits
+    )
     np.testing.assert_array_equal(grads, np.zeros((4, SLICES)))
 
 

@@ -25,11 +25,12 @@ def test_gates_and_values_of_two_examples_by_hand():
     gates = make_gates(logits, jnp.ones(4, bool), Route(2, gating=HFEDMOE.gating))
     expected = [[0.2887, 0.2612, 0, 0], [0.0472, 0.9481, 0, 0]]
     np.testing.assert_allclose(gates, expected, atol=1e-4)
-    value = expert_value(gates, hyper)
+    value = expert_value(gates, None, hyper)
     np.testing.assert_allclose(value[:2], [0.223, 0.766], atol=1e-3)
     assert np.all(np.isneginf(value[2:]))
     shared = Route(2, gating=HFEDMOE_SHARED_GATE.gating)
-    value = expert_value(make_gates(logits, jnp.ones(4, bool), shared), hyper)
+    gates = make_gates(logits, jnp.ones(4, bool), shared)
+    value = expert_value(gates, None, hyper)
     np.testing.assert_allclose(value[:2], [0.394, 0.829], atol=1e-3)
 
 
@@ -45,7 +46,10 @@ def test_expert_value_by_hand():
     weight = 0.25 * np.array([0.75, 0.25, 0.0]) + 0.75 * np.array([1.0, 0.5, 0.0])
     expected = weight - 2.0 * np.array(information)
     expected[2] = -np.inf  # no example is routed to it
-    np.testing.assert_allclose(expert_value(gates, hyper), expected, rtol=1e-5)
+    np.testing.assert_allclose(expert_value(gates, None, hyper), expected, rtol=1e-5)
+    padded = jnp.concatenate([gates, jnp.array([[0.0, 0.0, 1.0]])])
+    found = expert_value(padded, jnp.array([1.0, 1.0, 0.0]), hyper)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_weigh_experts_and_weigh_gate_by_hand():
