@@ -111,7 +111,7 @@ def rounds_to(rows: Iterable[Row], key: str, target: float) -> int | None:
     return next(reached, None)
 
 
-def final_mean(points: Sequence[tuple[int, float]]) -> float:
+def final_mean(points: Sequence[tuple[int, Any]]) -> Any:
     """The mean over the evaluations of the last ten rounds.
 
     Curves under strong label skew swing from round to round, so no single evaluation
@@ -119,7 +119,8 @@ def final_mean(points: Sequence[tuple[int, float]]) -> float:
     earlier ones are where they still learn.
 
     Args:
-      points: (round, value) of every evaluation, at least one.
+      points: (round, value) of every evaluation, at least one; a value is a number or
+        an array.
     """
     last = points[-1][0]
     window = min(FINAL_ROUNDS, FINAL_SHARE * last)
