@@ -3,6 +3,8 @@
     python launch.py --config=configs/languages.py:markov --workdir=runs/tune --tune
     python launch.py --config=configs/languages.py:markov --workdir=runs/markov \\
       --settings=runs/tune/settings.json
+    python launch.py --config=configs/languages.py:markov,fitness \\
+      --workdir=runs/fitness --settings=runs/tune/settings.json
     python launch.py --config=configs/languages.py --workdir=runs/languages \\
       --config.data.dir=FOLDER
 
@@ -11,8 +13,10 @@ transformer of two blocks with a mixture in both. `markov` has four languages th
 Markov sources over one alphabet, whose limit in bits is known, and needs no file;
 without it FOLDER has a folder of .txt files for each of eight languages, of which the
 first 80 kB are trained on, 40 by each client. `oracle` knows each client's language.
-`smoke` is short, with the embedded languages. Five seeds on these, three on others;
-without `--settings` all share one rate.
+`fitness` compares what the paper's rules make of other feedback than accuracy: loss,
+and both less their means over the client's experts. `smoke` is short, with the embedded
+languages. Five seeds on these, three on others; without `--settings` all share one
+rate.
 """
 
 from ml_collections import ConfigDict
@@ -33,6 +37,7 @@ STRATEGIES = (
     "local_smallest",
     "local_active",
 )
+FEEDBACK = ("accuracy", "loss", "relative", "relative_loss")
 FEW = ("random", "greedy", "load_balanced", "oracle", "fedavg_active", "local_active")
 
 
@@ -61,24 +66,34 @@ def make_text(config: ConfigDict, markov: bool) -> None:
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """The comparison. `argument` joins any of `markov` and `smoke` with commas."""
-    words = set(filter(None, argument.split(",")))
+    """The comparison.
+
+    `argument` joins any of `markov`, `fitness` and `smoke` with commas.
+    """
+    fitness, rest = compare.take_word(argument, "fitness")
+    words = set(filter(None, rest.split(",")))
     if unknown := words - {"markov", "smoke"}:
         raise ValueError(
-            f"config argument {min(unknown)!r} is unknown; allowed: markov, smoke"
+            f"config argument {min(unknown)!r} is unknown; allowed: markov, fitness, "
+            "smoke"
         )
     smoke = "smoke" in words
     config = compare.get_config("digits,smoke" if smoke else "digits")
     make_text(config, markov=bool(words))
     config.compare.strategies = FEW if words else STRATEGIES
     config.compare.seeds = (0, 1, 2, 3, 4) if words else (0, 1, 2)
+    if fitness:
+        config.compare.strategies = ("greedy", "load_balanced")
+        config.compare.changes = tuple(f"fitness.feedback={kind}" for kind in FEEDBACK)
+        config.evaluation.baseline = "greedy fitness.feedback=accuracy"
     config.tune.rates = (0.0003, 0.001, 0.003, 0.01)
     config.tune.servers = ("", "server.optimizer=fedadam,server.learning_rate=0.003")
     config.tune.measure = "validation_personal_bits"
     config.partition.validation_share = 0.1
     if smoke:
         default.shrink(config)
-        config.compare.strategies = ("random", "oracle", "fedavg_active")
+        if not fitness:
+            config.compare.strategies = ("random", "oracle", "fedavg_active")
         config.compare.seeds = (0,)
         config.evaluation.finetune = False
     return config

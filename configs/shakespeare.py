@@ -49,8 +49,13 @@ def set_writers(config: ConfigDict) -> None:
 
 def get_config(argument: str = "") -> ConfigDict:
     """The comparison. `argument` joins any of `markov` and `smoke` with commas."""
+    words = set(filter(None, argument.split(",")))
+    if unknown := words - {"markov", "smoke"}:
+        raise ValueError(
+            f"config argument {min(unknown)!r} is unknown; allowed: markov, smoke"
+        )
     config = languages.get_config(argument)
-    smoke, embedded = "smoke" in argument, bool(argument)
+    smoke, embedded = "smoke" in words, bool(words)
     config.partition.kind = "natural"
     if embedded:
         set_writers(config)
