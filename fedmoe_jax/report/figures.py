@@ -106,13 +106,30 @@ def _curve_picture(
         yield Picture(measure.field, caption, curves(lines, label, reference))
 
 
+def title_final(measure: Measure, bits: bool) -> str:
+    """A measure's name and unit in the picture of final numbers; empty for none.
+
+    Args:
+      measure: of the runs.
+      bits: whether they are on text, of which bits say more than accuracies.
+    """
+    if measure.over != FINAL:
+        return ""
+    if bits:
+        shown = measure.field.endswith("_bits") and "validation" not in measure.field
+        return measure.title if shown else ""
+    return f"{measure.line} (%)" if measure.line else ""
+
+
 def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
-    """Final accuracies of every strategy, seed by seed."""
+    """Final accuracies of every strategy, or bits of text, seed by seed."""
     measures = join_measures(run for group in groups.values() for run in group)
     found = [[numbers(run, measures, {}) for run in group] for group in groups.values()]
+    known = [one.get("final_global_bits", NAN) for each in found for one in each]
+    bits = bool(np.isfinite(known).any())
     panels = []
     for key, measure in measures.items():
-        if not (measure.line and measure.over == FINAL):
+        if not (title := title_final(measure, bits)):
             continue
         points = [
             np.array([measure.scale * one.get(key, NAN) for one in each])
@@ -122,10 +139,11 @@ def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
         spans = [interval(v) if len(v) else (NAN, NAN) for v in finite]
         mean, half = np.array(spans).T
         if np.isfinite(mean).any():
-            panels.append(plots.Dots(f"{measure.line} (%)", finite, mean, half))
+            panels.append(plots.Dots(title, finite, mean, half))
     if panels:
+        what = "Final bits, where less is better" if bits else "Final accuracies"
         caption = (
-            "Final accuracies: a dot per seed, a bar at the mean, a line over its 95 % "
+            f"{what}: a dot per seed, a bar at the mean, a line over its 95 % "
             "t-interval. Where lines overlap, the order may be chance."
         )
         yield Picture("final_accuracy", caption, plots.dots(list(groups), panels))

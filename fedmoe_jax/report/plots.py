@@ -110,7 +110,7 @@ def name_rows(panels: Sequence[Axes], labels: Sequence[str]) -> None:
 
 @rc_context(STYLE)
 def dots(labels: Sequence[str], panels: Sequence[Dots]) -> Figure:
-    """Final numbers in percent: one row per strategy, one panel per measure."""
+    """Final numbers, percent or bits: a row per strategy, a panel per measure."""
     inner = 1.25, 0.19 * len(labels) + 0.2
     figure, grid = open_panels(len(panels), inner)
     for axes, panel in zip(grid, panels, strict=True):

@@ -113,7 +113,7 @@ def strata_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
         if not found:
             continue
         rows = np.stack(list(found.values()))
-        title = "Bits of a token" if bits else "Accuracy (%)"
+        title = "Bits" if bits else "Accuracy (%)"
         caption = (
             f"{kind.capitalize()} in each class or group: {CAPTIONS[kind]}; means over "
             "seeds. A column that is bad in every row is hard; a row with a few bad "

@@ -110,6 +110,14 @@ def test_final_picture_leaves_a_gap_where_a_run_lacks_a_measure(tmp_path):
     assert list(drawn[0]) == [50] and not len(drawn[1])
 
 
+def test_final_picture_of_text_shows_bits(tmp_path):
+    rows = [row | {"global_bits": 2.5, "unseen_bits": 3.0} for row in ROWS]
+    (found,) = figures.final_picture({"greedy": [make_run(tmp_path, rows=rows)]})
+    names = [axis.get_xlabel() for axis in found.figure.axes]
+    assert names == ["Global, bits", "Unseen clients, bits"]
+    assert list(found.figure.axes[0].lines[0].get_xdata()) == [2.5]
+
+
 def test_final_picture_needs_an_evaluation(tmp_path):
     early = make_run(tmp_path, rows=ROWS[:1])
     assert list(figures.final_picture({"greedy": [early]})) == []
