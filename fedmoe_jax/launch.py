@@ -106,10 +106,22 @@ def describe_fields() -> str:
     )
 
 
+def describe_plugins() -> str:
+    """The records that each plug-in has joined, by table; empty without plug-ins."""
+    from fedmoe_jax.tables import PLUGINS
+
+    lines = "".join(
+        f"  {module}: {table} {', '.join(names)}\n"
+        for module, plugin in PLUGINS.items()
+        for table, names in plugin.records.items()
+    )
+    return lines and f"\nrecords of --plugins:\n\n{lines}"
+
+
 def prepare_help() -> None:
     """Makes absl's help that of this module, whichever file was started."""
     fields = f"\nconfig fields, their defaults and meanings:\n\n{describe_fields()}\n"
-    sys.modules["__main__"].__doc__ = f"{__doc__}{fields}"
+    sys.modules["__main__"].__doc__ = f"{__doc__}{describe_plugins()}{fields}"
     for flag in flags.FLAGS.get_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 

@@ -1,8 +1,10 @@
 """The examples of docs/ and examples/ run as they stand there."""
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,6 @@ import numpy as np
 import pytest
 
 from fedmoe_jax import plugins
-from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import read_json
 from fedmoe_jax.tables import list_plugins
@@ -50,15 +51,15 @@ def make_config(**changes):
     return config
 
 
+IMAGES = ("linear_experts", "nights", "rotating", "stripes", "two_questions")
+TEXT = ("dialects", "token_mixtures", "word_starts")
+
+
 def test_the_files_of_the_guide_are_plug_ins(files, tmp_path):
-    expected = ["linear_experts", "nights", "rotating", "stripes", "top_two"]
-    assert files == expected
-    plugins.load_plugins(*files)
-    load = DATASETS["stripes"]
-    scored = lambda folder: load(folder)._replace(task="top_two")
-    DATASETS["stripes"] = scored
+    assert files == sorted(IMAGES + TEXT)
+    plugins.load_plugins(*IMAGES)
     config = make_config(
-        **{"strategy": "rotating", "data.name": "stripes", "nights.speed": 0.5},
+        **{"strategy": "rotating", "data.name": "asked_stripes", "nights.speed": 0.5},
         **{"model.kind": "linear_experts", "rotating.fitness": 0.3},
         **{"num_rounds": 8, "client.learning_rate": 0.01, "partition.min_size": 1},
     )
@@ -77,13 +78,84 @@ def test_the_files_of_the_guide_are_plug_ins(files, tmp_path):
     assert (np.ptp(held, axis=1) <= 1).all()
 
 
-def test_a_task_of_the_guide_scores_the_two_likeliest(files):
-    plugins.load_plugins("top_two")
+def launch(folder, *words):
+    """What `python launch.py` prints, in the folder of the plug-ins."""
+    ran = subprocess.run(
+        [sys.executable, ROOT / "launch.py", *words],
+        env=os.environ | {"PYTHONPATH": "", "XLA_FLAGS": ""},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == ("--help" in words), ran.stderr  # absl's help ends with 1
+    return ran.stdout
+
+
+def test_text_of_the_guide_runs_from_the_command_line(files, tmp_path):
+    """Four speakers of each dialect, two MoE layers, first letters that weigh more."""
+    fields = {
+        **{"data.name": "dialect_starts", "data.length": 16},
+        **{"model.kind": "token_mixtures", "model.stem_width": 16},
+        **{"model.expert_width": 16, "num_experts": 4, "max_held": 2},
+        **{"partition.kind": "natural", "num_clients": 8, "cohort_size": 8},
+        **{"client.optimizer": "adamw", "client.learning_rate": 0.01},
+        **{"num_rounds": 4, "run.num_devices": 1, "run.tensorboard": False},
+    }
+    words = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = f"--config={ROOT / 'configs' / 'default.py'}:smoke"
+    launch(tmp_path, f"--plugins={','.join(TEXT)}", config, "--workdir=run", *words)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert 0 < rows[-1]["global_bits"] < 8 and rows[-1]["own_test_bits"] > 0
+    assert np.shape(rows[-1]["expert_load"]) == (2, 4)
+    with np.load(tmp_path / "run" / "final.npz") as arrays:
+        counts = arrays["label_counts"]
+    assert ((counts > 0).sum(axis=1) == 1).all()  # each speaker has one dialect
+    np.testing.assert_array_equal((counts > 0).sum(axis=0), [4, 4])
+
+
+def test_help_lists_the_names_and_options_of_the_guide(files, tmp_path):
+    shown = launch(tmp_path, f"--plugins={','.join(files)}", "--help")
+    for line in (
+        "dialects: DATASETS dialects",
+        "word_starts: DATASETS dialect_starts",
+        "word_starts: TASKS word_starts",
+        "token_mixtures: MODELS token_mixtures",
+        "rotating: STRATEGIES rotating",
+    ):
+        assert f"\n  {line}\n" in shown
+    assert "--config.rotating.fitness=0.5" in shown
+    assert "--config.nights.speed=1.0" in shown
+
+
+def test_a_task_of_the_guide_counts_the_answers_that_are_known(files):
+    plugins.load_plugins("stripes", "two_questions")
     from fedmoe_jax.tasks import TASKS
 
-    logits = np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]], np.float32)
-    scores = TASKS["top_two"].loss(logits, {"y": np.array([1, 2])})
-    assert scores.score.tolist() == [1.0, 0.0]
+    task = TASKS["two_questions"]
+    rows = {"x": np.full((2, 8, 8, 1), 99, np.uint8), "y": np.array([3, 3])}
+    rows["x"][1] = 7  # dark: its width is not known
+    statistics = {"mean": np.zeros((8, 8, 1)), "std": np.ones((8, 8, 1))}
+    batch = task.prepare(rows, statistics)
+    assert batch["answer"].tolist() == [[1, 1], [1, -1]]
+    scores = task.loss(np.array([[0.0, -2.0], [0.0, -2.0]], np.float32), batch)
+    lost = np.log(2), (np.log(2) + np.log1p(np.exp(2))) / 2
+    np.testing.assert_allclose(scores.loss, lost[::-1], rtol=1e-5)
+    assert scores.weight.tolist() == [2, 1]
+    scores = task.loss(np.array([[1.0, -2.0], [1.0, -2.0]], np.float32), batch)
+    assert scores.score.tolist() == [0.5, 1]
+
+
+def test_a_task_of_the_guide_weighs_the_first_letters_of_words(files):
+    plugins.load_plugins("dialects", "word_starts")
+    from fedmoe_jax.tasks import TASKS
+
+    task = TASKS["word_starts"]
+    tokens = np.frombuffer(b"a bc\0", np.uint8)[None]
+    batch = task.prepare({"tokens": tokens, "length": np.array([4])}, {})
+    scores = task.loss(np.zeros((1, 4, 256), np.float32), batch)
+    assert scores.weight.tolist() == [[1, 4, 1, 0]]
+    np.testing.assert_allclose(scores.loss, np.log(256), rtol=1e-6)
 
 
 def test_the_notebook_is_the_script():
