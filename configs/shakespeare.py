@@ -5,9 +5,9 @@
       --settings=runs/tune/settings.json
     python launch.py --config=configs/shakespeare.py:markov --workdir=runs/speakers
 
-Every speaker of Shakespeare's plays with enough text is a client of its own, 175 in
-all: 150 of them train, 20 a round, 25 are never seen and meet the global model at the
-end. The last tenth of what each says is its own test. The model is that of
+Every speaker of Shakespeare's plays with enough text is a client of its own, 155 in
+all: 130 of them train, 20 a round, 25 are never seen and meet the global model alone.
+The last tenth of what each says is its own test. The model is that of
 `languages.py`. The data set is `tiny_shakespeare` of TFDS, prepared by `python -m
 fedmoe_jax.data tiny_shakespeare`; `markov` needs no file: six writers in four embedded
 languages train and two are unseen. `smoke` is short, with the embedded languages. Three
@@ -34,7 +34,7 @@ def set_speakers(config: ConfigDict) -> None:
     """Sets the speakers' data, clients and length of the study, in place."""
     config.data.name, config.data.client = "tiny_shakespeare", "speaker"
     config.data.length, config.data.kilobytes = 64, 0
-    config.num_clients, config.cohort_size, config.partition.unseen = 150, 20, 25
+    config.num_clients, config.cohort_size, config.partition.unseen = 130, 20, 25
     config.num_experts, config.max_held = 8, 4
     config.num_rounds, config.eval_every = 200, 25
     config.chunk_rounds = config.checkpoint.every = 25

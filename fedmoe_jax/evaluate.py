@@ -286,7 +286,10 @@ def average_strata(values: Array, label_mix: Array, counted: Array) -> Array:
     """
     mix = jnp.where(counted[:, None], label_mix, 0.0)
     total = mix.sum(axis=0)[None]
-    mean = (values * mix[:, None]).sum(axis=0) / jnp.maximum(total, 1e-9)
+    weight = mix[:, None]
+    # A model that has diverged says nothing about strata that its client does not have.
+    own = jnp.where(weight > 0, values * weight, 0.0)
+    mean = own.sum(axis=0) / jnp.maximum(total, 1e-9)
     return jnp.where(total > 0, mean, jnp.nan)
 
 

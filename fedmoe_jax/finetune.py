@@ -71,8 +71,8 @@ def score_tuned(
     """Values of ONE client's sub-model on the test set.
 
     Returns:
-      Accuracy and bits [1 or 2], weighted to its mix [L], and sums [V, L] in each
-      stratum by its weight.
+      Accuracy and bits [1 or 2], weighted to its mix [L], and means [V, L] in each
+      stratum, NaN without an example.
     """
     source = take_test(federation)
     num_strata = len(mix)
@@ -96,7 +96,8 @@ def score_tuned(
     left = tested / jnp.maximum(tested.sum(), 1e-9)
     mix = jnp.where((total > 0).all(), mix, left)
     values = right / jnp.maximum(total, 1.0)[None]
-    return divide_bits((values * mix[None]).sum(axis=1)), values
+    strata = jnp.where(total[None] > 0, values, jnp.nan)
+    return divide_bits((values * mix[None]).sum(axis=1)), strata
 
 
 def finetune_client(

@@ -40,11 +40,15 @@ OUTCOMES = (  # of a client's round, by code
 # Of clients whose update does not count, whatever the reason.
 LOST = tuple(f"{name}_clients" for name in OUTCOMES if name not in ("merged", "stale"))
 
-# Fields of an evaluation with a number for each stratum, by whose models were scored.
+# Fields of an evaluation with a number for each stratum, in front of `_accuracy` and
+# `_bits`, by the model that is scored.
+STRATA = {
+    "global": "stratum",
+    "personal": "personal_stratum",
+    "finetuned": "finetuned_stratum",
+}
 OF_STRATA = tuple(
-    f"{whose}stratum_{value}"
-    for whose in ("", "personal_", "finetuned_")
-    for value in ("accuracy", "bits")
+    f"{field}_{value}" for field in STRATA.values() for value in ("accuracy", "bits")
 )
 
 SUMMED = (  # fields whose sum so far is in every row

@@ -487,6 +487,15 @@ def test_slow_evaluate_answers_every_question_differently(gate_mode, expected):
     assert (expected["personal_accuracy"] == mean) == (gate_mode == "global")
 
 
+def test_average_strata_leaves_out_what_a_diverged_model_says_of_others():
+    values = jnp.array([[[1.0, 1.0], [jnp.nan, jnp.nan]], [[0.5, 0.5], [2.0, 2.0]]])
+    mix, both = jnp.eye(2), jnp.ones(2, bool)
+    found = evaluate.average_strata(values, mix, both)
+    np.testing.assert_allclose(found, [[1.0, 0.5], [np.nan, 2.0]])
+    found = evaluate.average_strata(values, mix, ~both.at[1].set(False))
+    np.testing.assert_allclose(found, [[np.nan, 0.5], [np.nan, 2.0]])
+
+
 def test_worst_decile_by_hand():
     worst_decile = jax.jit(evaluate.worst_decile)
     accuracy = np.random.default_rng(0).random(60).astype(np.float32)

@@ -53,7 +53,7 @@ def to_text(text: str | bytes) -> str:
 FILES = StandIn(
     "tf.io.gfile",
     GFile=open_file,
-    copy=lambda source, target: shutil.copyfile(source, target),
+    copy=lambda source, target, overwrite=False: shutil.copyfile(source, target),
     exists=os.path.exists,
     glob=list_matches,
     isdir=os.path.isdir,

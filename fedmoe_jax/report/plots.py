@@ -310,12 +310,12 @@ def strata_map(
     if low_is_good:
         bar.yaxis.set_major_formatter(lambda at, _: f"{abs(at):.3g}")
     below = _name_classes(axes, names)
-    digits, middle = (2, 0) if low_is_good else (0, 1), np.nanmedian(shown)
+    digits, middle = 2 if low_is_good else 0, np.nanmedian(shown)
     if count <= MOST_NUMBERS:
         for row, column in np.argwhere(np.isfinite(values)):
             colour = "black" if shown[row, column] > middle else "white"
             place: dict[str, Any] = dict(ha="center", va="center", size=5.5)
-            text = f"{values[row, column]:.{digits[0]}f}"
+            text = f"{values[row, column]:.{digits}f}"
             axes.text(column, row, text, color=colour, **place)
     _settle_maps(panels, bars, inner, below)
     return figure

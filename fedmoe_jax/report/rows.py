@@ -111,8 +111,8 @@ def rounds_to(rows: Iterable[Row], key: str, target: float) -> int | None:
     return next(reached, None)
 
 
-def final_mean(points: Sequence[tuple[int, Any]]) -> Any:
-    """The mean over the evaluations of the last ten rounds.
+def final_values(points: Sequence[tuple[int, Any]]) -> list[Any]:
+    """The values of the evaluations of the last ten rounds.
 
     Curves under strong label skew swing from round to round, so no single evaluation
     is a fair final value. Of runs below 40 rounds only the last quarter counts, for the
@@ -124,7 +124,12 @@ def final_mean(points: Sequence[tuple[int, Any]]) -> Any:
     """
     last = points[-1][0]
     window = min(FINAL_ROUNDS, FINAL_SHARE * last)
-    values = [value for at, value in points if at > last - window]
+    return [value for at, value in points if at > last - window]
+
+
+def final_mean(points: Sequence[tuple[int, float]]) -> float:
+    """The mean of `final_values`."""
+    values = final_values(points)
     return sum(values) / len(values)
 
 

@@ -10,24 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
+from fedmoe_jax.measures import STRATA
 from fedmoe_jax.report.figures import Picture
 from fedmoe_jax.report.origins import made_by_columns
 from fedmoe_jax.report.plots import strata_map
-from fedmoe_jax.report.rows import Row, final_mean
+from fedmoe_jax.report.rows import Row, final_values
 from fedmoe_jax.report.runs import Run, name_folders, varied_fields
 from fedmoe_jax.runtime.files import flatten, write_atomically
 
-KINDS = {  # fields of rows, in front of `_accuracy` and `_bits`, by their column
-    "global": "stratum",
-    "personal": "personal_stratum",
-    "finetuned": "finetuned_stratum",
-}
 VALUES = ("accuracy", "bits")
 MOST = 40  # strata of a picture
 CAPTIONS = {
     "global": "the model with all experts",
-    "personal": "clients' own experts, the mean over clients by their examples of it",
-    "finetuned": "clients' own experts after one more local round",
+    "personal": "clients' own experts, the mean over clients by the share of it among "
+    "their own examples",
+    "finetuned": "clients' own experts after one more local round, of those that hold "
+    "any",
 }
 
 
@@ -35,7 +33,7 @@ def find_columns(runs: Sequence[Run]) -> dict[str, str]:
     """The fields that any of the runs has, by the columns of `strata.csv`."""
     named = {
         f"{kind}_{value}": f"{field}_{value}"
-        for kind, field in KINDS.items()
+        for kind, field in STRATA.items()
         for value in VALUES
     }
     known = {name for run in runs for row in run.rows for name in row}
@@ -43,9 +41,16 @@ def find_columns(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def final_strata(rows: Sequence[Row], field: str) -> np.ndarray | None:
-    """The final value of every stratum, [L], see `final_mean`; None without one."""
+    """The final value of every stratum, [L], see `final_values`; None without one."""
     points = [(r["round"], np.array(r[field], float)) for r in rows if r.get(field)]
-    return np.asarray(final_mean(points)) if points else None
+    return mean_known(final_values(points)) if points else None
+
+
+def mean_known(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean [L] of the numbers of several rows [L], NaN where none has one."""
+    seen = np.isfinite(rows)
+    total, count = np.where(seen, rows, 0.0).sum(axis=0), seen.sum(axis=0)
+    return np.where(count, total / np.maximum(count, 1), np.nan)
 
 
 def list_strata(run: Run, columns: Mapping[str, str]) -> Iterator[dict[str, str]]:
@@ -58,7 +63,8 @@ def list_strata(run: Run, columns: Mapping[str, str]) -> Iterator[dict[str, str]
     for place, name in enumerate(names):
         record = {"stratum": str(name), "num_examples": str(examples[place])}
         for column, values in found.items():
-            record[column] = "" if values is None else show(values[place])
+            known = values is not None and len(values) == len(names)
+            record[column] = show(values[place]) if known else ""
         yield record
 
 
@@ -95,9 +101,7 @@ def mean_strata(
         each = [final_strata(run.rows, field) for run in group]
         rows = [row for row in each if row is not None and len(row) == count]
         if rows:
-            seen = np.isfinite(rows)
-            total, seeds = np.where(seen, rows, 0.0).sum(axis=0), seen.sum(axis=0)
-            found[label] = np.where(seeds, total / np.maximum(seeds, 1), np.nan)
+            found[label] = mean_known(rows)
     return found
 
 
@@ -108,12 +112,12 @@ def strata_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
     if len(names) != 1 or not 1 < len(names[0]) <= MOST:
         return
     bits = "global_bits" in find_columns(runs)
-    for kind, field in KINDS.items():
+    for kind, field in STRATA.items():
         found = mean_strata(groups, f"{field}_{VALUES[bits]}", len(names[0]))
-        if not found:
+        if not np.isfinite(list(found.values())).any():
             continue
         rows = np.stack(list(found.values()))
-        title = "Bits" if bits else "Accuracy (%)"
+        title = "Bits of a byte" if bits else "Accuracy (%)"
         caption = (
             f"{kind.capitalize()} in each class or group: {CAPTIONS[kind]}; means over "
             "seeds. A column that is bad in every row is hard; a row with a few bad "

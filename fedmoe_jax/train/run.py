@@ -304,7 +304,7 @@ def summarise_owners(config: ConfigDict, partition: Partition) -> dict[str, floa
 
 def summarise_tokens(data: Data) -> dict[str, float]:
     """`bytes_per_token` of the test text, where tokens are not one byte each."""
-    if "bytes" not in data.test:
+    if data.task != "text" or "bytes" not in data.test:
         return {}
     sizes, length = data.test["bytes"][:, 1:], data.test["length"]
     return {"bytes_per_token": float(sizes.sum() / (length - 1).sum())}

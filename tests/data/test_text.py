@@ -83,6 +83,16 @@ def test_list_speeches_by_hand():
     ]
 
 
+def test_a_line_of_verse_with_a_colon_is_no_heading():
+    text = b"A:\nOne said,\nand answered thus:\nno.\n \nB:\nyes\n\nA:\nso\n"
+    expected = [
+        ("A", b"One said,\nand answered thus:\nno.\n"),
+        ("B", b"yes\n"),
+        ("A", b"so\n"),
+    ]
+    assert list(list_speeches(text)) == expected
+
+
 def test_load_text_of_speakers_leaves_out_those_who_say_little(tmp_path, capsys):
     long = b"word " * 90
     (tmp_path / "play.txt").write_bytes(PLAY % (long, b"x"))
@@ -153,7 +163,10 @@ def test_load_text_refuses_in_one_line(folder, tmp_path):
         ({"folder": tmp_path / "empty"}, "holds no .txt file"),
         ({"folder": tmp_path / "none"}, "is no folder; allowed: a folder of .txt"),
         ({"folder": folder, "client": "folder"}, "which is in no folder of its own"),
-        ({"folder": folder, "client": "speaker"}, "no speech under a line 'NAME:'"),
+        (
+            {"folder": folder, "client": "speaker"},
+            "no speech under a line 'NAME:' after",
+        ),
         ({"folder": folder, "length": 500}, "data.length=500 .* longest client has 9"),
     ]
     for case, told in cases:

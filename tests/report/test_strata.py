@@ -33,6 +33,11 @@ def test_final_strata_are_means_over_the_last_evaluations():
     assert final_strata(ROWS, "stratum_bits") is None
 
 
+def test_final_strata_leave_out_evaluations_without_a_number():
+    rows = [{"round": 95, "s": [0.5, None]}, {"round": 100, "s": [0.7, 0.6]}]
+    np.testing.assert_allclose(final_strata(rows, "s"), [0.6, 0.6])
+
+
 def test_write_strata_csv_by_hand(tmp_path):
     runs = [make_run(tmp_path, rows=ROWS), make_run(tmp_path, "older")]
     runs.append(make_run(tmp_path, "unfinished", rows=ROWS, arrays={}))
