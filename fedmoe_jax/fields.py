@@ -171,7 +171,7 @@ OPTIONS: tuple[Option, ...] = (
         "data.client",
         tuple(CLIENTS),
         "client of text: a file, its first folder (not of TFDS), or the speaker of a "
-        "line NAME:",
+        "line NAME: that follows an empty one",
     ),
     Option("data.length", COUNT, "tokens of a window of text that are predicted"),
     Option(

@@ -14,7 +14,8 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import brief
 from fedmoe_jax.runtime.folders import resolve_folder
 
-HEADING = re.compile(rb"^([^\n:]{1,60}):[ \t\r]*$", re.M)  # of a speech
+# Of a speech, after an empty line: verses, too, may end in a colon.
+HEADING = re.compile(rb"(?:\A|(?<=\n\n)|(?<=\n\r\n))([^\n:]{1,60}):[ \t\r]*$", re.M)
 TEST_SHARE = 0.1  # of each client's text, its end
 KILO = 1000
 
@@ -104,6 +105,8 @@ def list_folders(files: dict[str, bytes], folder: Path) -> list[Text]:
 def list_speakers(files: dict[str, bytes], folder: Path) -> list[Text]:
     """Every speaker is a client and a stratum, with the speeches under its `NAME:`.
 
+    Such a line begins a file or follows an empty line.
+
     Raises:
       UserError: there is no such heading.
     """
@@ -114,7 +117,7 @@ def list_speakers(files: dict[str, bytes], folder: Path) -> list[Text]:
     if not joined:
         raise UserError(
             f"data.client='speaker' is not allowed with {folder}, which has no speech "
-            "under a line 'NAME:'; allowed: file, folder"
+            "under a line 'NAME:' that follows an empty one; allowed: file, folder"
         )
     return [(name, name, text) for name, text in joined.items()]
 

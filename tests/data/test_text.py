@@ -83,6 +83,14 @@ def test_list_speeches_by_hand():
     ]
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_lines_that_end_in_a_colon_are_no_speakers(end):
+    lines = b"ANNA:", b"He called thus:", b"Away!", b"", b"BEN:", b"So be it."
+    play = end.join(lines)
+    said = b"He called thus:" + end + b"Away!\n"
+    assert list(list_speeches(play)) == [("ANNA", said), ("BEN", b"So be it.\n")]
+
+
 def test_load_text_of_speakers_leaves_out_those_who_say_little(tmp_path, capsys):
     long = b"word " * 90
     (tmp_path / "play.txt").write_bytes(PLAY % (long, b"x"))
