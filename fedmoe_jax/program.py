@@ -297,6 +297,20 @@ def check_state(config: ConfigDict, strategy: Strategy, sizes: Sizes) -> None:
         )
 
 
+def check_positions(
+    config: ConfigDict, task: str, scores: Scores, routing: Routing
+) -> None:
+    """Raises UserError unless every leaf of the scores has the routed positions."""
+    routed = routing.gates.shape[1]
+    for name, leaf in scores._asdict().items():
+        if leaf is not None and leaf.size != routed:
+            raise UserError(
+                f"the task {task} has Scores.{name} {list(leaf.shape)} of a batch of "
+                f"which model.kind={config.model.kind!r} routes {routed} positions; "
+                f"allowed: {routed} numbers, one a position"
+            )
+
+
 def build_program(
     config: ConfigDict, data: Data, federation: Federation, mesh: Mesh
 ) -> Program:
@@ -310,7 +324,8 @@ def build_program(
 
     Raises:
       UserError: model parts that do not fit each other or the data; a strategy that
-        does not fit the model, or whose state is no dict of arrays.
+        does not fit the model, or whose state is no dict of arrays; a task that does
+        not score the positions that the model routes.
     """
     used, task = configure(config), find_task(data.task)
     where = f", as strategy={config.strategy!r} configures it"
@@ -333,6 +348,7 @@ def build_program(
     check_layers(config, strategy, model, sizes.num_layers)
     check_state(config, strategy, sizes)
     outputs, scores, routing = trace_model(model, task, batch, sizes)
+    check_positions(used, data.task, scores, routing)
     trained, frozen = take_frozen(params, frozen, model, strategy)
     forward = count_forward_flops(model, batch)
     costs = count_costs(trained, frozen, forward, strategy)

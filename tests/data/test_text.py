@@ -93,6 +93,14 @@ def test_a_line_of_verse_with_a_colon_is_no_heading():
     assert list(list_speeches(text)) == expected
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_lines_that_end_in_a_colon_are_no_speakers(end):
+    lines = b"ANNA:", b"He called thus:", b"Away!", b"", b"BEN:", b"So be it."
+    play = end.join(lines)
+    said = b"He called thus:" + end + b"Away!\n"
+    assert list(list_speeches(play)) == [("ANNA", said), ("BEN", b"So be it.\n")]
+
+
 def test_load_text_of_speakers_leaves_out_those_who_say_little(tmp_path, capsys):
     long = b"word " * 90
     (tmp_path / "play.txt").write_bytes(PLAY % (long, b"x"))

@@ -265,6 +265,18 @@ def test_strategies_for_one_layer_are_refused():
         start(strategy="fedmoe_da", num_active=2)
 
 
+def test_scores_of_other_positions_than_the_routed_ones_are_refused(monkeypatch):
+    def score_strings(logits, batch):
+        scores = score_letters(logits, batch)
+        return scores._replace(weight=scores.weight.mean(axis=1))
+
+    task = NEXT_LETTER._replace(loss=score_strings)
+    monkeypatch.setitem(TASKS, "next_letter", task)
+    told = r"Scores.weight \[32\] .*='two_layers' routes 192 positions; allowed: 192"
+    with pytest.raises(UserError, match=told):
+        start()
+
+
 def test_data_that_cannot_drift_are_refused():
     with pytest.raises(UserError, match="drift.images='blur' .* allowed: none"):
         start(**{"drift.images": "blur"})
