@@ -1,14 +1,14 @@
 """The paper's first check: how experts are assigned, over 100 rounds of CIFAR-10.
 
-    python launch.py --config=configs/figure3.py --workdir=runs/tune_figure3 --tune
     python launch.py --config=configs/figure3.py --workdir=runs/figure3 \\
-      --settings=runs/tune_figure3/settings.json
+      --settings=results/figure3/settings.json
     python launch.py --config=configs/figure3.py:fifty --workdir=runs/figure3_fifty \\
-      --settings=runs/tune_figure3/settings.json
+      --settings=results/figure3/settings.json
 
 Random, greedy and load-balanced assignment as in Figure 3 of arXiv 2507.05685, beside
 dense controls, under Dirichlet(0.1) with 20 clients and, with the argument `fifty`,
-with 50; ten local steps a round, five seeds. The usage of every expert over the rounds
+with 50; ten local steps a round, five seeds. The settings are those that `systems.py`
+tuned on CIFAR-10 for these strategies; `--tune` tunes for this study. The usage of every expert over the rounds
 is in the report's pictures. `digits` and `smoke` as in `compare.py`.
 """
 
