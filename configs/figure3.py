@@ -8,8 +8,9 @@
 Random, greedy and load-balanced assignment as in Figure 3 of arXiv 2507.05685, beside
 dense controls, under Dirichlet(0.1) with 20 clients and, with the argument `fifty`,
 with 50; ten local steps a round, five seeds. The settings are those that `systems.py`
-tuned on CIFAR-10 for these strategies; `--tune` tunes for this study. The usage of every expert over the rounds
-is in the report's pictures. `digits` and `smoke` as in `compare.py`.
+tuned on CIFAR-10 for these strategies; `--tune` tunes for this study. The usage of
+every expert over the rounds is in the report's pictures. `digits` and `smoke` as in
+`compare.py`.
 """
 
 from ml_collections import ConfigDict
