@@ -57,15 +57,18 @@ def list_strata(run: Run, columns: Mapping[str, str]) -> Iterator[dict[str, str]
     """A record for every stratum of a finished run; empty where a number is unknown."""
     if not run.arrays:
         return
-    show = lambda value: f"{value:.6g}" if np.isfinite(value) else ""
     names, examples = run.arrays["label_names"], run.arrays["label_counts"].sum(axis=0)
-    found = {column: final_strata(run.rows, field) for column, field in columns.items()}
+
+    def show(field: str) -> list[str]:
+        values = final_strata(run.rows, field)
+        if values is None or len(values) != len(names):
+            return [""] * len(names)
+        return [f"{value:.6g}" if np.isfinite(value) else "" for value in values]
+
+    found = {column: show(field) for column, field in columns.items()}
     for place, name in enumerate(names):
         record = {"stratum": str(name), "num_examples": str(examples[place])}
-        for column, values in found.items():
-            known = values is not None and len(values) == len(names)
-            record[column] = show(values[place]) if known else ""
-        yield record
+        yield record | {column: texts[place] for column, texts in found.items()}
 
 
 def write_strata_csv(path: str | Path, runs: Sequence[Run]) -> None:
