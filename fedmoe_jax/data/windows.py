@@ -73,8 +73,8 @@ def note_losses(documents: Sequence[Document]) -> None:
     if lost:
         print(
             f"warning: {lost} of {len(texts)} texts cannot be read from their tokens "
-            "(unknown words, lower case, ...), so that their bits of a byte are too "
-            "low",
+            "(unknown words, lower case, a tokenizer without a decoder, ...), so that "
+            "their bits of a byte may be too low",
             file=sys.stderr,
         )
 
