@@ -58,6 +58,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.devices.overload, config.late.kind = "lose", "drop"
     config.pressure.share, config.pressure.persistence = 0.3, 0.5
     config.compare.strategies = ("load_balanced",)
-    config.evaluation.baseline = TRUTH
+    config.evaluation.baseline = f"{TRUTH} profile.refresh=1" if full else TRUTH
     config.compare.changes = FEW if "smoke" in rest else list_changes(full)
     return config

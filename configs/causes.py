@@ -47,4 +47,5 @@ def get_config(argument: str = "") -> ConfigDict:
     if "smoke" in rest:
         strategies, changes = strategies[-1:], changes[-2:]
     config.compare.strategies, config.compare.changes = strategies, changes
+    config.evaluation.baseline = ""
     return config

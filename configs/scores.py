@@ -32,7 +32,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config = compare.get_config(rest)
     compare.support_claims(config, rest)
     config.compare.strategies = ("load_balanced",)
-    config.evaluation.baseline = "load_balanced"
+    usual = "load_balanced fitness.idle=prior fitness.rate=0.3 usage.decay=0.9"
+    config.evaluation.baseline = usual if full else "load_balanced"
     one_at_a_time = ("", *FITNESS[1:], *USAGE[1:], *IDLE[1:])
     grid = tuple(map(",".join, itertools.product(FITNESS, USAGE, IDLE)))
     config.compare.changes = grid if full else one_at_a_time

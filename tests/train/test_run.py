@@ -183,8 +183,9 @@ def test_finish_summarises_the_rows(finished):
 
 def test_summarise_tokens_counts_the_bytes_of_targets():
     rows = {"bytes": np.array([[9, 4, 2], [2, 6, 0]]), "length": np.array([3, 2])}
-    data = make_data()._replace(test=rows)
+    data = make_data()._replace(test=rows, task="text")
     assert summarise_tokens(data) == {"bytes_per_token": 4.0}
+    assert summarise_tokens(data._replace(task="images")) == {}
     assert summarise_tokens(make_data()) == {}
 
 
