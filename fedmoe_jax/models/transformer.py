@@ -33,6 +33,9 @@ from fedmoe_jax.types import Array, PyTree
 
 GATE_INPUTS = ("token", "prefix")
 TIED = "blocks"  # the one MoE layer where all are tied
+# On CPU experts gain from seeing only what is routed to them up to so many tokens, of
+# more where they are so many times the active ones (`benchmarks/dispatch.py`).
+FEW_TOKENS, MANY_EXPERTS = 1024, 4
 
 
 class Shape(NamedTuple):
@@ -133,14 +136,15 @@ def run_experts(experts: PyTree, x: Array, platform: str) -> Array:
     return jnp.stack(outputs, axis=1)
 
 
-def sees_routed(route: Route, count: int, platform: str) -> bool:
+def sees_routed(route: Route, count: int, tokens: int, platform: str) -> bool:
     """Whether each of `count` experts runs on the tokens that are routed to it alone.
 
     Where a token can meet all of them, nothing is left out; what trains some of them
     needs the outputs of each.
     """
     chooses = route.num_active < count and route.gating != "sum"
-    return platform == "cpu" and chooses and route.priority is None
+    gains = tokens <= FEW_TOKENS or count >= MANY_EXPERTS * route.num_active
+    return platform == "cpu" and chooses and gains and route.priority is None
 
 
 def mix_experts(
@@ -175,7 +179,7 @@ def mix_experts(
     logits = jnp.einsum("bpd,ed->bpe", seen, gate["kernel"])
     logits = logits.reshape(-1, shape.num_experts) + gate["bias"][None]
     gates = routing.make_gates(logits[:, held], slot, route)
-    if sees_routed(route, len(held), shape.platform):
+    if sees_routed(route, len(held), len(tokens), shape.platform):
         mixed = mix_routed(experts, tokens, gates)
         return mixed.reshape(x.shape), Routing(logits, gates)
     outputs = run_experts(experts, tokens, shape.platform)

@@ -201,7 +201,12 @@ def test_gradients_on_cpu_are_those_of_all_experts_on_all_tokens():
     ],
 )
 def test_experts_see_what_is_routed_to_them(route, platform, expected):
-    assert transformer.sees_routed(route, 3, platform) == expected
+    assert transformer.sees_routed(route, 3, 1024, platform) == expected
+
+
+def test_many_tokens_see_all_of_few_experts():
+    found = [transformer.sees_routed(Route(2), k, 2048, "cpu") for k in (3, 7, 8)]
+    assert found == [False, False, True]
 
 
 SCANNED = {
