@@ -1,16 +1,13 @@
 """The clients of finished runs, one by one: their arrays, and `clients.csv`."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmoe_jax.report.origins import made_by_columns
-from fedmoe_jax.report.runs import Run, name_folders, varied_fields
-from fedmoe_jax.runtime.files import flatten, write_atomically
+from fedmoe_jax.report.records import write_records
+from fedmoe_jax.report.runs import Run
 
 FIELDS = ("client", "tier", "capacity", "participation", "num_examples", "accuracy")
 BITS = "bits"  # of a byte of text, a further field of runs on text
@@ -83,23 +80,6 @@ def list_clients(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def write_clients_csv(path: str | Path, runs: Sequence[Run]) -> None:
-    """One row per run and client: strategy, seed, varied fields, `FIELDS`, folder.
-
-    Then what made the run, as in `runs.csv`. Writes nothing where no run is finished.
-    """
-    if not any(run.arrays for run in runs):
-        return
-    varied, text = varied_fields(runs), io.StringIO(newline="")
-    made_by = [made_by_columns(run) for run in runs]
-    traced = dict.fromkeys(name for columns in made_by for name in columns)
+    """One row per run and client with `FIELDS`, see `write_records`."""
     bits = [BITS] if any("client_bits" in run.arrays for run in runs) else []
-    fields = ["strategy", "seed", *varied, *FIELDS, *bits, "folder", *traced]
-    writer = csv.DictWriter(text, fields)
-    writer.writeheader()
-    for run, folder, made in zip(runs, name_folders(runs), made_by, strict=True):
-        flat = flatten(run.config)
-        name = {"strategy": flat["strategy"], "seed": flat.get("seed")}
-        name |= {field: flat.get(field) for field in varied}
-        name |= {"folder": folder} | made
-        writer.writerows(name | record for record in list_clients(run))
-    write_atomically(Path(path), text.getvalue())
+    write_records(path, runs, [*FIELDS, *bits], list_clients)

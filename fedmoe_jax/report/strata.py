@@ -3,8 +3,6 @@
 `strata.csv` has the numbers of every one, and a picture compares strategies in each.
 """
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +10,10 @@ import numpy as np
 
 from fedmoe_jax.measures import STRATA
 from fedmoe_jax.report.figures import Picture
-from fedmoe_jax.report.origins import made_by_columns
 from fedmoe_jax.report.plots import strata_map
+from fedmoe_jax.report.records import write_records
 from fedmoe_jax.report.rows import Row, final_values
-from fedmoe_jax.report.runs import Run, name_folders, varied_fields
-from fedmoe_jax.runtime.files import flatten, write_atomically
+from fedmoe_jax.report.runs import Run
 
 VALUES = ("accuracy", "bits")
 MOST = 40  # strata of a picture
@@ -72,27 +69,10 @@ def list_strata(run: Run, columns: Mapping[str, str]) -> Iterator[dict[str, str]
 
 
 def write_strata_csv(path: str | Path, runs: Sequence[Run]) -> None:
-    """One row per run and stratum: strategy, seed, varied fields, numbers, folder.
-
-    Then what made the run, as in `runs.csv`. Writes nothing where no run is finished.
-    """
-    if not any(run.arrays for run in runs):
-        return
-    varied, columns = varied_fields(runs), find_columns(runs)
-    made_by = [made_by_columns(run) for run in runs]
-    traced = dict.fromkeys(name for each in made_by for name in each)
-    own = ["stratum", "num_examples", *columns]
-    text = io.StringIO(newline="")
-    fields = ["strategy", "seed", *varied, *own, "folder", *traced]
-    writer = csv.DictWriter(text, fields)
-    writer.writeheader()
-    for run, folder, made in zip(runs, name_folders(runs), made_by, strict=True):
-        flat = flatten(run.config)
-        name = {"strategy": flat["strategy"], "seed": flat.get("seed")}
-        name |= {field: flat.get(field) for field in varied}
-        name |= {"folder": folder} | made
-        writer.writerows(name | record for record in list_strata(run, columns))
-    write_atomically(Path(path), text.getvalue())
+    """One row per run and stratum with its numbers, see `write_records`."""
+    columns = find_columns(runs)
+    fields = ["stratum", "num_examples", *columns]
+    write_records(path, runs, fields, lambda run: list_strata(run, columns))
 
 
 def mean_strata(
