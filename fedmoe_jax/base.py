@@ -90,6 +90,7 @@ class Task(NamedTuple):
       drifts: (name, (rows, amount []) -> rows) of every way in which rows can drift.
       add_prior: (outputs, log shares of the strata [L]) -> outputs, of outputs that are
         logits of the strata; None for others, which no label prior shifts.
+      labels: batch -> classes [B] int32 in [0, L); None where examples have none.
       bits: whether evaluation also gives the loss, in bits of a byte (of a position,
         without `Scores.bytes`), whose `Scores.loss` then is a cross-entropy in nats.
     """
@@ -100,6 +101,7 @@ class Task(NamedTuple):
     num_outputs: Callable[[Data], int]
     drifts: tuple[tuple[str, Callable[[PyTree, Array], PyTree]], ...] = ()
     add_prior: Callable[[PyTree, Array], PyTree] | None = None
+    labels: Callable[[PyTree], Array] | None = None
     bits: bool = False
 
 
@@ -243,11 +245,17 @@ class Strategy(NamedTuple):
         the `weight` [P] of its positions.
       stages: (rounds, (state, federation, hyper, key, model=, task=, sizes=) ->
         (state, frozen)), run between chunks, once so many rounds are done; the number,
-        a multiple of `chunk_rounds`, may be the name of a config field. One at
-        `num_rounds` acts only if the run is extended. `frozen` is `federation.frozen`,
-        as the stage leaves it.
+        a multiple of `chunk_rounds`, may be the name of a config field, or a pair of
+        such names or numbers: of the first stage, and of the rounds from one to the
+        next, 0 for no next one. One at `num_rounds` acts only if the run is extended.
+        The federation is that of the world as it is then, with the examples that
+        clients own by then. `frozen` is `federation.frozen`, as the stage leaves it.
       server_examples: (round [], hyper, sizes) -> examples [] on which the stages just
         before the round train a stem, one expert and a head, repeats included; None
+        for none.
+      message: (round [], hyper, sizes) -> numbers [] that every client of the
+        population sends to the stages just before the round, after it has received
+        stem and first expert and has run its own examples forward through them; None
         for none.
       exchange: (personal parts [N, ...], state, evidence, arrived [C], hyper) ->
         personal parts, state, and the experts that each client of the cohort has sent
@@ -299,6 +307,7 @@ class Strategy(NamedTuple):
     report: Callable[..., PyTree] | None = None
     stages: tuple[tuple[Any, Callable[..., tuple[Any, PyTree]]], ...] = ()
     server_examples: Callable[[Array, Hyper, Sizes], Array] | None = None
+    message: Callable[[Array, Hyper, Sizes], Array] | None = None
     exchange: Callable[..., tuple[PyTree, PyTree, Array, Array]] | None = None
     gate_weight: Callable[..., Array] | Open = None
     expert_weight: Callable[..., Array] | Open = None

@@ -26,6 +26,8 @@ from fedmoe_jax.types import (
     SimState,
 )
 from fedmoe_jax.world.costs import (
+    NUMBER_BYTES,
+    TRAINING_PASSES,
     answer_flops,
     client_bytes,
     client_flops,
@@ -155,13 +157,23 @@ def measure(
         | measure_answers(program)
         | measure_stages(before.round, hyper, program)
     )
+    found = add_messages(found, view.federation, before.round, hyper, program)
     found = add_metrics(found, measure_strategy(after.align.strategy))
     return add_metrics(found, measure_processes(after.world, program.processes))
 
 
 def measure_strategy(state: PyTree) -> dict[str, Array]:
-    """The scalars of a strategy's own state, leaves [G], summed over layers."""
-    return {name: leaf.sum() for name, leaf in state.items() if leaf.ndim == 1}
+    """The scalars of a strategy's own state, leaves [G].
+
+    Counts, which are integers, are summed over layers, others averaged.
+    """
+    join = lambda leaf: leaf.sum() if is_count(leaf) else leaf.mean()
+    return {name: join(leaf) for name, leaf in state.items() if leaf.ndim == 1}
+
+
+def is_count(leaf: Array) -> bool:
+    """Whether an array has integers."""
+    return jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
 def add_metrics(found: dict[str, Array], own: dict[str, Array]) -> dict[str, Array]:
@@ -235,6 +247,32 @@ def measure_stages(round: Array, hyper: Hyper, program: Program) -> dict[str, Ar
     count = program.strategy.server_examples
     examples = count(round, hyper, program.sizes) if count else jnp.zeros(())
     return {"server_flops": program.costs.dense_flops * examples}
+
+
+def add_messages(
+    found: dict[str, Array],
+    federation: Federation,
+    round: Array,
+    hyper: Hyper,
+    program: Program,
+) -> dict[str, Array]:
+    """Metrics with the costs of what all clients sent to the stages before a round.
+
+    Their devices feel none of it: stages take no simulated time.
+    """
+    if program.strategy.message is None:
+        return found
+    costs, sizes = program.costs, program.sizes
+    numbers = program.strategy.message(round, hyper, sizes)
+    asked = sizes.num_clients * (numbers > 0)
+    model = costs.stem_bytes + costs.expert_bytes
+    forward = costs.dense_flops / TRAINING_PASSES
+    return found | {
+        "bytes_up": found["bytes_up"] + asked * NUMBER_BYTES * numbers,
+        "bytes_down": found["bytes_down"] + asked * model,
+        "client_flops": found["client_flops"]
+        + (numbers > 0) * forward * federation.size.sum(),
+    }
 
 
 def measure_server(state: SimState, buffered: Array) -> dict[str, Array]:

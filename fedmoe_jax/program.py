@@ -1,7 +1,7 @@
 """Everything static of one run: the program that is compiled."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,8 +50,9 @@ class Program(NamedTuple):
       sizes: static sizes, as the strategy configures them.
       strategy: the strategy's record, without None where the config decides.
       static: the config's fields that shape the program, as the strategy configures
-        them; also `prox`, whether the FedProx term is in the local objective, and
-        `ragged`, whether clients take different numbers of local steps.
+        them; also `prox`, whether the FedProx term is in the local objective, `ragged`,
+        whether clients take different numbers of local steps, and `upcycled`, whether
+        there is a dense warm-up.
       processes: of the world that are on, in the order of application.
       report_numbers: numbers in the report of one client, see `Strategy.report`.
       costs: of the simulated model; these bytes are reported.
@@ -103,7 +104,8 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
       config: as the strategy configures it.
 
     Raises:
-      UserError: a stage is due within a chunk of rounds or beyond the run.
+      UserError: a stage is due within a chunk of rounds or beyond the run, or a dense
+        warm-up would copy experts that are none of the server's.
     """
     open_to_config = {
         "personal": ("gate",) if config.gate.mode == "personal" else (),
@@ -117,11 +119,44 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
         for name, value in open_to_config.items()
         if getattr(strategy, name) is None
     }
+    check_upcycle(config, strategy._replace(**chosen))
     return strategy._replace(
         local_experts=min(strategy.local_experts, config.num_experts),
-        stages=tuple((find_round(when, config), act) for when, act in strategy.stages),
+        stages=tuple(
+            (number, act)
+            for when, act in strategy.stages
+            for number in find_rounds(when, config)
+        ),
         **chosen,
     )
+
+
+def check_upcycle(config: ConfigDict, strategy: Strategy) -> None:
+    """Raises UserError for a dense warm-up whose experts would be no copies.
+
+    Args:
+      config: as the strategy configures it.
+      strategy: with the config's choices.
+    """
+    own = "experts" in strategy.personal or strategy.gating == "sum"
+    if config.upcycle.rounds and config.num_experts > 1 and own:
+        raise UserError(
+            f"upcycle.rounds={config.upcycle.rounds} is not allowed with strategy="
+            f"{config.strategy!r}, whose experts are personal or parts of one network; "
+            "allowed: 0"
+        )
+
+
+def find_rounds(when: Any, config: ConfigDict) -> list[int]:
+    """The rounds of a stage, see `Strategy.stages`.
+
+    Raises:
+      UserError: see `find_round`.
+    """
+    if not isinstance(when, tuple):
+        return [find_round(when, config)]
+    first, period = (find_round(number, config) for number in when)
+    return list(range(first, config.num_rounds + 1, period)) if period else [first]
 
 
 def find_round(when: int | str, config: ConfigDict) -> int:
@@ -170,7 +205,11 @@ def take_scope(config: ConfigDict, scope: str) -> dict[str, object]:
 
 def make_static(config: ConfigDict) -> Static:
     """The fields that shape the program, of a config as the strategy configures it."""
-    extra = {"prox": config.client.prox > 0, "ragged": config.local_epochs > 0}
+    extra = {
+        "prox": config.client.prox > 0,
+        "ragged": config.local_epochs > 0,
+        "upcycled": config.upcycle.rounds > 0 and config.num_experts > 1,
+    }
     return group(take_scope(config, STATIC) | extra, "static")
 
 

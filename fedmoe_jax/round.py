@@ -25,6 +25,7 @@ from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.types import Array, Federation, Hyper, RoundFn, SimState, make_keys
+from fedmoe_jax.upcycle import copy_first, hold_first, is_warming, keep_scores
 from fedmoe_jax.world.availability import choose_cohort
 from fedmoe_jax.world.outcome import is_late
 from fedmoe_jax.world.participation import record
@@ -53,6 +54,7 @@ def round_step(
     """
     keys = make_keys(state.key, state.round)
     hyper = schedule_rates(hyper, state.round, program.static)
+    warming = is_warming(state.round, hyper) if program.static.upcycled else None
 
     # 1 world
     world = step_world(state.world, keys, state.round, hyper, program.processes)
@@ -63,6 +65,8 @@ def round_step(
     # 3 align
     evidence = gather_evidence(state, view, cohort, capacity, program.sizes)
     assignment = assign(evidence, hyper, program, keys.align)
+    if warming is not None:
+        assignment = hold_first(assignment, warming)
     # 4 train
     inputs = broadcast(state, view, evidence, assignment, program)
     conditions = set_conditions(state, view, evidence, assignment, hyper, program)
@@ -71,9 +75,13 @@ def round_step(
     )
     # 5 aggregate
     params, server_opt = aggregate(state, sums[0], hyper, program.static)
+    if warming is not None:
+        params, server_opt = (copy_first(t, warming) for t in (params, server_opt))
     personal, variate = renew_clients(state, federation.size, cohort, replies)
     # 6 learn
     align, load = learn_layers(state, evidence, assignment, replies, hyper, program)
+    if warming is not None:
+        align = keep_scores(state.align, align, warming)
     personal, align, sent = exchange(personal, align, evidence, replies, hyper, program)
     late = is_late(replies.outcome, program.static.devices.deadline)
     belief = learn_devices(capacity.belief, conditions, replies, hyper, program)

@@ -14,7 +14,7 @@ from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.program import Program, take_frozen
 from fedmoe_jax.types import AlignState, Array, Federation, Hyper, PyTree, SimState
 from fedmoe_jax.world.participation import init_participation
-from fedmoe_jax.world.step import init_world
+from fedmoe_jax.world.step import init_world, observe
 
 BEFORE_ROUNDS = 2**32 - 1  # folded into the run's key where rounds fold their number
 
@@ -82,6 +82,9 @@ def run_stage(
 ) -> tuple[SimState, PyTree]:
     """State and `frozen` after the strategy's stage of that number, see `Strategy`."""
     _, act = program.strategy.stages[number]
+    if program.processes:
+        view = observe(state.world, federation, hyper, program.processes)
+        federation = view.federation
     key = jax.random.fold_in(state.key, BEFORE_ROUNDS)
     key = jax.random.fold_in(key, number) if number else key
     static = dict(model=program.model, task=program.task, sizes=program.sizes)

@@ -239,9 +239,10 @@ def test_measure_learning_has_alarms():
     assert found["drift_alarms"] == 3 and found["train_loss"] == 51.5
 
 
-def test_measure_strategy_sums_scalars_over_layers():
+def test_measure_strategy_sums_counts_and_averages_others_over_layers():
     state = {"swapped": np.array([3, 4]), "mass": np.ones((2, 3))}
-    assert measure_strategy(state) == {"swapped": 7}
+    state["groups"] = np.array([4.0, 1.0])
+    assert measure_strategy(state) == {"swapped": 7, "groups": 2.5}
 
 
 def test_add_metrics_refuses_a_name_that_is_taken():

@@ -84,6 +84,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.loss.load = 0.0
     config.loss.z = 0.0
 
+    config.upcycle = ConfigDict()
+    config.upcycle.rounds = 0
+
     config.client = ConfigDict()
     config.client.optimizer = "sgd"
     config.client.learning_rate = 0.02
@@ -152,6 +155,11 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.fedjets = ConfigDict()
     config.fedjets.steps = 200
+
+    config.prototypes = ConfigDict()
+    config.prototypes.round = 0
+    config.prototypes.period = 0
+    config.prototypes.shrink = 5.0
 
     config.fedprox = ConfigDict()
     config.fedprox.coefficient = 0.1

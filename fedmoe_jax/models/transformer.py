@@ -177,7 +177,7 @@ def mix_experts(
         return outputs[:, 0].reshape(x.shape), Routing(None, gates)
     seen = average_prefix(x) if shape.gate_input == "prefix" else x
     logits = jnp.einsum("bpd,ed->bpe", seen, gate["kernel"])
-    logits = logits.reshape(-1, shape.num_experts) + gate["bias"][None]
+    logits = logits.reshape(len(tokens), -1) + gate["bias"][None]
     gates = routing.make_gates(logits[:, held], slot, route)
     if sees_routed(route, len(held), len(tokens), shape.platform):
         mixed = mix_routed(experts, tokens, gates)

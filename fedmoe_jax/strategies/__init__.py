@@ -62,6 +62,7 @@ from fedmoe_jax.strategies.load_balanced import (
 )
 from fedmoe_jax.strategies.oracle import ORACLE
 from fedmoe_jax.strategies.pfedmoe import PFEDMOE
+from fedmoe_jax.strategies.prototypes import PROTOTYPES, PROTOTYPES_BOUNDED
 from fedmoe_jax.strategies.random import FIXED_RANDOM, RANDOM
 from fedmoe_jax.strategies.round_robin import ROUND_ROBIN
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes
@@ -71,6 +72,8 @@ STRATEGIES: dict[str, Strategy] = {
     "fixed_random": FIXED_RANDOM,
     "round_robin": ROUND_ROBIN,
     "oracle": ORACLE,
+    "prototypes": PROTOTYPES,
+    "prototypes_bounded": PROTOTYPES_BOUNDED,
     "greedy": GREEDY,
     "load_balanced": LOAD_BALANCED,
     "load_balanced_no_calibration": LOAD_BALANCED_NO_CALIBRATION,

@@ -94,4 +94,5 @@ IMAGES = Task(
         (kind, functools.partial(distort_rows, kind=kind)) for kind in DISTORTIONS
     ),
     add_prior=add_label_prior,
+    labels=lambda batch: batch["y"],
 )

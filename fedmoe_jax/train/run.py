@@ -270,7 +270,9 @@ def build_programs(program: Program) -> tuple[Callable, Programs]:
     over_runs = lambda function: spread(
         map_runs(function, program.platform), mesh, divided, runs
     )
-    rounds = [when for when, _ in program.strategy.stages]
+    stages = program.strategy.stages
+    acts = [act for _, act in stages]  # one that acts again is compiled once
+    compiled = {act: jax.jit(over_runs(stage(acts.index(act)))) for act in acts}
     finetune = None
     # The owner of pooled data has no clients' examples to tune on.
     if program.static.evaluation.finetune and not program.strategy.pooled:
@@ -280,10 +282,7 @@ def build_programs(program: Program) -> tuple[Callable, Programs]:
         run_rounds=jax.jit(over_runs(scan_rounds(program)), donate_argnums=0),
         evaluate=jax.jit(over_runs(build_evaluate_share(program))),
         finetune=finetune,
-        stages=tuple(
-            (when, jax.jit(over_runs(stage(number))))
-            for number, when in enumerate(rounds)
-        ),
+        stages=tuple((when, compiled[act]) for when, act in stages),
     )
 
 

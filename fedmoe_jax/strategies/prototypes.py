@@ -1,0 +1,284 @@
+"""Prototype alignment: clients with like features hold the same experts.
+
+After a dense warm-up (`upcycle.rounds`, here as long as `prototypes.round`) every
+client sends once what describes its data: the mean features of each label under the
+server's model, and the labels' counts; for text one mean of hidden states in each MoE
+layer. The server looks for groups of clients (see `align.prototypes`), and every group
+has experts of its own: with k groups, expert e is of group e mod k. A client holds
+those of its own group first, then those of groups that are near. Where there are no
+groups, experts are drawn at random each round.
+
+Not a published system. Related are IFCA (arXiv 2006.04088), whose clients choose the
+model of least loss and download all of them for it, and clustered FL by directions of
+updates (Sattler et al., arXiv 1910.01991); here one small message decides.
+
+With `prototypes.period` clients are asked again, which new data and drifting labels
+call for; images that rotate, blur or lose contrast are asked for as they were at first.
+What the messages reveal is not protected: class means are what attacks on privacy use.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from fedmoe_jax.align.bounded import bounded_top_k
+from fedmoe_jax.align.explore import uniform_scores
+from fedmoe_jax.align.prototypes import Found, Means, find_groups
+from fedmoe_jax.align.ties import draw_lots
+from fedmoe_jax.align.top_k import fill_slots, top_k
+from fedmoe_jax.base import Model, Route, Strategy, Task
+from fedmoe_jax.moe_layers import layer_keys, map_layers
+from fedmoe_jax.options import NON_NEGATIVE, TRACED, Option
+from fedmoe_jax.positions import weigh_routing
+from fedmoe_jax.strategies.flex_moe import OPTIONS as BOUNDS
+from fedmoe_jax.strategies.flex_moe import make_bounds, weigh_slots
+from fedmoe_jax.tasks.batches import take_batch
+from fedmoe_jax.types import (
+    Array,
+    Assignment,
+    Evidence,
+    Federation,
+    Hyper,
+    PyTree,
+    SimState,
+    Sizes,
+)
+
+SECOND = 1e-3  # by which a group's next expert ranks below the one before
+LOT = 1e-4  # by which lots decide between experts of equal scores
+
+
+def init(sizes: Sizes) -> dict[str, Array]:
+    """`score` [N, E] at most 1, 0 before the first message, and what was found."""
+    return {
+        "score": jnp.zeros((sizes.num_clients, sizes.num_experts)),
+        "groups": jnp.zeros(()),
+        "groups_gap": jnp.zeros(()),
+        "groups_chance": jnp.ones(()),
+    }
+
+
+def read_features(gate: PyTree) -> PyTree:
+    """Gates whose logits are the features themselves: identities, D experts wide."""
+    if "kernel" not in gate:
+        return {name: read_features(tree) for name, tree in gate.items()}
+    width = gate["kernel"].shape[-1]
+    return {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
+
+
+def sum_features(
+    params: PyTree,
+    frozen: PyTree,
+    batch: PyTree,
+    weight: Array,
+    model: Model,
+    task: Task,
+    sizes: Sizes,
+) -> tuple[Array, Array]:
+    """Features and examples of a batch, summed by label: [G, L, D] and [G, L].
+
+    Args:
+      params: of the server, whole, with gates of `read_features` and one expert.
+      frozen: see `base.Model`.
+      batch: of the task, leaves [B, ...].
+      weight: [B] float32, 1 for examples and 0 for padding.
+      model: of the program.
+      task: says what the labels are.
+      sizes: static sizes.
+    """
+    slots = sizes.num_layers, 1
+    held, slot = jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool)
+    outputs, routing = model.apply(params, frozen, batch, held, slot, Route(1), None)
+    scores = task.loss(outputs, batch)
+    own = jnp.ones(scores.loss.shape) if scores.weight is None else scores.weight
+    own = own * weight.reshape((-1,) + (1,) * (own.ndim - 1))
+    routing = weigh_routing(routing, own)
+    assert routing.logits is not None and routing.weight is not None
+    if task.labels is None:
+        count = routing.weight[:, :, None]
+    else:
+        label = jax.nn.one_hot(task.labels(batch), sizes.num_strata)
+        count = routing.weight[:, :, None] * label[None]
+    return jnp.einsum("gpl,gpd->gld", count, routing.logits), count.sum(axis=1)
+
+
+def describe_client(
+    params: PyTree,
+    federation: Federation,
+    index: Array,
+    size: Array,
+    *,
+    model: Model,
+    task: Task,
+    sizes: Sizes,
+) -> Means:
+    """ONE client's message, leaves [G, L, D] and [G, L], of all of its examples.
+
+    Args:
+      params: see `sum_features`.
+      federation: the data.
+      index: [M] int32, the client's examples, padded.
+      size: [] int32, how many of them count.
+      model: of the program.
+      task: of the program.
+      sizes: static sizes.
+    """
+    block = sizes.batch_size
+    index = jnp.pad(index, (0, -len(index) % block))
+
+    def sum_block(number: Array) -> tuple[Array, Array]:
+        place = number * block + jnp.arange(block)
+        batch = take_batch(federation.train, index[place], federation.statistics, task)
+        weight = (place < size).astype(jnp.float32)
+        rest = model, task, sizes
+        return sum_features(params, federation.frozen, batch, weight, *rest)
+
+    def add(number: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jax.tree.map(jnp.add, sums, sum_block(number))
+
+    shapes = jax.eval_shape(sum_block, jnp.int32(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, count = jax.lax.fori_loop(0, -(-size // block), add, zeros)
+    return Means(total / jnp.maximum(count, 1e-6)[:, :, None], count)
+
+
+def score_experts(found: Found, num_experts: int) -> Array:
+    """Scores [N, E] of experts by the distance of their groups from each client.
+
+    `1 - (d - min d) / (max d - min d)`, less `SECOND` for every expert that the group
+    has before it. All 0 where there are no groups.
+    """
+    count, distance = found.count, found.distance
+    expert = jnp.arange(num_experts)
+    distance = distance[:, expert % count]
+    low, high = (f(axis=1, keepdims=True) for f in (distance.min, distance.max))
+    near = 1 - (distance - low) / jnp.maximum(high - low, 1e-9)
+    behind = SECOND * (expert // count)
+    return jnp.where(count > 1, near - behind[None], 0.0)
+
+
+def survey(
+    state: SimState,
+    federation: Federation,
+    hyper: Hyper,
+    key: Array,
+    *,
+    model: Model,
+    task: Task,
+    sizes: Sizes,
+) -> tuple[SimState, PyTree]:
+    """The stage after the warm-up: every client's message, and the groups they form."""
+    params = state.params | {
+        "gate": read_features(state.params["gate"]),
+        "experts": jax.tree.map(lambda leaf: leaf[:1], state.params["experts"]),
+    }
+    describe = functools.partial(
+        describe_client, params, federation, model=model, task=task, sizes=sizes
+    )
+    # One client after the other: they differ in size, and padding would cost as much.
+    means = jax.lax.map(lambda own: describe(*own), (federation.index, federation.size))
+
+    def look(means: Means, key: Array) -> dict[str, Array]:
+        most = min(sizes.num_experts, sizes.num_clients)
+        found = find_groups(key, means, hyper.prototypes.shrink, most=most)
+        return {
+            "score": score_experts(found, sizes.num_experts),
+            "groups": found.count.astype(jnp.float32),
+            "groups_gap": found.gap,
+            "groups_chance": found.chance,
+        }
+
+    keys = layer_keys(jax.random.fold_in(key, state.round), sizes.num_layers)
+    found = map_layers(look, sizes.num_layers, (1, 0))(means, keys)
+    align = state.align.replace(strategy=found)
+    return state.replace(align=align), federation.frozen
+
+
+def find_scores(evidence: Evidence, sizes: Sizes, key: Array) -> Array:
+    """Scores [C, E] of the cohort, drawn afresh where no groups are known."""
+    scores = evidence.state["score"][evidence.client]
+    drawn = uniform_scores(key, evidence.client, sizes.num_experts)
+    return jnp.where(evidence.state["groups"] > 1, scores, drawn)
+
+
+def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
+    """The k_c experts of highest score."""
+    scores = find_scores(evidence, sizes, key)
+    return top_k(scores, evidence.capacity, sizes.max_held)
+
+
+def assign_bounded(
+    evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array
+) -> Assignment:
+    """Most score in total, with every expert's holders within FLEX-MoE's bounds."""
+    weight = weigh_slots(evidence)
+    slots = fill_slots(evidence.capacity, sizes.max_held).sum()
+    lots = draw_lots(key, evidence.client, sizes.num_experts)
+    bounds = make_bounds(
+        weight, slots / sizes.num_experts, sizes.num_experts, hyper, True
+    )
+    scores = find_scores(evidence, sizes, key) + LOT * lots
+    return bounded_top_k(
+        scores, evidence.capacity, bounds, max_held=sizes.max_held, whole=True
+    )
+
+
+def count_message(round: Array, hyper: Hyper, sizes: Sizes) -> Array:
+    """Numbers [] that each client sends just before a round: means and counts."""
+    numbers = hyper.prototypes
+    since = round - numbers.round
+    again = (numbers.period > 0) & (since % jnp.maximum(numbers.period, 1) == 0)
+    asked = (since == 0) | ((since > 0) & again)
+    each = sizes.num_layers * sizes.num_strata * (sizes.gate_width + 1)
+    return jnp.where(asked, each, 0.0)
+
+
+def configure(config: ConfigDict) -> ConfigDict:
+    """A dense warm-up until the clients are asked."""
+    config.upcycle.rounds = config.prototypes.round
+    return config
+
+
+OPTIONS = (
+    Option(
+        "prototypes.round",
+        NON_NEGATIVE,
+        "rounds of dense warm-up, after which clients send their mean features; a "
+        "multiple of chunk_rounds",
+        TRACED,
+    ),
+    Option(
+        "prototypes.period",
+        NON_NEGATIVE,
+        "rounds after which they send them again; a multiple of chunk_rounds; 0: never",
+        TRACED,
+    ),
+    Option(
+        "prototypes.shrink",
+        NON_NEGATIVE,
+        "examples by which a group's mean features shrink towards those of all",
+        TRACED,
+    ),
+)
+
+PROTOTYPES = Strategy(
+    assign=assign,
+    about=(
+        "Finds groups of clients from the mean features of their labels, and gives "
+        "each group experts of its own; without groups draws at random."
+    ),
+    needs="clients' class means and label counts",
+    options=OPTIONS,
+    configure=configure,
+    init=init,
+    stages=((("prototypes.round", "prototypes.period"), survey),),
+    message=count_message,
+)
+
+PROTOTYPES_BOUNDED = PROTOTYPES._replace(
+    assign=assign_bounded,
+    about="As prototypes, but bounds the number of every expert's holders.",
+    options=(*OPTIONS, *BOUNDS),
+)
