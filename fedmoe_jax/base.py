@@ -255,8 +255,8 @@ class Strategy(NamedTuple):
         for none.
       message: (round [], hyper, sizes) -> numbers [] that every client of the
         population sends to the stages just before the round, after it has received
-        stem and first expert and has run its own examples forward through them; None
-        for none.
+        stem, first expert and head, and passes of its own examples through them, 1
+        forward or 3 with the backward pass; None for none.
       exchange: (personal parts [N, ...], state, evidence, arrived [C], hyper) ->
         personal parts, state, and the experts that each client of the cohort has sent
         to and received from others, [C] each; it sees all layers. None for nothing.
@@ -307,7 +307,7 @@ class Strategy(NamedTuple):
     report: Callable[..., PyTree] | None = None
     stages: tuple[tuple[Any, Callable[..., tuple[Any, PyTree]]], ...] = ()
     server_examples: Callable[[Array, Hyper, Sizes], Array] | None = None
-    message: Callable[[Array, Hyper, Sizes], Array] | None = None
+    message: Callable[[Array, Hyper, Sizes], tuple[Array, int]] | None = None
     exchange: Callable[..., tuple[PyTree, PyTree, Array, Array]] | None = None
     gate_weight: Callable[..., Array] | Open = None
     expert_weight: Callable[..., Array] | Open = None

@@ -263,15 +263,15 @@ def add_messages(
     if program.strategy.message is None:
         return found
     costs, sizes = program.costs, program.sizes
-    numbers = program.strategy.message(round, hyper, sizes)
+    numbers, passes = program.strategy.message(round, hyper, sizes)
     asked = sizes.num_clients * (numbers > 0)
-    model = costs.stem_bytes + costs.expert_bytes
-    forward = costs.dense_flops / TRAINING_PASSES
+    model = costs.shared_bytes + costs.expert_bytes
+    flops = passes / TRAINING_PASSES * costs.dense_flops
     return found | {
         "bytes_up": found["bytes_up"] + asked * NUMBER_BYTES * numbers,
         "bytes_down": found["bytes_down"] + asked * model,
         "client_flops": found["client_flops"]
-        + (numbers > 0) * forward * federation.size.sum(),
+        + (numbers > 0) * flops * federation.size.sum(),
     }
 
 

@@ -65,6 +65,7 @@ from fedmoe_jax.strategies.pfedmoe import PFEDMOE
 from fedmoe_jax.strategies.prototypes import PROTOTYPES, PROTOTYPES_BOUNDED
 from fedmoe_jax.strategies.random import FIXED_RANDOM, RANDOM
 from fedmoe_jax.strategies.round_robin import ROUND_ROBIN
+from fedmoe_jax.strategies.update_groups import UPDATE_GROUPS
 from fedmoe_jax.types import Array, Assignment, Evidence, Hyper, Sizes
 
 STRATEGIES: dict[str, Strategy] = {
@@ -74,6 +75,7 @@ STRATEGIES: dict[str, Strategy] = {
     "oracle": ORACLE,
     "prototypes": PROTOTYPES,
     "prototypes_bounded": PROTOTYPES_BOUNDED,
+    "update_groups": UPDATE_GROUPS,
     "greedy": GREEDY,
     "load_balanced": LOAD_BALANCED,
     "load_balanced_no_calibration": LOAD_BALANCED_NO_CALIBRATION,

@@ -18,6 +18,7 @@ What the messages reveal is not protected: class means are what attacks on priva
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from fedmoe_jax.align.explore import uniform_scores
 from fedmoe_jax.align.prototypes import Found, Means, find_groups
 from fedmoe_jax.align.ties import draw_lots
 from fedmoe_jax.align.top_k import fill_slots, top_k
-from fedmoe_jax.base import Model, Route, Strategy, Task
+from fedmoe_jax.base import Model, Route, Routing, Scores, Strategy, Task
 from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.options import NON_NEGATIVE, TRACED, Option
 from fedmoe_jax.positions import weigh_routing
@@ -68,79 +69,95 @@ def read_features(gate: PyTree) -> PyTree:
     return {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
 
 
-def sum_features(
-    params: PyTree,
-    frozen: PyTree,
-    batch: PyTree,
-    weight: Array,
-    model: Model,
-    task: Task,
-    sizes: Sizes,
-) -> tuple[Array, Array]:
-    """Features and examples of a batch, summed by label: [G, L, D] and [G, L].
+def take_dense(params: PyTree) -> PyTree:
+    """The server's model with its first expert alone, leaves [1, ...]."""
+    first = jax.tree.map(lambda leaf: leaf[:1], params["experts"])
+    return params | {"experts": first}
 
-    Args:
-      params: of the server, whole, with gates of `read_features` and one expert.
-      frozen: see `base.Model`.
-      batch: of the task, leaves [B, ...].
-      weight: [B] float32, 1 for examples and 0 for padding.
-      model: of the program.
-      task: says what the labels are.
-      sizes: static sizes.
-    """
+
+def apply_dense(
+    params: PyTree, frozen: PyTree, batch: PyTree, model: Model, sizes: Sizes
+) -> tuple[PyTree, Routing]:
+    """Outputs and routing of a model of `take_dense`, without dropout."""
     slots = sizes.num_layers, 1
     held, slot = jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool)
-    outputs, routing = model.apply(params, frozen, batch, held, slot, Route(1), None)
-    scores = task.loss(outputs, batch)
+    return model.apply(params, frozen, batch, held, slot, Route(1), None)
+
+
+def weigh_positions(scores: Scores, weight: Array) -> Array:
+    """The weights of all positions of a batch, of examples with the weights [B]."""
     own = jnp.ones(scores.loss.shape) if scores.weight is None else scores.weight
-    own = own * weight.reshape((-1,) + (1,) * (own.ndim - 1))
-    routing = weigh_routing(routing, own)
-    assert routing.logits is not None and routing.weight is not None
-    if task.labels is None:
-        count = routing.weight[:, :, None]
-    else:
-        label = jax.nn.one_hot(task.labels(batch), sizes.num_strata)
-        count = routing.weight[:, :, None] * label[None]
-    return jnp.einsum("gpl,gpd->gld", count, routing.logits), count.sum(axis=1)
+    return own * weight.reshape((-1,) + (1,) * (own.ndim - 1))
 
 
-def describe_client(
-    params: PyTree,
+def sum_examples(
+    sum_batch: Callable[[PyTree, Array], PyTree],
     federation: Federation,
     index: Array,
     size: Array,
-    *,
-    model: Model,
     task: Task,
     sizes: Sizes,
-) -> Means:
-    """ONE client's message, leaves [G, L, D] and [G, L], of all of its examples.
+) -> PyTree:
+    """Sums of ONE client over all of its examples.
 
     Args:
-      params: see `sum_features`.
+      sum_batch: (batch, weight [B], 0 for padding) -> sums of any form.
       federation: the data.
       index: [M] int32, the client's examples, padded.
       size: [] int32, how many of them count.
-      model: of the program.
       task: of the program.
       sizes: static sizes.
     """
     block = sizes.batch_size
     index = jnp.pad(index, (0, -len(index) % block))
 
-    def sum_block(number: Array) -> tuple[Array, Array]:
+    def sum_block(number: Array) -> PyTree:
         place = number * block + jnp.arange(block)
         batch = take_batch(federation.train, index[place], federation.statistics, task)
-        weight = (place < size).astype(jnp.float32)
-        rest = model, task, sizes
-        return sum_features(params, federation.frozen, batch, weight, *rest)
+        return sum_batch(batch, (place < size).astype(jnp.float32))
 
-    def add(number: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+    def add(number: Array, sums: PyTree) -> PyTree:
         return jax.tree.map(jnp.add, sums, sum_block(number))
 
     shapes = jax.eval_shape(sum_block, jnp.int32(0))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, count = jax.lax.fori_loop(0, -(-size // block), add, zeros)
+    return jax.lax.fori_loop(0, -(-size // block), add, zeros)
+
+
+def describe_features(
+    params: PyTree,
+    federation: Federation,
+    index: Array,
+    size: Array,
+    model: Model,
+    task: Task,
+    sizes: Sizes,
+) -> Means:
+    """ONE client's mean features of each label, leaves [G, L, D] and [G, L].
+
+    Args:
+      params: of the server.
+      federation: the data.
+      index: [M] int32, the client's examples, padded.
+      size: [] int32, how many of them count.
+      model: of the program.
+      task: says what the labels are.
+      sizes: static sizes.
+    """
+    dense = take_dense(params) | {"gate": read_features(params["gate"])}
+
+    def sum_batch(batch: PyTree, weight: Array) -> tuple[Array, Array]:
+        outputs, routing = apply_dense(dense, federation.frozen, batch, model, sizes)
+        own = weigh_positions(task.loss(outputs, batch), weight)
+        routing = weigh_routing(routing, own)
+        assert routing.logits is not None and routing.weight is not None
+        count = routing.weight[:, :, None]
+        if task.labels is not None:
+            label = jax.nn.one_hot(task.labels(batch), sizes.num_strata)
+            count = count * label[None]
+        return jnp.einsum("gpl,gpd->gld", count, routing.logits), count.sum(axis=1)
+
+    total, count = sum_examples(sum_batch, federation, index, size, task, sizes)
     return Means(total / jnp.maximum(count, 1e-6)[:, :, None], count)
 
 
@@ -168,17 +185,15 @@ def survey(
     model: Model,
     task: Task,
     sizes: Sizes,
+    describe: Callable[..., Means],
 ) -> tuple[SimState, PyTree]:
-    """The stage after the warm-up: every client's message, and the groups they form."""
-    params = state.params | {
-        "gate": read_features(state.params["gate"]),
-        "experts": jax.tree.map(lambda leaf: leaf[:1], state.params["experts"]),
-    }
-    describe = functools.partial(
-        describe_client, params, federation, model=model, task=task, sizes=sizes
-    )
+    """A stage: every client's message, made by `describe`, and the groups they form."""
+
+    def ask(own: tuple[Array, Array]) -> Means:
+        return describe(state.params, federation, *own, model, task, sizes)
+
     # One client after the other: they differ in size, and padding would cost as much.
-    means = jax.lax.map(lambda own: describe(*own), (federation.index, federation.size))
+    means = jax.lax.map(ask, (federation.index, federation.size))
 
     def look(means: Means, key: Array) -> dict[str, Array]:
         most = min(sizes.num_experts, sizes.num_clients)
@@ -225,20 +240,33 @@ def assign_bounded(
     )
 
 
-def count_message(round: Array, hyper: Hyper, sizes: Sizes) -> Array:
-    """Numbers [] that each client sends just before a round: means and counts."""
+def is_asked(round: Array, hyper: Hyper) -> Array:
+    """[] bool, whether clients send their messages just before a round, [] int32."""
     numbers = hyper.prototypes
     since = round - numbers.round
     again = (numbers.period > 0) & (since % jnp.maximum(numbers.period, 1) == 0)
-    asked = (since == 0) | ((since > 0) & again)
+    return (since == 0) | ((since > 0) & again)
+
+
+def count_features(round: Array, hyper: Hyper, sizes: Sizes) -> tuple[Array, int]:
+    """Means and counts of all labels; one pass over the examples. `Strategy.message`.
+
+    Where examples have no labels these are a few more than travel.
+    """
     each = sizes.num_layers * sizes.num_strata * (sizes.gate_width + 1)
-    return jnp.where(asked, each, 0.0)
+    return jnp.where(is_asked(round, hyper), each, 0.0), 1
 
 
 def configure(config: ConfigDict) -> ConfigDict:
     """A dense warm-up until the clients are asked."""
     config.upcycle.rounds = config.prototypes.round
     return config
+
+
+def make_stages(describe: Callable[..., Means]) -> tuple:
+    """`Strategy.stages` of a strategy whose clients send what `describe` makes."""
+    when = "prototypes.round", "prototypes.period"
+    return ((when, functools.partial(survey, describe=describe)),)
 
 
 OPTIONS = (
@@ -273,8 +301,8 @@ PROTOTYPES = Strategy(
     options=OPTIONS,
     configure=configure,
     init=init,
-    stages=((("prototypes.round", "prototypes.period"), survey),),
-    message=count_message,
+    stages=make_stages(describe_features),
+    message=count_features,
 )
 
 PROTOTYPES_BOUNDED = PROTOTYPES._replace(

@@ -22,9 +22,8 @@ from fedmoe_jax.models.routing import pool
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.state import run_stage
 from fedmoe_jax.strategies.prototypes import (
-    count_message,
-    describe_client,
-    read_features,
+    count_features,
+    describe_features,
     score_experts,
 )
 from fedmoe_jax.tasks.batches import take_batch
@@ -51,14 +50,11 @@ def base(**changes):
 
 def describe(run, client):
     """The message of one client, whole."""
-    program, params = run.program, dict(run.state.params)
-    params["gate"] = read_features(params["gate"])
-    params["experts"] = jax.tree.map(lambda leaf: leaf[:1], params["experts"])
-    parts = dict(model=program.model, task=program.task, sizes=program.sizes)
+    program = run.program
+    parts = program.model, program.task, program.sizes
+    make = jax.jit(lambda *args: describe_features(*args, *parts))
     own = run.federation.index[client], run.federation.size[client]
-    return jax.jit(functools.partial(describe_client, **parts))(
-        params, run.federation, *own
-    )
+    return make(run.state.params, run.federation, *own)
 
 
 def test_a_message_is_the_mean_feature_of_every_label():
@@ -158,7 +154,7 @@ def test_languages_are_found_in_every_layer():
 def test_clients_are_asked_at_these_rounds(first, period, rounds):
     numbers = {"round": first, "period": period, "shrink": 5.0}
     hyper, sizes = make_hyper(prototypes=numbers), SIZES
-    sent = [float(count_message(jnp.int32(r), hyper, sizes)) for r in range(12)]
+    sent = [float(count_features(jnp.int32(r), hyper, sizes)[0]) for r in range(12)]
     each = sizes.num_layers * sizes.num_strata * (sizes.gate_width + 1)
     assert sent == [each if r in rounds else 0 for r in range(12)]
     fields = {"prototypes.round": first, "prototypes.period": period}
@@ -184,7 +180,7 @@ def test_messages_are_among_the_costs_of_the_round_after_them():
         if name in ("bytes_up", "bytes_down", "client_flops")
     }
     up = sizes.num_clients * 4 * sizes.num_strata * (sizes.gate_width + 1)
-    down = sizes.num_clients * (costs.stem_bytes + costs.expert_bytes)
+    down = sizes.num_clients * (costs.shared_bytes + costs.expert_bytes)
     flops = costs.dense_flops / 3 * float(run.federation.size.sum())
     np.testing.assert_allclose(extra["bytes_up"], [up, 0])
     np.testing.assert_allclose(extra["bytes_down"], [down, 0])
