@@ -183,6 +183,13 @@ def test_held_experts_fit_the_clients(strategy, variant):
     assert (last[held[-1].any(1)] == held[-1][held[-1].any(1)]).all()
 
 
+def list_messages(parts):
+    """Numbers that each client sends to the stages before every round, [R]."""
+    message = parts.program.strategy.message or (lambda *_: (0.0, 0))
+    sizes = parts.program.sizes
+    return [float(message(jnp.int32(r), parts.hyper, sizes)[0]) for r in range(R)]
+
+
 @pytest.mark.parametrize(("strategy", "variant"), CASES)
 def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
     parts, state, metrics, held, _ = try_strategy(strategy, variant)
@@ -200,7 +207,11 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
     known = np.cumsum(slots > 0, axis=0) > 1
     new = ((slots > 0) & ~known).sum(1) * sum(count(part) for part in record.frozen)
     # What clients send to each other is counted by hand in test_fedmoe_da.py.
-    exchanged = metrics["bytes_down"] - both - new
+    asked = np.array(list_messages(parts)) * sizes.num_clients
+    model = sum(count(part) for part in ("stem", "head", *record.frozen)) + expert
+    exchanged = (
+        metrics["bytes_down"] - both - new - sizes.num_clients * model * np.sign(asked)
+    )
     if record.exchange is None:
         np.testing.assert_allclose(exchanged, 0, atol=1e-6 * both.max())
     else:
@@ -211,7 +222,7 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
     most = (3 if record.variates else 1) * (shared + slots.max(1) * expert) / 4
     np.testing.assert_allclose(metrics["peak_client_parameters"], most, rtol=1e-6)
     numbers = 5 * slots.sum(1) + parts.program.report_numbers * sizes.cohort_size
-    up = both + 4 * numbers * (not record.silent)
+    up = both + 4 * numbers * (not record.silent) + 4 * asked
     if record.gate_period:
         up[0] += sizes.cohort_size * count("gate")  # shown in the first of two rounds
     all_active = slots.max() <= sizes.num_active
