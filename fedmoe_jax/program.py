@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
+from fedmoe_jax.align.fitness import PROBES
 from fedmoe_jax.base import (
     GATE_STEM,
     Data,
@@ -50,8 +51,9 @@ class Program(NamedTuple):
       sizes: static sizes, as the strategy configures them.
       strategy: the strategy's record, without None where the config decides.
       static: the config's fields that shape the program, as the strategy configures
-        them; also `prox`, whether the FedProx term is in the local objective, and
-        `ragged`, whether clients take different numbers of local steps.
+        them; also `prox`, whether the FedProx term is in the local objective,
+        `ragged`, whether clients take different numbers of local steps, and `probes`,
+        whether they probe their experts before training.
       processes: of the world that are on, in the order of application.
       report_numbers: numbers in the report of one client, see `Strategy.report`.
       costs: of the simulated model; these bytes are reported.
@@ -170,7 +172,11 @@ def take_scope(config: ConfigDict, scope: str) -> dict[str, object]:
 
 def make_static(config: ConfigDict) -> Static:
     """The fields that shape the program, of a config as the strategy configures it."""
-    extra = {"prox": config.client.prox > 0, "ragged": config.local_epochs > 0}
+    extra = {
+        "prox": config.client.prox > 0,
+        "ragged": config.local_epochs > 0,
+        "probes": config.fitness.feedback in PROBES,
+    }
     return group(take_scope(config, STATIC) | extra, "static")
 
 
