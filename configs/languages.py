@@ -14,7 +14,8 @@ Markov sources over one alphabet, whose limit in bits is known, and needs no fil
 without it FOLDER has a folder of .txt files for each of eight languages, of which the
 first 80 kB are trained on, 40 by each client. `oracle` knows each client's language.
 `fitness` compares what the paper's rules make of other feedback than accuracy: loss,
-and both less their means over the client's experts. `smoke` is short, with the embedded
+both less their means over the client's experts, and the loss of each expert before it
+is trained (`probe`), alone and so related. `smoke` is short, with the embedded
 languages. Five seeds on these, three on others; without `--settings` all share one
 rate.
 """
@@ -37,7 +38,7 @@ STRATEGIES = (
     "local_smallest",
     "local_active",
 )
-FEEDBACK = ("accuracy", "loss", "relative", "relative_loss")
+FEEDBACK = ("accuracy", "loss", "relative", "relative_loss", "probe", "relative_probe")
 FEW = ("random", "greedy", "load_balanced", "oracle", "fedavg_active", "local_active")
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from fedmoe_jax.capacity import Capacity, count_examples
 from fedmoe_jax.cohort import JudgeFn
 from fedmoe_jax.models.submodel import is_local
+from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import (
     Array,
@@ -63,7 +64,8 @@ def plan_traffic(
     if strategy.gate_period:
         shown += evidence.round % strategy.gate_period(hyper) == 0
     talks = 0.0 if strategy.silent else 1.0
-    feedback = FEEDBACK_NUMBERS * assignment.slot.sum((1, 2))
+    slots, probes = assignment.slot.sum((1, 2)), program.static.probes
+    feedback = (FEEDBACK_NUMBERS + probes) * slots
     return Traffic(
         held=held,
         trained=trained,
@@ -72,6 +74,7 @@ def plan_traffic(
         reported=talks * (feedback + program.report_numbers),
         shown=shown,
         new=(~equipped).astype(jnp.float32),
+        probed=program.sizes.batch_size * slots if probes else None,
     )
 
 
@@ -120,6 +123,9 @@ def broadcast(
     scale, calibration = jnp.ones(cohort.shape), assignment.calibration
     if calibration is None:
         calibration = jnp.ones((len(cohort), program.sizes.num_layers))
+    hold_key = None
+    if program.static.probes:
+        hold_key = jax.vmap(find_hold_key, (None, 0))(state.key, cohort)
     if strategy.step_scale:
         scale = strategy.step_scale(steps, size, program.static.client.momentum)
     return ClientInput(
@@ -133,6 +139,7 @@ def broadcast(
         correction=correct(state.variate, cohort),
         personal=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
         distortion=jax.tree.map(lambda leaf: leaf[cohort], view.distortion),
+        hold_key=hold_key,
     )
 
 

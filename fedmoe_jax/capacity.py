@@ -60,6 +60,8 @@ class Workload(NamedTuple):
       deadline: seconds a round may take, > 0.
       communication_share: share in (0, 1) of the deadline for the network.
       max_capacity: the most experts that any client has room for.
+      probed: examples that a client runs forward in a round for each expert of a layer
+        that it holds, 0 for none.
     """
 
     costs: Costs
@@ -67,6 +69,7 @@ class Workload(NamedTuple):
     deadline: float
     communication_share: float
     max_capacity: int
+    probed: int
 
 
 class Capacity(NamedTuple):
@@ -90,13 +93,14 @@ def count_examples(federation: Federation, sizes: Sizes) -> Array:
 
 def count_workload(federation: Federation, program: Program) -> Workload:
     """The work of a round under a program."""
-    devices = program.static.devices
+    devices, sizes = program.static.devices, program.sizes
     return Workload(
         costs=program.device_costs,
-        examples=count_examples(federation, program.sizes),
+        examples=count_examples(federation, sizes),
         deadline=devices.deadline,
         communication_share=devices.communication_share,
-        max_capacity=program.sizes.max_capacity,
+        max_capacity=sizes.max_capacity,
+        probed=sizes.num_layers * sizes.batch_size * program.static.probes,
     )
 
 
@@ -162,6 +166,7 @@ def count_capacity(devices: Devices, buffer: Array, workload: Workload) -> Array
         deadline=workload.deadline,
         communication_share=workload.communication_share,
         max_capacity=workload.max_capacity,
+        probed=workload.probed,
     )
 
 

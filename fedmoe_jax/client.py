@@ -10,6 +10,7 @@ import optax
 from fedmoe_jax.loss import local_loss, mean_report, summarise_feedback, zero_sums
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.optimizers import add_prox, client_optimizer
+from fedmoe_jax.probe import hold_out, probe_experts
 from fedmoe_jax.program import Program
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import (
@@ -21,6 +22,25 @@ from fedmoe_jax.types import (
     PyTree,
     Sizes,
 )
+
+PROBE = 1500  # purpose, folded into the key of a client's draws
+
+
+def draw_examples(
+    key: Array, index: Array, counted: Array, size: Array, number: int
+) -> Array:
+    """Passes over some of a client's examples, shuffled once: [number] int32 ids.
+
+    Args:
+      key: consumed.
+      index: [M] int32, the client's examples, padded.
+      counted: [M] bool, those that are drawn.
+      size: [] int32 >= 1, how many these are.
+      number: of draws.
+    """
+    noise = jnp.where(counted, jax.random.uniform(key, index.shape), jnp.inf)
+    shuffled = index[jnp.argsort(noise)]
+    return shuffled[jnp.arange(number) % size]
 
 
 def draw_batches(key: Array, index: Array, size: Array, sizes: Sizes) -> Array:
@@ -36,11 +56,47 @@ def draw_batches(key: Array, index: Array, size: Array, sizes: Sizes) -> Array:
       [T, B] int32 ids into the federation's arrays; padding is never drawn, and no
       example is drawn twice before all have been drawn once.
     """
-    place = jnp.arange(index.shape[0])
-    noise = jnp.where(place < size, jax.random.uniform(key, index.shape), jnp.inf)
-    shuffled = index[jnp.argsort(noise)]
-    draws = jnp.arange(sizes.local_steps * sizes.batch_size) % size
-    return shuffled[draws].reshape(sizes.local_steps, sizes.batch_size)
+    owned = jnp.arange(index.shape[0]) < size
+    number = sizes.local_steps * sizes.batch_size
+    drawn = draw_examples(key, index, owned, size, number)
+    return drawn.reshape(sizes.local_steps, sizes.batch_size)
+
+
+def draw_apart(
+    key: Array, index: Array, size: Array, held_out: Array, sizes: Sizes
+) -> tuple[Array, Array]:
+    """Example ids of all local steps, and of a probe of the examples held out.
+
+    Args:
+      key: the client's key.
+      index: [M] int32, the client's examples, padded.
+      size: [] int32 >= 1, how many of them count.
+      held_out: [M] bool, fewer than `size` of these. Where it is none, the probe is
+        drawn from the examples that are trained on, which are then those of
+        `draw_batches`.
+      sizes: static sizes.
+
+    Returns:
+      [T, B] and [B] int32, both as passes over what they are drawn from.
+    """
+    owned, count = jnp.arange(index.shape[0]) < size, held_out.sum()
+    number, some = sizes.local_steps * sizes.batch_size, count > 0
+    trained = draw_examples(key, index, owned & ~held_out, size - count, number)
+    probed = jnp.where(some, held_out, owned), jnp.where(some, count, size)
+    probe_key = jax.random.fold_in(key, PROBE)
+    probe = draw_examples(probe_key, index, *probed, sizes.batch_size)
+    return trained.reshape(sizes.local_steps, sizes.batch_size), probe
+
+
+def draw_local(
+    inputs: ClientInput, federation: Federation, hyper: Hyper, key: Array, sizes: Sizes
+) -> tuple[Array, Array | None]:
+    """Example ids of ONE client's local steps [T, B], and of its probe [B] or None."""
+    own = federation.index[inputs.client], federation.size[inputs.client]
+    if inputs.hold_key is None:
+        return draw_batches(key, *own, sizes), None
+    held_out = hold_out(inputs.hold_key, *own, hyper.fitness.probe_share)
+    return draw_apart(key, *own, held_out, sizes)
 
 
 def all_finite(tree: PyTree) -> Array:
@@ -75,10 +131,10 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         )
         tx = client_optimizer(static.client, hyper.client.learning_rate)
         draw_key, dropout_key = jax.random.split(key)
-        client = inputs.client
-        batches = draw_batches(
-            draw_key, federation.index[client], federation.size[client], sizes
-        )
+        batches, probed = draw_local(inputs, federation, hyper, draw_key, sizes)
+        probe = None
+        if probed is not None:
+            probe = probe_experts(received, inputs, federation, probed, program)
 
         def local_step(step, carry):
             submodel, opt_state, sums = carry
@@ -118,7 +174,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
             weight = jnp.maximum(steps * program.scores.loss.size, 1)
         return ClientUpdate(
             delta=delta,
-            feedback=summarise_feedback(sums),
+            feedback=summarise_feedback(sums).replace(probe=probe),
             report=mean_report(sums),
             loss=sums.total_loss / weight,
             accuracy=sums.total_score / weight,

@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from fedmoe_jax.align.fitness import PROBES
 from fedmoe_jax.base import Data
 from fedmoe_jax.data.asides import Shares, set_aside
 from fedmoe_jax.data.partition import list_examples, pool, renumber, split
 from fedmoe_jax.options import UserError
+from fedmoe_jax.probe import count_held_out
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
 from fedmoe_jax.types import Devices, Federation, Lists, Partition, Pool
@@ -18,8 +20,26 @@ from fedmoe_jax.world.drift import draw_drift_sources
 POOL_BLOCK = 256  # pools are padded to multiples, so that seeds share a program
 
 
+def count_trained(config: ConfigDict, size: np.ndarray) -> np.ndarray:
+    """Examples [N] that clients train on, of those that they own, int [N].
+
+    Raises:
+      UserError: a client has too few to hold some out.
+    """
+    share = config.fitness.probe_share
+    if config.fitness.feedback not in PROBES or not share:
+        return size
+    if size.min() < 2:
+        raise UserError(
+            f"fitness.probe_share={share} is not allowed with a client that owns "
+            f"{size.min()} example; allowed: 0, or clients with 2 or more, as "
+            "partition.min_size=2 gives them"
+        )
+    return size - count_held_out(size, np.float32(share))
+
+
 def count_steps(config: ConfigDict, size: np.ndarray) -> np.ndarray:
-    """Local steps of every client in a round, [N] int32 >= 1, from its examples [N].
+    """Local steps of every client in a round, [N] int32 >= 1, from what it trains on.
 
     Passes over its own data where `local_epochs` is set, the last batch filled up
     from the start of the pass; else `local_steps` for each. The owner of pooled data
@@ -188,7 +208,7 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
         train=data.train,
         index=partition.index,
         size=partition.size,
-        steps=count_steps(config, partition.size),
+        steps=count_steps(config, count_trained(config, partition.size)),
         label_mix=counts / counts.sum(axis=1, keepdims=True),
         public=partition.public,
         test=data.test,

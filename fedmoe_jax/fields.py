@@ -358,7 +358,8 @@ OPTIONS: tuple[Option, ...] = (
         tuple(SCORES),
         "feedback of a client about an expert: gate-weighted training accuracy, "
         "exp(-loss_scale * loss), accuracy mixed with frequency, or accuracy or loss "
-        "against the mean of the client's experts; see docs/strategies.md",
+        "against the mean of the client's experts; or the loss of each expert before "
+        "training, alone or against that mean; see docs/strategies.md",
         STATIC,
     ),
     Option(
@@ -396,7 +397,16 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "fitness.loss_scale",
         NON_NEGATIVE,
-        "alpha of exp(-alpha * loss), of loss; of the difference of relative_loss",
+        "alpha of exp(-alpha * loss), of loss and probe; of the difference of "
+        "relative_loss and relative_probe",
+        TRACED,
+    ),
+    Option(
+        "fitness.probe_share",
+        Range(0, 0.5),
+        "share of each client's examples that it never trains on and probes with, at "
+        "least one, of probe and relative_probe; 0: it probes with those that it "
+        "trains on, before the round",
         TRACED,
     ),
     Option(

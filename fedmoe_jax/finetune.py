@@ -22,6 +22,7 @@ from fedmoe_jax.held_sets import run_model
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import replace
 from fedmoe_jax.panel import choose_rows, gather_panel
+from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.scoring import divide_bits, find_participants, sum_scores
@@ -58,6 +59,7 @@ def gather_input(
         correction={},
         personal=jax.tree.map(take, state.personal),
         distortion=jax.tree.map(take, view.distortion),
+        hold_key=find_hold_key(state.key, client) if program.static.probes else None,
     )
 
 

@@ -433,7 +433,8 @@ MEASURES: dict[str, Measure] = {
         "client_flops",
         MEAN,
         "GFLOP a round",
-        "of all clients, forward and backward (frozen parts forward alone). Every "
+        "of all clients, forward and backward (frozen parts and probes forward "
+        "alone). Every "
         "expert that a client holds is charged for every example, chosen by the gate "
         "or not; rounds before a system's own rule sets in count; what the server "
         "trains alone is Server GFLOP",

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
+from fedmoe_jax.align.fitness import PROBES
 from fedmoe_jax.base import (
     GATE_STEM,
     Data,
@@ -51,8 +52,9 @@ class Program(NamedTuple):
       strategy: the strategy's record, without None where the config decides.
       static: the config's fields that shape the program, as the strategy configures
         them; also `prox`, whether the FedProx term is in the local objective, `ragged`,
-        whether clients take different numbers of local steps, and `upcycled`, whether
-        there is a dense warm-up.
+        whether clients take different numbers of local steps, `upcycled`, whether there
+        is a dense warm-up, and `probes`, whether clients probe their experts before
+        training.
       processes: of the world that are on, in the order of application.
       report_numbers: numbers in the report of one client, see `Strategy.report`.
       costs: of the simulated model; these bytes are reported.
@@ -209,6 +211,7 @@ def make_static(config: ConfigDict) -> Static:
         "prox": config.client.prox > 0,
         "ragged": config.local_epochs > 0,
         "upcycled": config.upcycle.rounds > 0 and config.num_experts > 1,
+        "probes": config.fitness.feedback in PROBES,
     }
     return group(take_scope(config, STATIC) | extra, "static")
 

@@ -356,6 +356,9 @@ class Feedback(struct.PyTreeNode):
         those whose top-A includes it, in batches that train it.
       routed: [K] float32 in [0, 1], `load` as a share of the client's positions.
       peak: [K] float32 >= 0, largest gate of a batch, mean over the batches.
+      probe: [K] float32 >= 0, mean of `Scores.loss` before training with this expert
+        alone in its layer, see `probe`; of invalid slots any number. None where
+        `fitness.feedback` does not probe.
     """
 
     accuracy: Array
@@ -364,6 +367,7 @@ class Feedback(struct.PyTreeNode):
     load: Array
     routed: Array
     peak: Array
+    probe: Array | None = None
 
 
 class ClientInput(struct.PyTreeNode):
@@ -380,6 +384,8 @@ class ClientInput(struct.PyTreeNode):
       correction: what control variates add to its gradients, like params; {} for none.
       personal: the client's own parts, by name like params; {} where there are none.
       distortion: [] float32, how far its images have drifted; None where none do.
+      hold_key: [] the key of the choice of the examples that it does not train on, the
+        same in every round; None where `fitness.feedback` does not probe.
     """
 
     client: Array
@@ -392,6 +398,7 @@ class ClientInput(struct.PyTreeNode):
     correction: PyTree
     personal: PyTree
     distortion: Array | None = None
+    hold_key: Array | None = None
 
 
 class ClientUpdate(struct.PyTreeNode):

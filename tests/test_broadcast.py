@@ -3,9 +3,59 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import K, N, choose, plan_run, send_inputs, start, use_linear_model
+from factories import (
+    K,
+    N,
+    choose,
+    make_evidence,
+    make_program,
+    plan_run,
+    send_inputs,
+    start,
+    use_linear_model,
+)
 
+from fedmoe_jax.broadcast import plan_traffic
+from fedmoe_jax.probe import find_hold_key
+from fedmoe_jax.types import Assignment
 from fedmoe_jax.world.step import observe
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "probed"),
+    [("accuracy", 5, None), ("probe", 6, [4 * 3, 4 * 2])],
+)
+def test_plan_traffic_of_probes_by_hand(kind, numbers, probed):
+    """Two layers, in which two clients hold 2 + 1 and 1 + 1 experts; batches of 4."""
+    program = make_program(**{"fitness.feedback": kind})
+    program = program._replace(sizes=program.sizes._replace(num_layers=2))
+    slot = jnp.array([[[1, 1], [1, 0]], [[1, 0], [1, 0]]], bool)
+    held = jnp.broadcast_to(jnp.arange(2), slot.shape)
+    evidence = make_evidence(client=jnp.arange(2), capacity=jnp.full(2, 2))
+    found = plan_traffic(
+        *(evidence, Assignment(held, slot), jnp.ones(2, bool), None, program)
+    )
+    assert found.reported.tolist() == [numbers * 3, numbers * 2]
+    assert found.held.tolist() == [1.5, 1]
+    assert (found.probed if probed is None else found.probed.tolist()) == probed
+
+
+@pytest.mark.parametrize("kind", ["loss", "probe"])
+def test_broadcast_sends_the_key_of_what_is_held_out_to_those_that_probe(kind):
+    plan = plan_run(**{"fitness.feedback": kind})
+    run = start(plan, use_linear_model(plan.program))
+    cohort = jnp.array([1, 2, 3, 5])
+    held = jnp.zeros((4, K), jnp.int32), jnp.ones((4, K), bool)
+    send = lambda round: (
+        send_inputs(
+            run, run.state.replace(round=jnp.int32(round)), cohort, *held
+        ).hold_key
+    )
+    if kind == "loss":
+        assert send(0) is None
+    else:
+        assert jnp.all(send(0) == send(7)) and jnp.all(send(0)[1:] != send(0)[0])
+        assert send(0)[3] == find_hold_key(run.state.key, jnp.int32(5))
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from fedmoe_jax.world.outcome import DROPOUT, DROPPED, MEMORY, MERGED, Outcome
 pytestmark = pytest.mark.slow
 
 N, K = 40, 6
-WORKLOAD = Workload(COSTS, jnp.full(N, 5.0), 100.0, 0.5, K)
+WORKLOAD = Workload(COSTS, jnp.full(N, 5.0), 100.0, 0.5, K, 0)
 KEY = jax.random.key(3)
 
 
@@ -126,7 +126,7 @@ SMALL_EXPERTS = Costs(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1e-9, *[0.0] * 3, 1)  # a by
 
 def read_errors(fixed, rounds=4, clients=1000):
     """Errors [rounds, N] of reports, read from how many tiny experts are believed."""
-    workload = Workload(SMALL_EXPERTS, jnp.ones(clients), 100.0, 0.5, 10**6)
+    workload = Workload(SMALL_EXPERTS, jnp.ones(clients), 100.0, 0.5, 10**6, 0)
     devices = make_rows(clients, memory=TRAINING_COPIES * 1e5)
     hyper = make_hyper(refresh=1, deviation=0.3, fixed=fixed)
     belief, rows = init_belief(clients, 10**6, "self_reported"), []
@@ -344,7 +344,7 @@ def test_update_history_forgets_a_step_in_the_pace_of_training_geometrically():
     # Half of 100 seconds for 1 example: 1 second per FLOP allows 5 experts of 10 FLOPs
     # each, and 2 seconds allow 2.
     costs = Costs(0, 0, 0, 1, 0, 0, 10, 0, 0, 0, 1)
-    workload = Workload(costs, jnp.ones(1), 100.0, 0.5, 6)
+    workload = Workload(costs, jnp.ones(1), 100.0, 0.5, 6, 0)
     hyper = make_hyper(refresh=1, exploration=0.0)
     belief, paces, capacity = init_belief(1, 6, "estimated"), [], []
     for round in range(rounds):

@@ -21,12 +21,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_jax import client
-from fedmoe_jax.base import PARTS
+from fedmoe_jax import probe as probe_file
+from fedmoe_jax.align.fitness import PROBES as probe_kinds
+from fedmoe_jax.align.fitness import SCORES
+from fedmoe_jax.base import PARTS, Route
 from fedmoe_jax.client import all_finite, build_client_update
 from fedmoe_jax.cohort import build_train_cohort, renew_variate
 from fedmoe_jax.federation import count_steps
 from fedmoe_jax.models.flops import shape_params
+from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.optimizers import step_weights
+from fedmoe_jax.options import replace
+from fedmoe_jax.probe import hold_out, probe_experts
 from fedmoe_jax.runtime.sharding import build_mesh, spread
 from fedmoe_jax.tasks.images import IMAGES, score_labels
 from fedmoe_jax.world.outcome import BROKEN, MERGED, Outcome
@@ -491,6 +497,127 @@ def test_draw_batches_depends_on_the_key_and_all_orders_occur():
         orders.append(np.asarray(draw_batches(key, index, 3, SIZES)).ravel()[:3])
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert counts.size == 6 and counts.min() > 15  # 33 expected of each
+
+
+draw_apart = jax.jit(client.draw_apart, static_argnums=4)
+choose_held_out = jax.jit(hold_out)
+
+
+@settings(max_examples=40)
+@given(
+    size=st.integers(1, PADDED),
+    share=st.floats(0, 0.5, width=32, allow_subnormal=False),
+    seed=st.integers(0, 1000),
+)
+def test_draw_apart_never_trains_on_what_is_held_out(size, share, seed):
+    """Over rounds, so that everything that can be drawn is."""
+    index, hold_key = make_index(size), jax.random.key(seed)
+    held_out = choose_held_out(hold_key, index, size, share)
+    kept = set(np.asarray(index)[np.asarray(held_out)].tolist())
+    trained, probed = set(), set()
+    for key in jax.random.split(jax.random.key(seed + 1), 6):
+        batches, probe = draw_apart(key, index, size, held_out, SIZES)
+        assert batches.shape == (SIZES.local_steps, SIZES.batch_size)
+        assert probe.shape == (SIZES.batch_size,)
+        draws = np.asarray(probe)[: len(kept) or size]
+        assert len(set(draws)) == len(draws)  # a pass, before anything comes again
+        trained |= set(np.asarray(batches).ravel().tolist())
+        probed |= set(np.asarray(probe).tolist())
+        if not kept:
+            same = draw_batches(key, index, size, SIZES)
+            np.testing.assert_array_equal(batches, same)
+    owned = set(range(100, 100 + size))
+    assert trained == owned - kept and probed <= (kept or owned)
+    if share > 0 and size > 1:
+        assert kept and probed <= kept
+
+
+# ---- probes
+
+PROBES = {"fitness.feedback": "relative_probe"}
+HOLD_KEYS = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(9), jnp.arange(5))
+
+
+def make_prober(**changes):
+    return make_input(hold_key=HOLD_KEYS[CLIENT], **changes)
+
+
+def spy_ids(monkeypatch, program, inputs, hyper):
+    """The ids of the examples of every batch of a client's round, the probe's first."""
+    seen, take = [], client.take_batch
+
+    def spied(rows, ids, *rest):
+        jax.debug.callback(lambda found: seen.append(np.asarray(found)), ids)
+        return take(rows, ids, *rest)
+
+    for module in (client, probe_file):
+        monkeypatch.setattr(module, "take_batch", spied)
+    update = jax.block_until_ready(run(program, hyper, inputs))
+    jax.effects_barrier()
+    return update, seen
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_client_update_probes_what_it_does_not_train_on(monkeypatch, share):
+    hyper = replace(HYPER, fitness={"probe_share": jnp.float32(share)})
+    program, inputs = build(**PROBES), make_prober()
+    update, seen = spy_ids(monkeypatch, program, inputs, hyper)
+    size = int(FEDERATION.size[CLIENT])
+    own = np.asarray(FEDERATION.index[CLIENT])[:size]
+    chosen = choose_held_out(inputs.hold_key, FEDERATION.index[CLIENT], size, share)
+    kept = set(np.asarray(FEDERATION.index[CLIENT])[np.asarray(chosen)].tolist())
+    assert len(kept) == (3 if share else 0)  # 2.8 of 7
+    trained = [ids for ids in seen if set(ids.tolist()) <= set(own) - kept]
+    if share:
+        (probe,) = [ids for ids in seen if set(ids.tolist()) <= kept]
+        assert len(trained) == SIZES.local_steps and len(seen) == 1 + len(trained)
+        received = take_submodel(PARAMS, inputs.personal, inputs.held, 0)
+        expected = probe_experts(received, inputs, FEDERATION, probe, program)
+        np.testing.assert_allclose(update.feedback.probe, expected, rtol=1e-5)
+    else:  # the same steps as without probes
+        assert len(trained) == 1 + SIZES.local_steps
+        plain = UPDATE(PARAMS, INPUT, FEDERATION, HYPER, KEY)
+        assert_close(update.delta, plain.delta)
+        assert_close(update.feedback.replace(probe=None), plain.feedback)
+    probe = np.asarray(update.feedback.probe)
+    assert probe.shape == (1, 3) and np.all(np.isfinite(probe)) and probe.min() > 0
+
+
+def trace(**changes):
+    """The jaxpr of a client's update, as text."""
+    program = build(**changes)
+    inputs = make_prober() if program.static.probes else INPUT
+    update = build_client_update(program)
+    return str(jax.make_jaxpr(update)(PARAMS, inputs, FEDERATION, HYPER, KEY))
+
+
+def test_client_update_that_does_not_probe_is_the_same_for_any_share():
+    plain, products = trace(), "dot_general["
+    for kind in set(SCORES) - set(probe_kinds):
+        assert trace(**{"fitness.feedback": kind, "fitness.probe_share": 0.3}) == plain
+    # Beside the steps' products a probe has those of one pass forward.
+    probing = trace(**PROBES).count(products) - plain.count(products)
+    forward = lambda *model: PROGRAM.model.apply(*model, Route(2), None)
+    shapes = PARAMS, {}, {"x": jnp.zeros((4, *IMAGE))}, INPUT.held, INPUT.slot
+    held = PARAMS | {"experts": jax.tree.map(lambda leaf: leaf[:3], PARAMS["experts"])}
+    one_pass = str(jax.make_jaxpr(forward)(held, *shapes[1:])).count(products)
+    assert probing == one_pass > 0
+    assert UPDATE(PARAMS, INPUT, FEDERATION, HYPER, KEY).feedback.probe is None
+
+
+@pytest.mark.parametrize(("num_devices", "client_chunk"), [(1, 3), (2, 3), (8, 1)])
+def test_train_cohort_probes_alike_on_any_devices_and_chunks(num_devices, client_chunk):
+    hyper = replace(HYPER, fitness={"probe_share": jnp.float32(0.4)})
+
+    def probe(num_devices, client_chunk):
+        changes = PROBES | EPOCHS | {"run.client_chunk": client_chunk}
+        program, inputs = build(STEPS, **changes), make_cohort(range(5), STEPS)
+        inputs = inputs.replace(hold_key=HOLD_KEYS)
+        return train(program, num_devices, inputs, hyper)[1].feedback.probe
+
+    expected = probe(1, 1)
+    assert expected.shape == (5, 1, 3)
+    np.testing.assert_allclose(probe(num_devices, client_chunk), expected, rtol=1e-5)
 
 
 # ---- what is not trained, and what corrects the gradients

@@ -12,6 +12,7 @@ from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.federation import (
     assign_owners,
     count_steps,
+    count_trained,
     make_federation,
     make_partition,
 )
@@ -40,6 +41,25 @@ def test_count_steps_by_hand(epochs, steps):
 def test_count_steps_of_thirds_of_an_epoch_does_not_round_up():
     config = tiny_config(local_epochs=1 / 3, batch_size=10)
     assert count_steps(config, np.array([30, 90, 91])).tolist() == [1, 3, 4]
+
+
+def test_count_trained_by_hand():
+    size, clients = np.array([2, 3, 10, 65], np.int32), {"fitness.feedback": "probe"}
+    found = lambda **changes: count_trained(tiny_config(**changes), size).tolist()
+    assert found(**clients) == [2, 3, 10, 65]
+    assert found(**clients, **{"fitness.probe_share": 0.1}) == [1, 2, 9, 58]  # 6.5
+    assert found(**clients, **{"fitness.probe_share": 0.5}) == [1, 1, 5, 32]
+    assert found(**{"fitness.probe_share": 0.5}) == [2, 3, 10, 65]  # not read
+
+
+def test_count_trained_refuses_a_client_of_one_example():
+    config = tiny_config(
+        **{"fitness.feedback": "relative_probe", "fitness.probe_share": 0.1}
+    )
+    with pytest.raises(UserError, match="probe_share=0.1 .*1 example; allowed: 0"):
+        count_trained(config, np.array([5, 1]))
+    config.fitness.probe_share = 0.0
+    assert count_trained(config, np.array([5, 1])).tolist() == [5, 1]
 
 
 # Examples of three classes that each of two clients owns, and each client's histogram:

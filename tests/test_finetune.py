@@ -126,9 +126,13 @@ def test_a_sample_of_clients_is_tuned():
     np.testing.assert_allclose(after[TUNED], mean, atol=1e-3)
 
 
-def test_training_alone_is_tuned_by_its_own_next_round(tmp_path):
+PROBES = {"fitness.feedback": "probe", "fitness.probe_share": 0.3}
+
+
+@pytest.mark.parametrize("changes", [{}, PROBES])
+def test_training_alone_is_tuned_by_its_own_next_round(changes, tmp_path):
     """All clients of `local` train in every round, as they do when they are tuned."""
-    few = SMALL | {"eval_every": 1, "cohort_size": 4, "checkpoint.every": 1}
+    few = SMALL | {"eval_every": 1, "cohort_size": 4, "checkpoint.every": 1} | changes
     fields = few | {"strategy": "local", "evaluation.finetune": True}
     assert run_alone(make_config(**fields | {"num_rounds": 2}), tmp_path / "run")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -314,6 +314,7 @@ def test_build_program_counts_a_shared_expert_with_the_stem():
         deadline=100.0,
         communication_share=0.5,
         max_capacity=4,
+        probed=0,
     )
     assert (capacity(plain).tolist(), capacity(found).tolist()) == ([2], [1])
 

@@ -29,58 +29,82 @@ def init_fitness(
     return prior + noise * jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
 
 
-def _accuracy(feedback: Feedback, hyper: Hyper) -> Array:
+def _accuracy(feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
     return feedback.accuracy
 
 
-def _loss(feedback: Feedback, hyper: Hyper) -> Array:
+def _loss(feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
     return jnp.exp(-hyper.fitness.loss_scale * feedback.loss)
 
 
-def _mixed(feedback: Feedback, hyper: Hyper) -> Array:
+def _mixed(feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
     share = hyper.fitness.frequency_share
     return (1 - share) * feedback.accuracy + share * feedback.frequency
 
 
-def _relate(values: Array, feedback: Feedback) -> Array:
-    """Values [C, K] less their mean over the client's experts that were trained."""
-    trained = feedback.load > 0
-    total = jnp.where(trained, values, 0.0).sum(axis=1, keepdims=True)
-    return values - total / jnp.maximum(trained.sum(axis=1, keepdims=True), 1)
+def _relate(values: Array, counted: Array) -> Array:
+    """Values [C, K] less their mean over the slots of the client that count."""
+    total = jnp.where(counted, values, 0.0).sum(axis=1, keepdims=True)
+    return values - total / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
 
 
-def _relative(feedback: Feedback, hyper: Hyper) -> Array:
-    return (1 + _relate(feedback.accuracy, feedback)) / 2
+def _relative(feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
+    return (1 + _relate(feedback.accuracy, feedback.load > 0)) / 2
 
 
-def _relative_loss(feedback: Feedback, hyper: Hyper) -> Array:
-    return jax.nn.sigmoid(-hyper.fitness.loss_scale * _relate(feedback.loss, feedback))
+def _relative_loss(feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
+    scale = -hyper.fitness.loss_scale  # less loss than the mean is more than a half
+    return jax.nn.sigmoid(scale * _relate(feedback.loss, feedback.load > 0))
 
 
-SCORES: dict[str, Callable[[Feedback, Hyper], Array]] = {
+def _take_probe(feedback: Feedback) -> Array:
+    assert feedback.probe is not None  # clients of a kind in PROBES send it
+    return feedback.probe
+
+
+def _probe(feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
+    return jnp.exp(-hyper.fitness.loss_scale * _take_probe(feedback))
+
+
+def _relative_probe(feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
+    scale = -hyper.fitness.loss_scale
+    return jax.nn.sigmoid(scale * _relate(_take_probe(feedback), slot))
+
+
+PROBES = ("probe", "relative_probe")  # kinds for which clients probe, see `probe`
+SCORES: dict[str, Callable[[Feedback, Array, Hyper], Array]] = {
     "accuracy": _accuracy,
     "loss": _loss,
     "mixed": _mixed,
     "relative": _relative,
     "relative_loss": _relative_loss,
+    "probe": _probe,
+    "relative_probe": _relative_probe,
 }
 
 
-def score(kind: str, feedback: Feedback, hyper: Hyper) -> Array:
+def score(kind: str, feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
     """The score of each held pair by one round of feedback.
 
     `accuracy` and `loss` are the feedback of FLEX-MoE (arXiv 2512.23070); `mixed`
     adds the selection frequency that the paper names beside the error. A client's
     experts share most of these, as they share its examples: held pairs score high
-    because they were trained. The relative kinds leave that share out.
+    because they were trained. The relative kinds leave that share out. The probes
+    judge each expert as it was received, before the client has trained it, on examples
+    that it need not train on: what IFCA (arXiv 2006.04088) does with every model of the
+    server, here with the received experts alone.
 
     Args:
       kind: `accuracy`, `loss` (`exp(-loss_scale * loss)`), `mixed`
         (`(1 - frequency_share) * accuracy + frequency_share * frequency`), `relative`
         (`(1 + accuracy - mean accuracy) / 2`) or `relative_loss`
         (`sigmoid(loss_scale * (mean loss - loss))`), means over the experts that the
-        client has trained in the round, so that 1/2 is as good as its others.
-      feedback: with leaves of shape [C, K].
+        client has trained in the round, so that 1/2 is as good as its others; `probe`
+        (`exp(-loss_scale * probe)`) or `relative_probe`
+        (`sigmoid(loss_scale * (mean probe - probe))`), the mean over the experts that
+        the client holds, trained or not.
+      feedback: with leaves of shape [C, K]; `probe` is there for kinds in `PROBES`.
+      slot: [C, K] bool, which slots are valid; read by `relative_probe`.
       hyper: gives `fitness.loss_scale` and `fitness.frequency_share`.
 
     Returns:
@@ -92,7 +116,7 @@ def score(kind: str, feedback: Feedback, hyper: Hyper) -> Array:
     if kind not in SCORES:
         allowed = ", ".join(SCORES)
         raise UserError(f"fitness.feedback={kind!r} is unknown; allowed: {allowed}")
-    return SCORES[kind](feedback, hyper)
+    return SCORES[kind](feedback, slot, hyper)
 
 
 def idle_rule(kind: str, hyper: Hyper) -> tuple[Array | float, Array | float]:
@@ -139,8 +163,7 @@ def update_fitness(
       client: [C] int32, distinct client ids.
       assignment: what the C clients held, [C, K].
       score: [C, K] float32, may hold NaN.
-      counted: [C, K] bool, slots whose score is evidence: the client's update was
-        used and at least one example was routed to the expert.
+      counted: [C, K] bool, slots whose score is evidence, see `learn.find_counted`.
       rate: [] or [C, 1], weight in (0, 1] of the newest score.
       idle_decay: [] or [N, 1], see `idle_rule`.
       idle_target: [], see `idle_rule`.

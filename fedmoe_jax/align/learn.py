@@ -26,6 +26,17 @@ def count_load(
     return jnp.zeros(num_experts).at[assignment.held].add(load)
 
 
+def find_counted(feedback: Feedback, arrived: Array, assignment: Assignment) -> Array:
+    """[C, K] bool, the slots whose score is evidence.
+
+    The client's update has arrived [C]. Scores from training need at least one position
+    that was routed to the expert; a probe has run every held expert by itself, so that
+    its loss is evidence of an expert that the gate never chose, too.
+    """
+    counted = assignment.slot & arrived[:, None]
+    return counted if feedback.probe is not None else counted & (feedback.load > 0)
+
+
 def notice(
     align: AlignState,
     cohort: Array,
@@ -88,8 +99,8 @@ def learn(
       static: gives `fitness.feedback`, `fitness.idle` and `reaction.kind`.
     """
     mask = to_mask(assignment, align.usage.shape[0])
-    counted = assignment.slot & arrived[:, None] & (feedback.load > 0)
-    value = score(static.fitness.feedback, feedback, hyper)
+    counted = find_counted(feedback, arrived, assignment)
+    value = score(static.fitness.feedback, feedback, assignment.slot, hyper)
     detector, alarm, reaction = align.detector, None, static.reaction.kind
     rate, (decay, target) = hyper.fitness.rate, idle_rule(static.fitness.idle, hyper)
     if reaction != "none":

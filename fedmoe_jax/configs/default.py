@@ -119,6 +119,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.fitness.noise = 0.01
     config.fitness.exploration = 0.0
     config.fitness.loss_scale = 1.0
+    config.fitness.probe_share = 0.0
     config.fitness.frequency_share = 0.5
 
     config.usage = ConfigDict()

@@ -6,7 +6,7 @@ for, and these are what the devices feel.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -29,7 +29,9 @@ NUMBER_BYTES = 4  # of a float32
 
 # Share by which a resource may fall short, as its float32 does where it just suffices.
 ROUNDING = 1e-6
-FEEDBACK_NUMBERS = 5  # accuracy, loss, frequency, load and peak of one held expert
+# Accuracy, loss, frequency, load and peak of one held expert. Where clients probe, the
+# loss of the probe is one more.
+FEEDBACK_NUMBERS = 5
 
 
 class Costs(NamedTuple):
@@ -136,6 +138,8 @@ class Traffic(struct.PyTreeNode):
       reported: numbers of feedback and of the strategy's report.
       shown: 1 where the client shows its personal gate, else 0.
       new: 1 where the client gets frozen parts, in its first round, else 0.
+      probed: examples that the client runs forward to probe its experts: those of one
+        batch once for every expert of every layer. None where nothing is probed.
     """
 
     held: Array
@@ -145,6 +149,7 @@ class Traffic(struct.PyTreeNode):
     reported: Array
     shown: Array
     new: Array
+    probed: Array | None = None
 
 
 def client_bytes(costs: Costs, traffic: Traffic) -> tuple[Array, Array]:
@@ -181,10 +186,12 @@ def client_parameters(costs: Costs, traffic: Traffic) -> Array:
 
 
 def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
-    """FLOPs of each client's local training.
+    """FLOPs of each client's local training, and of the probe before it.
 
     Every expert is counted for every example. That is what training without sparse
-    dispatch does, and the most that routing can ask for.
+    dispatch does, and the most that routing can ask for. So it is in a probe, of which
+    each forward pass counts all held experts, though only one of a layer is routed to,
+    and counts anew what its passes have in common.
 
     Args:
       costs: of the model that is trained.
@@ -198,10 +205,13 @@ def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     per_example = costs.shared_flops + costs.expert_flops * (
         traffic.held - BACKWARD * untrained
     )
-    return (per_example - BACKWARD * costs.frozen_flops) * examples
+    training = (per_example - BACKWARD * costs.frozen_flops) * examples
+    if traffic.probed is None:
+        return training
+    return training + answer_flops(costs, traffic.held) * traffic.probed
 
 
-def answer_flops(costs: Costs, experts: int) -> float:
+def answer_flops(costs: Costs, experts: Any) -> Any:
     """FLOPs of one example forward, through what all share and so many experts.
 
     Of several MoE layers so many in each. A gate is counted also where it has only one

@@ -8,8 +8,30 @@ from fedmoe_jax.world.costs import (
     BACKWARD,
     ROUNDING,
     TRAINING_COPIES,
+    TRAINING_PASSES,
     Costs,
 )
+
+
+def limit_probes(experts: Array, probed: Array, costs: Costs) -> Array:
+    """Experts that a client can train in the time in which it could without probes.
+
+    A probe is one pass forward for every one of the k experts of a layer, through what
+    all share and all k of them, so that the work is a square in k:
+    `k + r k (s + k) = experts`, s the FLOPs shared over those of an expert, r the
+    passes of `probed` over `TRAINING_PASSES`.
+
+    Args:
+      experts: [N] float32, without probes; 0 or less gives 0.
+      probed: [] or [N] float32 > 0, examples run forward for each expert of a layer,
+        over the examples that are trained on.
+      costs: of the model.
+    """
+    rate = probed / TRAINING_PASSES
+    linear = 1 + rate * costs.shared_flops / costs.expert_flops
+    aim = jnp.maximum(experts, 0.0)
+    # 2 c / (b + root) has no difference of large numbers.
+    return 2 * aim / (linear + jnp.sqrt(linear**2 + 4 * rate * aim))
 
 
 def true_capacity(
@@ -21,6 +43,7 @@ def true_capacity(
     deadline: float,
     communication_share: float,
     max_capacity: int,
+    probed: int,
 ) -> Array:
     """The number of experts that each device can hold: the least of three limits.
 
@@ -28,8 +51,9 @@ def true_capacity(
     expert. Memory: `TRAINING_COPIES` of the parameters must fit, one of those that are
     frozen. Network: what is trained, down and up within `communication_share` of the
     deadline. Compute: every held expert on every example within the other part of it,
-    what is frozen without a backward pass. The fixed split avoids a limit that depends
-    on the other. A resource that just suffices for k experts gives k.
+    what is frozen without a backward pass, after k probes, see `limit_probes`. The
+    fixed split avoids a limit that depends on the other. A resource that just suffices
+    for k experts gives k.
 
     Args:
       devices: leaves [N].
@@ -39,6 +63,8 @@ def true_capacity(
       deadline: seconds a round may take, > 0.
       communication_share: share in (0, 1) of the deadline for the network.
       max_capacity: the most experts that any client has room for.
+      probed: examples that a client runs forward for each expert of a layer that it
+        holds, 0 for none.
 
     Returns:
       [N] int32 in [0, K].
@@ -55,5 +81,7 @@ def true_capacity(
     by_network = (travelling - shared_bytes) / costs.expert_bytes
     work = (1 - communication_share) * deadline * usable * devices.flops / examples
     by_compute = (work - shared_flops) / costs.expert_flops
+    if probed:
+        by_compute = limit_probes(by_compute, probed / examples, costs)
     least = jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)
     return jnp.clip(jnp.floor(least), 0, max_capacity).astype(jnp.int32)

@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from factories import make_feedback, make_hyper
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedmoe_jax.align.fitness import idle_rule, init_fitness, score, update_fitness
+from fedmoe_jax.align.fitness import (
+    PROBES,
+    idle_rule,
+    init_fitness,
+    score,
+    update_fitness,
+)
 from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Assignment
 
@@ -33,14 +41,20 @@ def test_init_fitness_is_the_prior_plus_bounded_noise():
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("accuracy", 0.8), ("loss", np.exp(-2 * 0.5)), ("mixed", 0.75 * 0.8 + 0.25 * 0.4)],
+    [
+        ("accuracy", 0.8),
+        ("loss", np.exp(-2 * 0.5)),
+        ("mixed", 0.75 * 0.8 + 0.25 * 0.4),
+        ("probe", np.exp(-2 * 0.3)),
+    ],
 )
 def test_score_by_hand(kind, expected):
     leaf = lambda value: jnp.full((1, 1), value)
     numbers = dict(accuracy=leaf(0.8), loss=leaf(0.5), frequency=leaf(0.4))
-    feedback = make_feedback(leaf(7.0), **numbers, peak=leaf(0.6))
+    feedback = make_feedback(leaf(7.0), **numbers, peak=leaf(0.6), probe=leaf(0.3))
     hyper = make_hyper(fitness={"loss_scale": 2.0, "frequency_share": 0.25})
-    np.testing.assert_allclose(score(kind, feedback, hyper), [[expected]], rtol=1e-6)
+    found = score(kind, feedback, leaf(True), hyper)
+    np.testing.assert_allclose(found, [[expected]], rtol=1e-6)
 
 
 def test_relative_scores_by_hand():
@@ -50,24 +64,52 @@ def test_relative_scores_by_hand():
     loss = jnp.array([[1.0, 2.0, 3.0, 0.0], [0.0, 5.0, 0.0, 0.0], [0.0] * 4])
     feedback = make_feedback(load, accuracy=accuracy, loss=loss)
     hyper = make_hyper(fitness={"loss_scale": 2.0})
-    found = score("relative", feedback, hyper)
+    slot = jnp.ones((3, 4), bool)
+    found = score("relative", feedback, slot, hyper)
     np.testing.assert_allclose(found[0, :3], [0.6, 0.45, 0.45], rtol=1e-6)  # mean 0.7
     np.testing.assert_allclose([found[1, 1], *found[2]], [0.5] * 5)
-    found = score("relative_loss", feedback, hyper)
+    found = score("relative_loss", feedback, slot, hyper)
     logistic = lambda x: 1 / (1 + np.exp(-x))
     expected = [logistic(2), 0.5, logistic(-2)]
     np.testing.assert_allclose(found[0, :3], expected, rtol=1e-6)  # mean 2
     np.testing.assert_allclose([found[1, 1], *found[2]], [0.5] * 5)
 
 
-@pytest.mark.parametrize("kind", ["relative", "relative_loss"])
+def test_relative_probe_by_hand():
+    """Clients with three and one expert, none of them trained; others do not count."""
+    slot = jnp.array([[True, True, True, False], [True, False, False, False]])
+    probe = jnp.array([[1.0, 2.0, 3.0, jnp.nan], [5.0, 9.0, jnp.inf, 0.0]])
+    feedback = make_feedback(jnp.zeros((2, 4)), probe=probe)
+    hyper = make_hyper(fitness={"loss_scale": 2.0})
+    found = score("relative_probe", feedback, slot, hyper)
+    logistic = lambda x: 1 / (1 + np.exp(-x))
+    expected = [logistic(2), 0.5, logistic(-2)]
+    np.testing.assert_allclose(found[0, :3], expected, rtol=1e-6)  # mean 2
+    assert found[1, 0] == 0.5
+
+
+@given(st.lists(st.floats(0, 20, width=32), min_size=2, max_size=4))
+def test_probes_rank_the_experts_of_a_client_by_their_losses(losses):
+    probe = jnp.asarray([losses], jnp.float32)
+    feedback = make_feedback(jnp.zeros(probe.shape), probe=probe)
+    order = np.argsort(np.asarray(probe[0]), kind="stable")
+    for kind in PROBES:
+        found = score(kind, feedback, jnp.ones(probe.shape, bool), make_hyper())
+        assert np.all((found >= 0) & (found <= 1))
+        assert np.all(np.diff(found[0][order]) <= 0)
+
+
+@pytest.mark.parametrize("kind", ["relative", "relative_loss", "relative_probe"])
 def test_relative_scores_leave_out_what_a_clients_experts_share(kind):
     rng = np.random.default_rng(0)
     values = 0.5 * rng.random((2, 3))
     feedback = make_feedback(jnp.ones((2, 3)))
     scores = lambda rows: score(
         kind,
-        feedback.replace(accuracy=jnp.asarray(rows), loss=jnp.asarray(rows)),
+        feedback.replace(
+            **dict.fromkeys(("accuracy", "loss", "probe"), jnp.asarray(rows))
+        ),
+        jnp.ones((2, 3), bool),
         make_hyper(),
     )
     shared = jnp.array([[0.0], [0.5]])
@@ -76,7 +118,7 @@ def test_relative_scores_leave_out_what_a_clients_experts_share(kind):
 
 def test_score_refuses_unknown_feedback():
     with pytest.raises(UserError, match="fitness.feedback='x'.*accuracy, loss, mixed"):
-        score("x", None, None)
+        score("x", None, None, None)
 
 
 def test_idle_rule_refuses_unknown_kinds():

@@ -41,6 +41,7 @@ HYPER = make_hyper(
 
 def learn_once(
     reaction="none",
+    kind="accuracy",
     evidence=3,
     arrived=(True, True),
     received=(True, True),
@@ -64,7 +65,9 @@ def learn_once(
         *(align, jnp.array([0, 2]), assignment, feedback),
         *(jnp.array(arrived), jnp.array(received), jnp.ones(4), KEY),
         hyper=HYPER,
-        static=make_program(**{"reaction.kind": reaction}).static,
+        static=make_program(
+            **{"reaction.kind": reaction, "fitness.feedback": kind}
+        ).static,
     )
 
 
@@ -106,6 +109,19 @@ def test_learn_leaves_a_client_what_it_had_before_experts_that_never_came():
 def test_learn_ignores_experts_without_examples():
     after = learn_once(load=jnp.array([[1.0, 0.0], [1.0, 1.0]]))
     np.testing.assert_allclose(after.fitness[0, :2], [0.59, 0.8], rtol=1e-6)
+
+
+def test_learn_from_probes_of_experts_that_no_position_was_routed_to():
+    """Expert 1 of client 0 has a load of 0, and its probe counts nevertheless."""
+    probe = jnp.array([[jnp.log(2.0), jnp.log(4.0)], [jnp.nan, 0.0]])
+    load = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+    after = learn_once(kind="probe", load=load, probe=probe)
+    held = [0.7 * 0.8 + 0.3 / 2, 0.7 * 0.8 + 0.3 / 4]
+    np.testing.assert_allclose(after.fitness[0, :2], held, rtol=1e-6)
+    # A loss that is no number is no evidence.
+    np.testing.assert_allclose(after.fitness[2, 2:], [0.8, 0.86], rtol=1e-6)
+    lost = learn_once(kind="probe", load=load, probe=probe, arrived=(False, True))
+    np.testing.assert_array_equal(lost.fitness[0, :2], np.float32([0.8, 0.8]))
 
 
 # ---- what an alarm does to the scores

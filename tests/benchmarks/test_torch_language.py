@@ -73,6 +73,7 @@ def test_devices_hold_as_much_as_the_peer_is_told(started):
         deadline=workload.deadline,
         communication_share=workload.communication_share,
         max_capacity=workload.max_capacity,
+        probed=workload.probed,
     )
     held = np.clip(held, 1, program.sizes.max_held)
     assert tuple(held.tolist()) == works.LANGUAGE_HELD

@@ -56,8 +56,15 @@ WITH_SHARED = (
 )
 WITH_SHARED += ("fedjets", "fedjets_frozen_stem", "fedmoe_da", "centralised")
 CASES += [(name, "shared") for name in WITH_SHARED]
+# Clients probe what they have received, on a quarter of their examples.
+WITH_PROBE = ("greedy", "hfedmoe", "pfedmoe", "fedmix", "heterofl", "local", "fedjets")
+CASES += [(name, "probe") for name in WITH_PROBE]
 VARIANTS = {mode: {"gate.mode": mode} for mode in ("global", "holder_rows", "personal")}
 VARIANTS["shared"] = {"model.shared_width": 4}  # an expert that every client trains
+VARIANTS["probe"] = {
+    "fitness.feedback": "relative_probe",
+    "fitness.probe_share": 0.25,
+}
 BROKEN = 3  # a client
 # These give clients more than they have room for; `needs` says so.
 BEYOND_CAPACITY = {"hfedmoe", "fedmix_all", "fedmoe", "fedmoe_da", "pfedmoe"}
@@ -221,7 +228,8 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
     shared = sum(count(part) for part in {"stem", "gate", "head", *record.frozen})
     most = (3 if record.variates else 1) * (shared + slots.max(1) * expert) / 4
     np.testing.assert_allclose(metrics["peak_client_parameters"], most, rtol=1e-6)
-    numbers = 5 * slots.sum(1) + parts.program.report_numbers * sizes.cohort_size
+    each = 6 if variant == "probe" else 5
+    numbers = each * slots.sum(1) + parts.program.report_numbers * sizes.cohort_size
     up = both + 4 * numbers * (not record.silent) + 4 * asked
     if record.gate_period:
         up[0] += sizes.cohort_size * count("gate")  # shown in the first of two rounds

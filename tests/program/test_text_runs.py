@@ -15,12 +15,14 @@ from fedmoe_jax.data.markov import entropy_rates
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
+from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.scoring import evaluation_route
 from fedmoe_jax.state import init_state
 from fedmoe_jax.train import run
 from fedmoe_jax.train.compare import compare
-from fedmoe_jax.train.plan import plan_run
+from fedmoe_jax.train.plan import Member, plan_run, plan_waves
+from fedmoe_jax.train.run import build_job
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +84,33 @@ def test_a_transformer_learns_and_no_model_is_better_than_the_limit():
     assert found["own_test_clients"] == N
     assert found["personal_accuracy"] > 2 / 12
     assert np.shape(found["expert_load"]) == (G, E)
+
+
+def test_runs_that_probe_with_other_shares_are_one_program():
+    """Two MoE layers; each run is as it is alone, and the share matters."""
+    kind = {"fitness.feedback": "relative_probe", "strategy": "load_balanced"}
+    configs = [
+        make_config(**kind, **{"fitness.probe_share": share}) for share in (0.0, 0.3)
+    ]
+    (wave,) = plan_waves([Member(f"run{i}", each) for i, each in enumerate(configs)])
+    job = build_job(wave, [None, None])
+    state, metrics = job.programs.run_rounds(job.state, *job.inputs)
+    fitness = np.asarray(state.align.fitness)
+    assert fitness.shape == (2, N, G, E) and np.all((fitness > 0) & (fitness < 1))
+    assert np.abs(fitness[0] - fitness[1]).max() > 1e-4
+    for i, config in enumerate(configs):
+        plan = plan_run(config, build_mesh(1))
+        start = init_state(jax.random.key(config.seed), plan.hyper, plan.program)[0]
+        inputs = replicate((start, plan.federation, plan.hyper), plan.program.mesh)
+        alone, measured = build_run_rounds(plan.program)(*inputs)
+        np.testing.assert_allclose(fitness[i], alone.align.fitness, atol=1e-5)
+        flops = np.asarray(metrics["client_flops"])[i]
+        np.testing.assert_allclose(flops, measured["client_flops"], rtol=1e-5)
+        costs = plan.program.costs
+        held = np.asarray(alone.align.held).sum(2).mean(1)  # of the last round
+        steps = plan.program.sizes.local_steps + G * held / 3
+        each = 8 * steps * (costs.shared_flops + held * costs.expert_flops)
+        np.testing.assert_allclose(measured["client_flops"][-1], each.sum(), rtol=1e-5)
 
 
 def write_languages(folder):

@@ -139,6 +139,22 @@ def test_count_costs_of_a_frozen_stem_that_the_gate_alone_reads():
     np.testing.assert_allclose(client_flops(found, first, 2.0), [2 * (3 * 24 + 7)])
 
 
+def test_client_flops_of_probes_by_hand():
+    """Forward alone, a third of training: 10 FLOPs shared, 20 of each held expert."""
+    # Of 8 examples each of the experts, of one MoE layer, is probed.
+    probes = TRAFFIC.replace(probed=8 * SLOTS)
+    plain = client_flops(COSTS, TRAFFIC, 5.0)
+    more = client_flops(COSTS, probes, 5.0) - plain
+    np.testing.assert_allclose(more, [8 * 1 * (10 + 20) / 3, 8 * 3 * (10 + 60) / 3])
+    # What is frozen is run forward as anything else.
+    plain, found = (client_flops(FROZEN, each, 5.0) for each in (TRAFFIC, probes))
+    np.testing.assert_allclose(found - plain, more, rtol=1e-6)
+    devices = make_devices(2, flops=10.0)
+    seconds = client_seconds(devices, COSTS, probes, 5.0)[:, 1]
+    before = client_seconds(devices, COSTS, TRAFFIC, 5.0)[:, 1]
+    np.testing.assert_allclose(seconds - before, [8, 56], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("frozen", "experts", "expected"),
     [

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from factories import COSTS, make_devices
 
-from fedmoe_jax.world.costs import TRAINING_COPIES
+from fedmoe_jax.world.costs import TRAINING_COPIES, Traffic, client_flops
 from fedmoe_jax.world.limits import true_capacity
 
 # Deadline 100 s, half of it for the network, 5 examples, no buffer:
 # memory m: (m / 4 - 500) / 1000; network both ways at r: (50 r / 2 - 500) / 1000;
 # compute f: (50 f / 5 - 10) / 20.
-SETTING = dict(deadline=100.0, communication_share=0.5, examples=5.0, max_capacity=4)
+SETTING = dict(
+    deadline=100.0, communication_share=0.5, examples=5.0, max_capacity=4, probed=0
+)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,30 @@ def test_true_capacity_with_a_buffer_is_as_good_as_less_of_every_resource(limit)
     without = true_capacity(less, COSTS, buffer=0.0, **SETTING)
     full = true_capacity(devices, COSTS, buffer=0.0, **SETTING)
     assert with_buffer.tolist() == without.tolist() and with_buffer[0] < full[0]
+
+
+@pytest.mark.parametrize("expert", [20.0, 16_640.0, 5_767_168.0])
+@pytest.mark.parametrize("frozen", [0.0, 4.0])
+def test_true_capacity_has_room_for_the_probes_of_just_so_many(expert, frozen):
+    """As `client_flops` charges them: 8 examples of two layers for every expert."""
+    costs = COSTS._replace(expert_flops=expert, frozen_flops=frozen)
+    held = np.arange(1, 41)
+    one = jnp.asarray(held, jnp.float32)
+    traffic = Traffic(*[one] * 7, probed=2 * 8 * one)
+    work = np.asarray(client_flops(costs, traffic, 5.0), np.float64)
+    setting = SETTING | {"max_capacity": 99, "probed": 2 * 8}
+    for share, expected in ((1.0001, held), (0.9999, held - 1)):
+        devices = make_devices(40, rate=1e15, memory=1e15, flops=share * work / 50)
+        got = true_capacity(devices, costs, buffer=0.0, **setting)
+        np.testing.assert_array_equal(got, expected)
+    without = true_capacity(devices, costs, buffer=0.0, **setting | {"probed": 0})
+    assert np.all(without > got)
+
+
+def test_true_capacity_of_a_device_too_slow_for_anything_is_none_with_probes():
+    devices = make_devices(1, flops=1e-3)
+    got = true_capacity(devices, COSTS, buffer=0.0, **SETTING | {"probed": 8})
+    assert got.tolist() == [0]
 
 
 def test_true_capacity_counts_both_upload_and_download():
