@@ -1,23 +1,22 @@
 """Federated language models: does an assignment find the languages?
 
-    python launch.py --config=configs/languages.py:markov --workdir=runs/tune --tune
-    python launch.py --config=configs/languages.py:markov --workdir=runs/markov \\
-      --settings=runs/tune/settings.json
-    python launch.py --config=configs/languages.py:markov,fitness \\
-      --workdir=runs/fitness --settings=runs/tune/settings.json
-    python launch.py --config=configs/languages.py --workdir=runs/languages \\
-      --config.data.dir=FOLDER
+    python launch.py --config=configs/languages.py:markov --workdir=runs/markov
+    python launch.py --config=configs/languages.py --config.data.dir=FOLDER \\
+      --workdir=runs/tune --tune
+    python launch.py --config=configs/languages.py --config.data.dir=FOLDER \\
+      --workdir=runs/languages --settings=runs/tune/settings.json
 
 Clients write in one language each, two clients for each language, and train a byte
 transformer of two blocks with a mixture in both. `markov` has four languages that are
-Markov sources over one alphabet, whose limit in bits is known, and needs no file;
-without it FOLDER has a folder of .txt files for each of eight languages, of which the
-first 80 kB are trained on, 40 by each client. `oracle` knows each client's language.
+Markov sources over one alphabet, whose limit in bits is known, needs no file and takes
+a minute; without it FOLDER has a folder of .txt files for each of eight languages, of
+which the first 80 kB are trained on, 40 by each client. `oracle` knows each client's
+language, `prototypes` looks for it.
 `fitness` compares what the paper's rules make of other feedback than accuracy: loss,
 both less their means over the client's experts, and the loss of each expert before it
-is trained (`probe`), alone and so related. `smoke` is short, with the embedded
-languages. Five seeds on these, three on others; without `--settings` all share one
-rate.
+is trained (`probe`), alone and so related. `amounts` asks how the answer moves with the
+text that a client has, from 40 to 400 kB. `smoke` is short, with the embedded
+languages. Two seeds on these, three on others; without `--settings` all share one rate.
 """
 
 from ml_collections import ConfigDict
@@ -31,15 +30,24 @@ STRATEGIES = (
     "load_balanced",
     "load_balanced_running",
     "oracle",
+    "prototypes",
+    "prototypes_bounded",
     "flex_moe",
     "hfedmoe",
+    "fedmoe",
     "fedavg_smallest",
     "fedavg_active",
+    "fedavg",
     "local_smallest",
     "local_active",
 )
 FEEDBACK = ("accuracy", "loss", "relative", "relative_loss", "probe", "relative_probe")
-FEW = ("random", "greedy", "load_balanced", "oracle", "fedavg_active", "local_active")
+FEW = (
+    *("random", "greedy", "load_balanced", "oracle", "prototypes"),
+    *("fedavg_active", "local_active"),
+)
+KILOBYTES = (80, 200, 800)  # of a language, which two clients share
+AMOUNTS = ("oracle", "prototypes", "fedavg_active", "local_active")
 
 
 def make_text(config: ConfigDict, markov: bool) -> None:
@@ -60,7 +68,7 @@ def make_text(config: ConfigDict, markov: bool) -> None:
     config.client.optimizer, config.client.learning_rate = "adamw", 0.003
     config.client.clip = 1.0
     config.local_steps, config.batch_size = 10, 8
-    config.num_rounds, config.eval_every = (60, 5) if markov else (150, 10)
+    config.num_rounds, config.eval_every = (40, 5) if markov else (150, 10)
     config.chunk_rounds = config.checkpoint.every = 5 if markov else 10
     config.devices.model_scale = 2000.0 if markov else 200.0
     config.evaluation.finetune = True
@@ -69,26 +77,38 @@ def make_text(config: ConfigDict, markov: bool) -> None:
 def get_config(argument: str = "") -> ConfigDict:
     """The comparison.
 
-    `argument` joins any of `markov`, `fitness` and `smoke` with commas.
+    `argument` joins any of `markov`, `fitness`, `amounts` and `smoke` with commas;
+    `amounts` is of text from folders.
     """
     fitness, rest = compare.take_word(argument, "fitness")
+    amounts, rest = compare.take_word(rest, "amounts")
     words = set(filter(None, rest.split(",")))
     if unknown := words - {"markov", "smoke"}:
         raise ValueError(
             f"config argument {min(unknown)!r} is unknown; allowed: markov, fitness, "
-            "smoke"
+            "amounts, smoke"
+        )
+    if amounts and (words or fitness):
+        raise ValueError(
+            f"config argument 'amounts' is not allowed with {argument!r}; allowed: "
+            "'amounts' alone"
         )
     smoke = "smoke" in words
     config = compare.get_config("digits,smoke" if smoke else "digits")
     make_text(config, markov=bool(words))
     config.compare.strategies = FEW if words else STRATEGIES
-    config.compare.seeds = (0, 1, 2, 3, 4) if words else (0, 1, 2)
+    config.compare.seeds = (0, 1) if words else (0, 1, 2)
     if fitness:
         config.compare.strategies = ("greedy", "load_balanced")
         config.compare.changes = tuple(f"fitness.feedback={kind}" for kind in FEEDBACK)
         config.evaluation.baseline = "greedy fitness.feedback=accuracy"
+    if amounts:
+        config.compare.strategies = AMOUNTS
+        config.compare.changes = tuple(f"data.kilobytes={size}" for size in KILOBYTES)
+        config.evaluation.baseline = "fedavg_active data.kilobytes=80"
     config.tune.rates = (0.0003, 0.001, 0.003, 0.01)
-    config.tune.servers = ("", "server.optimizer=fedadam,server.learning_rate=0.003")
+    fedadam = "server.optimizer=fedadam,server.learning_rate=0.003"
+    config.tune.servers = ("", fedadam) if words else ("",)
     config.tune.measure = "validation_personal_bits"
     config.partition.validation_share = 0.1
     if smoke:

@@ -79,6 +79,20 @@ def test_every_study_is_valid(name, argument):
         validate(config)
 
 
+@pytest.mark.parametrize("argument", ["", "amounts"])
+def test_studies_of_text_from_folders_are_valid(argument):
+    runs = runs_of(get_config("languages", argument))
+    kilobytes = {config.data.kilobytes for config in runs}
+    assert kilobytes == ({80, 200, 800} if argument else {80})
+    for config in runs:
+        validate(config)
+
+
+def test_amounts_are_of_text_from_folders():
+    with pytest.raises(ValueError, match="'amounts' is not allowed with"):
+        get_config("languages", "markov,amounts")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), STUDIES)
 def test_every_study_builds(name, argument):
