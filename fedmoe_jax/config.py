@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from fedmoe_jax.configs import default
+from fedmoe_jax.data.groups import MOST, NONE
 from fedmoe_jax.fields import AT_MOST, FREE_FIELDS, LISTS, MULTIPLE, OPTIONS
 from fedmoe_jax.options import (
     HOST,
@@ -210,6 +211,24 @@ def check_overlap(values: dict[str, Any]) -> None:
             )
 
 
+def check_groups(values: dict[str, Any]) -> None:
+    """Raises UserError for groups of clients that would not differ, or be empty."""
+    kind, count = values["groups.kind"], values["groups.count"]
+    if kind == NONE:
+        return
+    most = MOST.get(kind, count)
+    if count > most:
+        raise UserError(
+            f"groups.count={count} is not allowed with groups.kind={kind!r}; allowed: "
+            + ("2" if most == 2 else f"2 to {most}")
+        )
+    if count > values["num_clients"]:
+        raise UserError(
+            f"groups.count={count} is not allowed with num_clients="
+            f"{values['num_clients']}; allowed: at most one group for each client"
+        )
+
+
 def check_drift(values: dict[str, Any]) -> None:
     """Raises UserError for a drift that the run would not see or could not have."""
     on = values["drift.labels"] > 0 or values["drift.images"] != "none"
@@ -302,6 +321,7 @@ def validate(config: ConfigDict) -> None:
         check(name, values[name], allowed, where)
     check_at_most(values, strategy.at_most, where)
     check_overlap(values)
+    check_groups(values)
     check_drift(values)
     check_schedules(values)
     check_targets(values["evaluation.targets"])

@@ -198,6 +198,7 @@ def make_sizes(
     num_layers: int,
     max_capacity: int,
     num_strata: int,
+    num_groups: int,
     local_steps: int,
     gate_width: int,
 ) -> Sizes:
@@ -208,6 +209,7 @@ def make_sizes(
       num_layers: G.
       max_capacity: K of the user's config.
       num_strata: L.
+      num_groups: Q.
       local_steps: T.
       gate_width: D.
     """
@@ -221,6 +223,7 @@ def make_sizes(
         local_steps=local_steps,
         batch_size=config.batch_size,
         num_strata=num_strata,
+        num_groups=num_groups,
         max_capacity=max_capacity,
         gate_width=gate_width,
     )
@@ -342,6 +345,7 @@ def build_program(
         num_layers=len(params["gate"]),
         max_capacity=config.max_held,
         num_strata=len(data.stratum_names),
+        num_groups=max(len(data.group_names), 1),
         local_steps=longest(federation.steps, config.local_epochs > 0),
         gate_width=measure_gate(params["gate"]),
     )

@@ -202,16 +202,29 @@ def _training_pictures(run: Run) -> Iterator[Picture]:
         )
 
 
+def join_classes(shares: np.ndarray, count: int) -> np.ndarray:
+    """Shares [G, E, L] of each stratum's gate mass as those of each group [G, E, Q].
+
+    Every class of a group that was tested counts alike.
+    """
+    joined = shares.reshape(*shares.shape[:2], count, -1).sum(axis=3)
+    return joined / np.maximum(joined.sum(axis=1, keepdims=True), 1e-9)
+
+
 def _alignment_pictures(run: Run) -> Iterator[Picture]:
     arrays = run.arrays
-    shares = add_layer(arrays["specialisation"], 0)
+    shares, what = add_layer(arrays["specialisation"], 0), "Class"
+    names = arrays["label_names"]
+    if "group_names" in arrays:
+        what, names = "Group", arrays["group_names"]
+        shares = join_classes(shares, len(names))
     each = " in every layer" if len(shares) > 1 else ""
     yield Picture(
         "specialisation",
-        f"Where the gate sends each class's test images; columns sum to 100 %{each}. "
-        "One bright cell per column, in different rows, is specialisation; an even "
-        "column is none, and a bright row is one expert that takes everything.",
-        plots.specialisation_map(shares, arrays["label_names"]),
+        f"Where the gate sends each {what.lower()}'s test images; columns sum to 100 "
+        f"%{each}. One bright cell per column, in different rows, is specialisation; "
+        "an even column is none, and a bright row is one expert that takes everything.",
+        plots.specialisation_map(shares, names, what),
     )
     yield Picture(
         "pairs",

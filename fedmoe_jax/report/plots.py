@@ -273,12 +273,15 @@ def pair_maps(times_held: np.ndarray, num_rounds: int, fitness: np.ndarray) -> F
 
 
 @rc_context(STYLE)
-def specialisation_map(shares: np.ndarray, label_names: Names) -> Figure:
-    """Share of each class's gate mass that goes to each expert, [G, E, L] in [0, 1]."""
+def specialisation_map(shares: np.ndarray, label_names: Names, what: str) -> Figure:
+    """Share of each class's gate mass that goes to each expert, [G, E, L] in [0, 1].
+
+    `what` the columns are is written below them.
+    """
     num_layers, num_experts, num_labels = shares.shape
     shares = shares.reshape(-1, num_labels)
     inner = max(0.25 * num_labels, 1.0), max(1.5, 0.2 * len(shares) + 0.5)
-    drawn = Map(100 * shares, ("Class", "Expert", "Share of gate mass (%)"), 0.0)
+    drawn = Map(100 * shares, (what, "Expert", "Share of gate mass (%)"), 0.0)
     figure, panels, bars = _open_maps([drawn], inner)
     (axes,) = panels
     _mark_layers(axes, "y", num_layers, num_experts)

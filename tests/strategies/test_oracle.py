@@ -26,7 +26,8 @@ def test_look_finds_the_main_stratum_of_every_client():
     plan = plan_run(strategy="oracle")
     run = start_run(plan, plan.program)
     mix = np.asarray(run.federation.label_mix)
-    state, frozen = look(run.state, run.federation, run.hyper, jax.random.key(0))
+    given = run.state, run.federation, run.hyper, jax.random.key(0)
+    state, frozen = look(*given, sizes=plan.program.sizes)
     stratum = state.align.strategy["stratum"]
     assert stratum.dtype == jnp.int32
     np.testing.assert_array_equal(stratum[0], mix.argmax(axis=1))
