@@ -349,7 +349,7 @@ def summarise_counts(
 def measure_groups(
     state: SimState, federation: Federation, num_groups: int
 ) -> dict[str, Array]:
-    """How far clients are assigned by groups; the owner of pooled data holds for all."""
+    """How far experts are assigned by groups; who owns pooled data holds for all."""
     held, mix = state.align.held, mix_groups(federation.label_mix, num_groups)
     held = jnp.broadcast_to(held, (len(mix), *held.shape[1:]))
     return {"expert_group_information": measure_information(held, mix)}
