@@ -100,13 +100,13 @@ def list_options() -> dict[str, Option]:
 
 
 def list_idle_fields(config: ConfigDict) -> tuple[set[str], set[str]]:
-    """The fields of strategies and of processes that a config does not use.
+    """The fields of strategies, of processes and of groups that a config does not use.
 
     Args:
       config: of a run, or of a comparison, which uses the fields of all its strategies.
 
     Returns:
-      Fields of other strategies alone, and of processes that are off.
+      Fields of other strategies alone, and of processes, and groups, that are off.
     """
     tables, compared = find_tables(), "compare" in config
     names = config.compare.strategies if compared else [config.strategy]
@@ -116,7 +116,10 @@ def list_idle_fields(config: ConfigDict) -> tuple[set[str], set[str]]:
     used = join(named(strategies[name]) for name in names if name in strategies)
     idle = join(map(named, strategies.values())) - used
     on = (named(p) if p.is_on(config) else set(p.always) for p in processes)
-    return idle, join(map(named, processes)) - join(on)
+    off = join(map(named, processes)) - join(on)
+    if config.groups.kind == NONE:
+        off |= {option.name for option in OPTIONS if option.name.startswith("groups.")}
+    return idle, off
 
 
 def fill_defaults(saved: dict[str, Any]) -> ConfigDict:
@@ -156,8 +159,8 @@ def to_tuples(tree: Any) -> Any:
 def list_free_fields(saved: dict[str, Any], config: ConfigDict) -> frozenset[str]:
     """The fields in which a run or comparison may differ from how it was started.
 
-    Those of `FREE_FIELDS`, of strategies that one of both lacks, and of processes that
-    are off in both.
+    Those of `FREE_FIELDS`, of strategies that one of both lacks, and of processes and
+    groups that are off in both.
 
     Args:
       saved: the nested config, as read from `config.json`.
