@@ -294,7 +294,7 @@ MEASURES: dict[str, Measure] = {
     "final_group_information": Measure(
         "expert_group_information",
         FINAL,
-        "Group information, bits",
+        "Group info, bits",
         "mutual information of the clients' groups and the experts that they hold, 0 "
         "to the logarithm of the number of groups or experts; chance gives more than "
         "0, see random; see groups.kind",
@@ -303,6 +303,7 @@ MEASURES: dict[str, Measure] = {
         of=EXPERTS,
         trivial=NEVER,
         evaluated=True,
+        printed=True,
         curve=Curve(
             "Group information (bits)",
             "Mutual information of the clients' groups and the experts that they hold. "

@@ -183,6 +183,19 @@ def test_join_classes_by_hand():
     )
 
 
+def test_share_rounds_by_hand(tmp_path):
+    """Three clients of two groups of two classes, 4 rounds, two experts."""
+    arrays = {
+        "label_counts": np.array([[3, 1, 0, 0], [0, 0, 9, 0], [0, 5, 0, 0]]),
+        "group_names": np.array(["one", "two"]),
+        "times_held": np.array([[4, 0], [1, 3], [2, 1]]),
+    }
+    run = make_run(tmp_path)._replace(arrays=arrays)
+    assert len(run.rows) == 4
+    expected = [[[6 / 8, 1 / 4], [1 / 8, 3 / 4]]]
+    np.testing.assert_allclose(figures.share_rounds(run), expected)
+
+
 def test_specialisation_is_of_groups_where_there_are_any(tmp_path):
     run = make_run(tmp_path)
     grouped = run._replace(arrays=run.arrays | {"group_names": np.array(["all"])})
@@ -192,3 +205,4 @@ def test_specialisation_is_of_groups_where_there_are_any(tmp_path):
         axes = picture.figure.axes[0]
         assert axes.get_xlabel() == name and name.lower() in picture.caption
         assert [text.get_text() for text in axes.get_xticklabels()] == names
+        assert ("groups" in pictures) == (name == "Group")
