@@ -303,7 +303,6 @@ MEASURES: dict[str, Measure] = {
         of=EXPERTS,
         trivial=NEVER,
         evaluated=True,
-        printed=True,
         curve=Curve(
             "Group information (bits)",
             "Mutual information of the clients' groups and the experts that they hold. "
