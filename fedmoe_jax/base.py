@@ -48,6 +48,8 @@ class Data(NamedTuple):
       test_owner: [X'] int in [0, n), the natural client of each test example, whose
         own test set it then is; None where test examples have none.
       vocabulary: number of tokens, of text; else None.
+      group_names: of Q groups of clients, () where there are none. The strata are then
+        those of group 0, of group 1 and so on, one for each class; loaders leave it.
     """
 
     train: dict[str, np.ndarray]
@@ -59,6 +61,7 @@ class Data(NamedTuple):
     owner: np.ndarray | None = None
     test_owner: np.ndarray | None = None
     vocabulary: int | None = None
+    group_names: tuple[str, ...] = ()
 
 
 class Scores(NamedTuple):
@@ -88,9 +91,11 @@ class Task(NamedTuple):
       loss: (outputs of the model, batch) -> Scores.
       num_outputs: Data -> the width of the model's outputs: classes, vocabulary, or 1.
       drifts: (name, (rows, amount []) -> rows) of every way in which rows can drift.
-      add_prior: (outputs, log shares of the strata [L]) -> outputs, of outputs that are
-        logits of the strata; None for others, which no label prior shifts.
-      labels: batch -> classes [B] int32 in [0, L); None where examples have none.
+      add_prior: (outputs, log shares of the strata [L], of groups' strata those of the
+        classes [L / Q]) -> outputs, of outputs that are logits of these; None for
+        others, which no label prior shifts.
+      labels: batch -> classes [B] int32 in [0, L), of groups in [0, L / Q); None where
+        examples have none.
       bits: whether evaluation also gives the loss, in bits of a byte (of a position,
         without `Scores.bytes`), whose `Scores.loss` then is a cross-entropy in nats.
     """

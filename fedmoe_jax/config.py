@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from fedmoe_jax.configs import default
+from fedmoe_jax.data.groups import MOST, NONE
 from fedmoe_jax.fields import AT_MOST, FREE_FIELDS, LISTS, MULTIPLE, OPTIONS
 from fedmoe_jax.options import (
     HOST,
@@ -99,13 +100,13 @@ def list_options() -> dict[str, Option]:
 
 
 def list_idle_fields(config: ConfigDict) -> tuple[set[str], set[str]]:
-    """The fields of strategies and of processes that a config does not use.
+    """The fields of strategies, of processes and of groups that a config does not use.
 
     Args:
       config: of a run, or of a comparison, which uses the fields of all its strategies.
 
     Returns:
-      Fields of other strategies alone, and of processes that are off.
+      Fields of other strategies alone, and of processes, and groups, that are off.
     """
     tables, compared = find_tables(), "compare" in config
     names = config.compare.strategies if compared else [config.strategy]
@@ -115,7 +116,10 @@ def list_idle_fields(config: ConfigDict) -> tuple[set[str], set[str]]:
     used = join(named(strategies[name]) for name in names if name in strategies)
     idle = join(map(named, strategies.values())) - used
     on = (named(p) if p.is_on(config) else set(p.always) for p in processes)
-    return idle, join(map(named, processes)) - join(on)
+    off = join(map(named, processes)) - join(on)
+    if config.groups.kind == NONE:
+        off |= {option.name for option in OPTIONS if option.name.startswith("groups.")}
+    return idle, off
 
 
 def fill_defaults(saved: dict[str, Any]) -> ConfigDict:
@@ -155,8 +159,8 @@ def to_tuples(tree: Any) -> Any:
 def list_free_fields(saved: dict[str, Any], config: ConfigDict) -> frozenset[str]:
     """The fields in which a run or comparison may differ from how it was started.
 
-    Those of `FREE_FIELDS`, of strategies that one of both lacks, and of processes that
-    are off in both.
+    Those of `FREE_FIELDS`, of strategies that one of both lacks, and of processes and
+    groups that are off in both.
 
     Args:
       saved: the nested config, as read from `config.json`.
@@ -208,6 +212,24 @@ def check_overlap(values: dict[str, Any]) -> None:
                 f"{values['partition.overlap']}, as other clients may own these "
                 "examples; allowed: 0"
             )
+
+
+def check_groups(values: dict[str, Any]) -> None:
+    """Raises UserError for groups of clients that would not differ, or be empty."""
+    kind, count = values["groups.kind"], values["groups.count"]
+    if kind == NONE:
+        return
+    most = MOST.get(kind, count)
+    if count > most:
+        raise UserError(
+            f"groups.count={count} is not allowed with groups.kind={kind!r}; allowed: "
+            + ("2" if most == 2 else f"2 to {most}")
+        )
+    if count > values["num_clients"]:
+        raise UserError(
+            f"groups.count={count} is not allowed with num_clients="
+            f"{values['num_clients']}; allowed: at most one group for each client"
+        )
 
 
 def check_drift(values: dict[str, Any]) -> None:
@@ -302,6 +324,7 @@ def validate(config: ConfigDict) -> None:
         check(name, values[name], allowed, where)
     check_at_most(values, strategy.at_most, where)
     check_overlap(values)
+    check_groups(values)
     check_drift(values)
     check_schedules(values)
     check_targets(values["evaluation.targets"])

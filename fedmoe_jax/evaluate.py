@@ -31,6 +31,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.groups import measure_information, mix_groups
 from fedmoe_jax.held_sets import score_model
 from fedmoe_jax.own_tests import score_own_tests
 from fedmoe_jax.panel import Panel, gather_panel, keep_server
@@ -345,6 +346,15 @@ def summarise_counts(
     return accuracies
 
 
+def measure_groups(
+    state: SimState, federation: Federation, num_groups: int
+) -> dict[str, Array]:
+    """How far experts are assigned by groups; who owns pooled data holds for all."""
+    held, mix = state.align.held, mix_groups(federation.label_mix, num_groups)
+    held = jnp.broadcast_to(held, (len(mix), *held.shape[1:]))
+    return {"expert_group_information": measure_information(held, mix)}
+
+
 def summarise_validation(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
     """The values to tune by, of counts over the validation examples.
 
@@ -413,8 +423,10 @@ def build_evaluate_share(
       `worst_decile_prior_accuracy` []; with `every_expert` also `global_soft_accuracy`
       [] and `expert_accuracy` [E]; where the task has bits `global_bits`,
       `personal_bits`, `worst_decile_bits`, `client_bits`, `stratum_bits` and
-      `personal_stratum_bits`, likewise; and, where the federation has such examples,
-      those of `summarise_own_tests`, `summarise_validation` and `summarise_unseen`.
+      `personal_stratum_bits`, likewise; where there are groups
+      `expert_group_information` [], see `groups.measure_information`; and, where the
+      federation has such examples, those of `summarise_own_tests`,
+      `summarise_validation` and `summarise_unseen`.
     """
     # Jitted, so that its shapes and the loop over batches share one trace.
     one_batch = jax.jit(functools.partial(count_batch, program=program), inline=True)
@@ -435,6 +447,8 @@ def build_evaluate_share(
         )
         counts = count_all(take_test(federation))
         accuracies = summarise_counts(counts, panel, sizes.num_clients)
+        if sizes.num_groups > 1:
+            accuracies |= measure_groups(state, federation, sizes.num_groups)
         if federation.validation is not None:
             counts = count_all(take_pool(federation, federation.validation))
             accuracies |= summarise_validation(counts, panel)

@@ -7,7 +7,14 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.align.fitness import PROBES
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.asides import Shares, set_aside
+from fedmoe_jax.data.asides import Shares, hide_clients, set_aside
+from fedmoe_jax.data.groups import (
+    count_strata,
+    draw_groups,
+    move_clients,
+    move_tests,
+    take_base,
+)
 from fedmoe_jax.data.partition import list_examples, pool, renumber, split
 from fedmoe_jax.options import UserError
 from fedmoe_jax.probe import count_held_out
@@ -58,17 +65,20 @@ def make_partition(config: ConfigDict, data: Data, taken_gb: float = 0.0) -> Par
     """Divides the training examples among the clients and the server's public slice.
 
     There are `partition.unseen` clients beyond `num_clients`, which never take part.
+    Where the data have copies for groups, they are divided as without any, and then
+    each client owns its examples in its group's copy; the public slice is of copy 0.
 
     Args:
       config: of the run.
-      data: its data set.
+      data: its data set, with the copies.
       taken_gb: gigabytes of the partitions of other runs that are in memory.
 
     Raises:
       UserError: the data cannot be divided so, or the lists of the clients' examples
         are beyond `run.memory_limit_gb`, with those of other runs.
     """
-    options = config.partition
+    options, copies = config.partition, data
+    data = take_base(copies)
     total, public = len(data.stratum), config.data.public
     clients, named = config.num_clients, f"num_clients={config.num_clients}"
     if options.unseen:
@@ -106,7 +116,35 @@ def make_partition(config: ConfigDict, data: Data, taken_gb: float = 0.0) -> Par
     )
     partition = renumber(partition, rest)._replace(public=aside)
     shares = Shares(options.unseen, options.test_share, options.validation_share)
+    if copies.group_names:
+        return divide_groups(config, copies, partition, shares, test_owner)
     return set_aside(partition, data.stratum, shares, config.seed, test_owner)
+
+
+def divide_groups(
+    config: ConfigDict,
+    data: Data,
+    partition: Partition,
+    shares: Shares,
+    test_owner: np.ndarray | None,
+) -> Partition:
+    """The partition with every client in a group, and what is set aside, as without.
+
+    Args:
+      config: of the run.
+      data: with the copies.
+      partition: of their first copy, among all clients.
+      shares: see `set_aside`.
+      test_owner: see `set_aside`, of the first copy.
+    """
+    count, base = len(data.group_names), take_base(data)
+    hidden, _ = hide_clients(len(partition.size), shares.unseen, config.seed)
+    group = draw_groups(count, config.groups.skew, hidden, config.seed)
+    partition = move_clients(partition, group, len(base.stratum))
+    # By the labels of the first copy, so that the draws are those without groups.
+    stratum = np.tile(base.stratum, count)
+    partition = set_aside(partition, stratum, shares, config.seed, test_owner)
+    return move_tests(count_strata(partition, data), group[~hidden], data)
 
 
 def assign_owners(

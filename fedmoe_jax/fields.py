@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedmoe_jax.align.fitness import SCORES
+from fedmoe_jax.data.groups import KINDS as GROUPS
 from fedmoe_jax.data.partition import KINDS
 from fedmoe_jax.data.text import CLIENTS
 from fedmoe_jax.models import MODELS
@@ -230,6 +231,25 @@ OPTIONS: tuple[Option, ...] = (
         "clients beyond num_clients that own examples, never take part and are "
         "evaluated",
         STATIC,
+    ),
+    Option(
+        "groups.kind",
+        GROUPS,
+        "transformation by which groups of clients differ: images rotated by 90 "
+        "degrees more in each group, pixels inverted in the second of two, class "
+        "labels permuted, or rotation and permutation; images with labels alone",
+    ),
+    Option(
+        "groups.count",
+        Range(2),
+        "groups of clients, at most num_clients: 2 of inversion, up to 4 of rotation, "
+        "up to the number of classes of permuted",
+    ),
+    Option(
+        "groups.skew",
+        NON_NEGATIVE,
+        "s of the number of clients in group g = 0, 1, ..., which is in proportion to "
+        "(g + 1) ** -s; 0: equally many in each",
     ),
     Option("model.kind", MODELS, "builder of the model"),
     Option(

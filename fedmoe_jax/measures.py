@@ -291,6 +291,25 @@ MEASURES: dict[str, Measure] = {
         varies_over=LABELS,
         evaluated=True,
     ),
+    "final_group_information": Measure(
+        "expert_group_information",
+        FINAL,
+        "Group info, bits",
+        "mutual information of the clients' groups and the experts that they hold, 0 "
+        "to the logarithm of the number of groups or experts; chance gives more than "
+        "0, see random; see groups.kind",
+        better=1,
+        digits=2,
+        of=EXPERTS,
+        trivial=NEVER,
+        evaluated=True,
+        curve=Curve(
+            "Group information (bits)",
+            "Mutual information of the clients' groups and the experts that they hold. "
+            "A strategy that finds the groups climbs above one that draws at random, "
+            "which is above 0, too, where clients are few.",
+        ),
+    ),
     "mean_load_cv": Measure(
         "load_cv",
         MEAN,

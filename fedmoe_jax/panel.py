@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.distinct import find_distinct
+from fedmoe_jax.groups import mix_classes
 from fedmoe_jax.held_sets import HeldSets, find_sets
 from fedmoe_jax.priors import Priors, gather_priors
 from fedmoe_jax.program import Program
@@ -155,5 +156,6 @@ def gather_panel(state: SimState, view: View, program: Program) -> Panel:
     if program.task.add_prior is not None:
         row = choose_rows(federation, label_mix, counted, program)
         owner = jnp.broadcast_to(model, len(label_mix))  # of pooled data there is one
-        priors = gather_priors(label_mix, owner, row, count + 1)
+        classes = mix_classes(label_mix, program.sizes.num_groups)
+        priors = gather_priors(classes, owner, row, count + 1)
     return Panel(client, counted, label_mix, drifts, models, model, sets, priors)

@@ -14,7 +14,7 @@ class Priors(NamedTuple):
 
     Attributes:
       row: [m] int32, the clients' rows of the panel.
-      log_share: [m, L] float32, log(label histogram + 1e-3).
+      log_share: [m, L] float32, log(label histogram + 1e-3), L the classes alone.
       start: [models + 1] int32, the first client of each model, and m.
     """
 
@@ -29,7 +29,7 @@ def gather_priors(
     """The priors of some clients.
 
     Args:
-      label_mix: [n, L] float32, rows sum to 1.
+      label_mix: [n, L] float32 of the classes, rows sum to 1.
       model: [n] int32 in [0, num_models), the model of each client.
       row: [m] int32, the clients.
       num_models: at most so many are scored.

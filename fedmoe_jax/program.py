@@ -240,6 +240,7 @@ def make_sizes(
     num_layers: int,
     max_capacity: int,
     num_strata: int,
+    num_groups: int,
     local_steps: int,
     gate_width: int,
 ) -> Sizes:
@@ -250,6 +251,7 @@ def make_sizes(
       num_layers: G.
       max_capacity: K of the user's config.
       num_strata: L.
+      num_groups: Q.
       local_steps: T.
       gate_width: D.
     """
@@ -263,9 +265,17 @@ def make_sizes(
         local_steps=local_steps,
         batch_size=config.batch_size,
         num_strata=num_strata,
+        num_groups=num_groups,
         max_capacity=max_capacity,
         gate_width=gate_width,
     )
+
+
+def count_groups(data: Data, task: Task) -> int:
+    """Q: the groups of the data; every stratum is one where examples have no classes."""
+    if task.labels is None:
+        return len(data.stratum_names)
+    return max(len(data.group_names), 1)
 
 
 def measure_gate(gates: PyTree) -> int:
@@ -384,6 +394,7 @@ def build_program(
         num_layers=len(params["gate"]),
         max_capacity=config.max_held,
         num_strata=len(data.stratum_names),
+        num_groups=count_groups(data, task),
         local_steps=longest(federation.steps, config.local_epochs > 0),
         gate_width=measure_gate(params["gate"]),
     )

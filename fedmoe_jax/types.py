@@ -91,6 +91,8 @@ class Sizes(NamedTuple):
       local_steps: T, the most that any client takes.
       batch_size: B.
       num_strata: L.
+      num_groups: Q, groups of clients whose strata are apart, of L / Q classes each; 1
+        where there are none, see `data.groups`, and L where strata are no classes.
       max_capacity: the most experts that any client has room for; K, unless the
         strategy has changed K.
       gate_width: D, numbers of an expert's row in the first layer's gate, without bias.
@@ -105,8 +107,14 @@ class Sizes(NamedTuple):
     local_steps: int
     batch_size: int
     num_strata: int
+    num_groups: int
     max_capacity: int
     gate_width: int
+
+    @property
+    def num_classes(self) -> int:
+        """L / Q, classes of each group; 1 where examples have none."""
+        return self.num_strata // self.num_groups
 
 
 NOTHING = np.zeros(0, np.int32)

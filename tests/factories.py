@@ -160,6 +160,7 @@ SIZES = Sizes(
     local_steps=2,
     batch_size=8,
     num_strata=4,
+    num_groups=1,
     max_capacity=3,
     gate_width=3,
 )

@@ -449,3 +449,20 @@ def test_every_study_can_be_traced(file, monkeypatch):
     scores = jax.eval_shape(job.programs.evaluate, job.state, *job.inputs)
     assert metrics["train_loss"].shape == (1, config.chunk_rounds)
     assert scores["global_accuracy"].shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"kind": "rotation", "count": 5}, "groups.count=5 .* allowed: 2 to 4$"),
+        ({"kind": "rotation_permuted", "count": 5}, "groups.count=5 .* 2 to 4$"),
+        ({"kind": "inversion"}, "groups.count=4 .*'inversion'; allowed: 2$"),
+        ({"kind": "permuted", "count": 21}, "with num_clients=20; allowed: at most"),
+    ],
+)
+def test_groups_that_would_not_differ_are_refused(fields, told):
+    fields = {f"groups.{name}": value for name, value in fields.items()}
+    with pytest.raises(UserError, match=told):
+        validate(changed(**fields))
+    validate(changed(**fields | {"groups.kind": "none"}))
+    validate(changed(**fields | {"groups.count": 2}))

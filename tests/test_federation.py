@@ -7,6 +7,7 @@ import pytest
 from factories import make_data, tiny_config
 
 from fedmoe_jax.api import run
+from fedmoe_jax.data.groups import copy_groups
 from fedmoe_jax.data.images import label_images
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.federation import (
@@ -164,3 +165,102 @@ def test_natural_clients_with_test_examples_are_scored_on_them():
         rows = run(config).rows
     assert rows["own_test_clients"][-1] == 4
     assert 0 <= rows["own_test_accuracy"][-1] <= 1
+
+
+GROUPED = {
+    "num_clients": 9,
+    "cohort_size": 9,
+    "groups.kind": "permuted",
+    "groups.count": 3,
+    "groups.skew": 1.0,
+    "data.public": 30,
+    "partition.min_size": 5,
+}
+ASIDE = {
+    "partition.test_share": 0.2,
+    "partition.validation_share": 0.2,
+    "partition.unseen": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return DATASETS["synthetic"](None)
+
+
+def list_rows(partition):
+    return [row[:n] for row, n in zip(partition.index, partition.size, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"partition.kind": "dirichlet"} | ASIDE,
+        {"partition.kind": "classes"} | ASIDE,
+        {"partition.kind": "iid"},
+        {"partition.kind": "classes", "partition.overlap": 400},
+    ],
+)
+def test_clients_own_examples_of_their_group_alone(changes, images):
+    """All is as without groups, but for the copy that each client's ids are in."""
+    config = tiny_config(**GROUPED | changes)
+    total, classes = len(images.stratum), len(images.stratum_names)
+    data = copy_groups(images, "permuted", 3)
+    plain, found = make_partition(config, images), make_partition(config, data)
+    group = np.array([row[0] // total for row in list_rows(found)])
+    assert np.bincount(group).tolist() == [5, 2, 2]
+    for mine, row, base in zip(group, list_rows(found), list_rows(plain), strict=True):
+        np.testing.assert_array_equal(row, mine * total + base)
+    beyond = np.arange(found.index.shape[1]) >= found.size[:, None]
+    assert not found.index[beyond].any()
+    np.testing.assert_array_equal(found.public, plain.public)
+    assert found.public.max() < total and len(found.public) == 30
+    # Own tests and validation are of the same clients.
+    own = found.own_test_client
+    np.testing.assert_array_equal(own, plain.own_test_client)
+    np.testing.assert_array_equal(found.own_test, group[own] * total + plain.own_test)
+    np.testing.assert_array_equal(found.validation % total, plain.validation)
+    nothing = dict.fromkeys(("partition.test_share", "partition.validation_share"), 0.0)
+    whole = make_partition(tiny_config(**GROUPED | changes | nothing), data)
+    owned = np.concatenate(list_rows(whole))
+    assert np.isin(found.validation, owned).all()
+    assert len(found.validation) > 100 or not config.partition.validation_share
+    # Unseen clients are in groups of their own, one each of three.
+    np.testing.assert_array_equal(found.unseen % total, plain.unseen)
+    np.testing.assert_array_equal(found.unseen_client, plain.unseen_client)
+    pairs = set(zip(found.unseen_client, found.unseen // total, strict=True))
+    assert len(pairs) == len({client for client, _ in pairs})
+    assert found.label_counts.shape == (9, 3 * classes)
+    for counts, mine, row in zip(
+        found.label_counts, group, list_rows(found), strict=True
+    ):
+        by_label = np.bincount(data.train["y"][row], minlength=classes)
+        np.testing.assert_array_equal(counts.reshape(3, classes)[mine], by_label)
+        assert counts.sum() == len(row)
+    for one, other in zip(found, make_partition(config, data), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_groups_depend_on_the_seed_and_data_do_not(images):
+    data = copy_groups(images, "rotation", 2)
+    config = tiny_config(**{"num_clients": 12, "cohort_size": 6, "data.public": 0})
+    total, found = len(images.stratum), []
+    for config.seed in range(6):
+        rows = list_rows(make_partition(config, data))
+        found.append(tuple(int(row[0]) // total for row in rows))
+    assert len(set(found)) > 3 and {sum(groups) for groups in found} == {6}
+
+
+def test_own_test_examples_of_natural_clients_are_of_their_group():
+    owner, test_owner = np.arange(60) % 6, np.arange(18) % 6
+    config, data = make_natural(owner, test_owner, num_clients=6, cohort_size=6)
+    copied = copy_groups(data, "rotation", 3)
+    plain, found = make_partition(config, data), make_partition(config, copied)
+    group = found.index[:, 0] // 60
+    assert np.bincount(group).tolist() == [2, 2, 2]
+    np.testing.assert_array_equal(found.own_test_client, plain.own_test_client)
+    place = plain.own_test - 60 + 18 * group[plain.own_test_client]
+    np.testing.assert_array_equal(found.own_test, 180 + place)
+    federation = make_federation(config, copied, found)
+    rows = take_rows(jax.tree.map(jnp.asarray, federation), jnp.asarray(found.own_test))
+    np.testing.assert_array_equal(rows["x"], copied.test["x"][place])

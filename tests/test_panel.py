@@ -121,6 +121,31 @@ def test_a_sample_is_a_part_of_all_clients(strategy, parts):
         np.testing.assert_allclose(found["global_accuracy"], whole["global_accuracy"])
 
 
+@pytest.mark.parametrize("strategy", ["greedy", "centralised"])
+def test_priors_of_groups_are_of_their_classes(strategy):
+    """Equal logits: a client answers its commonest class in every group alike."""
+    groups = {"groups.kind": "permuted", "groups.count": 3}
+    split = {"partition.kind": "dirichlet", "partition.alpha": 0.5}
+    plan = plan_run(strategy=strategy, **groups, **split)
+    run = start_run(plan, plan.program)
+    view = observe(run.state.world, run.federation, run.hyper, ())
+    mix = np.asarray(run.federation.label_mix)
+    classes = sum(np.split(mix, 3, axis=1))
+    panel = gather_panel(run.state, view, run.program)
+    priors = panel.priors.log_share[np.argsort(panel.priors.row)]
+    np.testing.assert_allclose(priors, np.log(classes + 1e-3), rtol=1e-5)
+    blank = jax.tree.map(jnp.zeros_like, run.state.params)
+    state = run.state.replace(params=blank)
+    found = evaluate(run, run.program, state)
+    best = classes.max(axis=1).mean()
+    np.testing.assert_allclose(found["personal_prior_accuracy"], best, rtol=1e-4)
+    np.testing.assert_allclose(
+        found["personal_accuracy"], classes[:, 0].mean(), rtol=1e-4
+    )
+    assert 0.0 == found["expert_group_information"]  # before any round
+    assert found["stratum_accuracy"].shape == (3 * classes.shape[1],)
+
+
 @pytest.mark.parametrize("strategy", ["fedavg", "centralised"])
 def test_priors_of_a_common_model_are_of_a_sample(strategy):
     """All are scored by the one model; with priors the first of the seed's order."""

@@ -56,6 +56,11 @@ def get_config(argument: str = "") -> ConfigDict:
     config.partition.validation_share = 0.0
     config.partition.unseen = 0
 
+    config.groups = ConfigDict()
+    config.groups.kind = "none"
+    config.groups.count = 4
+    config.groups.skew = 0.0
+
     config.model = ConfigDict()
     config.model.kind = "image_moe"
     config.model.stem = "mlp"

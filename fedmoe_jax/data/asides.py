@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmoe_jax.data.partition import list_examples
+from fedmoe_jax.data.partition import list_examples, list_owners
 from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Partition
 
@@ -62,10 +62,8 @@ def set_aside(
             f"partition.validation_share={shares.validation:g}; allowed: less than 1 "
             "together"
         )
-    rng = np.random.default_rng([seed, 5])
+    hidden, rng = hide_clients(len(partition.size), shares.unseen, seed)
     owner, example = list_owners(partition)
-    hidden = np.zeros(len(partition.size), bool)
-    hidden[rng.permutation(len(hidden))[: shares.unseen]] = True
     unseen, unseen_client = take_clients(owner, example, hidden)
     example, owner = take_clients(owner, example, ~hidden)
     tests, validations = count_asides(np.bincount(owner), shares)
@@ -93,10 +91,13 @@ def set_aside(
     )
 
 
-def list_owners(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
-    """Owner and id of each example that is owned, [X] each, client by client."""
-    places = np.arange(partition.index.shape[1])[None] < partition.size[:, None]
-    return np.nonzero(places)[0], partition.index[places]
+def hide_clients(
+    count: int, unseen: int, seed: int
+) -> tuple[np.ndarray, np.random.Generator]:
+    """The clients that never take part, [n] bool, and the generator after that draw."""
+    rng, hidden = np.random.default_rng([seed, 5]), np.zeros(count, bool)
+    hidden[rng.permutation(count)[:unseen]] = True
+    return hidden, rng
 
 
 def take_clients(

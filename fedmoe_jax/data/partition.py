@@ -403,6 +403,12 @@ def list_examples(
     return index, size.astype(np.int32)
 
 
+def list_owners(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
+    """Owner and id of each example that is owned, [X] each, client by client."""
+    places = np.arange(partition.index.shape[1])[None] < partition.size[:, None]
+    return np.nonzero(places)[0], partition.index[places]
+
+
 def pool(partition: Partition) -> Partition:
     """One client that owns what all clients own."""
     owned = np.arange(partition.index.shape[1])[None] < partition.size[:, None]

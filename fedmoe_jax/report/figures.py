@@ -202,17 +202,52 @@ def _training_pictures(run: Run) -> Iterator[Picture]:
         )
 
 
+def join_classes(shares: np.ndarray, count: int) -> np.ndarray:
+    """Shares [G, E, L] of each stratum's gate mass as those of each group [G, E, Q].
+
+    Every class of a group that was tested counts alike.
+    """
+    joined = shares.reshape(*shares.shape[:2], count, -1).sum(axis=3)
+    return joined / np.maximum(joined.sum(axis=1, keepdims=True), 1e-9)
+
+
+def share_rounds(run: Run) -> np.ndarray:
+    """The share of the rounds in which clients of each group held each expert.
+
+    Returns:
+      [G, E, Q] in [0, 1], 0 for a group without clients.
+    """
+    counts, count = run.arrays["label_counts"], len(run.arrays["group_names"])
+    group = counts.reshape(len(counts), count, -1).sum(axis=2).argmax(axis=1)
+    of_group = group[:, None] == np.arange(count)[None]  # [N, Q]
+    held = add_layer(run.arrays["times_held"], 1) / max(len(run.rows), 1)
+    total = np.einsum("nge,nq->geq", held, of_group)
+    return total / np.maximum(of_group.sum(axis=0), 1)[None, None]
+
+
 def _alignment_pictures(run: Run) -> Iterator[Picture]:
     arrays = run.arrays
-    shares = add_layer(arrays["specialisation"], 0)
+    shares, what = add_layer(arrays["specialisation"], 0), "Class"
+    names = arrays["label_names"]
+    if "group_names" in arrays:
+        what, names = "Group", arrays["group_names"]
+        shares = join_classes(shares, len(names))
     each = " in every layer" if len(shares) > 1 else ""
     yield Picture(
         "specialisation",
-        f"Where the gate sends each class's test images; columns sum to 100 %{each}. "
-        "One bright cell per column, in different rows, is specialisation; an even "
-        "column is none, and a bright row is one expert that takes everything.",
-        plots.specialisation_map(shares, arrays["label_names"]),
+        f"Where the gate sends each {what.lower()}'s test images; columns sum to 100 "
+        f"%{each}. One bright cell per column, in different rows, is specialisation; "
+        "an even column is none, and a bright row is one expert that takes everything.",
+        plots.expert_map(shares, names, what, "gate mass"),
     )
+    if "group_names" in arrays:
+        yield Picture(
+            "groups",
+            "Share of the rounds in which a client of the group held the expert, the "
+            "mean over its clients. One bright cell per column, in different rows, is "
+            "a strategy that has found the groups; even columns are one that has not.",
+            plots.expert_map(share_rounds(run), names, what, "rounds"),
+        )
     yield Picture(
         "pairs",
         "Left: share of the rounds in which the client held the expert. Bright single "

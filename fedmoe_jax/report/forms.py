@@ -89,6 +89,7 @@ ARRAYS = {
     "participation": ("D", INTEGER, False),
     "client_accuracy": ("N", FLOAT, False),
     "client_bits": ("N", FLOAT, False),
+    "group_names": ("Q", NAMES, False),
     "last_client": ("C", INTEGER, False),
     "last_code": ("C", INTEGER, False),
     "last_phases": ("C3", FLOAT, False),
@@ -204,6 +205,11 @@ def check_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
                 f"{path} is damaged: {name} is {value.dtype}{list(value.shape)}; "
                 f"{MAKE_AGAIN}"
             )
+    groups, strata = sizes.get("Q", 1), sizes["L"]
+    if groups < 1 or strata % groups:
+        raise UserError(
+            f"{path} is damaged: {strata} strata of {groups} groups; {MAKE_AGAIN}"
+        )
 
 
 def check_codes(

@@ -273,21 +273,24 @@ def pair_maps(times_held: np.ndarray, num_rounds: int, fitness: np.ndarray) -> F
 
 
 @rc_context(STYLE)
-def specialisation_map(shares: np.ndarray, label_names: Names) -> Figure:
-    """Share of each class's gate mass that goes to each expert, [G, E, L] in [0, 1]."""
+def expert_map(shares: np.ndarray, label_names: Names, what: str, share: str) -> Figure:
+    """Share of each class or group that goes to each expert, [G, E, L] in [0, 1].
+
+    `what` the columns are is written below them, and of what the `share` is beside.
+    """
     num_layers, num_experts, num_labels = shares.shape
     shares = shares.reshape(-1, num_labels)
     inner = max(0.25 * num_labels, 1.0), max(1.5, 0.2 * len(shares) + 0.5)
-    drawn = Map(100 * shares, ("Class", "Expert", "Share of gate mass (%)"), 0.0)
+    drawn = Map(100 * shares, (what, "Expert", f"Share of {share} (%)"), 0.0)
     figure, panels, bars = _open_maps([drawn], inner)
     (axes,) = panels
     _mark_layers(axes, "y", num_layers, num_experts)
     names = _name_classes(axes, label_names)
     place: dict[str, Any] = dict(ha="center", va="center", size=5.5)
     for expert, label in np.argwhere(shares >= 0.005):
-        share = shares[expert, label]
-        place["color"] = "black" if share > 0.45 * np.nanmax(shares) else "white"
-        axes.text(label, expert, f"{100 * share:.0f}", **place)
+        value = shares[expert, label]
+        place["color"] = "black" if value > 0.45 * np.nanmax(shares) else "white"
+        axes.text(label, expert, f"{100 * value:.0f}", **place)
     _settle_maps(panels, bars, inner, names)
     return figure
 

@@ -233,7 +233,12 @@ def chance_of(run: Run) -> float | None:
     """
     if not run.arrays or "client_bits" in run.arrays:
         return None
-    return 1 / len(run.arrays["label_names"])
+    return count_groups(run) / len(run.arrays["label_names"])
+
+
+def count_groups(run: Run) -> int:
+    """Groups of clients in a finished run, each with strata of its own; 1 for none."""
+    return len(run.arrays.get("group_names", ("",)))
 
 
 def has_learnt(run: Run, final: float) -> bool:

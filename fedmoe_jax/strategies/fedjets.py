@@ -38,6 +38,7 @@ from fedmoe_jax.align.gate_mass import (
 )
 from fedmoe_jax.align.ties import LOTS, first_by_lot, top_k_by_lot
 from fedmoe_jax.base import GATE_STEM, Model, Strategy, Task
+from fedmoe_jax.groups import mix_classes
 from fedmoe_jax.models.one_layer import run_shared, take_gate_stem
 from fedmoe_jax.options import COUNT, TRACED, Option
 from fedmoe_jax.positions import mean_loss
@@ -190,7 +191,8 @@ def appoint_anchors(
 ) -> tuple[SimState, PyTree]:
     """Chooses the anchors, the same in every layer."""
     anchor = choose_anchors(
-        *(federation.label_mix, federation.size, sizes.num_experts),
+        mix_classes(federation.label_mix, sizes.num_groups),
+        *(federation.size, sizes.num_experts),
         jax.random.fold_in(key, LOTS),
     )
     every = jnp.tile(anchor[None], (sizes.num_layers, 1))

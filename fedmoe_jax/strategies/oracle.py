@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fedmoe_jax.align.explore import uniform_scores
 from fedmoe_jax.align.top_k import top_k
 from fedmoe_jax.base import Strategy
+from fedmoe_jax.groups import mix_groups
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -25,18 +26,28 @@ from fedmoe_jax.types import (
 
 
 def init(sizes: Sizes) -> dict[str, Array]:
-    """`stratum` [N] int32, each client's main one; known from round 0 on."""
+    """`stratum` [N] int32, each client's main one or group; known from round 0 on."""
     return {"stratum": jnp.zeros(sizes.num_clients, jnp.int32)}
 
 
 def look(
-    state: SimState, federation: Federation, hyper: Hyper, key: Array, **static: Any
+    state: SimState,
+    federation: Federation,
+    hyper: Hyper,
+    key: Array,
+    *,
+    sizes: Sizes,
+    **static: Any,
 ) -> tuple[SimState, PyTree]:
     """The stage before round 0: the main stratum of every client, the first of equals.
 
-    Where the data drift it stays what it was.
+    Where there are groups it is the client's group. Where the data drift it stays what
+    it was.
     """
-    main = federation.label_mix.argmax(axis=1).astype(jnp.int32)
+    mix = federation.label_mix
+    if sizes.num_groups > 1:
+        mix = mix_groups(mix, sizes.num_groups)
+    main = mix.argmax(axis=1).astype(jnp.int32)
     own = jax.tree.map(
         lambda leaf: jnp.broadcast_to(main, leaf.shape), state.align.strategy
     )
@@ -45,7 +56,7 @@ def look(
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
-    """First the expert of the client's stratum (stratum mod E), others at random.
+    """First the expert of the client's stratum or group, mod E, others at random.
 
     The others are drawn afresh each round.
     """
@@ -58,10 +69,11 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 ORACLE = Strategy(
     assign=assign,
     about=(
-        "Gives each client the expert of its main stratum (label, language), and "
-        "others at random: the reference for strategies that look for groups."
+        "Gives each client the expert of its group, else of its main stratum (label, "
+        "language), and others at random: the reference for strategies that look for "
+        "groups."
     ),
-    needs="every client's main stratum, which no server knows",
+    needs="every client's group or main stratum, which no server knows",
     init=init,
     stages=((0, look),),
 )

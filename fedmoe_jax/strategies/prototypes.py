@@ -153,7 +153,7 @@ def describe_features(
         assert routing.logits is not None and routing.weight is not None
         count = routing.weight[:, :, None]
         if task.labels is not None:
-            label = jax.nn.one_hot(task.labels(batch), sizes.num_strata)
+            label = jax.nn.one_hot(task.labels(batch), sizes.num_classes)
             count = count * label[None]
         return jnp.einsum("gpl,gpd->gld", count, routing.logits), count.sum(axis=1)
 
@@ -249,11 +249,8 @@ def is_asked(round: Array, hyper: Hyper) -> Array:
 
 
 def count_features(round: Array, hyper: Hyper, sizes: Sizes) -> tuple[Array, int]:
-    """Means and counts of all labels; one pass over the examples. `Strategy.message`.
-
-    Where examples have no labels these are a few more than travel.
-    """
-    each = sizes.num_layers * sizes.num_strata * (sizes.gate_width + 1)
+    """Means and counts of all labels; one pass over the examples. `Strategy.message`."""
+    each = sizes.num_layers * sizes.num_classes * (sizes.gate_width + 1)
     return jnp.where(is_asked(round, hyper), each, 0.0), 1
 
 

@@ -89,7 +89,7 @@ IMAGES = Task(
     statistics=measure_pixels,
     prepare=prepare,
     loss=score_labels,
-    num_outputs=lambda data: len(data.stratum_names),
+    num_outputs=lambda data: len(data.stratum_names) // max(len(data.group_names), 1),
     drifts=tuple(
         (kind, functools.partial(distort_rows, kind=kind)) for kind in DISTORTIONS
     ),

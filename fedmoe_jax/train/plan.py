@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
 from fedmoe_jax.config import validate
+from fedmoe_jax.data.groups import NONE, check_groups, copy_groups
 from fedmoe_jax.data.load import DATASETS, load_dataset
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes
@@ -30,7 +31,7 @@ from fedmoe_jax.train import memory
 from fedmoe_jax.types import Federation, Hyper, Partition
 
 # Fields of the config outside `Program` in which the runs of one wave must agree.
-SCHEDULE = ("num_rounds", "eval_every", "checkpoint", "data", "run")
+SCHEDULE = ("num_rounds", "eval_every", "checkpoint", "data", "groups", "run")
 
 
 class Plan(NamedTuple):
@@ -81,30 +82,55 @@ def _load(loader: Callable | None, options: str) -> Data:
     return load_dataset(ConfigDict(json.loads(options)))
 
 
-def load_dataset_once(options: ConfigDict) -> Data:
-    """As `load_dataset`, kept; a plug-in that joins anew has another loader.
+@functools.cache
+def _copy(loader: Callable | None, options: str, kind: str, count: int) -> Data:
+    return copy_groups(_load(loader, options), kind, count)
+
+
+def find_loader(options: ConfigDict) -> tuple[Callable | None, str]:
+    """The loader of a data set, None for one of TFDS, and what it reads, as text.
 
     The server's share of the examples is not the loader's affair.
     """
     fields = {name: value for name, value in options.items() if name != "public"}
-    return _load(DATASETS.get(options.name), json.dumps(fields, sort_keys=True))
+    return DATASETS.get(options.name), json.dumps(fields, sort_keys=True)
+
+
+def load_dataset_once(options: ConfigDict) -> Data:
+    """As `load_dataset`, kept; a plug-in that joins anew has another loader."""
+    return _load(*find_loader(options))
+
+
+def load_copies_once(config: ConfigDict) -> Data:
+    """The data set of a run, with copies of it where there are groups, kept.
+
+    Raises:
+      UserError: it cannot be loaded, or cannot be copied for these groups.
+    """
+    data, groups = load_dataset_once(config.data), config.groups
+    if groups.kind == NONE:
+        return data
+    limit = config.run.memory_limit_gb
+    check_groups(groups.kind, groups.count, data, config.data.name, limit)
+    return _copy(*find_loader(config.data), groups.kind, groups.count)
 
 
 def load_data(config: ConfigDict) -> None:
-    """Loads the data set, so that it is at hand when it is asked for again.
+    """Loads the data of a run, so that they are at hand when they are asked for again.
 
     Raises:
       UserError: the config is not allowed or the data cannot be loaded.
     """
     validate(config)
-    load_dataset_once(config.data)
+    load_copies_once(config)
 
 
 def make_partition_once(
     config: ConfigDict, data: Data, made: dict[tuple, Partition]
 ) -> Partition:
     """As `make_partition`, added to those made; runs that divide alike share arrays."""
-    key = config.seed, config.num_clients, str(config.data), str(config.partition)
+    groups = str(config.data), str(config.groups), str(config.partition)
+    key = config.seed, config.num_clients, *groups
     if key not in made:
         arrays = (array for each in made.values() for array in each)
         taken = sum(array.nbytes for array in arrays) / 1e9
@@ -126,7 +152,7 @@ def plan_run(
       UserError: the config or the data do not allow this run.
     """
     validate(config)
-    data = load_dataset_once(config.data)
+    data = load_copies_once(config)
     partition = make_partition_once(config, data, {} if made is None else made)
     federation = make_federation(config, data, partition)
     program = build_program(config, data, federation, mesh)

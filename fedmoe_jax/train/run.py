@@ -364,7 +364,7 @@ def save_arrays(
     served = num_examples > 0
     if plan.program.strategy.personal:
         served &= participation.rounds > 0
-    several = len(specialisation) > 1
+    several, groups = len(specialisation) > 1, plan.data.group_names
     write_arrays(
         path,
         fitness=drop_single(align.fitness),
@@ -387,4 +387,5 @@ def save_arrays(
         },
         specialisation=specialisation if several else specialisation[0],
         label_names=np.array(plan.data.stratum_names),
+        **({"group_names": np.array(groups)} if groups else {}),
     )

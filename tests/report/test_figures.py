@@ -173,3 +173,36 @@ def test_run_pictures_draw_a_curve_for_each_expert_of_each_layer(tmp_path):
     np.testing.assert_allclose(values, [[10, 50], [20, 60], [30, 70], [40, 80]])
     shares = pictures["load"].figure.axes[0].images[0].get_array()
     np.testing.assert_allclose(shares, np.repeat([[50], [50], [25], [75]], 3, axis=1))
+
+
+def test_join_classes_by_hand():
+    """Two experts, two groups of two classes, one of them without a test image."""
+    shares = np.array([[[1.0, 0.5, 0.25, 0.0], [0.0, 0.5, 0.75, 0.0]]])
+    np.testing.assert_allclose(
+        figures.join_classes(shares, 2), [[[0.75, 0.25], [0.25, 0.75]]]
+    )
+
+
+def test_share_rounds_by_hand(tmp_path):
+    """Three clients of two groups of two classes, 4 rounds, two experts."""
+    arrays = {
+        "label_counts": np.array([[3, 1, 0, 0], [0, 0, 9, 0], [0, 5, 0, 0]]),
+        "group_names": np.array(["one", "two"]),
+        "times_held": np.array([[4, 0], [1, 3], [2, 1]]),
+    }
+    run = make_run(tmp_path)._replace(arrays=arrays)
+    assert len(run.rows) == 4
+    expected = [[[6 / 8, 1 / 4], [1 / 8, 3 / 4]]]
+    np.testing.assert_allclose(figures.share_rounds(run), expected)
+
+
+def test_specialisation_is_of_groups_where_there_are_any(tmp_path):
+    run = make_run(tmp_path)
+    grouped = run._replace(arrays=run.arrays | {"group_names": np.array(["all"])})
+    for each, name, names in ((run, "Class", ["a", "b"]), (grouped, "Group", ["all"])):
+        pictures = {p.name: p for p in figures.run_pictures(each)}
+        picture = pictures["specialisation"]
+        axes = picture.figure.axes[0]
+        assert axes.get_xlabel() == name and name.lower() in picture.caption
+        assert [text.get_text() for text in axes.get_xticklabels()] == names
+        assert ("groups" in pictures) == (name == "Group")

@@ -74,3 +74,10 @@ def test_codes_have_names():
         forms.check_codes(ARRAYS | {"last_code": np.array([8])}, CONFIG, PATH)
     older = {name: v for name, v in ARRAYS.items() if name != "tier_names"}
     forms.check_codes(older, CONFIG, PATH)  # the config has them
+
+
+def test_groups_divide_the_strata():
+    forms.check_arrays(ARRAYS | {"group_names": np.array(["one", "two"])}, PATH)
+    for names in (np.array(["one", "two", "three"]), np.zeros(0, "U1")):
+        with pytest.raises(UserError, match="2 strata of . groups; restore it"):
+            forms.check_arrays(ARRAYS | {"group_names": names}, PATH)

@@ -71,9 +71,9 @@ def test_pair_maps_lay_layers_side_by_side():
         assert [line.get_xdata()[0] for line in axes.lines] == [1.5]
 
 
-def test_specialisation_map_lays_layers_side_by_side():
+def test_expert_map_lays_layers_side_by_side():
     shares = np.array([[[0.9, 0.2], [0.1, 0.8]], [[0.5, 0.5], [0.5, 0.5]]])  # [G, E, L]
-    axes = plots.specialisation_map(shares, ["a", "b"]).axes[0]
+    axes = plots.expert_map(shares, ["a", "b"], "Class", "mass").axes[0]
     np.testing.assert_array_equal(shown(axes)[1], [10, 80])
     assert axes.get_ylabel() == "Layer.expert"
 
@@ -113,9 +113,9 @@ def test_pair_maps_show_assignment_in_percent_of_the_rounds():
     np.testing.assert_array_equal(shown(axes), np.zeros((2, 2)))
 
 
-def test_specialisation_map_writes_shares_of_half_a_percent_and_more():
+def test_expert_map_writes_shares_of_half_a_percent_and_more():
     shares = np.array([[[0.9, 0.004], [0.1, 0.996]]])
-    axes = plots.specialisation_map(shares, ["a", "b"]).axes[0]
+    axes = plots.expert_map(shares, ["a", "b"], "Class", "mass").axes[0]
     written = {text.get_position(): text.get_text() for text in axes.texts}
     assert written == {(0, 0): "90", (0, 1): "10", (1, 1): "100"}
     colours = {text.get_text(): text.get_color() for text in axes.texts}

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from fedmoe_jax.measures import MEASURES
@@ -154,6 +155,15 @@ def test_has_learnt_by_hand(tmp_path):
     assert runs.chance_of(run) == 0.5
     assert runs.has_learnt(run, 0.58) and not runs.has_learnt(run, 0.57)
     assert runs.has_learnt(run._replace(arrays={}), 0.1)
+
+
+def test_chance_is_of_classes_where_there_are_groups(tmp_path):
+    run = make_run(tmp_path)
+    assert runs.count_groups(run) == 1
+    names = {"label_names": np.array(list("abcdef"))}
+    names |= {"group_names": np.array(["one", "two", "three"])}
+    run = run._replace(arrays=run.arrays | names)
+    assert runs.count_groups(run) == 3 and runs.chance_of(run) == 0.5
 
 
 def test_numbers_without_an_evaluation_are_unknown(tmp_path):

@@ -3,10 +3,19 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from factories import list_held, make_config, make_hyper, prepare_strategy
+from factories import (
+    SIZES,
+    list_held,
+    make_align,
+    make_config,
+    make_federation,
+    make_hyper,
+    prepare_strategy,
+)
 
 from fedmoe_jax.program import configure
 from fedmoe_jax.strategies import fedjets
+from fedmoe_jax.types import SimState
 
 
 @pytest.mark.slow
@@ -67,3 +76,22 @@ def test_slots_alike_and_rows_alike_average_plainly():
     assert one.tolist() == [1, 1]
     rows = fedjets.rows_alike(jnp.zeros(3, bool), None, jnp.int32(40), None)
     assert rows.tolist() == [1, 1, 1]
+
+
+def test_appoint_anchors_reads_labels_and_no_groups():
+    """Two groups of two classes each, whose strata are apart."""
+    label_mix = jnp.array([[0.75, 0.25, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0.25, 0.75]])
+    size, key = jnp.array([80, 60, 40]), jax.random.key(0)
+    classes = jnp.array([[0.75, 0.25], [0.5, 0.5], [0.25, 0.75]])
+    found = {}
+    for groups, mix in ((1, classes), (2, label_mix)):
+        sizes = SIZES._replace(num_clients=3, num_experts=2, num_groups=groups)
+        federation = make_federation(label_mix=mix, size=size, frozen={})
+        nothing = dict.fromkeys(SimState.__dataclass_fields__)
+        state = SimState(**nothing | {"align": make_align(3, 2)})
+        state, _ = fedjets.appoint_anchors(
+            *(state, federation, None, key), model=None, task=None, sizes=sizes
+        )
+        found[groups] = state.align.strategy["anchor"].tolist()
+    # 0 has 80; then of 1 30 x 0.25 + 30 x 0.75 are new, of 2 10 x 0.25 + 30 x 0.75.
+    assert found[1] == found[2] == [[0, 1, -1]]

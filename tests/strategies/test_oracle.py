@@ -26,8 +26,19 @@ def test_look_finds_the_main_stratum_of_every_client():
     plan = plan_run(strategy="oracle")
     run = start_run(plan, plan.program)
     mix = np.asarray(run.federation.label_mix)
-    state, frozen = look(run.state, run.federation, run.hyper, jax.random.key(0))
+    given = run.state, run.federation, run.hyper, jax.random.key(0)
+    state, frozen = look(*given, sizes=plan.program.sizes)
     stratum = state.align.strategy["stratum"]
     assert stratum.dtype == jnp.int32
     np.testing.assert_array_equal(stratum[0], mix.argmax(axis=1))
     assert frozen is run.federation.frozen
+
+
+def test_look_finds_the_group_of_every_client():
+    """Groups are no classes: the commonest class of each is another one."""
+    groups = {"groups.kind": "permuted", "groups.count": 3, "groups.skew": 1.0}
+    plan = plan_run(strategy="oracle", **groups, **{"partition.kind": "dirichlet"})
+    run = start_run(plan, plan.program)
+    group = np.asarray(plan.partition.index[:, 0]) // (len(plan.data.stratum) // 3)
+    assert np.bincount(group).tolist() == [5, 3, 2]
+    np.testing.assert_array_equal(run.state.align.strategy["stratum"][0], group)

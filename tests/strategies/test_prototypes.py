@@ -69,7 +69,7 @@ def test_a_message_is_the_mean_feature_of_every_label():
         stem = program.model.parts.stem
         feature = pool(stem(run.state.params["stem"], batch, None))
         label = np.asarray(batch["y"])
-        for one in range(program.sizes.num_strata):
+        for one in range(program.sizes.num_classes):
             own = np.asarray(feature)[label == one]
             assert means.count[0, one] == len(own)
             expected = own.mean(axis=0) if len(own) else np.zeros(feature.shape[1])
@@ -155,7 +155,7 @@ def test_clients_are_asked_at_these_rounds(first, period, rounds):
     numbers = {"round": first, "period": period, "shrink": 5.0}
     hyper, sizes = make_hyper(prototypes=numbers), SIZES
     sent = [float(count_features(jnp.int32(r), hyper, sizes)[0]) for r in range(12)]
-    each = sizes.num_layers * sizes.num_strata * (sizes.gate_width + 1)
+    each = sizes.num_layers * sizes.num_classes * (sizes.gate_width + 1)
     assert sent == [each if r in rounds else 0 for r in range(12)]
     fields = {"prototypes.round": first, "prototypes.period": period}
     stages = plan_run(
@@ -179,7 +179,7 @@ def test_messages_are_among_the_costs_of_the_round_after_them():
         for name in without
         if name in ("bytes_up", "bytes_down", "client_flops")
     }
-    up = sizes.num_clients * 4 * sizes.num_strata * (sizes.gate_width + 1)
+    up = sizes.num_clients * 4 * sizes.num_classes * (sizes.gate_width + 1)
     down = sizes.num_clients * (costs.shared_bytes + costs.expert_bytes)
     flops = costs.dense_flops / 3 * float(run.federation.size.sum())
     np.testing.assert_allclose(extra["bytes_up"], [up, 0])

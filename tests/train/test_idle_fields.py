@@ -32,6 +32,7 @@ SWITCHES = {
     "channel.kind",
     "drift.images",
     "drift.labels",
+    "groups.kind",
     "pressure.share",
 }
 
@@ -71,6 +72,9 @@ def test_fields_are_idle_by_strategy_and_process():
     gone = processes - list_idle_fields(on)[1]
     assert gone >= {"pressure.share", "pressure.left", "drift.labels", "drift.start"}
     assert not gone & {"drift.images", "drift.strength", "channel.kind"}
+    grouped = {"groups.kind": "inversion", "groups.count": 2}
+    gone = processes - list_idle_fields(small_config(**grouped))[1]
+    assert gone == {"groups.kind", "groups.count", "groups.skew"}
     study = tiny_study(("fedmoe", "random"))
     assert list_idle_fields(study)[0] == strategies
 
@@ -95,7 +99,7 @@ def make_older(folder):
     path = folder / "config.json"
     (folder / "sha256.json").unlink(missing_ok=True)
     config = json.loads(path.read_text())
-    for group in ("fedmoe", "fedjets", "channel", "pressure"):
+    for group in ("fedmoe", "fedjets", "channel", "groups", "pressure"):
         del config[group]
     config["evaluation"].pop("targets")
     config["fedmix"]["threshold"], config["bandwidth"]["persistence"] = 0.7, 0.1
@@ -135,6 +139,7 @@ def test_a_comparison_resumes_whatever_its_idle_fields_were(tmp_path):
         ({"fedmix.threshold": 0.5, "strategy": "fedmix"}, "fedmix.threshold: 0.05 ->"),
         ({"pressure.share": 0.5}, "pressure.share: 0.0 -> 0.5"),
         ({"late.kind": "drop"}, "late.kind: wait -> drop"),
+        ({"groups.kind": "permuted"}, "groups.kind: none -> permuted"),
         ({"availability.sampling": "size"}, "availability.sampling: uniform -> size"),
         ({"fitness.rate": 0.5}, "fitness.rate: 0.3 -> 0.5"),
     ],

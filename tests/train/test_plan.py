@@ -21,6 +21,7 @@ from fedmoe_jax.train.plan import (
     _load,
     choose_devices,
     estimate,
+    load_copies_once,
     load_data,
     load_dataset_once,
     make_partition_once,
@@ -209,3 +210,36 @@ def test_plan_waves_joins_runs_that_differ_in_their_own_fields_only():
             chex.assert_trees_all_equal(getattr(first, name), getattr(other, name))
     for other in others:
         assert not np.array_equal(first.label_mix, other.label_mix)
+
+
+def test_runs_share_the_copies_of_their_groups():
+    """Over seeds and skews; other groups are other data, and none are the data."""
+    fields = {"groups.kind": "rotation", "groups.count": 3, "data.name": "synthetic"}
+    config = make_config(**fields)
+    data = load_copies_once(config)
+    assert len(data.group_names) == 3
+    config.seed, config.groups.skew, config.data.public = 1, 2.0, 5
+    assert load_copies_once(config) is data
+    config.groups.count = 2
+    assert len(load_copies_once(config).group_names) == 2
+    config.groups.kind = "none"
+    assert load_copies_once(config) is load_dataset_once(config.data)
+    kinds = {"groups.count": 2, "data.name": "synthetic", "run.memory_limit_gb": 1e-3}
+    with pytest.raises(UserError, match="run.memory_limit_gb=0.001 is too low: the d"):
+        load_copies_once(make_config(**{"groups.kind": "permuted"} | kinds))
+    with pytest.raises(UserError, match="data.name='markov'.* allowed: none"):
+        load_data(make_config(**{"groups.kind": "permuted", "data.name": "markov"}))
+
+
+def test_runs_of_different_groups_are_different_waves():
+    study = tiny_study(("oracle",), seeds=(0, 1), **{"groups.count": 2})
+    members = list_members(study)
+    for (_, config), kind in zip(members, ("rotation", "permuted"), strict=True):
+        config.groups.kind = kind
+    first, second = plan_waves(members)
+    assert first.plans[0].program == second.plans[0].program
+    assert first.plans[0].data is not second.plans[0].data
+    members[0].config.groups.kind = "permuted"
+    (wave,) = plan_waves(members)
+    one, other = (plan.federation for plan in wave.plans)
+    assert one.train is other.train and (one.index != other.index).any()
