@@ -272,7 +272,7 @@ def make_sizes(
 
 
 def count_groups(data: Data, task: Task) -> int:
-    """Q: the groups of the data; every stratum is one where examples have no classes."""
+    """Q: groups of the data; every stratum is one where examples have no classes."""
     if task.labels is None:
         return len(data.stratum_names)
     return max(len(data.group_names), 1)

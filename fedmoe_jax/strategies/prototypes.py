@@ -249,7 +249,7 @@ def is_asked(round: Array, hyper: Hyper) -> Array:
 
 
 def count_features(round: Array, hyper: Hyper, sizes: Sizes) -> tuple[Array, int]:
-    """Means and counts of all labels; one pass over the examples. `Strategy.message`."""
+    """Means and counts of all labels; one pass over examples. `Strategy.message`."""
     each = sizes.num_layers * sizes.num_classes * (sizes.gate_width + 1)
     return jnp.where(is_asked(round, hyper), each, 0.0), 1
 
