@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.capacity import Capacity, count_examples
+from fedmoe_jax.capacity import Belief, count_examples
 from fedmoe_jax.cohort import JudgeFn
 from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.program import Program
@@ -23,16 +23,16 @@ from fedmoe_jax.world.step import View
 
 
 def gather_evidence(
-    state: SimState, view: View, cohort: Array, capacity: Capacity, sizes: Sizes
+    state: SimState, view: View, cohort: Array, belief: Belief, sizes: Sizes
 ) -> Evidence:
-    """The strategy's view of the cohort [C]."""
+    """The strategy's view of the cohort [C], of clients whose devices it believes."""
     align = state.align
     return Evidence(
         round=state.round,
         client=cohort,
         fitness=align.fitness[cohort],
         usage=align.usage,
-        capacity=capacity.belief.capacity[cohort],
+        capacity=belief.capacity[cohort],
         size=view.federation.size[cohort],
         load=count_examples(view.federation, sizes)[cohort],
         held=align.held[cohort],
@@ -72,6 +72,7 @@ def plan_traffic(
         reported=talks * (feedback + program.report_numbers),
         shown=shown,
         new=(~equipped).astype(jnp.float32),
+        told=None if assignment.bias is None else talks * assignment.slot.sum((1, 2)),
     )
 
 
@@ -133,6 +134,7 @@ def broadcast(
         correction=correct(state.variate, cohort),
         personal=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
         distortion=jax.tree.map(lambda leaf: leaf[cohort], view.distortion),
+        bias=assignment.bias,
     )
 
 

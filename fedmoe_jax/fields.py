@@ -307,6 +307,13 @@ OPTIONS: tuple[Option, ...] = (
         "alone, or kept by each client",
     ),
     Option(
+        "gate.bias",
+        NON_NEGATIVE,
+        "added to a client's gate logit of the expert that suits it best, and less to "
+        "others, in training and in the client's own inference; 0: none",
+        TRACED,
+    ),
+    Option(
         "loss.calibration",
         NON_NEGATIVE,
         "weight of -log(gate mass on held experts) in the local loss",

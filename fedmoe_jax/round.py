@@ -61,7 +61,7 @@ def round_step(
     # 2 capacity
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
-    evidence = gather_evidence(state, view, cohort, capacity, program.sizes)
+    evidence = gather_evidence(state, view, cohort, capacity.belief, program.sizes)
     assignment = assign(evidence, hyper, program, keys.align)
     # 4 train
     inputs = broadcast(state, view, evidence, assignment, program)

@@ -308,6 +308,8 @@ class Assignment(struct.PyTreeNode):
       held: [C, K] int32, expert ids; distinct among the valid slots of a row.
       slot: [C, K] bool, which slots are valid; the first k_c of each row.
       calibration: [C] float32, a factor of each client's calibration loss; None for 1.
+      bias: [C, K] float32 >= 0, of the gate logits of the experts in the slots; None
+        for none. `align_layers.assign` adds it, see `Strategy.affinity`.
 
     Of all layers together the leaves are [C, G, ...].
     """
@@ -315,6 +317,7 @@ class Assignment(struct.PyTreeNode):
     held: Array
     slot: Array
     calibration: Array | None = None
+    bias: Array | None = None
 
 
 class Evidence(struct.PyTreeNode):
@@ -380,6 +383,7 @@ class ClientInput(struct.PyTreeNode):
       correction: what control variates add to its gradients, like params; {} for none.
       personal: the client's own parts, by name like params; {} where there are none.
       distortion: [] float32, how far its images have drifted; None where none do.
+      bias: [G, K] float32 >= 0, of the gate logits of the held experts; None for none.
     """
 
     client: Array
@@ -392,6 +396,7 @@ class ClientInput(struct.PyTreeNode):
     correction: PyTree
     personal: PyTree
     distortion: Array | None = None
+    bias: Array | None = None
 
 
 class ClientUpdate(struct.PyTreeNode):

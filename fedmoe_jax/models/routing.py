@@ -84,7 +84,7 @@ def make_gates(logits: Array, mask: Array, how: Route) -> Array:
     Args:
       logits: [B, E] float (E may be K slots).
       mask: [E] bool, experts that may be used; at least one must be.
-      how: gives A and the name in `GATINGS`.
+      how: of ONE layer; gives A, the name in `GATINGS` and the `bias` [E], or None.
 
     Raises:
       UserError: if the name is unknown.
@@ -92,6 +92,9 @@ def make_gates(logits: Array, mask: Array, how: Route) -> Array:
     if how.gating not in GATINGS:
         allowed = ", ".join(GATINGS)
         raise UserError(f"gating={how.gating!r} is unknown; allowed: {allowed}")
+    if how.bias is not None:
+        chex.assert_shape(how.bias, logits.shape[1:])
+        logits = logits + how.bias[None]
     return GATINGS[how.gating](logits, mask, how.num_active)
 
 

@@ -136,6 +136,7 @@ class Traffic(struct.PyTreeNode):
       reported: numbers of feedback and of the strategy's report.
       shown: 1 where the client shows its personal gate, else 0.
       new: 1 where the client gets frozen parts, in its first round, else 0.
+      told: numbers of the gates' bias, one for each held expert; None without one.
     """
 
     held: Array
@@ -145,13 +146,14 @@ class Traffic(struct.PyTreeNode):
     reported: Array
     shown: Array
     new: Array
+    told: Array | None = None
 
 
 def client_bytes(costs: Costs, traffic: Traffic) -> tuple[Array, Array]:
     """Bytes that each client sends and receives in one round.
 
     Both ways go stem, gate and head, but for what stays, and some experts. Upwards go
-    the feedback and what a client shows, downwards once what is frozen.
+    the feedback and what a client shows, downwards once what is frozen, and the bias.
 
     Args:
       costs: of the model that travels.
@@ -164,7 +166,8 @@ def client_bytes(costs: Costs, traffic: Traffic) -> tuple[Array, Array]:
     up = costs.copies * (costs.travel_bytes + costs.expert_bytes * traffic.sent)
     up += NUMBER_BYTES * traffic.reported + costs.gate_bytes * traffic.shown
     down = costs.copies * (costs.travel_bytes + costs.expert_bytes * traffic.received)
-    return up, down + costs.frozen_bytes * traffic.new
+    down += costs.frozen_bytes * traffic.new
+    return up, down if traffic.told is None else down + NUMBER_BYTES * traffic.told
 
 
 def client_parameters(costs: Costs, traffic: Traffic) -> Array:

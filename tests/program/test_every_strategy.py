@@ -56,8 +56,12 @@ WITH_SHARED = (
 )
 WITH_SHARED += ("fedjets", "fedjets_frozen_stem", "fedmoe_da", "centralised")
 CASES += [(name, "shared") for name in WITH_SHARED]
+# One of each kind of gate, and one without any.
+BIASED = ("greedy", "oracle", "flex_moe", "hfedmoe", "pfedmoe", "fedmix", "fedjets")
+CASES += [(name, "biased") for name in (*BIASED, "fedmoe_da", "heterofl")]
 VARIANTS = {mode: {"gate.mode": mode} for mode in ("global", "holder_rows", "personal")}
 VARIANTS["shared"] = {"model.shared_width": 4}  # an expert that every client trains
+VARIANTS["biased"] = {"gate.bias": 2.0}
 BROKEN = 3  # a client
 # These give clients more than they have room for; `needs` says so.
 BEYOND_CAPACITY = {"hfedmoe", "fedmix_all", "fedmoe", "fedmoe_da", "pfedmoe"}
@@ -199,8 +203,9 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
     both *= not record.silent
     known = np.cumsum(slots > 0, axis=0) > 1
     new = ((slots > 0) & ~known).sum(1) * sum(count(part) for part in record.frozen)
+    told = 4 * slots.sum(1) * (variant == "biased" and record.affinity is not None)
     # What clients send to each other is counted by hand in test_fedmoe_da.py.
-    exchanged = metrics["bytes_down"] - both - new
+    exchanged = metrics["bytes_down"] - both - new - told
     if record.exchange is None:
         np.testing.assert_allclose(exchanged, 0, atol=1e-6 * both.max())
     else:
