@@ -546,9 +546,9 @@ OPTIONS: tuple[Option, ...] = (
         "evaluation.clients",
         NON_NEGATIVE,
         "clients whose personal accuracy is evaluated, at most, where parts are "
-        "personal or more sets of held experts are possible, and with their own label "
-        "priors in any case: a sample drawn from the seed, where parts are personal "
-        "of those that have taken part; 0: all",
+        "personal, gates have a bias or more sets of held experts are possible, and "
+        "with their own label priors in any case: a sample drawn from the seed, where "
+        "parts are personal of those that have taken part; 0: all",
         STATIC,
     ),
     Option(

@@ -97,7 +97,7 @@ def test_make_gates_takes_the_bias_of_one_layer():
     logits, held = jnp.zeros((4, 3)), jnp.ones(3, bool)
     chosen = lambda layer: make_gates(logits, held, how.of_layer(layer)).argmax(1)
     assert chosen(0).tolist() == [0] * 4 and chosen(1).tolist() == [2] * 4
-    with pytest.raises(AssertionError):
+    with pytest.raises(UserError, match=r"with a bias .*\[2, 3\]; allowed: "):
         make_gates(logits, held, how)
     assert Route(1).of_layer(1) == Route(1)
 
