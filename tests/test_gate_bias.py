@@ -20,10 +20,12 @@ from factories import (
 from factories import plan_run as plan_images
 
 from fedmoe_jax.evaluate import build_evaluate, build_evaluate_share
+from fedmoe_jax.finetune import gather_input
 from fedmoe_jax.gate_bias import bias_clients
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.own_tests import take_rows
+from fedmoe_jax.panel import gather_panel
 from fedmoe_jax.program import find_overwritten
 from fedmoe_jax.round import build_round
 from fedmoe_jax.runtime.sharding import build_mesh, spread
@@ -248,6 +250,21 @@ def test_every_strategy_has_a_bias_or_no_gate(strategy):
     for build in (build_round, build_evaluate_share):
         function = spread(build(run.program), program.mesh)
         jax.eval_shape(function, *run[1:])
+
+
+@pytest.mark.parametrize("changes", [ASIDES, TEXT])
+def test_a_program_without_a_bias_has_no_trace_of_one(changes):
+    """It reads no size, and neither inputs nor models have a bias."""
+    run = start_study("greedy", changes | {"evaluation.finetune": True}, bias=0.0)
+    program, hyper = run.program, run.hyper._replace(gate=None)
+    for build in (build_round, build_evaluate_share):
+        jax.eval_shape(spread(build(program), program.mesh), *run[1:3], hyper)
+    view = observe(run.state.world, run.federation, hyper, program.processes)
+    assert bias_clients(run.state, view, hyper, program) is None
+    panel = gather_panel(run.state, view, None, program)
+    assert panel.models.view.bias is None
+    assert panel.sets is None or panel.sets.bias is None
+    assert gather_input(run.state, view, None, jnp.int32(0), program).bias is None
 
 
 # ---- whole runs
