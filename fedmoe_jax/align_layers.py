@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.align.affinity import bias_slots
 from fedmoe_jax.align.learn import RESET, count_load, learn
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.forms import check_form, check_type
@@ -45,7 +46,7 @@ EVIDENCE, ALIGN = Evidence(**_EVIDENCE), AlignState(**_ALIGN)
 def assign(
     evidence: Evidence, hyper: Hyper, program: Program, key: Array
 ) -> Assignment:
-    """The strategy's decision for the cohort, leaves [C, G, ...]."""
+    """The strategy's decision for the cohort, and its bias, leaves [C, G, ...]."""
     sizes, strategy = program.sizes, program.strategy
 
     def assign_layer(evidence: Evidence, key: Array) -> Assignment:
@@ -53,7 +54,7 @@ def assign(
         check_type("the strategy has an `assign` that", assignment, Assignment)
         slots = (sizes.cohort_size, sizes.max_held)
         chex.assert_shape([assignment.held, assignment.slot], slots)
-        return assignment
+        return bias_slots(assignment, evidence, hyper, strategy)
 
     over_layers = map_layers(assign_layer, sizes.num_layers, (EVIDENCE, 0), 1)
     return over_layers(evidence, layer_keys(key, sizes.num_layers))

@@ -120,6 +120,8 @@ class Route(NamedTuple):
         `budget` most valuable get gradients. None: all.
       budget: [] int32, experts that the client has room to train; read with `priority`.
       gating: the gates of an example, see `Strategy.gating`.
+      bias: [G, K] float32, added to the logits of the held experts where gates are made
+        of them, but not in `Routing.logits`; [K] of ONE layer. None: nothing.
     """
 
     num_active: int
@@ -127,15 +129,20 @@ class Route(NamedTuple):
     priority: Callable[[Array], Array] | None = None
     budget: Array | None = None
     gating: str = "chosen"
+    bias: Array | None = None
+
+    def of_layer(self, layer: int) -> "Route":
+        """The routing in ONE layer, as `models.routing.make_gates` takes it."""
+        return self if self.bias is None else self._replace(bias=self.bias[layer])
 
 
 class Routing(NamedTuple):
     """The decisions of the gates of one forward pass, of G MoE layers.
 
     Attributes:
-      logits: [G, P, E] float32 over all experts, P positions of the batch (images or
-        tokens), of tied layers those of each, one after the other; None for a model
-        with one expert.
+      logits: [G, P, E] float32 over all experts, without `Route.bias`, P positions of
+        the batch (images or tokens), of tied layers those of each, one after the other;
+        None for a model with one expert.
       gates: [G, P, K] float32 over the held experts, rows sum to 1 but for some
         `Strategy.gating`.
       trained: [G, K] bool, the slots that get gradients from the batch; None for all.
@@ -199,6 +206,8 @@ class Model(NamedTuple):
 
 # (evidence, hyper, sizes, key) -> Assignment
 AssignFn = Callable[[Evidence, Hyper, Sizes, Array], Assignment]
+# (evidence, hyper) -> [C, E] float32 in [0, 1]
+AffinityFn = Callable[[Evidence, Hyper], Array]
 # (evidence, assignment, feedback [C, K], reports [C, ...], hyper) -> state
 UpdateFn = Callable[[Evidence, Assignment, Feedback, PyTree, Hyper], PyTree]
 
@@ -227,13 +236,17 @@ def same_state(
 class Strategy(NamedTuple):
     """One published system or control.
 
-    `assign`, `init`, `update`, `report`, `gate_weight`, `expert_weight` and `gate_loss`
-    are written for ONE MoE layer and mapped over the layers G at one place,
+    `assign`, `affinity`, `init`, `update`, `report`, `gate_weight`, `expert_weight` and
+    `gate_loss` are written for ONE MoE layer and mapped over the layers G at one place,
     `moe_layers`. What is None is taken from the config when the program is built.
 
     Attributes:
       about: its decision, one sentence.
       assign: (evidence, hyper, sizes, key) -> Assignment of the cohort.
+      affinity: (evidence, hyper) -> how well each expert suits each client, [C, E]
+        float32 in [0, 1]; `gate.bias` times it is added to the client's gate logits.
+        None: the client's fitness, scaled to [0, 1], see `align.affinity`. In a program
+        None where `gate.bias` is 0.
       reads: the learnt evidence that it decides from, of `fitness` and `usage`.
       needs: its advantages beyond the shared rules, "" for none; the report prints it.
       options: its config fields.
@@ -301,6 +314,7 @@ class Strategy(NamedTuple):
 
     about: str
     assign: AssignFn
+    affinity: AffinityFn | None = None
     reads: tuple[str, ...] = ()
     needs: str = ""
     options: tuple[Option, ...] = ()

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.capacity import Capacity, count_examples
+from fedmoe_jax.capacity import Belief, count_examples
 from fedmoe_jax.cohort import JudgeFn
 from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.probe import find_hold_key
@@ -24,16 +24,16 @@ from fedmoe_jax.world.step import View
 
 
 def gather_evidence(
-    state: SimState, view: View, cohort: Array, capacity: Capacity, sizes: Sizes
+    state: SimState, view: View, cohort: Array, belief: Belief, sizes: Sizes
 ) -> Evidence:
-    """The strategy's view of the cohort [C]."""
+    """The strategy's view of the cohort [C], of clients whose devices it believes."""
     align = state.align
     return Evidence(
         round=state.round,
         client=cohort,
         fitness=align.fitness[cohort],
         usage=align.usage,
-        capacity=capacity.belief.capacity[cohort],
+        capacity=belief.capacity[cohort],
         size=view.federation.size[cohort],
         load=count_examples(view.federation, sizes)[cohort],
         held=align.held[cohort],
@@ -75,6 +75,7 @@ def plan_traffic(
         shown=shown,
         new=(~equipped).astype(jnp.float32),
         probed=program.sizes.batch_size * slots if probes else None,
+        biases=None if assignment.bias is None else talks * assignment.slot.sum((1, 2)),
     )
 
 
@@ -140,6 +141,7 @@ def broadcast(
         personal=jax.tree.map(lambda leaf: leaf[cohort], state.personal),
         distortion=jax.tree.map(lambda leaf: leaf[cohort], view.distortion),
         hold_key=hold_key,
+        bias=assignment.bias,
     )
 
 

@@ -23,6 +23,12 @@ class Distinct(NamedTuple):
     kind: Array
 
 
+def keep_apart(count: int) -> Distinct:
+    """So many rows as if no two of them were equal."""
+    every = jnp.arange(count, dtype=jnp.int32)
+    return Distinct(every, jnp.int32(count), every)
+
+
 def find_distinct(rows: Array) -> Distinct:
     """The distinct ones of `rows` [n, ...] bool."""
     words = pack_bits(rows.reshape(len(rows), -1))

@@ -31,6 +31,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.gate_bias import bias_clients
 from fedmoe_jax.groups import measure_information, mix_groups
 from fedmoe_jax.held_sets import score_model
 from fedmoe_jax.own_tests import score_own_tests
@@ -439,7 +440,8 @@ def build_evaluate_share(
         chex.assert_shape(state.align.held, shape)
         view = observe(state.world, federation, hyper, program.processes)
         federation = view.federation
-        panel = gather_panel(state, view, program)
+        bias = bias_clients(state, view, hyper, program)
+        panel = gather_panel(state, view, bias, program)
         count_all = lambda source: sum_batches(
             lambda position: one_batch(state, view, panel, source, position),
             len(source.group),
@@ -457,8 +459,8 @@ def build_evaluate_share(
             counts = count_unseen(state, federation, pool, panel, program)
             accuracies |= summarise_unseen(counts)
         if federation.own_test is not None:
-            lists = federation.own_test
-            counts, counted = score_own_tests(state, view, lists, panel, program)
+            own = bias, federation.own_test, panel
+            counts, counted = score_own_tests(state, view, *own, program)
             accuracies |= summarise_own_tests(counts, counted)
         return accuracies
 

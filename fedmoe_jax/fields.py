@@ -327,6 +327,13 @@ OPTIONS: tuple[Option, ...] = (
         "alone, or kept by each client",
     ),
     Option(
+        "gate.bias",
+        NON_NEGATIVE,
+        "added to a client's gate logit of the expert that suits it best, and less to "
+        "others, in training and in the client's own inference; 0: none",
+        TRACED,
+    ),
+    Option(
         "loss.calibration",
         NON_NEGATIVE,
         "weight of -log(gate mass on held experts) in the local loss",
@@ -576,9 +583,9 @@ OPTIONS: tuple[Option, ...] = (
         "evaluation.clients",
         NON_NEGATIVE,
         "clients whose personal accuracy is evaluated, at most, where parts are "
-        "personal or more sets of held experts are possible, and with their own label "
-        "priors in any case: a sample drawn from the seed, where parts are personal "
-        "of those that have taken part; 0: all",
+        "personal, gates have a bias or more sets of held experts are possible, and "
+        "with their own label priors in any case: a sample drawn from the seed, where "
+        "parts are personal of those that have taken part; 0: all",
         STATIC,
     ),
     Option(

@@ -18,6 +18,7 @@ from fedmoe_jax.evaluate import (
     mean_values,
     name_values,
 )
+from fedmoe_jax.gate_bias import bias_clients
 from fedmoe_jax.held_sets import run_model
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import replace
@@ -41,13 +42,18 @@ from fedmoe_jax.world.step import View, observe
 
 
 def gather_input(
-    state: SimState, view: View, client: Array, program: Program
+    state: SimState, view: View, bias: Array | None, client: Array, program: Program
 ) -> ClientInput:
-    """The input of ONE client that trains what it holds; at least one expert."""
+    """The input of ONE client that trains what it holds; at least one expert.
+
+    `bias` [N, G, E] is of all clients' gate logits, None for none.
+    """
     take = lambda leaf: leaf[client]
     mask = state.align.held[client]
     mask = mask.at[:, 0].max(~mask.any(axis=1))
     held = jnp.argsort(~mask, axis=1, stable=True)[:, : program.sizes.max_held]
+    if bias is not None:
+        bias = jnp.take_along_axis(bias[client], held, axis=1)
     return ClientInput(
         client=client,
         steps=view.federation.steps[client],
@@ -60,6 +66,7 @@ def gather_input(
         personal=jax.tree.map(take, state.personal),
         distortion=jax.tree.map(take, view.distortion),
         hold_key=find_hold_key(state.key, client) if program.static.probes else None,
+        bias=bias,
     )
 
 
@@ -84,7 +91,7 @@ def score_tuned(
     def count(batch: Array) -> tuple[Array, Array]:
         place = source, federation, batch
         examples = read_examples(*place, inputs.distortion, num_strata, program)
-        slots = inputs.held, inputs.slot
+        slots = inputs.held, inputs.slot, inputs.bias
         outputs, _ = run_model(submodel, federation.frozen, *slots, examples, program)
         right = sum_scores(outputs, examples, program)
         return right, count_weights(examples, program)
@@ -106,6 +113,7 @@ def finetune_client(
     state: SimState,
     view: View,
     hyper: Hyper,
+    bias: Array | None,
     client: Array,
     mix: Array,
     *,
@@ -118,7 +126,7 @@ def finetune_client(
       As of `score_tuned`.
     """
     federation, strategy = view.federation, program.strategy
-    inputs = gather_input(state, view, client, program)
+    inputs = gather_input(state, view, bias, client, program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
     update = client_update(state.params, inputs, federation, hyper, key)
     received = take_submodel(
@@ -149,7 +157,8 @@ def build_finetune_share(
         state: SimState, federation: Federation, hyper: Hyper, client_values: Array
     ) -> dict[str, Array]:
         view = observe(state.world, federation, hyper, program.processes)
-        panel = gather_panel(state, view, program)
+        bias = bias_clients(state, view, hyper, program)
+        panel = gather_panel(state, view, bias, program)
         row = choose_rows(view.federation, panel.label_mix, panel.counted, program)
         client = row if panel.client is None else panel.client[row]
         rate, usual = hyper.evaluation.finetune_rate, hyper.client.learning_rate
@@ -157,7 +166,8 @@ def build_finetune_share(
 
         def score(place: Array) -> tuple[Array, Array]:
             return finetune_client(
-                *(state, view, own, client[place], panel.label_mix[row[place]]),
+                *(state, view, own, bias, client[place]),
+                panel.label_mix[row[place]],
                 client_update=client_update,
                 program=program,
             )

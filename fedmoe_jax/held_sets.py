@@ -1,6 +1,7 @@
 """Scores of a model without parts: it is run once for each distinct held set.
 
-Clients that hold the same experts have the same model, unless parts are personal.
+Clients that hold the same experts have the same model, unless parts are personal or
+gates have a bias; with a bias each client's set is one of its own.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.base import Routing
-from fedmoe_jax.distinct import find_distinct
+from fedmoe_jax.distinct import find_distinct, keep_apart
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.priors import Priors
 from fedmoe_jax.program import Program
@@ -37,6 +38,7 @@ class HeldSets(NamedTuple):
       count: [] int32.
       of_client: [N] int32, the set of each client.
       whole: [N] bool, clients that use all experts.
+      bias: [N, G, K] float32, of their gate logits; None without one.
     """
 
     held: Array
@@ -44,21 +46,25 @@ class HeldSets(NamedTuple):
     count: Array
     of_client: Array
     whole: Array
+    bias: Array | None = None
 
 
-def find_sets(held: Array, max_held: int) -> HeldSets:
+def find_sets(held: Array, bias: Array | None, max_held: int) -> HeldSets:
     """The distinct rows of `held` [N, G, E] bool, which has a true entry in each.
 
-    A client with more than `max_held` experts in a layer uses all of them.
+    A client with more than `max_held` experts in a layer uses all of them. With a
+    `bias` [N, G, E] every client has a set of its own.
     """
     whole = (held.sum(axis=2) > max_held).any(axis=1)
     first = (jnp.arange(held.shape[2]) == 0)[None, None]
     held = jnp.where(whole[:, None, None], first, held)
-    distinct = find_distinct(held)
+    distinct = find_distinct(held) if bias is None else keep_apart(len(held))
     kinds = held[distinct.first]
     order = jnp.argsort(~kinds, axis=2, stable=True)[..., :max_held]
     slot = jnp.take_along_axis(kinds, order, axis=2)
-    return HeldSets(order, slot, distinct.count, distinct.kind, whole)
+    if bias is not None:
+        bias = jnp.take_along_axis(bias, order, axis=2)
+    return HeldSets(order, slot, distinct.count, distinct.kind, whole, bias)
 
 
 def run_model(
@@ -66,6 +72,7 @@ def run_model(
     frozen: PyTree,
     held: Array,
     slot: Array,
+    bias: Array | None,
     examples: Examples,
     program: Program,
 ) -> tuple[PyTree, Routing]:
@@ -76,21 +83,22 @@ def run_model(
       frozen: see `Federation.frozen`.
       held: [G, n] int32, their numbers.
       slot: [G, n] bool, which of them may be used.
+      bias: [G, n] float32, of their gate logits; None for none.
       examples: the batch.
       program: the model and the task.
     """
-    route, slots = evaluation_route(program), (held, slot)
+    route, slots = evaluation_route(program)._replace(bias=bias), (held, slot)
     return program.model.apply(params, frozen, examples.batch, *slots, route, None)
 
 
 def run_all(
     params: PyTree, frozen: PyTree, examples: Examples, program: Program
 ) -> tuple[PyTree, Routing]:
-    """Outputs [B, ...] and routing of the model with all experts."""
+    """Outputs [B, ...] and routing of the model with all experts, without a bias."""
     shape = program.sizes.num_layers, program.sizes.num_experts
     held = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     everything = held, jnp.ones(shape, bool)
-    return run_model(params, frozen, *everything, examples, program)
+    return run_model(params, frozen, *everything, None, examples, program)
 
 
 def score_all(
@@ -122,9 +130,10 @@ def score_sets(
     """
 
     def score(number: Array, rows: dict[str, Array]) -> dict[str, Array]:
-        held, slot = sets.held[number], sets.slot[number]
+        every = sets.held, sets.slot, sets.bias
+        held, slot, bias = jax.tree.map(lambda leaf: leaf[number], every)
         submodel = take_submodel(params, {}, held, program.strategy.local_experts)
-        outputs, _ = run_model(submodel, frozen, held, slot, examples, program)
+        outputs, _ = run_model(submodel, frozen, held, slot, bias, examples, program)
         return set_rows(rows, number, outputs, priors, examples, program)
 
     rows = make_rows(len(sets.of_client) + 1, priors, examples, program)
@@ -143,7 +152,8 @@ def score_own(
     held = jnp.broadcast_to(jnp.arange(client.held.shape[1]), client.held.shape)
     local = program.strategy.local_experts
     own = take_submodel(params, client.personal, held, local)
-    outputs, _ = run_model(own, frozen, held, client.held, examples, program)
+    slots = held, client.held, client.bias
+    outputs, _ = run_model(own, frozen, *slots, examples, program)
     counts = {"personal": sum_scores(outputs, examples, program)}
     if log_share is not None:
         counts["prior"] = score_prior(outputs, log_share, examples, program)

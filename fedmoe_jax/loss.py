@@ -200,6 +200,7 @@ def make_route(
         priority=priority,
         budget=inputs.budget,
         gating=strategy.gating,
+        bias=inputs.bias,
     )
 
 

@@ -17,6 +17,7 @@ from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.scoring import (
     Answers,
+    ClientView,
     Examples,
     answer_experts,
     answer_none,
@@ -37,9 +38,22 @@ from fedmoe_jax.world.step import View
 
 
 def score_own_tests(
-    state: SimState, view: View, lists: Lists, panel: Panel, program: Program
+    state: SimState,
+    view: View,
+    bias: Array | None,
+    lists: Lists,
+    panel: Panel,
+    program: Program,
 ) -> tuple[dict[str, Array], Array]:
     """Scores of clients on their own test sets, written for one device of the mesh.
+
+    Args:
+      state: the simulation.
+      view: of the world as it is now.
+      bias: [N, G, E] float32, see `gate_bias`; None without one.
+      lists: the own test sets.
+      panel: the clients that are scored where parts are personal.
+      program: the static parts.
 
     Returns:
       `right` [V, n], the sums of values, and `total` [n], that of their weights; and
@@ -50,7 +64,8 @@ def score_own_tests(
         counts = score_personal(state, view, lists, panel, program)
         counted = panel.counted
     else:
-        counts = score_shared(state, view, lists, program)
+        clients = view_clients(state, view.federation, bias)
+        counts = score_shared(state, view, clients, lists, program)
         counted = jnp.ones_like(counts["total"], bool)
     return jax.lax.psum(counts, CLIENTS), counted
 
@@ -113,29 +128,46 @@ def read_mixed(view: View, example: Array, client: Array, program: Program) -> P
 
 
 def answer_held(
-    params: PyTree, frozen: PyTree, held: Array, examples: Examples, program: Program
+    params: PyTree,
+    frozen: PyTree,
+    held: Array,
+    bias: Array | None,
+    examples: Examples,
+    program: Program,
 ) -> PyTree:
-    """Outputs [B, ...] of each example with experts of its own, `held` [B, G, E]."""
+    """Outputs [B, ...] of each example with experts of its own, `held` [B, G, E].
+
+    `bias` [B, G, E] is of its gate logits, None for none.
+    """
     if program.model.parts is not None:
-        return answer_parts(params, held[:, 0], examples, program)
+        held, bias = jax.tree.map(lambda leaf: leaf[:, 0], (held, bias))
+        return answer_parts(params, held, bias, examples, program)
     everything = jnp.broadcast_to(jnp.arange(held.shape[2]), held.shape[1:])
 
-    def answer(batch: PyTree, slot: Array) -> PyTree:
+    def answer(batch: PyTree, slot: Array, bias: Array | None) -> PyTree:
         one = examples._replace(batch=jax.tree.map(lambda leaf: leaf[None], batch))
-        outputs, _ = run_model(params, frozen, everything, slot, one, program)
+        outputs, _ = run_model(params, frozen, everything, slot, bias, one, program)
         return jax.tree.map(lambda leaf: leaf[0], outputs)
 
-    return jax.vmap(answer)(examples.batch, held)
+    return jax.vmap(answer)(examples.batch, held, bias)
 
 
 def answer_parts(
-    params: PyTree, held: Array, examples: Examples, program: Program
+    params: PyTree,
+    held: Array,
+    bias: Array | None,
+    examples: Examples,
+    program: Program,
 ) -> Array:
-    """As `answer_held`, of a model with parts; `held` [B, E]."""
+    """As `answer_held`, of a model with parts; `held` and `bias` [B, E]."""
     encoded = encode(params, examples, program)
+    assert encoded.logits is not None
     how = evaluation_route(program)
-    choose = lambda row, mask: make_gates(row[None], mask, how)[0]
-    gates = jax.vmap(choose)(encoded.logits, held)
+
+    def choose(row: Array, mask: Array, bias: Array | None) -> Array:
+        return make_gates(row[None], mask, how._replace(bias=bias))[0]
+
+    gates = jax.vmap(choose)(encoded.logits, held, bias)
     (experts,), parts = params["experts"].values(), take_parts(program)
     features, shared = encoded.features, encoded.shared
     if program.strategy.every_expert:
@@ -151,12 +183,12 @@ def answer_parts(
 
 
 def score_shared(
-    state: SimState, view: View, lists: Lists, program: Program
+    state: SimState, view: View, clients: ClientView, lists: Lists, program: Program
 ) -> dict[str, Array]:
-    """The share of one device; the examples of all clients in batches."""
+    """The share of one device; the examples of all clients [N] in batches."""
     federation = view.federation
     params = join_frozen(state, federation, program)
-    held = view_clients(state, federation).held
+    slots = clients.held, clients.bias
     device, num_devices = jax.lax.axis_index(CLIENTS), jax.lax.axis_size(CLIENTS)
     place, total = list_places(lists), lists.size.sum()
     width, size = lists.index.shape[1], min(choose_batch(program), len(place))
@@ -168,8 +200,11 @@ def score_shared(
         client, example = chosen // width, lists.index.ravel()[chosen]
         batch = read_mixed(view, example, client, program)
         examples = Examples(batch, jnp.zeros((size, 0)), real)
-        own = held[jnp.minimum(client, len(held) - 1)]  # of pooled data there is one
-        outputs = answer_held(params, federation.frozen, own, examples, program)
+        # Of pooled data there is one.
+        row = jnp.minimum(client, len(clients.held) - 1)
+        own, bias = jax.tree.map(lambda leaf: leaf[row], slots)
+        model = params, federation.frozen
+        outputs = answer_held(*model, own, bias, examples, program)
         right, weight = sum_examples(outputs, batch, program)
         return {
             "right": counts["right"]
@@ -238,7 +273,7 @@ def score_client(
         example = index[jnp.minimum(position, len(index) - 1)]
         batch = read_batch(federation, example, amount, program)
         examples = Examples(batch, jnp.zeros((size, 0)), real)
-        slots = held, own.held
+        slots = held, own.held, own.bias
         outputs, _ = run_model(model, federation.frozen, *slots, examples, program)
         right, weight = sum_examples(outputs, batch, program)
         return {

@@ -1,9 +1,10 @@
 """The clients and the models that evaluation scores.
 
-Clients that hold the same experts share a model, unless parts of it are personal. So
-each distinct set of experts is scored once, exactly. Where more models are possible
-than `evaluation.clients`, which is where parts are personal or many sets are, at most
-so many clients are scored: those first in an order drawn from the seed.
+Clients that hold the same experts share a model, unless parts of it are personal or
+their gates have a bias. So each distinct set of experts is scored once, exactly. Where
+more models are possible than `evaluation.clients`, which is where each client has its
+own or many sets are, at most so many clients are scored: those first in an order drawn
+from the seed.
 
 Label priors and what fine-tuning makes are every client's own: of any population at
 most `evaluation.clients` are scored with them.
@@ -67,12 +68,18 @@ def count_possible_sets(program: Program) -> int:
     return each**sizes.num_layers
 
 
+def has_own_models(program: Program) -> bool:
+    """Whether no two clients share a model, whatever they hold."""
+    strategy = program.strategy
+    return bool(strategy.personal) or strategy.affinity is not None
+
+
 def is_sampled(program: Program) -> bool:
     """Whether evaluation scores a sample of the clients."""
     most = program.static.evaluation.clients
     if not 0 < most < program.sizes.num_clients:
         return False
-    return bool(program.strategy.personal) or count_possible_sets(program) > most
+    return has_own_models(program) or count_possible_sets(program) > most
 
 
 def draw_sample(order: Array, counted: Array, count: int) -> Array:
@@ -100,7 +107,7 @@ def choose_rows(
 
 
 def share_models(clients: ClientView, program: Program) -> tuple[Models, Array]:
-    """The models of clients [n] without personal parts, and which each one has [n]."""
+    """The models of clients [n] without own ones, and which each of them has [n]."""
     distinct = find_distinct(clients.held)
     wanted = jnp.zeros_like(clients.wanted).at[distinct.kind].max(clients.wanted)
     view = ClientView({}, clients.held[distinct.first], wanted)
@@ -125,16 +132,20 @@ def keep_server(panel: Panel, num_groups: int, program: Program) -> Panel:
     return panel._replace(models=Models(view, none), sets=sets, priors=None)
 
 
-def gather_panel(state: SimState, view: View, program: Program) -> Panel:
+def gather_panel(
+    state: SimState, view: View, bias: Array | None, program: Program
+) -> Panel:
     """Everything about clients that evaluation reads.
 
     Args:
       state: the simulation.
       view: of the world as it is now.
+      bias: [N, G, E] float32, see `gate_bias`; None without one.
       program: the static parts.
     """
     federation, client = view.federation, None
-    clients, counted = view_clients(state, federation), find_counted(state, program)
+    clients = view_clients(state, federation, bias)
+    counted = find_counted(state, program)
     label_mix, drifts = federation.label_mix, None
     if view.distortion is not None:
         drifts = view.distortion > 0
@@ -147,10 +158,10 @@ def gather_panel(state: SimState, view: View, program: Program) -> Panel:
     sets, count = None, len(counted)
     models, model = Models(clients, jnp.int32(count)), jnp.arange(count)
     if not program.strategy.personal and program.model.parts is None:
-        sets = find_sets(clients.held, program.sizes.max_held)
+        sets = find_sets(clients.held, clients.bias, program.sizes.max_held)
         # The last row is that of all experts, see `held_sets.score_model`.
         model = jnp.where(sets.whole, count, sets.of_client)
-    elif not program.strategy.personal:
+    elif not has_own_models(program):
         models, model = share_models(clients, program)
     priors = None
     if program.task.add_prior is not None:

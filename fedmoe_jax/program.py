@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
+from fedmoe_jax.align.affinity import by_fitness
 from fedmoe_jax.align.fitness import PROBES
 from fedmoe_jax.base import (
     GATE_STEM,
@@ -84,11 +85,16 @@ class Program(NamedTuple):
 def configure(config: ConfigDict) -> ConfigDict:
     """The config of the run's program: a copy, as its strategy needs it.
 
+    There is no `gate.bias` where no gate chooses: with one expert, or a sum of all.
+
     Raises:
       UserError: the strategy's `configure` returns no config.
     """
-    used = find_strategy(config.strategy).configure(ConfigDict(config.to_dict()))
+    strategy = find_strategy(config.strategy)
+    used = strategy.configure(ConfigDict(config.to_dict()))
     check_type(f"strategy={config.strategy!r} has a `configure` that", used, ConfigDict)
+    if used.num_experts == 1 or strategy.gating == "sum":
+        used.gate.bias = 0.0
     return used
 
 
@@ -122,7 +128,9 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
         if getattr(strategy, name) is None
     }
     check_upcycle(config, strategy._replace(**chosen))
+    affinity = strategy.affinity or by_fitness
     return strategy._replace(
+        affinity=affinity if config.gate.bias > 0 else None,
         local_experts=min(strategy.local_experts, config.num_experts),
         stages=tuple(
             (number, act)

@@ -63,7 +63,7 @@ def round_step(
     # 2 capacity
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
-    evidence = gather_evidence(state, view, cohort, capacity, program.sizes)
+    evidence = gather_evidence(state, view, cohort, capacity.belief, program.sizes)
     assignment = assign(evidence, hyper, program, keys.align)
     if warming is not None:
         assignment = hold_first(assignment, warming)

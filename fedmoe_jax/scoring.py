@@ -89,11 +89,13 @@ class ClientView(NamedTuple):
       personal: the client's own parts, {} where the server's serve all.
       held: [G, E] bool, the experts it routes among; [E] of ONE layer.
       wanted: [L] float, 1 for strata that the client has, else 0.
+      bias: [G, E] float32, of its gate logits, [E] of ONE layer; None without one.
     """
 
     personal: PyTree
     held: Array
     wanted: Array
+    bias: Array | None = None
 
 
 class Models(NamedTuple):
@@ -113,9 +115,12 @@ def find_participants(state: SimState) -> Array:
     return state.align.held.any(axis=(1, 2)) & (state.participation.rounds > 0)
 
 
-def view_clients(state: SimState, federation: Federation) -> ClientView:
+def view_clients(
+    state: SimState, federation: Federation, bias: Array | None
+) -> ClientView:
     """All clients [N]; one that never got through has no experts and may use all.
 
+    It has no bias then; others have that of `bias` [N, G, E], or None without any.
     Where the data are pooled it is one, with the strata of all.
     """
     held = state.align.held & find_participants(state)[:, None, None]
@@ -124,6 +129,7 @@ def view_clients(state: SimState, federation: Federation) -> ClientView:
         personal=state.personal,
         held=held | ~held.any(axis=2, keepdims=True),
         wanted=(mix.sum(axis=1) > 0).astype(jnp.float32),
+        bias=None if bias is None else jnp.where(held, bias, 0.0),
     )
 
 
@@ -260,8 +266,13 @@ def own_logits(client: ClientView, encoded: Encoded) -> Array:
     return gate_logits(gate, encoded.seen)
 
 
+def route_own(logits: Array, client: ClientView, how: Route) -> Array:
+    """[B, E] gates of ONE client over the experts it holds, with its bias."""
+    return make_gates(logits, client.held, how._replace(bias=client.bias))
+
+
 def route_all(logits: Array, how: Route) -> Array:
-    """[B, E] gates over all experts."""
+    """[B, E] gates over all experts, without a bias."""
     return make_gates(logits, jnp.ones(logits.shape[1], bool), how)
 
 
@@ -283,7 +294,7 @@ def find_needed(encoded: Encoded, models: Models, how: Route) -> Array:
         client = take_model(models, number)
         logits = own_logits(client, encoded)
         wanted = (examples.stratum @ client.wanted)[:, None] > 0
-        need |= wanted & (make_gates(logits, client.held, how) > 0)
+        need |= wanted & (route_own(logits, client, how) > 0)
         if client.personal:
             need |= real & (route_all(logits, how) > 0)
         return need
@@ -476,7 +487,7 @@ def score_models(
     def score_own(one: tuple[ClientView, Array | None]) -> dict[str, Array]:
         client, log_share = one
         logits, answers = answer(client)
-        gates = make_gates(logits, client.held, how)
+        gates = route_own(logits, client, how)
         outputs = mix_answers(gates, answers, program)
         counts = {"personal": sum_scores(outputs, examples, program)}
         if log_share is not None:
@@ -489,7 +500,7 @@ def score_models(
     def add(number: Array, rows: dict[str, Array]) -> dict[str, Array]:
         client = take_model(models, number)
         logits, answers = answer(client)
-        gates = make_gates(logits, client.held, how)
+        gates = route_own(logits, client, how)
         outputs = mix_answers(gates, answers, program)
         return set_rows(rows, number, outputs, priors, examples, program)
 
@@ -526,8 +537,10 @@ def score_parts(
     Returns:
       See `evaluate.count_examples`.
     """
-    one_layer = models.view._replace(held=models.view.held[:, 0])
-    models = models._replace(view=one_layer)
+    held, bias = jax.tree.map(
+        lambda leaf: leaf[:, 0], (models.view.held, models.view.bias)
+    )
+    models = models._replace(view=models.view._replace(held=held, bias=bias))
     personal = program.strategy.personal
     if set(personal) - {"gate"}:
         answer = lambda client: answer_personal(client, examples, params, program)

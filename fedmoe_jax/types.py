@@ -316,6 +316,8 @@ class Assignment(struct.PyTreeNode):
       held: [C, K] int32, expert ids; distinct among the valid slots of a row.
       slot: [C, K] bool, which slots are valid; the first k_c of each row.
       calibration: [C] float32, a factor of each client's calibration loss; None for 1.
+      bias: [C, K] float32 >= 0, of the gate logits of the experts in the slots; None
+        for none. `align_layers.assign` adds it, see `Strategy.affinity`.
 
     Of all layers together the leaves are [C, G, ...].
     """
@@ -323,6 +325,7 @@ class Assignment(struct.PyTreeNode):
     held: Array
     slot: Array
     calibration: Array | None = None
+    bias: Array | None = None
 
 
 class Evidence(struct.PyTreeNode):
@@ -394,6 +397,7 @@ class ClientInput(struct.PyTreeNode):
       distortion: [] float32, how far its images have drifted; None where none do.
       hold_key: [] the key of the choice of the examples that it does not train on, the
         same in every round; None where `fitness.feedback` does not probe.
+      bias: [G, K] float32 >= 0, of the gate logits of the held experts; None for none.
     """
 
     client: Array
@@ -407,6 +411,7 @@ class ClientInput(struct.PyTreeNode):
     personal: PyTree
     distortion: Array | None = None
     hold_key: Array | None = None
+    bias: Array | None = None
 
 
 class ClientUpdate(struct.PyTreeNode):

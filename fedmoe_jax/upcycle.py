@@ -29,7 +29,7 @@ def hold_first(assignment: Assignment, warming: Array) -> Assignment:
     first = jnp.zeros_like(assignment.slot).at[..., 0].set(True)
     factor = assignment.calibration
     factor = jnp.ones(first.shape[:-1]) if factor is None else factor
-    return Assignment(
+    return assignment.replace(
         held=jnp.where(warming, 0, assignment.held),
         slot=jnp.where(warming, first, assignment.slot),
         calibration=jnp.where(warming, 0.0, factor),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmoe_jax.distinct import WORD, find_distinct, pack_bits
+from fedmoe_jax.distinct import WORD, find_distinct, keep_apart, pack_bits
 
 
 def test_pack_bits_by_hand():
@@ -24,3 +24,9 @@ def test_find_distinct_is_numpys_unique(shape):
     np.testing.assert_array_equal(rows[found.first][found.kind], rows)
     firsts = rows[found.first[: int(found.count)]]
     assert len(np.unique(firsts, axis=0)) == found.count
+
+
+def test_keep_apart_shares_no_row():
+    found = keep_apart(3)
+    assert found.first.tolist() == found.kind.tolist() == [0, 1, 2]
+    assert found.count == 3

@@ -62,7 +62,7 @@ def tune_slowly(run, client, rate):
     program, state = run.program, run.state
     hyper = replace(run.hyper, client={"learning_rate": jnp.float32(rate)})
     view = observe(state.world, run.federation, hyper, program.processes)
-    inputs = gather_input(state, view, jnp.int32(client), program)
+    inputs = gather_input(state, view, None, jnp.int32(client), program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
     update = build_client_update(program)(
         state.params, inputs, run.federation, hyper, key
@@ -106,9 +106,10 @@ def test_finetuned_accuracy_equals_the_slow_loop(strategy, devices):
     np.testing.assert_allclose(mix @ strata, trained, atol=2e-2)
 
 
+@pytest.mark.parametrize("bias", [0.0, 3.0])
 @pytest.mark.parametrize("strategy", ["greedy", "pfedmoe", "fedjets", "hfedmoe"])
-def test_a_rate_of_next_to_nothing_changes_nothing(strategy):
-    run = start_study(strategy)
+def test_a_rate_of_next_to_nothing_changes_nothing(strategy, bias):
+    run = start_study(strategy, **{"gate.bias": bias})
     before, after = finetune(run, 1e-30)
     np.testing.assert_allclose(after[TUNED], before["personal_accuracy"], atol=1e-3)
     worst = after["worst_decile_finetuned_accuracy"]

@@ -26,7 +26,7 @@ def test_find_sets_by_hand():
         ],
         bool,
     )
-    sets = find_sets(held, 2)
+    sets = find_sets(held, None, 2)
     assert sets.whole.tolist() == [False, False, False, True]
     of_client = sets.of_client.tolist()
     assert of_client[0] == of_client[1] and len(set(of_client)) == sets.count == 3
@@ -36,12 +36,22 @@ def test_find_sets_by_hand():
             assert ids[slot].tolist() == np.flatnonzero(mask).tolist()
 
 
+def test_find_sets_shares_none_with_a_bias():
+    held = jnp.array([[[1, 0, 1, 0]], [[1, 0, 1, 0]], [[1, 1, 1, 0]]], bool)
+    bias = jnp.arange(12.0).reshape(3, 1, 4)
+    sets = find_sets(held, bias, 2)
+    assert sets.count == 3 and sets.of_client.tolist() == [0, 1, 2]
+    assert sets.held[:2, 0].tolist() == [[0, 2], [0, 2]]
+    assert sets.bias[:2, 0].tolist() == [[0, 2], [4, 6]]
+    assert sets.whole.tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("experts", [3, WORD, WORD + 1])
 def test_find_sets_tells_any_two_sets_apart(experts):
     """Every client holds one expert of its own in the second layer."""
     first = jnp.zeros((experts, experts), bool).at[:, 0].set(True)
     held = jnp.stack([first, jnp.eye(experts, dtype=bool)], axis=1)
-    sets = find_sets(jnp.concatenate([held, held]), 1)
+    sets = find_sets(jnp.concatenate([held, held]), None, 1)
     assert sets.count == experts
     np.testing.assert_array_equal(sets.of_client[:experts], sets.of_client[experts:])
     own = sets.held[sets.of_client, 1, 0]
@@ -62,7 +72,7 @@ def test_score_sets_runs_the_model_once_for_each_set():
     params, frozen = model.init(jax.random.key(0))
     batch = {"x": jnp.ones((2, 8, 8, 1)), "y": jnp.zeros(2, jnp.int32)}
     examples = Examples(batch, jnp.ones((2, 1)), jnp.ones(2, bool))
-    sets = find_sets(held, program.sizes.max_held)
+    sets = find_sets(held, None, program.sizes.max_held)
     mix = jnp.ones((6, 1))
     priors = gather_priors(mix, sets.of_client, jnp.arange(6), 7)
     rows = score_sets(params, frozen, sets, priors, examples, program)

@@ -285,3 +285,48 @@ def test_a_padded_window_is_the_window_cut_to_its_length(strategy, tied):
     assert_same(*found, rtol=1e-4, atol=1e-5)
     for part in ("gate", "experts"):  # none of it is nothing
         assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads[part]))
+
+
+# ---- the bias of the gates
+
+
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_losses_of_the_gates_do_not_see_the_bias(kind):
+    """The rest of the objective is that of shifted gates."""
+    if kind == "text":
+        program, batch = start_windows(True)
+    else:
+        program = make_program(strategy="fedmix_shared_gate")  # with a report
+        x = np.random.default_rng(0).normal(size=(4, 8, 8, 1))
+        batch = {"x": jnp.asarray(x, jnp.float32), "y": jnp.arange(4)}
+    sizes = program.sizes
+    slots = 1, sizes.num_layers, sizes.max_held
+    held = np.broadcast_to(np.arange(sizes.max_held)[::-1], slots)
+    bias = np.arange(np.prod(slots), dtype=np.float32).reshape(slots)
+    inputs = make_inputs(held, np.ones(slots, bool), bias=bias)
+    inputs = jax.tree.map(lambda leaf: leaf[0], inputs)
+    params = jax.tree.map(jnp.asarray, fill(shape_params(program.model)[0]))
+    params = take_submodel(params, {}, inputs.held, 0)
+    shift = lambda gate, g: (
+        gate | {"bias": gate["bias"].at[inputs.held[g]].add(inputs.bias[g])}
+    )
+    names = sorted(params["gate"])
+    gates = {name: shift(params["gate"][name], g) for g, name in enumerate(names)}
+
+    @jax.jit
+    def lose(params, inputs, calibration):
+        hyper = make_hyper(loss={"calibration": calibration})
+        arguments = params, {}, batch, inputs, hyper, jax.random.key(0)
+        return local_loss(*arguments, program=program)
+
+    plain = inputs.replace(bias=None)
+    expected, feedback = lose(params | {"gate": gates}, plain, 0.0)
+    (task, sums), (whole, _) = (lose(params, inputs, weight) for weight in (0, 0.5))
+    (before, reported), (both, _) = (lose(params, plain, weight) for weight in (0, 0.5))
+    close(task, expected)
+    close(sums.gates, feedback.gates)
+    assert abs(task - before) > 1e-3
+    if kind == "images":  # there is one layer: nothing before its gate has moved
+        close(whole - task, both - before)
+        assert whole - task > 0.01
+        assert_same(sums.report, reported.report)

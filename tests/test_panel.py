@@ -79,7 +79,7 @@ def test_sets_scored_once_are_clients_scored_by_themselves(every, drift):
 def test_shared_models_are_the_distinct_sets():
     run = start_study()
     view = observe(run.state.world, run.federation, run.hyper, run.program.processes)
-    panel = gather_panel(run.state, view, run.program)
+    panel = gather_panel(run.state, view, None, run.program)
     held = np.array(run.state.align.held)
     held[::5] = True  # one that has not held any may use all
     held[np.array(run.state.participation.rounds) == 0] = True
@@ -155,7 +155,7 @@ def test_priors_of_a_common_model_are_of_a_sample(strategy):
     found, whole = evaluate(run, program), evaluate(run, run.program)
     assert found["personal_accuracy"] == whole["personal_accuracy"]
     view = observe(run.state.world, run.federation, run.hyper, program.processes)
-    row = gather_panel(run.state, view, program).priors.row
+    row = gather_panel(run.state, view, None, program).priors.row
     expected = np.array(run.federation.sample_order)[:MOST]
     assert sorted(row.tolist()) == sorted(expected.tolist())
     assert found["personal_prior_accuracy"] != whole["personal_prior_accuracy"]

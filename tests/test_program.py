@@ -23,6 +23,7 @@ from fedmoe_jax.aggregate import (
     held_rows,
     no_rows,
 )
+from fedmoe_jax.align.affinity import by_fitness
 from fedmoe_jax.base import PARTS, Strategy
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.models.flops import shape_params
@@ -87,6 +88,8 @@ def test_resolve_fills_exactly_what_is_none(name):
         if field == "stages":
             assert [act for _, act in found.stages] == [act for _, act in value]
             continue
+        if field == "affinity":  # the default config has no bias
+            value = None
         assert getattr(found, field) == value, field
 
 
@@ -95,6 +98,14 @@ def test_resolve_keeps_what_is_false_or_empty():
     strategy = NOTHING._replace(personal=(), every_expert=False)
     found = resolve(strategy, make_config(**{"gate.mode": "personal"}))
     assert found.personal == () and found.every_expert is False
+
+
+def test_resolve_keeps_an_affinity_where_there_is_a_bias():
+    config = make_config(**{"gate.bias": 0.1})
+    assert resolve(NOTHING, config).affinity is by_fitness
+    own = NOTHING._replace(affinity=max)
+    assert resolve(own, config).affinity is max
+    assert resolve(own, make_config()).affinity is None
 
 
 def test_resolve_looks_up_the_rounds_of_stages():
@@ -172,6 +183,21 @@ def test_find_overwritten_reports_what_flex_moe_overwrites():
 )
 def test_find_overwritten_by_hand(name, expected):
     assert find_overwritten(make_config(strategy=name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "bias"),
+    [
+        ("greedy", {}, 2.0),
+        ("greedy", {"num_experts": 1, "max_held": 1, "num_active": 1}, 0.0),
+        ("fedavg_active", {}, 0.0),
+        ("heterofl", {}, 0.0),
+    ],
+)
+def test_configure_leaves_no_bias_where_no_gate_chooses(name, fields, bias):
+    config = make_config(strategy=name, **{"gate.bias": 2.0}, **fields)
+    assert configure(config).gate.bias == make_hyper(config).gate.bias == bias
+    assert ("gate.bias" in find_overwritten(config)) == (bias == 0)
 
 
 def test_make_hyper_and_make_static_are_of_the_config_that_is_used():

@@ -117,14 +117,29 @@ def test_find_needed_by_hand():
     assert need.astype(int).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
 
 
-def view(held, mix, rounds):
+def test_find_needed_sees_the_bias_of_each_client():
+    """Of the second and third expert the first client would choose the second."""
+    clients = ClientView(
+        personal={},
+        held=jnp.array([[0, 1, 1, 0], [0, 1, 1, 0]], bool),
+        wanted=jnp.ones((2, 2)),
+        bias=jnp.array([[0.0, 0.0, 0.0, 9.0], [0.0, 0.0, 1.5, 0.0]]),
+    )
+    features, logits = jnp.zeros((1, 1)), jnp.array([[3.0, 2.0, 1.0, 0.0]])
+    encoded = Encoded(make_examples([0]), features, features, logits)
+    need = lambda count: find_needed(encoded, Models(clients, count), Route(1))
+    assert need(jnp.int32(1)).astype(int).tolist() == [[1, 1, 0, 0]]
+    assert need(jnp.int32(2)).astype(int).tolist() == [[1, 1, 1, 0]]
+
+
+def view(held, mix, rounds, bias=None):
     held = jnp.array(held, bool)[:, None]
     fields = dict.fromkeys(SimState.__dataclass_fields__) | {"personal": {}}
     align = make_align(len(held), held.shape[2], held=held)
     sizes = PROGRAM.sizes._replace(num_clients=len(held))
     took_part = init_participation(sizes).replace(rounds=jnp.array(rounds))
     state = SimState(**fields | {"align": align, "participation": took_part})
-    return view_clients(state, make_federation(label_mix=jnp.array(mix)))
+    return view_clients(state, make_federation(label_mix=jnp.array(mix)), bias)
 
 
 def test_view_clients_lets_those_without_experts_use_all():
@@ -133,6 +148,13 @@ def test_view_clients_lets_those_without_experts_use_all():
     clients = view([[0, 1, 0], [0, 0, 0], [0, 1, 0]], mix, [1, 1, 0])
     assert clients.held[:, 0].tolist() == [[False, True, False], [True] * 3, [True] * 3]
     assert clients.wanted.tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
+
+
+def test_view_clients_lets_those_without_experts_have_no_bias():
+    mix = [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    bias = jnp.arange(1.0, 10).reshape(3, 1, 3)
+    clients = view([[0, 1, 1], [0, 0, 0], [0, 1, 0]], mix, [1, 1, 0], bias)
+    assert clients.bias[:, 0].tolist() == [[0, 2, 3], [0, 0, 0], [0, 0, 0]]
 
 
 def test_view_clients_of_pooled_data_is_one_with_all_strata():

@@ -83,6 +83,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.gate = ConfigDict()
     config.gate.mode = "global"
     config.gate.input = "token"
+    config.gate.bias = 0.0
 
     config.loss = ConfigDict()
     config.loss.calibration = 0.2

@@ -166,7 +166,7 @@ def apply_parts(
         seen = show_gate(parts, params, batch, features)
         logits = routing.gate_logits(gate, seen)  # [B, E]
         allowed = logits[:, held[0]], slot[0]
-        gates = routing.make_gates(*allowed, route)  # [B, K]
+        gates = routing.make_gates(*allowed, route.of_layer(0))  # [B, K]
     outputs = apply_experts(parts, experts, features, expert_key)
     trained = choose_trained(gates, slot[0], route)
     if trained is not None:

@@ -84,14 +84,22 @@ def make_gates(logits: Array, mask: Array, how: Route) -> Array:
     Args:
       logits: [B, E] float (E may be K slots).
       mask: [E] bool, experts that may be used; at least one must be.
-      how: gives A and the name in `GATINGS`.
+      how: of ONE layer; gives A, the name in `GATINGS` and the `bias` [E], or None.
 
     Raises:
-      UserError: if the name is unknown.
+      UserError: the name is unknown, or the bias is not that of one layer.
     """
     if how.gating not in GATINGS:
         allowed = ", ".join(GATINGS)
         raise UserError(f"gating={how.gating!r} is unknown; allowed: {allowed}")
+    if how.bias is not None:
+        if how.bias.shape != logits.shape[1:]:
+            raise UserError(
+                f"the model makes {logits.shape[1]} gates with a bias of the shape "
+                f"{list(how.bias.shape)}; allowed: that of one layer, as "
+                "`route.of_layer(layer)` has it"
+            )
+        logits = logits + how.bias[None]
     return GATINGS[how.gating](logits, mask, how.num_active)
 
 

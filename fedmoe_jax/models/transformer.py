@@ -164,7 +164,7 @@ def mix_experts(
       x: [B, P, D], normalised hidden states.
       held: [K] int32.
       slot: [K] bool.
-      route: see `Route`.
+      route: see `Route`, of this layer.
       shape: of the model.
 
     Returns:
@@ -195,15 +195,16 @@ class Block(NamedTuple):
 
     Attributes:
       stem: what all clients train of it.
-      layer: `gate`, `experts`, `held` [K] and `slot` [K] of its mixture; None without.
+      layer: `gate`, `experts`, `held` [K], `slot` [K] and `bias` [K] (or None) of its
+        mixture; None without.
     """
 
     stem: PyTree
-    layer: tuple[PyTree, PyTree, Array, Array] | None
+    layer: tuple[PyTree, PyTree, Array, Array, Array | None] | None
 
 
 def group_blocks(
-    params: PyTree, held: Array, slot: Array, shape: Shape
+    params: PyTree, held: Array, slot: Array, route: Route, shape: Shape
 ) -> tuple[list[list[Block]], list[Block]]:
     """Groups of `moe_every` blocks, the last of each with a mixture, and the rest."""
     gates, experts, blocks = params["gate"], params["experts"], []
@@ -212,7 +213,8 @@ def group_blocks(
     for i, (name, mixes) in enumerate(name_blocks(shape)):
         layer, place = None, 0 if shape.tied else i // shape.moe_every
         if mixes:
-            layer = gates[name], experts[name], held[place], slot[place]
+            slots = held[place], slot[place], route.of_layer(place).bias
+            layer = gates[name], experts[name], *slots
         blocks.append(Block(params["stem"][name], layer))
     every = shape.moe_every
     whole = shape.blocks - shape.blocks % every
@@ -230,7 +232,8 @@ def run_block(
     if "shared" in stem:
         x = x + feed_forward(stem["shared"], hidden)
     if block.layer is not None:
-        gate, experts, held, slot = block.layer
+        gate, experts, held, slot, bias = block.layer
+        route = route._replace(bias=bias)
         mixed, decision = mix_experts(gate, experts, hidden, held, slot, route, shape)
         x = x + mixed
     return x, decision
@@ -289,7 +292,7 @@ def apply(
     head = params["head"]
     run = functools.partial(run_block, route=route, shape=shape)
     run = jax.checkpoint(run) if shape.remat else run
-    groups, rest = group_blocks(params, held, slot, shape)
+    groups, rest = group_blocks(params, held, slot, route, shape)
     x = params["stem"]["embedding"][batch["tokens"]]
     x, layers = (scan_groups if shape.scan else loop_groups)(run, groups, x)
     for block in rest:

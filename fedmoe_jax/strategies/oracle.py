@@ -55,12 +55,20 @@ def look(
     return state.replace(align=align), federation.frozen
 
 
-def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
-    """First the expert of the client's stratum or group, mod E, others at random.
+def find_own(evidence: Evidence, num_experts: int) -> Array:
+    """The expert of each client's group or stratum, mod E: [C] int32."""
+    return evidence.state["stratum"][evidence.client] % num_experts
 
-    The others are drawn afresh each round.
-    """
-    own = evidence.state["stratum"][evidence.client] % sizes.num_experts
+
+def prefer_own(evidence: Evidence, hyper: Hyper) -> Array:
+    """The affinity [C, E]: 1 of the expert of the client's stratum, 0 of others."""
+    num_experts = evidence.fitness.shape[1]
+    return jax.nn.one_hot(find_own(evidence, num_experts), num_experts)
+
+
+def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
+    """First the expert of the client's stratum, others at random, afresh each round."""
+    own = find_own(evidence, sizes.num_experts)
     scores = uniform_scores(key, evidence.client, sizes.num_experts)
     scores = jnp.where(jnp.arange(sizes.num_experts)[None] == own[:, None], 2.0, scores)
     return top_k(scores, evidence.capacity, sizes.max_held)
@@ -68,6 +76,7 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 
 ORACLE = Strategy(
     assign=assign,
+    affinity=prefer_own,
     about=(
         "Gives each client the expert of its group, else of its main stratum (label, "
         "language), and others at random: the reference for strategies that look for "

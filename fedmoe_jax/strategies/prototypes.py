@@ -218,6 +218,11 @@ def find_scores(evidence: Evidence, sizes: Sizes, key: Array) -> Array:
     return jnp.where(evidence.state["groups"] > 1, scores, drawn)
 
 
+def prefer_near(evidence: Evidence, hyper: Hyper) -> Array:
+    """The affinity [C, E] in [0, 1]: of the score; 0 where no groups are known."""
+    return jnp.maximum(evidence.state["score"][evidence.client], 0.0)
+
+
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
     """The k_c experts of highest score."""
     scores = find_scores(evidence, sizes, key)
@@ -290,6 +295,7 @@ OPTIONS = (
 
 PROTOTYPES = Strategy(
     assign=assign,
+    affinity=prefer_near,
     about=(
         "Finds groups of clients from the mean features of their labels, and gives "
         "each group experts of its own; without groups draws at random."

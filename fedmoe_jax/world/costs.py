@@ -140,6 +140,7 @@ class Traffic(struct.PyTreeNode):
       new: 1 where the client gets frozen parts, in its first round, else 0.
       probed: examples that the client runs forward to probe its experts: those of one
         batch once for every expert of every layer. None where nothing is probed.
+      biases: numbers of the gates' bias, one for each held expert; None without one.
     """
 
     held: Array
@@ -150,13 +151,14 @@ class Traffic(struct.PyTreeNode):
     shown: Array
     new: Array
     probed: Array | None = None
+    biases: Array | None = None
 
 
 def client_bytes(costs: Costs, traffic: Traffic) -> tuple[Array, Array]:
     """Bytes that each client sends and receives in one round.
 
     Both ways go stem, gate and head, but for what stays, and some experts. Upwards go
-    the feedback and what a client shows, downwards once what is frozen.
+    the feedback and what a client shows, downwards once what is frozen, and the bias.
 
     Args:
       costs: of the model that travels.
@@ -169,7 +171,8 @@ def client_bytes(costs: Costs, traffic: Traffic) -> tuple[Array, Array]:
     up = costs.copies * (costs.travel_bytes + costs.expert_bytes * traffic.sent)
     up += NUMBER_BYTES * traffic.reported + costs.gate_bytes * traffic.shown
     down = costs.copies * (costs.travel_bytes + costs.expert_bytes * traffic.received)
-    return up, down + costs.frozen_bytes * traffic.new
+    down += costs.frozen_bytes * traffic.new
+    return up, down if traffic.biases is None else down + NUMBER_BYTES * traffic.biases
 
 
 def client_parameters(costs: Costs, traffic: Traffic) -> Array:

@@ -120,6 +120,22 @@ def test_apply_routes_among_the_held_experts(params):
     np.testing.assert_array_equal(routing.gates[0], expected)
 
 
+@pytest.mark.parametrize("mix", ["outputs", "probabilities"])
+def test_apply_with_a_bias_is_that_of_a_shifted_gate_but_for_its_logits(params, mix):
+    model, slots = make_image_model(), ([4, 1, 0, 4], [1, 1, 1, 0], 2)
+    bias = jnp.array([[2.0, 0.0, 3.0, 1.0]])
+    found, routing = apply(model, params, *slots, mix=mix, bias=bias)
+    plain, before = apply(model, params, *slots, mix=mix)
+    gate = params["gate"]["moe"]
+    own = gate["bias"].at[jnp.array([4, 0])].add(jnp.array([2.0, 3.0]))
+    shifted = params | {"gate": {"moe": gate | {"bias": own}}}
+    expected, after = apply(model, shifted, *slots, mix=mix)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(routing.gates, after.gates, atol=1e-6)
+    np.testing.assert_array_equal(routing.logits, before.logits)
+    assert np.abs(found - plain).max() > 1e-3
+
+
 def test_apply_lets_the_gate_alone_read_a_stem_of_its_own(params):
     model, every = make_image_model(), ([*range(EXPERTS)], [1] * EXPERTS, EXPERTS)
     other = jax.tree.map(lambda leaf: leaf + 0.5, params["stem"])

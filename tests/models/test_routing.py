@@ -81,6 +81,27 @@ def test_gates_of_a_sum_ask_nothing_and_scale_what_is_held():
     np.testing.assert_array_equal(found, [[4, 0, 0, 0]] * 2)
 
 
+@pytest.mark.parametrize(("gating", "over"), [("chosen", 2 + 3), ("all", 2 + 3 + 1.5)])
+def test_a_bias_changes_what_is_chosen_and_how_much_it_counts(gating, over):
+    """The odds of the first double; the last one is not held, whatever its bias."""
+    logits, held = jnp.log(jnp.array([[1.0, 3.0, 1.5, 8.0]])), jnp.arange(4) < 3
+    plain = Route(2, gating=gating)
+    assert (make_gates(logits, held, plain) > 0).tolist() == [[0, 1, 1, 0]]
+    biased = plain._replace(bias=jnp.log(jnp.array([2.0, 1.0, 1.0, 9.0])))
+    found = make_gates(logits, held, biased)
+    np.testing.assert_allclose(found, [[2 / over, 3 / over, 0, 0]], atol=1e-6)
+
+
+def test_make_gates_takes_the_bias_of_one_layer():
+    how = Route(1, bias=jnp.zeros((2, 3)).at[1, 2].set(1.0))
+    logits, held = jnp.zeros((4, 3)), jnp.ones(3, bool)
+    chosen = lambda layer: make_gates(logits, held, how.of_layer(layer)).argmax(1)
+    assert chosen(0).tolist() == [0] * 4 and chosen(1).tolist() == [2] * 4
+    with pytest.raises(UserError, match=r"with a bias .*\[2, 3\]; allowed: "):
+        make_gates(logits, held, how)
+    assert Route(1).of_layer(1) == Route(1)
+
+
 def test_make_gates_refuses_an_unknown_gating():
     with pytest.raises(UserError, match="gating='odd' is unknown; allowed: chosen, al"):
         gates_by("odd", [[1.0, 2.0]], [True, True], 1)

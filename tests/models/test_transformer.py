@@ -42,9 +42,9 @@ def make_params(shape):
     return jax.tree.map(lambda leaf: 2 * leaf, params)  # so that gates differ
 
 
-def run(shape, params, held=HELD, slot=SLOT, active=2):
+def run(shape, params, held=HELD, slot=SLOT, active=2, bias=None):
     own = take_submodel(params, {}, held, 0) if shape.num_experts > 1 else params
-    route = Route(active)
+    route = Route(active, bias=bias)
     batch = {"tokens": TOKENS}
     model = transformer.build_model(shape)
     return model.apply(own, {}, batch, held, slot, route, None)
@@ -207,6 +207,41 @@ def test_experts_see_what_is_routed_to_them(route, platform, expected):
 def test_many_tokens_see_all_of_few_experts():
     found = [transformer.sees_routed(Route(2), k, 2048, "cpu") for k in (3, 7, 8)]
     assert found == [False, False, True]
+
+
+BIASED = CASES | {
+    "tied": {"tied": True},
+    "one loop": {"scan": True},
+    "one loop, again": {"scan": True, "remat": True, "gate_input": "prefix"},
+    "one loop, tied": {"scan": True, "tied": True},
+}
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_a_bias_is_that_of_shifted_gates_but_for_the_logits(case):
+    """Each layer has one of its own, tied blocks the same."""
+    shape = SHAPE._replace(**BIASED[case])
+    params = make_params(shape)
+    layers = len(params["gate"])
+    held, slot = HELD[:layers], SLOT[:layers]
+    bias = jnp.array([[4.0, 0.0, 9.0], [0.0, 1.0, 5.0]])[:layers]
+    found, routing = run(shape, params, held, slot, bias=bias)
+    plain, before = run(shape, params, held, slot)
+    shift = lambda gate, g: (
+        gate | {"bias": gate["bias"].at[held[g][slot[g]]].add(bias[g][slot[g]])}
+    )
+    gates = params["gate"]
+    if shape.tied:
+        blocks = {name: shift(gate, 0) for name, gate in gates["blocks"].items()}
+        gates = {"blocks": blocks}
+    else:
+        gates = {name: shift(gates[name], g) for g, name in enumerate(sorted(gates))}
+    expected, after = run(shape, params | {"gate": gates}, held, slot)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(routing.gates, after.gates, atol=1e-5)
+    np.testing.assert_array_equal(routing.logits[0, :12], before.logits[0, :12])
+    assert np.abs(found - plain).max() > 0.01
+    assert np.abs(after.logits - routing.logits).max() > 3
 
 
 SCANNED = {

@@ -59,12 +59,16 @@ CASES += [(name, "shared") for name in WITH_SHARED]
 # Clients probe what they have received, on a quarter of their examples.
 WITH_PROBE = ("greedy", "hfedmoe", "pfedmoe", "fedmix", "heterofl", "local", "fedjets")
 CASES += [(name, "probe") for name in WITH_PROBE]
+# One of each kind of gate, and one without any.
+BIASED = ("greedy", "oracle", "prototypes", "flex_moe", "hfedmoe", "pfedmoe", "fedmix")
+CASES += [(name, "biased") for name in (*BIASED, "fedjets", "fedmoe_da", "heterofl")]
 VARIANTS = {mode: {"gate.mode": mode} for mode in ("global", "holder_rows", "personal")}
 VARIANTS["shared"] = {"model.shared_width": 4}  # an expert that every client trains
 VARIANTS["probe"] = {
     "fitness.feedback": "relative_probe",
     "fitness.probe_share": 0.25,
 }
+VARIANTS["biased"] = {"gate.bias": 2.0}
 BROKEN = 3  # a client
 # These give clients more than they have room for; `needs` says so.
 BEYOND_CAPACITY = {"hfedmoe", "fedmix_all", "fedmoe", "fedmoe_da", "pfedmoe"}
@@ -213,12 +217,12 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
     both *= not record.silent
     known = np.cumsum(slots > 0, axis=0) > 1
     new = ((slots > 0) & ~known).sum(1) * sum(count(part) for part in record.frozen)
+    biases = 4 * slots.sum(1) * (variant == "biased" and record.affinity is not None)
     # What clients send to each other is counted by hand in test_fedmoe_da.py.
     asked = np.array(list_messages(parts)) * sizes.num_clients
     model = sum(count(part) for part in ("stem", "head", *record.frozen)) + expert
-    exchanged = (
-        metrics["bytes_down"] - both - new - sizes.num_clients * model * np.sign(asked)
-    )
+    exchanged = metrics["bytes_down"] - both - new - biases
+    exchanged -= sizes.num_clients * model * np.sign(asked)
     if record.exchange is None:
         np.testing.assert_allclose(exchanged, 0, atol=1e-6 * both.max())
     else:

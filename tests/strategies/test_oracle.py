@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from factories import SIZES, make_hyper, plan_run, prepare_strategy, start_run
 
-from fedmoe_jax.strategies.oracle import assign, look
+from fedmoe_jax.strategies.oracle import assign, look, prefer_own
 
 
 def test_assign_gives_the_expert_of_the_stratum_first():
@@ -20,6 +20,14 @@ def test_assign_gives_the_expert_of_the_stratum_first():
         np.testing.assert_array_equal(each.slot.sum(axis=1), evidence.capacity)
     others = {int(e) for each in found for e in np.asarray(each.held)[:, 1]}
     assert others == set(range(SIZES.num_experts))
+
+
+def test_prefer_own_is_1_of_the_clients_own_expert():
+    _, evidence = prepare_strategy("oracle")
+    evidence = evidence.replace(state={"stratum": jnp.arange(SIZES.num_clients) + 3})
+    found = prefer_own(evidence, make_hyper())
+    own = (evidence.client + 3) % SIZES.num_experts
+    np.testing.assert_array_equal(found, np.eye(SIZES.num_experts)[own])
 
 
 def test_look_finds_the_main_stratum_of_every_client():

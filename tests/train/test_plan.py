@@ -78,6 +78,9 @@ def plans():
         "fedavg": {"strategy": "fedavg"},
         "steps": {"local_steps": 3},
         "rounds": {"num_rounds": 80},
+        "bias": {"gate.bias": 1.0},
+        "more bias": {"gate.bias": 2.0, "strategy": "greedy"},
+        "fedavg, bias": {"gate.bias": 2.0, "strategy": "fedavg"},
     }
     return {name: plan_run(**change) for name, change in changes.items()}
 
@@ -86,7 +89,9 @@ def plans():
 def test_program_key_is_that_of_what_can_run_together(plans):
     keys = {name: program_key(plan) for name, plan in plans.items()}
     assert keys["plain"] == keys["seed"] == keys["greedy"]
-    assert len(set(keys.values())) == 4
+    assert keys["bias"] == keys["more bias"]
+    assert keys["fedavg"] == keys["fedavg, bias"]  # with one expert there is none
+    assert len(set(keys.values())) == 5
 
 
 @pytest.mark.slow

@@ -195,6 +195,13 @@ def test_client_bytes_of_frozen_parts_go_down_once_and_shown_gates_up():
     assert up.tolist() == [100 + 1000 + 20 + 100, 100 + 2000 + 60 + 100]
 
 
+def test_client_bytes_of_a_bias_go_down():
+    biased = TRAFFIC.replace(biases=SLOTS)
+    up, down = client_bytes(COSTS, biased)
+    assert down.tolist() == [500 + 1000 + 4, 500 + 3000 + 12]
+    assert up.tolist() == client_bytes(COSTS, TRAFFIC)[0].tolist()
+
+
 def test_client_parameters_by_hand():
     # 500 bytes of stem, gate and head, 1,000 of an expert, 4 of a parameter
     assert client_parameters(COSTS, TRAFFIC).tolist() == [375, 875]
