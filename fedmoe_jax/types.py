@@ -256,8 +256,10 @@ class AlignState(struct.PyTreeNode):
       fitness: [N, G, E] float32, client-expert fitness score (paper section III-B-1).
       usage: [G, E] float32, decayed count of examples trained (section III-B-2).
       held: [N, G, E] bool, the last assignment that reached each client: where its
-        round was lost before it received its experts, it has those from before.
-      times_held: [N, G, E] int32, rounds in which the client was to hold the expert.
+        round was lost before it received its experts, it has those from before. Where
+        clients choose, see `Strategy.choose`, those that it has chosen of it.
+      times_held: [N, G, E] int32, rounds in which the client was to hold the expert, or
+        has chosen it.
       strategy: the strategy's own state, leaves [G, ...], {} for most.
       detector: of drift, see `align.drift_detector`, leaves [G, ...]; {} where none
         watches.
@@ -365,8 +367,8 @@ class Feedback(struct.PyTreeNode):
       routed: [K] float32 in [0, 1], `load` as a share of the client's positions.
       peak: [K] float32 >= 0, largest gate of a batch, mean over the batches.
       probe: [K] float32 >= 0, mean of `Scores.loss` before training with this expert
-        alone in its layer, see `probe`; of invalid slots any number. None where
-        `fitness.feedback` does not probe.
+        alone in its layer, see `probe`; of slots without an expert any number. None
+        where clients do not probe.
     """
 
     accuracy: Array
@@ -393,7 +395,7 @@ class ClientInput(struct.PyTreeNode):
       personal: the client's own parts, by name like params; {} where there are none.
       distortion: [] float32, how far its images have drifted; None where none do.
       hold_key: [] the key of the choice of the examples that it does not train on, the
-        same in every round; None where `fitness.feedback` does not probe.
+        same in every round; None where clients do not probe.
     """
 
     client: Array
@@ -420,6 +422,8 @@ class ClientUpdate(struct.PyTreeNode):
       loss: [] float32, mean of `Scores.loss` over the steps.
       accuracy: [] float32 in [0, 1], mean of `Scores.score` over the steps.
       finite: [] bool, whether every number of the update is finite.
+      chosen: [G, K] bool, the slots that the client has trained, see `Strategy.choose`;
+        None where it trains all that it has received.
     """
 
     delta: PyTree
@@ -428,6 +432,7 @@ class ClientUpdate(struct.PyTreeNode):
     loss: Array
     accuracy: Array
     finite: Array
+    chosen: Array | None = None
 
 
 # (state, federation, hyper) -> (state, metrics), of one round or of R
