@@ -33,7 +33,7 @@ def find_counted(
 
     The client's update has arrived [C]. Scores from training need at least one position
     that was routed to the expert; a probe has run every received expert by itself, so
-    that its loss is evidence of an expert, too, that neither gate nor client has chosen.
+    that its loss is evidence of an expert that neither gate nor client has chosen, too.
 
     Args:
       kind: of the feedback, see `fitness.score`.

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 RESIZED = tuple(n for n in STRATEGIES if sizes_of(n) != SIZES)
 HOLD_ALL = ("hfedmoe", "fedmoe", "fedmoe_da", "pfedmoe", "fedmix_all")  # at first
+HOLD_ALL += ("ifca",)  # of which a client then trains one
 HOLD_ALL += tuple(f"{name}_shared_gate" for name in ("hfedmoe", "fedmoe", "fedmix_all"))
 SHARED = tuple(  # decide differently for the same training, so they share a program
     name
