@@ -51,10 +51,9 @@ def test_an_assignment_by_groups_beats_one_model_where_labels_are_permuted():
 @pytest.mark.parametrize("warm_up", [0, 2])
 def test_clients_that_choose_the_best_expert_find_the_groups(warm_up):
     """As well as an assignment that knows them, from copies, too."""
-    found = run_digits(
-        "ifca", num_rounds=8, eval_every=8, **{"upcycle.rounds": warm_up}
-    )
-    dense = run_digits("fedavg_active", num_rounds=8, eval_every=8)
+    rounds = {"num_rounds": 8, "eval_every": 8}
+    found = run_digits("ifca", **rounds, **{"upcycle.rounds": warm_up})
+    dense = run_digits("fedavg_active", **rounds)
     assert dense["personal_accuracy"] < 0.5 < 0.7 < found["personal_accuracy"]
     np.testing.assert_allclose(found["expert_group_information"], 1.0, atol=1e-5)
 

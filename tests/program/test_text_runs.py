@@ -108,9 +108,10 @@ def test_runs_that_probe_with_other_shares_are_one_program():
         np.testing.assert_allclose(flops, measured["client_flops"], rtol=1e-5)
         costs = plan.program.costs
         held = np.asarray(alone.align.held).sum(2).mean(1)  # of the last round
-        work = lambda experts: 8 * (costs.shared_flops + experts * costs.expert_flops)
-        each = plan.program.sizes.local_steps * work(held)
-        each += G * held / 3 * work(((G - 1) * held + 1) / G)  # one alone in a layer
+        passes = plan.program.sizes.local_steps, G * held / 3
+        probed = ((G - 1) * held + 1) / G  # one alone in a layer
+        each = 8 * sum(passes) * costs.shared_flops
+        each += 8 * (passes[0] * held + passes[1] * probed) * costs.expert_flops
         np.testing.assert_allclose(measured["client_flops"][-1], each.sum(), rtol=1e-5)
 
 

@@ -13,11 +13,18 @@ from factories import (
     make_hyper,
     prepare_strategy,
     sizes_of,
+    tiny_config,
 )
 
 from fedmoe_jax.align.top_k import to_mask
 from fedmoe_jax.options import UserError
-from fedmoe_jax.strategies import STRATEGIES, either, find_strategy, traits
+from fedmoe_jax.strategies import (
+    STRATEGIES,
+    does_probe,
+    either,
+    find_strategy,
+    traits,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -122,6 +129,14 @@ def test_either_decides_as_the_strategy_that_is_counted_to():
         found.append(np.asarray(to_mask(got, SIZES.num_experts)).tobytes())
     assert len(set(found)) >= 4  # they do not all decide the same
     assert assign._cache_size() == 1
+
+
+@every_strategy
+def test_does_probe_to_choose_and_for_its_feedback(name):
+    config = tiny_config(strategy=name)
+    assert does_probe(config) == (find_strategy(name).choose is not None)
+    config.fitness.feedback = "probe"
+    assert does_probe(config)
 
 
 def test_either_of_one_strategy_is_that_strategy():
