@@ -316,7 +316,8 @@ class Assignment(struct.PyTreeNode):
 
     Attributes:
       held: [C, K] int32, expert ids; distinct among the valid slots of a row.
-      slot: [C, K] bool, which slots are valid; the first k_c of each row.
+      slot: [C, K] bool, which slots are valid; the first k_c of each row, and after
+        clients have chosen, see `Strategy.choose`, any of these.
       calibration: [C] float32, a factor of each client's calibration loss; None for 1.
 
     Of all layers together the leaves are [C, G, ...].
