@@ -70,7 +70,9 @@ def learn_layers(
 ) -> tuple[AlignState, Array]:
     """Fitness, usage and the strategy's state after the round; its load [G, E]."""
     sizes, arrived = program.sizes, replies.arrived
-    received = replies.outcome.received
+    received, chosen = replies.outcome.received, replies.chosen
+    if chosen is not None:  # who has received nothing has chosen nothing
+        chosen &= received[:, None, None]
 
     def known(leaf: Array) -> Array:
         shape = arrived.shape + (1,) * (leaf.ndim - 1)
@@ -82,24 +84,26 @@ def learn_layers(
         assignment: Assignment,
         feedback: Feedback,
         report: PyTree,
+        chosen: Array | None,
         key: Array,
     ) -> tuple[AlignState, Array]:
-        load = count_load(feedback, arrived, assignment, sizes.num_experts)
+        trained = assignment if chosen is None else assignment.replace(slot=chosen)
+        load = count_load(feedback, arrived, trained, sizes.num_experts)
         learnt = learn(
-            *(align, evidence.client, assignment, feedback),
+            *(align, evidence.client, assignment, trained, feedback),
             *(arrived, received, load, key),
             hyper=hyper,
             static=program.static,
         )
         feedback, report = jax.tree.map(known, (feedback, report))
-        own = program.strategy.update(evidence, assignment, feedback, report, hyper)
+        own = program.strategy.update(evidence, trained, feedback, report, hyper)
         check_form("the strategy has an `update` that", own, evidence.state)
         return learnt.replace(strategy=own), load
 
     over_layers = map_layers(
-        learn_layer, sizes.num_layers, (ALIGN, EVIDENCE, 1, 1, 1, 0), (ALIGN, 0)
+        learn_layer, sizes.num_layers, (ALIGN, EVIDENCE, 1, 1, 1, 1, 0), (ALIGN, 0)
     )
     reset_key = make_keys(state.key, state.round).of(RESET)
     keys = layer_keys(reset_key, sizes.num_layers)
-    reply = replies.feedback, replies.report
+    reply = replies.feedback, replies.report, chosen
     return over_layers(state.align, evidence, assignment, *reply, keys)

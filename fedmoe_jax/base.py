@@ -236,9 +236,10 @@ def same_state(
 class Strategy(NamedTuple):
     """One published system or control.
 
-    `assign`, `affinity`, `init`, `update`, `report`, `gate_weight`, `expert_weight` and
-    `gate_loss` are written for ONE MoE layer and mapped over the layers G at one place,
-    `moe_layers`. What is None is taken from the config when the program is built.
+    `assign`, `affinity`, `init`, `update`, `report`, `choose`, `gate_weight`,
+    `expert_weight` and `gate_loss` are written for ONE MoE layer and mapped over the
+    layers G at one place, `moe_layers`. What is None is taken from the config when the
+    program is built.
 
     Attributes:
       about: its decision, one sentence.
@@ -288,6 +289,10 @@ class Strategy(NamedTuple):
       expert_priority: (gates [P, K], weight [P] or None, hyper) -> value [K] of
         training each held expert on a batch; the most valuable get gradients, as many
         as the client has room for. None: all.
+      choose: (probe [K], slot [K] bool, hyper, key) of ONE client that has received its
+        experts -> slots [K] bool that it trains and keeps, one or more of the valid
+        ones, from the loss of each, see `probe`. What it does not choose is not sent.
+        None: all, and no probe unless `fitness.feedback` is one.
       mix: `outputs` of the experts, or their `probabilities`.
       gating: the gates of an example over the experts that may answer it, in training
         and evaluation: softmax over the A `chosen` ones; softmax over `all` of them, of
@@ -332,6 +337,7 @@ class Strategy(NamedTuple):
     expert_weight: Callable[..., Array] | Open = None
     gate_loss: Callable[..., Array] | Open = None
     expert_priority: Callable[[Array, Array | None, Hyper], Array] | None = None
+    choose: Callable[[Array, Array, Hyper, Array], Array] | None = None
     mix: str = "outputs"
     gating: str = "chosen"
     step_scale: Callable[[Array, Array, float], Array] | None = None

@@ -9,6 +9,7 @@ import optax
 
 from fedmoe_jax.loss import local_loss, mean_report, summarise_feedback, zero_sums
 from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import add_prox, client_optimizer
 from fedmoe_jax.probe import hold_out, probe_experts
 from fedmoe_jax.program import Program
@@ -23,7 +24,7 @@ from fedmoe_jax.types import (
     Sizes,
 )
 
-PROBE = 1500  # purpose, folded into the key of a client's draws
+PROBE, CHOICE = 1500, 1501  # purposes, folded into the key of a client's draws
 
 
 def draw_examples(
@@ -99,6 +100,28 @@ def draw_local(
     return draw_apart(key, *own, held_out, sizes)
 
 
+def choose_slots(
+    probe: Array, slot: Array, hyper: Hyper, key: Array, choose: Callable[..., Array]
+) -> Array:
+    """The slots that ONE client trains, of those that it has received: [G, K] bool.
+
+    Args:
+      probe: [G, K] float32, the loss of each expert.
+      slot: [G, K] bool, the valid slots.
+      hyper: hyperparameters.
+      key: of the client's draws, not consumed.
+      choose: see `Strategy.choose`.
+    """
+
+    def choose_layer(probe: Array, slot: Array, key: Array) -> Array:
+        chosen = choose(probe, slot, hyper, key)
+        chex.assert_equal_shape([chosen, slot])
+        return chosen & slot
+
+    keys = layer_keys(jax.random.fold_in(key, CHOICE), len(slot))
+    return map_layers(choose_layer, len(slot), in_axes=0)(probe, slot, keys)
+
+
 def all_finite(tree: PyTree) -> Array:
     """[] bool, whether every number of a pytree is finite."""
     return jnp.all(
@@ -135,6 +158,10 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         probe = None
         if probed is not None:
             probe = probe_experts(received, inputs, federation, probed, program)
+        if strategy.choose is not None:
+            assert probe is not None  # `static.probes` is on
+            slot = inputs.slot, hyper, draw_key, strategy.choose
+            inputs = inputs.replace(slot=choose_slots(probe, *slot))
 
         def local_step(step, carry):
             submodel, opt_state, sums = carry
@@ -179,6 +206,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
             loss=sums.total_loss / weight,
             accuracy=sums.total_score / weight,
             finite=all_finite(delta) & jnp.isfinite(sums.total_loss),
+            chosen=None if strategy.choose is None else inputs.slot,
         )
 
     return client_update

@@ -32,6 +32,7 @@ from fedmoe_jax.types import (
     PyTree,
     SimState,
 )
+from fedmoe_jax.world.costs import train_chosen
 from fedmoe_jax.world.outcome import STALE, Conditions, Outcome
 
 # (conditions, experts that it sends [], whether its update is finite []) -> outcome, of
@@ -51,6 +52,7 @@ class Reply(struct.PyTreeNode):
       sent: [C] float32, experts whose update it sends, a layer.
       personal: trained personal parts, by name like params; {} where there are none.
       variate: new control variates, like params; {} where there are none.
+      chosen: [C, G, K] bool, the slots that the client has trained; None for all.
     """
 
     feedback: Feedback
@@ -61,6 +63,7 @@ class Reply(struct.PyTreeNode):
     sent: Array
     personal: PyTree
     variate: PyTree
+    chosen: Array | None = None
 
     @property
     def arrived(self) -> Array:
@@ -136,6 +139,7 @@ def make_reply(
         sent=sent,
         personal=train_personal(inputs, update, program.strategy.local_experts),
         variate=renew_variate(inputs, update, hyper, program.static.client.momentum),
+        chosen=update.chosen,
     )
 
 
@@ -144,10 +148,24 @@ def keep_if(condition: Array, weights: dict[str, Array]) -> dict[str, Array]:
     return jax.tree.map(lambda weight: jnp.where(condition, weight, 0.0), weights)
 
 
-def cast_code(reply: Reply, dtype: DTypeLike) -> Reply:
-    """The reply with outcomes' codes in another dtype."""
-    code = reply.outcome.code.astype(dtype)
-    return reply.replace(outcome=reply.outcome.replace(code=code))
+def cast_reply(reply: Reply, code: DTypeLike, mask: DTypeLike) -> Reply:
+    """The reply with outcomes' codes and chosen slots in other dtypes."""
+    outcome = reply.outcome.replace(code=reply.outcome.code.astype(code))
+    chosen = jax.tree.map(lambda leaf: leaf.astype(mask), reply.chosen)
+    return reply.replace(outcome=outcome, chosen=chosen)
+
+
+def follow_choice(
+    inputs: ClientInput, conditions: Conditions, chosen: Array | None
+) -> tuple[ClientInput, Conditions]:
+    """ONE client's inputs and conditions with the slots that it trains, [G, K] bool.
+
+    `chosen` is None where it trains all that it has received.
+    """
+    if chosen is None:
+        return inputs, conditions
+    traffic = train_chosen(conditions.traffic, chosen)
+    return inputs.replace(slot=chosen), conditions.replace(traffic=traffic)
 
 
 def take_clients(
@@ -205,6 +223,7 @@ def train_share(
     ) -> tuple[ClientUpdate, dict, Reply]:
         client_key = jax.random.fold_in(key, inputs.client)
         update = client_update(params, inputs, federation, hyper, client_key)
+        inputs, conditions = follow_choice(inputs, conditions, update.chosen)
         size = federation.size[inputs.client]
         weights = weigh(inputs, update, size, hyper, program.strategy)
         sent = (weights["experts"] > 0).sum() / program.sizes.num_layers
@@ -282,8 +301,9 @@ def build_train_cohort(
         )
         placed = place_replies(replies, position.reshape(-1), count)
         # With a single dtype the devices are joined by a single collective.
-        sums, reply = jax.lax.psum((sums, cast_code(placed, jnp.float32)), CLIENTS)
-        return sums, cast_code(reply, jnp.int32)
+        numbers = cast_reply(placed, jnp.float32, jnp.float32)
+        sums, reply = jax.lax.psum((sums, numbers), CLIENTS)
+        return sums, cast_reply(reply, jnp.int32, bool)
 
     return train_cohort
 

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from fedmoe_jax.align.fitness import PROBES
 from fedmoe_jax.base import Data
 from fedmoe_jax.data.asides import Shares, hide_clients, set_aside
 from fedmoe_jax.data.groups import (
@@ -18,7 +17,7 @@ from fedmoe_jax.data.groups import (
 from fedmoe_jax.data.partition import list_examples, pool, renumber, split
 from fedmoe_jax.options import UserError
 from fedmoe_jax.probe import count_held_out
-from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.strategies import does_probe, find_strategy
 from fedmoe_jax.tasks import find_task
 from fedmoe_jax.types import Devices, Federation, Lists, Partition, Pool
 from fedmoe_jax.world.devices import draw_devices, read_devices, unlimited_device
@@ -34,7 +33,7 @@ def count_trained(config: ConfigDict, size: np.ndarray) -> np.ndarray:
       UserError: a client has too few to hold some out.
     """
     share = config.fitness.probe_share
-    if config.fitness.feedback not in PROBES or not share:
+    if not does_probe(config) or not share:
         return size
     if size.min() < 2:
         raise UserError(

@@ -432,8 +432,8 @@ OPTIONS: tuple[Option, ...] = (
         "fitness.probe_share",
         Range(0, 0.5),
         "share of each client's examples that it never trains on and probes with, at "
-        "least one, of probe and relative_probe; 0: it probes with those that it "
-        "trains on, before the round",
+        "least one, of probe and relative_probe, and of ifca; 0: it probes with those "
+        "that it trains on, before the round",
         TRACED,
     ),
     Option(

@@ -143,7 +143,7 @@ def build_finetune_share(
     """Builds `finetune_share(state, federation, hyper, client_values)`.
 
     It is written for one device and joins the devices of the mesh axis `clients`, which
-    share out the clients.
+    share out the clients. Clients that choose what they train keep what they have.
 
     Returns:
       A function whose result holds `personal_finetuned_accuracy` and
@@ -151,7 +151,8 @@ def build_finetune_share(
       most `evaluation.clients` clients, in strata of those that hold experts, and their
       bits where the task has such. `client_values` [1 or 2, N] are those of `evaluate`.
     """
-    client_update = build_client_update(program)
+    strategy = program.strategy._replace(choose=None)
+    client_update = build_client_update(program._replace(strategy=strategy))
 
     def finetune_share(
         state: SimState, federation: Federation, hyper: Hyper, client_values: Array

@@ -4,7 +4,7 @@ A client runs the sub-model that it has received forward on one batch, once for 
 its experts, which is then the only one of its MoE layer. The batch may be of examples
 that the client never trains on, `fitness.probe_share` of its own. IFCA (arXiv
 2006.04088, section 3) does so with every model of the server, all of which it sends to
-every client; here only experts that the client holds anyway are probed.
+every client, and so does the strategy `ifca`; others probe what they hold anyway.
 """
 
 from functools import partial

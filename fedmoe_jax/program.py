@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.aggregate import EXPERT_WEIGHTS, GATE_WEIGHTS
 from fedmoe_jax.align.affinity import by_fitness
-from fedmoe_jax.align.fitness import PROBES
 from fedmoe_jax.base import (
     GATE_STEM,
     Data,
@@ -30,7 +29,7 @@ from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.sharding import find_platform
-from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.strategies import does_probe, find_strategy
 from fedmoe_jax.tasks import find_task
 from fedmoe_jax.tasks.batches import BatchShapes, shape_batch
 from fedmoe_jax.types import Array, Federation, Hyper, PyTree, Sizes, Static
@@ -219,7 +218,7 @@ def make_static(config: ConfigDict) -> Static:
         "prox": config.client.prox > 0,
         "ragged": config.local_epochs > 0,
         "upcycled": config.upcycle.rounds > 0 and config.num_experts > 1,
-        "probes": config.fitness.feedback in PROBES,
+        "probes": does_probe(config),
     }
     return group(take_scope(config, STATIC) | extra, "static")
 

@@ -27,6 +27,7 @@ from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.types import Array, Federation, Hyper, RoundFn, SimState, make_keys
 from fedmoe_jax.upcycle import copy_first, hold_first, is_warming, keep_scores
 from fedmoe_jax.world.availability import choose_cohort
+from fedmoe_jax.world.costs import train_chosen
 from fedmoe_jax.world.outcome import is_late
 from fedmoe_jax.world.participation import record
 from fedmoe_jax.world.step import close_round, observe, step_world
@@ -73,6 +74,8 @@ def round_step(
     sums, replies = train_cohort(
         state.params, inputs, conditions, view.federation, hyper, keys.train
     )
+    traffic = train_chosen(conditions.traffic, replies.chosen)
+    conditions = conditions.replace(traffic=traffic)
     # 5 aggregate
     params, server_opt = aggregate(state, sums[0], hyper, program.static)
     if warming is not None:

@@ -256,8 +256,10 @@ class AlignState(struct.PyTreeNode):
       fitness: [N, G, E] float32, client-expert fitness score (paper section III-B-1).
       usage: [G, E] float32, decayed count of examples trained (section III-B-2).
       held: [N, G, E] bool, the last assignment that reached each client: where its
-        round was lost before it received its experts, it has those from before.
-      times_held: [N, G, E] int32, rounds in which the client was to hold the expert.
+        round was lost before it received its experts, it has those from before. Where
+        clients choose, see `Strategy.choose`, those that it has chosen of it.
+      times_held: [N, G, E] int32, rounds in which the client was to hold the expert, or
+        has chosen it.
       strategy: the strategy's own state, leaves [G, ...], {} for most.
       detector: of drift, see `align.drift_detector`, leaves [G, ...]; {} where none
         watches.
@@ -314,7 +316,8 @@ class Assignment(struct.PyTreeNode):
 
     Attributes:
       held: [C, K] int32, expert ids; distinct among the valid slots of a row.
-      slot: [C, K] bool, which slots are valid; the first k_c of each row.
+      slot: [C, K] bool, which slots are valid; the first k_c of each row, and after
+        clients have chosen, see `Strategy.choose`, any of these.
       calibration: [C] float32, a factor of each client's calibration loss; None for 1.
       bias: [C, K] float32 >= 0, of the gate logits of the experts in the slots; None
         for none. `align_layers.assign` adds it, see `Strategy.affinity`.
@@ -368,8 +371,8 @@ class Feedback(struct.PyTreeNode):
       routed: [K] float32 in [0, 1], `load` as a share of the client's positions.
       peak: [K] float32 >= 0, largest gate of a batch, mean over the batches.
       probe: [K] float32 >= 0, mean of `Scores.loss` before training with this expert
-        alone in its layer, see `probe`; of invalid slots any number. None where
-        `fitness.feedback` does not probe.
+        alone in its layer, see `probe`; of slots without an expert any number. None
+        where clients do not probe.
     """
 
     accuracy: Array
@@ -396,7 +399,7 @@ class ClientInput(struct.PyTreeNode):
       personal: the client's own parts, by name like params; {} where there are none.
       distortion: [] float32, how far its images have drifted; None where none do.
       hold_key: [] the key of the choice of the examples that it does not train on, the
-        same in every round; None where `fitness.feedback` does not probe.
+        same in every round; None where clients do not probe.
       bias: [G, K] float32 >= 0, of the gate logits of the held experts; None for none.
     """
 
@@ -425,6 +428,8 @@ class ClientUpdate(struct.PyTreeNode):
       loss: [] float32, mean of `Scores.loss` over the steps.
       accuracy: [] float32 in [0, 1], mean of `Scores.score` over the steps.
       finite: [] bool, whether every number of the update is finite.
+      chosen: [G, K] bool, the slots that the client has trained, see `Strategy.choose`;
+        None where it trains all that it has received.
     """
 
     delta: PyTree
@@ -433,6 +438,7 @@ class ClientUpdate(struct.PyTreeNode):
     loss: Array
     accuracy: Array
     finite: Array
+    chosen: Array | None = None
 
 
 # (state, federation, hyper) -> (state, metrics), of one round or of R

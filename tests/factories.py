@@ -178,6 +178,7 @@ COSTS = Costs(
     dense_flops=27.0,
     travel_bytes=500.0,
     copies=1,
+    num_layers=1,
 )
 
 

@@ -19,6 +19,7 @@ from fedmoe_jax.align.learn import RESET, count_load, learn
 from fedmoe_jax.align_layers import assign, learn_layers
 from fedmoe_jax.moe_layers import LAYER
 from fedmoe_jax.types import Assignment, SimState, make_keys
+from fedmoe_jax.world.outcome import OUTAGE
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +92,12 @@ def join_align(rows):
     )
 
 
+def lose_download(outcome):
+    """The outcomes of a cohort whose last client received nothing."""
+    code = outcome.code.at[-1].set(OUTAGE)
+    return outcome.replace(code=code, spent=outcome.spent.at[-1, 1:].set(0.0))
+
+
 def keys_by_hand(key, num_layers):
     fold = lambda layer: jax.random.fold_in(key, LAYER + layer) if layer else key
     return [fold(layer) for layer in range(num_layers)]
@@ -109,7 +116,8 @@ def test_assign_is_a_loop_over_layers(strategy, num_layers):
 
 
 @layers
-def test_learn_layers_is_a_loop_over_layers(num_layers):
+@pytest.mark.parametrize("chooses", [False, True])
+def test_learn_layers_is_a_loop_over_layers(num_layers, chooses):
     program, rows = make_layers(num_layers, "fedmix")
     sizes, rng = program.sizes, np.random.default_rng(9)
     slots = sizes.cohort_size, num_layers, sizes.max_held
@@ -119,7 +127,13 @@ def test_learn_layers_is_a_loop_over_layers(num_layers):
     assignment = Assignment(held, jnp.ones(slots, bool).at[1, :, 1].set(False))
     feedback = make_feedback(10 * draw(*slots), accuracy=0.1 * draw(*slots))
     report = draw(*slots[:2], sizes.num_experts)
-    replies = make_replies(feedback, ARRIVED, report=report)
+    chosen = jnp.asarray(np.eye(2, dtype=bool)[rng.integers(2, size=slots[:2])])
+    chosen = chosen & assignment.slot if chooses else None
+    replies = make_replies(feedback, ARRIVED, report=report, chosen=chosen)
+    trained = assignment
+    if chosen is not None:  # the last client receives nothing, and has chosen nothing
+        replies = replies.replace(outcome=lose_download(replies.outcome))
+        trained = assignment.replace(slot=chosen.at[-1].set(False))
     fields = dict.fromkeys(SimState.__dataclass_fields__)
     align, key, round = join_align(rows), jax.random.key(4), jnp.int32(7)
     state = SimState(**fields | {"align": align, "key": key, "round": round})
@@ -131,16 +145,18 @@ def test_learn_layers_is_a_loop_over_layers(num_layers):
         of_layer = lambda tree, g=layer: jax.tree.map(lambda leaf: leaf[:, g], tree)
         align, evidence = rows[layer]
         mine = of_layer(assignment), of_layer(feedback)
-        loads = count_load(mine[1], replies.arrived, mine[0], sizes.num_experts)
+        held = of_layer(trained)
+        loads = count_load(mine[1], replies.arrived, held, sizes.num_experts)
         expected = learn(
-            *(align, evidence.client, *mine),
+            *(align, evidence.client, mine[0], held, mine[1]),
             *(replies.arrived, replies.outcome.received, loads, key_of),
             hyper=HYPER,
             static=program.static,
         )
         # A client whose update was lost keeps the mass that it last reported.
-        mass = align.strategy["mass"].at[evidence.client[ARRIVED]]
-        mass = mass.set(of_layer(report)[ARRIVED])
+        arrived = np.asarray(replies.arrived)
+        mass = align.strategy["mass"].at[evidence.client[arrived]]
+        mass = mass.set(of_layer(report)[arrived])
         expected = expected.replace(strategy={"mass": mass})
         assert_same(take_layer(found, layer), expected, atol=1e-6)
         np.testing.assert_array_equal(load[layer], loads)

@@ -25,7 +25,7 @@ from fedmoe_jax import probe as probe_file
 from fedmoe_jax.align.fitness import PROBES as probe_kinds
 from fedmoe_jax.align.fitness import SCORES
 from fedmoe_jax.base import PARTS, Route
-from fedmoe_jax.client import all_finite, build_client_update
+from fedmoe_jax.client import all_finite, build_client_update, choose_slots
 from fedmoe_jax.cohort import build_train_cohort, renew_variate
 from fedmoe_jax.federation import count_steps
 from fedmoe_jax.models.flops import shape_params
@@ -34,6 +34,7 @@ from fedmoe_jax.optimizers import step_weights
 from fedmoe_jax.options import replace
 from fedmoe_jax.probe import hold_out, probe_experts
 from fedmoe_jax.runtime.sharding import build_mesh, spread
+from fedmoe_jax.strategies.ifca import choose_best
 from fedmoe_jax.tasks.images import IMAGES, score_labels
 from fedmoe_jax.world.outcome import BROKEN, MERGED, Outcome
 
@@ -618,6 +619,46 @@ def test_train_cohort_probes_alike_on_any_devices_and_chunks(num_devices, client
     expected = probe(1, 1)
     assert expected.shape == (5, 1, 3)
     np.testing.assert_allclose(probe(num_devices, client_chunk), expected, rtol=1e-5)
+
+
+# ---- what a client chooses
+
+
+def choose_second(probe, slot, hyper, key):
+    """The second best, of the invalid slots, too."""
+    return jnp.argsort(jnp.argsort(probe)) == 1
+
+
+def test_choose_slots_by_hand():
+    probe, slot = jnp.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]]), jnp.ones((2, 3), bool)
+    slot = slot.at[1, 2].set(False)
+    found = choose_slots(probe, slot, HYPER, KEY, choose_second)
+    assert found.tolist() == [[False, True, False], [False, False, False]]
+
+
+def test_choose_slots_draws_for_each_layer_and_each_client():
+    probe, slot = jnp.zeros((3, 4)), jnp.ones((3, 4), bool)
+    keys = jax.random.split(KEY, 20)
+    find = lambda key: choose_slots(probe, slot, HYPER, key, choose_best)
+    places = np.asarray(jax.jit(jax.vmap(find))(keys).argmax(2))
+    assert all(set(layer) == {0, 1, 2, 3} for layer in places.T.tolist())
+    assert len(set(map(tuple, places.tolist()))) > 12  # not one draw for all layers
+    alone = choose_slots(probe[:1], slot[:1], HYPER, keys[0], choose_best)
+    assert alone.argmax() == places[0, 0]
+
+
+def test_client_update_trains_what_it_chooses_as_if_it_held_nothing_else():
+    program, inputs = build(**PROBES), make_prober()
+    worst = lambda probe, slot, *_: probe == jnp.where(slot, probe, 0.0).max()
+    found = run(use_strategy(program, choose=worst), inputs=inputs)
+    (probe,) = np.asarray(found.feedback.probe)
+    assert probe[1] > probe[0] and found.chosen.tolist() == [[False, True, False]]
+    alone = run(program, inputs=inputs.replace(slot=found.chosen))
+    assert alone.chosen is None
+    assert_close(found.delta, alone.delta)
+    assert_close(found.feedback.replace(probe=None), alone.feedback.replace(probe=None))
+    (load,) = found.feedback.load
+    assert load.tolist() == [0, SIZES.local_steps * SIZES.batch_size, 0]
 
 
 # ---- what is not trained, and what corrects the gradients

@@ -51,6 +51,8 @@ def test_count_trained_by_hand():
     assert found(**clients, **{"fitness.probe_share": 0.1}) == [1, 2, 9, 58]  # 6.5
     assert found(**clients, **{"fitness.probe_share": 0.5}) == [1, 1, 5, 32]
     assert found(**{"fitness.probe_share": 0.5}) == [2, 3, 10, 65]  # not read
+    chooses = {"strategy": "ifca", "fitness.probe_share": 0.5}
+    assert found(**chooses) == [1, 1, 5, 32]
 
 
 def test_count_trained_refuses_a_client_of_one_example():

@@ -64,7 +64,9 @@ def tune_slowly(run, client, rate):
     view = observe(state.world, run.federation, hyper, program.processes)
     inputs = gather_input(state, view, None, jnp.int32(client), program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
-    update = build_client_update(program)(
+    # A client trains all that it holds, also where it has chosen it.
+    strategy = program.strategy._replace(choose=None)
+    update = build_client_update(program._replace(strategy=strategy))(
         state.params, inputs, run.federation, hyper, key
     )
     held = jnp.flatnonzero(state.align.held[client, 0])[None]
@@ -85,15 +87,16 @@ def tune_slowly(run, client, rate):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "devices"), [("greedy", 1), ("greedy", 4), ("fedavg", 1)]
+    ("strategy", "devices", "rate"),
+    [("greedy", 1, 0.1), ("greedy", 4, 0.1), ("fedavg", 1, 0.1), ("ifca", 1, 0.5)],
 )
-def test_finetuned_accuracy_equals_the_slow_loop(strategy, devices):
+def test_finetuned_accuracy_equals_the_slow_loop(strategy, devices, rate):
     run = start_study(strategy, devices)
-    before, after = finetune(run, 0.1)
+    before, after = finetune(run, rate)
     slow = [
         before["client_accuracy"][client]
         if client in (3, 5)
-        else tune_slowly(run, client, 0.1)
+        else tune_slowly(run, client, rate)
         for client in range(run.program.sizes.num_clients)
     ]
     np.testing.assert_allclose(after[TUNED], np.mean(slow), atol=2e-3)

@@ -91,8 +91,8 @@ def score(kind: str, feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
     experts share most of these, as they share its examples: held pairs score high
     because they were trained. The relative kinds leave that share out. The probes
     judge each expert as it was received, before the client has trained it, on examples
-    that it need not train on: what IFCA (arXiv 2006.04088) does with every model of the
-    server, here with the received experts alone.
+    that it need not train on, as IFCA (arXiv 2006.04088) does with every model of the
+    server.
 
     Args:
       kind: `accuracy`, `loss` (`exp(-loss_scale * loss)`), `mixed`
@@ -102,7 +102,7 @@ def score(kind: str, feedback: Feedback, slot: Array, hyper: Hyper) -> Array:
         client has trained in the round, so that 1/2 is as good as its others; `probe`
         (`exp(-loss_scale * probe)`) or `relative_probe`
         (`sigmoid(loss_scale * (mean probe - probe))`), the mean over the experts that
-        the client holds, trained or not.
+        the client has received, trained or not.
       feedback: with leaves of shape [C, K]; `probe` is there for kinds in `PROBES`.
       slot: [C, K] bool, which slots are valid; read by `relative_probe`.
       hyper: gives `fitness.loss_scale` and `fitness.frequency_share`.

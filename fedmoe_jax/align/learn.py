@@ -9,7 +9,7 @@ from fedmoe_jax.align.drift_detector import (
     residuals,
     watch,
 )
-from fedmoe_jax.align.fitness import idle_rule, score, update_fitness
+from fedmoe_jax.align.fitness import PROBES, idle_rule, score, update_fitness
 from fedmoe_jax.align.top_k import to_mask
 from fedmoe_jax.align.usage import update_usage
 from fedmoe_jax.types import AlignState, Array, Assignment, Feedback, Hyper, Static
@@ -26,15 +26,23 @@ def count_load(
     return jnp.zeros(num_experts).at[assignment.held].add(load)
 
 
-def find_counted(feedback: Feedback, arrived: Array, assignment: Assignment) -> Array:
+def find_counted(
+    kind: str, feedback: Feedback, arrived: Array, assignment: Assignment
+) -> Array:
     """[C, K] bool, the slots whose score is evidence.
 
     The client's update has arrived [C]. Scores from training need at least one position
-    that was routed to the expert; a probe has run every held expert by itself, so that
-    its loss is evidence of an expert that the gate never chose, too.
+    that was routed to the expert; a probe has run every received expert by itself, so
+    that its loss is evidence of an expert that neither gate nor client has chosen, too.
+
+    Args:
+      kind: of the feedback, see `fitness.score`.
+      feedback: of the cohort, leaves [C, K].
+      arrived: [C] bool.
+      assignment: the experts that clients have received, [C, K].
     """
     counted = assignment.slot & arrived[:, None]
-    return counted if feedback.probe is not None else counted & (feedback.load > 0)
+    return counted if kind in PROBES else counted & (feedback.load > 0)
 
 
 def notice(
@@ -75,6 +83,7 @@ def learn(
     align: AlignState,
     cohort: Array,
     assignment: Assignment,
+    trained: Assignment,
     feedback: Feedback,
     arrived: Array,
     received: Array,
@@ -89,7 +98,10 @@ def learn(
     Args:
       align: alignment state before the round.
       cohort: [C] int32 client ids.
-      assignment: the experts that they held, [C, K].
+      assignment: the experts that they were sent, [C, K]; fitness is of these, so that
+        one that a client has received and not chosen is not idle, and keeps its score
+        unless the feedback is a probe.
+      trained: those of them that they held in training: all, unless clients choose.
       feedback: of the cohort, leaves [C, K].
       arrived: [C] bool, whether the client's update counts.
       received: [C] bool, whether the client has received its experts.
@@ -98,9 +110,9 @@ def learn(
       hyper: rates.
       static: gives `fitness.feedback`, `fitness.idle` and `reaction.kind`.
     """
-    mask = to_mask(assignment, align.usage.shape[0])
-    counted = find_counted(feedback, arrived, assignment)
-    value = score(static.fitness.feedback, feedback, assignment.slot, hyper)
+    mask, kind = to_mask(trained, align.usage.shape[0]), static.fitness.feedback
+    counted = find_counted(kind, feedback, arrived, assignment)
+    value = score(kind, feedback, assignment.slot, hyper)
     detector, alarm, reaction = align.detector, None, static.reaction.kind
     rate, (decay, target) = hyper.fitness.rate, idle_rule(static.fitness.idle, hyper)
     if reaction != "none":

@@ -4,7 +4,9 @@ import functools
 from collections.abc import Callable, Hashable
 
 import jax
+from ml_collections import ConfigDict
 
+from fedmoe_jax.align.fitness import PROBES
 from fedmoe_jax.base import AssignFn, Strategy
 from fedmoe_jax.options import UserError
 from fedmoe_jax.strategies.fedavg import (
@@ -55,6 +57,7 @@ from fedmoe_jax.strategies.flex_moe import (
 from fedmoe_jax.strategies.greedy import GREEDY
 from fedmoe_jax.strategies.heterofl import HETEROFL
 from fedmoe_jax.strategies.hfedmoe import HFEDMOE, HFEDMOE_SHARED_GATE
+from fedmoe_jax.strategies.ifca import IFCA
 from fedmoe_jax.strategies.load_balanced import (
     LOAD_BALANCED,
     LOAD_BALANCED_NO_CALIBRATION,
@@ -76,6 +79,7 @@ STRATEGIES: dict[str, Strategy] = {
     "prototypes": PROTOTYPES,
     "prototypes_bounded": PROTOTYPES_BOUNDED,
     "update_groups": UPDATE_GROUPS,
+    "ifca": IFCA,
     "greedy": GREEDY,
     "load_balanced": LOAD_BALANCED,
     "load_balanced_no_calibration": LOAD_BALANCED_NO_CALIBRATION,
@@ -135,6 +139,15 @@ def find_strategy(name: str) -> Strategy:
         allowed = ", ".join(STRATEGIES)
         raise UserError(f"strategy={name!r} is unknown; allowed: {allowed}")
     return STRATEGIES[name]
+
+
+def does_probe(config: ConfigDict) -> bool:
+    """Whether clients probe their experts before training.
+
+    Their feedback is such a probe, or they choose by it what they train.
+    """
+    choose = find_strategy(config.strategy).choose
+    return config.fitness.feedback in PROBES or choose is not None
 
 
 def either(names: tuple[str, ...]) -> AssignFn:

@@ -51,6 +51,7 @@ class Costs(NamedTuple):
         one example, as where the server trains them alone.
       travel_bytes: the stem, gate and head, but for those that stay with the clients.
       copies: 2 where control variates travel beside the model, else 1; no cost.
+      num_layers: G, MoE layers of the model; no cost.
     """
 
     stem_bytes: float
@@ -64,6 +65,7 @@ class Costs(NamedTuple):
     dense_flops: float
     travel_bytes: float
     copies: int
+    num_layers: int
 
     @property
     def shared_bytes(self) -> float:
@@ -118,13 +120,15 @@ def count_costs(
         dense_flops=float(TRAINING_PASSES * dense),
         travel_bytes=float(sum(size[part] for part in size if part not in personal)),
         copies=2 if strategy.variates else 1,
+        num_layers=len(params["experts"]),
     )
 
 
 def scale_costs(costs: Costs, scale: float) -> Costs:
     """The costs of a model `scale` > 0 times as large in every part."""
     scaled = {name: float(scale * cost) for name, cost in costs._asdict().items()}
-    return costs._replace(**scaled | {"copies": costs.copies})
+    counts = {"copies": costs.copies, "num_layers": costs.num_layers}
+    return costs._replace(**scaled | counts)
 
 
 class Traffic(struct.PyTreeNode):
@@ -141,6 +145,7 @@ class Traffic(struct.PyTreeNode):
       probed: examples that the client runs forward to probe its experts: those of one
         batch once for every expert of every layer. None where nothing is probed.
       biases: numbers of the gates' bias, one for each held expert; None without one.
+      forward: experts that run forward on what is trained; None for all that are held.
     """
 
     held: Array
@@ -152,6 +157,29 @@ class Traffic(struct.PyTreeNode):
     new: Array
     probed: Array | None = None
     biases: Array | None = None
+    forward: Array | None = None
+
+
+def train_chosen(traffic: Traffic, chosen: Array | None) -> Traffic:
+    """The traffic of clients that train only some of the experts that they hold.
+
+    They give feedback on these alone, beside the probes of all.
+
+    Args:
+      traffic: leaves [...], of all that is held.
+      chosen: [..., G, K] bool, the slots that are trained; None for all.
+    """
+    if chosen is None:
+        return traffic
+    slots, num_layers = chosen.sum((-2, -1)), chosen.shape[-2]
+    count = slots / num_layers
+    idle = num_layers * traffic.held - slots
+    reported = traffic.reported - FEEDBACK_NUMBERS * idle
+    return traffic.replace(
+        trained=jnp.minimum(traffic.trained, count),
+        reported=jnp.maximum(reported, 0.0),  # silent clients report nothing
+        forward=count,
+    )
 
 
 def client_bytes(costs: Costs, traffic: Traffic) -> tuple[Array, Array]:
@@ -192,33 +220,44 @@ def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     """FLOPs of each client's local training, and of the probe before it.
 
     Every expert is counted for every example. That is what training without sparse
-    dispatch does, and the most that routing can ask for. So it is in a probe, of which
-    each forward pass counts all held experts, though only one of a layer is routed to,
-    and counts anew what its passes have in common.
+    dispatch does, and the most that routing can ask for. A probe counts as many passes
+    as there are experts to be probed, see `probe_flops`.
 
     Args:
       costs: of the model that is trained.
-      traffic: experts held, all forward, and trained, those backward.
+      traffic: experts held, those of them that run forward, and trained, those
+        backward.
       examples: [] or [C] float32, examples each client trains, repeats included.
 
     Returns:
       [C] float32.
     """
-    untrained = traffic.held - traffic.trained
+    forward = traffic.held if traffic.forward is None else traffic.forward
+    untrained = forward - traffic.trained
     per_example = costs.shared_flops + costs.expert_flops * (
-        traffic.held - BACKWARD * untrained
+        forward - BACKWARD * untrained
     )
     training = (per_example - BACKWARD * costs.frozen_flops) * examples
     if traffic.probed is None:
         return training
-    return training + answer_flops(costs, traffic.held) * traffic.probed
+    return training + probe_flops(costs, traffic.held) * traffic.probed
+
+
+def probe_flops(costs: Costs, held: Any) -> Any:
+    """FLOPs of one example forward with one expert alone in one of the MoE layers.
+
+    All `held` experts of each other layer are counted, and what passes have in common
+    is counted in each.
+    """
+    others = costs.num_layers - 1
+    return answer_flops(costs, (others * held + 1) / costs.num_layers)
 
 
 def answer_flops(costs: Costs, experts: Any) -> Any:
     """FLOPs of one example forward, through what all share and so many experts.
 
-    Of several MoE layers so many in each. A gate is counted also where it has only one
-    expert, as in training.
+    Of several MoE layers so many in each, or on average. A gate is counted also where
+    it has only one expert, as in training.
     """
     return (costs.shared_flops + experts * costs.expert_flops) / TRAINING_PASSES
 

@@ -16,10 +16,11 @@ from fedmoe_jax.world.costs import (
 def limit_probes(experts: Array, probed: Array, costs: Costs) -> Array:
     """Experts that a client can train in the time in which it could without probes.
 
-    A probe is one pass forward for every one of the k experts of a layer, through what
-    all share and all k of them, so that the work is a square in k:
-    `k + r k (s + k) = experts`, s the FLOPs shared over those of an expert, r the
-    passes of `probed` over `TRAINING_PASSES`.
+    A probe is one pass forward for every one of the k experts of each of the G MoE
+    layers, through what all share, that expert, and all k experts of the other layers:
+    `k + r k (s + ((G - 1) k + 1) / G) = experts`, s the FLOPs shared over those of an
+    expert in every layer, r the passes of `probed` over `TRAINING_PASSES`. It is a
+    square in k, and linear for G = 1.
 
     Args:
       experts: [N] float32, without probes; 0 or less gives 0.
@@ -27,11 +28,11 @@ def limit_probes(experts: Array, probed: Array, costs: Costs) -> Array:
         over the examples that are trained on.
       costs: of the model.
     """
-    rate = probed / TRAINING_PASSES
-    linear = 1 + rate * costs.shared_flops / costs.expert_flops
-    aim = jnp.maximum(experts, 0.0)
+    rate, layers = probed / TRAINING_PASSES, costs.num_layers
+    linear = 1 + rate * (costs.shared_flops / costs.expert_flops + 1 / layers)
+    square, aim = rate * (layers - 1) / layers, jnp.maximum(experts, 0.0)
     # 2 c / (b + root) has no difference of large numbers.
-    return 2 * aim / (linear + jnp.sqrt(linear**2 + 4 * rate * aim))
+    return 2 * aim / (linear + jnp.sqrt(linear**2 + 4 * square * aim))
 
 
 def true_capacity(

@@ -45,6 +45,7 @@ def learn_once(
     evidence=3,
     arrived=(True, True),
     received=(True, True),
+    chosen=((True, True), (True, True)),
     **feedback,
 ):
     """Clients 0 and 2 of three take part; its experts fail client 0."""
@@ -62,7 +63,8 @@ def learn_once(
         detector=well_known if reaction != "none" else {},
     )
     return learn(
-        *(align, jnp.array([0, 2]), assignment, feedback),
+        *(align, jnp.array([0, 2]), assignment),
+        *(assignment.replace(slot=jnp.array(chosen)), feedback),
         *(jnp.array(arrived), jnp.array(received), jnp.ones(4), KEY),
         hyper=HYPER,
         static=make_program(
@@ -122,6 +124,32 @@ def test_learn_from_probes_of_experts_that_no_position_was_routed_to():
     np.testing.assert_allclose(after.fitness[2, 2:], [0.8, 0.86], rtol=1e-6)
     lost = learn_once(kind="probe", load=load, probe=probe, arrived=(False, True))
     np.testing.assert_array_equal(lost.fitness[0, :2], np.float32([0.8, 0.8]))
+
+
+CHOICE = ((False, True), (True, False))  # expert 1 of 0 and 1, and expert 2 of 2 and 3
+
+
+def test_learn_of_clients_that_choose_holds_what_they_have_chosen():
+    load = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+    after = learn_once(chosen=CHOICE, load=load)
+    assert after.held.tolist() == [[0, 1, 0, 0], [1] * 4, [0, 0, 1, 0]]
+    assert after.times_held.tolist() == [[1, 2, 1, 1], [1] * 4, [1, 1, 2, 1]]
+    # What they have received and not chosen is neither idle nor known.
+    idle = 0.9 * 0.8 + 0.1 * 0.5
+    expected = [[0.8, 0.59, idle, idle], [idle] * 4, [idle, idle, 0.8, 0.8]]
+    np.testing.assert_allclose(after.fitness, expected, rtol=1e-6)
+
+
+def test_learn_from_probes_of_experts_that_a_client_has_not_chosen():
+    probe, load = jnp.log(jnp.array([[4.0, 2.0], [2.0, 4.0]])), jnp.ones((2, 2))
+    load = jnp.where(jnp.array(CHOICE), load, 0.0)
+    after = learn_once(kind="probe", chosen=CHOICE, load=load, probe=probe)
+    scores = [0.7 * 0.8 + 0.3 / 4, 0.7 * 0.8 + 0.3 / 2]
+    np.testing.assert_allclose(after.fitness[0, :2], scores, rtol=1e-6)
+    np.testing.assert_allclose(after.fitness[2, 2:], scores[::-1], rtol=1e-6)
+    # Probed beside feedback from training, they have no score.
+    both = learn_once(chosen=CHOICE, load=load, probe=probe)
+    np.testing.assert_allclose(both.fitness[0, :2], [0.8, 0.59], rtol=1e-6)
 
 
 # ---- what an alarm does to the scores

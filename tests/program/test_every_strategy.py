@@ -44,9 +44,11 @@ pytestmark = pytest.mark.slow
 # These controls differ from the one of the total size in their width only.
 CASES = [(n, "global") for n in STRATEGIES if not n.endswith(("_active", "_smallest"))]
 CASES += [("greedy", "holder_rows"), ("greedy", "personal")]
+CASES += [("ifca", "holder_rows"), ("ifca", "personal")]
 # One of each kind of forward pass, and of what becomes of the stem.
 WITH_SHARED = (
     "greedy",
+    "ifca",
     "hfedmoe",
     "pfedmoe",
     "fedmix",
@@ -58,6 +60,7 @@ WITH_SHARED += ("fedjets", "fedjets_frozen_stem", "fedmoe_da", "centralised")
 CASES += [(name, "shared") for name in WITH_SHARED]
 # Clients probe what they have received, on a quarter of their examples.
 WITH_PROBE = ("greedy", "hfedmoe", "pfedmoe", "fedmix", "heterofl", "local", "fedjets")
+WITH_PROBE += ("ifca",)
 CASES += [(name, "probe") for name in WITH_PROBE]
 # One of each kind of gate, and one without any.
 BIASED = ("greedy", "oracle", "prototypes", "flex_moe", "hfedmoe", "pfedmoe", "fedmix")
@@ -208,6 +211,10 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
     count = lambda part: count_bytes(params[part])
     sizes, record = parts.program.sizes, parts.program.strategy
     slots = held.sum(2)  # [R, N]
+    # Clients that choose have received all, and send the probes of all.
+    received = slots if record.choose is None else sizes.num_experts * (slots > 0)
+    probed = received.sum(1) if parts.program.static.probes else 0
+    unchosen = (received - slots).sum(1) * count("experts") / sizes.num_experts
     parts_sent = {"stem", "gate", "head"} - set(record.personal + record.frozen)
     per_client = sum(count(part) for part in parts_sent)
     local = held[:, :, sizes.num_experts - record.local_experts :].sum((1, 2))
@@ -221,7 +228,7 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
     # What clients send to each other is counted by hand in test_fedmoe_da.py.
     asked = np.array(list_messages(parts)) * sizes.num_clients
     model = sum(count(part) for part in ("stem", "head", *record.frozen)) + expert
-    exchanged = metrics["bytes_down"] - both - new - biases
+    exchanged = metrics["bytes_down"] - both - new - biases - unchosen
     exchanged -= sizes.num_clients * model * np.sign(asked)
     if record.exchange is None:
         np.testing.assert_allclose(exchanged, 0, atol=1e-6 * both.max())
@@ -230,10 +237,10 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
         assert 0 < exchanged[0] <= most * expert  # none where no two have met
         both = both + exchanged
     shared = sum(count(part) for part in {"stem", "gate", "head", *record.frozen})
-    most = (3 if record.variates else 1) * (shared + slots.max(1) * expert) / 4
+    most = (3 if record.variates else 1) * (shared + received.max(1) * expert) / 4
     np.testing.assert_allclose(metrics["peak_client_parameters"], most, rtol=1e-6)
-    each = 6 if variant == "probe" else 5
-    numbers = each * slots.sum(1) + parts.program.report_numbers * sizes.cohort_size
+    reported = parts.program.report_numbers * sizes.cohort_size
+    numbers = 5 * slots.sum(1) + probed + reported
     up = both + 4 * numbers * (not record.silent) + 4 * asked
     if record.gate_period:
         up[0] += sizes.cohort_size * count("gate")  # shown in the first of two rounds
@@ -263,6 +270,7 @@ BYTES_DOWN = {
     "hfedmoe": 4 * (256 + 64 + 4 * 5 + 4 * 16),
     "fedmix_all": 4 * (256 + 64 + 4 * 16),  # the gate stays
     "fedmoe": 4 * (256 + 64 + 4 * 5 + 4 * 16),
+    "ifca": 4 * (256 + 64 + 4 * 5 + 4 * 16),
     "pfedmoe": 4 * (256 + 16),  # gate, head and one expert stay
     "fedavg": 4 * (256 + 64 + 5 + 16),
     "scaffold": 2 * 4 * (256 + 64 + 5 + 16),

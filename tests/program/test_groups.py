@@ -48,6 +48,17 @@ def test_an_assignment_by_groups_beats_one_model_where_labels_are_permuted():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("warm_up", [0, 2])
+def test_clients_that_choose_the_best_expert_find_the_groups(warm_up):
+    """As well as an assignment that knows them, from copies, too."""
+    rounds = {"num_rounds": 8, "eval_every": 8}
+    found = run_digits("ifca", **rounds, **{"upcycle.rounds": warm_up})
+    dense = run_digits("fedavg_active", **rounds)
+    assert dense["personal_accuracy"] < 0.5 < 0.7 < found["personal_accuracy"]
+    np.testing.assert_allclose(found["expert_group_information"], 1.0, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotation_permuted", "inversion"])
 def test_a_run_with_groups_is_whole(kind, tmp_path):
     """Own tests, validation and unseen clients; a run and its report's arrays."""

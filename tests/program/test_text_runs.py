@@ -108,8 +108,10 @@ def test_runs_that_probe_with_other_shares_are_one_program():
         np.testing.assert_allclose(flops, measured["client_flops"], rtol=1e-5)
         costs = plan.program.costs
         held = np.asarray(alone.align.held).sum(2).mean(1)  # of the last round
-        steps = plan.program.sizes.local_steps + G * held / 3
-        each = 8 * steps * (costs.shared_flops + held * costs.expert_flops)
+        passes = plan.program.sizes.local_steps, G * held / 3
+        probed = ((G - 1) * held + 1) / G  # one alone in a layer
+        each = 8 * sum(passes) * costs.shared_flops
+        each += 8 * (passes[0] * held + passes[1] * probed) * costs.expert_flops
         np.testing.assert_allclose(measured["client_flops"][-1], each.sum(), rtol=1e-5)
 
 
@@ -283,6 +285,18 @@ def test_tied_layers_agree_with_others_where_all_is_held():
     for name in ("train_loss", "global_bits", "personal_bits"):
         np.testing.assert_allclose(rows[0][name], rows[1][name], rtol=1e-4)
     assert rows[1]["expert_load"].shape[1:] == (E,)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ifca_chooses_an_expert_a_layer_or_of_tied_layers_one_for_all(tied):
+    changes = {"strategy": "ifca", "num_rounds": 8, "model.tied": tied}
+    found = run_alone(make_config(**changes, **{"max_held": 1, "num_active": 1}))
+    held = np.asarray(found.state.align.held)
+    assert held.shape == (N, 1 if tied else G, E) and (held.sum(2) == 1).all()
+    chosen = held.argmax(2)
+    assert len({tuple(row) for row in chosen.tolist()}) > 1
+    bits = [x for x in found.rows["personal_bits"] if not math.isnan(x)]
+    assert entropy_rates().mean() < bits[-1] < 0.9 * bits[0]
 
 
 @pytest.mark.parametrize("strategy", ["flex_moe", "hfedmoe", "fedavg_active", "local"])

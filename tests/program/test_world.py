@@ -106,7 +106,7 @@ def test_pooled_data_are_in_a_calm_world():
     assert calm.processes == pooled.processes == ()
 
 
-@pytest.mark.parametrize("strategy", ["load_balanced", "hfedmoe", "scaffold"])
+@pytest.mark.parametrize("strategy", ["load_balanced", "hfedmoe", "scaffold", "ifca"])
 def test_clients_lost_to_memory_were_given_too_much(strategy):
     poor = {"devices.overload": "lose", "devices.free_memory": 0.1}
     _, metrics, _ = run(strategy=strategy, **poor, **{"devices.deadline": 1e9})

@@ -13,16 +13,24 @@ from factories import (
     make_hyper,
     prepare_strategy,
     sizes_of,
+    tiny_config,
 )
 
 from fedmoe_jax.align.top_k import to_mask
 from fedmoe_jax.options import UserError
-from fedmoe_jax.strategies import STRATEGIES, either, find_strategy, traits
+from fedmoe_jax.strategies import (
+    STRATEGIES,
+    does_probe,
+    either,
+    find_strategy,
+    traits,
+)
 
 pytestmark = pytest.mark.slow
 
 RESIZED = tuple(n for n in STRATEGIES if sizes_of(n) != SIZES)
 HOLD_ALL = ("hfedmoe", "fedmoe", "fedmoe_da", "pfedmoe", "fedmix_all")  # at first
+HOLD_ALL += ("ifca",)  # of which a client then trains one
 HOLD_ALL += tuple(f"{name}_shared_gate" for name in ("hfedmoe", "fedmoe", "fedmix_all"))
 SHARED = tuple(  # decide differently for the same training, so they share a program
     name
@@ -121,6 +129,14 @@ def test_either_decides_as_the_strategy_that_is_counted_to():
         found.append(np.asarray(to_mask(got, SIZES.num_experts)).tobytes())
     assert len(set(found)) >= 4  # they do not all decide the same
     assert assign._cache_size() == 1
+
+
+@every_strategy
+def test_does_probe_to_choose_and_for_its_feedback(name):
+    config = tiny_config(strategy=name)
+    assert does_probe(config) == (find_strategy(name).choose is not None)
+    config.fitness.feedback = "probe"
+    assert does_probe(config)
 
 
 def test_either_of_one_strategy_is_that_strategy():

@@ -18,7 +18,9 @@ from fedmoe_jax.world.costs import (
     client_seconds,
     count_costs,
     fits_memory,
+    probe_flops,
     scale_costs,
+    train_chosen,
 )
 
 SLOTS = jnp.array([1.0, 3.0])
@@ -45,7 +47,9 @@ PLAIN = STRATEGIES["random"]._replace(personal=())
 PARAMS = {
     "stem": {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)},  # 20 floats
     "gate": {"kernel": jnp.zeros((4, 5)), "bias": jnp.zeros(4)},  # 24 floats
-    "experts": {"a": jnp.zeros((4, 5, 7)), "b": jnp.zeros((4, 7), jnp.bfloat16)},
+    "experts": {
+        "moe": {"a": jnp.zeros((4, 5, 7)), "b": jnp.zeros((4, 7), jnp.bfloat16)}
+    },
     "head": {"kernel": jnp.zeros((7, 2))},  # 14 floats
 }
 FORWARD = {"stem": 7, "gate": 3, "head": 1, "experts": 13}
@@ -64,10 +68,15 @@ def test_count_costs_from_the_params():
         dense_flops=3 * (7 + 1 + 13),  # all but the gate
         travel_bytes=4 * (20 + 14 + 24),
         copies=1,
+        num_layers=1,
     )
     assert count_costs(PARAMS, {}, FORWARD, PLAIN) == expected
     shapes = jax.eval_shape(lambda: PARAMS)
     assert count_costs(shapes, {}, FORWARD, PLAIN) == expected
+    (experts,) = PARAMS["experts"].values()
+    two = PARAMS | {"experts": {"block_0": experts, "block_1": experts}}
+    found = count_costs(two, {}, FORWARD, PLAIN)
+    assert (found.num_layers, found.expert_bytes) == (2, 2 * expected.expert_bytes)
 
 
 @pytest.mark.parametrize(
@@ -140,19 +149,70 @@ def test_count_costs_of_a_frozen_stem_that_the_gate_alone_reads():
 
 
 def test_client_flops_of_probes_by_hand():
-    """Forward alone, a third of training: 10 FLOPs shared, 20 of each held expert."""
+    """Forward alone, a third of training: 10 FLOPs shared, 20 of the probed expert."""
     # Of 8 examples each of the experts, of one MoE layer, is probed.
     probes = TRAFFIC.replace(probed=8 * SLOTS)
     plain = client_flops(COSTS, TRAFFIC, 5.0)
     more = client_flops(COSTS, probes, 5.0) - plain
-    np.testing.assert_allclose(more, [8 * 1 * (10 + 20) / 3, 8 * 3 * (10 + 60) / 3])
+    np.testing.assert_allclose(more, [8 * 1 * (10 + 20) / 3, 8 * 3 * (10 + 20) / 3])
     # What is frozen is run forward as anything else.
     plain, found = (client_flops(FROZEN, each, 5.0) for each in (TRAFFIC, probes))
     np.testing.assert_allclose(found - plain, more, rtol=1e-6)
     devices = make_devices(2, flops=10.0)
     seconds = client_seconds(devices, COSTS, probes, 5.0)[:, 1]
     before = client_seconds(devices, COSTS, TRAFFIC, 5.0)[:, 1]
-    np.testing.assert_allclose(seconds - before, [8, 56], rtol=1e-5)
+    np.testing.assert_allclose(seconds - before, [8, 24], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "held", "expected"),
+    [(1, 4, 10 + 20), (2, 1, 10 + 20), (2, 4, 10 + 10 * 5), (4, 3, 10 + 5 * 10)],
+)
+def test_probe_flops_by_hand(num_layers, held, expected):
+    """All that are held in the other layers, and one alone: 20 / G FLOPs for each."""
+    costs = COSTS._replace(num_layers=num_layers)
+    np.testing.assert_allclose(probe_flops(costs, held), expected / 3)
+
+
+def test_train_chosen_by_hand():
+    """The clients hold 1 and 3 experts in each of two layers, and train one of them."""
+    chosen = jnp.array([[[1, 0, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 0]]], bool)
+    sent = TRAFFIC.replace(trained=SLOTS, reported=2 * (5 + 1) * SLOTS)
+    found = train_chosen(sent, chosen)
+    assert found.held.tolist() == [1, 3] and found.received.tolist() == [1, 3]
+    assert found.forward.tolist() == found.trained.tolist() == [1, 1]
+    # Five numbers of each layer's expert, and the probe of every one.
+    assert found.reported.tolist() == [2 * 5 + 2, 2 * 5 + 2 * 3]
+    each = [
+        train_chosen(jax.tree.map(lambda leaf, c=c: leaf[c], sent), chosen[c])
+        for c in range(2)
+    ]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    jax.tree.map(np.testing.assert_array_equal, together, found)
+    silent = train_chosen(sent.replace(reported=jnp.zeros(2)), chosen)
+    assert silent.reported.tolist() == [0, 0]
+    assert train_chosen(sent, None) is sent
+    # 5 examples through one expert; before it every one is probed with 8.
+    probed = found.replace(probed=8 * 2 * SLOTS)
+    costs = COSTS._replace(num_layers=2)
+    expected = [
+        5 * 30 + 8 * 2 * 1 * (10 + 10 * 2) / 3,
+        5 * 30 + 8 * 2 * 3 * (10 + 10 * 4) / 3,
+    ]
+    np.testing.assert_allclose(client_flops(costs, probed, 5.0), expected, rtol=1e-6)
+    # All parameters once, and the copies of training for one expert.
+    memory = [4 * (500 + 1000), 4 * (500 + 1000) + 2 * 1000]
+    assert client_memory(costs, probed).tolist() == memory
+    assert client_parameters(costs, probed).tolist() == [1500 / 4, 3500 / 4]
+    up, down = client_bytes(costs, probed.replace(sent=jnp.ones(2)))
+    assert down.tolist() == [1500, 3500]
+    assert up.tolist() == [1500 + 4 * 12, 1500 + 4 * 16]
+
+
+def test_train_chosen_trains_no_more_than_there_is_room_for():
+    chosen = jnp.ones((2, 1, 3), bool)
+    found = train_chosen(TRAFFIC.replace(held=jnp.full(2, 3.0)), chosen)
+    assert found.forward.tolist() == [3, 3] and found.trained.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +231,7 @@ def test_answer_flops_by_hand(frozen, experts, expected):
 
 def test_scale_costs_multiplies_every_cost():
     sizes, flops = (900.0, 300.0, 300.0, 3000.0, 0.0), (30.0, 60.0, 0.0, 81.0)
-    scaled = Costs(*sizes, *flops, 1500.0, copies=2)
+    scaled = Costs(*sizes, *flops, 1500.0, copies=2, num_layers=1)
     assert scale_costs(VARIATES, 3) == scaled
     assert scale_costs(FROZEN, 3).frozen_bytes == 900
 

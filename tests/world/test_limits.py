@@ -7,7 +7,7 @@ import pytest
 from factories import COSTS, make_devices
 
 from fedmoe_jax.world.costs import TRAINING_COPIES, Traffic, client_flops
-from fedmoe_jax.world.limits import true_capacity
+from fedmoe_jax.world.limits import limit_probes, true_capacity
 
 # Deadline 100 s, half of it for the network, 5 examples, no buffer:
 # memory m: (m / 4 - 500) / 1000; network both ways at r: (50 r / 2 - 500) / 1000;
@@ -97,20 +97,36 @@ def test_true_capacity_with_a_buffer_is_as_good_as_less_of_every_resource(limit)
 
 @pytest.mark.parametrize("expert", [20.0, 16_640.0, 5_767_168.0])
 @pytest.mark.parametrize("frozen", [0.0, 4.0])
-def test_true_capacity_has_room_for_the_probes_of_just_so_many(expert, frozen):
-    """As `client_flops` charges them: 8 examples of two layers for every expert."""
-    costs = COSTS._replace(expert_flops=expert, frozen_flops=frozen)
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_true_capacity_has_room_for_the_probes_of_just_so_many(expert, frozen, layers):
+    """As `client_flops` charges them: 8 examples of every layer for each expert."""
+    fields = dict(expert_flops=expert, frozen_flops=frozen, num_layers=layers)
+    costs = COSTS._replace(**fields)
     held = np.arange(1, 41)
     one = jnp.asarray(held, jnp.float32)
-    traffic = Traffic(*[one] * 7, probed=2 * 8 * one)
+    traffic = Traffic(*[one] * 7, probed=layers * 8 * one)
     work = np.asarray(client_flops(costs, traffic, 5.0), np.float64)
-    setting = SETTING | {"max_capacity": 99, "probed": 2 * 8}
+    setting = SETTING | {"max_capacity": 99, "probed": layers * 8}
     for share, expected in ((1.0001, held), (0.9999, held - 1)):
         devices = make_devices(40, rate=1e15, memory=1e15, flops=share * work / 50)
         got = true_capacity(devices, costs, buffer=0.0, **setting)
         np.testing.assert_array_equal(got, expected)
     without = true_capacity(devices, costs, buffer=0.0, **setting | {"probed": 0})
     assert np.all(without > got)
+
+
+def test_limit_probes_by_hand():
+    """3 examples are run forward for each that is trained, 10 FLOPs shared and 20.
+
+    A third of training is forward, so that the probe of one of k experts takes
+    10 + 20 FLOPs of one layer, 10 + 10 (k + 1) of two, beside the 20 of its training.
+    """
+    find = lambda layers, experts: limit_probes(
+        jnp.float32(experts), jnp.float32(3), COSTS._replace(num_layers=layers)
+    )
+    np.testing.assert_allclose(find(1, 10), 4)  # 4 + 4 * 1.5
+    np.testing.assert_allclose(find(2, 16), 4, rtol=1e-6)  # 4 + 4 * (20 + 10 * 4) / 20
+    assert find(1, -1) == find(2, -1) == 0
 
 
 def test_true_capacity_of_a_device_too_slow_for_anything_is_none_with_probes():
