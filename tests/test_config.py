@@ -41,6 +41,7 @@ ARGUMENTS = {
     "capacity": ("", "full", "digits,smoke", "smoke"),
     "stress": ("", "full", "digits", "full,digits,smoke", "smoke"),
     "languages": ("markov", "markov,fitness", "markov,smoke", "fitness,smoke", "smoke"),
+    "regimes": ("", "skew", "rotation,digits", "mixed,digits,smoke", "both,smoke"),
     "shakespeare": ("markov", "markov,smoke", "smoke"),
 }
 STUDIES = [(file, a) for file in FILES for a in ARGUMENTS.get(file, ("", "smoke"))]
@@ -86,6 +87,11 @@ def test_studies_of_text_from_folders_are_valid(argument):
     assert kilobytes == ({80, 200, 800} if argument else {80})
     for config in runs:
         validate(config)
+
+
+def test_regimes_are_of_one_kind():
+    with pytest.raises(ValueError, match="'skew,both' has several kinds; allowed"):
+        get_config("regimes", "skew,both")
 
 
 def test_amounts_are_of_text_from_folders():
@@ -138,6 +144,7 @@ def test_smoke_is_the_same_study_but_shorter(name):
     differing = {field for field in long if long[field] != short[field]}
     counts |= {"fedmoe.warm_up", "fedmoe.period", "fedjets.steps"}
     counts |= {"drift.start", "drift.rounds", "evaluation.finetune"}
+    counts |= {"upcycle.rounds", "prototypes.round"}
     rows = {"compare.strategies", "compare.changes", "compare.seeds"}
     assert differing <= counts | rows | {"checkpoint.every"}
     assert short["num_rounds"] < long["num_rounds"]

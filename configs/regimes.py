@@ -1,0 +1,76 @@
+"""When does a federated mixture pay? Kinds of heterogeneity, strategies and controls.
+
+    python launch.py --config=configs/regimes.py:permuted,digits --workdir=runs/tune \\
+      --tune
+    python launch.py --config=configs/regimes.py:permuted,digits \\
+      --workdir=runs/permuted --settings=runs/tune/settings.json
+
+One kind a comparison: clients differ by their labels (`skew`, Dirichlet(0.1)), by the
+`rotation` of their images, by the meaning of their labels (`permuted`), by both of
+these (`both`), or by meaning and, less, by their labels (`mixed`). `digits` is on the
+embedded digits, else it is on CIFAR-10. All mixtures have the same means: a dense
+warm-up of ten rounds, a gate biased towards the experts that suit the client, and a
+calibration loss of weight 1; so a row says what its assignment is worth. `oracle` knows
+the groups, `prototypes`, `update_groups` and `ifca` look for them. Read personal
+accuracy with the own label prior: under permuted labels no model is right for all.
+`smoke` is short.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compare
+
+STRATEGIES = (
+    *("random", "fixed_random", "greedy", "load_balanced"),
+    *("oracle", "prototypes", "update_groups", "ifca"),
+    *("fedavg_smallest", "fedavg_active", "fedavg", "local_active"),
+)
+KINDS = {
+    "skew": {"partition.kind": "dirichlet"},
+    "rotation": {"groups.kind": "rotation"},
+    "permuted": {"groups.kind": "permuted"},
+    "both": {"groups.kind": "rotation_permuted"},
+    "mixed": {
+        "groups.kind": "permuted",
+        "partition.kind": "dirichlet",
+        "partition.alpha": 0.3,
+    },
+}
+
+
+def take_kind(argument: str) -> tuple[str, str]:
+    """The kind of heterogeneity, `permuted` without any, and the rest of an argument.
+
+    Raises:
+      ValueError: there are several.
+    """
+    words = argument.split(",")
+    kinds = [word for word in words if word in KINDS]
+    if len(kinds) > 1:
+        raise ValueError(
+            f"config argument {argument!r} has several kinds; allowed: one of "
+            f"{', '.join(KINDS)}"
+        )
+    return (kinds or ["permuted"])[0], ",".join(w for w in words if w not in KINDS)
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The comparison.
+
+    `argument` joins a kind, and any of `digits` and `smoke`, with commas.
+    """
+    kind, rest = take_kind(argument)
+    config = compare.get_config(rest)
+    compare.support_claims(config, rest)
+    config.partition.kind = "iid"
+    config.update_from_flattened_dict(KINDS[kind])
+    config.prototypes.round = config.upcycle.rounds = 10
+    config.gate.bias, config.loss.calibration = 5.0, 1.0
+    config.evaluation.finetune = True
+    config.compare.strategies = STRATEGIES
+    config.tune.measure = "validation_personal_prior_accuracy"
+    if "smoke" in rest.split(","):
+        config.prototypes.round = config.upcycle.rounds = config.chunk_rounds
+        config.compare.strategies = ("prototypes", "fedavg_active")
+        config.evaluation.finetune = False
+    return config
