@@ -158,7 +158,7 @@ def test_smoke_has_few_programs(name, monkeypatch):
     if "compare" not in config:
         return
     if config.data.name == "cifar10":
-        monkeypatch.setattr(planning, "load_dataset_once", draw_images)
+        monkeypatch.setitem(planning.DATASETS, "cifar10", draw_images)
     config.data.public = min(config.data.public, 50)
     waves = planning.plan_waves(list_members(config))
     assert len(waves) <= 3
@@ -447,7 +447,7 @@ def test_every_study_can_be_traced(file, monkeypatch):
     """The first run of every study: a chunk of rounds and an evaluation, by shape."""
     config = runs_of(get_config(file, "smoke"))[0]
     if config.data.name == "cifar10":
-        monkeypatch.setattr(planning, "load_dataset_once", draw_images)
+        monkeypatch.setitem(planning.DATASETS, "cifar10", draw_images)
     with config.unlocked():
         config.data.public = min(config.data.public, 50)
     (wave,) = planning.plan_waves([planning.Member(file, config)])
