@@ -10,8 +10,9 @@ One kind a comparison: clients differ by their labels (`skew`, Dirichlet(0.1)), 
 these (`both`), or by meaning and, less, by their labels (`mixed`). `digits` is on the
 embedded digits, else it is on CIFAR-10. All mixtures have the same means: a dense
 warm-up of ten rounds, a gate biased towards the experts that suit the client, and a
-calibration loss of weight 1; so a row says what its assignment is worth. `oracle` knows
-the groups, `prototypes`, `update_groups` and `ifca` look for them. Read personal
+calibration loss of weight 1. What suits a client is its fitness, but where a strategy
+knows better: `oracle` knows the groups, `prototypes` and `update_groups` look for them,
+and so does `ifca`, whose clients use one expert. Read personal
 accuracy with the own label prior: under permuted labels no model is right for all.
 `smoke` is short.
 """
@@ -64,13 +65,13 @@ def get_config(argument: str = "") -> ConfigDict:
     compare.support_claims(config, rest)
     config.partition.kind = "iid"
     config.update_from_flattened_dict(KINDS[kind])
-    config.prototypes.round = config.upcycle.rounds = 10
+    config.upcycle.rounds = 10
     config.gate.bias, config.loss.calibration = 5.0, 1.0
     config.evaluation.finetune = True
     config.compare.strategies = STRATEGIES
     config.tune.measure = "validation_personal_prior_accuracy"
     if "smoke" in rest.split(","):
-        config.prototypes.round = config.upcycle.rounds = config.chunk_rounds
+        config.upcycle.rounds = config.chunk_rounds
         config.compare.strategies = ("prototypes", "fedavg_active")
         config.evaluation.finetune = False
     return config

@@ -280,7 +280,7 @@ def make_sizes(
 
 def count_groups(data: Data, task: Task) -> int:
     """Q: groups of the data; every stratum is one where examples have no classes."""
-    if task.labels is None:
+    if task.labels is None and task.add_prior is None:
         return len(data.stratum_names)
     return max(len(data.group_names), 1)
 

@@ -44,11 +44,18 @@ hypothesis.settings.load_profile("fedmoe")
 # Linux gives a process 65,530 memory maps; a compiled round takes a thousand of them,
 # and LLVM dies without a word where there are none left.
 MAPS, MANY_MAPS = Path("/proc/self/maps"), 20_000
+OFTEN = 20  # tests of a file, after which its maps are counted: it takes milliseconds
+since_count = 0
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Between files, forgets compiled programs before there are too many."""
-    if nextitem and nextitem.path != item.path and MAPS.exists():
-        if MAPS.read_bytes().count(b"\n") > MANY_MAPS:
-            jax.clear_caches()
-            gc.collect()
+    """Between files and in long ones, forgets programs before there are too many."""
+    global since_count
+    since_count += 1
+    ends = nextitem and nextitem.path != item.path
+    if not MAPS.exists() or not (ends or since_count >= OFTEN):
+        return
+    since_count, most = 0, MANY_MAPS if ends else 2 * MANY_MAPS
+    if MAPS.read_bytes().count(b"\n") > most:
+        jax.clear_caches()
+        gc.collect()

@@ -144,7 +144,7 @@ def test_smoke_is_the_same_study_but_shorter(name):
     differing = {field for field in long if long[field] != short[field]}
     counts |= {"fedmoe.warm_up", "fedmoe.period", "fedjets.steps"}
     counts |= {"drift.start", "drift.rounds", "evaluation.finetune"}
-    counts |= {"upcycle.rounds", "prototypes.round"}
+    counts |= {"upcycle.rounds"}
     rows = {"compare.strategies", "compare.changes", "compare.seeds"}
     assert differing <= counts | rows | {"checkpoint.every"}
     assert short["num_rounds"] < long["num_rounds"]

@@ -112,7 +112,7 @@ def test_resolve_looks_up_the_rounds_of_stages():
     stages = (0, min), ("fedmoe.warm_up", max), (8, sum)
     found = resolve(NOTHING._replace(stages=stages), make_config())
     assert found.stages == ((0, min), (2, max), (8, sum))
-    fields = {"prototypes.round": 4, "prototypes.period": 12}
+    fields = {"upcycle.rounds": 4, "prototypes.period": 12}
     again = NOTHING._replace(stages=((tuple(fields), max),))
     rounds = [when for when, _ in resolve(again, make_config(**fields)).stages]
     assert rounds == [4, 16, 28, 40]

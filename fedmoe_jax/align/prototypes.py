@@ -191,9 +191,8 @@ def shuffle_components(key: Array, means: Means) -> Means:
 
 def shuffle(key: Array, means: Means) -> Means:
     """Centered means of clients without groups, but of the same spread."""
-    if means.count.shape[1] == 1:
-        return shuffle_components(key, means)
-    return center(shuffle_holders(key, means))
+    one_class = means.count.shape[1] == 1
+    return center((shuffle_components if one_class else shuffle_holders)(key, means))
 
 
 class Found(NamedTuple):

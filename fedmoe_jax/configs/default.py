@@ -164,7 +164,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.fedjets.steps = 200
 
     config.prototypes = ConfigDict()
-    config.prototypes.round = 0
     config.prototypes.period = 0
     config.prototypes.shrink = 5.0
 

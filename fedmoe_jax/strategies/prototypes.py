@@ -1,7 +1,7 @@
 """Prototype alignment: clients with like features hold the same experts.
 
-After a dense warm-up (`upcycle.rounds`, here as long as `prototypes.round`) every
-client sends once what describes its data: the mean features of each label under the
+After the dense warm-up (`upcycle.rounds`; 0: before the first round) every client sends
+once what describes its data: the mean features of each label under the
 server's model, and the labels' counts; for text one mean of hidden states in each MoE
 layer. The server looks for groups of clients (see `align.prototypes`), and every group
 has experts of its own: with k groups, expert e is of group e mod k. A client holds
@@ -22,7 +22,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from fedmoe_jax.align.bounded import bounded_top_k
 from fedmoe_jax.align.explore import uniform_scores
@@ -161,6 +160,34 @@ def describe_features(
     return Means(total / jnp.maximum(count, 1e-6)[:, :, None], count)
 
 
+def keep_numbers(found: Found, before: Array) -> Found:
+    """Groups under the numbers that most of their clients' groups had before.
+
+    Else the experts of two groups that are the same as before would change places. One
+    number after the other goes to the group whose clients score it highest together.
+
+    Args:
+      found: now.
+      before: [N, E] float32, scores of experts before; all 0 where there were none.
+    """
+    most = found.distance.shape[1]
+    own = jax.nn.one_hot(found.distance.argmin(axis=1), most)
+    gain = own.T @ before[:, :most]  # [group, number]
+    there = jnp.arange(most) < found.count
+    gain = jnp.where(there[:, None] & there[None], gain, -jnp.inf)
+
+    def settle(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        gain, group = carry
+        row, number = jnp.unravel_index(gain.argmax(), gain.shape)
+        free = jnp.isfinite(gain[row, number])
+        group = group.at[number].set(jnp.where(free, row, group[number]))
+        return gain.at[row].set(-jnp.inf).at[:, number].set(-jnp.inf), group
+
+    start = gain, jnp.arange(most)
+    group = jax.lax.fori_loop(0, found.count, settle, start)[1]
+    return found._replace(distance=found.distance[:, group])
+
+
 def score_experts(found: Found, num_experts: int) -> Array:
     """Scores [N, E] of experts by the distance of their groups from each client.
 
@@ -188,6 +215,8 @@ def survey(
     describe: Callable[..., Means],
 ) -> tuple[SimState, PyTree]:
     """A stage: every client's message, made by `describe`, and the groups they form."""
+    if sizes.num_experts == 1:  # nothing to choose, and no gate that reads features
+        return state, federation.frozen
 
     def ask(own: tuple[Array, Array]) -> Means:
         return describe(state.params, federation, *own, model, task, sizes)
@@ -195,18 +224,19 @@ def survey(
     # One client after the other: they differ in size, and padding would cost as much.
     means = jax.lax.map(ask, (federation.index, federation.size))
 
-    def look(means: Means, key: Array) -> dict[str, Array]:
+    def look(means: Means, before: Array, key: Array) -> dict[str, Array]:
         most = min(sizes.num_experts, sizes.num_clients)
         found = find_groups(key, means, hyper.prototypes.shrink, most=most)
         return {
-            "score": score_experts(found, sizes.num_experts),
+            "score": score_experts(keep_numbers(found, before), sizes.num_experts),
             "groups": found.count.astype(jnp.float32),
             "groups_gap": found.gap,
             "groups_chance": found.chance,
         }
 
     keys = layer_keys(jax.random.fold_in(key, state.round), sizes.num_layers)
-    found = map_layers(look, sizes.num_layers, (1, 0))(means, keys)
+    before = state.align.strategy["score"]
+    found = map_layers(look, sizes.num_layers, (1, 0, 0))(means, before, keys)
     align = state.align.replace(strategy=found)
     return state.replace(align=align), federation.frozen
 
@@ -248,7 +278,7 @@ def assign_bounded(
 def is_asked(round: Array, hyper: Hyper) -> Array:
     """[] bool, whether clients send their messages just before a round, [] int32."""
     numbers = hyper.prototypes
-    since = round - numbers.round
+    since = round - hyper.upcycle.rounds
     again = (numbers.period > 0) & (since % jnp.maximum(numbers.period, 1) == 0)
     return (since == 0) | ((since > 0) & again)
 
@@ -259,30 +289,18 @@ def count_features(round: Array, hyper: Hyper, sizes: Sizes) -> tuple[Array, int
     return jnp.where(is_asked(round, hyper), each, 0.0), 1
 
 
-def configure(config: ConfigDict) -> ConfigDict:
-    """A dense warm-up until the clients are asked."""
-    config.upcycle.rounds = config.prototypes.round
-    return config
-
-
 def make_stages(describe: Callable[..., Means]) -> tuple:
     """`Strategy.stages` of a strategy whose clients send what `describe` makes."""
-    when = "prototypes.round", "prototypes.period"
+    when = "upcycle.rounds", "prototypes.period"
     return ((when, functools.partial(survey, describe=describe)),)
 
 
 OPTIONS = (
     Option(
-        "prototypes.round",
-        NON_NEGATIVE,
-        "rounds of dense warm-up, after which clients send their mean features; a "
-        "multiple of chunk_rounds",
-        TRACED,
-    ),
-    Option(
         "prototypes.period",
         NON_NEGATIVE,
-        "rounds after which they send them again; a multiple of chunk_rounds; 0: never",
+        "rounds after which clients send again what they send after the dense warm-up; "
+        "a multiple of chunk_rounds; 0: never",
         TRACED,
     ),
     Option(
@@ -302,7 +320,6 @@ PROTOTYPES = Strategy(
     ),
     needs="clients' class means and label counts",
     options=OPTIONS,
-    configure=configure,
     init=init,
     stages=make_stages(describe_features),
     message=count_features,

@@ -24,6 +24,7 @@ from fedmoe_jax.state import run_stage
 from fedmoe_jax.strategies.prototypes import (
     count_features,
     describe_features,
+    keep_numbers,
     score_experts,
 )
 from fedmoe_jax.tasks.batches import take_batch
@@ -99,6 +100,37 @@ def test_score_experts_by_hand():
     np.testing.assert_array_equal(score_experts(none, 5), np.zeros((2, 5)))
 
 
+def test_groups_keep_the_numbers_that_their_clients_had():
+    """Groups 0, 1, 2 of now are mostly the clients of 2, 0, 1 before."""
+    now = jnp.array([0, 0, 1, 1, 2, 2])
+    distance = 1.0 - jax.nn.one_hot(now, 4)
+    distance = distance.at[:, 3].set(jnp.inf)
+    found = Found(jnp.int32(3), distance, jnp.ones(()), jnp.ones(()))
+    before = jax.nn.one_hot(jnp.array([2, 2, 0, 0, 1, 2]), 4)
+    kept = keep_numbers(found, before).distance
+    np.testing.assert_array_equal(kept.argmin(axis=1), [2, 2, 0, 0, 1, 1])
+    assert np.isinf(kept[:, 3]).all()
+    same = keep_numbers(found, jnp.zeros((6, 4))).distance
+    np.testing.assert_array_equal(same, distance)
+
+
+def test_asked_again_clients_keep_their_experts():
+    plan, run = base(**TEXT)
+    ask = jax.jit(run_stage, static_argnums=(3, 4))
+    rest = run.federation, run.hyper, plan.program, 0
+    first, _ = ask(run.state, *rest)
+    again, _ = ask(first.replace(round=first.round + 7), *rest)
+    best = [s.align.strategy["score"].argmax(axis=-1) for s in (first, again)]
+    np.testing.assert_array_equal(*best)
+
+
+def test_one_expert_has_nothing_to_ask_for():
+    plan = plan_run(strategy="prototypes", num_experts=1, max_held=1, num_active=1)
+    run = start(plan, plan.program)
+    state, _ = run_stage(run.state, run.federation, run.hyper, plan.program, 0)
+    assert_same(state.align, run.state.align)
+
+
 def test_assign_holds_the_experts_of_the_own_group_first():
     decide, evidence = prepare_strategy("prototypes")
     scores = jax.random.uniform(jax.random.key(1), evidence.state["score"].shape)
@@ -152,12 +184,12 @@ def test_languages_are_found_in_every_layer():
     ("first", "period", "rounds"), [(0, 0, [0]), (2, 0, [2]), (2, 4, [2, 6, 10])]
 )
 def test_clients_are_asked_at_these_rounds(first, period, rounds):
-    numbers = {"round": first, "period": period, "shrink": 5.0}
-    hyper, sizes = make_hyper(prototypes=numbers), SIZES
+    numbers = {"period": period, "shrink": 5.0}
+    hyper, sizes = make_hyper(prototypes=numbers, upcycle={"rounds": first}), SIZES
     sent = [float(count_features(jnp.int32(r), hyper, sizes)[0]) for r in range(12)]
     each = sizes.num_layers * sizes.num_classes * (sizes.gate_width + 1)
     assert sent == [each if r in rounds else 0 for r in range(12)]
-    fields = {"prototypes.round": first, "prototypes.period": period}
+    fields = {"upcycle.rounds": first, "prototypes.period": period}
     stages = plan_run(
         strategy="prototypes", num_rounds=12, **fields
     ).program.strategy.stages

@@ -56,9 +56,7 @@ def test_a_message_is_the_unit_gradient_over_all_examples_of_the_client():
 
 
 def test_a_message_is_a_sketch_where_clients_are_asked():
-    numbers = {"round": 2, "period": 0, "shrink": 5.0}
-    count = functools.partial(
-        count_sketch, hyper=make_hyper(prototypes=numbers), sizes=SIZES
-    )
+    hyper = make_hyper(upcycle={"rounds": 2})
+    count = functools.partial(count_sketch, hyper=hyper, sizes=SIZES)
     sent = [float(count(jnp.int32(round))[0]) for round in range(4)]
     assert sent == [0, 0, SKETCH + 1, 0] and count(jnp.int32(0))[1] == 3
