@@ -102,8 +102,7 @@ def probe_experts(
     batch = take_batch(*rows, program.task, drift, inputs.distortion)
     frozen = {part: federation.frozen[part] for part in strategy.frozen}
     num_active = program.sizes.num_active
-    chosen = dict(mix=strategy.mix, gating=strategy.gating, bias=inputs.bias)
-    route = Route(num_active, **chosen)
+    route = Route(num_active, strategy.mix, gating=strategy.gating, bias=inputs.bias)
 
     def probe(slot: Array) -> Array:
         model = submodel | frozen, federation.frozen, batch, inputs.held, slot
