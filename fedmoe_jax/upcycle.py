@@ -48,12 +48,14 @@ def copy_first(tree: PyTree, warming: Array) -> PyTree:
 
 
 def keep_scores(before: AlignState, after: AlignState, warming: Array) -> AlignState:
-    """The alignment state after a round, in a warm-up with the scores from before it.
+    """The alignment state after a round, in a warm-up as it was before it.
+
+    Held sets, too: a client that is not assigned any experts for a while after a
+    warm-up is evaluated with all of them, not with the first one as it has become.
 
     Args:
       before: before the round.
       after: after the round.
       warming: [] bool, whether the round belongs to a warm-up.
     """
-    kept = jax.tree.map(lambda old, new: jnp.where(warming, old, new), before, after)
-    return kept.replace(held=after.held)
+    return jax.tree.map(lambda old, new: jnp.where(warming, old, new), before, after)

@@ -50,8 +50,6 @@ def test_experts_are_copies_in_the_warm_up_and_differ_after_it():
     state, metrics = play(WARM)
     for tree in (state.params, state.server_opt):
         assert spread(tree) == 0
-    assert (np.asarray(state.align.held).sum(axis=-1) <= 1).all()
-    assert not np.asarray(state.align.held)[..., 1:].any()
     load = np.asarray(metrics["expert_load"])
     assert (load[:, 0] > 0).all() and (load[:, 1:] == 0).all()
     later, _ = play(2 * WARM)
@@ -63,8 +61,7 @@ def test_scores_learn_nothing_in_the_warm_up():
     plan = plan_run(**{"upcycle.rounds": WARM, "strategy": "flex_moe"})
     before = start_run(plan, plan.program).state.align
     after = play(WARM, strategy="flex_moe")[0].align
-    kept = lambda align: (align.fitness, align.usage, align.times_held, align.strategy)
-    assert_same(kept(after), kept(before))
+    assert_same(after, before)
 
 
 def give_first(evidence, hyper, sizes, key):
