@@ -215,8 +215,8 @@ def test_the_committed_pages_have_the_numbers_of_the_committed_runs(capsys):
 def test_a_page_with_another_number_fails_the_check(monkeypatch, tmp_path, capsys):
     stale = tmp_path / "page.md"
     monkeypatch.setattr(claims, "PAGES", (str(stale),))
-    stale.write_text("in <!-- compare-random-global -->9.9 ± 1.0<!-- / -->\n")
+    stale.write_text("in <!-- cifar-random-global -->9.9 ± 1.0<!-- / -->\n")
     assert claims.main(["--check"]) == 1
-    assert "-0.1 ± 2.6" in capsys.readouterr().err and "9.9" in stale.read_text()
+    assert "3.5 ± 2.9" in capsys.readouterr().err and "9.9" in stale.read_text()
     assert claims.main([]) == 0
-    assert "-0.1 ± 2.6" in stale.read_text()
+    assert "3.5 ± 2.9" in stale.read_text()

@@ -81,6 +81,7 @@ def test_write_report_of_a_single_run(runs, tmp_path):
         "accuracy_time",
         "accuracy_traffic",
         "load_cv",
+        "expert_group_information",
         "partition",
         "capacity",
         "round_time",
