@@ -131,7 +131,7 @@ def test_priors_of_groups_are_of_their_classes(strategy):
     view = observe(run.state.world, run.federation, run.hyper, ())
     mix = np.asarray(run.federation.label_mix)
     classes = sum(np.split(mix, 3, axis=1))
-    panel = gather_panel(run.state, view, run.program)
+    panel = gather_panel(run.state, view, None, run.program)
     priors = panel.priors.log_share[np.argsort(panel.priors.row)]
     np.testing.assert_allclose(priors, np.log(classes + 1e-3), rtol=1e-5)
     blank = jax.tree.map(jnp.zeros_like, run.state.params)
