@@ -43,9 +43,15 @@ def take_kind(argument: str) -> tuple[str, str]:
     """The kind of heterogeneity, `permuted` without any, and the rest of an argument.
 
     Raises:
-      ValueError: there are several.
+      ValueError: there are several, or a word is unknown.
     """
     words = argument.split(",")
+    allowed = *KINDS, "digits", "smoke"
+    if unknown := {word for word in words if word} - set(allowed):
+        raise ValueError(
+            f"config argument {min(unknown)!r} is unknown; allowed: "
+            f"{', '.join(allowed)}"
+        )
     kinds = [word for word in words if word in KINDS]
     if len(kinds) > 1:
         raise ValueError(

@@ -141,14 +141,20 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
 
 
 def check_upcycle(config: ConfigDict, strategy: Strategy) -> None:
-    """Raises UserError for a dense warm-up whose experts would be no copies.
+    """Raises UserError for a dense warm-up without an end, or without copies.
 
     Args:
       config: as the strategy configures it.
       strategy: with the config's choices.
     """
-    own = "experts" in strategy.personal or strategy.gating == "sum"
-    if config.upcycle.rounds and config.num_experts > 1 and own:
+    if not config.upcycle.rounds or config.num_experts == 1:
+        return
+    if config.upcycle.rounds >= config.num_rounds:
+        raise UserError(
+            f"upcycle.rounds={config.upcycle.rounds} is not allowed, as no round would "
+            f"be the strategy's; allowed: 0 to num_rounds - 1 = {config.num_rounds - 1}"
+        )
+    if "experts" in strategy.personal or strategy.gating == "sum":
         raise UserError(
             f"upcycle.rounds={config.upcycle.rounds} is not allowed with strategy="
             f"{config.strategy!r}, whose experts are personal or parts of one network; "

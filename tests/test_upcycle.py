@@ -92,6 +92,13 @@ def test_experts_that_are_not_the_servers_are_refused(name):
         planning.plan_run(config, build_mesh(1))
 
 
+def test_a_warm_up_without_an_end_is_refused():
+    config = tiny_config(**{"upcycle.rounds": 4, "num_rounds": 4})
+    told = r"upcycle\.rounds=4 is not allowed, .*; allowed: 0 to num_rounds - 1 = 3"
+    with pytest.raises(UserError, match=told):
+        planning.plan_run(config, build_mesh(1))
+
+
 def test_dense_controls_have_no_warm_up():
     for name in ("fedavg", "local_active", "centralised"):
         assert not plan_run(
