@@ -57,7 +57,7 @@ def run_ragged(experts: PyTree, x: Array, gates: Array, active: int) -> Array:
 
 def run_blocks(experts: PyTree, x: Array, gates: Array, active: int) -> Array:
     """As `run_dense`, by products of blocks of rows, each with its expert's params."""
-    return mix_routed(experts, x, gates)
+    return mix_routed(experts, x, gates, active)
 
 
 FORMS = {"dense": run_dense, "ragged": run_ragged, "blocks": run_blocks}

@@ -19,39 +19,48 @@ BLOCK_ROWS = 64
 
 
 class Blocks(NamedTuple):
-    """The needed pairs as blocks of one expert each; n = E * ceil(B / rows).
+    """The needed pairs as blocks of one expert each.
 
     Attributes:
       count: [] int32, blocks that hold a pair; they come first.
       expert: [n] int32 in [0, E) for the first `count` blocks.
       image: [n, rows] int32 in [0, B]; B marks rows that only pad a block.
+      place: [B, E] int32 in [0, n * rows], the row of each pair; n * rows of the others.
     """
 
     count: Array
     expert: Array
     image: Array
+    place: Array
 
 
-def plan_blocks(need: Array, rows: int) -> Blocks:
+def plan_blocks(need: Array, rows: int, most: int) -> Blocks:
     """Groups the needed pairs by expert, images of one expert in their order.
 
     Args:
       need: [B, E] bool, the pairs to compute.
       rows: rows of one block.
+      most: pairs of one image, at most E; it has the first of those that it needs.
+
+    Returns:
+      n = min(E * ceil(B / rows), floor(B * most / rows) + E) blocks.
     """
     chex.assert_rank(need, 2)
     num_images, num_experts = need.shape
-    most = num_experts * -(-num_images // rows)
+    if most < num_experts:
+        need = need & (need.cumsum(1) <= most)
+    length = num_experts * -(-num_images // rows)
+    length = min(length, num_images * most // rows + num_experts)
     blocks = -(-need.sum(0) // rows)  # [E]
     end = blocks.cumsum()
     # The place of each pair is known, so that nothing needs sorting: where the blocks
     # of its expert start, and its rank among that expert's images.
     place = (end - blocks)[None] * rows + need.cumsum(0) - 1
-    place = jnp.where(need, place, most * rows)
+    place = jnp.where(need, place, length * rows)
     source = jnp.broadcast_to(jnp.arange(num_images)[:, None], need.shape)
-    image = jnp.full(most * rows, num_images).at[place].set(source, mode="drop")
-    expert = jnp.searchsorted(end, jnp.arange(most), side="right")
-    return Blocks(count=end[-1], expert=expert, image=image.reshape(most, rows))
+    image = jnp.full(length * rows, num_images).at[place].set(source, mode="drop")
+    expert = jnp.searchsorted(end, jnp.arange(length), side="right")
+    return Blocks(end[-1], expert, image.reshape(length, rows), place)
 
 
 def dispatch(
@@ -76,7 +85,7 @@ def dispatch(
     Returns:
       [B, E, L] float32, zero where `need` is false.
     """
-    blocks = plan_blocks(need, BLOCK_ROWS)
+    blocks = plan_blocks(need, BLOCK_ROWS, need.shape[1])
 
     def answer(expert: Array, image: Array) -> Array:
         one = jax.tree.map(lambda leaf: leaf[expert], experts)

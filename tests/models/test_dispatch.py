@@ -18,7 +18,7 @@ from fedmoe_jax.models.one_layer import apply_experts
 pytestmark = pytest.mark.slow
 
 EXPERTS = 5
-plan_blocks = jax.jit(dispatch.plan_blocks, static_argnums=1)
+plan_blocks = jax.jit(dispatch.plan_blocks, static_argnums=(1, 2))
 STEM_OF = {"mlp": "mlp", "conv": "cnn"}
 FEATURES = {"mlp": (8,), "conv": (2, 2, 16)}  # of one 16x16 image
 
@@ -53,28 +53,43 @@ def test_plan_blocks_by_hand():
     need = np.zeros((5, 3), bool)
     need[[0, 2, 4], 0] = True
     need[[1, 3], 2] = True
-    blocks = plan_blocks(jnp.asarray(need), 2)
+    blocks = plan_blocks(jnp.asarray(need), 2, 3)
     assert blocks.count == 3
     assert blocks.expert.shape == (9,) and blocks.expert[:3].tolist() == [0, 0, 2]
     assert blocks.image[:3].tolist() == [[0, 2], [4, 5], [1, 3]]  # 5 is padding
     assert np.all(blocks.image[3:] == 5)
+    no = 18  # rows of all blocks
+    assert blocks.place[:, 0].tolist() == [0, no, 1, no, 2]
+    assert blocks.place[:, 2].tolist() == [no, 4, no, 5, no]
+    assert np.all(blocks.place[:, 1] == no)
+
+
+def test_plan_blocks_of_at_most_one_expert_an_image():
+    need = np.ones((5, 3), bool)
+    need[3:, 0] = False
+    blocks = plan_blocks(jnp.asarray(need), 2, 1)
+    assert blocks.count == 3 and blocks.expert.shape == (5,)  # floor(5 / 2) + 3
+    assert blocks.expert[:3].tolist() == [0, 0, 1]
+    assert blocks.image[:3].tolist() == [[0, 1], [2, 5], [3, 4]]
 
 
 def test_plan_blocks_of_everything_and_of_nothing():
-    everything = plan_blocks(jnp.ones((4, 3), bool), 4)
+    everything = plan_blocks(jnp.ones((4, 3), bool), 4, 3)
     assert everything.count == 3 and everything.expert.tolist() == [0, 1, 2]
     assert everything.image.tolist() == [[0, 1, 2, 3]] * 3
-    nothing = plan_blocks(jnp.zeros((4, 3), bool), 4)
+    nothing = plan_blocks(jnp.zeros((4, 3), bool), 4, 3)
     assert nothing.count == 0 and np.all(nothing.image == 4)
 
 
 @hypothesis.given(
     need=arrays.arrays(bool, (7, 4)),
     rows=st.sampled_from([1, 3, 9]),
+    most=st.sampled_from([1, 2, 4]),
 )
 @hypothesis.settings(max_examples=25)
-def test_plan_blocks_has_every_needed_pair_once(need, rows):
-    blocks = jax.device_get(plan_blocks(jnp.asarray(need), rows))
+def test_plan_blocks_has_every_needed_pair_once(need, rows, most):
+    blocks = jax.device_get(plan_blocks(jnp.asarray(need), rows, most))
+    need = need & (need.cumsum(1) <= most)  # the first ones of an image
     sizes = need.sum(0)
     assert blocks.count == sum(-(-size // rows) for size in sizes)
     pairs = [
@@ -85,6 +100,8 @@ def test_plan_blocks_has_every_needed_pair_once(need, rows):
     assert sorted(pairs) == [tuple(pair) for pair in np.argwhere(need)]
     used = (blocks.image < len(need)).any(1)
     assert used[: blocks.count].all() and not used[blocks.count :].any()
+    found = np.append(blocks.image.ravel(), -1)[blocks.place]
+    np.testing.assert_array_equal(found, np.where(need, np.arange(7)[:, None], -1))
 
 
 @pytest.mark.parametrize(
