@@ -68,7 +68,7 @@ def make_text(config: ConfigDict, markov: bool) -> None:
     config.client.optimizer, config.client.learning_rate = "adamw", 0.003
     config.client.clip = 1.0
     config.local_steps, config.batch_size = 10, 8
-    config.num_rounds = 30 if markov else 150
+    config.num_rounds = 30 if markov else 100
     config.eval_every = config.chunk_rounds = config.checkpoint.every = 10
     config.devices.model_scale = 2000.0 if markov else 200.0
     config.evaluation.finetune = True
