@@ -98,12 +98,11 @@ def start_study(strategy, changes, bias=BIAS):
 
 def bias_slowly(run, client):
     """The bias [G, E] of ONE client, in NumPy."""
-    if client in (IDLE, LOST, FLAT) and "stratum" not in run.state.align.strategy:
+    found = run.state.align.strategy
+    if client in (IDLE, LOST, FLAT) and "own" not in found:
         return np.zeros(run.state.align.fitness.shape[1:], np.float32)
-    if "stratum" in run.state.align.strategy:
-        own = int(run.state.align.strategy["stratum"][0, client])
-        affinity = np.eye(run.program.sizes.num_experts)[[own % 4]]
-        return BIAS * affinity * (client not in (IDLE, LOST))
+    if "own" in found:
+        return BIAS * np.asarray(found["own"][:, client]) * (client not in (IDLE, LOST))
     fitness = np.asarray(run.state.align.fitness[client], np.float64)
     low = fitness.min(axis=1, keepdims=True)
     return BIAS * (fitness - low) / (fitness.max(axis=1, keepdims=True) - low)

@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
       count: [] int32, blocks that hold a pair; they come first.
       expert: [n] int32 in [0, E) for the first `count` blocks.
       image: [n, rows] int32 in [0, B]; B marks rows that only pad a block.
-      place: [B, E] int32 in [0, n * rows], the row of each pair; n * rows of the others.
+      place: [B, E] int32 in [0, n * rows], the row of each pair; n * rows of others.
     """
 
     count: Array

@@ -1,12 +1,11 @@
 """An assignment that knows each client's group: what finding it may be worth.
 
 Not a published system, but the reference for those that look for groups of clients. It
-is no bound: beside the first expert nothing is chosen.
+is no bound: beside the experts of the client's group nothing is chosen.
 """
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.align.explore import uniform_scores
@@ -26,8 +25,24 @@ from fedmoe_jax.types import (
 
 
 def init(sizes: Sizes) -> dict[str, Array]:
-    """`stratum` [N] int32, each client's main one or group; known from round 0 on."""
-    return {"stratum": jnp.zeros(sizes.num_clients, jnp.int32)}
+    """`own` [N, E] float32, 1 of the experts of the client's group, from round 0 on."""
+    return {"own": jnp.zeros((sizes.num_clients, sizes.num_experts))}
+
+
+def own_experts(group: Array, count: int, num_experts: int) -> Array:
+    """1 of the experts of each client's group, else 0: [N, E] float32.
+
+    Expert e is of group e mod `count`; where there are more groups than experts, group
+    g has expert g mod E, with others.
+
+    Args:
+      group: [N] int32 in [0, count).
+      count: of all groups.
+      num_experts: E.
+    """
+    apart = min(count, num_experts)
+    expert = jnp.arange(num_experts)[None] % apart
+    return (expert == group[:, None] % apart).astype(jnp.float32)
 
 
 def look(
@@ -39,38 +54,31 @@ def look(
     sizes: Sizes,
     **static: Any,
 ) -> tuple[SimState, PyTree]:
-    """The stage before round 0: the main stratum of every client, the first of equals.
+    """The stage before round 0: the experts of every client's group.
 
-    Where there are groups it is the client's group. Where the data drift it stays what
-    it was.
+    Where the data have no groups a client's is its main stratum, the first of equals.
+    Where the data drift it stays what it was.
     """
     mix = federation.label_mix
     if sizes.num_groups > 1:
         mix = mix_groups(mix, sizes.num_groups)
-    main = mix.argmax(axis=1).astype(jnp.int32)
-    own = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(main, leaf.shape), state.align.strategy
-    )
-    align = state.align.replace(strategy=own)
+    own = own_experts(mix.argmax(axis=1), mix.shape[1], sizes.num_experts)
+    before = state.align.strategy["own"]
+    align = state.align.replace(strategy={"own": jnp.broadcast_to(own, before.shape)})
     return state.replace(align=align), federation.frozen
 
 
-def find_own(evidence: Evidence, num_experts: int) -> Array:
-    """The expert of each client's group or stratum, mod E: [C] int32."""
-    return evidence.state["stratum"][evidence.client] % num_experts
-
-
 def prefer_own(evidence: Evidence, hyper: Hyper) -> Array:
-    """The affinity [C, E]: 1 of the expert of the client's stratum, 0 of others."""
-    num_experts = evidence.fitness.shape[1]
-    return jax.nn.one_hot(find_own(evidence, num_experts), num_experts)
+    """The affinity [C, E]: 1 of the experts of the client's group, 0 of others."""
+    return evidence.state["own"][evidence.client]
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
-    """First the expert of the client's stratum, others at random, afresh each round."""
-    own = find_own(evidence, sizes.num_experts)
-    scores = uniform_scores(key, evidence.client, sizes.num_experts)
-    scores = jnp.where(jnp.arange(sizes.num_experts)[None] == own[:, None], 2.0, scores)
+    """First the experts of the client's group in their order, then others at random."""
+    own = evidence.state["own"][evidence.client]
+    drawn = uniform_scores(key, evidence.client, sizes.num_experts)
+    in_order = sizes.num_experts - jnp.arange(sizes.num_experts)
+    scores = jnp.where(own > 0, 1.0 + in_order[None], drawn)
     return top_k(scores, evidence.capacity, sizes.max_held)
 
 
@@ -78,8 +86,8 @@ ORACLE = Strategy(
     assign=assign,
     affinity=prefer_own,
     about=(
-        "Gives each client the expert of its group, else of its main stratum (label, "
-        "language), and others at random: the reference for strategies that look for "
+        "Gives each client the experts of its group, else of its main stratum (label, "
+        "language), then others at random: the reference for strategies that look for "
         "groups."
     ),
     needs="every client's group or main stratum, which no server knows",
