@@ -43,7 +43,7 @@ STRATEGIES = (
 )
 FEEDBACK = ("accuracy", "loss", "relative", "relative_loss", "probe", "relative_probe")
 FEW = (
-    *("random", "greedy", "load_balanced", "oracle", "prototypes"),
+    *("random", "fixed_random", "greedy", "load_balanced", "oracle", "prototypes"),
     *("fedavg_active", "local_active"),
 )
 KILOBYTES = (80, 200, 800)  # of a language, which two clients share

@@ -27,7 +27,7 @@ STRATEGIES = (
     "fedavg_active",
     "local_active",
 )
-FEW = ("random", "load_balanced", "fedavg_active", "local_active")
+FEW = ("random", "fixed_random", "load_balanced", "fedavg_active", "local_active")
 
 
 def set_speakers(config: ConfigDict) -> None:

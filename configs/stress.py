@@ -23,6 +23,7 @@ from configs import compare
 
 STRATEGIES = (
     "random",
+    "fixed_random",
     "greedy",
     "load_balanced",
     "load_balanced_running",

@@ -329,11 +329,28 @@ def validate(config: ConfigDict) -> None:
     check_schedules(values)
     check_targets(values["evaluation.targets"])
     check_baseline(values["evaluation.baseline"])
+    check_multiples(values)
+
+
+def check_multiples(values: dict[str, Any]) -> None:
+    """Raises UserError unless rounds, evaluations, checkpoints and chunks fit together.
+
+    Its message has values that do: dividers of those that are asked for.
+    """
+    every, chunk = (
+        math.gcd(*(values[name] for name in names))
+        for names in (
+            ("num_rounds", "eval_every"),
+            ("num_rounds", "eval_every", "checkpoint.every", "chunk_rounds"),
+        )
+    )
+    fitting = {"eval_every": every, "chunk_rounds": chunk}
+    changed = [f"{name}={v}" for name, v in fitting.items() if values[name] != v]
     for name, other in MULTIPLE:
         if values[name] % values[other]:
             raise UserError(
-                f"{name}={values[name]} is not allowed; "
-                f"allowed: multiples of {other}={values[other]}"
+                f"{name}={values[name]} is not allowed; allowed: multiples of "
+                f"{other}={values[other]}, or all with {' and '.join(changed)}"
             )
 
 

@@ -131,7 +131,7 @@ MEASURES: dict[str, Measure] = {
         printed=True,
         line="Personal, own prior",
         curve=Curve(
-            "Personal accuracy with the own label prior (%)",
+            "Personal accuracy, own prior (%)",
             "Personal accuracy where every client adds the logarithm of its own label "
             "shares to the logits, which it knows without any test image. What a "
             "system gains by it is no merit of its experts.",

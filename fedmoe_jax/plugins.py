@@ -8,11 +8,13 @@ fields, with defaults (`Option.default`), and these join the config.
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedmoe_jax.measures import check_measure
 from fedmoe_jax.options import Option, UserError
+from fedmoe_jax.runtime.files import brief
 from fedmoe_jax.tables import PLUGINS, Plugin, find_tables
 
 MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -30,8 +32,8 @@ def load_plugins(*modules: str) -> None:
       *modules: as in an `import` statement.
 
     Raises:
-      UserError: there is no such module, it defines no table, or it defines a record or
-        a config field of a name that is taken.
+      UserError: there is no such module, it cannot be imported, it defines no table, or
+        it defines a record or a config field of a name that is taken.
     """
     imported = {name: _import(name) for name in modules}
     before, tables = dict(PLUGINS), find_tables()
@@ -64,13 +66,27 @@ def _import(name: str) -> Any:
         module = importlib.import_module(name)
         file = name in PLUGINS and getattr(module, "__file__", None)
         return importlib.reload(module) if file and name != "__main__" else module
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the plug-in is there and misses another module
+    except UserError:
+        raise
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
+            raise UserError(
+                f"--plugins: there is no module {name!r}; allowed: names of modules in "
+                "the current folder, in PYTHONPATH or installed"
+            ) from None
         raise UserError(
-            f"--plugins: there is no module {name!r}; allowed: names of modules in the "
-            "current folder, in PYTHONPATH or installed"
-        ) from None
+            f"--plugins: {name!r} cannot be imported ({place_error(error)}); allowed: "
+            f"a module that 'python -c \"import {name}\"' imports"
+        ) from error
+
+
+def place_error(error: Exception) -> str:
+    """An exception of a module's own code, with the line where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    own = [frame for frame in frames if "importlib" not in frame.filename]
+    where = f"{own[0].filename}, line {own[0].lineno}: " if own else ""
+    return f"{where}{type(error).__name__}: {brief(error)}"
 
 
 def leave(name: str) -> None:

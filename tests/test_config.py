@@ -345,9 +345,17 @@ def test_ends_of_ranges_are_allowed(name, value):
         ("cohort_size", 21, "1 to num_clients=20"),
         ("max_held", 9, "1 to num_experts=8"),
         ("num_active", 5, "1 to max_held=4"),
-        ("num_rounds", 41, "multiples of eval_every=2"),
-        ("chunk_rounds", 4, "multiples of chunk_rounds=4"),
-        ("checkpoint.every", 3, "multiples of chunk_rounds=2"),
+        (
+            "num_rounds",
+            41,
+            "multiples of eval_every=2, or all with eval_every=1 and chunk_rounds=1",
+        ),
+        ("chunk_rounds", 4, "multiples of chunk_rounds=4, or all with chunk_rounds=2"),
+        (
+            "checkpoint.every",
+            3,
+            "multiples of chunk_rounds=2, or all with chunk_rounds=1",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other(name, value, told):

@@ -167,11 +167,22 @@ def test_load_plugins_takes_names_of_modules_alone(name):
         plugins.load_plugins(name)
 
 
-def test_a_module_that_a_plugin_misses_is_no_missing_plugin(tmp_path, monkeypatch):
-    (tmp_path / "half_module.py").write_text("import none_such\n")
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("x = 1\nimport none_such\n", "line 2: ModuleNotFoundError: .*none_such"),
+        ("a = dict(1)\n", "line 1: TypeError: "),
+        ("def f(:\n", "SyntaxError: .*line 1"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_says_where(
+    tmp_path, monkeypatch, text, fault
+):
+    name = f"half_module{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="none_such"):
-        plugins.load_plugins("half_module")
+    with pytest.raises(UserError, match=f"{name}.* cannot be imported .*{fault}"):
+        plugins.load_plugins(name)
 
 
 def test_a_plugin_must_be_that_of_the_config(join):

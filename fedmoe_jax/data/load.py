@@ -31,12 +31,24 @@ def load_dataset(options: ConfigDict) -> Data:
       UserError: it is absent or damaged, or arrays do not fit each other.
     """
     name = options.name
+    refuse_unread(options)
     data = DATASETS.get(name, load_prepared)(options)
     check_type(f"data.name={name!r} has a loader that", data, Data)
     check_data(name, data)
     if "bytes" not in data.train:
         refuse_tokenizer(options)
     return data
+
+
+def refuse_unread(options: ConfigDict) -> None:
+    """Raises UserError where a path is given that this data set does not read."""
+    own = options.name in DATASETS and options.name not in READS  # of a plug-in
+    for field in () if own else ("dir", "file"):
+        if options[field] and field not in READS.get(options.name, ("dir",)):
+            raise UserError(
+                f"data.{field}={show(options[field])} is not allowed with data.name="
+                f"{show(options.name)}, which does not read it; allowed: ''"
+            )
 
 
 def refuse_tokenizer(options: ConfigDict) -> None:
@@ -124,6 +136,13 @@ def is_ids(ids: Any) -> bool:
     array = isinstance(ids, np.ndarray) and ids.ndim == 1 and len(ids) > 0
     return array and np.issubdtype(ids.dtype, np.integer)
 
+
+# The paths among the fields of `data` that a data set of the package reads.
+READS = {
+    **dict.fromkeys(("digits", "synthetic", "markov"), ()),
+    **dict.fromkeys(("cifar10", "text"), ("dir",)),
+    "arrays": ("file",),
+}
 
 # A loader gets the config's group `data`.
 DATASETS: dict[str, Callable[[ConfigDict], Data]] = {

@@ -21,7 +21,8 @@ from fedmoe_jax.report.text import one_line
 FIELD = "evaluation.baseline"
 ABOUT = (
     "Difference: of the row to the baseline, the mean over the seeds that both have "
-    "(pairs) in points ± half-width of its 95 % t-interval; bold where the mean "
+    "(pairs), in points or in the column's unit, ± half-width of its 95 % t-interval; "
+    "of bits less is better; bold where the mean "
     "exceeds it, as one in twenty does by chance. After it: pairs in which the row is "
     "better / worse, and p of the two-sided sign test, which leaves equal pairs out."
 )

@@ -96,8 +96,8 @@ def _compared(
         yield Picture(
             "accuracy_by_capacity",
             f"{WHOSE}, by the experts that its device can hold: mean of such clients, "
-            "the band from the lowest to the highest seed. A rise to the right is what "
-            "weak devices lose.",
+            "the band from the lowest to the highest seed. Where it rises, clients "
+            "with weak devices lose accuracy. One with room for no expert trains one.",
             curves(lines, AXIS, None, "Experts a client can hold"),
         )
 

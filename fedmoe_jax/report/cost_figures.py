@@ -46,7 +46,7 @@ COSTS = (
         MEASURES["megabytes"],
         "Traffic up and down (MB)",
         "against the bytes that all clients have sent and received so far, lost ones "
-        "too. At one amount of traffic, the higher curve has made more of it.",
+        "too. At one amount of traffic the better curve has made more of it.",
         "exchanges nothing",
     ),
 )

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -287,10 +288,10 @@ def expert_map(shares: np.ndarray, label_names: Names, what: str, share: str) ->
     _mark_layers(axes, "y", num_layers, num_experts)
     names = _name_classes(axes, label_names)
     place: dict[str, Any] = dict(ha="center", va="center", size=5.5)
+    inks = choose_inks(shares, 0.0)
     for expert, label in np.argwhere(shares >= 0.005):
-        value = shares[expert, label]
-        place["color"] = "black" if value > 0.45 * np.nanmax(shares) else "white"
-        axes.text(label, expert, f"{100 * value:.0f}", **place)
+        place["color"] = inks[expert, label]
+        axes.text(label, expert, f"{100 * shares[expert, label]:.0f}", **place)
     _settle_maps(panels, bars, inner, names)
     return figure
 
@@ -313,15 +314,29 @@ def strata_map(
     if low_is_good:
         bar.yaxis.set_major_formatter(lambda at, _: f"{abs(at):.3g}")
     below = _name_classes(axes, names)
-    digits, middle = 2 if low_is_good else 0, np.nanmedian(shown)
+    digits, inks = 2 if low_is_good else 0, choose_inks(shown)
     if count <= MOST_NUMBERS:
         for row, column in np.argwhere(np.isfinite(values)):
-            colour = "black" if shown[row, column] > middle else "white"
+            colour = inks[row, column]
             place: dict[str, Any] = dict(ha="center", va="center", size=5.5)
             text = f"{values[row, column]:.{digits}f}"
             axes.text(column, row, text, color=colour, **place)
     _settle_maps(panels, bars, inner, below)
     return figure
+
+
+def choose_inks(values: np.ndarray, low: float | None = None) -> np.ndarray:
+    """Black or white, what is read better on each cell of a map of these values.
+
+    Args:
+      values: [rows, columns], as they are drawn.
+      low: the value of the darkest colour; None for the smallest one.
+    """
+    scale = Normalize(low)
+    scale.autoscale_None(values[np.isfinite(values)])
+    red, green, blue, _ = np.moveaxis(colormaps[MAP](scale(values)), -1, 0)
+    luminance = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
+    return np.where(luminance > 0.5, "black", "white")
 
 
 def _name_classes(axes: Axes, names: Names) -> float:

@@ -102,7 +102,7 @@ def strata_pictures(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
         rows = np.stack(list(found.values()))
         title = "Bits of a byte" if bits else "Accuracy (%)"
         caption = (
-            f"{kind.capitalize()} in each class or group: {CAPTIONS[kind]}; means over "
+            f"In each class or group, {CAPTIONS[kind]}; means over "
             "seeds. A column that is bad in every row is hard; a row with a few bad "
             "columns serves some at the expense of others."
         )

@@ -43,6 +43,24 @@ def test_load_dataset_refuses_a_tokenizer_without_text(monkeypatch):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *((name, field) for name in ("digits", "markov") for field in ("dir", "file")),
+        ("arrays", "dir"),
+        ("text", "file"),
+        ("mnist", "file"),
+    ],
+)
+def test_load_dataset_refuses_a_path_that_it_would_not_read(name, field):
+    with pytest.raises(UserError) as error:
+        load_dataset(make_options(name=name, **{field: "mine"}))
+    assert str(error.value) == (
+        f"data.{field}='mine' is not allowed with data.name={name!r}, which does not "
+        "read it; allowed: ''"
+    )
+
+
 MISFITS = {
     "fewer strata": lambda data: {"stratum": data.stratum[1:]},
     "unknown stratum": lambda data: {"stratum": data.stratum + 1},

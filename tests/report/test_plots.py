@@ -122,6 +122,14 @@ def test_expert_map_writes_shares_of_half_a_percent_and_more():
     assert colours == {"90": "black", "10": "white", "100": "black"}
 
 
+def test_inks_are_read_on_their_cells():
+    """Cividis goes from dark blue over grey to yellow."""
+    values = np.array([[0.0, 0.4], [0.7, 1.0]])
+    assert plots.choose_inks(values).tolist() == [["white"] * 2, ["black"] * 2]
+    one = np.array([[0.3, np.nan]])
+    assert plots.choose_inks(one, 0.0)[0, 0] == "black"  # the brightest there is
+
+
 def test_partition_bubbles_have_areas_by_counts():
     counts = np.array([[100, 0], [25, 50]])
     axes = plots.partition_bubbles(counts, ["a", "b"]).axes[0]
