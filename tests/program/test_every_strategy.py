@@ -45,33 +45,23 @@ pytestmark = pytest.mark.slow
 CASES = [(n, "global") for n in STRATEGIES if not n.endswith(("_active", "_smallest"))]
 CASES += [("greedy", "holder_rows"), ("greedy", "personal")]
 CASES += [("ifca", "holder_rows"), ("ifca", "personal")]
-# One of each kind of forward pass, and of what becomes of the stem.
-WITH_SHARED = (
-    "greedy",
-    "ifca",
-    "hfedmoe",
-    "pfedmoe",
-    "fedmix",
-    "heterofl",
-    "local",
-    "scaffold",
-)
-WITH_SHARED += ("fedjets", "fedjets_frozen_stem", "fedmoe_da", "centralised")
-CASES += [(name, "shared") for name in WITH_SHARED]
-# Clients probe what they have received, on a quarter of their examples.
-WITH_PROBE = ("greedy", "hfedmoe", "pfedmoe", "fedmix", "heterofl", "local", "fedjets")
-WITH_PROBE += ("ifca",)
-CASES += [(name, "probe") for name in WITH_PROBE]
-# One of each kind of gate, and one without any.
-BIASED = ("greedy", "oracle", "prototypes", "flex_moe", "hfedmoe", "pfedmoe", "fedmix")
-CASES += [(name, "biased") for name in (*BIASED, "fedjets", "fedmoe_da", "heterofl")]
+CASES += [("greedy", "shared"), ("greedy", "probe"), ("greedy", "biased")]
+# One of each kind of forward pass, of gate, and of what becomes of the stem.
+WITH_ALL = ("ifca", "oracle", "prototypes", "flex_moe", "hfedmoe", "pfedmoe", "fedmix")
+WITH_ALL += ("heterofl", "local", "scaffold", "fedjets", "fedjets_frozen_stem")
+WITH_ALL += ("fedmoe_da", "centralised")
+CASES += [(name, "all") for name in WITH_ALL]
 VARIANTS = {mode: {"gate.mode": mode} for mode in ("global", "holder_rows", "personal")}
 VARIANTS["shared"] = {"model.shared_width": 4}  # an expert that every client trains
+# Clients probe what they have received, on a quarter of their examples.
 VARIANTS["probe"] = {
     "fitness.feedback": "relative_probe",
     "fitness.probe_share": 0.25,
 }
 VARIANTS["biased"] = {"gate.bias": 2.0}
+VARIANTS["all"] = VARIANTS["shared"] | VARIANTS["probe"] | VARIANTS["biased"]
+# All tests of a case follow each other, while its program is there.
+each_case = pytest.mark.parametrize(("strategy", "variant"), CASES, scope="module")
 BROKEN = 3  # a client
 # These give clients more than they have room for; `needs` says so.
 BEYOND_CAPACITY = {"hfedmoe", "fedmix_all", "fedmoe", "fedmoe_da", "pfedmoe"}
@@ -86,14 +76,17 @@ class Trial(NamedTuple):
       state: after the chunk.
       metrics: of its rounds.
       held: [R, N, E] int32, 1 where the client held the expert in the round.
-      chunk: (state, federation, hyper) -> states, metrics and `times_held` of two runs
-        with other keys, of which the first is the one above.
+      heads: [R, ...] the server's head after each round.
+      chunk: (state, federation, hyper) -> states and, of each round, metrics,
+        `times_held` and head, of two runs with other keys, of which the first is the
+        one above.
     """
 
     parts: Run
     state: SimState
     metrics: dict
     held: np.ndarray
+    heads: np.ndarray
     chunk: Callable
 
     def run(self, state, federation):
@@ -132,7 +125,8 @@ def compile_chunk(program):
     def chunk(key, state, federation, hyper):
         def step(carry, _):
             carry, metrics = round_step(carry, federation, hyper)
-            return carry, (metrics, carry.align.times_held[:, 0])
+            head = carry.params["head"]["kernel"]
+            return carry, (metrics, carry.align.times_held[:, 0], head)
 
         return jax.lax.scan(step, state.replace(key=key), length=R)
 
@@ -157,14 +151,15 @@ def try_strategy(strategy, variant):
     state = state.replace(align=state.align.replace(fitness=fitness))
     parts = Run(program, *replicate((state, federation, hyper), mesh))
     chunk = compile_chunk(program)
-    trial = Trial(parts, state, {}, np.zeros(0), chunk)
-    state, (metrics, times_held) = trial.run(parts.state, parts.federation)
+    trial = Trial(parts, state, {}, np.zeros(0), np.zeros(0), chunk)
+    state, rounds = trial.run(parts.state, parts.federation)
+    metrics, times_held, heads = jax.device_get(rounds)
     before = np.zeros_like(times_held[:1])
     held = np.diff(np.concatenate([before, times_held]), axis=0)
-    return trial._replace(state=state, metrics=jax.device_get(metrics), held=held)
+    return trial._replace(state=state, metrics=metrics, held=held, heads=heads)
 
 
-@pytest.mark.parametrize(("strategy", "variant"), CASES)
+@each_case
 def test_chunk_keeps_shapes_and_stays_finite(strategy, variant):
     parts, state, metrics, *_ = try_strategy(strategy, variant)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
@@ -183,9 +178,9 @@ def test_chunk_keeps_shapes_and_stays_finite(strategy, variant):
         assert min(moved) > 1e-5
 
 
-@pytest.mark.parametrize(("strategy", "variant"), CASES)
+@each_case
 def test_held_experts_fit_the_clients(strategy, variant):
-    parts, state, _, held, _ = try_strategy(strategy, variant)
+    parts, state, _, held, *_ = try_strategy(strategy, variant)
     capacity = np.array(state.belief.capacity)
     sizes = parts.program.sizes
     assert set(capacity) == {1, 2} or sizes.num_experts == 1
@@ -204,9 +199,9 @@ def list_messages(parts):
     return [float(message(jnp.int32(r), parts.hyper, sizes)[0]) for r in range(R)]
 
 
-@pytest.mark.parametrize(("strategy", "variant"), CASES)
+@each_case
 def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
-    parts, state, metrics, held, _ = try_strategy(strategy, variant)
+    parts, state, metrics, held, *_ = try_strategy(strategy, variant)
     params = state.params | parts.federation.frozen
     count = lambda part: count_bytes(params[part])
     sizes, record = parts.program.sizes, parts.program.strategy
@@ -224,7 +219,8 @@ def test_bytes_and_loads_are_counted_from_the_held_mask(strategy, variant):
     both *= not record.silent
     known = np.cumsum(slots > 0, axis=0) > 1
     new = ((slots > 0) & ~known).sum(1) * sum(count(part) for part in record.frozen)
-    biases = 4 * slots.sum(1) * (variant == "biased" and record.affinity is not None)
+    biased = "gate.bias" in VARIANTS[variant] and record.affinity is not None
+    biases = 4 * received.sum(1) * biased
     # What clients send to each other is counted by hand in test_fedmoe_da.py.
     asked = np.array(list_messages(parts)) * sizes.num_clients
     model = sum(count(part) for part in ("stem", "head", *record.frozen)) + expert
@@ -279,8 +275,9 @@ BYTES_DOWN = {
 }
 
 
-# What a shared expert of 16 numbers adds to it; it travels with the stem.
-SHARED_BYTES = {"pfedmoe": 4 * 16, "scaffold": 2 * 4 * 16, "local": 0}
+# What a shared expert of 16 numbers adds to it, which travels with the stem, and a bias
+# of each of two experts.
+BYTES_OF_ALL = {"pfedmoe": 4 * (16 + 2), "scaffold": 2 * 4 * 16, "local": 0}
 
 
 @pytest.mark.parametrize("strategy", BYTES_DOWN)
@@ -290,11 +287,11 @@ def test_bytes_of_a_first_round_by_hand(strategy):
     assert trial.metrics["bytes_down"][0] == clients * BYTES_DOWN[strategy]
 
 
-@pytest.mark.parametrize("strategy", SHARED_BYTES)
-def test_bytes_of_a_first_round_with_a_shared_expert_by_hand(strategy):
-    trial = try_strategy(strategy, "shared")
+@pytest.mark.parametrize("strategy", BYTES_OF_ALL)
+def test_bytes_of_a_first_round_with_all_by_hand(strategy):
+    trial = try_strategy(strategy, "all")
     clients = trial.parts.program.sizes.cohort_size
-    expected = BYTES_DOWN[strategy] + SHARED_BYTES[strategy]
+    expected = BYTES_DOWN[strategy] + BYTES_OF_ALL[strategy]
     assert trial.metrics["bytes_down"][0] == clients * expected
 
 
@@ -317,12 +314,12 @@ def test_every_strategy_pays_for_a_shared_expert_once(strategy):
 
 
 def test_fedjets_trains_a_shared_expert_or_freezes_it_with_the_stem():
-    trained = try_strategy("fedjets", "shared")
+    trained = try_strategy("fedjets", "all")
     assert set(trained.parts.federation.frozen["gate_stem"]) == {"kernel"}
     kernel = lambda stem: np.array(stem["shared"]["kernel"])
     before, after = trained.parts.state.params["stem"], trained.state.params["stem"]
     assert np.abs(kernel(after) - kernel(before)).max() > 1e-5
-    frozen = try_strategy("fedjets_frozen_stem", "shared")
+    frozen = try_strategy("fedjets_frozen_stem", "all")
     assert "stem" not in frozen.state.params
     made = frozen.parts.federation.frozen["stem"]
     assert np.abs(kernel(made) - kernel(before)).max() > 1e-6  # on the public slice
@@ -331,7 +328,7 @@ def test_fedjets_trains_a_shared_expert_or_freezes_it_with_the_stem():
     np.testing.assert_array_equal(made["kernel"], kept)
 
 
-@pytest.mark.parametrize(("strategy", "variant"), CASES)
+@each_case
 def test_a_saved_state_goes_on_alike_in_the_same_program(strategy, variant, tmp_path):
     trial = try_strategy(strategy, variant)
     with checkpoint.open_checkpoints(tmp_path, 1) as store:
@@ -344,7 +341,7 @@ def test_a_saved_state_goes_on_alike_in_the_same_program(strategy, variant, tmp_
     assert trial.chunk._cache_size() == 1
 
 
-@pytest.mark.parametrize(("strategy", "variant"), CASES)
+@each_case
 def test_a_broken_client_spoils_nothing(strategy, variant):
     trial = try_strategy(strategy, variant)
     parts, sizes = trial.parts, trial.parts.program.sizes
@@ -353,7 +350,7 @@ def test_a_broken_client_spoils_nothing(strategy, variant):
     y = train["y"].at[parts.federation.index[broken, 0]].set(NO_CLASS)
     data = parts.federation.replace(train=train | {"y": y})
     data = replicate(data, parts.program.mesh)
-    state, (metrics, times_held) = trial.run(parts.state, data)
+    state, (metrics, times_held, _) = trial.run(parts.state, data)
     took_part = np.diff(times_held.sum(2)[:, broken], prepend=0) > 0
     assert took_part.any()
     np.testing.assert_array_equal(metrics["nonfinite_clients"], took_part)
@@ -366,7 +363,7 @@ def test_a_broken_client_spoils_nothing(strategy, variant):
 
 
 def test_personal_gates_change_for_the_cohort_only():
-    parts, state, _, held, _ = try_strategy("greedy", "personal")
+    parts, state, _, held, *_ = try_strategy("greedy", "personal")
     assert_same(state.params["gate"], parts.state.params["gate"])
     took_part = held.any((0, 2))
     assert 0 < took_part.sum() < N
@@ -379,7 +376,7 @@ def test_personal_gates_change_for_the_cohort_only():
 
 @pytest.mark.parametrize("variant", ["holder_rows", "global"])
 def test_gate_rows_of_unheld_experts(variant):
-    parts, state, _, held, _ = try_strategy("greedy", variant)
+    parts, state, _, held, *_ = try_strategy("greedy", variant)
     rows_held = held.any((0, 1))
     assert rows_held[0] and not rows_held[3]
     old, new = (s.params["gate"]["moe"]["kernel"] for s in (parts.state, state))
@@ -389,7 +386,7 @@ def test_gate_rows_of_unheld_experts(variant):
 
 
 def test_experts_nobody_held_keep_their_values():
-    parts, state, _, held, _ = try_strategy("greedy", "global")
+    parts, state, _, held, *_ = try_strategy("greedy", "global")
     old, new = (s.params["experts"]["moe"]["kernel"] for s in (parts.state, state))
     np.testing.assert_array_equal(np.abs(new - old).max((1, 2)) > 0, held.any((0, 1)))
 
@@ -424,7 +421,7 @@ def answer_slowly(trial, client):
     return np.array((total if mixes else total + beside).argmax(1))
 
 
-@pytest.mark.parametrize(("strategy", "variant"), CASES)
+@each_case
 def test_evaluation_asks_every_clients_own_model(strategy, variant):
     trial = try_strategy(strategy, variant)
     program, data = trial.parts.program, trial.parts.federation
@@ -485,36 +482,30 @@ def test_local_clients_train_alone():
         np.testing.assert_array_equal(far > 0, took_part)
 
 
-@functools.cache
 def first_round(strategy):
     """The server's move of the head in the first round, which dense controls share."""
     trial = try_strategy(strategy, "global")
-    program = trial.parts.program
-    step = jax.jit(spread(build_round(program), program.mesh))
-    state, _ = step(*trial.parts[1:])
-    before = trial.parts.state.params["head"]["kernel"]
-    return np.array(state.params["head"]["kernel"] - before), state
+    return trial.heads[0] - np.array(trial.parts.state.params["head"]["kernel"])
 
 
 def test_fedadam_steps_on_what_fedavg_adds():
-    mean, _ = first_round("fedavg")
-    found, _ = first_round("fedadam")
+    mean = first_round("fedavg")
+    found = first_round("fedadam")
     square = 0.99 * 1e-6 + 0.01 * mean**2  # starts at tau^2
     expected = 0.01 * 0.1 * mean / (np.sqrt(square) + 1e-3)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
 
 
 def test_fedprox_and_fednova_are_fedavg_where_theory_says_so():
-    mean, _ = first_round("fedavg")
-    near, _ = first_round("fedprox")
+    mean = first_round("fedavg")
+    near = first_round("fedprox")
     assert 0 < np.abs(near - mean).max() < 0.1 * np.abs(mean).max()
-    normalised, _ = first_round("fednova")  # all take equally many steps
+    normalised = first_round("fednova")  # all take equally many steps
     np.testing.assert_allclose(normalised, mean, rtol=1e-5, atol=1e-7)
 
 
 def test_scaffold_corrects_towards_the_mean_of_the_variates():
-    _, state = first_round("scaffold")
-    parts = try_strategy("scaffold", "global").parts
+    parts, state, *_ = try_strategy("scaffold", "global")
     kernel = np.array(state.variate["own"]["head"]["kernel"])
     mean = np.array(state.variate["mean"]["head"]["kernel"])
     cohort = jnp.array([2, 7, 1, 0])
@@ -539,7 +530,7 @@ def test_scaffolds_running_mean_is_the_sum_over_all_variates(fields):
     federation = run.federation.replace(size=uneven, train=train | {"y": y})
     federation = replicate(federation, program.mesh)
     chunk = compile_chunk(program)
-    trial = Trial(run, run.state, {}, np.zeros(0), chunk)
+    trial = Trial(run, run.state, {}, np.zeros(0), np.zeros(0), chunk)
     state = run.state
     for _ in range(20):
         state, _ = trial.run(state, federation)
