@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Hashable
+from difflib import get_close_matches
 
 import jax
 from ml_collections import ConfigDict
@@ -133,10 +134,11 @@ def find_strategy(name: str) -> Strategy:
     """The strategy called `name`.
 
     Raises:
-      UserError: if there is none; the message lists the names.
+      UserError: if there is none; the message lists the names, the likeliest first.
     """
     if name not in STRATEGIES:
-        allowed = ", ".join(STRATEGIES)
+        near = get_close_matches(name, STRATEGIES, n=3)
+        allowed = ", ".join(dict.fromkeys([*near, *STRATEGIES]))
         raise UserError(f"strategy={name!r} is unknown; allowed: {allowed}")
     return STRATEGIES[name]
 

@@ -112,6 +112,13 @@ def test_find_strategy_lists_the_names():
         find_strategy("best")
 
 
+def test_find_strategy_lists_the_likeliest_name_first():
+    with pytest.raises(
+        UserError, match="strategy='gredy' is unknown; allowed: greedy, "
+    ):
+        find_strategy("gredy")
+
+
 @pytest.mark.parametrize("name", sorted(set(STRATEGIES) - set(RESIZED)))
 def test_configure_lets_mixtures_train_the_configured_model(name):
     assert sizes_of(name) == SIZES
