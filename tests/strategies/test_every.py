@@ -113,9 +113,7 @@ def test_find_strategy_lists_the_names():
 
 
 def test_find_strategy_lists_the_likeliest_name_first():
-    with pytest.raises(
-        UserError, match="strategy='gredy' is unknown; allowed: greedy, "
-    ):
+    with pytest.raises(UserError, match="strategy='gredy' .* allowed: greedy, "):
         find_strategy("gredy")
 
 
