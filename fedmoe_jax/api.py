@@ -235,7 +235,8 @@ def predict(
     Args:
       run: from `run` or `load_run`.
       inputs: rows as the data set has them, leaves [B, ...] by name, without the
-        targets; of images the array alone will do, [B, H, W, F] uint8.
+        targets; of images the array alone will do, uint8 [B, H, W, F], or [B, H, W]
+        where F is 1.
       client: in [0, N), whose model to take where parts of it are personal.
 
     Returns:
@@ -270,6 +271,9 @@ def fill_rows(like: PyTree, inputs: np.ndarray | PyTree) -> PyTree:
     """
     given = inputs if isinstance(inputs, dict) else {"x": inputs}
     given = {name: np.asarray(leaf) for name, leaf in given.items()}
+    for name, leaf in given.items():
+        if name in like and (*leaf.shape[1:], 1) == like[name].shape[1:]:
+            given[name] = leaf[..., None]
     for name, leaf in given.items():
         wanted = like.get(name)
         fits = wanted is not None and (leaf.shape[1:], leaf.dtype) == (

@@ -152,6 +152,8 @@ def test_predict_with_a_clients_own_parts(changes):
 
 def test_predict_refuses_in_one_line(result):
     images = result.plan.data.test["x"]
+    found = predict(result, images[:3, :, :, 0])
+    np.testing.assert_array_equal(found, predict(result, images[:3]))
     with pytest.raises(UserError, match="client=0 is not allowed; allowed: None"):
         predict(result, images, 0)
     for wrong in (images / 255, images[0], images[:, :4], images[:0]):
