@@ -107,7 +107,9 @@ def _curve_picture(
 
 
 def title_final(measure: Measure, bits: bool) -> str:
-    """A measure's name and unit in the picture of final numbers; empty for none.
+    """A measure's name in the picture of final numbers; empty for none.
+
+    With its unit, but for bits, which the caption names, as the names are long.
 
     Args:
       measure: of the runs.
@@ -117,7 +119,7 @@ def title_final(measure: Measure, bits: bool) -> str:
         return ""
     if bits:
         shown = measure.field.endswith("_bits") and "validation" not in measure.field
-        return measure.title if shown else ""
+        return measure.title.removesuffix(", bits") if shown else ""
     return f"{measure.line} (%)" if measure.line else ""
 
 
