@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims_list import list_claims
+from benchmarks.claims_map import tabulate_map
 from benchmarks.claims_numbers import compute, tabulate, tabulate_differences
 from benchmarks.claims_page import Computed, first_change, rewrite
 from benchmarks.page import RESULTS
@@ -20,7 +21,7 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import write_atomically
 
 LIST = RESULTS / "claims.toml"
-PAGES = ("results/README.md", "README.md", "docs/results.md")
+PAGES = ("results/README.md", "README.md", "docs/results.md", "docs/strategies.md")
 
 
 def read_studies(names: Iterable[str], results: Path) -> dict[str, Study]:
@@ -45,14 +46,15 @@ def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
       results: the folder of the stored studies.
 
     Raises:
-      UserError: see `list_claims`, `read_studies`, `compute`, `tabulate` and
-        `tabulate_differences`.
+      UserError: see `list_claims`, `read_studies`, `compute`, `tabulate`,
+        `tabulate_differences` and `tabulate_map`.
     """
     claims, means = list_claims(listed), listed["tables"]
-    apart = listed["differences"]
+    apart, maps = listed["differences"], listed.get("maps", {})
     numbered = {name: claim for name, claim in claims.items() if claim.a}
     used = [claim.study for claim in numbered.values()]
     used += [table["study"] for table in (*means.values(), *apart.values())]
+    used += [study for table in maps.values() for study, _ in table["rows"]]
     studies = read_studies(used, results)
     return Computed(
         claims,
@@ -64,7 +66,8 @@ def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
             name: make(table, studies[table["study"]])
             for make, tables in ((tabulate, means), (tabulate_differences, apart))
             for name, table in tables.items()
-        },
+        }
+        | {name: tabulate_map(table, studies) for name, table in maps.items()},
     )
 
 
