@@ -70,6 +70,13 @@ def train(config, workdir, stop=lambda: False):
     return [json.loads(line) for line in lines]
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The folder of a run on one device, and its rows."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, train(make_config(), folder)
+
+
 def test_a_transformer_learns_and_no_model_is_better_than_the_limit():
     changes = {"num_rounds": 12, "evaluation.finetune": True, "strategy": "greedy"}
     rows = run_alone(make_config(**changes)).rows
@@ -234,8 +241,8 @@ def test_runs_with_and_without_own_tests_are_planned_together(tmp_path):
     assert whole and "own_test_bits" in rows[0] and "own_test_bits" not in rows[1]
 
 
-def test_a_run_that_was_stopped_goes_on_bitwise(tmp_path):
-    whole = train(make_config(), tmp_path / "whole")
+def test_a_run_that_was_stopped_goes_on_bitwise(plain, tmp_path):
+    folder, whole = plain
     calls = iter([False, True])
     train(make_config(), tmp_path / "parts", stop=lambda: next(calls, True))
     parts = train(make_config(), tmp_path / "parts")
@@ -244,15 +251,15 @@ def test_a_run_that_was_stopped_goes_on_bitwise(tmp_path):
         for name in one.keys() - {n for n in one if n.endswith(clocks)}:
             assert one[name] == other[name], name
     with (
-        np.load(tmp_path / "whole" / "final.npz") as a,
+        np.load(folder / "final.npz") as a,
         np.load(tmp_path / "parts" / "final.npz") as b,
     ):
         for name in a.files:
             np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_runs_on_eight_devices_and_in_a_comparison_are_those_alone(tmp_path):
-    alone = train(make_config(), tmp_path / "alone")
+def test_runs_on_eight_devices_and_in_a_comparison_are_those_alone(plain, tmp_path):
+    alone = plain[1]
     many = train(make_config(**{"run.num_devices": 8}), tmp_path / "many")
     config = make_config()
     with config.unlocked():
