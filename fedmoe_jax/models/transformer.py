@@ -180,7 +180,7 @@ def mix_experts(
     logits = logits.reshape(len(tokens), -1) + gate["bias"][None]
     gates = routing.make_gates(logits[:, held], slot, route)
     if sees_routed(route, len(held), len(tokens), shape.platform):
-        mixed = mix_routed(experts, tokens, gates, route.num_active)
+        mixed: Array = mix_routed(experts, tokens, gates, route.num_active)
         return mixed.reshape(x.shape), Routing(logits, gates)
     outputs = run_experts(experts, tokens, shape.platform)
     trained = choose_trained(gates, slot, route)
