@@ -335,7 +335,7 @@ def validate(config: ConfigDict) -> None:
 def check_multiples(values: dict[str, Any]) -> None:
     """Raises UserError unless rounds, evaluations, checkpoints and chunks fit together.
 
-    Its message has values that do: dividers of those that are asked for.
+    Its message has values that do: divisors of those that are asked for.
     """
     every, chunk = (
         math.gcd(*(values[name] for name in names))
