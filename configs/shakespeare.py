@@ -43,7 +43,7 @@ def set_speakers(config: ConfigDict) -> None:
 def set_writers(config: ConfigDict) -> None:
     """Sets the embedded languages' writers, in place."""
     config.num_clients, config.cohort_size, config.partition.unseen = 6, 4, 2
-    config.num_rounds, config.eval_every = 20, 5
+    config.num_rounds = 20
     config.evaluation.finetune = False  # which compiles as long as the rest
 
 
