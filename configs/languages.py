@@ -9,7 +9,7 @@
 Clients write in one language each, two clients for each language, and train a byte
 transformer of two blocks with a mixture in both. `markov` has four languages that are
 Markov sources over one alphabet, whose limit in bits is known, needs no file and takes
-80 s on two cores; without it FOLDER has a folder of .txt files for each of eight
+70 s on two cores; without it FOLDER has a folder of .txt files for each of eight
 languages, of which the first 80 kB are trained on, 40 by each client. `oracle` knows
 each client's language, `prototypes` looks for it.
 `fitness` compares what the paper's rules make of other feedback than accuracy: loss,
