@@ -4,11 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.claims_list import Claim
-from benchmarks.claims_numbers import average, compare, find_measure, pick
+from benchmarks.claims_numbers import (
+    Number,
+    average,
+    compute,
+    find_measure,
+    pick,
+)
 from benchmarks.studies import Study
 from fedmoe_jax.options import Measure, UserError
 from fedmoe_jax.report.cells import Cell
-from fedmoe_jax.report.paired import Paired, difference_cell
 from fedmoe_jax.report.sheets import Sheet
 
 
@@ -21,16 +26,12 @@ class Duel(NamedTuple):
     Attributes:
       mixture: its row.
       control: its row.
-      paired: the mixture less the control, seed by seed.
-      gain: of the mixture, +1 or -1 where the difference exceeds its interval, else 0.
-      digits: of the difference.
+      number: the mixture less the control.
     """
 
     mixture: str
     control: str
-    paired: Paired
-    gain: int
-    digits: int
+    number: Number
 
 
 def find_best(study: Study, labels: Sequence[str], key: str, measure: Measure) -> str:
@@ -49,7 +50,7 @@ def hold_duel(study: Study, controls: Sequence[str], name: str) -> Duel:
       name: of a measure, see `find_measure`.
 
     Raises:
-      UserError: it has no control or no other row, or see `compare`.
+      UserError: it has no control or no other row, or see `compute`.
     """
     key, measure = find_measure(name)
     known = [label for label in controls if label in study.seeds]
@@ -59,23 +60,22 @@ def hold_duel(study: Study, controls: Sequence[str], name: str) -> Duel:
             f"claims: {study.name} has the rows {', '.join(study.seeds)}; allowed: "
             f"some of {', '.join(controls)} and some others"
         )
-    pair = (find_best(study, labels, key, measure) for labels in (others, known))
-    mixture, control = pair
-    claim = Claim("map", study=study.name, measure=name, a=mixture, b=control)
-    paired = compare(claim, study.seeds)
-    sign = (1 if paired.mean > 0 else -1) * (measure.better or 1)
-    told = difference_cell(paired, measure.digits).bold
-    return Duel(mixture, control, paired, sign if told else 0, measure.digits)
+    a, b = (find_best(study, labels, key, measure) for labels in (others, known))
+    claim = Claim("map", study=study.name, measure=name, a=a, b=b)
+    return Duel(a, b, compute(claim, study))
 
 
 def show_duel(duel: Duel) -> Cell:
     """The winner and its margin, bold where the difference exceeds its interval."""
-    winner = duel.control if duel.gain < 0 else duel.mixture
-    other = duel.mixture if duel.gain < 0 else duel.control
-    margin = difference_cell(duel.paired, duel.digits)
-    size = margin.text.lstrip("+-") if duel.gain else margin.text
-    verb = "over" if duel.gain else "less"
-    return Cell(f"`{winner}` {size} {verb} `{other}`", margin.value, margin.bold)
+    mixture, control, number = duel
+    if not number.gain:
+        text = f"`{mixture}` {number.cell.text} less `{control}`"
+    else:
+        pair = (mixture, control) if number.gain > 0 else (control, mixture)
+        text = "`{}` {} over `{}`".format(
+            pair[0], number.cell.text.lstrip("+-"), pair[1]
+        )
+    return number.cell._replace(text=text)
 
 
 def tabulate_map(table: Mapping[str, Any], studies: Mapping[str, Study]) -> Sheet:

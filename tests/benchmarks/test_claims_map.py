@@ -28,10 +28,10 @@ LEVEL = make_study(greedy=(0.40, 0.44), dense=(0.41, 0.42))
 
 def test_the_best_of_each_kind_meet():
     duel = hold_duel(LEADS, ["dense", "alone"], "global")
-    assert (duel.mixture, duel.control, duel.gain) == ("greedy", "dense", 1)
-    assert duel.paired.mean == pytest.approx(12)
+    assert duel[:2] == ("greedy", "dense") and duel.number.gain == 1
+    assert duel.number.cell.value == pytest.approx(12)
     load = hold_duel(LEADS, ["dense"], "mean_load_cv")  # of which less is better
-    assert (load.mixture, load.gain) == ("greedy", 1)
+    assert load.mixture == "greedy" and load.number.gain == 1
 
 
 def test_a_map_names_the_winner_and_its_margin():
