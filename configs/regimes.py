@@ -1,20 +1,23 @@
 """When does a federated mixture pay? Kinds of heterogeneity, strategies and controls.
 
-    python launch.py --config=configs/regimes.py:permuted,digits --workdir=runs/tune \\
+    python launch.py --config=configs/regimes.py:digits --workdir=runs/regimes
+    python launch.py --config=configs/regimes.py:permuted,digits --workdir=runs/tune \
       --tune
-    python launch.py --config=configs/regimes.py:permuted,digits \\
+    python launch.py --config=configs/regimes.py:permuted,digits \
       --workdir=runs/permuted --settings=runs/tune/settings.json
 
-One kind a comparison: clients differ by their labels (`skew`, Dirichlet(0.1)), by the
-`rotation` of their images, by the meaning of their labels (`permuted`), by both of
-these (`both`), or by meaning and, less, by their labels (`mixed`). `digits` is on the
+Clients differ by their labels (`skew`, Dirichlet(0.1)), by the `rotation` of their
+images, by the meaning of their labels (`permuted`), by both of these (`both`), or by
+meaning and, less, by their labels (`mixed`). Without one of these words all kinds are
+compared, at one rate and with fewer rows and seeds, and the report draws a map: the
+best mixture beside the best control in every kind. A kind alone can be tuned; its runs
+and those of others make a map by `--report=runs/skew,runs/rotation`. `digits` is on the
 embedded digits, else it is on CIFAR-10. All mixtures have the same means: a dense
 warm-up of ten rounds, a gate biased towards the experts that suit the client, and a
 calibration loss of weight 1. What suits a client is its fitness, but where a strategy
 knows better: `oracle` knows the groups, `prototypes` and `update_groups` look for them,
-and so does `ifca`, whose clients use one expert. Read personal
-accuracy with the own label prior: under permuted labels no model is right for all.
-`smoke` is short.
+and so does `ifca`, whose clients use one expert. Read personal accuracy with the own
+label prior: under permuted labels no model is right for all. `smoke` is short.
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +28,10 @@ STRATEGIES = (
     *("random", "fixed_random", "greedy", "load_balanced"),
     *("oracle", "prototypes", "update_groups", "ifca"),
     *("fedavg_smallest", "fedavg_active", "fedavg", "local_active"),
+)
+FEW = (
+    *("random", "fixed_random", "greedy", "load_balanced", "oracle", "prototypes"),
+    *("fedavg_smallest", "fedavg_active", "local_active"),
 )
 KINDS = {
     "skew": {"partition.kind": "dirichlet"},
@@ -40,7 +47,7 @@ KINDS = {
 
 
 def take_kind(argument: str) -> tuple[str, str]:
-    """The kind of heterogeneity, `permuted` without any, and the rest of an argument.
+    """The kind of heterogeneity, empty for all, and the rest of an argument.
 
     Raises:
       ValueError: there are several, or a word is unknown.
@@ -58,7 +65,19 @@ def take_kind(argument: str) -> tuple[str, str]:
             f"config argument {argument!r} has several kinds; allowed: one of "
             f"{', '.join(KINDS)}"
         )
-    return (kinds or ["permuted"])[0], ",".join(w for w in words if w not in KINDS)
+    return (kinds or [""])[0], ",".join(w for w in words if w not in KINDS)
+
+
+def compare_kinds(config: ConfigDict) -> None:
+    """Makes every kind a change of the comparison, in place.
+
+    What is tuned is one setting a strategy, and kinds need settings of their own.
+    """
+    changes = [",".join(f"{f}={v}" for f, v in kind.items()) for kind in KINDS.values()]
+    config.compare.changes, config.compare.strategies = tuple(changes), FEW
+    config.compare.seeds = config.compare.seeds[:3]
+    config.evaluation.baseline = ""
+    del config.tune
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -70,12 +89,15 @@ def get_config(argument: str = "") -> ConfigDict:
     config = compare.get_config(rest)
     compare.support_claims(config, rest)
     config.partition.kind = "iid"
-    config.update_from_flattened_dict(KINDS[kind])
     config.upcycle.rounds = 10
     config.gate.bias, config.loss.calibration = 5.0, 1.0
     config.evaluation.finetune = True
     config.compare.strategies = STRATEGIES
     config.tune.measure = "validation_personal_prior_accuracy"
+    if kind:
+        config.update_from_flattened_dict(KINDS[kind])
+    else:
+        compare_kinds(config)
     if "smoke" in rest.split(","):
         config.upcycle.rounds = config.chunk_rounds
         config.compare.strategies = ("prototypes", "fedavg_active")

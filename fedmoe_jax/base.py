@@ -250,6 +250,8 @@ class Strategy(NamedTuple):
         None where `gate.bias` is 0.
       reads: the learnt evidence that it decides from, of `fitness` and `usage`.
       needs: its advantages beyond the shared rules, "" for none; the report prints it.
+      reference: whether it knows what no server could: the others are measured by it,
+        and a report never names it as the best one.
       options: its config fields.
       allowed: (field, allowed values) of other fields in which it allows less.
       at_most: (field, other field) of the config: the one may not exceed the other.
@@ -322,6 +324,7 @@ class Strategy(NamedTuple):
     affinity: AffinityFn | None = None
     reads: tuple[str, ...] = ()
     needs: str = ""
+    reference: bool = False
     options: tuple[Option, ...] = ()
     allowed: tuple[tuple[str, Range | tuple[str, ...]], ...] = ()
     at_most: tuple[tuple[str, str], ...] = ()

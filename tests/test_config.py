@@ -89,6 +89,18 @@ def test_studies_of_text_from_folders_are_valid(argument):
         validate(config)
 
 
+def test_all_regimes_are_a_comparison_of_their_kinds():
+    config = get_config("regimes", "digits")
+    runs, kinds = runs_of(config), importlib.import_module("configs.regimes").KINDS
+    assert len(config.compare.changes) == len(kinds) and "tune" not in config
+    for kind in kinds:
+        alone = fields_of(get_config("regimes", f"{kind},digits"))
+        of = [fields_of(run) for run in runs]
+        fields = ("partition.kind", "partition.alpha", "groups.kind", "upcycle.rounds")
+        same = [run for run in of if all(run[f] == alone[f] for f in fields)]
+        assert len(same) == len(runs) / len(kinds)
+
+
 def test_regimes_are_of_one_kind():
     with pytest.raises(ValueError, match="'skew,both' has several kinds; allowed"):
         get_config("regimes", "skew,both")

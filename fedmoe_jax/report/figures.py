@@ -123,12 +123,19 @@ def title_final(measure: Measure, bits: bool) -> str:
     return f"{measure.line} (%)" if measure.line else ""
 
 
+def has_bits(runs: Iterable[Run]) -> bool:
+    """Whether runs are on text, of which bits say more than accuracies."""
+    runs = list(runs)
+    measures = join_measures(runs)
+    known = [numbers(run, measures, {}).get("final_global_bits", NAN) for run in runs]
+    return bool(np.isfinite(known).any())
+
+
 def final_picture(groups: Mapping[str, Sequence[Run]]) -> Iterator[Picture]:
     """Final accuracies of every strategy, or bits of text, seed by seed."""
-    measures = join_measures(run for group in groups.values() for run in group)
+    runs = [run for group in groups.values() for run in group]
+    measures, bits = join_measures(runs), has_bits(runs)
     found = [[numbers(run, measures, {}) for run in group] for group in groups.values()]
-    known = [one.get("final_global_bits", NAN) for each in found for one in each]
-    bits = bool(np.isfinite(known).any())
     panels = []
     for key, measure in measures.items():
         if not (title := title_final(measure, bits)):

@@ -41,6 +41,7 @@ def is_text(value: Any) -> bool:
 
 TEXT, NUMBER = Form(is_text, "text"), Form(is_number, "a number")
 COUNT = Form(lambda value: is_whole(value) and value >= 0, "a whole number from 0")
+SWITCH = Form(lambda value: isinstance(value, bool), "true or false")
 TEXTS = Form(list_of(is_text), "a list of text")
 NUMBERS = Form(list_of(is_number), "a list of numbers")
 OBJECT = Form(lambda value: isinstance(value, dict), "an object")
@@ -67,6 +68,7 @@ COMPARISON = {
 SUMMARY = {
     "num_rounds": COUNT,
     **dict.fromkeys(("note", "needs"), TEXT._replace(needed=False)),
+    "reference": SWITCH._replace(needed=False),
     **dict.fromkeys(("idle", "reads"), TEXTS._replace(needed=False)),
     **dict.fromkeys(("made_by", "overwrites"), OBJECT._replace(needed=False)),
     **dict.fromkeys(

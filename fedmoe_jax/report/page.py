@@ -24,6 +24,7 @@ from fedmoe_jax.report.figures import (
     run_pictures,
 )
 from fedmoe_jax.report.origins import describe_origins
+from fedmoe_jax.report.regime_map import map_picture
 from fedmoe_jax.report.runs import Run, group_runs, name_runs
 from fedmoe_jax.report.sections import list_sections
 from fedmoe_jax.report.sheets import section_html
@@ -298,6 +299,7 @@ def write_report(
         _figure_html(picture, prefix, save) for picture in found
     )
     parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
+    parts.append(f'<div class="wide">{show(map_picture(runs))}</div>')
     parts += map(section_html, list_sections(runs, baseline))
     gallery = show(final_picture(groups)) if len(groups) > 1 else ""
     gallery += show(strata_pictures(groups)) + show(curve_pictures(groups))

@@ -6,6 +6,7 @@ from fedmoe_jax.report.baseline import paired_section
 from fedmoe_jax.report.budgets import budget_section
 from fedmoe_jax.report.diverged import describe_diverged
 from fedmoe_jax.report.parts import parts_section
+from fedmoe_jax.report.regime_map import map_section
 from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.sheets import Section, section_markdown
 from fedmoe_jax.report.tables import markdown_table
@@ -19,7 +20,8 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
       runs: of one label or several.
       baseline: `evaluation.baseline`, see `baseline.find_baseline`.
     """
-    found = [paired_section(runs, baseline), parts_section(runs), budget_section(runs)]
+    found = [map_section(runs), paired_section(runs, baseline)]
+    found += [parts_section(runs), budget_section(runs)]
     note = describe_diverged(runs)
     return [
         section._replace(about=f"{section.about} {note}".strip())

@@ -177,4 +177,5 @@ def _switch(decisions: tuple[AssignFn, ...]) -> AssignFn:
 def traits(strategy: Strategy) -> Hashable:
     """All but the decision: strategies with equal traits can share a program."""
     texts = {"about": "", "reads": (), "needs": "", "allowed": (), "at_most": ()}
-    return strategy._replace(assign=None, configure=None, options=(), **texts)
+    texts |= {"assign": None, "configure": None, "options": (), "reference": False}
+    return strategy._replace(**texts)

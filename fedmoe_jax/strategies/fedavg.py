@@ -173,6 +173,7 @@ CENTRALISED, CENTRALISED_ACTIVE, CENTRALISED_SMALLEST = make(
     room="",
     pooled=True,
     silent=True,
+    reference=True,
 )
 FEDAVG_DROPOUT = FEDAVG_ACTIVE._replace(
     about="Dense as the active experts; every client trains it with dropout.",

@@ -91,6 +91,7 @@ ORACLE = Strategy(
         "groups."
     ),
     needs="every client's group or main stratum, which no server knows",
+    reference=True,
     init=init,
     stages=((0, look),),
 )

@@ -325,6 +325,7 @@ def finish(
         "seed": config.seed,
         "note": strategy.about,
         "needs": strategy.needs,
+        "reference": strategy.reference,
         "reads": strategy.reads,
         "overwrites": find_overwritten(config),
         "idle": sorted(set().union(*list_idle_fields(config))),

@@ -1,8 +1,8 @@
-"""The map of regimes: the best mixture beside the best control, by hand."""
+"""The map of stored studies: the best mixture beside the best control, by hand."""
 
 import pytest
 
-from benchmarks.claims_map import hold_duel, tabulate_map
+from benchmarks.claims_map import show_duel, tabulate_map
 from benchmarks.studies import Study
 from fedmoe_jax.options import UserError
 
@@ -26,30 +26,28 @@ TRAILS = make_study(greedy=(0.40, 0.42, 0.44), dense=(0.50, 0.54, 0.58), alone=(
 LEVEL = make_study(greedy=(0.40, 0.44), dense=(0.41, 0.42))
 
 
-def test_the_best_of_each_kind_meet():
-    duel = hold_duel(LEADS, ["dense", "alone"], "global")
-    assert duel[:2] == ("greedy", "dense") and duel.number.gain == 1
-    assert duel.number.cell.value == pytest.approx(12)
-    load = hold_duel(LEADS, ["dense"], "mean_load_cv")  # of which less is better
-    assert load.mixture == "greedy" and load.number.gain == 1
-
-
 def test_a_map_names_the_winner_and_its_margin():
     studies = {"a": LEADS, "b": TRAILS, "c": LEVEL}
     table = {
         "controls": ["dense", "alone"],
-        "measures": ["global"],
+        "measures": ["global", "mean_load_cv"],  # of which less is better
         "rows": [["a", "rotated"], ["b", "skewed"], ["c", "mixed"]],
     }
     sheet = tabulate_map(table, studies)
-    assert sheet.heads == ["", "Global %"]
+    assert sheet.heads == ["", "Global %", "Load CV"]
     cells = {text: row[0] for text, row in sheet.rows.items()}
     assert cells["rotated"].text == "`greedy` 12.0 ± 5.0 over `dense`"
     assert cells["skewed"].text == "`dense` 12.0 ± 5.0 over `greedy`"
     assert cells["mixed"].text == "`greedy` +0.5 ± 19.1 less `dense`"
     assert [cell.bold for cell in cells.values()] == [True, True, False]
+    assert sheet.rows["rotated"][1].text == "`greedy` 0.12 ± 0.05 over `dense`"
+
+
+def test_references_take_no_part():
+    table = {"controls": ["dense"], "references": ["greedy"]}
+    assert show_duel(LEADS, table, "global").text.startswith("`random` +3.0")
 
 
 def test_a_map_needs_both_kinds():
     with pytest.raises(UserError, match="tiny has the rows greedy.*allowed: some of x"):
-        hold_duel(LEADS, ["x"], "global")
+        show_duel(LEADS, {"controls": ["x"]}, "global")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from factories import SIZES, make_hyper, plan_run, prepare_strategy, start_run
 
+from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.strategies.oracle import assign, look, own_experts, prefer_own
 
 
@@ -69,3 +70,10 @@ def test_look_finds_the_group_of_every_client():
     assert np.bincount(group).tolist() == [5, 3, 2]
     expected = np.arange(plan.program.sizes.num_experts)[None] % 3 == group[:, None]
     np.testing.assert_array_equal(run.state.align.strategy["own"][0], expected)
+
+
+def test_references_know_what_no_server_could():
+    references = {name for name, each in STRATEGIES.items() if each.reference}
+    pooled = {f"centralised{size}" for size in ("", "_active", "_smallest")}
+    assert references == {"oracle", *pooled}
+    assert all(STRATEGIES[name].needs for name in references)
