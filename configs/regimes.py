@@ -1,9 +1,9 @@
 """When does a federated mixture pay? Kinds of heterogeneity, strategies and controls.
 
     python launch.py --config=configs/regimes.py:digits --workdir=runs/regimes
-    python launch.py --config=configs/regimes.py:permuted,digits --workdir=runs/tune \
+    python launch.py --config=configs/regimes.py:permuted,digits --workdir=runs/tune \\
       --tune
-    python launch.py --config=configs/regimes.py:permuted,digits \
+    python launch.py --config=configs/regimes.py:permuted,digits \\
       --workdir=runs/permuted --settings=runs/tune/settings.json
 
 Clients differ by their labels (`skew`, Dirichlet(0.1)), by the `rotation` of their

@@ -351,13 +351,6 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("client.learning_rate", POSITIVE, "step size of the local steps", TRACED),
     Option("client.momentum", Range(0, 1, open_high=True), "momentum of sgd", STATIC),
-    Option(
-        "upcycle.rounds",
-        NON_NEGATIVE,
-        "first rounds in which all clients train the first expert alone, of which all "
-        "others are copies: a dense warm-up; 0: none",
-        TRACED,
-    ),
     Option("client.prox", NON_NEGATIVE, "mu of the FedProx term; 0: none", TRACED),
     *list_rate_options("client", "a client's gradient"),
     Option(
@@ -374,6 +367,13 @@ OPTIONS: tuple[Option, ...] = (
         TRACED,
     ),
     *list_rate_options("server", "the mean update"),
+    Option(
+        "upcycle.rounds",
+        NON_NEGATIVE,
+        "first rounds in which all clients train the first expert alone, of which all "
+        "others are copies: a dense warm-up; 0: none",
+        TRACED,
+    ),
     Option(
         "merge.weight",
         ("examples", "routed"),

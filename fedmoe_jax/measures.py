@@ -291,6 +291,17 @@ MEASURES: dict[str, Measure] = {
         varies_over=LABELS,
         evaluated=True,
     ),
+    "final_groups_found": Measure(
+        "groups",
+        LAST,
+        "Groups found",
+        "groups of clients that a strategy has found, mean over layers: 1 where there "
+        "are none, 0 where it has not looked yet; see prototypes",
+        better=0,
+        digits=1,
+        of=EXPERTS,
+        trivial=0.0,
+    ),
     "final_group_information": Measure(
         "expert_group_information",
         FINAL,

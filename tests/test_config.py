@@ -41,6 +41,8 @@ ARGUMENTS = {
     "capacity": ("", "full", "digits,smoke", "smoke"),
     "stress": ("", "full", "digits", "full,digits,smoke", "smoke"),
     "languages": ("markov", "markov,fitness", "markov,smoke", "fitness,smoke", "smoke"),
+    "limits": ("", "digits", "smoke"),
+    "recipe": ("", "skew,digits", "digits,smoke", "smoke"),
     "regimes": ("", "skew", "rotation,digits", "mixed,digits,smoke", "both,smoke"),
     "shakespeare": ("markov", "markov,smoke", "smoke"),
 }
@@ -99,6 +101,33 @@ def test_all_regimes_are_a_comparison_of_their_kinds():
         fields = ("partition.kind", "partition.alpha", "groups.kind", "upcycle.rounds")
         same = [run for run in of if all(run[f] == alone[f] for f in fields)]
         assert len(same) == len(runs) / len(kinds)
+
+
+def test_limits_are_those_of_permuted_labels():
+    with pytest.raises(ValueError, match="'skew' is unknown; allowed: digits, smoke"):
+        get_config("limits", "skew")
+    assert {run.groups.kind for run in runs_of(get_config("limits"))} == {"permuted"}
+
+
+def test_the_recipe_is_taken_apart_one_field_at_a_time():
+    study = get_config("recipe", "skew,digits")
+    assert {run.partition.kind for run in runs_of(study)} == {"dirichlet"}
+    fields = ("upcycle.rounds", "gate.bias", "loss.calibration")
+    rows = {
+        tuple(fields_of(run)[f] for f in fields)
+        for run in runs_of(study)
+        if run.strategy == "prototypes"
+    }
+    recipe, plain = (10, 5.0, 1.0), (0, 0.0, 0.2)
+    alone = {(10, 0.0, 0.2), (0, 5.0, 0.2), (0, 0.0, 1.0)}
+    assert rows == {
+        recipe,
+        plain,
+        *alone,
+        (0, 5.0, 1.0),
+        (10, 0.0, 1.0),
+        (10, 5.0, 0.2),
+    }
 
 
 def test_regimes_are_of_one_kind():

@@ -7,10 +7,11 @@ from fedmoe_jax.runtime.files import flatten
 
 # Config fields of what a system meets, be it as it is; it chooses the others.
 GIVEN = (
-    *("num_clients", "cohort_size", "max_held", "num_rounds"),
+    *("num_clients", "cohort_size", "num_rounds"),
     *("data.", "partition.", "groups.", "model.", "devices.", "late.", "channel."),
     *("pressure.", "background.", "bandwidth.", "availability.", "drift.", "profile."),
 )
+CHOSEN = ("model.shared_width", "model.tied", "model.remat", "model.scan")
 UNCHANGED = "as usual"
 
 
@@ -25,7 +26,7 @@ def find_given(runs: Sequence[Run]) -> list[str]:
         name
         for name in names
         if name.startswith(GIVEN)
-        and not name.startswith(INCIDENTAL)
+        and not name.startswith((*INCIDENTAL, *CHOSEN))
         and len({str(config.get(name, ABSENT)) for config in configs}) > 1
         and not all(is_idle(run, name) for run in runs)
     ]

@@ -1,0 +1,47 @@
+"""How far the right alignment leads: groups, clients, participation, drift and widths.
+
+    python launch.py --config=configs/limits.py:digits --workdir=runs/limits
+
+Clients are in four groups in which labels mean something else (`permuted` of
+`regimes.py`, with its means), and one thing changes at a time: two, eight or ten
+groups, groups of unequal sizes, four of twenty clients a round, a hundred clients whose
+examples have several owners, labels that drift while `prototypes` asks again, and a
+narrow network, of which an expert's room is the limit. No strategy but `oracle` is
+given the number of groups. The report draws a map. `digits` and `smoke` are those of
+`regimes.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import regimes
+
+STRATEGIES = (
+    *("random", "fixed_random", "load_balanced", "oracle", "prototypes", "ifca"),
+    *("fedavg_smallest", "fedavg_active", "local_active"),
+)
+GROUPS = ("groups.count=2", "groups.count=8", "groups.count=10,num_experts=10")
+UNEQUAL = ("groups.skew=1.0",)
+MANY = (
+    "num_clients=100,cohort_size=20,partition.overlap=72,partition.validation_share=0.0"
+)
+CLIENTS = ("cohort_size=4", MANY)
+DRIFT = ("drift.labels=1.0,drift.start=20,drift.rounds=1,prototypes.period=10",)
+WIDTHS = ("model.stem_width=16,model.expert_width=8",)
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The study. `argument` joins any of `digits` and `smoke` with commas."""
+    words = argument.split(",")
+    if named := set(words) & regimes.KINDS.keys():
+        raise ValueError(
+            f"config argument {min(named)!r} is unknown; allowed: digits, smoke"
+        )
+    config = regimes.get_config(",".join(filter(None, ("permuted", argument))))
+    config.evaluation.baseline = ""
+    if "smoke" in words:
+        config.compare.changes = ("", *UNEQUAL)
+        return config
+    config.compare.strategies = STRATEGIES
+    config.compare.seeds = config.compare.seeds[:5]
+    config.compare.changes = ("", *GROUPS, *UNEQUAL, *CLIENTS, *DRIFT, *WIDTHS)
+    return config
