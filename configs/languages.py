@@ -10,13 +10,14 @@ Clients write in one language each, two clients for each language, and train a b
 transformer of two blocks with a mixture in both. `markov` has four languages that are
 Markov sources over one alphabet, whose limit in bits is known, needs no file and takes
 70 s on two cores; without it FOLDER has a folder of .txt files for each of eight
-languages, of which the first 80 kB are trained on, 40 by each client. `oracle` knows
-each client's language, `prototypes` looks for it.
+languages, of which the first 80 kB are for training, 40 for each client, a tenth of
+them to tune on. `oracle` knows each client's language, `prototypes` looks for it.
 `fitness` compares what the paper's rules make of other feedback than accuracy: loss,
 both less their means over the client's experts, and the loss of each expert before it
-is trained (`probe`), alone and so related. `amounts` asks how the answer moves with the
-text that a client has, from 40 to 400 kB. `smoke` is short, with the embedded
-languages. Two seeds on these, three on others; without `--settings` all share one rate.
+is trained on examples that the client keeps for that (`probe`), alone and so related.
+`amounts` asks how the answer moves with the text that a client has, from 40 to 400 kB.
+`smoke` is short, with the embedded languages. Two seeds on these, three on others;
+without `--settings` all share one rate.
 """
 
 from ml_collections import ConfigDict
@@ -37,11 +38,12 @@ STRATEGIES = (
     "fedmoe",
     "fedavg_smallest",
     "fedavg_active",
-    "fedavg",
+    "fedavg_held",
     "local_smallest",
     "local_active",
 )
-FEEDBACK = ("accuracy", "loss", "relative", "relative_loss", "probe", "relative_probe")
+FEEDBACK = ("accuracy", "loss", "relative", "relative_loss")
+HELD_OUT = ("probe", "relative_probe")  # on a tenth that no client trains on
 FEW = (
     *("random", "fixed_random", "greedy", "load_balanced", "oracle", "prototypes"),
     *("fedavg_active", "local_active"),
@@ -100,7 +102,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compare.seeds = (0, 1) if words else (0, 1, 2)
     if fitness:
         config.compare.strategies = ("greedy", "load_balanced")
-        config.compare.changes = tuple(f"fitness.feedback={kind}" for kind in FEEDBACK)
+        probes = [
+            f"fitness.feedback={kind},fitness.probe_share=0.1" for kind in HELD_OUT
+        ]
+        config.compare.changes = (*(f"fitness.feedback={k}" for k in FEEDBACK), *probes)
         config.evaluation.baseline = "greedy fitness.feedback=accuracy"
     if amounts:
         config.compare.strategies = AMOUNTS

@@ -2,12 +2,13 @@
 
 Each is there three times: as large as the mixture in total, as large as what an example
 uses of it (`_active`), and as large as one expert, the least that a mixture asks of any
-client (`_smallest`). A shared expert stays beside it, as in the mixture: the two hidden
-layers are one of their total width, but for their initial weights. FedNova equals
-FedAvg but for rounding where all clients take equally many steps (`local_epochs=0`).
-SCAFFOLD's mean of the control variates weighs clients by their examples, as the
-averages of all systems here do; the paper weighs clients alike in both. Where labels
-drift, these are the examples before the drift.
+client (`_smallest`); `fedavg_held` is as wide as all that a client may hold. A shared
+expert stays beside it, as in the mixture: the two hidden layers are one of their total
+width, but for their initial weights. FedNova equals FedAvg but for rounding where all
+clients take equally many steps (`local_epochs=0`). SCAFFOLD's mean of the control
+variates weighs clients by their examples, as the averages of all systems here do; the
+paper weighs clients alike in both. Where labels drift, these are the examples before
+the drift.
 """
 
 from collections.abc import Callable
@@ -44,6 +45,11 @@ def be_total(config: ConfigDict) -> ConfigDict:
 def be_active(config: ConfigDict) -> ConfigDict:
     """A dense model of the mixture's active size: A experts' hidden units in one."""
     return be_dense(config, config.num_active)
+
+
+def be_held(config: ConfigDict) -> ConfigDict:
+    """A dense model of the size that the strongest client holds: K experts in one."""
+    return be_dense(config, config.max_held)
 
 
 def be_smallest(config: ConfigDict) -> ConfigDict:
@@ -174,6 +180,10 @@ CENTRALISED, CENTRALISED_ACTIVE, CENTRALISED_SMALLEST = make(
     pooled=True,
     silent=True,
     reference=True,
+)
+FEDAVG_HELD = FEDAVG_ACTIVE._replace(
+    about="Dense as the experts that a client may hold; every client trains all of it.",
+    configure=be_held,
 )
 FEDAVG_DROPOUT = FEDAVG_ACTIVE._replace(
     about="Dense as the active experts; every client trains it with dropout.",

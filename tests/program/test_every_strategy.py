@@ -42,7 +42,8 @@ from fedmoe_jax.world.costs import count_bytes
 pytestmark = pytest.mark.slow
 
 # These controls differ from the one of the total size in their width only.
-CASES = [(n, "global") for n in STRATEGIES if not n.endswith(("_active", "_smallest"))]
+WIDTHS = ("_active", "_smallest", "_held")
+CASES = [(n, "global") for n in STRATEGIES if not n.endswith(WIDTHS)]
 CASES += [("greedy", "holder_rows"), ("greedy", "personal")]
 CASES += [("ifca", "holder_rows"), ("ifca", "personal")]
 CASES += [("greedy", "shared"), ("greedy", "probe"), ("greedy", "biased")]

@@ -27,6 +27,7 @@ from fedmoe_jax.strategies.fedavg import normalise_steps
         ("fedavg_active", 2),
         ("fedadam_active", 2),
         ("fedavg_dropout", 2),
+        ("fedavg_held", 4),
         ("fedavg_smallest", 1),
         ("fedadam_smallest", 1),
         ("local_smallest", 1),
