@@ -103,20 +103,23 @@ def choose_seeds(key: Array, means: Means, shrink: Array, most: int) -> Array:
     """Means mu [most, L, D] to start from: of one client each, far from one another.
 
     As k-means++ (Arthur and Vassilvitskii, 2007): the next is drawn with a probability
-    in proportion to its distance from the nearest so far.
+    in proportion to its distance from the nearest so far; the first one evenly.
     """
+    num_clients = len(means.count)
 
     def add(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         mu, nearest = carry
         draw = jax.random.fold_in(key, number)
-        client = jax.random.categorical(draw, jnp.log(nearest + SMALL))
-        member = jax.nn.one_hot(client[None], len(nearest)).T
+        odds = jnp.where(jnp.isinf(nearest), 1.0, nearest)
+        client = jax.random.categorical(draw, jnp.log(odds + SMALL))
+        member = jax.nn.one_hot(client[None], num_clients).T
         own = average_groups(means, member, shrink)
         nearest = jnp.minimum(nearest, measure_distance(means, own)[:, 0])
         return mu.at[number].set(own[0]), nearest
 
     mu = jnp.zeros((most, *means.feature.shape[1:]))
-    return jax.lax.fori_loop(0, most, add, (mu, jnp.ones(len(means.count))))[0]
+    far = jnp.full(num_clients, jnp.inf)
+    return jax.lax.fori_loop(0, most, add, (mu, far))[0]
 
 
 def run_lloyd(means: Means, mu: Array, shrink: Array, num_groups: Array) -> Array:

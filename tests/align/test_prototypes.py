@@ -11,6 +11,7 @@ from fedmoe_jax.align.prototypes import (
     Means,
     average_groups,
     center,
+    choose_seeds,
     find_groups,
     measure_distance,
     run_lloyd,
@@ -116,6 +117,25 @@ def test_shuffle_components_keeps_the_spread_of_every_component():
         strict=True,
     ):
         np.testing.assert_allclose(dealt, own, atol=1e-5)
+
+
+def test_seeds_are_far_from_one_another():
+    means, group = plant(8, 1, apart=1.0, clients=16)
+    start = functools.partial(choose_seeds, means=center(means), shrink=SHRINK, most=8)
+    mu = jax.jit(jax.vmap(start))(jax.random.split(KEY, 200))
+    nearest = jax.vmap(functools.partial(measure_distance, center(means)))(mu)
+    found = [len(set(group[each.argmin(axis=0)])) for each in np.asarray(nearest)]
+    # Drawn evenly, 8 of 8 groups would be there in 0.2 % of the starts.
+    assert np.mean(np.array(found) == 8) > 0.5
+
+
+def test_eight_groups_of_two_clients_are_found():
+    for seed in range(3):
+        means, group = plant(8, 1, apart=1.0, clients=16, seed=seed)
+        found = find(jax.random.key(seed), means, most=8)
+        assert int(found.count) == 8
+        nearest = np.asarray(found.distance).argmin(axis=1).tolist()
+        assert len(set(zip(group.tolist(), nearest, strict=True))) == 8
 
 
 @pytest.mark.parametrize(
