@@ -11,7 +11,8 @@ transformer of two blocks with a mixture in both. `markov` has four languages th
 Markov sources over one alphabet, whose limit in bits is known, needs no file and takes
 70 s on two cores; without it FOLDER has a folder of .txt files for each of eight
 languages, of which the first 80 kB are trained on, 40 by each client. `oracle` knows
-each client's language, `prototypes` looks for it.
+each client's language, `prototypes` looks for it. docs/running.md says where to find
+such texts; `--only=1/4` to `--only=4/4` run the study in parts.
 `fitness` compares what the paper's rules make of other feedback than accuracy: loss,
 both less their means over the client's experts, and the loss of each expert before it
 is trained (`probe`), alone and so related. `amounts` asks how the answer moves with the
