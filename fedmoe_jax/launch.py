@@ -5,15 +5,16 @@
     python launch.py --workdir=runs/try --config.strategy=greedy --config.seed=3
     python launch.py --report=runs/a,runs/b --workdir=runs/both     joins what is there
 
-`python -m fedmoe_jax` is the same program. A second call with the same arguments
+`python -m fedmoe_jax` is the same program; `python -m fedmoe_jax.data NAME` prepares a
+data set of TFDS for --config.data.name=NAME. A second call with the same arguments
 resumes. --only=3/8 runs the third of eight parts of a comparison. --tune gives every
 strategy of a comparison the same budget of rates, judged on validation examples, and
---settings reads what it has chosen. --plugins names
-modules whose strategies, data sets and so on join the package's, and whose fields join
-the config. On several hosts the same call is made on each, with --coordinator_address,
---num_processes and --process_id. Exit code 0: finished; 1: an unforeseen error, or
-another process died; 2: a mistake in the flags, config, data or work folder, or a disk
-without room, in one line; 3: stopped early, resumable.
+--settings reads what it has chosen. --plugins names modules whose strategies, data sets
+and so on join the package's, and whose fields join the config. On several hosts the
+same call is made on each, with --coordinator_address, --num_processes and --process_id.
+Exit code 0: finished; 1: an unforeseen error, or another process died; 2: a mistake in
+the flags, config, data or work folder, or a disk without room, in one line; 3: stopped
+early, resumable.
 """
 
 import contextlib
@@ -48,6 +49,7 @@ KINDS = {  # of flags that are no text
     "profile": "true, false",
 }
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
+STUDIES = Path(__file__).parents[1] / "configs"  # of a checkout
 
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -106,6 +108,18 @@ def describe_fields() -> str:
     )
 
 
+def describe_studies() -> str:
+    """The first docstring line of each file of configs/; empty without a checkout."""
+    lines = ""
+    for path in sorted(STUDIES.glob("*.py")):
+        text = path.read_text(errors="replace")
+        title = re.match(r'"""(.+?)(?:"""|\n)', text)
+        if title and "get_config" in text:
+            lines += f"  {f'configs/{path.name}':24} {title[1]}\n"
+    short = "each with a short form, as --config=configs/compare.py:smoke"
+    return lines and f"\nstudies, {short}:\n\n{lines}"
+
+
 def describe_plugins() -> str:
     """The records that each plug-in has joined, by table; empty without plug-ins."""
     from fedmoe_jax.tables import PLUGINS
@@ -121,7 +135,8 @@ def describe_plugins() -> str:
 def prepare_help() -> None:
     """Makes absl's help that of this module, whichever file was started."""
     fields = f"\nconfig fields, their defaults and meanings:\n\n{describe_fields()}\n"
-    sys.modules["__main__"].__doc__ = f"{__doc__}{describe_plugins()}{fields}"
+    parts = __doc__, describe_studies(), describe_plugins(), fields
+    sys.modules["__main__"].__doc__ = "".join(map(str, parts))
     for flag in flags.FLAGS.get_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +31,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
 import jax
+import pytest
 
 # Tracing makes objects by the million and hardly a cycle; looking for cycles as often
 # as Python does takes a fifth of its time.
@@ -61,3 +63,29 @@ def pytest_runtest_teardown(item, nextitem):
     if MAPS.read_bytes().count(b"\n") > most:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Runs launch.py in this process; returns exit code, stdout and stderr."""
+    from absl import flags
+
+    from fedmoe_jax import launch
+    from fedmoe_jax.runtime.stop import Stop
+
+    def run(*words, stop=None):
+        workdir = [] if "--workdir" in str(words) else [f"--workdir={tmp_path / 'new'}"]
+        # The config's own flags are found in sys.argv and stay defined for good.
+        argv = ["launch.py", *workdir, *words]
+        monkeypatch.setattr(sys, "argv", argv)
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        capsys.readouterr()
+        try:
+            code = launch.main(launch.parse_flags(list(argv)), stop or Stop())
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run

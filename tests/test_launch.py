@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from absl import flags
 from factories import SMALL, find_importable, restart
 
 from configs import compare as study
@@ -52,28 +51,6 @@ setattr(module, name, interrupted)
 sys.argv = sys.argv[5:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
-    """Runs launch.py in this process; returns exit code, stdout and stderr."""
-
-    def run(*words, stop=None):
-        workdir = [] if "--workdir" in str(words) else [f"--workdir={tmp_path / 'new'}"]
-        # The config's own flags are found in sys.argv and stay defined for good.
-        argv = ["launch.py", *workdir, *words]
-        monkeypatch.setattr(sys, "argv", argv)
-        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-            delattr(flags.FLAGS, name)
-        flags.FLAGS.unparse_flags()
-        capsys.readouterr()
-        try:
-            code = launch.main(launch.parse_flags(list(argv)), stop or Stop())
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 SMOKE = f"--config={CONFIGS / 'default.py'}:smoke"
@@ -300,6 +277,22 @@ def test_help_lists_every_field():
         assert ast.literal_eval(shown[1]) == value
 
 
+def test_help_names_every_study_by_the_first_line_of_its_file():
+    shown = launch.describe_studies().splitlines()
+    for path in CONFIGS.glob("*.py"):
+        title = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+        (line,) = (line for line in shown if f"configs/{path.name} " in line)
+        assert line.split(maxsplit=1)[1] == title and len(line) < 120
+
+
+def test_help_names_no_files_beside_an_installed_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "STUDIES", tmp_path / "none")
+    assert launch.describe_studies() == ""
+    (tmp_path / "other.py").write_text('"""Of another package."""\n')
+    monkeypatch.setattr(launch, "STUDIES", tmp_path)
+    assert launch.describe_studies() == ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [[ROOT / "launch.py"], ["-m", "fedmoe_jax"]])
 def test_a_mistake_in_a_process_of_its_own(program, tmp_path):
@@ -382,6 +375,7 @@ def test_help_is_the_same_of_both_programs(program, tmp_path):
     for flag in ("--plugins", "--workdir", "--coordinator_address", "--[no]profile"):
         assert f"\n  {flag}" in out
     assert "weight of the newest feedback" in out
+    assert "\n  configs/languages.py " in out and "python -m fedmoe_jax.data" in out
 
 
 def test_the_command_to_resume_is_the_one_that_was_given(monkeypatch):

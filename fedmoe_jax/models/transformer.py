@@ -5,6 +5,11 @@ and the hidden layers of blocks without a mixture. Every MoE layer has a gate an
 experts of its own, named after its block. Where they are tied a client holds the same
 experts in all blocks: to all others that is one MoE layer, whose experts have a part in
 every block.
+
+The model is pure functions of the tree of params, without Linen modules, because what
+it computes with is not the tree that a module would have made: a client brings the rows
+[K, ...] of each layer's experts [E, ...] (`models.submodel`), in vmap over clients with
+other rows each, and `model.scan` stacks blocks only where it loops over them.
 """
 
 import functools

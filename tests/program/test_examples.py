@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,13 @@ import matplotlib
 import numpy as np
 import pytest
 
+from fedmoe_jax import launch as program
 from fedmoe_jax import plugins
+from fedmoe_jax.data.folders import resolve_data_dir
+from fedmoe_jax.data.load import load_dataset
+from fedmoe_jax.data.prepare import prepare
+from fedmoe_jax.data.tfds import find_source
+from fedmoe_jax.federation import make_partition
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import read_json
 from fedmoe_jax.tables import list_plugins
@@ -24,15 +31,26 @@ ROOT = Path(__file__).parents[2]
 SCRIPT, NOTEBOOK = (ROOT / "examples" / f"quickstart.{end}" for end in ("py", "ipynb"))
 
 
-def find_code(path):
-    """The Python blocks of a Markdown page."""
-    return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+GUIDE = (ROOT / "docs" / "extending.md").read_text()
+OWN_DATA, PLUG_INS = GUIDE.split("\n## Plug-ins\n")
+
+
+def find_code(text):
+    """The Python blocks of a Markdown text."""
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def find_commands(text):
+    """The words after `python` of each command in a Markdown text."""
+    blocks = re.findall(r"^```\n(python .*?)^```$", text, re.S | re.M)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """The modules of docs/extending.md as files that can be imported."""
-    for code in find_code(ROOT / "docs" / "extending.md"):
+    for code in find_code(PLUG_INS):
         (name,) = re.match(r"# (\w+)\.py\n", code).groups()
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -76,6 +94,89 @@ def test_the_files_of_the_guide_are_plug_ins(files, tmp_path):
     np.testing.assert_array_equal(held.sum(1), config.num_rounds * capacity)
     # No client holds an expert twice before it has held all of them once.
     assert (np.ptp(held, axis=1) <= 1).all()
+
+
+def find_launch(name):
+    """The words after `launch.py` of the guide's command with this work folder."""
+    commands = find_commands(OWN_DATA)
+    (words,) = (words for words in commands if f"--workdir=runs/{name}" in words)
+    return words[1:]
+
+
+@pytest.fixture
+def train_own(command, tmp_path, monkeypatch):
+    """Runs a command of the guide in an empty folder; the folder of its run."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name):
+        short = ["--config.run.num_devices=1", "--config.run.tensorboard=False"]
+        code, _, err = command(*find_launch(name), *short)
+        assert code == 0, err
+        return Path("runs", name)
+
+    return run
+
+
+def test_arrays_of_the_guide_have_natural_clients_or_overlap(train_own):
+    (code,) = find_code(OWN_DATA)
+    exec(compile(code, "write_arrays.py", "exec"), {})
+    with np.load("mine.npz") as arrays:
+        client = arrays["train_client"]
+    owned = {}
+    for name in ("natural", "overlap"):
+        folder = train_own(name)
+        rows = read_metrics(folder / "metrics.jsonl")
+        assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+        with np.load(folder / "partition.npz") as arrays:
+            index, size = arrays["index"], arrays["size"]
+        owned[name] = [row[:n] for row, n in zip(index, size, strict=True)]
+    groups = [set(client[rows]) for rows in owned["natural"]]
+    assert [len(group) for group in groups] == [2] * 10
+    assert set.union(*groups) == set(range(20))
+    overlap = [set(rows) for rows in owned["overlap"]]
+    assert all(50 < len(rows) <= 60 for rows in overlap)
+    assert len(set.union(*overlap)) < sum(map(len, overlap))
+
+
+def test_text_of_the_guide_trains_a_transformer(train_own):
+    rng = np.random.default_rng(0)
+    for name in re.findall(r"texts/\S+\.txt", OWN_DATA):
+        words = rng.choice([name[6] * 2, "lo", "mi", "na"], 800)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(" ".join(words))
+    folder = train_own("texts")
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert rows[-1]["global_bits"] < rows[1]["global_bits"] < 8
+    assert np.shape(rows[-1]["expert_load"]) == (4,)  # of both mixtures, which are tied
+    with np.load(folder / "partition.npz") as arrays:
+        assert arrays["label_counts"].shape == (4, 2)  # groups of writers, languages
+    # Embedding and head; attention with two of four heads of keys and values, and
+    # norms; dense and shared layers; gates; two experts of each mixture.
+    square = 64 * 64
+    params = 2 * 256 * 64 + 64 + 4 * (3 * square + 2 * 64)
+    params += 2 * 3 * (square + square // 2) + 2 * 4 * (64 + 1) + 2 * 2 * 3 * square
+    summary = read_json(folder / "summary.json")
+    assert summary["peak_client_parameters"] == params
+
+
+def test_data_of_tfds_of_the_guide_are_found_by_name(command, tmp_path, monkeypatch):
+    """Up to the training: the data are prepared, their speakers found and grouped."""
+    prepared = os.environ.get("TFDS_DATA_DIR", "")
+    if not find_source(Path(prepared), "tiny_shakespeare"):
+        pytest.skip("tiny_shakespeare is not in TFDS_DATA_DIR")
+    (tmp_path / "tfds").symlink_to(Path(prepared).resolve())
+    monkeypatch.chdir(tmp_path)
+    (words,) = (w for w in find_commands(OWN_DATA) if "fedmoe_jax.data" in w)
+    folder = words[3].removeprefix("--data_dir=")
+    assert prepare(words[2], resolve_data_dir(folder)).is_dir()
+    found = []
+    monkeypatch.setattr(program, "run", lambda config, *_: found.append(config) or True)
+    assert command(*find_launch("plays"))[0] == 0
+    (config,) = found
+    data = load_dataset(config.data)
+    partition = make_partition(config, data)
+    assert data.task == "text" and len(data.stratum_names) > 150
+    assert (partition.size > 0).sum() == config.num_clients == 20
 
 
 def launch(folder, *words):
@@ -179,7 +280,7 @@ def test_the_quickstart_runs(monkeypatch, capsys):
 
 def test_the_session_of_the_debugging_page_runs(capfd):
     names = {}
-    code = "\n".join(find_code(ROOT / "docs" / "debugging.md"))
+    code = "\n".join(find_code((ROOT / "docs" / "debugging.md").read_text()))
     exec(compile(code, "debugging.md", "exec"), names)
     assert not names["update"].finite and names["names"]
     printed = capfd.readouterr().out
