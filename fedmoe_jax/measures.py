@@ -51,6 +51,15 @@ OF_STRATA = tuple(
     f"{field}_{value}" for field in STRATA.values() for value in ("accuracy", "bits")
 )
 
+# Fields of rows with a number for each MoE layer, of models with several, by the key of
+# the measure that is of their mean.
+LAYERS = {
+    "mean_load_cv": "layer_load_cv",
+    "mean_load_entropy": "layer_load_entropy",
+    "starved_experts": "layer_starved_experts",
+    "final_group_information": "layer_group_information",
+}
+
 SUMMED = (  # fields whose sum so far is in every row
     "bytes_up",
     "bytes_down",
@@ -367,6 +376,7 @@ MEASURES: dict[str, Measure] = {
         ),
     ),
     "expert_accuracy": Measure("expert_accuracy", scale=100.0, evaluated=True),
+    "layer_group_information": Measure("layer_group_information", evaluated=True),
     **{name: Measure(name, evaluated=True) for name in OF_STRATA},
     "mean_late_clients": Measure(
         "late_clients",
