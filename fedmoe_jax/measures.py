@@ -76,8 +76,8 @@ SUMMED = (  # fields whose sum so far is in every row
 ACCURACY = Measure("", FINAL, better=1, scale=100.0, evaluated=True)
 NEVER = -1.0  # no accuracy and no count, so that a column needs any number at all
 ASIDE = ACCURACY._replace(trivial=NEVER)  # of examples that not every run sets aside
-# Of text: 2 to their power is the perplexity.
 BITS = Measure("", FINAL, better=-1, digits=3, evaluated=True, trivial=NEVER)
+PERPLEXITY = "final_global_perplexity"  # key of a number that is made of bits
 TRAFFIC = Measure("", MEAN, better=-1, unit=1e6, group=COST, zero_wins=False)
 
 MEASURES: dict[str, Measure] = {
@@ -190,6 +190,16 @@ MEASURES: dict[str, Measure] = {
             "and none where clients use their own experts.",
             costs=True,
         ),
+    ),
+    PERPLEXITY: Measure(
+        "global_bits",
+        title="Global perplexity",
+        about="of a token: 2 to the power of the global bits of a byte times the bytes "
+        "of a token, which are those of the tokenizer; runs with other tokens compare "
+        "in bits alone",
+        better=-1,
+        digits=2,
+        trivial=NEVER,
     ),
     "final_personal_bits": BITS._replace(
         field="personal_bits",

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from fedmoe_jax.measures import MEASURES
+from fedmoe_jax.measures import MEASURES, PERPLEXITY
 from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
 from fedmoe_jax.report import runs, summary
 from fedmoe_jax.report.runs import load_run
@@ -140,6 +140,28 @@ def test_numbers_of_experts_are_unknown_with_one(tmp_path):
     assert (
         runs.numbers(make_run(tmp_path), MEASURES, {})["mean_capacity_violations"] == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("made", "perplexity"),
+    [
+        ({"final_global_bits": 3.0}, 8.0),  # a token is a byte
+        ({"final_global_bits": 1.5, "bytes_per_token": 4.0}, 64.0),
+        ({"final_global_bits": 0.0}, 1.0),
+        ({"final_global_bits": 2000.0}, math.inf),
+        ({"final_global_bits": None}, None),
+        ({"seed": 0}, None),
+    ],
+)
+def test_numbers_have_the_perplexity_of_a_token(made, perplexity, tmp_path):
+    run = make_run(tmp_path)._replace(summary=made)
+    assert runs.numbers(run, MEASURES, {}).get(PERPLEXITY) == perplexity
+
+
+def test_numbers_have_no_perplexity_before_the_tokens_are_known(tmp_path):
+    run = make_run(tmp_path, rows=[make_row(1, global_bits=3.0)])
+    found = runs.numbers(run, MEASURES, {})
+    assert found["final_global_bits"] == 3 and PERPLEXITY not in found
 
 
 def test_absent_kinds_by_hand(tmp_path):
