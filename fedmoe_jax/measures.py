@@ -189,6 +189,7 @@ MEASURES: dict[str, Measure] = {
             "gate that sends tokens to experts that do not know them costs bits here, "
             "and none where clients use their own experts.",
             costs=True,
+            limit=True,
         ),
     ),
     PERPLEXITY: Measure(
@@ -212,6 +213,7 @@ MEASURES: dict[str, Measure] = {
             "Bits of a byte with each client's own experts, on its own mix of the "
             "test set; less is better.",
             costs=True,
+            limit=True,
         ),
     ),
     "final_worst_decile_bits": BITS._replace(

@@ -184,12 +184,14 @@ class Curve(NamedTuple):
       caption: what it shows, and what to look for.
       chance: whether the accuracy of guessing is drawn with it.
       costs: whether a comparison also draws it against time and traffic.
+      limit: whether the bits below which no model comes are drawn with it, if known.
     """
 
     label: str
     caption: str
     chance: bool = False
     costs: bool = False
+    limit: bool = False
 
 
 FINAL, MEAN, TOTAL, MAX, LAST = "final", "mean", "total", "max", "last"

@@ -72,7 +72,7 @@ SUMMARY = {
     **dict.fromkeys(("idle", "reads"), TEXTS._replace(needed=False)),
     **dict.fromkeys(("made_by", "overwrites"), OBJECT._replace(needed=False)),
     **dict.fromkeys(
-        ("wall_seconds", "owners_per_example", "bytes_per_token"),
+        ("wall_seconds", "owners_per_example", "bytes_per_token", "limit_bits"),
         NUMBER._replace(needed=False),
     ),
 }

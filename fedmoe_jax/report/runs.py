@@ -236,6 +236,15 @@ def chance_of(run: Run) -> float | None:
     return count_groups(run) / len(run.arrays["label_names"])
 
 
+def limit_of(runs: Iterable[Run]) -> float | None:
+    """Bits below which no model comes on the test text, but for chance.
+
+    None where they are unknown, as before a run's end, or not the same of all runs.
+    """
+    known = {run.summary.get("limit_bits") for run in runs if run.summary}
+    return known.pop() if len(known) == 1 else None
+
+
 def count_groups(run: Run) -> int:
     """Groups of clients in a finished run, each with strata of its own; 1 for none."""
     return len(run.arrays.get("group_names", ("",)))

@@ -179,6 +179,14 @@ def test_has_learnt_by_hand(tmp_path):
     assert runs.has_learnt(run._replace(arrays={}), 0.1)
 
 
+def test_limit_is_that_of_all_finished_runs(tmp_path):
+    early = make_run(tmp_path)
+    made = [early._replace(summary={"limit_bits": x}) for x in (1.5, 1.5, 1.75)]
+    assert runs.limit_of([early, *made[:2]]) == 1.5
+    assert runs.limit_of(made) is None and runs.limit_of([early]) is None
+    assert runs.limit_of([*made[:2], early._replace(summary={"seed": 0})]) is None
+
+
 def test_chance_is_of_classes_where_there_are_groups(tmp_path):
     run = make_run(tmp_path)
     assert runs.count_groups(run) == 1
