@@ -50,6 +50,8 @@ class Data(NamedTuple):
       vocabulary: number of tokens, of text; else None.
       group_names: of Q groups of clients, () where there are none. The strata are then
         those of group 0, of group 1 and so on, one for each class; loaders leave it.
+      limit: bits below which no model comes on the whole test text, but for chance, of
+        a task with bits; None where it is unknown.
     """
 
     train: dict[str, np.ndarray]
@@ -62,6 +64,7 @@ class Data(NamedTuple):
     test_owner: np.ndarray | None = None
     vocabulary: int | None = None
     group_names: tuple[str, ...] = ()
+    limit: float | None = None
 
 
 class Scores(NamedTuple):

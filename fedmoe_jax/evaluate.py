@@ -350,10 +350,17 @@ def summarise_counts(
 def measure_groups(
     state: SimState, federation: Federation, num_groups: int
 ) -> dict[str, Array]:
-    """How far experts are assigned by groups; who owns pooled data holds for all."""
+    """How far experts are assigned by groups; who owns pooled data holds for all.
+
+    Of several layers the information of each, too, [G].
+    """
     held, mix = state.align.held, mix_groups(federation.label_mix, num_groups)
     held = jnp.broadcast_to(held, (len(mix), *held.shape[1:]))
-    return {"expert_group_information": measure_information(held, mix)}
+    found = {"expert_group_information": measure_information(held, mix)}
+    if held.shape[1] > 1:
+        of_layer = lambda held: measure_information(held[:, None], mix)
+        found["layer_group_information"] = jax.vmap(of_layer, in_axes=1)(held)
+    return found
 
 
 def summarise_validation(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
@@ -425,9 +432,9 @@ def build_evaluate_share(
       [] and `expert_accuracy` [E]; where the task has bits `global_bits`,
       `personal_bits`, `worst_decile_bits`, `client_bits`, `stratum_bits` and
       `personal_stratum_bits`, likewise; where there are groups
-      `expert_group_information` [], see `groups.measure_information`; and, where the
-      federation has such examples, those of `summarise_own_tests`,
-      `summarise_validation` and `summarise_unseen`.
+      `expert_group_information` [], see `groups.measure_information`, and of several
+      layers `layer_group_information` [G]; and, where the federation has such examples,
+      those of `summarise_own_tests`, `summarise_validation` and `summarise_unseen`.
     """
     # Jitted, so that its shapes and the loop over batches share one trace.
     one_batch = jax.jit(functools.partial(count_batch, program=program), inline=True)

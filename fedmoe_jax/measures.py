@@ -51,6 +51,15 @@ OF_STRATA = tuple(
     f"{field}_{value}" for field in STRATA.values() for value in ("accuracy", "bits")
 )
 
+# Fields of rows with a number for each MoE layer, of models with several, by the key of
+# the measure that is of their mean.
+LAYERS = {
+    "mean_load_cv": "layer_load_cv",
+    "mean_load_entropy": "layer_load_entropy",
+    "starved_experts": "layer_starved_experts",
+    "final_group_information": "layer_group_information",
+}
+
 SUMMED = (  # fields whose sum so far is in every row
     "bytes_up",
     "bytes_down",
@@ -67,8 +76,8 @@ SUMMED = (  # fields whose sum so far is in every row
 ACCURACY = Measure("", FINAL, better=1, scale=100.0, evaluated=True)
 NEVER = -1.0  # no accuracy and no count, so that a column needs any number at all
 ASIDE = ACCURACY._replace(trivial=NEVER)  # of examples that not every run sets aside
-# Of text: 2 to their power is the perplexity.
 BITS = Measure("", FINAL, better=-1, digits=3, evaluated=True, trivial=NEVER)
+PERPLEXITY = "final_global_perplexity"  # key of a number that is made of bits
 TRAFFIC = Measure("", MEAN, better=-1, unit=1e6, group=COST, zero_wins=False)
 
 MEASURES: dict[str, Measure] = {
@@ -180,7 +189,18 @@ MEASURES: dict[str, Measure] = {
             "gate that sends tokens to experts that do not know them costs bits here, "
             "and none where clients use their own experts.",
             costs=True,
+            limit=True,
         ),
+    ),
+    PERPLEXITY: Measure(
+        "global_bits",
+        title="Global perplexity",
+        about="of a token: 2 to the power of the global bits of a byte times the bytes "
+        "of a token, which are those of the tokenizer; runs with other tokens compare "
+        "in bits alone",
+        better=-1,
+        digits=2,
+        trivial=NEVER,
     ),
     "final_personal_bits": BITS._replace(
         field="personal_bits",
@@ -193,6 +213,7 @@ MEASURES: dict[str, Measure] = {
             "Bits of a byte with each client's own experts, on its own mix of the "
             "test set; less is better.",
             costs=True,
+            limit=True,
         ),
     ),
     "final_worst_decile_bits": BITS._replace(
@@ -367,6 +388,7 @@ MEASURES: dict[str, Measure] = {
         ),
     ),
     "expert_accuracy": Measure("expert_accuracy", scale=100.0, evaluated=True),
+    "layer_group_information": Measure("layer_group_information", evaluated=True),
     **{name: Measure(name, evaluated=True) for name in OF_STRATA},
     "mean_late_clients": Measure(
         "late_clients",

@@ -39,6 +39,11 @@ from fedmoe_jax.world.participation import Participation, jain
 from fedmoe_jax.world.step import View, measure_processes
 
 LISTED = 100  # clients up to which each has its numbers in every row
+BALANCE = {
+    "load_cv": load_cv,
+    "load_entropy": load_entropy,
+    "starved_experts": starved,
+}
 
 
 def count_exchange(
@@ -211,14 +216,17 @@ def measure_learning(
 
 
 def measure_load(load: Array) -> dict[str, Array]:
-    """Balance of the examples [G, E] that the round has trained, mean over layers."""
-    mean = lambda measure: jax.vmap(measure)(load).mean(0)
-    return {
-        "expert_load": load[0] if len(load) == 1 else load,
-        "load_cv": mean(load_cv),
-        "load_entropy": mean(load_entropy),
-        "starved_experts": mean(starved),
-    }
+    """Balance of the examples [G, E] that the round has trained, mean over layers.
+
+    Of several layers the numbers of each, too, `layer_` and the name, [G].
+    """
+    found = {"expert_load": load[0] if len(load) == 1 else load}
+    for name, measure in BALANCE.items():
+        layers = jax.vmap(measure)(load)
+        found[name] = layers.mean(0)
+        if len(load) > 1:
+            found[f"layer_{name}"] = layers
+    return found
 
 
 def measure_work(federation: Federation, cohort: Array, program: Program) -> dict:

@@ -184,12 +184,14 @@ class Curve(NamedTuple):
       caption: what it shows, and what to look for.
       chance: whether the accuracy of guessing is drawn with it.
       costs: whether a comparison also draws it against time and traffic.
+      limit: whether the bits below which no model comes are drawn with it, if known.
     """
 
     label: str
     caption: str
     chance: bool = False
     costs: bool = False
+    limit: bool = False
 
 
 FINAL, MEAN, TOTAL, MAX, LAST = "final", "mean", "total", "max", "last"
@@ -208,7 +210,8 @@ class Measure(NamedTuple):
       field: of a row of `metrics.jsonl`.
       over: how the rows of a run become its number. `FINAL`, the mean over the
         evaluations of the last ten rounds, of the last quarter in shorter runs;
-        `MEAN`, `TOTAL`, `MAX` over rounds; `LAST`, of the last row; empty: no number.
+        `MEAN`, `TOTAL`, `MAX` over rounds; `LAST`, of the last row; empty: no number,
+        or one that `report.runs.numbers` makes of others.
       title: of its column; empty: no column.
       about: its definition, below the table.
       better: +1 where more is better, -1 where less is, 0 where neither.

@@ -1,6 +1,7 @@
 """Evaluation against a loop over images, clients and experts."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -494,6 +495,21 @@ def test_average_strata_leaves_out_what_a_diverged_model_says_of_others():
     np.testing.assert_allclose(found, [[1.0, 0.5], [np.nan, 2.0]])
     found = evaluate.average_strata(values, mix, ~both.at[1].set(False))
     np.testing.assert_allclose(found, [[np.nan, 0.5], [np.nan, 2.0]])
+
+
+def test_measure_groups_tells_several_layers_apart():
+    """Two groups: layer 0 holds an expert each, layer 1 both experts."""
+    held = jnp.array([[[1, 0], [1, 1]], [[0, 1], [1, 1]]], bool)
+    federation = make_federation(label_mix=jnp.eye(2))
+
+    def measure(held):
+        state = SimpleNamespace(align=make_align(2, 2, held=held))
+        return evaluate.measure_groups(state, federation, 2)
+
+    found = measure(held)
+    np.testing.assert_allclose(found["layer_group_information"], [1, 0], atol=1e-6)
+    np.testing.assert_allclose(found["expert_group_information"], 0.5, rtol=1e-6)
+    assert measure(held[:, :1]).keys() == {"expert_group_information"}
 
 
 def test_worst_decile_by_hand():

@@ -8,6 +8,7 @@ import pytest
 
 from fedmoe_jax.measures import (
     MEASURES,
+    PERPLEXITY,
     check_measure,
     evaluated_fields,
     pack_measures,
@@ -121,9 +122,9 @@ def test_measures_with_a_column_have_a_definition_and_a_sense():
     for key, measure in MEASURES.items():
         check_measure(key, measure)
         if measure.title:
-            assert measure.over and measure.about, key
-            # Neither more groups nor fewer are better.
-            assert measure.better or key == "final_groups_found", key
+            neither = key == "final_groups_found"  # more groups are no better
+            assert measure.about and bool(measure.better) != neither, key
+            assert measure.over or key == PERPLEXITY  # which is made of bits
 
 
 def test_pack_measures_survives_json():

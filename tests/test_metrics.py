@@ -259,8 +259,12 @@ def test_measure_load_is_the_mean_over_layers():
     np.testing.assert_allclose(found["load_entropy"], 1 / 2, rtol=1e-6)
     assert found["starved_experts"] == 1.5
     assert found["expert_load"].tolist() == [even, one]
+    np.testing.assert_allclose(found["layer_load_cv"], [0, np.sqrt(3)], atol=1e-6)
+    np.testing.assert_allclose(found["layer_load_entropy"], [1, 0], atol=1e-6)
+    assert found["layer_starved_experts"].tolist() == [0, 3]
     alone = measure(np.float32([one]))
     assert alone["expert_load"].tolist() == one and alone["starved_experts"] == 3
+    assert alone.keys() == {"expert_load", "load_cv", "load_entropy", "starved_experts"}
 
 
 @pytest.mark.parametrize(("chunk", "wasted"), [(1, 0), (2, 1 - 6 / 10)])

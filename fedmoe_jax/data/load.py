@@ -17,7 +17,7 @@ from fedmoe_jax.data.text import load_text
 from fedmoe_jax.data.tfds import COMMAND, find_source, load_images, read_features
 from fedmoe_jax.data.tfds_text import load_records
 from fedmoe_jax.forms import check_type
-from fedmoe_jax.options import UserError, show
+from fedmoe_jax.options import NON_NEGATIVE, UserError, show
 
 
 def load_dataset(options: ConfigDict) -> Data:
@@ -119,6 +119,8 @@ def check_data(name: str, data: Data) -> None:
         pair = form(values), form(data.test[leaf])
         found = f"rows of {leaf!r} {pair[0]} in train and {pair[1]} in test"
         require(pair[0] == pair[1], found, "the same in both")
+    known = data.limit is None or data.limit in NON_NEGATIVE
+    require(known, f"limit={show(data.limit)}", "None, or bits >= 0")
     owners = {"train": data.owner, "test": data.test_owner}
     for part, owner in owners.items():
         if owner is not None:

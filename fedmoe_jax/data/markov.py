@@ -43,6 +43,16 @@ def entropy_rates() -> np.ndarray:
     return (stationary * bits).sum(axis=1)
 
 
+def find_limit(language: np.ndarray, length: np.ndarray) -> float:
+    """Bits a letter below which no model comes on windows of text, but for chance.
+
+    Args:
+      language: [X] int of each window.
+      length: [X] int, its letters, of which all but the first are predicted.
+    """
+    return float(np.average(entropy_rates()[language], weights=length - 1))
+
+
 def write_text(
     transitions: np.ndarray, count: int, rng: np.random.Generator
 ) -> np.ndarray:
@@ -74,4 +84,5 @@ def load_markov(options: ConfigDict) -> Data:
             client = f"{name} writer{writer}"
             parts = Tokens(text[:TRAIN]), Tokens(text[TRAIN:])
             documents.append(Document(client, name, *parts))
-    return make_text(documents, options.length, LETTERS, "data.name='markov'")
+    data = make_text(documents, options.length, LETTERS, "data.name='markov'")
+    return data._replace(limit=find_limit(data.test_stratum, data.test["length"]))

@@ -8,7 +8,7 @@ import numpy as np
 from fedmoe_jax.measures import MEASURES
 from fedmoe_jax.options import FINAL, Curve, Measure
 from fedmoe_jax.report.curves import Tracks, cost_curves
-from fedmoe_jax.report.figures import Picture, find_chance
+from fedmoe_jax.report.figures import Picture, find_chance, find_reference
 from fedmoe_jax.report.rows import measured, spend_so_far
 from fedmoe_jax.report.runs import Run, join_measures
 
@@ -102,12 +102,12 @@ def _compared(
         missing += [] if found else [label]
     if lines:
         runs = [run for group in groups.values() for run in group]
-        chance = find_chance(runs) if curve.chance else None
+        reference = find_reference(runs, curve)
         name = f"{measure.line} accuracy" if measure.line else curve.label
         caption = f"{name} {cost.caption}"
         if missing:
             caption += f" Left out: {', '.join(missing)}, which {cost.without}."
-        figure = cost_curves(lines, cost.label, curve.label, chance)
+        figure = cost_curves(lines, cost.label, curve.label, reference)
         yield Picture(f"{measure.field}_{cost.name}", caption, figure)
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from fedmoe_jax.options import EXPERTS, FINAL, ROUNDS, Curve, Measure
 from fedmoe_jax.report import plots
 from fedmoe_jax.report.clients import name_tiers
-from fedmoe_jax.report.curves import Series, curves
+from fedmoe_jax.report.curves import Reference, Series, curves
 from fedmoe_jax.report.rows import measured, name_experts, stack_experts
 from fedmoe_jax.report.runs import (
     NAN,
@@ -17,6 +17,7 @@ from fedmoe_jax.report.runs import (
     chance_of,
     interval,
     join_measures,
+    limit_of,
     num_experts,
     numbers,
     varies,
@@ -49,6 +50,14 @@ def find_chance(runs: Iterable[Run]) -> tuple[float, str] | None:
     """Accuracy in percent of guessing, where a finished run has its classes."""
     known = [chance for chance in map(chance_of, runs) if chance is not None]
     return (100 * known[0], "chance") if known else None
+
+
+def find_reference(runs: Sequence[Run], curve: Curve) -> Reference:
+    """What a curve is compared with: guessing, or the limit of every model."""
+    limit = limit_of(runs) if curve.limit else None
+    if limit is not None:
+        return limit, "limit"
+    return find_chance(runs) if curve.chance else None
 
 
 def _accuracy_picture(
@@ -101,9 +110,8 @@ def _curve_picture(
         if measure.of != EXPERTS or num_experts(group[0]) != 1:
             lines += measure_series(place, label, group, measure)
     if lines:
-        label, caption, chance, _ = curve
-        reference = find_chance(runs) if chance else None
-        yield Picture(measure.field, caption, curves(lines, label, reference))
+        figure = curves(lines, curve.label, find_reference(runs, curve))
+        yield Picture(measure.field, curve.caption, figure)
 
 
 def title_final(measure: Measure, bits: bool) -> str:

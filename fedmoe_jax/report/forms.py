@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmoe_jax.measures import MEASURES, OF_STRATA, OUTCOMES
+from fedmoe_jax.measures import LAYERS, MEASURES, OF_STRATA, OUTCOMES
 from fedmoe_jax.options import UserError, is_number, is_whole, show
 from fedmoe_jax.report.rows import Row
 
@@ -72,7 +72,7 @@ SUMMARY = {
     **dict.fromkeys(("idle", "reads"), TEXTS._replace(needed=False)),
     **dict.fromkeys(("made_by", "overwrites"), OBJECT._replace(needed=False)),
     **dict.fromkeys(
-        ("wall_seconds", "owners_per_example", "bytes_per_token"),
+        ("wall_seconds", "owners_per_example", "bytes_per_token", "limit_bits"),
         NUMBER._replace(needed=False),
     ),
 }
@@ -98,6 +98,7 @@ ARRAYS = {
     "last_spent": ("C3", FLOAT, False),
 }
 EXPERTS = ("expert_load", "expert_accuracy")  # fields of rows with an E axis
+LISTS = {*OF_STRATA, *LAYERS.values()}  # fields of rows with one axis
 # Fields of rows that are one number.
 SINGLE = {
     *(name for m in MEASURES.values() for name in (*m.fields, *m.per)),
@@ -166,7 +167,7 @@ def fits_rank(name: str, rank: int) -> bool:
     """Whether a report can use a field of the rows with so many axes."""
     if name in EXPERTS:
         return rank in (1, 2)
-    if name in OF_STRATA:
+    if name in LISTS:
         return rank == 1
     return rank == 0 or name not in SINGLE
 

@@ -25,7 +25,7 @@ from fedmoe_jax.report.figures import (
 )
 from fedmoe_jax.report.origins import describe_origins
 from fedmoe_jax.report.regime_map import map_picture
-from fedmoe_jax.report.runs import Run, group_runs, name_runs
+from fedmoe_jax.report.runs import Run, group_runs, limit_of, name_runs
 from fedmoe_jax.report.sections import list_sections
 from fedmoe_jax.report.sheets import section_html
 from fedmoe_jax.report.strata import strata_pictures
@@ -65,6 +65,7 @@ pre { background: #f6f6f6; padding: .7em; white-space: pre-wrap; font-size: 12px
 
 Save = Callable[[str, bytes], str]  # (name, PNG) -> its name in the folder
 
+LIMIT = "limit of any model on the whole test text, but for chance: {:.3f} bits"
 LONGEST_LABEL = 60  # characters of a label in the name of a figure
 
 BANDS = "<p>Curves: mean over seeds; the band is the lowest to the highest seed.</p>"
@@ -239,12 +240,13 @@ def _header_html(runs: Sequence[Run], command: str) -> str:
         r.summary.get("wall_seconds", s) for r, s in zip(runs, seconds, strict=True)
     ]
     running = sum(not run.summary for run in runs)
-    public = flat.get("data.public", 0)
+    public, limit = flat.get("data.public", 0), limit_of(runs)
     facts = [
         f"Data: {flat['data.name']}, {flat['partition.kind']} partition",
         f"{config['num_clients']} clients, {config['cohort_size']} a round",
         f"{config['num_experts']} experts",
         *([f"{public} examples set aside for the server"] if public else []),
+        *([] if limit is None else [LIMIT.format(limit)]),
         f"{max(len(run.rows) for run in runs)} rounds",
         f"{len(runs)} run{'s' if len(runs) > 1 else ''}",
         f"wall time {np.sum(seconds):.0f} s" + (" in all" if len(runs) > 1 else ""),

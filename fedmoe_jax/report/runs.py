@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from fedmoe_jax.measures import MEASURES, unpack_measures
+from fedmoe_jax.measures import MEASURES, PERPLEXITY, unpack_measures
 from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
 from fedmoe_jax.report import forms
 from fedmoe_jax.report.rows import is_number, measured, read_metrics, stack_experts
@@ -236,6 +236,15 @@ def chance_of(run: Run) -> float | None:
     return count_groups(run) / len(run.arrays["label_names"])
 
 
+def limit_of(runs: Iterable[Run]) -> float | None:
+    """Bits below which no model comes on the test text, but for chance.
+
+    None where they are unknown, as before a run's end, or not the same of all runs.
+    """
+    known = {run.summary.get("limit_bits") for run in runs if run.summary}
+    return known.pop() if len(known) == 1 else None
+
+
 def count_groups(run: Run) -> int:
     """Groups of clients in a finished run, each with strata of its own; 1 for none."""
     return len(run.arrays.get("group_names", ("",)))
@@ -256,6 +265,21 @@ def absent_kinds(run: Run, known: Mapping[str, float]) -> set[str]:
     """
     absent = {DEVICES} if known.get("total_simulated_seconds") == 0 else set()
     return absent | {EXPERTS} if num_experts(run) == 1 else absent
+
+
+def token_perplexity(run: Run, known: Mapping[str, float]) -> float:
+    """The perplexity of a token with all experts; NaN without bits of a finished run.
+
+    2 to the power of `final_global_bits`, which are of a byte, times `bytes_per_token`,
+    which only a summary says: without it a token is a byte. Infinity beyond float64.
+
+    Args:
+      run: finished or in progress.
+      known: its other numbers.
+    """
+    bits = known.get("final_global_bits", NAN) if run.summary else NAN
+    with np.errstate(over="ignore"):
+        return float(np.exp2(bits * known.get("bytes_per_token", 1.0)))
 
 
 def numbers(
@@ -287,6 +311,8 @@ def numbers(
     final = known.get("final_global_accuracy", NAN)
     if OWN_ROUNDS in known and not (math.isnan(final) or has_learnt(run, final)):
         known[OWN_ROUNDS] = math.inf
+    if not math.isnan(perplexity := token_perplexity(run, known)):
+        known[PERPLEXITY] = perplexity
     absent = absent_kinds(run, known)
     return known | {k: NAN for k, m in measures.items() if m.over and m.of in absent}
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fedmoe_jax.report.baseline import paired_section
 from fedmoe_jax.report.budgets import budget_section
 from fedmoe_jax.report.diverged import describe_diverged
+from fedmoe_jax.report.layers import layers_section
 from fedmoe_jax.report.parts import parts_section
 from fedmoe_jax.report.regime_map import map_section
 from fedmoe_jax.report.runs import Run
@@ -21,7 +22,7 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
       baseline: `evaluation.baseline`, see `baseline.find_baseline`.
     """
     found = [map_section(runs), paired_section(runs, baseline)]
-    found += [parts_section(runs), budget_section(runs)]
+    found += [parts_section(runs), budget_section(runs), layers_section(runs)]
     note = describe_diverged(runs)
     return [
         section._replace(about=f"{section.about} {note}".strip())

@@ -110,7 +110,10 @@ def _make_column(key: str, measure: Measure) -> Column:
 def _columns(
     measures: Mapping[str, Measure], targets: Sequence[Target]
 ) -> list[Column]:
-    """Final values, rounds to targets, other measures of learning, then costs."""
+    """Final values, rounds to targets, other measures of learning, then costs.
+
+    Numbers that no row has are made of final values.
+    """
     rounds = [
         Column(
             f"Rounds to {target.title}",
@@ -127,7 +130,7 @@ def _columns(
     final, learning, costs = [], [], []
     for key, measure in titled.items():
         group = learning if measure.group == LEARNING else costs
-        (final if measure.over == FINAL else group).append(_column(key, measure))
+        (final if measure.over in (FINAL, "") else group).append(_column(key, measure))
     return [*final, *rounds, *learning, *costs]
 
 

@@ -309,6 +309,11 @@ def summarise_tokens(data: Data) -> dict[str, float]:
     return {"bytes_per_token": float(sizes.sum() / (length - 1).sum())}
 
 
+def summarise_limit(data: Data) -> dict[str, float]:
+    """`limit_bits` of the test text, where it is known."""
+    return {} if data.limit is None else {"limit_bits": float(data.limit)}
+
+
 def finish(
     plan: Plan,
     workdir: Path,
@@ -331,6 +336,7 @@ def finish(
         "idle": sorted(set().union(*list_idle_fields(config))),
         **summarise_owners(config, plan.partition),
         **summarise_tokens(plan.data),
+        **summarise_limit(plan.data),
         **make_summary(rows, spent, MEASURES, config.evaluation.targets),
         **summarise_origins(workdir),
         "measures": pack_measures(MEASURES),

@@ -75,6 +75,8 @@ MISFITS = {
     },
     "half owners": lambda data: {"owner": data.stratum / 2},
     "list of strata": lambda data: {"stratum": data.stratum.tolist()},
+    "strange limit": lambda data: {"limit": np.ones(3)},
+    "negative limit": lambda data: {"limit": -0.5},
     "other strata": lambda data: {"stratum": data.stratum.astype(np.int64)},
 }
 

@@ -27,6 +27,15 @@ def test_entropy_rates_are_those_of_the_texts():
             assert wrong.mean() > rate + 0.5
 
 
+def test_find_limit_weighs_languages_by_their_letters():
+    rates, text = markov.entropy_rates(), ([0, 1, 1], [4, 2, 2])
+    limit = markov.find_limit(*map(np.array, text))  # 3 letters of one, 2 of another
+    np.testing.assert_allclose(limit, (3 * rates[0] + 2 * rates[1]) / 5)
+    data = markov.load_markov(make_options(length=32))
+    assert data.limit is not None  # there is as much text of every language
+    np.testing.assert_allclose(data.limit, rates.mean())
+
+
 def test_load_markov_is_always_the_same():
     first, again = (markov.load_markov(make_options(length=32)) for _ in range(2))
     np.testing.assert_array_equal(first.train["tokens"], again.train["tokens"])

@@ -13,6 +13,7 @@ from configs import default
 from fedmoe_jax.api import run as run_alone
 from fedmoe_jax.data.markov import entropy_rates
 from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.measures import LAYERS, MEASURES
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
 from fedmoe_jax.round import build_run_rounds
@@ -91,6 +92,10 @@ def test_a_transformer_learns_and_no_model_is_better_than_the_limit():
     assert found["own_test_clients"] == N
     assert found["personal_accuracy"] > 2 / 12
     assert np.shape(found["expert_load"]) == (G, E)
+    for key, name in LAYERS.items():
+        mean = rows[name].mean(axis=1)
+        np.testing.assert_allclose(mean, rows[MEASURES[key].field], rtol=1e-5)
+    assert np.ptp(found["layer_group_information"]) > 0
 
 
 def test_runs_that_probe_with_other_shares_are_one_program():

@@ -92,6 +92,13 @@ def make_run(tmp_path, label="greedy", rows=ROWS, arrays=ARRAYS, seed=0):
     return Run(config, rows, {}, arrays, folder, label, MEASURES)
 
 
+def make_text_run(tmp_path, label="greedy"):
+    """A finished run on text whose limit is known."""
+    rows = [row | {"global_bits": 2.5, "personal_bits": 2.0} for row in ROWS]
+    run = make_run(tmp_path, label, rows)
+    return run._replace(summary={"num_rounds": 4, "limit_bits": 1.75})
+
+
 def draw_rows(rng, top, num_experts):
     """Eight rounds, every other one evaluated; the accuracy rises to `top`."""
     rows = []

@@ -4,7 +4,7 @@ from fedmoe_jax.measures import MEASURES
 from fedmoe_jax.report.cost_figures import COSTS, cost_pictures, track
 from fedmoe_jax.report.runs import group_runs
 
-from .fake_runs import NOTHING, ROWS, make_row, make_run
+from .fake_runs import NOTHING, ROWS, make_row, make_run, make_text_run
 
 
 def test_track_by_hand(tmp_path):
@@ -39,6 +39,17 @@ def test_cost_pictures_leave_out_and_name_a_strategy_without_costs(tmp_path):
         for cost in ("time", "traffic")
     ]
     assert "Left out: local, which exchanges nothing." in found[1].caption
+
+
+def test_cost_pictures_of_bits_have_their_limit(tmp_path):
+    made = [make_text_run(tmp_path, label) for label in ("greedy", "random")]
+    written = {
+        picture.name: [text.get_text() for text in picture.figure.axes[0].texts]
+        for picture in cost_pictures(group_runs(made))
+    }
+    assert "limit" in written["global_bits_time"]
+    assert "limit" in written["personal_bits_traffic"]
+    assert "limit" not in written["global_accuracy_time"]
 
 
 def test_cost_pictures_of_one_strategy_share_its_accuracies(tmp_path):

@@ -8,7 +8,7 @@ from fedmoe_jax.options import FINAL, Measure
 from fedmoe_jax.report import figures
 from fedmoe_jax.report.runs import group_runs
 
-from .fake_runs import ARRAYS, ROWS, make_row, make_run
+from .fake_runs import ARRAYS, ROWS, make_row, make_run, make_text_run
 
 FINAL_GLOBAL = MEASURES["final_global_accuracy"]
 
@@ -52,6 +52,18 @@ def test_find_chance_needs_a_finished_run(tmp_path):
     early, done = make_run(tmp_path, arrays={}), make_run(tmp_path)
     assert figures.find_chance([early]) is None
     assert figures.find_chance([early, done]) == (50, "chance")
+
+
+def test_curves_of_bits_have_their_limit(tmp_path):
+    groups = {"greedy": [make_text_run(tmp_path)]}
+    made = {picture.name: picture for picture in figures.curve_pictures(groups)}
+    for name in ("global_bits", "personal_bits"):
+        (axes,) = made[name].figure.axes
+        assert "limit" in [text.get_text() for text in axes.texts]
+        assert [1.75, 1.75] in [list(line.get_ydata()) for line in axes.lines]
+        assert axes.get_ylim()[0] < 1.75
+    (axes,) = made["capacity_error"].figure.axes
+    assert "limit" not in [text.get_text() for text in axes.texts]
 
 
 def test_curve_pictures_of_one_strategy_share_its_accuracies(tmp_path):

@@ -60,6 +60,13 @@ def test_rows_have_one_shape():
         forms.check_rows([*rows, {"round": 3, "own": [1, 2]}], PATH)
 
 
+def test_numbers_of_layers_are_lists():
+    forms.check_rows([{"round": 1, "layer_load_cv": [0.5, None]}], PATH)
+    for value in (0.5, [[0.5, 0.5]]):
+        with pytest.raises(UserError, match="layer_load_cv=.* of round 1; allowed"):
+            forms.check_rows([{"round": 1, "layer_load_cv": value}], PATH)
+
+
 def test_arrays_of_a_central_run_have_one_device():
     devices = {name: ARRAYS[name][:1] for name in ("capacity", "tier", "belief")}
     devices |= {"participation": np.ones(1, int), "fitness": np.ones((1, 2))}

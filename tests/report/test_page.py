@@ -19,6 +19,7 @@ from .fake_runs import (
     change_summary,
     load_runs,
     make_run,
+    make_text_run,
     stop_run,
     write_rows,
     write_run,
@@ -220,6 +221,14 @@ def test_write_report_says_what_the_strategy_overwrites(tmp_path):
     loud = quiet._replace(summary=quiet.summary | {"overwrites": changed})
     page = report.write_report(tmp_path / "page", [loud], "command").read_text()
     assert "Overwrites gate.mode=personal, loss.calibration=0.0." in page
+
+
+def test_write_report_says_the_limit_of_text(tmp_path):
+    made = make_text_run(tmp_path), make_run(tmp_path, "random")
+    pages = [report.write_report(tmp_path / run.label, [run], "c") for run in made]
+    told = "limit of any model on the whole test text, but for chance: 1.750 bits"
+    found = [told in path.read_text(encoding="utf-8") for path in pages]
+    assert found == [True, False]
 
 
 def test_write_report_shows_costs(tmp_path):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from fedmoe_jax.measures import MEASURES
+from fedmoe_jax.measures import MEASURES, PERPLEXITY
 from fedmoe_jax.options import DEVICES, EXPERTS, Measure, UserError
 from fedmoe_jax.report import runs, summary
 from fedmoe_jax.report.runs import load_run
@@ -142,6 +142,28 @@ def test_numbers_of_experts_are_unknown_with_one(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("made", "perplexity"),
+    [
+        ({"final_global_bits": 3.0}, 8.0),  # a token is a byte
+        ({"final_global_bits": 1.5, "bytes_per_token": 4.0}, 64.0),
+        ({"final_global_bits": 0.0}, 1.0),
+        ({"final_global_bits": 2000.0}, math.inf),
+        ({"final_global_bits": None}, None),
+        ({"seed": 0}, None),
+    ],
+)
+def test_numbers_have_the_perplexity_of_a_token(made, perplexity, tmp_path):
+    run = make_run(tmp_path)._replace(summary=made)
+    assert runs.numbers(run, MEASURES, {}).get(PERPLEXITY) == perplexity
+
+
+def test_numbers_have_no_perplexity_before_the_tokens_are_known(tmp_path):
+    run = make_run(tmp_path, rows=[make_row(1, global_bits=3.0)])
+    found = runs.numbers(run, MEASURES, {})
+    assert found["final_global_bits"] == 3 and PERPLEXITY not in found
+
+
 def test_absent_kinds_by_hand(tmp_path):
     dense, known = make_run(tmp_path, rows=[make_row(1, expert_load=[1.0])]), {}
     assert runs.absent_kinds(dense, known) == {EXPERTS}
@@ -155,6 +177,14 @@ def test_has_learnt_by_hand(tmp_path):
     assert runs.chance_of(run) == 0.5
     assert runs.has_learnt(run, 0.58) and not runs.has_learnt(run, 0.57)
     assert runs.has_learnt(run._replace(arrays={}), 0.1)
+
+
+def test_limit_is_that_of_all_finished_runs(tmp_path):
+    early = make_run(tmp_path)
+    made = [early._replace(summary={"limit_bits": x}) for x in (1.5, 1.5, 1.75)]
+    assert runs.limit_of([early, *made[:2]]) == 1.5
+    assert runs.limit_of(made) is None and runs.limit_of([early]) is None
+    assert runs.limit_of([*made[:2], early._replace(summary={"seed": 0})]) is None
 
 
 def test_chance_is_of_classes_where_there_are_groups(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from fedmoe_jax.report.sections import list_sections, markdown_tables
 
-from .fake_runs import IN_PARTS, load_runs, make_labels
+from .fake_runs import IN_PARTS, load_runs, make_labels, make_row, make_run
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,8 @@ def test_list_sections_leaves_out_what_has_nothing_to_say(runs, tmp_path):
     parts = "Assignment, and what else the system does"
     assert titles(make_labels(tmp_path, **IN_PARTS)) == [pairs, parts, costs]
     assert titles(runs[:2]) == []
+    layered = make_row(1, layer_load_cv=[0.1, 0.2])
+    assert titles([make_run(tmp_path, rows=[layered])]) == ["MoE layers"]
 
 
 def test_markdown_tables_has_the_final_numbers_and_the_sections(runs):

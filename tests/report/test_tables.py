@@ -56,6 +56,23 @@ def test_table_leaves_out_columns_that_say_nothing(tmp_path):
     assert {"Late clients a round", "Capacity violations a round"} <= titles
 
 
+def test_table_has_the_perplexity_of_text_beside_its_bits(tmp_path):
+    """Of each seed, then the mean: of 1 and 3 bits 2 and 8, not 2 ** 2."""
+    seeds = [
+        make_run(tmp_path, rows=[make_row(1, global_bits=bits)], seed=seed)
+        for seed, bits in enumerate((1.0, 3.0))
+    ]
+    done = [run._replace(summary={"num_rounds": 1}) for run in seeds]
+    made = tables.table(done)
+    # t(0.975, 1) is 12.7062, and the deviation of 2 and 8 over sqrt(2) is 3.
+    assert cells_of(made, "greedy")["Global perplexity"].text == "5.00 ± 38.12"
+    titles = titles_of(made[0])
+    assert titles[titles.index("Global, bits") + 1] == "Global perplexity"
+    assert "Global perplexity" not in titles_of(tables.table(seeds)[0])
+    images = make_run(tmp_path)._replace(summary={"num_rounds": 4})
+    assert "Global perplexity" not in titles_of(tables.table([images])[0])
+
+
 def test_every_table_has_late_clients_and_violations_of_dense_controls(tmp_path):
     rows = [make_row(1, expert_load=[2.0], capacity_violations=3, late_clients=5.0)]
     calm = [make_row(1, capacity_violations=0, late_clients=0.0)]

@@ -39,7 +39,13 @@ from fedmoe_jax.state import init_state
 from fedmoe_jax.train import checkpoint, loop
 from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.plan import plan_run, plan_waves
-from fedmoe_jax.train.run import build_job, save_arrays, summarise_tokens, train
+from fedmoe_jax.train.run import (
+    build_job,
+    save_arrays,
+    summarise_limit,
+    summarise_tokens,
+    train,
+)
 
 # Orbax leaves reads unawaited when one of them meets a damaged file.
 pytestmark = [
@@ -187,6 +193,11 @@ def test_summarise_tokens_counts_the_bytes_of_targets():
     assert summarise_tokens(data) == {"bytes_per_token": 4.0}
     assert summarise_tokens(data._replace(task="images")) == {}
     assert summarise_tokens(make_data()) == {}
+
+
+def test_summarise_limit_is_that_of_the_data():
+    assert summarise_limit(make_data()) == {}
+    assert summarise_limit(make_data()._replace(limit=1.5)) == {"limit_bits": 1.5}
 
 
 def test_save_arrays_agrees_with_the_state(finished):
