@@ -50,6 +50,8 @@ class Data(NamedTuple):
       vocabulary: number of tokens, of text; else None.
       group_names: of Q groups of clients, () where there are none. The strata are then
         those of group 0, of group 1 and so on, one for each class; loaders leave it.
+      notes: what a user should know about the data, a line each. A run prints them
+        before its first round, once in a process.
     """
 
     train: dict[str, np.ndarray]
@@ -62,6 +64,7 @@ class Data(NamedTuple):
     test_owner: np.ndarray | None = None
     vocabulary: int | None = None
     group_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Scores(NamedTuple):
