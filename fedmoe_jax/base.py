@@ -52,6 +52,8 @@ class Data(NamedTuple):
         those of group 0, of group 1 and so on, one for each class; loaders leave it.
       limit: bits below which no model comes on the whole test text, but for chance, of
         a task with bits; None where it is unknown.
+      notes: what a user should know about the data, a line each. A run prints them
+        before its first round, once in a process.
     """
 
     train: dict[str, np.ndarray]
@@ -65,6 +67,7 @@ class Data(NamedTuple):
     vocabulary: int | None = None
     group_names: tuple[str, ...] = ()
     limit: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Scores(NamedTuple):

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from factories import SMALL, find_importable, restart
+from factories import SMALL, find_importable, restart, train_tokenizer, write_tokenizer
 
 from configs import compare as study
 from configs import default
@@ -177,6 +178,122 @@ def test_a_mistake_is_one_line_and_code_2(command, tmp_path, case):
     assert len(err.splitlines()) == 1 and err.startswith("error: ")
     assert re.search(told, err), err
     assert list(tmp_path.iterdir()) == []
+
+
+# Three texts: two of 900 and 100 bytes to train on and to test, and an empty one.
+TEXTS = {"a.txt": b"abcd " * 200, "b.txt": b"dcba " * 200, "c.txt": b""}
+ARRAYS = {
+    "train_x": np.zeros((12, 4, 4), np.uint8),
+    "train_y": np.arange(12) % 3,
+    "test_x": np.zeros((6, 4, 4), np.uint8),
+    "test_y": np.arange(6) % 3,
+}
+
+
+def write_arrays(**changes):
+    """A function that writes arrays, None for one that is missing, and names them."""
+
+    def write(folder):
+        arrays = {name: x for name, x in (ARRAYS | changes).items() if x is not None}
+        np.savez(folder / "mine.npz", **arrays)
+        return ["--config.data.name=arrays", f"--config.data.file={folder}/mine.npz"]
+
+    return write
+
+
+def write_texts(*words, tokenizer=False, **changes):
+    """A function that writes texts, changed by their names, and names them."""
+
+    def write(folder):
+        changed = {f"{name}.txt": text for name, text in changes.items()}
+        for name, text in (TEXTS | changed).items():
+            (folder / name).write_bytes(text)
+        named = ["--config.data.name=text", f"--config.data.dir={folder}", *words]
+        if tokenizer:
+            path = write_tokenizer(folder, train_tokenizer("abcd"))
+            named.append(f"--config.data.tokenizer={path}")
+        return named
+
+    return write
+
+
+def write_tfrecords(folder):
+    """A data set of TFDS in the form that it has by default."""
+    version = folder / "mnist" / "3.0.1"
+    version.mkdir(parents=True)
+    features = {"featuresDict": {"features": {"image": {"image": {}}}}}
+    (version / "features.json").write_text(json.dumps(features))
+    (version / "dataset_info.json").write_text(json.dumps({"fileFormat": "tfrecord"}))
+    return ["--config.data.name=mnist", f"--config.data.dir={folder}"]
+
+
+NATURAL = ["--config.partition.kind=natural", "--config.num_clients=3"]
+NATURAL += ["--config.cohort_size=3", "--config.partition.min_size=1"]
+BAD_DATA = {
+    "another file format": (
+        write_tfrecords,
+        "data.dir: .*/mnist/3.0.1 holds tfrecord files, allowed: array_record; run ",
+    ),
+    "a missing array": (
+        write_arrays(test_y=None),
+        "data.file='.*mine.npz' has no test_y; allowed: train_x, train_y, test_x, ",
+    ),
+    "a misnamed array": (
+        write_arrays(train_labels=np.zeros(12, int)),
+        "data.file='.*mine.npz' has train_labels; allowed: train_x, train_y, test_x, ",
+    ),
+    "labels that are no integers": (
+        write_arrays(train_y=np.arange(12) / 4),
+        r"has train_y float64\[12\]; allowed: 12 whole numbers >= 0, one for each ima",
+    ),
+    "huge labels": (
+        write_arrays(train_y=np.arange(12) % 3 * 750_000_000),
+        "has 5 different labels from 0 to 1500000000; allowed: 0 to 4, as at least hal",
+    ),
+    "sparse labels": (
+        write_arrays(train_y=np.arange(12) % 4 * 1000),
+        "has 6 different labels from 0 to 3000; allowed: 0 to 5, as at least half of",
+    ),
+    "clients without text": (
+        write_texts(*NATURAL),
+        r"num_clients=3 .* allowed: at most 2, the data's clients \(1 of 3 clients "
+        r"have too little text for a window of 32 to train on and one to test, and are",
+    ),
+    "no client with text": (
+        write_texts(a=b"", b=b""),
+        "data.dir='.*' has no client with enough text, as the longest has 0 tokens to "
+        "train on and 0 to test, its last tenth; allowed: more than data.length=32 of",
+    ),
+    "text that is not UTF-8": (
+        write_texts(b=b"ab\xff" * 99, tokenizer=True),
+        "b.txt is not UTF-8, as its byte 2 shows; allowed: data.tokenizer='', which",
+    ),
+    "windows beyond every text": (
+        write_texts("--config.data.length=200"),
+        "data.length=200 .* has 900 tokens to train on and 100 to test; .* 1 to 99$",
+    ),
+    "heads that do not divide": (
+        lambda folder: ["--config.data.name=markov", "--config.model.heads=5"],
+        "model.heads=5 is not allowed; allowed: divisors of model.stem_width=4",
+    ),
+    "fields of text of images": (
+        lambda folder: ["--config.data.kilobytes=1"],
+        "data.kilobytes=1 .* data.name='digits', which does not read it; allowed: 0$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_are_one_line_and_code_2(command, tmp_path, case):
+    write, told = BAD_DATA[case]
+    (tmp_path / "data").mkdir()
+    words = write(tmp_path / "data")
+    kind = ["--config.model.kind=transformer"] if "'digits'" not in told else []
+    code, out, err = command(*TINY, *kind, *words)
+    assert code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert re.search(told, err), err
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize(

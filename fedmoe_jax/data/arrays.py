@@ -4,9 +4,11 @@
 
 `train_x` and `test_x` are images [X, H, W, F], or [X, H, W] of one channel, uint8 or
 floats; `train_y` and `test_y` are labels [X], whole numbers from 0. `train_client` and
-`test_client` [X] name each example's client, `label_names` [L] the labels.
+`test_client` [X] name each example's client, by whole numbers or by texts, and
+`label_names` [L] the labels.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -15,8 +17,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.images import label_images
-from fedmoe_jax.options import INT32, UserError
+from fedmoe_jax.data.images import label_images, name_numbers
+from fedmoe_jax.options import INT32, UserError, show
 from fedmoe_jax.runtime.files import brief
 from fedmoe_jax.runtime.folders import resolve_folder
 
@@ -78,19 +80,37 @@ def label_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> Data:
             misfit(
                 path, form, "images [X, H, W, F] or [X, H, W], uint8 or finite floats"
             )
-        for name in (f"{part}_y", f"{part}_client"):
-            if name in arrays and not is_counting(arrays[name], len(x)):
-                count = f"{len(x)} whole numbers >= 0, one for each image"
-                misfit(path, describe(arrays, name), count)
+        name, allowed = f"{part}_y", f"{len(x)} whole numbers >= 0"
+        if not is_counting(arrays[name], len(x)):
+            misfit(path, describe(arrays, name), f"{allowed}, one for each image")
+        name, allowed = f"{part}_client", f"{allowed} or texts"
+        if name in arrays and not is_naming(arrays[name], len(x)):
+            misfit(path, describe(arrays, name), f"{allowed}, one for each image")
         images[part] = x
+    names = name_labels(arrays, path)
     train_y, test_y = (arrays[f"{part}_y"].astype(np.int32) for part in PARTS)
-    most = 1 + int(max(train_y.max(), test_y.max()))
-    names = tuple(map(str, np.ravel(arrays.get("label_names", np.arange(most)))))
-    if len(names) < most:
-        misfit(path, f"has {len(names)} label_names", f"at least {most}")
     found = images["train"], train_y, images["test"], test_y
     owner, test_owner = number_clients(arrays, path)
     return label_images(*found, names)._replace(owner=owner, test_owner=test_owner)
+
+
+def name_labels(arrays: Mapping[str, np.ndarray], path: Path) -> tuple[str, ...]:
+    """The names of all labels from 0: the file's, else their numbers."""
+    labels = [arrays[f"{part}_y"] for part in PARTS]
+    if "label_names" not in arrays:
+        where = f"data.file={str(path)!r}"
+        return name_numbers(labels, where, ", or label_names of all")
+    given, high = arrays["label_names"], max(int(y.max()) for y in labels)
+    if given.ndim != 1:
+        misfit(path, describe(arrays, "label_names"), "names [L], one for each label")
+    names = tuple(map(str, given))
+    if len(names) <= high:
+        allowed = f"at least {high + 1}, one for each label from 0 to {high}"
+        misfit(path, f"has {len(names)} label_names", allowed)
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        misfit(path, f"has {show(name)} {times} times in label_names", "each once")
+    return names
 
 
 def describe(arrays: Mapping[str, np.ndarray], name: str) -> str:
@@ -102,6 +122,17 @@ def is_counting(y: np.ndarray, count: int) -> bool:
     """Whether these are so many whole numbers that are not negative."""
     whole = y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
     return bool(whole and len(y) == count and y.min() >= 0 and y.max() <= INT32)
+
+
+def is_naming(ids: np.ndarray, count: int) -> bool:
+    """Whether these are so many texts, or whole numbers that are not negative."""
+    texts = ids.ndim == 1 and is_text(ids) and len(ids) == count
+    return texts or is_counting(ids, count)
+
+
+def is_text(ids: np.ndarray) -> bool:
+    """Whether these are texts, instead of numbers."""
+    return ids.dtype.kind == "U"
 
 
 def number_clients(
@@ -116,8 +147,11 @@ def number_clients(
     clients, owner = np.unique(owner, return_inverse=True)
     if tested is None:
         return owner, None
+    if is_text(tested) != is_text(clients):
+        kind = "texts" if is_text(clients) else "whole numbers"
+        misfit(path, describe(arrays, "test_client"), f"{kind}, as in train_client")
     for strange in np.setdiff1d(tested, clients):
-        fault = f"has no training example of the test_client {strange}"
+        fault = f"has no training example of the test_client {show(strange.item())}"
         misfit(path, fault, "clients of train_client")
     return owner, np.searchsorted(clients, tested)
 

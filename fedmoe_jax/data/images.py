@@ -1,9 +1,14 @@
 """Images with one label each as `Data`: the label is what the partition skews."""
 
+from collections.abc import Sequence
+
 import chex
 import numpy as np
 
 from fedmoe_jax.base import Data
+from fedmoe_jax.options import UserError
+
+MOST_CLASSES = 2  # of each label that occurs; more are ids, years or codes
 
 
 def label_images(
@@ -34,3 +39,27 @@ def label_images(
         stratum_names=label_names,
         task="images",
     )
+
+
+def name_numbers(
+    labels: Sequence[np.ndarray], where: str, way_on: str = ""
+) -> tuple[str, ...]:
+    """The numbers from 0 to the largest label, as names of labels without any.
+
+    Args:
+      labels: of each part of the data, [X] int.
+      where: the labels, for messages.
+      way_on: what else is allowed, for messages.
+
+    Raises:
+      UserError: one is negative, or fewer than half of these numbers occur.
+    """
+    found = np.unique(np.concatenate(labels))
+    low, high = int(found[0]), int(found[-1])
+    if low < 0 or high >= MOST_CLASSES * len(found):
+        raise UserError(
+            f"{where} has {len(found)} different labels from {low} to {high}; allowed: "
+            f"0 to {len(found) - 1}, as at least half of the numbers from 0 to the "
+            f"largest label have to occur{way_on}"
+        )
+    return tuple(map(str, range(high + 1)))

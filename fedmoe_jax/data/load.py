@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
+from fedmoe_jax.configs import default
 from fedmoe_jax.data.arrays import load_arrays
 from fedmoe_jax.data.digits import load_digits
 from fedmoe_jax.data.folders import resolve_data_dir
@@ -14,7 +15,13 @@ from fedmoe_jax.data.markov import load_markov
 from fedmoe_jax.data.prepare import prepare
 from fedmoe_jax.data.synthetic import load_synthetic
 from fedmoe_jax.data.text import load_text
-from fedmoe_jax.data.tfds import COMMAND, find_source, load_images, read_features
+from fedmoe_jax.data.tfds import (
+    COMMAND,
+    find_source,
+    list_prepared,
+    load_images,
+    read_features,
+)
 from fedmoe_jax.data.tfds_text import load_records
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.options import NON_NEGATIVE, UserError, show
@@ -28,36 +35,33 @@ def load_dataset(options: ConfigDict) -> Data:
         that TFDS has prepared, such as `mnist` or `emnist/byclass`.
 
     Raises:
-      UserError: it is absent or damaged, or arrays do not fit each other.
+      UserError: it is absent or damaged, its arrays do not fit each other, or a field
+        that it does not read is changed.
     """
     name = options.name
-    refuse_unread(options)
+    if name in READS or name not in DATASETS:  # a plug-in's own affair otherwise
+        refuse_unread(options, READS.get(name, PREPARED))
     data = DATASETS.get(name, load_prepared)(options)
     check_type(f"data.name={name!r} has a loader that", data, Data)
     check_data(name, data)
-    if "bytes" not in data.train:
-        refuse_tokenizer(options)
     return data
 
 
-def refuse_unread(options: ConfigDict) -> None:
-    """Raises UserError where a path is given that this data set does not read."""
-    own = options.name in DATASETS and options.name not in READS  # of a plug-in
-    for field in () if own else ("dir", "file"):
-        if options[field] and field not in READS.get(options.name, ("dir",)):
+def refuse_unread(options: ConfigDict, reads: tuple[str, ...]) -> None:
+    """Raises UserError where a field that this data set does not read is changed.
+
+    Args:
+      options: the config's group `data`.
+      reads: the fields that it reads, among `FIELDS`.
+    """
+    defaults = default.get_config().data
+    for field in FIELDS:
+        if field not in reads and options[field] != defaults[field]:
             raise UserError(
                 f"data.{field}={show(options[field])} is not allowed with data.name="
-                f"{show(options.name)}, which does not read it; allowed: ''"
+                f"{show(options.name)}, which does not read it; allowed: "
+                f"{defaults[field]!r}"
             )
-
-
-def refuse_tokenizer(options: ConfigDict) -> None:
-    """Raises UserError where data without text of their own have a tokenizer."""
-    if options.tokenizer:
-        raise UserError(
-            f"data.tokenizer={options.tokenizer!r} is not allowed with data.name="
-            f"{options.name!r}, which has no text to encode; allowed: ''"
-        )
 
 
 def load_cifar10(options: ConfigDict) -> Data:
@@ -66,7 +70,6 @@ def load_cifar10(options: ConfigDict) -> Data:
     Raises:
       UserError: absent and not to be had, prepared as TFRECORD, or damaged.
     """
-    refuse_tokenizer(options)  # before anything is downloaded
     source = prepare("cifar10", resolve_data_dir(options.dir))
     return load_images(source, options)
 
@@ -82,14 +85,14 @@ def load_prepared(options: ConfigDict) -> Data:
     if source is None:
         raise UserError(
             f"data.name={show(options.name)} is not in {data_dir}; allowed: "
-            f"{', '.join(DATASETS)}, or a data set of TFDS that '{COMMAND} NAME "
-            f"--data_dir={data_dir}' has prepared"
+            f"{', '.join([*list_prepared(data_dir, options.name), *DATASETS])}, or a "
+            f"data set of TFDS that '{COMMAND} NAME --data_dir={data_dir}' has prepared"
         )
     features = read_features(source).values()
-    shows = any("image" in feature for feature in features)
-    if not shows or options.text_key:
+    if options.text_key or not any("image" in feature for feature in features):
+        refuse_unread(options, RECORDS)
         return load_records(source, options)
-    refuse_tokenizer(options)  # before anything is decoded
+    refuse_unread(options, IMAGES)
     return load_images(source, options)
 
 
@@ -139,11 +142,20 @@ def is_ids(ids: Any) -> bool:
     return array and np.issubdtype(ids.dtype, np.integer)
 
 
-# The paths among the fields of `data` that a data set of the package reads.
-READS = {
-    **dict.fromkeys(("digits", "synthetic", "markov"), ()),
-    **dict.fromkeys(("cifar10", "text"), ("dir",)),
+# The fields of `data` that some data sets read and others do not.
+TEXT = ("dir", "client", "length", "kilobytes", "tokenizer")
+RECORDS = (*TEXT, "text_key")  # text of TFDS
+IMAGES = ("dir", "image_key", "label_key")  # images of TFDS
+PREPARED = (*RECORDS, *IMAGES)  # until the features are known
+FIELDS = ("file", *PREPARED)
+READS: dict[str, tuple[str, ...]] = {  # by data set of the package
+    "digits": (),
+    "synthetic": (),
+    "cifar10": IMAGES,
     "arrays": ("file",),
+    "text": TEXT,
+    # A client is a writer, whatever `client` is: studies of text set it for all data.
+    "markov": ("client", "length"),
 }
 
 # A loader gets the config's group `data`.

@@ -19,6 +19,7 @@ from fedmoe_jax.runtime.files import write_arrays
 from fedmoe_jax.types import Partition
 
 MAX_DRAWS = 100
+SHOWN = 5  # clients that a message names
 DRAW_BYTES = 48  # six whole numbers of 64 bits
 OF_CLASSES = ("classes", "shards")  # kinds that read `classes_per_client`
 
@@ -177,8 +178,22 @@ def _check_natural(options: Options) -> None:
             f"{options.clients} is not allowed with partition.kind='natural'; "
             f"allowed: at most {len(size)}, the data's clients"
         )
+    empty = np.flatnonzero(size == 0)
+    if len(empty):
+        raise UserError(
+            "partition.kind='natural' is not allowed with clients that have no "
+            f"training example beside data.public: {_list_few(empty)}; allowed: at "
+            f"least partition.min_size={options.min_size} for each client"
+        )
     if size.min() < options.min_size:
         _refuse_size("natural", options.owner, options)
+
+
+def _list_few(numbers: np.ndarray) -> str:
+    """The first of these numbers, and whether there are more."""
+    shown = ", ".join(map(str, numbers[:SHOWN]))
+    more = len(numbers) - SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _refuse_size(kind: str, owner: np.ndarray, options: Options) -> None:

@@ -1,16 +1,16 @@
 """Folders of text: a client is a file, a folder or a speaker."""
 
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
 from fedmoe_jax.data.tokens import Coder, load_coder
 from fedmoe_jax.data.windows import Document, make_text
-from fedmoe_jax.options import UserError
+from fedmoe_jax.options import UserError, show
 from fedmoe_jax.runtime.files import brief
 from fedmoe_jax.runtime.folders import resolve_folder
 
@@ -135,36 +135,89 @@ CLIENTS = {"file": list_files, "folder": list_folders, "speaker": list_speakers}
 
 
 def divide(texts: list[Text], coder: Coder, options: ConfigDict, where: str) -> Data:
-    """`Data` of the texts; clients too short for a test window are left out."""
+    """`Data` of the texts; clients too short for a test window are left out.
+
+    Raises:
+      UserError: all are too short.
+    """
     documents = [encode_parts(each, coder, options.kilobytes) for each in texts]
     counts = [(len(each.train.ids), len(each.test.ids)) for each in documents]
     enough = [min(count) > options.length for count in counts]
+    if not any(enough):
+        refuse_lengths(counts, options, where)
     kept = [each for each, long in zip(documents, enough, strict=True) if long]
-    if kept and len(kept) < len(texts):
-        print(
-            f"{len(texts) - len(kept)} of {len(texts)} clients have too little text "
-            f"for a window of {options.length} to train on and one to test, and are "
-            "left out",
-            file=sys.stderr,
-        )
-    if not kept:
-        tested = max(test for _, test in counts)
-        if options.kilobytes and tested > options.length:
-            raise UserError(
-                f"data.kilobytes={options.kilobytes} is not allowed with data.length="
-                f"{options.length}; allowed: 0, or more than a window"
-            )
+    read = [each for each, long in zip(texts, enough, strict=True) if long]
+    data = make_text(kept, options.length, coder.vocabulary, where)
+    notes = note_left_out(enough, options.length)
+    notes += note_shortage(read, coder, options.kilobytes)
+    return data._replace(notes=notes + data.notes)
+
+
+def refuse_lengths(
+    counts: list[tuple[int, int]], options: ConfigDict, where: str
+) -> NoReturn:
+    """Raises UserError: no client has a window to train on and one to test.
+
+    Args:
+      counts: tokens that each client has to train on and to test.
+      options: the config's group `data`.
+      where: the data, for the message.
+    """
+    length, kilobytes = options.length, options.kilobytes
+    if kilobytes and max(test for _, test in counts) > length:
         raise UserError(
-            f"data.length={options.length} is not allowed with {where}, whose longest "
-            f"client has {tested} tokens to test on; allowed: less"
+            f"data.kilobytes={kilobytes} is not allowed with data.length={length}; "
+            "allowed: 0, or more than a window"
         )
-    return make_text(kept, options.length, coder.vocabulary, where)
+    train, test = max(counts, key=min)
+    has = f"has {train} tokens to train on and {test} to test"
+    if min(train, test) < 2:
+        raise UserError(
+            f"{where} has no client with enough text, as the longest {has}, its last "
+            f"tenth; allowed: more than data.length={length} of both for some client"
+        )
+    raise UserError(
+        f"data.length={length} is not allowed with {where}, whose longest client "
+        f"{has}; allowed: 1 to {min(train, test) - 1}"
+    )
+
+
+def note_left_out(enough: Sequence[bool], length: int) -> tuple[str, ...]:
+    """A note where clients [n] do not have enough text for windows of this length."""
+    if all(enough):
+        return ()
+    note = (
+        f"{len(enough) - sum(enough)} of {len(enough)} clients have too little text "
+        f"for a window of {length} to train on and one to test, and are left out"
+    )
+    return (note,)
+
+
+def note_shortage(
+    texts: Sequence[Text], coder: Coder, kilobytes: int
+) -> tuple[str, ...]:
+    """A note where clients have less text to train on than they were to have."""
+    sizes = {client: find_test(text, coder) for client, _, text in texts}
+    short = {name: size for name, size in sizes.items() if size < KILO * kilobytes}
+    if not short:
+        return ()
+    size, least = min((size, name) for name, size in short.items())
+    note = (
+        f"{len(short)} of {len(sizes)} clients have less text to train on than "
+        f"data.kilobytes={kilobytes}, {show(least)} the least with {size:,} bytes"
+    )
+    return (note,)
 
 
 def encode_parts(text: Text, coder: Coder, kilobytes: int) -> Document:
     """The tokens that one client trains and is tested on, see `load_text`."""
     client, stratum, whole = text
-    start = coder.cut(whole, len(whole) - round(TEST_SHARE * len(whole)))
+    start = find_test(whole, coder)
     end = coder.cut(whole, min(start, KILO * kilobytes or start))
     parts = coder.encode(whole[:end]), coder.encode(whole[start:])
     return Document(client, stratum, *parts)
+
+
+def find_test(text: bytes, coder: Coder) -> int:
+    """The first byte of a client's test, before which all may be trained on."""
+    return coder.cut(text, len(text) - round(TEST_SHARE * len(text)))

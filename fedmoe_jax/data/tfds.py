@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
 from fedmoe_jax.data.cache import brief, cache_folders, find_decoded, keep_decoded
-from fedmoe_jax.data.images import label_images
+from fedmoe_jax.data.images import label_images, name_numbers
 from fedmoe_jax.options import UserError
 
 ARRAYS = ("train_x", "train_y", "test_x", "test_y", "label_names")
@@ -48,6 +48,22 @@ def find_source(data_dir: Path, name: str) -> Path | None:
     number = lambda part: int(part) if part.isdigit() else -1
     version = lambda path: [number(part) for part in path.name.split(".")]
     return max(found, key=version, default=None)
+
+
+def list_prepared(data_dir: Path, name: str) -> list[str]:
+    """The names under which a data set is there, with whatever config.
+
+    Args:
+      data_dir: TFDS folder.
+      name: as `emnist`, or `emnist/byclass` for any config of the same.
+    """
+    if not NAME.fullmatch(name):
+        return []
+    title = name.partition("/")[0]
+    found = (data_dir / title).glob(f"*/*/{INFO}")
+    configs = sorted({path.parents[1].name for path in found})
+    names = [title, *(f"{title}/{config}" for config in configs)]
+    return [each for each in names if find_source(data_dir, each) is not None]
 
 
 def check_format(source: Path, name: str) -> None:
@@ -211,15 +227,16 @@ def decode(source: Path, image: str, label: str, sort: bool) -> dict[str, np.nda
         ]
         names = getattr(builder.info.features[label], "names", None)
     if names is None:
-        names = [str(i) for i in range(1 + max(int(y.max()) for _, y in parts))]
-    values = (*parts[0], *parts[1], np.array(names))
+        names = name_numbers([y for _, y in parts], f"data.label_key={label!r}")
+    (train_x, train_y), (test_x, test_y) = ((x, y.astype(np.int32)) for x, y in parts)
+    values = train_x, train_y, test_x, test_y, np.array(names)
     return dict(zip(ARRAYS, values, strict=True))
 
 
 def decode_split(
     records: Any, image: str, label: str, sort: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images [X, H, W, F] uint8 and labels [X] int32 of one split.
+    """Images [X, H, W, F] uint8 and labels [X] int64 of one split.
 
     Raises:
       UserError: images of several sizes or of no bytes.
@@ -230,7 +247,7 @@ def decode_split(
         raise UserError(
             f"data.image_key={image!r} has {first.dtype} images; allowed: uint8"
         )
-    x, y = np.zeros((total, *first.shape), np.uint8), np.zeros(total, np.int32)
+    x, y = np.zeros((total, *first.shape), np.uint8), np.zeros(total, np.int64)
     ids = np.empty(total, object)
     for start in range(0, total, DECODE_BATCH):
         batch = range(start, min(start + DECODE_BATCH, total))

@@ -48,11 +48,20 @@ def load_records(source: Path, options: ConfigDict) -> Data:
         coder.check(text, where)
     if options.client == "speaker":
         return divide(list_speakers({"train": train}, source), coder, options, where)
+    notes = note_shortage(len(train), options.kilobytes, where)
     train = train[: coder.cut(train, KILO * options.kilobytes or len(train))]
     tokens = coder.encode(train), coder.encode(test)
     document = Document(options.name, options.name, *tokens)
     data = make_text([document], options.length, coder.vocabulary, where)
-    return data._replace(owner=None, test_owner=None)
+    return data._replace(owner=None, test_owner=None, notes=notes + data.notes)
+
+
+def note_shortage(size: int, kilobytes: int, where: str) -> tuple[str, ...]:
+    """A note where there are fewer bytes to train on than there were to be."""
+    if size >= KILO * kilobytes:
+        return ()
+    note = f"{where} has {size:,} bytes to train on, less than data.kilobytes="
+    return (f"{note}{kilobytes}",)
 
 
 def read_splits(source: Path, key: str) -> list[list[bytes]]:

@@ -1,6 +1,5 @@
 """Text as windows of tokens: what a client trains on, and what it is tested on."""
 
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,17 +65,18 @@ def join_windows(
     return rows, np.repeat(places, [len(sizes) for _, sizes in cut])
 
 
-def note_losses(documents: Sequence[Document]) -> None:
-    """Says so where letters of texts are lost: their bits are of less than the text."""
+def note_losses(documents: Sequence[Document]) -> tuple[str, ...]:
+    """A note where letters of texts are lost: their bits are of less than the text."""
     texts = [text for each in documents for text in (each.train, each.test)]
     lost = sum(not text.exact for text in texts)
-    if lost:
-        print(
-            f"warning: {lost} of {len(texts)} texts cannot be read from their tokens "
-            "(unknown words, lower case, a tokenizer without a decoder, ...), so that "
-            "their bits of a byte may be too low",
-            file=sys.stderr,
-        )
+    if not lost:
+        return ()
+    note = (
+        f"warning: {lost} of {len(texts)} texts cannot be read from their tokens "
+        "(unknown words, lower case, a tokenizer without a decoder, ...), so that "
+        "their bits of a byte may be too low"
+    )
+    return (note,)
 
 
 def make_text(
@@ -93,12 +93,8 @@ def make_text(
     Raises:
       UserError: no client has a window's text to train on, or one has no text.
     """
-    longest = max((len(each.train.ids) for each in documents), default=0)
-    if longest <= length:
-        raise UserError(
-            f"data.length={length} is not allowed with {where}, whose longest client "
-            f"has {longest} tokens to train on; allowed: 1 to {max(longest - 1, 1)}"
-        )
+    if not documents:
+        raise UserError(f"{where} has no client; allowed: at least one, with text")
     for each in documents:
         counts = len(each.train.ids), len(each.test.ids)
         if min(counts) < 2:
@@ -106,7 +102,12 @@ def make_text(
                 f"{where} has the client {each.client!r} with {counts[0]} tokens to "
                 f"train on and {counts[1]} to test; allowed: at least 2 of both"
             )
-    note_losses(documents)
+    longest = max(len(each.train.ids) for each in documents)
+    if longest <= length:
+        raise UserError(
+            f"data.length={length} is not allowed with {where}, whose longest client "
+            f"has {longest} tokens to train on; allowed: 1 to {longest - 1}"
+        )
     names = tuple(dict.fromkeys(each.stratum for each in documents))
     stratum = np.array([names.index(each.stratum) for each in documents], np.int32)
     train, owner = join_windows([each.train for each in documents], length)
@@ -121,4 +122,5 @@ def make_text(
         owner=owner,
         test_owner=test_owner,
         vocabulary=vocabulary,
+        notes=note_losses(documents),
     )

@@ -23,6 +23,7 @@ from fedmoe_jax.data.groups import NONE, check_groups, copy_groups
 from fedmoe_jax.data.load import DATASETS, load_dataset
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes
+from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program, build_program, make_hyper
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.state import init_state
@@ -138,6 +139,11 @@ def make_partition_once(
     return made[key]
 
 
+def add_notes(error: UserError, notes: Sequence[str]) -> UserError:
+    """The error with what is known about the data, which may be its reason."""
+    return UserError("".join([str(error), *(f" ({note})" for note in notes)]))
+
+
 def plan_run(
     config: ConfigDict, mesh: Mesh, made: dict[tuple, Partition] | None = None
 ) -> Plan:
@@ -153,7 +159,10 @@ def plan_run(
     """
     validate(config)
     data = load_copies_once(config)
-    partition = make_partition_once(config, data, {} if made is None else made)
+    try:
+        partition = make_partition_once(config, data, {} if made is None else made)
+    except UserError as error:
+        raise add_notes(error, data.notes) from None
     federation = make_federation(config, data, partition)
     program = build_program(config, data, federation, mesh)
     hyper = make_hyper(config)

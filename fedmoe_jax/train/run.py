@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -155,6 +156,7 @@ def drive_wave(
     """As `run_wave`, in folders that are owned."""
     config = wave.plans[0].config
     find_origin()  # before the sources can change
+    tell_notes(wave)
     job = build_job(wave, folders, drives=True)._replace(on_row=on_row)
     end = drive(config, job, checkpoints, stop=stop, profile=profile)
     if end.done < config.num_rounds:
@@ -169,6 +171,19 @@ def drive_wave(
             summary = finish(*parts, end.spent)
         print(describe_speed(summary), flush=True)
     return True
+
+
+def tell_notes(wave: Wave) -> None:
+    """Prints the notes on the data of runs that are going to run."""
+    if multihost.is_leader():
+        for note in wave.plans[0].data.notes:
+            tell_once(note)
+
+
+@functools.cache
+def tell_once(note: str) -> None:
+    """Prints a line that this process has not printed yet."""
+    print(note, file=sys.stderr, flush=True)
 
 
 def build_job(

@@ -49,11 +49,26 @@ def test_load_arrays_of_floats_normalises_every_channel(tmp_path):
     np.testing.assert_allclose(normal.std((0, 1, 2)), 1, rtol=1e-3)
 
 
-def test_load_arrays_numbers_the_clients_anew(tmp_path):
-    clients = np.array([30, 10, 20] * 4)
+@pytest.mark.parametrize("ids", [[30, 10, 20], ["f30", "Ann", "f20"]])
+def test_load_arrays_numbers_the_clients_anew(tmp_path, ids):
+    clients = np.array(ids * 4)
     data = load(tmp_path, **MINE, train_client=clients, test_client=clients[:6])
     assert data.owner.tolist() == [2, 0, 1] * 4
     assert data.test_owner.tolist() == [2, 0, 1] * 2
+
+
+def test_load_arrays_takes_any_labels_that_have_names(tmp_path):
+    labels = {"train_y": np.full(12, 5), "test_y": np.full(6, 6)}
+    names = np.array(["a", "b", "c", "d", "e", "f", "g", "h"])
+    assert load(tmp_path, **MINE | labels, label_names=names).stratum_names == (*names,)
+
+
+def test_load_arrays_takes_labels_of_which_half_occur(tmp_path):
+    labels = {"train_y": np.arange(12) % 3, "test_y": np.full(6, 7)}
+    data = load(tmp_path, **MINE | labels)  # 0, 1, 2 and 7
+    assert data.stratum_names == tuple("01234567")
+    with pytest.raises(UserError, match="4 different labels from 0 to 8; .* 0 to 3"):
+        load(tmp_path, **MINE | labels | {"test_y": np.full(6, 8)})
 
 
 BAD = {
@@ -71,8 +86,38 @@ BAD = {
     "other images": ({"test_x": MINE["test_x"][:, 1:]}, "has rows of 'x'"),
     "other kind": ({"test_x": MINE["test_x"] / 255.0}, "has rows of 'x' uint8"),
     "not finite": ({"train_x": np.full((12, 4, 6), np.nan)}, "finite floats"),
+    "huge labels": (
+        {"train_y": np.arange(12) % 3 * 700_000_000},
+        r"has 5 different labels from 0 to 1400000000; allowed: 0 to 4, .* label_names",
+    ),
+    "sparse labels": (
+        {"train_y": np.arange(12) % 4 * 1000, "test_y": np.zeros(6, int)},
+        "has 4 different labels from 0 to 3000; allowed: 0 to 3, as at least half",
+    ),
     "few names": ({"label_names": np.array(["a"])}, "has 1 label_names; .* least 3"),
+    "names in rows": (
+        {"label_names": np.array([["a", "b"], ["c", "d"]])},
+        r"has label_names <U1\[2, 2\]; allowed: names \[L\]",
+    ),
+    "one name": ({"label_names": np.array("abc")}, r"has label_names <U3\[\]; allowed"),
+    "a name twice": (
+        {"label_names": np.array(["a", "b", "c", "b"])},
+        "has 'b' 2 times in label_names; allowed: each once",
+    ),
     "half clients": ({"train_client": np.ones(11, int)}, "has train_client int64"),
+    "half named clients": (
+        {"train_client": np.array(["a"] * 11)},
+        r"has train_client <U1\[11\]; allowed: 12 whole numbers >= 0 or texts, one for",
+    ),
+    "float clients": ({"train_client": np.zeros(12)}, "has train_client float64"),
+    "other ids": (
+        {"train_client": np.array(["1"] * 12), "test_client": np.ones(6, int)},
+        r"has test_client int64\[6\]; allowed: texts, as in train_client",
+    ),
+    "other numbers": (
+        {"train_client": np.ones(12, int), "test_client": np.array(["1"] * 6)},
+        r"has test_client <U1\[6\]; allowed: whole numbers, as in train_client",
+    ),
     "test clients": (
         {"test_client": np.ones(6, int)},
         "has test_client; allowed: train",
@@ -83,7 +128,11 @@ BAD = {
     ),
     "strange client": (
         {"train_client": np.zeros(12, int), "test_client": np.ones(6, int)},
-        "has no training example of the test_client 1",
+        "has no training example of the test_client 1; allowed: clients of train",
+    ),
+    "strange name": (
+        {"train_client": np.array(["a"] * 12), "test_client": np.array(["b"] * 6)},
+        "has no training example of the test_client 'b'",
     ),
     "objects": ({"label_names": np.array([1, "a", None], object)}, "cannot be read"),
 }

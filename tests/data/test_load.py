@@ -32,33 +32,79 @@ def test_load_dataset_gives_the_same_arrays_every_time(name):
     assert first[4:] == again[4:]
 
 
-def test_load_dataset_refuses_a_tokenizer_without_text(monkeypatch):
+CHANGED = {
+    "file": "mine.npz",
+    "dir": "mine",
+    "client": "speaker",
+    "length": 64,
+    "kilobytes": 1,
+    "tokenizer": "t.json",
+    "image_key": "foo",
+    "label_key": "bar",
+    "text_key": "text",
+}
+DEFAULTS = {"client": "file", "length": 32, "kilobytes": 0}
+UNREAD = {
+    "digits": tuple(CHANGED),
+    "synthetic": tuple(CHANGED),
+    "cifar10": ("file", "client", "length", "kilobytes", "tokenizer", "text_key"),
+    "arrays": tuple(CHANGED)[1:],
+    "text": ("file", "image_key", "label_key", "text_key"),
+    "markov": ("file", "dir", *tuple(CHANGED)[4:]),
+    "mnist": ("file",),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_load_dataset_refuses_a_field_that_it_would_not_read(name, monkeypatch):
     monkeypatch.setattr(module, "prepare", None)  # it is not reached
-    for name in ("digits", "synthetic", "markov", "cifar10"):
+    for field in UNREAD[name]:
+        value = CHANGED[field]
         with pytest.raises(UserError) as error:
-            load_dataset(make_options(name=name, tokenizer="t.json"))
+            load_dataset(make_options(name=name, **{field: value}))
         assert str(error.value) == (
-            f"data.tokenizer='t.json' is not allowed with data.name={name!r}, which "
-            "has no text to encode; allowed: ''"
+            f"data.{field}={value!r} is not allowed with data.name={name!r}, which "
+            f"does not read it; allowed: {DEFAULTS.get(field, '')!r}"
         )
 
 
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        *((name, field) for name in ("digits", "markov") for field in ("dir", "file")),
-        ("arrays", "dir"),
-        ("text", "file"),
-        ("mnist", "file"),
-    ],
-)
-def test_load_dataset_refuses_a_path_that_it_would_not_read(name, field):
-    with pytest.raises(UserError) as error:
-        load_dataset(make_options(name=name, **{field: "mine"}))
-    assert str(error.value) == (
-        f"data.{field}='mine' is not allowed with data.name={name!r}, which does not "
-        "read it; allowed: ''"
+def test_load_dataset_leaves_the_fields_to_a_loader_from_outside(monkeypatch):
+    seen = []
+
+    def load(options):
+        seen.append({field: options[field] for field in CHANGED})
+        return load_digits()
+
+    monkeypatch.setitem(module.DATASETS, "mine", load)
+    load_dataset(make_options(name="mine", **CHANGED))
+    assert seen == [CHANGED]
+
+
+def test_load_dataset_of_markov_has_writers_whatever_a_client_of_text_is():
+    first, other = (
+        load_dataset(make_options(name="markov", client=client, length=64))
+        for client in ("file", "folder")
     )
+    jax.tree.map(np.testing.assert_array_equal, first[:4], other[:4])
+
+
+def test_load_dataset_names_the_configs_that_are_prepared(tmp_path):
+    for path in ("emnist/byclass/3.1.0", "emnist/letters/3.0.0", "mnist/3.0.1"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "dataset_info.json").touch()
+    (tmp_path / "emnist" / "empty").mkdir()
+    cases = {
+        "emnist": "emnist/byclass, emnist/letters, digits, synthetic",
+        "emnist/digits": "emnist/byclass, emnist/letters, digits, synthetic",
+        "mnist/small": "mnist, digits, synthetic",
+        "svhn": "digits, synthetic",
+        "../emnist": "digits, synthetic",
+    }
+    for name, listed in cases.items():
+        with pytest.raises(UserError) as error:
+            load_dataset(make_options(name=name, dir=str(tmp_path)))
+        told = f"data.name={name!r} is not in {tmp_path}; allowed: {listed}, cifar10, "
+        assert str(error.value).startswith(told)
 
 
 MISFITS = {

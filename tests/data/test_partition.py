@@ -307,9 +307,14 @@ def test_renumber_by_hand():
         ({"kind": "classes", "min_size": 40}, "partition.min_size", "40"),
         ({"kind": "natural", "owner": LABELS}, "num_clients", "5"),
         (
-            {"kind": "natural", "owner": np.maximum(LABELS, 1), "num_clients": 4},
+            {"kind": "natural", "owner": np.arange(200) // 199, "num_clients": 2},
             "partition.min_size",
             "3",
+        ),
+        (
+            {"kind": "natural", "owner": np.maximum(LABELS, 1), "num_clients": 4},
+            "partition.kind",
+            "'natural'",
         ),
     ],
 )
@@ -319,6 +324,25 @@ def test_wrong_arguments_are_named_on_one_line(changes, field, value):
     message = str(error.value)
     assert message.startswith(f"{field}={value} ")
     assert "allowed: " in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("owner", "clients"),
+    [
+        ([0, 0, 2], "1"),
+        ([3, 3, 5], "0, 1, 2, 4"),
+        ([8, 8, 8], "0, 1, 2, 3, 4 and 3 more"),
+    ],
+)
+def test_natural_clients_without_an_example_are_named(owner, clients):
+    counts = {"num_clients": 1 + max(owner), "num_strata": 1, "min_size": 2}
+    with pytest.raises(UserError) as error:
+        split("natural", y=np.zeros(27, int), owner=np.repeat(owner, 9), **counts)
+    assert str(error.value) == (
+        "partition.kind='natural' is not allowed with clients that have no training "
+        f"example beside data.public: {clients}; allowed: at least "
+        "partition.min_size=2 for each client"
+    )
 
 
 def test_classes_per_client_binds_kinds_that_read_it_alone():

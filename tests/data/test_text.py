@@ -101,13 +101,58 @@ def test_lines_that_end_in_a_colon_are_no_speakers(end):
     assert list(list_speeches(play)) == [("ANNA", said), ("BEN", b"So be it.\n")]
 
 
-def test_load_text_of_speakers_leaves_out_those_who_say_little(tmp_path, capsys):
+def test_load_text_of_speakers_leaves_out_those_who_say_little(tmp_path):
     long = b"word " * 90
     (tmp_path / "play.txt").write_bytes(PLAY % (long, b"x"))
     data = load(tmp_path, client="speaker")
     assert data.stratum_names == ("ANNA",) and data.owner.max() == 0
-    told = capsys.readouterr().err
-    assert told.startswith("1 of 2 clients have too little text") and "\n" == told[-1]
+    assert data.notes == (
+        "1 of 2 clients have too little text for a window of 16 to train on and one to "
+        "test, and are left out",
+    )
+
+
+def test_load_text_notes_that_clients_have_less_than_they_were_to_have(folder):
+    """Nine tenths of 480, 480 and 990 bytes are trained on."""
+    (note,) = load(folder, kilobytes=1).notes
+    assert note == (
+        "3 of 3 clients have less text to train on than data.kilobytes=1, "
+        "'latvian/john.txt' the least with 432 bytes"
+    )
+    (folder / "wolof" / "john.txt").write_text("wolof " * 500, encoding="utf-8")
+    (folder / "latvian" / "mark.txt").write_text("", encoding="utf-8")
+    left_out, short = load(folder, kilobytes=1).notes
+    assert left_out.startswith("1 of 3 clients have too little text for a window of 16")
+    assert short == (
+        "1 of 2 clients have less text to train on than data.kilobytes=1, "
+        "'latvian/john.txt' the least with 432 bytes"
+    )
+    assert load(folder, kilobytes=0).notes == (left_out,)
+
+
+def test_load_text_notes_no_shortage_where_there_is_exactly_enough(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 1111)  # 111 of them are the test
+    assert load(tmp_path, kilobytes=1).notes == ()
+    (tmp_path / "a.txt").write_bytes(b"x" * 1110)
+    assert load(tmp_path, kilobytes=1).notes[0].endswith("with 999 bytes")
+
+
+@pytest.mark.parametrize(
+    ("text", "train", "test"), [("", 0, 0), ("x", 1, 0), ("x" * 14, 13, 1)]
+)
+def test_load_text_says_what_is_needed_where_clients_have_nothing(
+    tmp_path, capsys, text, train, test
+):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(text)
+    with pytest.raises(UserError) as error:
+        load(tmp_path)
+    assert str(error.value) == (
+        f"data.dir={str(tmp_path)!r} has no client with enough text, as the longest "
+        f"has {train} tokens to train on and {test} to test, its last tenth; allowed: "
+        "more than data.length=16 of both for some client"
+    )
+    assert capsys.readouterr().err == ""
 
 
 def test_load_text_takes_bytes_that_are_no_utf8(tmp_path):
@@ -117,12 +162,12 @@ def test_load_text_takes_bytes_that_are_no_utf8(tmp_path):
     assert text == read(data.train, data.owner, 0) + read(data.test, data.test_owner, 0)
 
 
-def test_load_text_of_a_tokenizer_divides_the_same_text(folder, tmp_path, capsys):
+def test_load_text_of_a_tokenizer_divides_the_same_text(folder, tmp_path):
     tokenizer = train_tokenizer(LATVIAN)
     options = {"tokenizer": write_tokenizer(tmp_path, tokenizer), "length": 2}
     data, plain = load(folder, **options), load(folder, length=2)
     assert data.vocabulary == tokenizer.get_vocab_size()
-    assert data.stratum_names == plain.stratum_names and capsys.readouterr().err == ""
+    assert data.stratum_names == plain.stratum_names and data.notes == ()
     for client, text in enumerate((LATVIAN, LATVIAN[::-1], WOLOF)):
         whole = text.encode()
         parts = [(data.train, data.owner), (data.test, data.test_owner)]
@@ -175,7 +220,15 @@ def test_load_text_refuses_in_one_line(folder, tmp_path):
             {"folder": folder, "client": "speaker"},
             "no speech under a line 'NAME:' after",
         ),
-        ({"folder": folder, "length": 500}, "data.length=500 .* longest client has 9"),
+        (
+            {"folder": folder, "length": 500},
+            "data.length=500 .* longest client has 891 tokens to train on and 99 to "
+            "test; allowed: 1 to 98",
+        ),
+        (
+            {"folder": folder, "length": 99},
+            "data.length=99 is not allowed .*; allowed: 1 to 98",
+        ),
     ]
     for case, told in cases:
         with pytest.raises(UserError, match=told) as error:

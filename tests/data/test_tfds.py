@@ -206,9 +206,16 @@ def change_features(root, **changes):
     path.write_text(json.dumps(tree))
 
 
-def test_load_dataset_of_images_refuses_a_tokenizer_before_it_decodes(root, capsys):
-    with pytest.raises(UserError, match="data.tokenizer='t.json' .* allowed: ''"):
-        load(root, label_key="fine", tokenizer="t.json")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tokenizer", "t.json"), ("client", "speaker"), ("kilobytes", 1), ("length", 9)],
+)
+def test_load_dataset_of_images_refuses_fields_of_text_before_it_decodes(
+    root, capsys, field, value
+):
+    told = f"data.{field}={value!r} .* data.name='tiny', which does not read it; allow"
+    with pytest.raises(UserError, match=told):
+        load(root, label_key="fine", **{field: value})
     assert capsys.readouterr().err == ""
 
 
@@ -251,7 +258,7 @@ def test_load_dataset_names_damaged_records(root):
     assert not (find_records(root) / "fedmoe_jax").exists()
 
 
-@pytest.mark.parametrize("case", ["split", "sizes", "labels"])
+@pytest.mark.parametrize("case", ["split", "sizes", "labels", "huge", "sparse"])
 def test_load_dataset_refuses_what_no_task_can_use(tmp_path, case):
     import tensorflow_datasets as source
     from PIL import Image
@@ -262,14 +269,17 @@ def test_load_dataset_refuses_what_no_task_can_use(tmp_path, case):
     grow = lambda i: Image.fromarray(np.zeros((4 + i, 4), np.uint8))
     same = lambda i: Image.fromarray(np.zeros((4, 4), np.uint8))
     image = grow if case == "sizes" else same
-    label = lambda i: i - (case == "labels")
+    labels = {"labels": [-1, 0, 1], "huge": [0, 1, 2**40], "sparse": [0, 1, 3000]}
+    label = lambda i: labels.get(case, [0, 1, 2])[i]
     rows = [{"image": image(i), "label": label(i)} for i in range(3)]
     splits = {"train": rows} | ({} if case == "split" else {"test": rows})
     prepare(tmp_path, features, splits)
     told = {
         "split": "has no split 'test'; allowed: .* this has train",
         "sizes": r"has images of \[4, 4, 1\] and \[5, 4, 1\] pixels; allowed: one size",
-        "labels": "has strata of train from -1 to 1; allowed: 0 to 1",
+        "labels": "label_key='label' has 3 different labels from -1 to 1; allowed: 0 ",
+        "huge": "label_key='label' has 3 different labels from 0 to 1099511627776; al",
+        "sparse": "has 3 different labels from 0 to 3000; allowed: 0 to 2, as at least",
     }
     with pytest.raises(UserError, match=told[case]) as error:
         load(tmp_path)

@@ -47,6 +47,14 @@ def test_load_records_has_the_splits_of_the_data_set(root):
     assert data.train["length"].sum() - len(data.train["length"]) + 1 == letters.sum()
 
 
+def test_load_records_notes_that_there_is_less_than_there_was_to_be(root):
+    """Of 655 and 177 bytes, and the end of a line between them."""
+    assert load(root, kilobytes=1).notes == (
+        "data.name='play' has 833 bytes to train on, less than data.kilobytes=1",
+    )
+    assert load(root).notes == ()
+
+
 def test_load_records_has_speakers_as_clients(root):
     data = load(root, client="speaker")
     assert data.stratum_names == ("ANNA", "BEN") and data.test_owner.tolist()
@@ -76,6 +84,7 @@ def test_load_records_refuses_in_one_line(root):
         ({"text_key": "label"}, "data.text_key='label' .* allowed: text"),
         ({"name": "half"}, "has no split 'test'; allowed: .* this has train"),
         ({"length": 5000}, "data.length=5000 is not allowed with data.name='play'"),
+        ({"image_key": "text"}, "data.image_key='text' .* does not read it; allowed"),
     ]
     for changes, told in cases:
         with pytest.raises(UserError, match=told) as error:

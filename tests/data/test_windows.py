@@ -41,12 +41,14 @@ def test_make_text_has_natural_clients_and_strata():
     assert data.train.keys() == data.test.keys() == {"tokens", "length"}
 
 
-def test_make_text_has_the_bytes_of_every_token_and_says_what_is_lost(capsys):
+def test_make_text_has_the_bytes_of_every_token_and_says_what_is_lost():
     text = Tokens(np.arange(6), 10 * np.arange(6))
     data = make_text([Document("a", "x", text, text._replace(exact=False))], 3, 7, "")
     assert data.train["bytes"].tolist() == [[0, 10, 20, 30], [30, 40, 50, 0]]
     np.testing.assert_array_equal(data.train["bytes"], 10 * data.test["tokens"])
-    assert capsys.readouterr().err.startswith("warning: 1 of 2 texts cannot be read")
+    (note,) = data.notes
+    assert note.startswith("warning: 1 of 2 texts cannot be read") and "\n" not in note
+    assert make_text([Document("a", "x", text, text)], 3, 7, "").notes == ()
 
 
 def test_make_text_refuses_windows_beyond_every_text_and_clients_without():
@@ -54,3 +56,8 @@ def test_make_text_refuses_windows_beyond_every_text_and_clients_without():
         make_text([write("a", "x", 9, 5)], 9, 7, "here")
     with pytest.raises(UserError, match="client 'b' with 9 tokens .* and 1 to test"):
         make_text([write("a", "x", 9, 5), write("b", "x", 9, 1)], 4, 7, "here")
+    for count in (0, 1):  # no length would do
+        with pytest.raises(UserError, match=f"{count} tokens .* 5 .* at least 2 of"):
+            make_text([write("a", "x", count, 5)], 1, 7, "here")
+    with pytest.raises(UserError, match="here has no client; allowed: at least one"):
+        make_text([], 1, 7, "here")

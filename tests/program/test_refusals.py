@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((*ROOT.glob("fedmoe_jax/**/*.py"), *ROOT.glob("configs/*.py")))
 REFUSALS = {"UserError", "refuse", "_fault", "_end_all"}
 # Where no other value would do, a refusal says what to do instead.
-HAND_ON = {"_fault"}  # it adds the place
+HAND_ON = {"_fault", "add_notes"}  # they add the place, and notes on the data
 WAYS_ON = ("allowed: ", "restore", "remove", "delete")
 
 

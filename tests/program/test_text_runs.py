@@ -212,11 +212,15 @@ def test_bits_are_those_of_every_byte(gate, tokens, tmp_path):
     assert {"validation_global_bits", "validation_personal_bits"} <= found.keys()
 
 
-def test_a_tokenizer_gives_bits_of_a_byte_after_one_more_local_round(tmp_path):
-    fields = {"num_rounds": 2, "evaluation.finetune": True}
+def test_a_tokenizer_gives_bits_of_a_byte_after_one_more_local_round(tmp_path, capsys):
+    fields = {"num_rounds": 2, "evaluation.finetune": True, "data.kilobytes": 2}
     fields |= {"evaluation.finetune_rate": 1e-9}  # which changes nothing
     changes = write_languages(tmp_path / "text")
     row = train(make_config(**changes, **fields), tmp_path / "run")[-1]
+    assert capsys.readouterr().err.splitlines() == [  # 9/10 of 600 words of 3 bytes
+        "4 of 8 clients have less text to train on than data.kilobytes=2, "
+        "'language0/0.txt' the least with 1,620 bytes"
+    ]
     for name in ("personal", "worst_decile"):
         tuned = row[f"{name}_finetuned_bits"]
         np.testing.assert_allclose(tuned, row[f"{name}_bits"], rtol=1e-4)

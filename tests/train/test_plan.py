@@ -236,6 +236,18 @@ def test_runs_share_the_copies_of_their_groups():
         load_data(make_config(**{"groups.kind": "permuted", "data.name": "markov"}))
 
 
+def test_plan_run_adds_the_notes_on_the_data_to_its_refusal(monkeypatch):
+    data = make_data()._replace(owner=np.arange(10) % 2, notes=("first", "second"))
+    monkeypatch.setitem(DATASETS, "noted", lambda options: data)
+    fields = {"data.name": "noted", "partition.kind": "natural", "data.public": 0}
+    with pytest.raises(UserError) as error:
+        plan_run(**fields, **{"num_clients": 4, "partition.min_size": 1})
+    assert str(error.value) == (
+        "num_clients=4 is not allowed with partition.kind='natural'; allowed: at most "
+        "2, the data's clients (first) (second)"
+    )
+
+
 def test_runs_of_different_groups_are_different_waves():
     study = tiny_study(("oracle",), seeds=(0, 1), **{"groups.count": 2})
     members = list_members(study)

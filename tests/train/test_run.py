@@ -27,6 +27,9 @@ from factories import (
 )
 
 from configs import default
+from fedmoe_jax import api
+from fedmoe_jax.data.digits import load_digits
+from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.data.partition import load_partition
 from fedmoe_jax.measures import MEASURES, unpack_measures
 from fedmoe_jax.options import UserError
@@ -44,6 +47,7 @@ from fedmoe_jax.train.run import (
     save_arrays,
     summarise_limit,
     summarise_tokens,
+    tell_once,
     train,
 )
 
@@ -607,6 +611,29 @@ def test_train_keeps_the_origin_of_every_process(
         {"first_round": 1, "made_by": fast},
         {"first_round": 3, "made_by": last},
     ]
+
+
+def test_train_prints_the_notes_on_the_data_once(tmp_path, monkeypatch, capsys):
+    """Before anything is compiled, and not where the run is refused."""
+
+    def end(*arguments, **named):
+        raise InterruptedError
+
+    for place in ("train.run", "api"):
+        monkeypatch.setattr(f"fedmoe_jax.{place}.build_job", end)
+    notes = "2 of 4 clients have little text", "some letters are lost"
+    load = lambda options: load_digits()._replace(notes=notes)
+    monkeypatch.setitem(DATASETS, "noted", load)
+    tell_once.cache_clear()
+    for fields, name in (({"partition.min_size": 999}, "bad"), ({}, "a"), ({}, "b")):
+        with pytest.raises(UserError if fields else InterruptedError):
+            run(tmp_path / name, **{"data.name": "noted"} | fields)
+        told = "".join(f"{note}\n" for note in notes) if name == "a" else ""
+        assert capsys.readouterr().err == told
+    tell_once.cache_clear()
+    with pytest.raises(InterruptedError):
+        api.run(tiny_config(**{"data.name": "noted"}))
+    assert capsys.readouterr().err.splitlines() == list(notes)
 
 
 MAPS = """
