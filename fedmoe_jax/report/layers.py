@@ -19,8 +19,9 @@ from fedmoe_jax.report.sheets import Section, Sheet
 from fedmoe_jax.report.summary import measure_run
 
 ABOUT = (
-    "The columns of these names above are means over the MoE layers; here is each one, "
-    "from the first block on: of a seed over rounds as there, then the mean over seeds."
+    "Each MoE layer by itself, layer 0 being that of the first block with experts; the "
+    "columns of these names in the table of final numbers are means over layers. Of a "
+    "seed over rounds as there, then the mean over seeds."
 )
 
 
