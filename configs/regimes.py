@@ -10,7 +10,8 @@ Clients differ by their labels (`skew`, Dirichlet(0.1)), by the `rotation` of th
 images, by the meaning of their labels (`permuted`), by both of these (`both`), or by
 meaning and, less, by their labels (`mixed`). Without one of these words all kinds are
 compared, at one rate and with fewer rows and seeds, and the report draws a map: the
-best mixture beside the best control in every kind. A kind alone can be tuned; its runs
+best mixture beside the best control in every kind (on the digits five minutes on two
+cores, of which most is compiling). A kind alone can be tuned; its runs
 and those of others make a map by `--report=runs/skew,runs/rotation`. `digits` is on the
 embedded digits, else it is on CIFAR-10. All mixtures have the same means: a dense
 warm-up of ten rounds, a gate biased towards the experts that suit the client, and a

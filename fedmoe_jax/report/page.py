@@ -1,6 +1,7 @@
 """Runs in, one self-contained `report.html` out."""
 
 import base64
+import functools
 import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -233,8 +234,15 @@ def _origin_html(runs: Sequence[Run]) -> str:
     return f'<p class="origin">{"<br>".join(lines)}</p>' if lines else ""
 
 
+def _list_values(runs: Sequence[Run], field: str) -> str:
+    """The values of a config field of all runs, each once."""
+    values = dict.fromkeys(str(flatten(run.config)[field]) for run in runs)
+    return " or ".join(values)
+
+
 def _header_html(runs: Sequence[Run], command: str) -> str:
-    config, flat = runs[0].config, flatten(runs[0].config)
+    flat = flatten(runs[0].config)
+    show = functools.partial(_list_values, runs)
     seconds = [sum(row.get("seconds") or 0.0 for row in run.rows) for run in runs]
     seconds = [
         r.summary.get("wall_seconds", s) for r, s in zip(runs, seconds, strict=True)
@@ -242,9 +250,9 @@ def _header_html(runs: Sequence[Run], command: str) -> str:
     running = sum(not run.summary for run in runs)
     public, limit = flat.get("data.public", 0), limit_of(runs)
     facts = [
-        f"Data: {flat['data.name']}, {flat['partition.kind']} partition",
-        f"{config['num_clients']} clients, {config['cohort_size']} a round",
-        f"{config['num_experts']} experts",
+        f"Data: {show('data.name')}, {show('partition.kind')} partition",
+        f"{show('num_clients')} clients, {show('cohort_size')} a round",
+        f"{show('num_experts')} experts",
         *([f"{public} examples set aside for the server"] if public else []),
         *([] if limit is None else [LIMIT.format(limit)]),
         f"{max(len(run.rows) for run in runs)} rounds",
@@ -255,7 +263,7 @@ def _header_html(runs: Sequence[Run], command: str) -> str:
         facts.append(f"{running} still in progress")
     title = f"{' against '.join(group_runs(runs))}" if len(runs) < 3 else "Comparison"
     return (
-        f"<h1>{escape(title)} on {escape(flat['data.name'])}</h1>"
+        f"<h1>{escape(title)} on {escape(show('data.name'))}</h1>"
         f"<p>{escape(' · '.join(facts))}</p><pre>{escape(command)}</pre>"
         + _origin_html(runs)
     )

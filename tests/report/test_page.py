@@ -247,3 +247,12 @@ def test_write_report_shows_costs(tmp_path):
     assert {"global_accuracy_time", "personal_accuracy_traffic"} <= figures
     # The clients are shown of a run that has them, not of the pooled one.
     assert {"capacity_error", "capacity", "timeline", "greedy-belief"} <= figures
+
+
+def test_the_header_lists_what_differs(runs, tmp_path):
+    config = runs[0].config | {"partition": {"kind": "iid"}, "num_clients": 9}
+    other = runs[0]._replace(config=config)
+    text = report.write_report(tmp_path, [*runs, other], "c").read_text("utf-8")
+    assert (
+        "Data: digits, dirichlet or iid partition · 6 or 9 clients, 6 a round" in text
+    )
