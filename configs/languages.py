@@ -11,9 +11,9 @@ transformer of two blocks with a mixture in both. `markov` has four languages th
 Markov sources over one alphabet, whose limit in bits is known, needs no file and takes
 70 s on two cores; without it FOLDER has a folder of .txt files for each of eight
 languages, of which the first 80 kB are for training, 40 for each client, a tenth of
-them to tune on. docs/running.md says where to find such texts; `--only=1/4` to
-`--only=4/4` run the study in parts. `oracle` knows each client's language, `prototypes`
-looks for it.
+them to tune on, and 20 kB of the last tenth for the test. docs/running.md says where to
+find such texts; `--only=1/4` to `--only=4/4` run the study in parts. `oracle` knows each
+client's language, `prototypes` looks for it.
 `fitness` compares what the paper's rules make of other feedback than accuracy: loss,
 both less their means over the client's experts, and the loss of each expert before it
 is trained on examples that the client keeps for that (`probe`), alone and so related.
@@ -59,6 +59,7 @@ def make_text(config: ConfigDict, markov: bool) -> None:
     config.data.name = "markov" if markov else "text"
     config.data.client, config.data.length = "folder", 32 if markov else 128
     config.data.kilobytes = 0 if markov else 80
+    config.data.test_kilobytes = 0 if markov else 20
     languages = 4 if markov else 8
     config.num_clients = config.cohort_size = 2 * languages
     config.partition.kind, config.partition.classes_per_client = "classes", 1
@@ -73,7 +74,8 @@ def make_text(config: ConfigDict, markov: bool) -> None:
     config.client.clip = 1.0
     config.local_steps, config.batch_size = 10, 8
     config.num_rounds = 30 if markov else 100
-    config.eval_every = config.chunk_rounds = config.checkpoint.every = 10
+    every = 10 if markov else 20
+    config.eval_every = config.chunk_rounds = config.checkpoint.every = every
     config.devices.model_scale = 2000.0 if markov else 200.0
     config.evaluation.finetune = True
 

@@ -33,7 +33,8 @@ FEW = ("random", "fixed_random", "load_balanced", "fedavg_active", "local_active
 def set_speakers(config: ConfigDict) -> None:
     """Sets the speakers' data, clients and length of the study, in place."""
     config.data.name, config.data.client = "tiny_shakespeare", "speaker"
-    config.data.length, config.data.kilobytes = 64, 0
+    config.data.length = 64
+    config.data.kilobytes = config.data.test_kilobytes = 0
     config.num_clients, config.cohort_size, config.partition.unseen = 130, 20, 25
     config.num_experts, config.max_held = 8, 4
     config.num_rounds, config.eval_every = 200, 25

@@ -181,6 +181,11 @@ OPTIONS: tuple[Option, ...] = (
         "text that each client trains on, from its start; 0: all but the last tenth",
     ),
     Option(
+        "data.test_kilobytes",
+        NON_NEGATIVE,
+        "text of each client's test, or of a TFDS test split, from its start; 0: all",
+    ),
+    Option(
         "data.tokenizer",
         None,
         "file tokenizer.json of the package tokenizers, for text; empty: its bytes are "

@@ -41,6 +41,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.client = "file"
     config.data.length = 32
     config.data.kilobytes = 0
+    config.data.test_kilobytes = 0
     config.data.tokenizer = ""
     config.data.image_key = ""
     config.data.label_key = ""

@@ -143,7 +143,7 @@ def is_ids(ids: Any) -> bool:
 
 
 # The fields of `data` that some data sets read and others do not.
-TEXT = ("dir", "client", "length", "kilobytes", "tokenizer")
+TEXT = ("dir", "client", "length", "kilobytes", "test_kilobytes", "tokenizer")
 RECORDS = (*TEXT, "text_key")  # text of TFDS
 IMAGES = ("dir", "image_key", "label_key")  # images of TFDS
 PREPARED = (*RECORDS, *IMAGES)  # until the features are known

@@ -25,11 +25,11 @@ def load_text(options: ConfigDict) -> Data:
 
     The last tenth of each client's text is its test. Of the rest the first
     `options.kilobytes` are trained on, all where it is 0, so that more text is tested
-    on the same.
+    on the same; of the test the first `options.test_kilobytes`, likewise.
 
     Args:
       options: the config's group `data`: `dir`, `client` (see `CLIENTS`), `length`,
-        `kilobytes` and `tokenizer`.
+        `kilobytes`, `test_kilobytes` and `tokenizer`.
 
     Raises:
       UserError: no folder, no files, files that cannot be read or hold nothing, windows
@@ -140,7 +140,7 @@ def divide(texts: list[Text], coder: Coder, options: ConfigDict, where: str) -> 
     Raises:
       UserError: all are too short.
     """
-    documents = [encode_parts(each, coder, options.kilobytes) for each in texts]
+    documents = [encode_parts(each, coder, options) for each in texts]
     counts = [(len(each.train.ids), len(each.test.ids)) for each in documents]
     enough = [min(count) > options.length for count in counts]
     if not any(enough):
@@ -209,13 +209,18 @@ def note_shortage(
     return (note,)
 
 
-def encode_parts(text: Text, coder: Coder, kilobytes: int) -> Document:
+def encode_parts(text: Text, coder: Coder, options: ConfigDict) -> Document:
     """The tokens that one client trains and is tested on, see `load_text`."""
     client, stratum, whole = text
     start = find_test(whole, coder)
-    end = coder.cut(whole, min(start, KILO * kilobytes or start))
-    parts = coder.encode(whole[:end]), coder.encode(whole[start:])
-    return Document(client, stratum, *parts)
+    train = take_first(whole[:start], coder, options.kilobytes)
+    test = take_first(whole[start:], coder, options.test_kilobytes)
+    return Document(client, stratum, coder.encode(train), coder.encode(test))
+
+
+def take_first(text: bytes, coder: Coder, kilobytes: int) -> bytes:
+    """So much of the text's start, all of it for 0."""
+    return text[: coder.cut(text, min(len(text), KILO * kilobytes or len(text)))]
 
 
 def find_test(text: bytes, coder: Coder) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Data
-from fedmoe_jax.data.text import KILO, divide, list_speakers
+from fedmoe_jax.data.text import KILO, divide, list_speakers, take_first
 from fedmoe_jax.data.tfds import (
     SPLITS,
     check_format,
@@ -49,7 +49,8 @@ def load_records(source: Path, options: ConfigDict) -> Data:
     if options.client == "speaker":
         return divide(list_speakers({"train": train}, source), coder, options, where)
     notes = note_shortage(len(train), options.kilobytes, where)
-    train = train[: coder.cut(train, KILO * options.kilobytes or len(train))]
+    train = take_first(train, coder, options.kilobytes)
+    test = take_first(test, coder, options.test_kilobytes)
     tokens = coder.encode(train), coder.encode(test)
     document = Document(options.name, options.name, *tokens)
     data = make_text([document], options.length, coder.vocabulary, where)

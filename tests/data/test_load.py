@@ -38,16 +38,17 @@ CHANGED = {
     "client": "speaker",
     "length": 64,
     "kilobytes": 1,
+    "test_kilobytes": 1,
     "tokenizer": "t.json",
     "image_key": "foo",
     "label_key": "bar",
     "text_key": "text",
 }
-DEFAULTS = {"client": "file", "length": 32, "kilobytes": 0}
+DEFAULTS = {"client": "file", "length": 32, "kilobytes": 0, "test_kilobytes": 0}
 UNREAD = {
     "digits": tuple(CHANGED),
     "synthetic": tuple(CHANGED),
-    "cifar10": ("file", "client", "length", "kilobytes", "tokenizer", "text_key"),
+    "cifar10": ("file", "client", *tuple(CHANGED)[3:6], "text_key"),
     "arrays": tuple(CHANGED)[1:],
     "text": ("file", "image_key", "label_key", "text_key"),
     "markov": ("file", "dir", *tuple(CHANGED)[4:]),

@@ -61,6 +61,16 @@ def test_load_text_trains_on_less_and_tests_on_the_same(folder):
         np.testing.assert_array_equal(whole.test[name], short.test[name])
 
 
+def test_load_text_tests_on_the_first_of_the_test(folder):
+    (folder / "wolof" / "john.txt").write_text(WOLOF * 90, encoding="utf-8")
+    whole, short = load(folder), load(folder, test_kilobytes=1)
+    text = read(whole.test, whole.test_owner, 2)
+    assert len(text) > 1000
+    assert read(short.test, short.test_owner, 2) == text[:1000]
+    for name in whole.train:
+        np.testing.assert_array_equal(whole.train[name], short.train[name])
+
+
 PLAY = b"""Proud prologue.
 
 ANNA:
