@@ -12,8 +12,8 @@ Markov sources over one alphabet, whose limit in bits is known, needs no file an
 70 s on two cores; without it FOLDER has a folder of .txt files for each of eight
 languages, of which the first 80 kB are for training, 40 for each client, a tenth of
 them to tune on, and 20 kB of the last tenth for the test. docs/running.md says where to
-find such texts; `--only=1/4` to `--only=4/4` run the study in parts. `oracle` knows each
-client's language, `prototypes` looks for it.
+find such texts; `--only=1/4` to `--only=4/4` run the study in parts. `oracle` knows
+each client's language, `prototypes` looks for it.
 `fitness` compares what the paper's rules make of other feedback than accuracy: loss,
 both less their means over the client's experts, and the loss of each expert before it
 is trained on examples that the client keeps for that (`probe`), alone and so related.
