@@ -115,7 +115,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.compare.strategies = AMOUNTS
         config.compare.changes = tuple(f"data.kilobytes={size}" for size in KILOBYTES)
         config.evaluation.baseline = "fedavg_active data.kilobytes=80"
-    config.tune.rates = (0.0003, 0.001, 0.003, 0.01)
+    rates = (0.0003, 0.001, 0.003, 0.01, 0.03)
+    config.tune.rates = rates[:4] if words else rates[1:]
     fedadam = "server.optimizer=fedadam,server.learning_rate=0.003"
     config.tune.servers = ("", fedadam) if words else ("",)
     config.tune.measure = "validation_personal_bits"
