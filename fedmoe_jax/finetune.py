@@ -26,7 +26,12 @@ from fedmoe_jax.panel import choose_rows, gather_panel
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.scoring import divide_bits, find_participants, sum_scores
+from fedmoe_jax.scoring import (
+    divide_bits,
+    find_participants,
+    keep_wanted,
+    sum_scores,
+)
 from fedmoe_jax.sources import choose_batch, read_examples, schedule_examples, take_test
 from fedmoe_jax.types import (
     Array,
@@ -81,7 +86,7 @@ def score_tuned(
 
     Returns:
       Accuracy and bits [1 or 2], weighted to its mix [L], and means [V, L] in each
-      stratum, NaN without an example.
+      stratum, NaN without an example; they hold only for strata that it has.
     """
     source = take_test(federation)
     num_strata = len(mix)
@@ -91,9 +96,14 @@ def score_tuned(
     def count(batch: Array) -> tuple[Array, Array]:
         place = source, federation, batch
         examples = read_examples(*place, inputs.distortion, num_strata, program)
-        slots = inputs.held, inputs.slot, inputs.bias
-        outputs, _ = run_model(submodel, federation.frozen, *slots, examples, program)
-        right = sum_scores(outputs, examples, program)
+
+        def score() -> Array:
+            slots = inputs.held, inputs.slot, inputs.bias
+            own = submodel, federation.frozen, *slots
+            outputs, _ = run_model(*own, examples, program)
+            return sum_scores(outputs, examples, program)
+
+        right = keep_wanted(score, examples, (mix > 0).astype(jnp.float32))
         return right, count_weights(examples, program)
 
     def add(totals: tuple, batch: Array) -> tuple[tuple, None]:

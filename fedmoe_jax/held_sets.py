@@ -1,7 +1,8 @@
 """Scores of a model without parts: it is run once for each distinct held set.
 
 Clients that hold the same experts have the same model, unless parts are personal or
-gates have a bias; with a bias each client's set is one of its own.
+gates have a bias; with a bias each client's set is one of its own. A set's model is run
+for batches alone that have an example of a stratum of its clients.
 """
 
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from fedmoe_jax.scoring import (
     ClientView,
     Examples,
     evaluation_route,
+    is_wanted,
+    keep_wanted,
     make_rows,
     score_prior,
     set_rows,
@@ -37,6 +40,7 @@ class HeldSets(NamedTuple):
       slot: [N, G, K] bool, which of them count.
       count: [] int32.
       of_client: [N] int32, the set of each client.
+      wanted: [N, L] float32, 1 for strata that a client of the set has, else 0.
       whole: [N] bool, clients that use all experts.
       bias: [N, G, K] float32, of their gate logits; None without one.
     """
@@ -45,16 +49,18 @@ class HeldSets(NamedTuple):
     slot: Array
     count: Array
     of_client: Array
+    wanted: Array
     whole: Array
     bias: Array | None = None
 
 
-def find_sets(held: Array, bias: Array | None, max_held: int) -> HeldSets:
-    """The distinct rows of `held` [N, G, E] bool, which has a true entry in each.
+def find_sets(clients: ClientView, max_held: int) -> HeldSets:
+    """The distinct sets of experts of clients [N] that have some in each layer.
 
-    A client with more than `max_held` experts in a layer uses all of them. With a
-    `bias` [N, G, E] every client has a set of its own.
+    A client with more than `max_held` experts in a layer uses all of them. With a bias
+    every client has a set of its own.
     """
+    held, bias = clients.held, clients.bias
     whole = (held.sum(axis=2) > max_held).any(axis=1)
     first = (jnp.arange(held.shape[2]) == 0)[None, None]
     held = jnp.where(whole[:, None, None], first, held)
@@ -64,7 +70,9 @@ def find_sets(held: Array, bias: Array | None, max_held: int) -> HeldSets:
     slot = jnp.take_along_axis(kinds, order, axis=2)
     if bias is not None:
         bias = jnp.take_along_axis(bias, order, axis=2)
-    return HeldSets(order, slot, distinct.count, distinct.kind, whole, bias)
+    wanted = jnp.where(whole[:, None], 0.0, clients.wanted)
+    wanted = jnp.zeros_like(wanted).at[distinct.kind].max(wanted)
+    return HeldSets(order, slot, distinct.count, distinct.kind, wanted, whole, bias)
 
 
 def run_model(
@@ -126,15 +134,20 @@ def score_sets(
 ) -> dict[str, Array]:
     """Rows of the distinct sets, each once, see `scoring.make_rows`.
 
-    Rows of `personal` [N + 1, V, L] beyond their count are 0.
+    Rows of `personal` [N + 1, V, L] beyond their count are 0, and those of sets whose
+    clients want none of the examples.
     """
 
-    def score(number: Array, rows: dict[str, Array]) -> dict[str, Array]:
+    def run(number: Array, rows: dict[str, Array]) -> dict[str, Array]:
         every = sets.held, sets.slot, sets.bias
         held, slot, bias = jax.tree.map(lambda leaf: leaf[number], every)
         submodel = take_submodel(params, {}, held, program.strategy.local_experts)
         outputs, _ = run_model(submodel, frozen, held, slot, bias, examples, program)
         return set_rows(rows, number, outputs, priors, examples, program)
+
+    def score(number: Array, rows: dict[str, Array]) -> dict[str, Array]:
+        wanted, keep = is_wanted(examples, sets.wanted[number]), lambda _, rows: rows
+        return jax.lax.cond(wanted, run, keep, number, rows)
 
     rows = make_rows(len(sets.of_client) + 1, priors, examples, program)
     return jax.lax.fori_loop(0, sets.count, score, rows)
@@ -148,16 +161,29 @@ def score_own(
     examples: Examples,
     program: Program,
 ) -> dict[str, Array]:
-    """Scores of ONE client's own whole model: of all experts, and of the held ones."""
+    """Scores of ONE client's own whole model: of all experts, and of the held ones.
+
+    The latter are 0 where the client wants none of the examples, unless all is one.
+    """
     held = jnp.broadcast_to(jnp.arange(client.held.shape[1]), client.held.shape)
     local = program.strategy.local_experts
     own = take_submodel(params, client.personal, held, local)
-    slots = held, client.held, client.bias
-    outputs, _ = run_model(own, frozen, *slots, examples, program)
-    counts = {"personal": sum_scores(outputs, examples, program)}
-    if log_share is not None:
-        counts["prior"] = score_prior(outputs, log_share, examples, program)
     everything = run_all(own, frozen, examples, program)
+
+    def score(outputs: PyTree) -> dict[str, Array]:
+        counts = {"personal": sum_scores(outputs, examples, program)}
+        if log_share is not None:
+            counts["prior"] = score_prior(outputs, log_share, examples, program)
+        return counts
+
+    def run() -> dict[str, Array]:
+        slots = held, client.held, client.bias
+        return score(run_model(own, frozen, *slots, examples, program)[0])
+
+    if held.shape[1] == 1:
+        counts = score(everything[0])
+    else:
+        counts = keep_wanted(run, examples, client.wanted)
     return counts | score_all(*everything, examples, program)
 
 

@@ -128,7 +128,8 @@ def keep_server(panel: Panel, num_groups: int, program: Program) -> Panel:
     view = view._replace(wanted=jnp.zeros((len(view.held), num_groups)))
     none, sets = jnp.int32(0), panel.sets
     if sets is not None:
-        sets = sets._replace(count=none, of_client=sets.of_client[:1])
+        wanted = jnp.zeros((1, num_groups))
+        sets = sets._replace(count=none, of_client=sets.of_client[:1], wanted=wanted)
     return panel._replace(models=Models(view, none), sets=sets, priors=None)
 
 
@@ -158,7 +159,7 @@ def gather_panel(
     sets, count = None, len(counted)
     models, model = Models(clients, jnp.int32(count)), jnp.arange(count)
     if not program.strategy.personal and program.model.parts is None:
-        sets = find_sets(clients.held, clients.bias, program.sizes.max_held)
+        sets = find_sets(clients, program.sizes.max_held)
         # The last row is that of all experts, see `held_sets.score_model`.
         model = jnp.where(sets.whole, count, sets.of_client)
     elif not has_own_models(program):

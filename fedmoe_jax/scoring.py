@@ -88,7 +88,7 @@ class ClientView(NamedTuple):
     Attributes:
       personal: the client's own parts, {} where the server's serve all.
       held: [G, E] bool, the experts it routes among; [E] of ONE layer.
-      wanted: [L] float, 1 for strata that the client has, else 0.
+      wanted: [L] float32, 1 for strata that the client has, else 0.
       bias: [G, E] float32, of its gate logits, [E] of ONE layer; None without one.
     """
 
@@ -137,6 +137,19 @@ def join_frozen(state: SimState, federation: Federation, program: Program) -> Py
     """The params with the parts that the strategy has frozen."""
     frozen = {part: federation.frozen[part] for part in program.strategy.frozen}
     return state.params | frozen
+
+
+def is_wanted(examples: Examples, wanted: Array) -> Array:
+    """[] bool, whether any example is of a stratum that is wanted, [L] float."""
+    return (examples.stratum @ wanted > 0).any()
+
+
+def keep_wanted(
+    score: Callable[[], PyTree], examples: Examples, wanted: Array
+) -> PyTree:
+    """What `score` finds of the examples, or zeros where none of them is wanted [L]."""
+    empty = lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(score))
+    return jax.lax.cond(is_wanted(examples, wanted), score, empty)
 
 
 def sum_strata(values: Array, scores: Scores, stratum: Array) -> Array:

@@ -20,19 +20,24 @@ class Source(NamedTuple):
 
     Attributes:
       rows: leaves [X, ...] by name.
-      example: [Q] int32 in [0, X); None for all of the rows.
+      example: [Q] int32 in [0, X).
       group: [Q] int32, 1 + the stratum, or else, by which scores are summed; 0 where an
         example only pads.
     """
 
     rows: dict[str, Array]
-    example: Array | None
+    example: Array
     group: Array
 
 
 def take_test(federation: Federation) -> Source:
-    """The test examples, by stratum."""
-    return Source(federation.test, None, federation.test_stratum + 1)
+    """The test examples, by stratum and in its order.
+
+    So most batches are of one stratum, and are left out for clients that lack it.
+    """
+    stratum = federation.test_stratum
+    order = jnp.argsort(stratum, stable=True)
+    return Source(federation.test, order, stratum[order] + 1)
 
 
 def take_pool(federation: Federation, pool: Pool) -> Source:
@@ -83,8 +88,7 @@ def read_examples(
     """The examples at `position` [B], drifted by `amount` [] where it is given."""
     count = source.group.shape[0]
     index = jnp.minimum(position, count - 1)
-    example = index if source.example is None else source.example[index]
-    rows = source.rows, example, federation.statistics
+    rows = source.rows, source.example[index], federation.statistics
     drift = program.static.drift.images, amount
     group = jnp.where(position < count, source.group[index], 0)
     return Examples(

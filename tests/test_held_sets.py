@@ -10,7 +10,7 @@ from fedmoe_jax.distinct import WORD
 from fedmoe_jax.evaluate import build_evaluate
 from fedmoe_jax.held_sets import find_sets, score_sets
 from fedmoe_jax.priors import gather_priors
-from fedmoe_jax.scoring import Examples
+from fedmoe_jax.scoring import ClientView, Examples
 
 pytestmark = pytest.mark.slow
 
@@ -26,10 +26,15 @@ def test_find_sets_by_hand():
         ],
         bool,
     )
-    sets = find_sets(held, None, 2)
+    wanted = jnp.eye(4)
+    sets = find_sets(ClientView({}, held, wanted), 2)
     assert sets.whole.tolist() == [False, False, False, True]
     of_client = sets.of_client.tolist()
     assert of_client[0] == of_client[1] and len(set(of_client)) == sets.count == 3
+    expected = {of_client[0]: [1, 1, 0, 0], of_client[2]: [0, 0, 1, 0]}
+    for number, strata in expected.items():
+        assert sets.wanted[number].tolist() == strata
+    assert sets.wanted.sum() == 3  # the fourth uses all experts
     for client, number in enumerate(of_client[:3]):
         rows = zip(sets.held[number], sets.slot[number], held[client], strict=True)
         for ids, slot, mask in rows:
@@ -39,7 +44,7 @@ def test_find_sets_by_hand():
 def test_find_sets_shares_none_with_a_bias():
     held = jnp.array([[[1, 0, 1, 0]], [[1, 0, 1, 0]], [[1, 1, 1, 0]]], bool)
     bias = jnp.arange(12.0).reshape(3, 1, 4)
-    sets = find_sets(held, bias, 2)
+    sets = find_sets(ClientView({}, held, jnp.eye(3), bias), 2)
     assert sets.count == 3 and sets.of_client.tolist() == [0, 1, 2]
     assert sets.held[:2, 0].tolist() == [[0, 2], [0, 2]]
     assert sets.bias[:2, 0].tolist() == [[0, 2], [4, 6]]
@@ -51,14 +56,19 @@ def test_find_sets_tells_any_two_sets_apart(experts):
     """Every client holds one expert of its own in the second layer."""
     first = jnp.zeros((experts, experts), bool).at[:, 0].set(True)
     held = jnp.stack([first, jnp.eye(experts, dtype=bool)], axis=1)
-    sets = find_sets(jnp.concatenate([held, held]), None, 1)
+    wanted = jnp.ones((2 * experts, 1))
+    sets = find_sets(ClientView({}, jnp.concatenate([held, held]), wanted), 1)
     assert sets.count == experts
     np.testing.assert_array_equal(sets.of_client[:experts], sets.of_client[experts:])
     own = sets.held[sets.of_client, 1, 0]
     np.testing.assert_array_equal(own, np.tile(np.arange(experts), 2))
 
 
-def test_score_sets_runs_the_model_once_for_each_set():
+@pytest.mark.parametrize("first, runs_expected", [(1, 2), (0, 1)])
+def test_score_sets_runs_the_model_once_for_each_set_that_has_the_strata(
+    first, runs_expected
+):
+    """Of two strata, the examples are of the first; sets have it or the second."""
     program = use_linear_model(make_program(num_clients=6))
     runs, apply = [], program.model.apply
 
@@ -71,14 +81,16 @@ def test_score_sets_runs_the_model_once_for_each_set():
     held = jnp.array([[1, 1, 0, 0], [0, 0, 1, 0]] * 3, bool)[:, None]
     params, frozen = model.init(jax.random.key(0))
     batch = {"x": jnp.ones((2, 8, 8, 1)), "y": jnp.zeros(2, jnp.int32)}
-    examples = Examples(batch, jnp.ones((2, 1)), jnp.ones(2, bool))
-    sets = find_sets(held, None, program.sizes.max_held)
-    mix = jnp.ones((6, 1))
+    stratum = jnp.array([[1.0, 0.0]] * 2)
+    examples = Examples(batch, stratum, jnp.ones(2, bool))
+    wanted = jnp.array([[first, 1], [1, 0]] * 3, jnp.float32)
+    sets = find_sets(ClientView({}, held, wanted), program.sizes.max_held)
+    mix = jnp.ones((6, 16))
     priors = gather_priors(mix, sets.of_client, jnp.arange(6), 7)
     rows = score_sets(params, frozen, sets, priors, examples, program)
     jax.effects_barrier()
-    assert len(runs) == 2 and rows["personal"].shape == (7, 1, 1)
-    assert not rows["personal"][2:].any() and rows["prior"].shape == (6, 1, 1)
+    assert len(runs) == runs_expected and rows["personal"].shape == (7, 1, 2)
+    assert not rows["personal"][2:].any() and rows["prior"].shape == (6, 1, 2)
 
 
 @pytest.mark.parametrize(

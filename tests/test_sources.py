@@ -63,8 +63,8 @@ def test_schedule_examples_deals_each_once(devices, most, batches, size):
 def test_read_examples_marks_padding():
     examples = read(take_test(FEDERATION), jnp.array([0, 2, 3]), 3)
     assert examples.real.tolist() == [True, True, False]
-    assert examples.batch["y"].tolist() == [2, 1, 1]
-    assert examples.stratum.tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0]]
+    assert examples.batch["y"].tolist() == [0, 1, 1]  # in the order of strata
+    assert examples.stratum.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
 
 
 def test_read_examples_of_a_pool_are_grouped_as_it_says():
