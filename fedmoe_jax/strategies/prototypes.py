@@ -6,7 +6,9 @@ server's model, and the labels' counts; for text one mean of hidden states in ea
 layer. The server looks for groups of clients (see `align.prototypes`), and every group
 has experts of its own: with k groups, expert e is of group e mod k. A client holds
 those of its own group first, then those of groups that are near. Where there are no
-groups, experts are drawn at random each round.
+groups all clients go on as in the warm-up: each holds expert 0 alone, a dense model,
+as pooling is what wins there. `prototypes_bounded`, whose experts all stay in use,
+draws at random each round instead.
 
 Not a published system. Related are IFCA (arXiv 2006.04088), whose clients choose the
 model of least loss and download all of them for it, and clustered FL by directions of
@@ -241,35 +243,37 @@ def survey(
     return state.replace(align=align), federation.frozen
 
 
-def find_scores(evidence: Evidence, sizes: Sizes, key: Array) -> Array:
-    """Scores [C, E] of the cohort, drawn afresh where no groups are known."""
-    scores = evidence.state["score"][evidence.client]
-    drawn = uniform_scores(key, evidence.client, sizes.num_experts)
-    return jnp.where(evidence.state["groups"] > 1, scores, drawn)
-
-
 def prefer_near(evidence: Evidence, hyper: Hyper) -> Array:
     """The affinity [C, E] in [0, 1]: of the score; 0 where no groups are known."""
     return jnp.maximum(evidence.state["score"][evidence.client], 0.0)
 
 
 def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assignment:
-    """The k_c experts of highest score."""
-    scores = find_scores(evidence, sizes, key)
-    return top_k(scores, evidence.capacity, sizes.max_held)
+    """The k_c experts of highest score; expert 0 alone where no groups are known."""
+    known = evidence.state["groups"] > 1
+    score = evidence.state["score"][evidence.client]
+    # All are 0 where no groups are known, and the first of equals is expert 0.
+    capacity = jnp.where(known, evidence.capacity, 1)
+    return top_k(score, capacity, sizes.max_held)
 
 
 def assign_bounded(
     evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array
 ) -> Assignment:
-    """Most score in total, with every expert's holders within FLEX-MoE's bounds."""
+    """Most score in total, with every expert's holders within FLEX-MoE's bounds.
+
+    Where no groups are known scores are drawn afresh.
+    """
+    known = evidence.state["groups"] > 1
+    score = evidence.state["score"][evidence.client]
+    drawn = uniform_scores(key, evidence.client, sizes.num_experts)
     weight = weigh_slots(evidence)
     slots = fill_slots(evidence.capacity, sizes.max_held).sum()
     lots = draw_lots(key, evidence.client, sizes.num_experts)
     bounds = make_bounds(
         weight, slots / sizes.num_experts, sizes.num_experts, hyper, True
     )
-    scores = find_scores(evidence, sizes, key) + LOT * lots
+    scores = jnp.where(known, score, drawn) + LOT * lots
     return bounded_top_k(
         scores, evidence.capacity, bounds, max_held=sizes.max_held, whole=True
     )
@@ -316,7 +320,7 @@ PROTOTYPES = Strategy(
     affinity=prefer_near,
     about=(
         "Finds groups of clients from the mean features of their labels, and gives "
-        "each group experts of its own; without groups draws at random."
+        "each group experts of its own; without groups all train one expert."
     ),
     needs="clients' class means and label counts",
     options=OPTIONS,
@@ -327,6 +331,9 @@ PROTOTYPES = Strategy(
 
 PROTOTYPES_BOUNDED = PROTOTYPES._replace(
     assign=assign_bounded,
-    about="As prototypes, but bounds the number of every expert's holders.",
+    about=(
+        "As prototypes, but bounds the number of every expert's holders; without "
+        "groups draws at random."
+    ),
     options=(*OPTIONS, *BOUNDS),
 )

@@ -85,7 +85,7 @@ def count_sketch(round: Array, hyper: Hyper, sizes: Sizes) -> tuple[Array, int]:
 UPDATE_GROUPS = PROTOTYPES._replace(
     about=(
         "Finds groups of clients from the directions of their gradients, and gives "
-        "each group experts of its own; without groups draws at random."
+        "each group experts of its own; without groups all train one expert."
     ),
     needs="a sketch of every client's gradient",
     stages=make_stages(describe_update),

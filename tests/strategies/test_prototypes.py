@@ -144,8 +144,14 @@ def test_assign_holds_the_experts_of_the_own_group_first():
         assert row == best.tolist()
 
 
-def test_assign_draws_afresh_where_no_groups_are_known():
+def test_assign_gives_all_clients_one_expert_where_no_groups_are_known():
     decide, evidence = prepare_strategy("prototypes")
+    held = list_held(decide(evidence, make_hyper(), key=jax.random.key(0)))
+    assert held == [[0]] * len(evidence.client)
+
+
+def test_assign_bounded_draws_afresh_where_no_groups_are_known():
+    decide, evidence = prepare_strategy("prototypes_bounded")
     keys = jax.random.split(jax.random.key(0), 20)
     found = [list_held(decide(evidence, make_hyper(), key=key)) for key in keys]
     assert len({str(each) for each in found}) > 10
