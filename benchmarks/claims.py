@@ -1,7 +1,7 @@
 """Recomputes every claim of `results/claims.toml`: `python -m benchmarks.claims`.
 
-It rewrites the numbers between the markers of the pages that quote claims;
-`--check` writes nothing and fails where a page has another number.
+It rewrites the numbers between the markers of the pages that quote claims, and the
+pictures of maps; `--check` writes nothing and fails where one has another number.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims_list import list_claims
-from benchmarks.claims_map import tabulate_map
+from benchmarks.claims_map import Map, is_drawn, read_map, save_map, tabulate_map
 from benchmarks.claims_numbers import compute, tabulate, tabulate_differences
 from benchmarks.claims_page import Computed, first_change, rewrite
 from benchmarks.page import RESULTS
@@ -47,15 +47,16 @@ def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
 
     Raises:
       UserError: see `list_claims`, `read_studies`, `compute`, `tabulate`,
-        `tabulate_differences` and `tabulate_map`.
+        `tabulate_differences` and `read_map`.
     """
     claims, means = list_claims(listed), listed["tables"]
-    apart, maps = listed["differences"], listed.get("maps", {})
+    apart, tables = listed["differences"], listed.get("maps", {})
     numbered = {name: claim for name, claim in claims.items() if claim.a}
     used = [claim.study for claim in numbered.values()]
     used += [table["study"] for table in (*means.values(), *apart.values())]
-    used += [study for table in maps.values() for study, _ in table["rows"]]
+    used += [study for table in tables.values() for study, _ in table["rows"]]
     studies = read_studies(used, results)
+    maps = {name: read_map(table, studies) for name, table in tables.items()}
     return Computed(
         claims,
         {
@@ -67,8 +68,21 @@ def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
             for make, tables in ((tabulate, means), (tabulate_differences, apart))
             for name, table in tables.items()
         }
-        | {name: tabulate_map(table, studies) for name, table in maps.items()},
+        | {name: tabulate_map(found) for name, found in maps.items()},
+        maps,
     )
+
+
+def list_pictures(
+    listed: Mapping[str, Any], computed: Computed, results: Path
+) -> dict[Path, Map]:
+    """The maps whose pictures are out of date, by the pictures' paths."""
+    wanted = {
+        results / table["picture"]: computed.maps[name]
+        for name, table in listed.get("maps", {}).items()
+        if "picture" in table
+    }
+    return {path: found for path, found in wanted.items() if not is_drawn(path, found)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,6 +105,12 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name}: {first_change(old, new)}", file=sys.stderr)
             else:
                 write_atomically(path, new)
+        for path, found in list_pictures(listed, computed, RESULTS).items():
+            if flags.check:
+                status = 1
+                print(f"{path.name}: other numbers", file=sys.stderr)
+            else:
+                save_map(path, found)
     except (UserError, tomllib.TOMLDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

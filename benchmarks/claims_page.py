@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.claims_list import Claim
+from benchmarks.claims_map import Map
 from benchmarks.claims_numbers import Number
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.cells import Cell
@@ -35,12 +36,14 @@ class Computed(NamedTuple):
     Attributes:
       claims: by id.
       numbers: by the id of the claim; a struck one may have none.
-      tables: of means and of differences, by name.
+      tables: of means, of differences and of maps, by name.
+      maps: by name.
     """
 
     claims: Mapping[str, Claim]
     numbers: Mapping[str, Number]
     tables: Mapping[str, Sheet]
+    maps: Mapping[str, Map]
 
 
 def show(cell: Cell) -> str:

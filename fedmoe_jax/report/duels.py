@@ -71,17 +71,50 @@ def hold_duel(
     return Duel(mixture, control, paired, lead)
 
 
-def duel_cell(duel: Duel, digits: int, quote: Callable[[str], str] = str) -> Cell:
+class Phrase(NamedTuple):
+    """A duel in words: `first margin word second`.
+
+    Attributes:
+      first: the label that leads; the mixture where none does.
+      margin: the difference and its interval, without a sign where one leads.
+      word: `over` where one leads, else `less`.
+      second: the other label.
+    """
+
+    first: str
+    margin: str
+    word: str
+    second: str
+
+
+def phrase_duel(duel: Duel, digits: int, unit: str = "") -> Phrase:
+    """A duel in words.
+
+    Args:
+      duel: of two labels.
+      digits: of the margin.
+      unit: which follows it, where it is not that of all.
+    """
+    margin = difference_cell(duel.paired, digits).text + (f" {unit}" if unit else "")
+    if not duel.lead:
+        return Phrase(duel.mixture, margin, "less", duel.control)
+    first, second = duel.mixture, duel.control
+    if duel.lead < 0:
+        first, second = second, first
+    return Phrase(first, margin.lstrip("+-"), "over", second)
+
+
+def duel_cell(
+    duel: Duel, digits: int, quote: Callable[[str], str] = str, unit: str = ""
+) -> Cell:
     """The winner and its margin, bold; the difference where it can be chance.
 
     Args:
       duel: of two labels.
       digits: of the margin.
       quote: how a label is written.
+      unit: see `phrase_duel`.
     """
-    cell = difference_cell(duel.paired, digits)
-    labels = [quote(duel.mixture), quote(duel.control)]
-    if not duel.lead:
-        return cell._replace(text=f"{labels[0]} {cell.text} less {labels[1]}")
-    first, second = labels if duel.lead > 0 else reversed(labels)
-    return cell._replace(text=f"{first} {cell.text.lstrip('+-')} over {second}")
+    first, margin, word, second = phrase_duel(duel, digits, unit)
+    text = f"{quote(first)} {margin} {word} {quote(second)}"
+    return difference_cell(duel.paired, digits)._replace(text=text)

@@ -23,20 +23,24 @@ class Verdict(NamedTuple):
 
     Attributes:
       lead: +1 where a mixture leads, -1 where a control does, 0 where neither.
-      margin: by how much, above 0; its shade is its share of the column's largest one.
+      margin: by how much, above 0; its shade is its share of the largest one of the
+        column in its unit.
       lines: two lines of text.
+      unit: of the margin, any text.
     """
 
     lead: int
     margin: float
     lines: tuple[str, str]
+    unit: str = ""
 
 
 def shade(verdict: Verdict, column: Sequence[Verdict | None]) -> dict[str, Any]:
     """Colour and opacity of a cell among those of its column."""
     if not verdict.lead:
         return dict(facecolor=GREY, alpha=0.06)
-    most = max(each.margin for each in column if each and each.lead)
+    alike = [each for each in column if each and each.unit == verdict.unit]
+    most = max(each.margin for each in alike if each.lead)
     share = verdict.margin / most if most else 0.0
     low, high = SHADES
     colour = COLOURS[0] if verdict.lead > 0 else COLOURS[1]

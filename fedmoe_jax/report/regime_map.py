@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from fedmoe_jax.report.cells import NO_DATA, Cell
-from fedmoe_jax.report.duels import Duel, duel_cell, hold_duel
+from fedmoe_jax.report.duels import Duel, duel_cell, hold_duel, phrase_duel
 from fedmoe_jax.report.figures import Picture, has_bits, title_final
 from fedmoe_jax.report.map_plot import Verdict, draw_map
-from fedmoe_jax.report.paired import difference_cell, final_measures, seeds_of
+from fedmoe_jax.report.paired import final_measures, seeds_of
 from fedmoe_jax.report.regimes import split_regimes
 from fedmoe_jax.report.runs import NAN, Run, name_runs, num_experts
 from fedmoe_jax.report.sheets import Section, Sheet
@@ -80,18 +80,11 @@ def map_section(runs: Sequence[Run]) -> Section | None:
     return Section(TITLE, ABOUT, (Sheet("", heads, rows),))
 
 
-def judge(duel: Duel, digits: int) -> Verdict:
-    """A duel as a cell of the picture, its leader first."""
-    first, second = duel.mixture, duel.control
-    if duel.lead < 0:
-        first, second = second, first
-    margin = difference_cell(duel.paired, digits).text
-    if duel.lead:
-        margin = margin.lstrip("+-")
-    word = "over" if duel.lead else "less"
-    return Verdict(
-        duel.lead, abs(duel.paired.mean), (first, f"{margin} {word} {second}")
-    )
+def judge(duel: Duel, digits: int, unit: str = "") -> Verdict:
+    """A duel as a cell of the picture, its leader first; see `phrase_duel`."""
+    first, margin, word, second = phrase_duel(duel, digits, unit)
+    lines = first, f"{margin} {word} {second}"
+    return Verdict(duel.lead, abs(duel.paired.mean), lines, unit)
 
 
 def map_picture(runs: Sequence[Run]) -> Iterator[Picture]:

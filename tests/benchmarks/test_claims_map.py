@@ -2,7 +2,14 @@
 
 import pytest
 
-from benchmarks.claims_map import show_duel, tabulate_map
+from benchmarks.claims_map import (
+    find_place,
+    is_drawn,
+    read_map,
+    save_map,
+    show_place,
+    tabulate_map,
+)
 from benchmarks.studies import Study
 from fedmoe_jax.options import UserError
 
@@ -33,7 +40,7 @@ def test_a_map_names_the_winner_and_its_margin():
         "measures": ["global", "mean_load_cv"],  # of which less is better
         "rows": [["a", "rotated"], ["b", "skewed"], ["c", "mixed"]],
     }
-    sheet = tabulate_map(table, studies)
+    sheet = tabulate_map(read_map(table, studies))
     assert sheet.heads == ["", "Global %", "Load CV"]
     cells = {text: row[0] for text, row in sheet.rows.items()}
     assert cells["rotated"].text == "`greedy` 12.0 ± 5.0 over `dense`"
@@ -45,9 +52,41 @@ def test_a_map_names_the_winner_and_its_margin():
 
 def test_references_take_no_part():
     table = {"controls": ["dense"], "references": ["greedy"]}
-    assert show_duel(LEADS, table, "global").text.startswith("`random` +3.0")
+    place = find_place(LEADS, table, "global")
+    assert show_place(place).text.startswith("`random` +3.0")
 
 
 def test_a_map_needs_both_kinds():
     with pytest.raises(UserError, match="tiny has the rows greedy.*allowed: some of x"):
-        show_duel(LEADS, {"controls": ["x"]}, "global")
+        find_place(LEADS, {"controls": ["x"]}, "global")
+
+
+def test_a_column_takes_the_first_measure_that_a_study_has():
+    bits = {0: {"final_global_bits": 2.0}, 1: {"final_global_bits": 2.2}}
+    less = {0: {"final_global_bits": 2.4}, 1: {"final_global_bits": 2.6}}
+    seeds = {"greedy": bits, "dense": less}
+    text = Study("text", seeds, dict.fromkeys(seeds, "tuned"), {}, [])
+    table = {
+        "controls": ["dense"],
+        "measures": [["Global", "global", "final_global_bits"], "personal"],
+        "rows": [["a", "rotated"], ["t", "languages"]],
+    }
+    sheet = tabulate_map(read_map(table, {"a": LEADS, "t": text}))
+    assert sheet.heads == ["", "Global", "Personal %"]
+    assert sheet.rows["rotated"][0].text == "`greedy` 12.0 ± 5.0 over `dense`"
+    cell = sheet.rows["languages"][0].text
+    assert cell == "`greedy` 0.400 ± 0.000 bits over `dense`"
+    assert {row[1].text for row in sheet.rows.values()} == {"no data"}
+
+
+def test_a_picture_knows_the_numbers_that_it_shows(tmp_path):
+    table = {
+        "controls": ["dense", "alone"],
+        "measures": ["global"],
+        "rows": [["a", "rotated"]],
+    }
+    path, found = tmp_path / "map.png", read_map(table, {"a": LEADS})
+    assert not is_drawn(path, found)
+    save_map(path, found)
+    assert is_drawn(path, found)
+    assert not is_drawn(path, read_map(table, {"a": LEVEL}))
