@@ -16,7 +16,9 @@ The number of groups k is the one whose dispersion falls furthest below that of 
 clients (the gap statistic of Tibshirani, Walther and Hastie, 2001, with a permutation
 in the place of their uniform reference): in each label the means are dealt out anew
 among the clients that have it, or, where there is one class, each principal component
-among all clients. There are no groups unless the gap is larger than those of nearly all
+among all clients. Two groups of one class differ in one component alone, which is as
+much in two when it is dealt out; against two groups clients are rotated instead, as in
+rotation tests (Langsrud, 2005), which keeps the covariance. There are no groups unless the gap is larger than those of nearly all
 shuffled sets themselves (a permutation test at `LEVEL`), and than `WORTH`: label skew
 alone makes small ones, as a mean of few examples says little.
 """
@@ -192,10 +194,35 @@ def shuffle_components(key: Array, means: Means) -> Means:
     return means._replace(feature=(dealt @ axes)[:, None])
 
 
-def shuffle(key: Array, means: Means) -> Means:
-    """Centered means of clients without groups, but of the same spread."""
-    one_class = means.count.shape[1] == 1
-    return center((shuffle_components if one_class else shuffle_holders)(key, means))
+def rotate_clients(key: Array, means: Means) -> Means:
+    """Features of ONE class as if each client's were drawn anew, normal, around 0.
+
+    An orthogonal mixture of clients, drawn evenly from those that leave a mean of 0 at
+    0: what is left of any groups is the covariance of the features.
+
+    Args:
+      key: a JAX key, consumed.
+      means: of n clients, whose mean is taken away.
+    """
+    feature = means.feature[:, 0] - means.feature[:, 0].mean(axis=0, keepdims=True)
+    num_clients = len(feature)
+    drawn = jax.random.normal(key, (2, num_clients, num_clients - 1))
+    # Orthonormal bases of what is orthogonal to the vector of ones, both at random.
+    basis = jnp.linalg.qr(drawn - drawn.mean(axis=1, keepdims=True))[0]
+    return means._replace(feature=(basis[0] @ (basis[1].T @ feature))[:, None])
+
+
+def shuffle(key: Array, means: Means) -> tuple[Means, Means]:
+    """Centered means of clients without groups, but of the same spread.
+
+    Returns:
+      Those to compare with two groups, and with more.
+    """
+    if means.count.shape[1] > 1:
+        dealt = center(shuffle_holders(key, means))
+        return dealt, dealt
+    rotated, dealt = rotate_clients(key, means), shuffle_components(key, means)
+    return center(rotated), center(dealt)
 
 
 class Found(NamedTuple):
@@ -234,16 +261,19 @@ def find_groups(key: Array, means: Means, shrink: Array, *, most: int) -> Found:
         return Found(jnp.int32(1), none, jnp.zeros(()), one)
     numbers = jnp.arange(2, min(most, num_clients) + 1)
 
-    def try_numbers(key: Array, means: Means) -> Groups:
-        attempt = lambda k: cluster(key, means, shrink, k, most)
+    def try_numbers(key: Array, two: Means, more: Means) -> Groups:
+        def attempt(k: Array) -> Groups:
+            own = jax.tree.map(lambda a, b: jnp.where(k == 2, a, b), two, more)
+            return cluster(key, own, shrink, k, most)
+
         return jax.lax.map(attempt, numbers)
 
     def disperse_shuffled(key: Array) -> Array:
         deal, own = jax.random.split(key)
-        return try_numbers(own, shuffle(deal, means)).dispersion
+        return try_numbers(own, *shuffle(deal, means)).dispersion
 
     own_key, shuffle_key = jax.random.split(key)
-    own = try_numbers(own_key, means)
+    own = try_numbers(own_key, means, means)
     shuffled = jax.lax.map(disperse_shuffled, jax.random.split(shuffle_key, SHUFFLES))
     log_all = jnp.log(jnp.vstack([own.dispersion, shuffled]) + SMALL)
     gaps = log_all[1:].mean(axis=0)[None] - log_all  # [1 + SHUFFLES, numbers]

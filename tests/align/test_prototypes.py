@@ -14,6 +14,7 @@ from fedmoe_jax.align.prototypes import (
     choose_seeds,
     find_groups,
     measure_distance,
+    rotate_clients,
     run_lloyd,
     shuffle_components,
     shuffle_holders,
@@ -27,10 +28,15 @@ def find(key, means, most):
     return find_groups(key, means, SHRINK, most=most)
 
 
-def plant(groups, labels, *, apart, clients=20, alpha=100.0, width=16, seed=0):
-    """Clients of planted groups, whose means are noisy as means of examples are."""
+def plant(groups, labels, *, apart, clients=20, alpha=100.0, width=16, seed=0, skew=1):
+    """Clients of planted groups, whose means are noisy as means of examples are.
+
+    Group g has a share of the clients in proportion to `(g + 1) ** -(skew - 1)`.
+    """
     rng = np.random.default_rng(seed)
-    group = np.arange(clients) % groups
+    share = np.arange(1, groups + 1) ** (1.0 - skew)
+    ends = np.round(clients * share.cumsum() / share.sum())
+    group = np.searchsorted(ends, np.arange(clients), side="right")
     center = rng.normal(size=(labels, width)) + apart * rng.normal(
         size=(groups, labels, width)
     )
@@ -119,6 +125,22 @@ def test_shuffle_components_keeps_the_spread_of_every_component():
         np.testing.assert_allclose(dealt, own, atol=1e-5)
 
 
+def test_rotate_clients_keeps_the_covariance_and_no_groups():
+    """Of two groups far apart in one feature, which are one cloud afterwards."""
+    means, group = plant(2, 1, apart=3.0, width=4)
+    before = np.asarray(means.feature[:, 0])
+    after = np.asarray(rotate_clients(KEY, means).feature[:, 0])
+    np.testing.assert_allclose(after.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(np.cov(after.T), np.cov(before.T), rtol=1e-4, atol=1e-5)
+    axis = np.linalg.eigh(np.cov(before.T))[1][:, -1]
+
+    def kurtosis(rows):
+        along = (rows - rows.mean(axis=0)) @ axis
+        return np.mean(along**4) / np.mean(along**2) ** 2
+
+    assert kurtosis(before) < 1.1 < 1.5 < kurtosis(after)  # 1 of two points, 3 normal
+
+
 def test_seeds_are_far_from_one_another():
     means, group = plant(8, 1, apart=1.0, clients=16)
     start = functools.partial(choose_seeds, means=center(means), shrink=SHRINK, most=8)
@@ -140,7 +162,7 @@ def test_eight_groups_of_two_clients_are_found():
 
 @pytest.mark.parametrize(
     ("groups", "labels", "alpha"),
-    [(4, 5, 100.0), (2, 5, 0.3), (4, 1, 1.0), (3, 1, 1.0)],
+    [(4, 5, 100.0), (2, 5, 0.3), (4, 1, 1.0), (3, 1, 1.0), (2, 1, 1.0)],
 )
 def test_planted_groups_are_found_and_their_number(groups, labels, alpha):
     for seed in range(3):
@@ -152,6 +174,29 @@ def test_planted_groups_are_found_and_their_number(groups, labels, alpha):
         pairs = set(zip(group.tolist(), nearest.tolist(), strict=True))
         assert len(pairs) == groups == len(set(nearest.tolist()))
         assert np.isinf(found.distance[:, groups:]).all()
+
+
+def test_sixteen_groups_of_unequal_sizes_are_found_among_many_clients():
+    """Of 120 clients the largest group has 35 and the least two."""
+    means, group = plant(16, 1, apart=1.0, clients=120, skew=2)
+    sizes = np.bincount(group)
+    assert (len(sizes), sizes.max(), sizes.min()) == (16, 35, 2)
+    found = find(KEY, means, most=16)
+    assert int(found.count) == 16
+    nearest = np.asarray(found.distance).argmin(axis=1)
+    assert len(set(zip(group.tolist(), nearest.tolist(), strict=True))) == 16
+
+
+def test_groups_are_seldom_found_where_there_are_none():
+    """In at most one of twenty sets, as the permutation test promises: here of 60."""
+    sets = [plant(1, 1, apart=0.0, clients=12, seed=seed)[0] for seed in range(60)]
+    means = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sets)
+    look = functools.partial(find_groups, shrink=SHRINK, most=3)
+    one = lambda own: look(*own)
+    found = jax.jit(functools.partial(jax.lax.map, one))(
+        (jax.random.split(KEY, 60), means)
+    )
+    assert (found.count > 1).sum() <= 3
 
 
 @pytest.mark.parametrize(("labels", "alpha"), [(5, 100.0), (5, 0.1), (1, 1.0)])

@@ -59,6 +59,18 @@ def test_clients_that_choose_the_best_expert_find_the_groups(warm_up):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["prototypes", "update_groups"])
+def test_clients_that_are_asked_once_are_found_to_be_in_groups(strategy):
+    """Prototypes are asked for again, when labels have drifted, to the same end."""
+    rounds = {"num_rounds": 8, "eval_every": 8, "upcycle.rounds": 2}
+    drift = {"drift.labels": 1.0, "drift.start": 4, "drift.rounds": 1}
+    again = drift | {"prototypes.period": 2} if strategy == "prototypes" else {}
+    found = run_digits(strategy, **rounds, **again)
+    assert found["groups"] == 2 and found["personal_accuracy"] > 0.7
+    np.testing.assert_allclose(found["expert_group_information"], 1.0, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotation_permuted", "inversion"])
 def test_a_run_with_groups_is_whole(kind, tmp_path):
     """Own tests, validation and unseen clients; a run and its report's arrays."""
