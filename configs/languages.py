@@ -41,7 +41,6 @@ STRATEGIES = (
     "fedavg_smallest",
     "fedavg_active",
     "fedavg_held",
-    "local_smallest",
     "local_active",
 )
 FEEDBACK = ("accuracy", "loss", "relative", "relative_loss")

@@ -18,9 +18,10 @@ in the place of their uniform reference): in each label the means are dealt out 
 among the clients that have it, or, where there is one class, each principal component
 among all clients. Two groups of one class differ in one component alone, which is as
 much in two when it is dealt out; against two groups clients are rotated instead, as in
-rotation tests (Langsrud, 2005), which keeps the covariance. There are no groups unless the gap is larger than those of nearly all
-shuffled sets themselves (a permutation test at `LEVEL`), and than `WORTH`: label skew
-alone makes small ones, as a mean of few examples says little.
+rotation tests (Langsrud, 2005), which keeps the covariance. There are no groups unless
+the gap is larger than those of nearly all shuffled sets themselves (a permutation test
+at `LEVEL`), and than `WORTH`: label skew alone makes small ones, as a mean of few
+examples says little.
 """
 
 from typing import NamedTuple
