@@ -49,6 +49,8 @@ FREE_FIELDS = frozenset(
 )
 
 
+SEEDS = Range(0, 2**31 - 1)
+
 # The lists of a comparison: what an element is, and what is allowed.
 LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "strategies": (lambda x: isinstance(x, str), "names of strategies, as ('greedy',)"),
@@ -56,7 +58,10 @@ LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: isinstance(x, str),
         "changes, as ('', 'fitness.idle=keep')",
     ),
-    "seeds": (is_whole, "whole numbers, as (0, 1, 2)"),
+    "seeds": (
+        lambda x: is_whole(x) and x in SEEDS,
+        f"whole numbers in {SEEDS}, as (0, 1, 2)",
+    ),
     "settings": (
         lambda x: isinstance(x, str),
         "strategies with changes, as ('greedy: client.learning_rate=0.06',)",
@@ -106,7 +111,7 @@ def list_rate_options(side: str, gradient: str) -> tuple[Option, ...]:
 OPTIONS: tuple[Option, ...] = (
     Option(
         "seed",
-        Range(0, 2**31 - 1),
+        SEEDS,
         "seed of the split, the devices, the initial weights and every draw",
     ),
     Option(

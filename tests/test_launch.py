@@ -111,7 +111,8 @@ BAD = {
     ),
     "an open list": (
         [DIGITS, "--config.compare.seeds=(0,"],
-        r"compare.seeds='\(0,' is not allowed; allowed: whole numbers, as \(0, 1, 2\)",
+        r"compare.seeds='\(0,' is not allowed; allowed: whole numbers in \[0, 214748"
+        r"3647\], as \(0, 1, 2\)",
     ),
     "argument": (
         [f"{SMOKE}y"],

@@ -176,9 +176,14 @@ def list_members(config: ConfigDict) -> list[Member]:
         _, change = split_strategy(text)
         name = caseless_name(f"{strategy}-{change}" if change else strategy)
         both = ",".join(filter(None, (settings.get(strategy), change)))
-        for seed in config.compare.seeds:
-            member = make_member(config, strategy, both, int(seed))
-            members.append(Member(f"{name}-seed{seed}", member))
+        seeds = [int(seed) for seed in config.compare.seeds]
+        first = make_member(config, strategy, both, seeds[0])
+        fields = first.to_dict()  # what is allowed with one seed is with any
+        others = [ConfigDict(fields | {"seed": seed}) for seed in seeds[1:]]
+        members += [
+            Member(f"{name}-seed{seed}", member)
+            for seed, member in zip(seeds, (first, *others), strict=True)
+        ]
     check_distinct(members)
     return members
 
