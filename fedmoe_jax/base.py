@@ -284,6 +284,10 @@ class Strategy(NamedTuple):
         population sends to the stages just before the round, after it has received
         stem, first expert and head, and passes of its own examples through them, 1
         forward or 3 with the backward pass; None for none.
+      welcome: (state, federation, index [M], size [], hyper, model=, task=, sizes=) of
+        ONE client that has never taken part and owns the first `size` examples of
+        `index` -> the experts that serve it, [G, E] bool, some in each layer; it asks
+        the client once. None: the server's whole model serves it.
       exchange: (personal parts [N, ...], state, evidence, arrived [C], hyper) ->
         personal parts, state, and the experts that each client of the cohort has sent
         to and received from others, [C] each; it sees all layers. None for nothing.
@@ -341,6 +345,7 @@ class Strategy(NamedTuple):
     stages: tuple[tuple[Any, Callable[..., tuple[Any, PyTree]]], ...] = ()
     server_examples: Callable[[Array, Hyper, Sizes], Array] | None = None
     message: Callable[[Array, Hyper, Sizes], tuple[Array, int]] | None = None
+    welcome: Callable[..., Array] | None = None
     exchange: Callable[..., tuple[PyTree, PyTree, Array, Array]] | None = None
     gate_weight: Callable[..., Array] | Open = None
     expert_weight: Callable[..., Array] | Open = None

@@ -34,6 +34,12 @@ import jax.numpy as jnp
 from fedmoe_jax.gate_bias import bias_clients
 from fedmoe_jax.groups import measure_information, mix_groups
 from fedmoe_jax.held_sets import score_model
+from fedmoe_jax.newcomers import (
+    divide_pool,
+    gather_newcomers,
+    take_own,
+    welcome_all,
+)
 from fedmoe_jax.own_tests import score_own_tests
 from fedmoe_jax.panel import Panel, gather_panel, keep_server
 from fedmoe_jax.program import Program
@@ -139,19 +145,30 @@ def count_examples(
 def count_unseen(
     state: SimState,
     federation: Federation,
+    hyper: Hyper,
     pool: Pool,
     panel: Panel,
     program: Program,
 ) -> dict[str, Array]:
-    """Weights `total` [U], scores `global` [V, U] of clients that never take part."""
-    num_clients = program.static.partition.unseen
-    panel = keep_server(panel, num_clients, program)
+    """Weights `total` [U], scores `global` [V, U] of clients that never take part.
+
+    These are of the model that would serve them: the server's, but where the strategy
+    welcomes newcomers, see `newcomers`.
+    """
+    num_clients, take = program.static.partition.unseen, lambda counts, _: counts
+    if program.strategy.welcome is None:
+        panel = keep_server(panel, num_clients, program)
+    else:
+        asked, pool = divide_pool(pool, num_clients)
+        held = welcome_all(state, federation, asked, hyper, program)
+        panel, take = gather_newcomers(panel, held, program), take_own
     source = take_pool(federation, pool)
 
     def count(position: Array) -> dict[str, Array]:
         place = source, federation, position
         examples = read_examples(*place, None, num_clients, program)
-        counts = count_examples(state, federation, panel, examples, program=program)
+        found = count_examples(state, federation, panel, examples, program=program)
+        counts = take(found, panel)
         return {name: counts[name] for name in ("total", "global")}
 
     return sum_batches(count, len(source.group), choose_batch(program))
@@ -463,7 +480,7 @@ def build_evaluate_share(
             accuracies |= summarise_validation(counts, panel)
         if federation.unseen is not None:
             pool = federation.unseen
-            counts = count_unseen(state, federation, pool, panel, program)
+            counts = count_unseen(state, federation, hyper, pool, panel, program)
             accuracies |= summarise_unseen(counts)
         if federation.own_test is not None:
             own = bias, federation.own_test, panel

@@ -246,7 +246,8 @@ MEASURES: dict[str, Measure] = {
     "final_unseen_bits": BITS._replace(
         field="unseen_bits",
         title="Unseen clients, bits",
-        about="with all experts, on the examples of each client that never takes part",
+        about="with all experts, or that of a newcomer, on the examples of each client "
+        "that never takes part",
     ),
     "final_worst_decile_unseen_bits": BITS._replace(
         field="worst_decile_unseen_bits",
@@ -276,8 +277,9 @@ MEASURES: dict[str, Measure] = {
     "final_unseen_accuracy": ASIDE._replace(
         field="unseen_accuracy",
         title="Unseen clients %",
-        about="top-A routing over all experts on the examples of each client that "
-        "never takes part, the mean over them; see partition.unseen",
+        about="top-A routing over all experts, or the expert with which the strategy "
+        "serves a newcomer, on the examples of each client that never takes part, the "
+        "mean over them; see partition.unseen",
         line="Unseen clients",
     ),
     "final_worst_decile_unseen_accuracy": ASIDE._replace(

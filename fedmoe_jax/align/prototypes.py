@@ -72,10 +72,18 @@ def weigh_labels(count: Array) -> Array:
     return count / jnp.maximum(count.sum(axis=1, keepdims=True), SMALL)
 
 
-def center(means: Means) -> Means:
-    """Features less the mean of all clients' examples of the label; 0 for none."""
+def average_labels(means: Means) -> Array:
+    """The mean [L, D] of all clients' examples of each label; 0 for none."""
     total = jnp.einsum("cl,cld->ld", means.count, means.feature)
-    mean = total / jnp.maximum(means.count.sum(axis=0), SMALL)[:, None]
+    return total / jnp.maximum(means.count.sum(axis=0), SMALL)[:, None]
+
+
+def center(means: Means, mean: Array | None = None) -> Means:
+    """Features less the `mean` [L, D] of each label, their own if it is not given.
+
+    They are 0 where a client has no example of the label.
+    """
+    mean = average_labels(means) if mean is None else mean
     known = means.count[:, :, None] > 0
     return means._replace(feature=jnp.where(known, means.feature - mean[None], 0.0))
 

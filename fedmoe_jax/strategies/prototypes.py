@@ -14,6 +14,9 @@ Not a published system. Related are IFCA (arXiv 2006.04088), whose clients choos
 model of least loss and download all of them for it, and clustered FL by directions of
 updates (Sattler et al., arXiv 1910.01991); here one small message decides.
 
+A client that has never taken part sends the same message, and is served by the first
+expert of the group whose means are nearest.
+
 With `prototypes.period` clients are asked again, which new data and drifting labels
 call for; images that rotate, blur or lose contrast are asked for as they were at first.
 What the messages reveal is not protected: class means are what attacks on privacy use.
@@ -27,7 +30,15 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.bounded import bounded_top_k
 from fedmoe_jax.align.explore import uniform_scores
-from fedmoe_jax.align.prototypes import Found, Means, find_groups
+from fedmoe_jax.align.prototypes import (
+    Found,
+    Means,
+    average_groups,
+    average_labels,
+    center,
+    find_groups,
+    measure_distance,
+)
 from fedmoe_jax.align.ties import draw_lots
 from fedmoe_jax.align.top_k import fill_slots, top_k
 from fedmoe_jax.base import Model, Route, Routing, Scores, Strategy, Task
@@ -52,10 +63,23 @@ SECOND = 1e-3  # by which a group's next expert ranks below the one before
 LOT = 1e-4  # by which lots decide between experts of equal scores
 
 
-def init(sizes: Sizes) -> dict[str, Array]:
-    """`score` [N, E] at most 1, 0 before the first message, and what was found."""
+def shape_features(sizes: Sizes) -> tuple[int, int]:
+    """L and D of `describe_features` in ONE layer."""
+    return sizes.num_classes, sizes.gate_width
+
+
+def init(
+    sizes: Sizes, shape: Callable[[Sizes], tuple[int, int]] = shape_features
+) -> dict[str, Array]:
+    """`score` [N, E] at most 1, 0 before the first message, and what was found.
+
+    That are the mean of all clients' messages, `center` [L, D], and the groups' means
+    less it, `mu` [E, L, D], of which as many count as there are groups.
+    """
     return {
         "score": jnp.zeros((sizes.num_clients, sizes.num_experts)),
+        "center": jnp.zeros(shape(sizes)),
+        "mu": jnp.zeros((sizes.num_experts, *shape(sizes))),
         "groups": jnp.zeros(()),
         "groups_gap": jnp.zeros(()),
         "groups_chance": jnp.ones(()),
@@ -228,9 +252,15 @@ def survey(
 
     def look(means: Means, before: Array, key: Array) -> dict[str, Array]:
         most = min(sizes.num_experts, sizes.num_clients)
-        found = find_groups(key, means, hyper.prototypes.shrink, most=most)
+        shrink = hyper.prototypes.shrink
+        found = find_groups(key, means, shrink, most=most)
+        found = keep_numbers(found, before)
+        member = jax.nn.one_hot(found.distance.argmin(axis=1), sizes.num_experts)
+        mean = average_labels(means)
         return {
-            "score": score_experts(keep_numbers(found, before), sizes.num_experts),
+            "score": score_experts(found, sizes.num_experts),
+            "center": mean,
+            "mu": average_groups(center(means, mean), member, shrink),
             "groups": found.count.astype(jnp.float32),
             "groups_gap": found.gap,
             "groups_chance": found.chance,
@@ -241,6 +271,35 @@ def survey(
     found = map_layers(look, sizes.num_layers, (1, 0, 0))(means, before, keys)
     align = state.align.replace(strategy=found)
     return state.replace(align=align), federation.frozen
+
+
+def welcome(
+    state: SimState,
+    federation: Federation,
+    index: Array,
+    size: Array,
+    hyper: Hyper,
+    *,
+    model: Model,
+    task: Task,
+    sizes: Sizes,
+    describe: Callable[..., Means],
+) -> Array:
+    """The first expert of the nearest group; without groups all. `Strategy.welcome`."""
+    if sizes.num_experts == 1:
+        return jnp.ones((sizes.num_layers, 1), bool)
+    means = describe(state.params, federation, index, size, model, task, sizes)
+
+    def choose(own: Means, known: dict[str, Array]) -> Array:
+        one = jax.tree.map(lambda leaf: leaf[None], own)
+        distance = measure_distance(center(one, known["center"]), known["mu"])[0]
+        there = jnp.arange(sizes.num_experts) < known["groups"]
+        nearest = jnp.where(there, distance, jnp.inf).argmin()
+        first = jnp.arange(sizes.num_experts) == nearest
+        return jnp.where(known["groups"] > 1, first, True)
+
+    over_layers = map_layers(choose, sizes.num_layers, (0, 0))
+    return over_layers(means, state.align.strategy)
 
 
 def prefer_near(evidence: Evidence, hyper: Hyper) -> Array:
@@ -326,6 +385,7 @@ PROTOTYPES = Strategy(
     options=OPTIONS,
     init=init,
     stages=make_stages(describe_features),
+    welcome=functools.partial(welcome, describe=describe_features),
     message=count_features,
 )
 

@@ -9,6 +9,8 @@ cent. Other than class means a gradient depends on how often labels occur, so th
 skew looks like groups.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -18,11 +20,13 @@ from fedmoe_jax.base import Model, Task
 from fedmoe_jax.strategies.prototypes import (
     PROTOTYPES,
     apply_dense,
+    init,
     is_asked,
     make_stages,
     sum_examples,
     take_dense,
     weigh_positions,
+    welcome,
 )
 from fedmoe_jax.types import Array, Federation, Hyper, PyTree, Sizes
 from fedmoe_jax.world.costs import TRAINING_PASSES
@@ -88,6 +92,8 @@ UPDATE_GROUPS = PROTOTYPES._replace(
         "each group experts of its own; without groups all train one expert."
     ),
     needs="a sketch of every client's gradient",
+    init=functools.partial(init, shape=lambda sizes: (1, SKETCH)),
     stages=make_stages(describe_update),
+    welcome=functools.partial(welcome, describe=describe_update),
     message=count_sketch,
 )

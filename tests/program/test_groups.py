@@ -65,8 +65,9 @@ def test_clients_that_are_asked_once_are_found_to_be_in_groups(strategy):
     rounds = {"num_rounds": 8, "eval_every": 8, "upcycle.rounds": 2}
     drift = {"drift.labels": 1.0, "drift.start": 4, "drift.rounds": 1}
     again = drift | {"prototypes.period": 2} if strategy == "prototypes" else {}
-    found = run_digits(strategy, **rounds, **again)
+    found = run_digits(strategy, **rounds, **again, **{"partition.unseen": 2})
     assert found["groups"] == 2 and found["personal_accuracy"] > 0.7
+    assert found["unseen_accuracy"] > 0.7  # of newcomers; one model has half at most
     np.testing.assert_allclose(found["expert_group_information"], 1.0, atol=1e-5)
 
 
