@@ -29,6 +29,7 @@ from fedmoe_jax.strategies import (
 pytestmark = pytest.mark.slow
 
 RESIZED = tuple(n for n in STRATEGIES if sizes_of(n) != SIZES)
+HOLD_ONE = ("prototypes", "update_groups")  # while no groups are known
 HOLD_ALL = ("hfedmoe", "fedmoe", "fedmoe_da", "pfedmoe", "fedmix_all")  # at first
 HOLD_ALL += ("ifca",)  # of which a client then trains one
 HOLD_ALL += tuple(f"{name}_shared_gate" for name in ("hfedmoe", "fedmoe", "fedmix_all"))
@@ -58,6 +59,8 @@ def slots_of(name, evidence):
     sizes = sizes_of(name)
     if name in HOLD_ALL:
         return np.full(len(evidence.client), sizes.max_held)
+    if name in HOLD_ONE:
+        return np.ones(len(evidence.client), int)
     return np.minimum(evidence.capacity, sizes.max_held)
 
 
