@@ -34,6 +34,7 @@ from fedmoe_jax.train.workdir import (
     check_free,
     check_plugins,
     check_version,
+    keep_base,
     read_config,
 )
 from fedmoe_jax.types import PyTree, SimState
@@ -155,6 +156,8 @@ def load_run(folder: str | Path) -> Run:
         )
     config = fill_defaults(saved)
     check_version(saved, config)
+    if (folder / "base.json").is_file():
+        keep_base(folder / "base.json", config.model.base, begun=True)
     rows = stack_rows(read_metrics(folder / "metrics.jsonl"))
     adopt_devices(config.run.num_devices)
     wave, checkpoints = find_wave(folder.resolve(), config)
@@ -361,9 +364,11 @@ def keep_devices(config: ConfigDict, folder: Path) -> ConfigDict:
 def take_run(
     state: SimState, inputs: tuple[PyTree, PyTree], number: int = 0
 ) -> tuple[SimState, PyTree]:
-    """State and frozen parts of one run of a wave, on the host."""
+    """State and frozen parts of one run of a wave, on the host, with its base."""
     take = lambda tree: jax.tree.map(lambda leaf: leaf[number], tree)
-    return to_host(take(state)), jax.device_get(take(inputs[0].frozen))
+    federation = inputs[0]
+    fixed = take(federation.frozen) | federation.base
+    return to_host(take(state)), jax.device_get(fixed)
 
 
 def to_host(state: SimState) -> SimState:

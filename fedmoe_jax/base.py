@@ -27,6 +27,7 @@ from fedmoe_jax.types import (
 PARTS = ("stem", "gate", "experts", "head")  # of a model
 GATE_STEM = "gate_stem"  # as one of `Strategy.frozen`
 SHARED = "shared"  # the shared expert's params in a stem, see `Parts`
+BASE = "base"  # pretrained weights among what is frozen, see `Base`
 SHARED_EXPERT = "shared_expert"  # as a part that has FLOPs
 ALL_EXPERTS = 2**31 - 1  # as `Strategy.local_experts`
 # None in the record that a user fills, and never None in a program: the config decides.
@@ -190,6 +191,18 @@ class Parts(NamedTuple):
     shared: Callable[[PyTree, Array, Array | None], Array] | None = None
 
 
+class Base(NamedTuple):
+    """The pretrained weights of a model, which nothing trains and all runs share.
+
+    Attributes:
+      shapes: () -> their shapes, a tree of `jax.ShapeDtypeStruct`.
+      load: () -> the weights, host arrays.
+    """
+
+    shapes: Callable[[], PyTree]
+    load: Callable[[], PyTree]
+
+
 class Model(NamedTuple):
     """Pure functions of a mixture of experts with G MoE layers.
 
@@ -203,11 +216,13 @@ class Model(NamedTuple):
         outputs, Routing; the experts of `params` are the held ones, [K, ...]. Where
         the model has parts, `params` may have a `gate_stem`, which the gate reads.
       parts: the functions of a model with one MoE layer, or None.
+      base: pretrained weights, which `apply` finds in `frozen["base"]`; None without.
     """
 
     init: Callable[[Array], tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[PyTree, Routing]]
     parts: Parts | None = None
+    base: Base | None = None
 
 
 # (evidence, hyper, sizes, key) -> Assignment

@@ -176,7 +176,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
             )
             grads, batch_sums = jax.grad(local_loss, has_aux=True)(
                 submodel,
-                federation.frozen,
+                federation.fixed,
                 batch,
                 inputs,
                 hyper,

@@ -214,6 +214,16 @@ def check_overlap(values: dict[str, Any]) -> None:
             )
 
 
+def check_base(values: dict[str, Any]) -> None:
+    """Raises UserError for a pretrained base that the model would not read."""
+    kind, base = values["model.kind"], values["model.base"]
+    if base and kind != "lora":
+        raise UserError(
+            f"model.base={show(base)} is not allowed with model.kind={kind!r}; "
+            "allowed: '', or model.kind='lora'"
+        )
+
+
 def check_groups(values: dict[str, Any]) -> None:
     """Raises UserError for groups of clients that would not differ, or be empty."""
     kind, count = values["groups.kind"], values["groups.count"]
@@ -325,6 +335,7 @@ def validate(config: ConfigDict) -> None:
     check_at_most(values, strategy.at_most, where)
     check_overlap(values)
     check_groups(values)
+    check_base(values)
     check_drift(values)
     check_schedules(values)
     check_targets(values["evaluation.targets"])

@@ -131,7 +131,7 @@ def count_examples(
     params = join_frozen(state, federation, program)
     models = panel.models
     if program.model.parts is None:
-        own = params, federation.frozen
+        own = params, federation.fixed
         counts = score_model(
             *own, models.view, panel.sets, panel.priors, examples, program
         )

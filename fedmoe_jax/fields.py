@@ -325,6 +325,24 @@ OPTIONS: tuple[Option, ...] = (
         "whether a transformer's blocks are one loop, which compiles one of them",
     ),
     Option(
+        "model.base",
+        None,
+        "folder of a pretrained model for lora: config.json and *.safetensors",
+    ),
+    Option("model.lora_rank", COUNT, "rank of an expert's pairs of lora"),
+    Option("model.lora_alpha", POSITIVE, "lora scales its pairs by it over the rank"),
+    Option(
+        "model.lora_attention",
+        NON_NEGATIVE,
+        "rank of the pairs of queries and values of lora, which every client trains; "
+        "0: none",
+    ),
+    Option(
+        "model.lora_fixed",
+        None,
+        "whether the first matrix of every pair stays as it was drawn",
+    ),
+    Option(
         "gate.input",
         GATE_INPUTS,
         "hidden states that a transformer's gates score: each token's, or the mean of "

@@ -99,7 +99,7 @@ def score_tuned(
 
         def score() -> Array:
             slots = inputs.held, inputs.slot, inputs.bias
-            own = submodel, federation.frozen, *slots
+            own = submodel, federation.fixed, *slots
             outputs, _ = run_model(*own, examples, program)
             return sum_scores(outputs, examples, program)
 

@@ -203,7 +203,7 @@ def score_shared(
         # Of pooled data there is one.
         row = jnp.minimum(client, len(clients.held) - 1)
         own, bias = jax.tree.map(lambda leaf: leaf[row], slots)
-        model = params, federation.frozen
+        model = params, federation.fixed
         outputs = answer_held(*model, own, bias, examples, program)
         right, weight = sum_examples(outputs, batch, program)
         return {
@@ -274,7 +274,7 @@ def score_client(
         batch = read_batch(federation, example, amount, program)
         examples = Examples(batch, jnp.zeros((size, 0)), real)
         slots = held, own.held, own.bias
-        outputs, _ = run_model(model, federation.frozen, *slots, examples, program)
+        outputs, _ = run_model(model, federation.fixed, *slots, examples, program)
         right, weight = sum_examples(outputs, batch, program)
         return {
             "right": counts["right"] + jnp.where(real[None], right, 0.0).sum(axis=1),

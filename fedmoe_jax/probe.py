@@ -105,7 +105,7 @@ def probe_experts(
     route = Route(num_active, strategy.mix, gating=strategy.gating, bias=inputs.bias)
 
     def probe(slot: Array) -> Array:
-        model = submodel | frozen, federation.frozen, batch, inputs.held, slot
+        model = submodel | frozen, federation.fixed, batch, inputs.held, slot
         outputs, _ = program.model.apply(*model, route, None)
         return mean_loss(program.task.loss(outputs, batch))
 

@@ -214,6 +214,7 @@ class Federation(struct.PyTreeNode):
       devices: the clients' devices, before anything varies over time.
       frozen: the parts of the model that nothing trains, by name like params, and what
         the model itself keeps fixed; {} for most.
+      base: pretrained weights under the name `base`, see `Model.base`; {} for most.
       sample_order: [N] int32, a permutation: the order in which clients join the sample
         that evaluation scores; see `panel`.
       drift_source: [N] int32, a permutation: towards whose data each client drifts,
@@ -240,6 +241,12 @@ class Federation(struct.PyTreeNode):
     own_test: Lists | None
     validation: Pool | None
     unseen: Pool | None
+    base: PyTree = struct.field(default_factory=dict)
+
+    @property
+    def fixed(self) -> PyTree:
+        """All that `Model.apply` reads beside the params."""
+        return self.frozen | self.base
 
 
 # Fields of the federation that every run of a sweep has for itself; it shares the rest.

@@ -80,6 +80,11 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.tied = False
     config.model.remat = False
     config.model.scan = False
+    config.model.base = ""
+    config.model.lora_rank = 8
+    config.model.lora_alpha = 16.0
+    config.model.lora_attention = 0
+    config.model.lora_fixed = False
 
     config.gate = ConfigDict()
     config.gate.mode = "global"

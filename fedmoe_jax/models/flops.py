@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from fedmoe_jax.base import (
+    BASE,
     SHARED,
     SHARED_EXPERT,
     Model,
@@ -27,8 +28,14 @@ MARK = 9973  # a prime that no axis of the params has, so it marks activations
 
 
 def shape_params(model: Model) -> tuple[PyTree, PyTree]:
-    """Shapes of the params and of what is frozen."""
-    return jax.eval_shape(model.init, jax.random.key(0))
+    """Shapes of the params and of what is frozen, with the base's weights."""
+    params, frozen = jax.eval_shape(model.init, jax.random.key(0))
+    return params, frozen | shape_base(model)
+
+
+def shape_base(model: Model) -> PyTree:
+    """Shapes of pretrained weights, as `Federation.base` has them."""
+    return {} if model.base is None else {BASE: model.base.shapes()}
 
 
 def hold(experts: PyTree, count: int) -> PyTree:

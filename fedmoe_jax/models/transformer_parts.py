@@ -23,8 +23,13 @@ def normalise(x: Array, scale: Array) -> Array:
 
 def rotate(x: Array) -> Array:
     """Rotary positions of heads [B, H, P, W], with W even; position 0 stays."""
-    length, width = x.shape[2:]
-    rate = BASE ** (-jnp.arange(width // 2) / (width // 2))
+    width = x.shape[3]
+    return turn(x, BASE ** (-jnp.arange(width // 2) / (width // 2)))
+
+
+def turn(x: Array, rate: Array) -> Array:
+    """Turns pairs of heads [B, H, P, W] by `rate` [W / 2] radians a position."""
+    length = x.shape[2]
     angle = jnp.arange(length)[None, None, :, None] * rate[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x, 2, axis=-1)
@@ -35,9 +40,6 @@ def rotate(x: Array) -> Array:
 
 def attend(params: PyTree, x: Array) -> Array:
     """Causal attention with grouped heads.
-
-    On CPU it takes two thirds of the time with the heads before the positions, and with
-    the sums of the softmax divided out of its products instead of its weights.
 
     Args:
       params: `query` [D, H, W], `key` and `value` [D, H', W], H a multiple of H', and
@@ -51,17 +53,34 @@ def attend(params: PyTree, x: Array) -> Array:
         jnp.einsum("bpd,dhw->bhpw", x, params[name])
         for name in ("query", "key", "value")
     )
-    query, key = rotate(query) / jnp.sqrt(query.shape[-1]), rotate(key)
+    mixed = mix_values(rotate(query), rotate(key), value)
+    return jnp.einsum("bhpw,hwd->bpd", mixed, params["out"])
+
+
+def mix_values(query: Array, key: Array, value: Array) -> Array:
+    """The values of the positions so far, by the softmax of queries times keys.
+
+    On CPU it takes two thirds of the time with the heads before the positions, and with
+    the sums of the softmax divided out of its products instead of its weights.
+
+    Args:
+      query: [B, H, P, W], turned.
+      key: [B, H', P, W], likewise, H a multiple of H'.
+      value: [B, H', P, W].
+
+    Returns:
+      [B, H, P, W].
+    """
+    query = query / jnp.sqrt(query.shape[-1])
     groups = query.shape[1] // key.shape[1]
     key, value = (jnp.repeat(each, groups, axis=1) for each in (key, value))
     scores = jnp.einsum("bhpw,bhqw->bhpq", query, key)
-    past = jnp.tri(x.shape[1], dtype=bool)
+    past = jnp.tri(query.shape[2], dtype=bool)
     scores = jnp.where(past[None, None], scores, -jnp.inf)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     mixed = jnp.einsum("bhpq,bhqw->bhpw", weights, value)
-    mixed /= weights.sum(axis=-1, keepdims=True)
-    return jnp.einsum("bhpw,hwd->bpd", mixed, params["out"])
+    return mixed / weights.sum(axis=-1, keepdims=True)
 
 
 def feed_forward(params: PyTree, x: Array) -> Array:

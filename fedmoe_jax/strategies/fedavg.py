@@ -31,9 +31,16 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 
 
 def be_dense(config: ConfigDict, width_factor: int) -> ConfigDict:
-    """One expert, `width_factor` times as wide, that every client holds."""
+    """One expert, `width_factor` times as wide, that every client holds.
+
+    On a pretrained base it is that one with pairs of a rank so many times as high.
+    """
     config.num_experts = config.max_held = config.num_active = 1
-    config.model.expert_width *= width_factor
+    if config.model.kind == "lora":
+        config.model.lora_rank *= width_factor
+        config.model.lora_alpha *= width_factor
+    else:
+        config.model.expert_width *= width_factor
     return config
 
 

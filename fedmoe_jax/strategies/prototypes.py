@@ -172,7 +172,7 @@ def describe_features(
     dense = take_dense(params) | {"gate": read_features(params["gate"])}
 
     def sum_batch(batch: PyTree, weight: Array) -> tuple[Array, Array]:
-        outputs, routing = apply_dense(dense, federation.frozen, batch, model, sizes)
+        outputs, routing = apply_dense(dense, federation.fixed, batch, model, sizes)
         own = weigh_positions(task.loss(outputs, batch), weight)
         routing = weigh_routing(routing, own)
         assert routing.logits is not None and routing.weight is not None

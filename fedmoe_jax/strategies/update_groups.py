@@ -67,7 +67,7 @@ def describe_update(
     def sum_batch(batch: PyTree, weight: Array) -> tuple[PyTree, Array]:
         def total_loss(dense: PyTree) -> tuple[Array, Array]:
             whole = dense | gate
-            outputs, _ = apply_dense(whole, federation.frozen, batch, model, sizes)
+            outputs, _ = apply_dense(whole, federation.fixed, batch, model, sizes)
             scores = task.loss(outputs, batch)
             own = weigh_positions(scores, weight)
             return (own * scores.loss).sum(), own.sum()

@@ -22,7 +22,7 @@ from fedmoe_jax.config import validate
 from fedmoe_jax.data.groups import NONE, check_groups, copy_groups
 from fedmoe_jax.data.load import DATASETS, load_dataset
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
-from fedmoe_jax.models.flops import count_activation_bytes
+from fedmoe_jax.models.flops import count_activation_bytes, shape_base
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program, build_program, make_hyper
 from fedmoe_jax.runtime.sharding import build_mesh
@@ -187,7 +187,7 @@ def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
     ]
     return memory.estimate_memory(
         state,
-        widest.federation.replace(frozen=frozen),
+        widest.federation.replace(frozen=frozen, base=shape_base(program.model)),
         program,
         training_bytes=2 * forward[0],
         evaluation_bytes=forward[1],

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fedmoe_jax.base import Data
+from fedmoe_jax.base import BASE, Data
 from fedmoe_jax.capacity import Belief
 from fedmoe_jax.config import list_idle_fields
 from fedmoe_jax.evaluate import build_evaluate_share
@@ -205,6 +205,7 @@ def build_job(
     seeds = np.array([plan.config.seed for plan in wave.plans])
     init, programs = build_programs(program)
     federation = stack_federations([p.federation for p in wave.plans], mesh)
+    federation = federation.replace(base=place_base(program))
     first = place(seeds, mesh, P(RUNS)), federation, hypers
     if drives:
         state, frozen = shape_state(init, first, mesh)
@@ -231,6 +232,12 @@ def shape_state(init: Callable, first: tuple[PyTree, ...], mesh: Mesh) -> PyTree
         leaf.shape, leaf.dtype, sharding=sharding
     )
     return jax.tree.map(place_leaf, jax.eval_shape(init, *first))
+
+
+def place_base(program: Program) -> PyTree:
+    """Pretrained weights on the devices, as `Federation.base` has them."""
+    base = program.model.base
+    return {} if base is None else {BASE: place(base.load(), program.mesh, P())}
 
 
 def stack_federations(federations: list[Federation], mesh: Mesh) -> Federation:

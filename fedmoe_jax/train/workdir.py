@@ -18,7 +18,8 @@ from fedmoe_jax.config import (
     to_tuples,
 )
 from fedmoe_jax.data.partition import load_partition, save_partition
-from fedmoe_jax.options import UserError, fits_kind
+from fedmoe_jax.options import UserError, fits_kind, show
+from fedmoe_jax.pretrained.weights import digest
 from fedmoe_jax.report import forms
 from fedmoe_jax.report.rows import check_count, read_metrics
 from fedmoe_jax.runtime.files import (
@@ -29,6 +30,7 @@ from fedmoe_jax.runtime.files import (
     write_atomically,
     write_json,
 )
+from fedmoe_jax.runtime.folders import resolve_folder
 from fedmoe_jax.runtime.lock import LOCK, lock
 from fedmoe_jax.runtime.seals import CONFIG, METRICS, SEALS, find_broken, is_sealed
 from fedmoe_jax.tables import list_defaults, list_plugins
@@ -259,6 +261,23 @@ def keep_devices(path: Path, csv: str, begun: bool) -> None:
         )
 
 
+def keep_base(path: Path, folder: str, begun: bool) -> None:
+    """Keeps the digest of a pretrained base, or checks that a run has begun with it.
+
+    Raises:
+      UserError: the run in this folder was started with other weights.
+    """
+    found = digest(resolve_folder("model.base", folder))
+    if not begun or not path.exists():
+        write_json(path, {"base": folder, "sha256": found})
+    elif read_json(path).get("sha256") != found:
+        raise UserError(
+            f"model.base={show(folder)} has changed since the run was started, which "
+            f"is not allowed; allowed: the files whose digest {path} has kept, or a "
+            "new workdir"
+        )
+
+
 @contextlib.contextmanager
 def own_run(workdir: Path, config: ConfigDict, partition: Partition) -> Iterator[None]:
     """Holds a run's folder, with its config, partition and devices.
@@ -279,6 +298,8 @@ def keep_run(workdir: Path, config: ConfigDict, partition: Partition) -> None:
     keep_partition(workdir / "partition.npz", partition, begun)
     if config.devices.csv:
         keep_devices(workdir / "devices.csv", config.devices.csv, begun)
+    if config.model.base:
+        keep_base(workdir / "base.json", config.model.base, begun)
     for name in (SEALS, "summary.json"):
         (workdir / name).unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ from fedmoe_jax.data.folders import resolve_data_dir
 from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.data.prepare import prepare
 from fedmoe_jax.data.tfds import find_source
+from fedmoe_jax.export import main as export
 from fedmoe_jax.federation import make_partition
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import read_json
@@ -177,6 +178,30 @@ def test_data_of_tfds_of_the_guide_are_found_by_name(command, tmp_path, monkeypa
     partition = make_partition(config, data)
     assert data.task == "text" and len(data.stratum_names) > 150
     assert (partition.size > 0).sum() == config.num_clients == 20
+
+
+def test_a_run_of_the_guide_becomes_a_base_and_its_experts_adapters(
+    command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    guide = (ROOT / "docs" / "pretrained.md").read_text()
+    _, own = guide.split("\n## Without a download\n")
+    short = ["--config.run.num_devices=1", "--config.run.tensorboard=False"]
+    for words in find_commands(own):
+        if words[0] == "-m":
+            assert words[1] == "fedmoe_jax.export" and export(words[2:]) == 0
+        else:
+            code, _, err = command(*words[1:], *short)
+            assert code == 0, err
+    last = {
+        name: read_metrics(Path("runs", name, "metrics.jsonl"))[-1]
+        for name in ("base", "experts")
+    }
+    before, after = last["base"]["global_bits"], last["experts"]["global_bits"]
+    assert abs(after - before) < 0.1  # as it starts from the base
+    assert last["experts"]["personal_bits"] < before
+    made = sorted(path.name for path in Path("adapters").iterdir())
+    assert made == [*(f"expert{e}" for e in range(4)), "gates.safetensors"]
 
 
 def launch(folder, *words):

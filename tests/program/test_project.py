@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CPU = "requirements-cpu.txt"
 FILES = ["Makefile", ".ci/run", "requirements.txt", "requirements-tpu.txt", CPU]
-OWN = {"fedmoe_jax", "configs", "launch", "benchmarks", "factories"}
+OWN = {"fedmoe_jax", "configs", "launch", "benchmarks", "checkpoints", "factories"}
 OWN |= {path.stem for path in (ROOT / "benchmarks" / "runners").glob("*.py")}
 
 

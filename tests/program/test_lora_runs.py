@@ -1,0 +1,133 @@
+"""Whole runs of low-rank experts on a frozen base."""
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import D, F, H, V, W, save_checkpoint
+from factories import (
+    assert_same_results,
+    make_config,
+    rows_of,
+    run_alone,
+    stop_at,
+)
+
+from fedmoe_jax.api import load_run, predict
+from fedmoe_jax.options import UserError
+from fedmoe_jax.pretrained.architecture import read_architecture
+from fedmoe_jax.pretrained.weights import measure_bytes
+from fedmoe_jax.train.plan import Member, plan_waves
+from fedmoe_jax.train.run import build_job
+
+pytestmark = pytest.mark.slow
+
+# Shapes that nothing has but the base: embedding, head, attention and hidden layers.
+OF_BASE = {(V, D), (D, V), (D, H, W), (H, W, D), (D, F), (F, D)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("base"), "llama")
+
+
+def make_lora(base, **changes):
+    fields = {
+        "data.name": "markov",
+        "data.length": 12,
+        "model.kind": "lora",
+        "model.base": str(base),
+        "model.lora_rank": 3,
+        "model.lora_attention": 2,
+        "partition.kind": "natural",
+        "num_clients": 8,
+        "cohort_size": 4,
+        "num_rounds": 4,
+        "chunk_rounds": 1,
+        "eval_every": 2,
+        "checkpoint.every": 1,
+        "client.optimizer": "adamw",
+        "client.learning_rate": 0.01,
+        "run.tensorboard": False,
+        "run.num_devices": 1,
+    }
+    return make_config(**fields | changes)
+
+
+def list_carries(jaxpr):
+    """Shapes of what every loop of a program carries."""
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "scan":
+            first = params["num_consts"]
+            carried = equation.invars[first : first + params["num_carry"]]
+            yield from (leaf.aval.shape for leaf in carried)
+        if equation.primitive.name == "while":
+            first = params["cond_nconsts"] + params["body_nconsts"]
+            yield from (leaf.aval.shape for leaf in equation.invars[first:])
+        for value in params.values():
+            for each in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(each, "jaxpr", each)
+                if hasattr(inner, "eqns"):
+                    yield from list_carries(inner)
+
+
+def test_the_base_is_in_no_carry_and_there_once(base):
+    configs = [make_lora(base, seed=seed, **{"strategy": "random"}) for seed in (0, 1)]
+    (wave,) = plan_waves([Member(f"run{c.seed}", c) for c in configs])
+    job = build_job(wave, [None, None])
+    federation, hypers = job.inputs
+    whole = jax.make_jaxpr(job.programs.run_rounds)(job.state, federation, hypers)
+    carries = list(list_carries(whole.jaxpr))
+    assert len(carries) > 50 and (2, 3, 4, 3) not in carries
+    assert not OF_BASE & {shape[-len(own) :] for shape in carries for own in OF_BASE}
+    leaves = jax.tree.leaves((job.state, federation.base))
+    found = [leaf.shape for leaf in jax.tree.leaves(federation.base)]
+    assert (V, D) in found and len(leaves) > len(found)
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(federation.base)]
+    assert sum(sizes) == measure_bytes(read_architecture(base))
+    costs = wave.program.costs
+    assert costs.frozen_bytes == sum(sizes)  # that every client downloads once
+
+
+def test_a_run_learns_and_goes_on_alike(base, tmp_path):
+    """Broken off after two of four rounds; the model that was saved is the one read."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    config = make_lora(base)
+    assert run_alone(config, whole)
+    assert not run_alone(config, parts, stop=stop_at(parts, 2))
+    assert run_alone(config, parts)
+    assert_same_results(whole, parts)
+    rows = rows_of(whole)
+    assert rows[-1]["personal_bits"] < rows[1]["personal_bits"]
+    down = [row["bytes_down"] for row in rows]
+    size = measure_bytes(read_architecture(base))
+    assert down[0] > 4 * size  # four clients, all for the first time
+    run = load_run(whole)
+    rows = {name: leaf[:3] for name, leaf in run.plan.data.test.items()}
+    logits = predict(run, rows)
+    assert logits.shape[::2] == (3, V) and np.isfinite(logits).all()
+
+
+def test_other_weights_are_refused(base, tmp_path):
+    mine, folder = tmp_path / "mine", tmp_path / "run"
+    save_checkpoint(mine, "llama")
+    config = make_lora(mine)
+    assert not run_alone(config, folder, stop=stop_at(folder, 2))
+
+    def change(config, tensors):
+        tensors["model.norm.weight"] += 1
+
+    save_checkpoint(mine, "llama", change)
+    told = "model.base=.* has changed since the run was started"
+    with pytest.raises(UserError, match=told):
+        run_alone(config, folder)
+    with pytest.raises(UserError, match=told):
+        load_run(folder)
+
+
+def test_devices_share_the_work_and_not_the_result(base, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_alone(make_lora(base), one)
+    assert run_alone(make_lora(base, **{"run.num_devices": 4}), two)
+    for row, other in zip(rows_of(one), rows_of(two), strict=True):
+        np.testing.assert_allclose(row["train_loss"], other["train_loss"], rtol=1e-4)
