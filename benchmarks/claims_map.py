@@ -129,10 +129,11 @@ def describe_map(found: Map) -> str:
 
 def is_drawn(path: Path, found: Map) -> bool:
     """Whether a file is the picture of a map."""
-    if not path.exists():
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(NOTE) == describe_map(found)
+    except OSError:  # there is none, or it is damaged
         return False
-    with Image.open(path) as picture:
-        return picture.info.get(NOTE) == describe_map(found)
 
 
 def save_map(path: Path, found: Map) -> None:

@@ -258,8 +258,9 @@ def predict(
     program, federation = run.plan.program, run.plan.federation
     rows = fill_rows(run.plan.data.test, inputs)
     personal = take_client(run.state.personal, client)
+    params, fixed = jax.device_put((run.params, run.frozen))  # once for all batches
     apply = lambda rows: apply_model(
-        program, run.params, run.frozen, personal, federation.statistics, rows
+        program, params, fixed, personal, federation.statistics, rows
     )
     most = choose_batch(program)
     starts = range(0, len(jax.tree.leaves(rows)[0]), most)

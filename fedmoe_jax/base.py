@@ -197,10 +197,12 @@ class Base(NamedTuple):
     Attributes:
       shapes: () -> their shapes, a tree of `jax.ShapeDtypeStruct`.
       load: () -> the weights, host arrays.
+      sparse: whether its own experts are the model's, of which none works alone.
     """
 
     shapes: Callable[[], PyTree]
     load: Callable[[], PyTree]
+    sparse: bool = False
 
 
 class Model(NamedTuple):

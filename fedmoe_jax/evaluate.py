@@ -16,8 +16,8 @@ distinct held set, and has no soft and no expert scores (see `held_sets`). Of a 
 population that shares no models a sample is scored (see `panel`).
 
 Where the partition sets examples aside, validation examples are scored in a pass of the
-same kind, those of unseen clients with the global model alone, and clients' own test
-sets in `own_tests`.
+same kind, those of unseen clients with the global model alone, or what a strategy
+serves newcomers with, and clients' own test sets in `own_tests`.
 
 Every client counts. Where the gate or more is personal the server has none, and those
 count that have taken part; global then means the average over them of the score with
@@ -153,10 +153,10 @@ def count_unseen(
     """Weights `total` [U], scores `global` [V, U] of clients that never take part.
 
     These are of the model that would serve them: the server's, but where the strategy
-    welcomes newcomers, see `newcomers`.
+    welcomes newcomers, see `newcomers`. Where parts are personal none would fit them.
     """
     num_clients, take = program.static.partition.unseen, lambda counts, _: counts
-    if program.strategy.welcome is None:
+    if program.strategy.welcome is None or program.strategy.personal:
         panel = keep_server(panel, num_clients, program)
     else:
         asked, pool = divide_pool(pool, num_clients)

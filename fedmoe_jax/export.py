@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmoe_jax.api import Run, load_run
+from fedmoe_jax.base import BASE
 from fedmoe_jax.models import lora, transformer
 from fedmoe_jax.models.transformer_parts import BASE as ROPE_BASE
 from fedmoe_jax.models.transformer_parts import EPSILON
@@ -32,6 +33,7 @@ from fedmoe_jax.pretrained.tensors import (
     list_tensors,
     name_block,
 )
+from fedmoe_jax.pretrained.weights import import_safetensors
 from fedmoe_jax.runtime.files import write_bytes, write_json
 from fedmoe_jax.types import PyTree
 
@@ -40,7 +42,12 @@ Tensors = dict[str, np.ndarray]
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Writes a safetensors file, whole or not at all."""
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+      UserError: the library is not installed.
+    """
+    import_safetensors()
     from safetensors.numpy import save
 
     whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
@@ -117,11 +124,11 @@ def save_adapters(shape: lora.Shape, run: Run, folder: Path) -> list[Path]:
         path.mkdir(parents=True, exist_ok=True)
         write_tensors(path / "adapter_model.safetensors", tensors)
         write_json(path / "adapter_config.json", describe_adapter(shape, tensors))
-    gates = {
-        f"{name}.{leaf}": np.asarray(value)
-        for name, gate in params["gate"].items()
-        for leaf, value in gate.items()
-    }
+    gates = {}
+    for name, gate in params["gate"].items():
+        router = run.frozen[BASE][name].get("router", 0.0)
+        gates[f"{name}.kernel"] = np.asarray(gate["kernel"]) + router
+        gates[f"{name}.bias"] = np.asarray(gate["bias"])
     write_tensors(folder / "gates.safetensors", gates)
     return list(adapters)
 
@@ -208,9 +215,11 @@ def export(run: Run, folder: Path) -> list[Path]:
       The folders that `peft` or `transformers` load.
 
     Raises:
-      UserError: the run has no state, parts of its model are the clients' own, or its
-        model has no such form.
+      UserError: the folder has files, the run has no state, parts of its model are the
+        clients' own, or its model has no such form.
     """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; allowed: a new folder")
     if run.state is None or run.plan is None:
         raise UserError("the run has no checkpoint; allowed: one with a state")
     program = run.plan.program
@@ -247,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for path in export(load_run(flags.run), flags.folder):
             print(path)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

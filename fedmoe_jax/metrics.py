@@ -273,7 +273,8 @@ def add_messages(
     costs, sizes = program.costs, program.sizes
     numbers, passes = program.strategy.message(round, hyper, sizes)
     asked = sizes.num_clients * (numbers > 0)
-    model = costs.shared_bytes + costs.expert_bytes
+    # A pretrained base comes once, in a client's first round.
+    model = costs.shared_bytes - costs.frozen_bytes + costs.expert_bytes
     flops = passes / TRAINING_PASSES * costs.dense_flops
     return found | {
         "bytes_up": found["bytes_up"] + asked * NUMBER_BYTES * numbers,

@@ -351,6 +351,28 @@ def check_layers(
         )
 
 
+def check_base(config: ConfigDict, strategy: Strategy, model: Model) -> None:
+    """Raises UserError where a pretrained base does not work as a strategy needs it."""
+    if model.base is None:
+        return
+    where = f"model.base={config.model.base!r}"
+    if strategy.gating == "sum":
+        raise UserError(
+            f"strategy={config.strategy!r} is not allowed with {where}, each of whose "
+            "experts is a whole one; allowed: strategies that do not sum experts"
+        )
+    if model.base.sparse and strategy.message is not None:
+        raise UserError(
+            f"strategy={config.strategy!r} is not allowed with {where}, whose experts "
+            "do not work alone; allowed: strategies without a message, or a dense base"
+        )
+    if model.base.sparse and config.upcycle.rounds:
+        raise UserError(
+            f"upcycle.rounds={config.upcycle.rounds} is not allowed with {where}, "
+            "whose experts are no copies; allowed: 0"
+        )
+
+
 def check_state(config: ConfigDict, strategy: Strategy, sizes: Sizes) -> None:
     """Raises UserError where the strategy's own state is no dict of arrays."""
     own = jax.eval_shape(lambda: strategy.init(sizes))
@@ -412,6 +434,7 @@ def build_program(
         gate_width=measure_gate(params["gate"]),
     )
     check_layers(config, strategy, model, sizes.num_layers)
+    check_base(config, strategy, model)
     check_state(config, strategy, sizes)
     outputs, scores, routing = trace_model(model, task, batch, sizes)
     check_positions(used, data.task, scores, routing)

@@ -41,8 +41,17 @@ def test_every_other_example_of_a_newcomer_is_asked_about():
 
 
 @pytest.mark.slow
+def test_parts_of_the_clients_own_fit_no_newcomer():
+    """Gates that are personal: the mean over the clients' models, as in all systems."""
+    plan = plan_run(**GROUPS | {"gate.mode": "personal"})
+    run = start_run(plan, plan.program)
+    found = build_evaluate(plan.program)(run.state, run.federation, run.hyper)
+    assert np.isfinite(found["unseen_accuracy"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [True, False])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [0, 1, 2])
 def test_newcomers_meet_the_expert_of_the_nearest_group(groups, parts):
     """Whose message is as far from the one mean as it is near to the other."""
     plan = plan_run(**GROUPS)
@@ -84,5 +93,5 @@ def test_newcomers_meet_the_expert_of_the_nearest_group(groups, parts):
 
     everything = list(range(sizes.num_experts))
     for chosen in (0, 1):
-        held = [chosen] if groups > 1 else everything
+        held = {0: everything, 1: [0], 2: [chosen]}[groups]
         np.testing.assert_allclose(serve(groups, chosen), answer(held), atol=1e-6)

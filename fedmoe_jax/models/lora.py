@@ -36,6 +36,7 @@ from fedmoe_jax.pretrained.tensors import list_tensors, name_block
 from fedmoe_jax.pretrained.weights import (
     check_tensors,
     find_tensors,
+    list_states,
     map_tensors,
     read_weights,
 )
@@ -51,7 +52,8 @@ class Shape(NamedTuple):
 
     Attributes:
       arch: of the base.
-      folder: where it is.
+      folder: where it is, absolute.
+      files: names, times and sizes of its files, so that others are another model.
       num_experts: E of each layer.
       rank: of the experts' pairs.
       scale: s, of all pairs.
@@ -63,6 +65,7 @@ class Shape(NamedTuple):
 
     arch: Architecture
     folder: str
+    files: tuple[tuple[str, int, int], ...]
     num_experts: int
     rank: int
     scale: float
@@ -278,6 +281,10 @@ def mix_experts(
             route = route._replace(gating="all")
         logits = score_gate(gate, block, x, shape)
         gates = routing.make_gates(logits[:, held], slot, route)
+        if route.gating == "all" and mixture is not None:
+            # A share of all experts, as in the base, also of those that are not held.
+            share = jnp.where(slot[None], jax.nn.softmax(logits)[:, held], 0.0)
+            gates = gates * share.sum(axis=1, keepdims=True)
     trained = choose_trained(gates, slot, route)
     if mixture is None and trained is None:
         mixed = run_shared_base(pairs, weights, tokens, gates, shape)
@@ -350,15 +357,7 @@ def apply(
     """`Model.apply`: `tokens` [B, P] int32 -> logits [B, P, vocabulary], routing.
 
     Nothing is dropped at random; `key` is not used.
-
-    Raises:
-      UserError: experts, each of which has the base, are to be summed.
     """
-    if route.gating == "sum":
-        raise UserError(
-            "model.kind='lora' is not allowed with a strategy whose experts are parts "
-            "of one network, as heterofl's; allowed: others"
-        )
     base = frozen[BASE]
     stem, experts = take_fixed(params, frozen, held, shape)
     run = functools.partial(run_block, route=route, shape=shape)
@@ -388,7 +387,9 @@ def shape_base(arch: Architecture) -> PyTree:
 
 
 @functools.lru_cache(1)
-def load_base(arch: Architecture, folder: str) -> PyTree:
+def load_base(
+    arch: Architecture, folder: str, files: tuple[tuple[str, int, int], ...]
+) -> PyTree:
     """All weights of a base, on the host, once for all runs of a process."""
     return read_weights(arch, Path(folder))
 
@@ -401,7 +402,8 @@ def build_model(shape: Shape) -> Model:
         apply=functools.partial(apply, shape=shape),
         base=Base(
             shapes=functools.partial(shape_base, shape.arch),
-            load=functools.partial(load_base, shape.arch, shape.folder),
+            load=functools.partial(load_base, shape.arch, shape.folder, shape.files),
+            sparse=shape.arch.mixture is not None,
         ),
     )
 
@@ -417,22 +419,29 @@ def check_options(options: ConfigDict) -> None:
             )
 
 
-def check_fit(shape: Shape, vocabulary: int) -> None:
-    """Raises UserError unless experts, gates and tokens fit the base."""
+def check_fit(shape: Shape, config: ConfigDict, length: int, vocabulary: int) -> None:
+    """Raises UserError unless experts, gates, windows and tokens fit the base."""
     arch, mixture = shape.arch, shape.arch.mixture
     where = f"model.base={show(shape.folder)}"
     if vocabulary > arch.vocabulary:
         raise UserError(
-            f"data.tokenizer has {vocabulary} tokens; allowed with {where}: at most "
-            f"{arch.vocabulary}, the rows of its embedding"
+            f"data with {vocabulary} tokens are not allowed with {where}; allowed: at "
+            f"most {arch.vocabulary}, the rows of its embedding"
+        )
+    if arch.window and length > arch.window:
+        raise UserError(
+            f"data.length={length} is not allowed with {where}; allowed: at most "
+            f"{arch.window}, the window of its attention"
         )
     if mixture is None:
         return
-    if shape.num_experts != mixture.experts:
-        raise UserError(
-            f"num_experts={shape.num_experts} is not allowed with {where}; allowed: "
-            f"{mixture.experts}, which its mixtures have"
-        )
+    known = {"num_experts": mixture.experts, "num_active": mixture.active}
+    for name, allowed in known.items():
+        if config[name] != allowed:
+            raise UserError(
+                f"{name}={config[name]}, as strategy={config.strategy!r} has it, is "
+                f"not allowed with {where}; allowed: {allowed}, as in its mixtures"
+            )
     if shape.gate_input != "token":
         raise UserError(
             f"gate.input={shape.gate_input!r} is not allowed with {where}, whose "
@@ -465,12 +474,13 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
             "of a pretrained model, with config.json and *.safetensors"
         )
     check_options(options)
-    folder = resolve_folder("model.base", options.base)
+    folder = resolve_folder("model.base", options.base).resolve()
     arch = read_architecture(folder)
     check_tensors(arch, find_tensors(folder), folder)
     shape = Shape(
         arch=arch,
         folder=str(folder),
+        files=list_states(folder),
         num_experts=config.num_experts,
         rank=options.lora_rank,
         scale=options.lora_alpha / options.lora_rank,
@@ -479,5 +489,5 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         gate_input=config.gate.input,
         remat=options.remat,
     )
-    check_fit(shape, num_outputs)
+    check_fit(shape, config, batch["tokens"].shape[1], num_outputs)
     return build_model(shape)

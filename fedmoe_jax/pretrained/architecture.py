@@ -69,6 +69,7 @@ class Architecture(NamedTuple):
       tied: whether the head is the embedding.
       mixture: of the blocks that have one; None without any.
       mixes: of every block, whether it has a mixture.
+      window: positions that attention sees, at most; 0 for all.
     """
 
     family: str
@@ -85,6 +86,7 @@ class Architecture(NamedTuple):
     tied: bool
     mixture: Mixture | None
     mixes: tuple[bool, ...]
+    window: int = 0
 
 
 QKV = ("query", "key", "value")
@@ -151,7 +153,10 @@ PLAIN = {
     "mlp_bias": (None, False),
     "use_sliding_window": (None, False),
     "partial_rotary_factor": (None, 1.0),
+    "quantization_config": (None,),
 }
+WINDOWED = ("mistral", "mixtral")  # whose `sliding_window` counts by itself
+FULL = "full_attention"  # of `layer_types`
 ROPES = ("default", "linear", "llama3")
 
 
@@ -164,6 +169,10 @@ def read_rope(fields: Fields, where: str) -> Rope:
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     base = scaling.get("rope_theta") or fields.get("rope_theta") or BASE
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise UserError(
+            f"{where}: rope_parameters differ between layers; allowed: one kind for all"
+        )
     if kind not in ROPES:
         raise UserError(
             f"{where}: rope_scaling of type {show(kind)} is unknown; allowed: "
@@ -171,13 +180,15 @@ def read_rope(fields: Fields, where: str) -> Rope:
         )
     if kind == "default":
         return Rope(float(base))
+    if kind == "linear":
+        return Rope(float(base), kind, float(scaling["factor"]))
     return Rope(
         float(base),
         kind,
         float(scaling["factor"]),
-        float(scaling.get("low_freq_factor", 1.0)),
-        float(scaling.get("high_freq_factor", 4.0)),
-        int(scaling.get("original_max_position_embeddings", 0)),
+        float(scaling["low_freq_factor"]),
+        float(scaling["high_freq_factor"]),
+        int(scaling["original_max_position_embeddings"]),
     )
 
 
@@ -201,6 +212,11 @@ def check_plain(fields: Fields, where: str) -> None:
                 f"{where}: {name}={show(value)} is not allowed; allowed: "
                 f"{', '.join(map(str, allowed))}"
             )
+    others = {*(fields.get("layer_types") or ())} - {FULL}
+    if others:
+        raise UserError(
+            f"{where}: layer_types has {show(min(map(str, others)))}; allowed: {FULL}"
+        )
 
 
 def make_architecture(fields: Fields, where: str) -> Architecture:
@@ -214,14 +230,14 @@ def make_architecture(fields: Fields, where: str) -> Architecture:
       UserError: it is of an unknown family, or a field is missing or not supported.
     """
     kind = fields.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{where}: model_type={show(kind)} is unknown; allowed: "
             f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
-    check_plain(fields, where)
     try:
+        check_plain(fields, where)
         heads, width = fields["num_attention_heads"], fields["hidden_size"]
         mixes = list_mixing(fields, family)
         return Architecture(
@@ -239,11 +255,17 @@ def make_architecture(fields: Fields, where: str) -> Architecture:
             tied=bool(fields.get("tie_word_embeddings", False)),
             mixture=family.mixture(fields) if family.mixture else None,
             mixes=mixes,
+            window=int(fields.get("sliding_window") or 0) * (kind in WINDOWED),
         )
     except KeyError as error:
         raise UserError(
             f"{where}: {error.args[0]} is missing; allowed: the fields of a {kind} "
             "config"
+        ) from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{where} has a field of another kind ({error}); allowed: the fields of a "
+            f"{kind} config"
         ) from None
 
 

@@ -4,16 +4,19 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedmoe_jax.options import UserError, show
 from fedmoe_jax.pretrained.architecture import Architecture
 from fedmoe_jax.pretrained.tensors import Tensor, list_tensors, walk
+from fedmoe_jax.runtime.files import read_json
 from fedmoe_jax.types import PyTree
 
 BYTES = 4  # of a weight here, which is float32
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights that are read
 
 
 def import_safetensors() -> Any:
@@ -33,12 +36,18 @@ def import_safetensors() -> Any:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The folder's `*.safetensors`.
+    """The files of the weights: of the index, `model.safetensors`, or all there are.
 
     Raises:
       UserError: there are none.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    index, whole = (folder / name for name in (INDEX, "model.safetensors"))
+    if index.is_file():
+        places = read_json(index).get("weight_map")
+        names = set(places.values()) if isinstance(places, dict) else set()
+        files = sorted(folder / str(name) for name in names)
+    else:
+        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
             f"model.base={show(str(folder))} has no *.safetensors; allowed: a folder "
@@ -47,19 +56,33 @@ def list_files(folder: Path) -> list[Path]:
     return files
 
 
-def find_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """File and shape of every tensor, from the files' heads alone.
+class Place(NamedTuple):
+    """Where a tensor is: its file, its shape, its type by the name in the file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    kind: str
+
+
+def find_tensors(folder: Path) -> dict[str, Place]:
+    """The places of all tensors, from the files' heads alone.
 
     Raises:
-      UserError: there are no files, or one is damaged.
+      UserError: there are no files, one is damaged, or two have the same tensor.
     """
     library, found = import_safetensors(), {}
     for path in list_files(folder):
         try:
             with library.safe_open(path, framework="numpy") as file:
                 for name in file.keys():
-                    shape = tuple(file.get_slice(name).get_shape())
-                    found[name] = path, shape
+                    place = file.get_slice(name)
+                    if name in found:
+                        raise UserError(
+                            f"{name} is in {found[name].path} and {path}; allowed: "
+                            f"each once, or an index, {INDEX}"
+                        )
+                    shape = tuple(place.get_shape())
+                    found[name] = Place(path, shape, place.get_dtype())
         except (OSError, library.SafetensorError) as error:
             raise UserError(
                 f"{path} is damaged ({error}); allowed: whole safetensors files"
@@ -67,10 +90,8 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return found
 
 
-def check_tensors(
-    arch: Architecture, found: dict[str, tuple[Path, tuple[int, ...]]], folder: Path
-) -> None:
-    """Raises UserError unless all tensors are there, in the shapes of the config."""
+def check_tensors(arch: Architecture, found: dict[str, Place], folder: Path) -> None:
+    """Raises UserError unless all tensors are there, floats of the config's shapes."""
     where = f"model.base={show(str(folder))}"
     for tensor in walk(list_tensors(arch)):
         for name in tensor.names:
@@ -79,7 +100,12 @@ def check_tensors(
                     f"{where} has no tensor {name}, which its config.json asks for; "
                     "allowed: all tensors of the architecture"
                 )
-            shape = found[name][1]
+            shape, kind = found[name].shape, found[name].kind
+            if kind not in FLOATS:
+                raise UserError(
+                    f"{where} has {name} of type {kind}; allowed: "
+                    f"{', '.join(FLOATS)}, as weights that are not quantised have"
+                )
             if shape != tensor.file_shape:
                 raise UserError(
                     f"{where} has {name} of shape {shape}; allowed by its config.json: "
@@ -112,7 +138,7 @@ def read_weights(arch: Architecture, folder: Path) -> PyTree:
     files = {path: library.safe_open(path, "numpy") for path in list_files(folder)}
 
     def read(name: str) -> np.ndarray:
-        return read_float(files[found[name][0]], name)
+        return read_float(files[found[name].path], name)
 
     def load(tensor: Tensor) -> np.ndarray:
         values = [tensor.convert(read(name)) for name in tensor.names]
@@ -127,17 +153,23 @@ def read_float(file: Any, name: str) -> np.ndarray:
     return file.get_tensor(name).astype(np.float32)
 
 
+def list_states(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Absolute path, time and size of the config and of all files of weights."""
+    paths = [folder / "config.json", *list_files(folder)]
+    states = [(str(path.resolve()), path.stat()) for path in paths]
+    return tuple((path, state.st_mtime_ns, state.st_size) for path, state in states)
+
+
 def digest(folder: Path) -> str:
     """SHA-256 of the config and of all weights, by which a base is known."""
-    files = [folder / "config.json", *list_files(folder)]
-    return digest_files(tuple((path, path.stat().st_mtime_ns) for path in files))
+    return digest_files(list_states(folder))
 
 
 @functools.lru_cache(8)
-def digest_files(files: tuple[tuple[Path, int], ...]) -> str:
-    """SHA-256 of files with their names, read again where their times change."""
+def digest_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    """SHA-256 of files with their names, read again where times or sizes change."""
     whole = hashlib.sha256()
-    for path, _ in files:
+    for path in (Path(name) for name, *_ in files):
         whole.update(path.name.encode())
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())

@@ -284,8 +284,13 @@ def welcome(
     task: Task,
     sizes: Sizes,
     describe: Callable[..., Means],
+    alone: bool = True,
 ) -> Array:
-    """The first expert of the nearest group; without groups all. `Strategy.welcome`."""
+    """The first expert of the nearest group. `Strategy.welcome`.
+
+    Before clients have been asked all experts; where they form no groups the first one,
+    which all train, if it is trained `alone`, else all.
+    """
     if sizes.num_experts == 1:
         return jnp.ones((sizes.num_layers, 1), bool)
     means = describe(state.params, federation, index, size, model, task, sizes)
@@ -295,8 +300,8 @@ def welcome(
         distance = measure_distance(center(one, known["center"]), known["mu"])[0]
         there = jnp.arange(sizes.num_experts) < known["groups"]
         nearest = jnp.where(there, distance, jnp.inf).argmin()
-        first = jnp.arange(sizes.num_experts) == nearest
-        return jnp.where(known["groups"] > 1, first, True)
+        first = jnp.arange(sizes.num_experts) == nearest  # 0 of one group
+        return jnp.where(known["groups"] > (0 if alone else 1), first, True)
 
     over_layers = map_layers(choose, sizes.num_layers, (0, 0))
     return over_layers(means, state.align.strategy)
@@ -391,6 +396,7 @@ PROTOTYPES = Strategy(
 
 PROTOTYPES_BOUNDED = PROTOTYPES._replace(
     assign=assign_bounded,
+    welcome=functools.partial(welcome, describe=describe_features, alone=False),
     about=(
         "As prototypes, but bounds the number of every expert's holders; without "
         "groups draws at random."

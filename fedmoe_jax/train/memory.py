@@ -39,11 +39,9 @@ def estimate_memory(
     """
     sizes, devices = program.sizes, program.mesh.size
     per_run = program.mesh.shape[CLIENTS]
-    submodel = (
-        program.costs.shared_bytes
-        + program.costs.gate_bytes
-        + sizes.max_held * program.costs.expert_bytes
-    )
+    costs = program.costs  # what is frozen is no client's own, and among the data
+    submodel = costs.stem_bytes + costs.head_bytes + costs.gate_bytes
+    submodel += sizes.max_held * costs.expert_bytes
     chunk = chunk_size(sizes.cohort_size, per_run, program.static.run.client_chunk)
     training = chunk * (CLIENT_COPIES * submodel + sizes.batch_size * training_bytes)
     # Rows of the cohort's clients as they are sent out and as they come back.

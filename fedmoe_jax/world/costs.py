@@ -213,7 +213,8 @@ def client_parameters(costs: Costs, traffic: Traffic) -> Array:
       traffic: experts held.
     """
     held = costs.shared_bytes + costs.gate_bytes + costs.expert_bytes * traffic.held
-    return (1 + 2 * (costs.copies - 1)) * held / NUMBER_BYTES
+    variates = 2 * (costs.copies - 1) * (held - costs.frozen_bytes)
+    return (held + variates) / NUMBER_BYTES
 
 
 def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
@@ -276,7 +277,7 @@ def client_memory(costs: Costs, traffic: Traffic) -> Array:
     all_parts = shared + costs.expert_bytes * traffic.held
     untrained = costs.expert_bytes * (traffic.held - traffic.trained)
     untrained += costs.frozen_bytes
-    variates = 2 * (costs.copies - 1) * all_parts
+    variates = 2 * (costs.copies - 1) * (all_parts - costs.frozen_bytes)
     return TRAINING_COPIES * (all_parts - untrained) + untrained + variates
 
 

@@ -164,7 +164,12 @@ def test_full_rank_equals_training_the_hidden_layers_themselves(tmp_path):
         ("llama", {"model.tied": True}, "model.tied=True is not allowed"),
         ("llama", {"model.shared_width": 4}, "shared_width=4 is not .*; allowed: 0"),
         ("llama", {"model.expert_dropout": 0.5}, "expert_dropout=0.5 is not .*: 0.0"),
-        ("mixtral", {"num_experts": 8}, "num_experts=8 is not allowed .*; allowed: 4"),
+        (
+            "mixtral",
+            {"num_experts": 8},
+            "num_experts=8, as .* not allowed .*: 4, as in",
+        ),
+        ("olmoe", {"num_active": 1}, "num_active=1, as strategy='load_balanced' has"),
         ("olmoe", {"gate.input": "prefix"}, "gate.input='prefix' is not allowed"),
     ],
 )
@@ -173,19 +178,33 @@ def test_what_does_not_fit_a_base_is_refused(family, changes, told, tmp_path):
         make_model(tmp_path, family, **changes)
 
 
-def test_parts_of_one_network_are_no_low_rank_experts(tmp_path):
-    model, params, frozen = make_model(tmp_path)
-    slots = jnp.zeros((2, 1), int), jnp.ones((2, 1), bool), Route(1, gating="sum")
-    own = take_submodel(params, {}, slots[0], 0)
-    with pytest.raises(UserError, match="parts of one network, as heterofl's"):
-        model.apply(own, frozen, {"tokens": TOKENS}, *slots, None)
+def test_other_weights_in_the_same_folder_are_another_model(tmp_path):
+    def change(config, tensors):
+        tensors["model.norm.weight"] += 1
+
+    first, _, before = make_model(tmp_path)
+    assert make_model(tmp_path)[0] == first
+    save_checkpoint(tmp_path, "llama", change)
+    second, _, after = make_model(tmp_path)
+    assert second != first
+    moved = after[BASE]["norm"] - before[BASE]["norm"]
+    np.testing.assert_allclose(moved, 1, atol=1e-6)
+
+
+def test_windows_of_attention_are_as_long_as_the_text(tmp_path):
+    def change(config, tensors):
+        config["sliding_window"] = 8
+
+    save_checkpoint(tmp_path, "mistral", change)
+    with pytest.raises(UserError, match="data.length=9 is not .*; allowed: at most 8"):
+        make_model(tmp_path, "mistral")
 
 
 def test_data_fit_the_embedding_and_have_tokens(tmp_path):
     save_checkpoint(tmp_path, "llama")
     config = default.get_config()
     config.model.kind, config.model.base = "lora", str(tmp_path)
-    with pytest.raises(UserError, match="has 41 tokens; allowed .*: at most 40"):
+    with pytest.raises(UserError, match="with 41 tokens are not .*: at most 40"):
         lora.build(config, {"tokens": TOKENS}, V + 1, "cpu")
     with pytest.raises(UserError, match="without tokens .*; allowed: image_moe"):
         lora.build(config, {"x": TOKENS}, V, "cpu")

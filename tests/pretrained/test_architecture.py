@@ -59,6 +59,30 @@ def test_positions_are_read_from_either_generation_of_configs():
             "rope_scaling of type 'yarn' is unknown; allowed: default, linear, llama3",
         ),
         (
+            "llama",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config=.* is not allowed; allowed: None",
+        ),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has 'sliding_attention'; allowed: full_attention",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+            "rope_parameters differ between layers",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            "low_freq_factor is missing",
+        ),
+        ("llama", {"num_hidden_layers": None}, "has a field of another kind"),
+        ("llama", {"rope_scaling": "linear"}, "has a field of another kind"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "has a field of another kind"),
+        ("llama", {"model_type": ["llama"]}, "model_type=.* is unknown"),
+        (
             "qwen2",
             {"use_sliding_window": True},
             "use_sliding_window=True is not allowed",

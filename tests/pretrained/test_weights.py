@@ -14,6 +14,7 @@ from fedmoe_jax.pretrained.weights import (
     check_tensors,
     digest,
     find_tensors,
+    list_files,
     read_weights,
 )
 
@@ -44,9 +45,15 @@ def shorten(config, tensors):
     tensors[name] = np.ascontiguousarray(tensors[name][1:])
 
 
+def quantise(config, tensors):
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(np.int8)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (quantise, "up_proj.weight of type I8; allowed: F64, F32, F16, BF16"),
         (
             drop,
             "has no tensor model.layers.1.mlp.up_proj.weight, which .*; allowed: all",
@@ -67,6 +74,21 @@ def test_a_folder_without_weights_and_a_damaged_file_are_refused(tmp_path):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged .*; allowed: whole safetensors"):
+        find_tensors(folder)
+
+
+def test_files_are_those_of_the_index_and_no_tensor_is_there_twice(tmp_path):
+    folder = save_checkpoint(tmp_path, "llama")
+    file = folder / "model.safetensors"
+    for name in ("one.safetensors", "two.safetensors"):
+        (folder / name).write_bytes(file.read_bytes())
+    assert list_files(folder) == [file]
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "two.safetensors"}}))
+    assert list_files(folder) == [folder / "two.safetensors"]
+    index.unlink()
+    file.unlink()
+    with pytest.raises(UserError, match="is in .*one.safetensors and .*; allowed: ea"):
         find_tensors(folder)
 
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from checkpoints import D, F, H, V, W, save_checkpoint
+from checkpoints import EXPERTS, D, F, H, V, W, save_checkpoint
 from factories import (
     assert_same_results,
     make_config,
@@ -13,9 +13,12 @@ from factories import (
 )
 
 from fedmoe_jax.api import load_run, predict
+from fedmoe_jax.models.flops import shape_base
 from fedmoe_jax.options import UserError
 from fedmoe_jax.pretrained.architecture import read_architecture
 from fedmoe_jax.pretrained.weights import measure_bytes
+from fedmoe_jax.state import init_state
+from fedmoe_jax.train.memory import CLIENT_COPIES, estimate_memory
 from fedmoe_jax.train.plan import Member, plan_waves
 from fedmoe_jax.train.run import build_job
 
@@ -106,6 +109,46 @@ def test_a_run_learns_and_goes_on_alike(base, tmp_path):
     rows = {name: leaf[:3] for name, leaf in run.plan.data.test.items()}
     logits = predict(run, rows)
     assert logits.shape[::2] == (3, V) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        (
+            "llama",
+            {"strategy": "heterofl"},
+            "strategy='heterofl' is not allowed with",
+        ),
+        ("olmoe", {"strategy": "prototypes"}, "strategy='prototypes' is not allowed w"),
+        ("olmoe", {"upcycle.rounds": 2}, "upcycle.rounds=2 is not allowed with model."),
+        ("olmoe", {"strategy": "fedavg_active"}, "num_experts=1, as strategy='fedavg"),
+    ],
+)
+def test_strategies_that_do_not_fit_a_base_are_refused(family, changes, told, tmp_path):
+    base = save_checkpoint(tmp_path / "base", family)
+    config = make_lora(base, **{"num_experts": EXPERTS} | changes)
+    with pytest.raises(UserError, match=told):
+        plan_waves([Member("tiny", config)])
+
+
+def test_memory_has_the_base_once(base):
+    """Not in each of the copies that a client at work has of what it trains."""
+    (wave,) = plan_waves([Member("tiny", make_lora(base))])
+    (plan,), program = wave.plans, wave.program
+    key = jax.random.key(0)
+    state, frozen = jax.eval_shape(lambda: init_state(key, plan.hyper, program))
+    federation = plan.federation.replace(frozen=frozen, base=shape_base(program.model))
+    without = plan.federation.replace(frozen=frozen)
+    found, less = (
+        estimate_memory(state, each, program, 0.0, 0.0, 1)
+        for each in (federation, without)
+    )
+    costs = program.costs
+    own = costs.stem_bytes + costs.gate_bytes
+    own += program.sizes.max_held * costs.expert_bytes
+    assert found["compute"] == CLIENT_COPIES * own
+    size = measure_bytes(read_architecture(base))
+    assert found["data"] - less["data"] == size == costs.frozen_bytes
 
 
 def test_other_weights_are_refused(base, tmp_path):
