@@ -405,7 +405,8 @@ def make_devices(count, *, rate=1e9, **changes):
 
 def make_federation(**fields):
     """A federation of which only some fields are there."""
-    return Federation(**dict.fromkeys(Federation.__dataclass_fields__) | fields)
+    absent = dict.fromkeys(Federation.__dataclass_fields__) | {"base": {}}
+    return Federation(**absent | fields)
 
 
 def breakable(program):

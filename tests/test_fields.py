@@ -29,6 +29,8 @@ CHECKED_ELSEWHERE = {
 CHECKED_ELSEWHERE |= {
     "model.remat",
     "model.scan",
+    "model.base",
+    "model.lora_fixed",
     "model.tied",
     "run.tensorboard",
     "evaluation.finetune",

@@ -108,8 +108,8 @@ def check_tensors(arch: Architecture, found: dict[str, Place], folder: Path) -> 
                 )
             if shape != tensor.file_shape:
                 raise UserError(
-                    f"{where} has {name} of shape {shape}; allowed by its config.json: "
-                    f"{tensor.file_shape}"
+                    f"{where} has {name} of shape {shape}; allowed: "
+                    f"{tensor.file_shape}, as its config.json says"
                 )
 
 
