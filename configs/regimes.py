@@ -11,7 +11,7 @@ images, by their `inversion` in half of the clients, by the meaning of their lab
 (`permuted`), by rotation and meaning (`both`), or by meaning and, less, by their labels
 (`mixed`). Without one of these words all kinds are compared, at one rate and with fewer
 rows and seeds, and the report draws a map: the best mixture beside the best control in
-every kind (on the digits six minutes on two cores, of which most is compiling). A kind
+every kind (on the digits a minute each on two cores, mostly of compiling). A kind
 alone can be tuned; its runs and those of others make a map by
 `--report=runs/skew,runs/rotation`. `digits` is on the embedded digits, else it is on
 CIFAR-10, for 100 rounds. All mixtures have the same means: a dense warm-up of ten

@@ -160,6 +160,12 @@ def make_tensors(config, family):
     return tensors
 
 
+def measure_bytes(family):
+    """Bytes of all tensors of a checkpoint."""
+    tensors = make_tensors(make_config(family), family)
+    return sum(value.nbytes for value in tensors.values())
+
+
 def make_tokens():
     """[2, 32] tokens, longer than the context that llama3 was scaled from."""
     return np.random.default_rng(0).integers(0, V, (2, 32))

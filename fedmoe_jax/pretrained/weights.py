@@ -14,7 +14,6 @@ from fedmoe_jax.pretrained.tensors import Tensor, list_tensors, walk
 from fedmoe_jax.runtime.files import read_json
 from fedmoe_jax.types import PyTree
 
-BYTES = 4  # of a weight here, which is float32
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights that are read
 
@@ -111,12 +110,6 @@ def check_tensors(arch: Architecture, found: dict[str, Place], folder: Path) -> 
                     f"{where} has {name} of shape {shape}; allowed: "
                     f"{tensor.file_shape}, as its config.json says"
                 )
-
-
-def measure_bytes(arch: Architecture) -> int:
-    """Bytes of all weights as float32."""
-    sizes = (len(t.names) * np.prod(t.file_shape) for t in walk(list_tensors(arch)))
-    return BYTES * int(sum(sizes))
 
 
 def map_tensors(make: Callable[[Tensor], Any], tree: dict) -> PyTree:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from checkpoints import EXPERTS, D, F, H, V, W, save_checkpoint
+from checkpoints import EXPERTS, D, F, H, V, W, measure_bytes, save_checkpoint
 from factories import (
     assert_same_results,
     make_config,
@@ -15,8 +15,6 @@ from factories import (
 from fedmoe_jax.api import load_run, predict
 from fedmoe_jax.models.flops import shape_base
 from fedmoe_jax.options import UserError
-from fedmoe_jax.pretrained.architecture import read_architecture
-from fedmoe_jax.pretrained.weights import measure_bytes
 from fedmoe_jax.state import init_state
 from fedmoe_jax.train.memory import CLIENT_COPIES, estimate_memory
 from fedmoe_jax.train.plan import Member, plan_waves
@@ -87,7 +85,7 @@ def test_the_base_is_in_no_carry_and_there_once(base):
     found = [leaf.shape for leaf in jax.tree.leaves(federation.base)]
     assert (V, D) in found and len(leaves) > len(found)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(federation.base)]
-    assert sum(sizes) == measure_bytes(read_architecture(base))
+    assert sum(sizes) == measure_bytes("llama")
     costs = wave.program.costs
     assert costs.frozen_bytes == sum(sizes)  # that every client downloads once
 
@@ -103,7 +101,7 @@ def test_a_run_learns_and_goes_on_alike(base, tmp_path):
     rows = rows_of(whole)
     assert rows[-1]["personal_bits"] < rows[1]["personal_bits"]
     down = [row["bytes_down"] for row in rows]
-    size = measure_bytes(read_architecture(base))
+    size = measure_bytes("llama")
     assert down[0] > 4 * size  # four clients, all for the first time
     run = load_run(whole)
     rows = {name: leaf[:3] for name, leaf in run.plan.data.test.items()}
@@ -147,7 +145,7 @@ def test_memory_has_the_base_once(base):
     own = costs.stem_bytes + costs.gate_bytes
     own += program.sizes.max_held * costs.expert_bytes
     assert found["compute"] == CLIENT_COPIES * own
-    size = measure_bytes(read_architecture(base))
+    size = measure_bytes("llama")
     assert found["data"] - less["data"] == size == costs.frozen_bytes
 
 
