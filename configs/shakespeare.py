@@ -37,8 +37,8 @@ def set_speakers(config: ConfigDict) -> None:
     config.data.kilobytes = config.data.test_kilobytes = 0
     config.num_clients, config.cohort_size, config.partition.unseen = 130, 20, 25
     config.num_experts, config.max_held = 8, 4
-    config.num_rounds, config.eval_every = 200, 25
-    config.chunk_rounds = config.checkpoint.every = 25
+    config.num_rounds, config.eval_every = 100, 20
+    config.chunk_rounds = config.checkpoint.every = 20
 
 
 def set_writers(config: ConfigDict) -> None:
