@@ -202,6 +202,89 @@ def accumulate(
     )
 
 
+def locate_rows(row: Array, held: Array, num_experts: int) -> Array:
+    """Which of a chunk's rows belongs to which row of the sums: [R, E, c, m], 0 or 1.
+
+    Args:
+      row: [R, c], the sums that each client is added to.
+      held: [c, m] int32, the experts whose rows each client brings.
+      num_experts: E.
+    """
+    expert = jax.nn.one_hot(held, num_experts, axis=1)  # [c, E, m]
+    return jnp.einsum("rc,cem->recm", row, expert)
+
+
+def add_clients(
+    place: Array,
+    scale: Array,
+    weight: Array,
+    total: tuple[PyTree, Array],
+    rows: PyTree,
+) -> tuple[PyTree, Array]:
+    """Adds one part, or one layer of it, of a chunk of clients.
+
+    Args:
+      place: [R, c], or [R, E, c, m] of rows, see `locate_rows`.
+      scale: [c], of each client's deltas.
+      weight: [c] or [c, m].
+      total: the sums, leaves [R, ...] or [R, E, ...], and the sum of the weights.
+      rows: deltas, leaves [c, ...] or [c, m, ...].
+    """
+    product = functools.partial(jnp.tensordot, axes=weight.ndim, precision="highest")
+    scaled = scale_rows(scale, weight)
+    scaled = place * scaled.reshape((1,) * (place.ndim - weight.ndim) + weight.shape)
+    add = lambda old, new: old + product(scaled, new)
+    return jax.tree.map(add, total[0], rows), total[1] + product(place, weight)
+
+
+def accumulate_chunk(
+    sums: Sums,
+    which: Array,
+    inputs: ClientInput,
+    updates: ClientUpdate,
+    weights: dict[str, Array],
+) -> Sums:
+    """As `accumulate` for all c clients of a chunk at once, as products.
+
+    On an accelerator one client after the other would be a loop of short steps, and a
+    scatter that adds rows of several clients to one expert has no order on a GPU.
+
+    Args:
+      sums: leaves with a leading axis of R rows.
+      which: [c] int32, the row that each client is added to.
+      inputs: of the clients, with a leading axis c like all that follows.
+      updates: their results.
+      weights: of each part of their deltas, see `weigh`.
+    """
+    counted = jax.vmap(counts)(inputs, updates)
+    # Multiplying a NaN by a zero weight would still poison the sum.
+    keep = jax.vmap(lambda count, leaf: jnp.where(count, leaf, 0.0))
+    delta = jax.tree.map(lambda leaf: keep(counted, leaf), updates.delta)
+    num_sums, _, num_experts = sums.weight["gate"].shape
+    row = jax.nn.one_hot(which, num_sums, axis=0)
+    every = jnp.broadcast_to(jnp.arange(num_experts), weights["gate"].shape)
+    held = {"gate": every, "experts": inputs.held}
+
+    def add_part(part: str) -> tuple[PyTree, Array]:
+        total, amount = sums.delta[part], sums.weight[part]
+        rows, weight = delta[part], weights[part]
+        if part not in LAYERED:
+            return add_clients(row, inputs.scale, weight, (total, amount), rows)
+        trees, amounts = {}, []
+        for g, name in enumerate(layer_names(total)):
+            place = locate_rows(row, held[part][:, g], num_experts)
+            own = place, inputs.scale, weight[:, g], (total[name], amount[:, g])
+            trees[name], more = add_clients(*own, rows[name])
+            amounts.append(more)
+        return trees, jnp.stack(amounts, axis=1)
+
+    parts = {part: add_part(part) for part in sums.delta}
+    return Sums(
+        delta={part: trees for part, (trees, _) in parts.items()},
+        weight={part: amount for part, (_, amount) in parts.items()},
+    )
+
+
 def scale_rows(weight: Array, leaf: Array) -> Array:
     """`weight` [] or [n] times `leaf` [n, ...], row by row."""
     return weight.reshape(weight.shape + (1,) * (leaf.ndim - weight.ndim)) * leaf

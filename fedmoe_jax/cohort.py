@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from fedmoe_jax.aggregate import Sums, accumulate, weigh, zero_sums
+from fedmoe_jax.aggregate import (
+    Sums,
+    accumulate,
+    accumulate_chunk,
+    weigh,
+    zero_sums,
+)
 from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.optimizers import step_weights
@@ -231,10 +237,12 @@ def train_share(
         reply = make_reply(update, inputs, sent, outcome, hyper, program)
         return update, keep_if(outcome.arrived, weights), reply
 
+    def choose_sums(code: Array) -> Array:
+        return (code == STALE).astype(jnp.int32) if stale else jnp.zeros_like(code)
+
     def add_client(totals: Sums, client: tuple) -> tuple[Sums, None]:
         code, *sent = client
-        which = (code == STALE).astype(jnp.int32) if stale else 0
-        return accumulate(totals, which, *sent), None
+        return accumulate(totals, choose_sums(code) if stale else 0, *sent), None
 
     def one_chunk(totals: Sums, chunk: tuple) -> tuple[Sums, Reply]:
         inputs, _ = chunk
@@ -245,8 +253,11 @@ def train_share(
             returned = jax.vmap(one_client)(*chunk)
         updates, weights, replies = returned
         clients = replies.outcome.code, inputs, updates, weights
-        totals, _ = jax.lax.scan(add_client, totals, clients)
-        return totals, replies
+        if program.platform == "cpu":
+            return jax.lax.scan(add_client, totals, clients)[0], replies
+        code, *sent = clients
+        which = choose_sums(code)
+        return accumulate_chunk(totals, which, *sent), replies
 
     rows = lambda leaf: jnp.zeros((1 + stale, *leaf.shape))
     start = jax.tree.map(rows, zero_sums(params))

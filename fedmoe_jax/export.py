@@ -21,6 +21,7 @@ import numpy as np
 from fedmoe_jax.api import Run, load_run
 from fedmoe_jax.base import BASE
 from fedmoe_jax.models import lora, transformer
+from fedmoe_jax.models.precision import find_float32
 from fedmoe_jax.models.transformer_parts import BASE as ROPE_BASE
 from fedmoe_jax.models.transformer_parts import EPSILON
 from fedmoe_jax.options import UserError
@@ -229,7 +230,8 @@ def export(run: Run, folder: Path) -> list[Path]:
             f"{', '.join(program.strategy.personal)} are the clients' own; allowed: "
             "strategies whose model is the server's"
         )
-    shape = getattr(program.model.apply, "keywords", {}).get("shape")
+    own = find_float32(program.model)
+    shape = getattr(own.apply, "keywords", {}).get("shape")
     if isinstance(shape, lora.Shape):
         return save_adapters(shape, run, folder)
     if isinstance(shape, transformer.Shape):

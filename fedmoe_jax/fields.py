@@ -12,6 +12,7 @@ from fedmoe_jax.data.partition import KINDS
 from fedmoe_jax.data.text import CLIENTS
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.image_parts import EXPERTS, STEMS
+from fedmoe_jax.models.precision import DTYPES
 from fedmoe_jax.models.transformer import GATE_INPUTS
 from fedmoe_jax.options import (
     COUNT,
@@ -262,6 +263,11 @@ OPTIONS: tuple[Option, ...] = (
         "(g + 1) ** -s; 0: equally many in each",
     ),
     Option("model.kind", MODELS, "builder of the model"),
+    Option(
+        "model.dtype",
+        DTYPES,
+        "numbers that a model computes with; parameters, sums and scores are float32",
+    ),
     Option(
         "model.stem",
         tuple(STEMS),
@@ -654,7 +660,13 @@ OPTIONS: tuple[Option, ...] = (
         "rounds from one checkpoint to the next, a multiple of chunk_rounds",
     ),
     Option("checkpoint.keep", COUNT, "newest checkpoints that stay on disk"),
-    Option("run.client_chunk", COUNT, "clients vmapped at once on each device", STATIC),
+    Option(
+        "run.client_chunk",
+        NON_NEGATIVE,
+        "clients vmapped at once on each device; 0: one on a CPU, elsewhere as many as "
+        "run.memory_limit_gb allows",
+        STATIC,
+    ),
     Option(
         "run.num_devices",
         NON_NEGATIVE,

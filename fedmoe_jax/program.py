@@ -24,6 +24,7 @@ from fedmoe_jax.forms import check_type
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
 from fedmoe_jax.models.one_layer import take_gate_stem
+from fedmoe_jax.models.precision import compute_in
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
@@ -229,6 +230,21 @@ def make_static(config: ConfigDict) -> Static:
     return group(take_scope(config, STATIC) | extra, "static")
 
 
+def choose_chunk(static: Static, num_clients: int, platform: str) -> Static:
+    """Clients vmapped at once on each device, where the config leaves that open.
+
+    On CPU one after the other is faster; elsewhere as many as there are, of which
+    `plan.fit_chunk` takes fewer where memory is short.
+
+    Args:
+      static: may have `run.client_chunk=0`.
+      num_clients: of the cohort.
+      platform: `cpu`, `gpu` or `tpu`.
+    """
+    chunk = static.run.client_chunk or (1 if platform == "cpu" else num_clients)
+    return static._replace(run=static.run._replace(client_chunk=chunk))
+
+
 def make_hyper(config: ConfigDict) -> Hyper:
     """The traced numbers, of a program with one strategy, from the user's config."""
     cast = lambda value: (np.int32 if isinstance(value, int) else np.float32)(value)
@@ -423,6 +439,7 @@ def build_program(
     batch = shape_batch(data.train, federation.statistics, task)
     platform, width = find_platform(mesh), task.num_outputs(data)
     model = MODELS[used.model.kind](used, batch.of(1), width, platform)
+    model = compute_in(model, used.model.dtype)
     params, frozen = shape_params(model)
     sizes = make_sizes(
         used,
@@ -451,7 +468,7 @@ def build_program(
         routing=routing,
         sizes=sizes,
         strategy=strategy,
-        static=make_static(used),
+        static=choose_chunk(make_static(used), sizes.cohort_size, platform),
         processes=list_processes(config),
         report_numbers=count_report(strategy, routing, rows, make_hyper(config)),
         costs=costs,

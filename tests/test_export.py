@@ -78,7 +78,7 @@ def test_an_adapter_holds_what_an_expert_adds(fixed, tmp_path):
 
     folder = save_checkpoint(tmp_path / "merged", "llama", change)
     arch = read_architecture(folder)
-    expected = decode(read_weights(arch, folder), TOKENS, arch)
+    expected = decode(read_weights(arch, folder, "float32"), TOKENS, arch)
     np.testing.assert_allclose(ask(model, run, 2), expected, atol=1e-4)
     gates = load_file(tmp_path / "out" / "gates.safetensors")
     assert gates["block001.kernel"].shape == (EXPERTS, 16)
@@ -125,7 +125,7 @@ def test_a_transformer_with_one_expert_is_a_llama_checkpoint(tmp_path):
     slots = jnp.zeros((2, 1), int), jnp.ones((2, 1), bool), Route(1)
     expected, _ = model.apply(params, {}, {"tokens": TOKENS}, *slots, None)
     arch = read_architecture(tmp_path)
-    found = decode(read_weights(arch, tmp_path), TOKENS, arch)
+    found = decode(read_weights(arch, tmp_path, "float32"), TOKENS, arch)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 

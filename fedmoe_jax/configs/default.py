@@ -64,6 +64,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.kind = "image_moe"
+    config.model.dtype = "float32"
     config.model.stem = "mlp"
     config.model.stem_width = 64
     config.model.expert = "mlp"
@@ -268,7 +269,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.checkpoint.keep = 2
 
     config.run = ConfigDict()
-    config.run.client_chunk = 1
+    config.run.client_chunk = 0
     config.run.num_devices = 0
     config.run.memory_limit_gb = 8.0
     config.run.tensorboard = True

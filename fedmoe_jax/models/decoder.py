@@ -8,21 +8,18 @@ import numpy as np
 
 from fedmoe_jax.base import Route
 from fedmoe_jax.models.routing import make_gates
-from fedmoe_jax.models.transformer_parts import feed_forward, mix_values, turn
+from fedmoe_jax.models.transformer_parts import (
+    feed_forward,
+    mix_values,
+    normalise_axes,
+    turn,
+)
 from fedmoe_jax.pretrained.architecture import Architecture, Rope
 from fedmoe_jax.pretrained.tensors import name_block
 from fedmoe_jax.types import Array, PyTree
 
 # (name of a projection, inputs) -> what is added to its outputs
 Adapt = Callable[[str, Array], Array | float]
-
-
-def normalise(x: Array, scale: Array, epsilon: float, axes: int = 1) -> Array:
-    """RMSNorm over the last axes, as many as `scale` has: x [..., *scale]."""
-    last = tuple(range(-axes, 0))
-    square = jnp.square(x).mean(axis=last, keepdims=True)
-    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
-    return x * jax.lax.rsqrt(square + epsilon) * scale
 
 
 def list_rates(rope: Rope, width: int) -> np.ndarray:
@@ -54,12 +51,11 @@ def attend(
         if name in arch.biased:
             heads = heads + params[f"{name}_bias"][None, None]
         if f"{name}_norm" in params:
-            scale = params[f"{name}_norm"]
-            heads = normalise(heads, scale, arch.epsilon, scale.ndim)
+            heads = normalise_axes(heads, params[f"{name}_norm"], arch.epsilon)
         return heads.swapaxes(1, 2)
 
     query, key, value = map(project, ("query", "key", "value"))
-    rate = jnp.asarray(list_rates(arch.rope, arch.head_width), x.dtype)
+    rate = jnp.asarray(list_rates(arch.rope, arch.head_width), jnp.float32)
     mixed = mix_values(turn(query, rate), turn(key, rate), value)  # [B, H, P, W]
     out = jnp.einsum("bhpw,hwd->bpd", mixed, params["out"]) + adapt("out", mixed)
     return out + params["out_bias"][None, None] if "out" in arch.biased else out
@@ -74,7 +70,8 @@ def mix_all(block: PyTree, x: Array, arch: Architecture) -> Array:
     gates = make_gates(tokens @ block["router"].T, slot, how)
     each = jax.vmap(feed_forward, in_axes=(0, None), out_axes=1)
     outputs = each(block["experts"], tokens)
-    return jnp.einsum("te,ted->td", gates, outputs).reshape(x.shape)
+    mixed = jnp.einsum("te,ted->td", gates.astype(x.dtype), outputs)
+    return mixed.reshape(x.shape)
 
 
 def add_shared(block: PyTree, x: Array) -> Array | float:
@@ -90,9 +87,9 @@ def decode(weights: PyTree, tokens: Array, arch: Architecture) -> Array:
     x = weights["embedding"][tokens]
     for layer, mixes in enumerate(arch.mixes):
         block = weights[name_block(layer)]
-        hidden = normalise(x, block["before"], arch.epsilon)
+        hidden = normalise_axes(x, block["before"], arch.epsilon)
         x = x + attend(block["attention"], hidden, arch)
-        hidden = normalise(x, block["after"], arch.epsilon)
+        hidden = normalise_axes(x, block["after"], arch.epsilon)
         if mixes:
             x = x + mix_all(block, hidden, arch) + add_shared(block, hidden)
         else:
@@ -102,5 +99,6 @@ def decode(weights: PyTree, tokens: Array, arch: Architecture) -> Array:
 
 def answer(weights: PyTree, x: Array, arch: Architecture) -> Array:
     """Logits [..., vocabulary] of the last hidden states [..., D]."""
-    x = normalise(x, weights["norm"], arch.epsilon)
-    return x @ (weights["embedding"].T if arch.tied else weights["head"])
+    x = normalise_axes(x, weights["norm"], arch.epsilon)
+    kernel = weights["embedding"].T if arch.tied else weights["head"]
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)

@@ -27,9 +27,14 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.base import BASE, Base, Model, Route, Routing
 from fedmoe_jax.models import routing
-from fedmoe_jax.models.decoder import add_shared, answer, attend, normalise
+from fedmoe_jax.models.decoder import add_shared, answer, attend
 from fedmoe_jax.models.one_layer import choose_trained, freeze_others
-from fedmoe_jax.models.transformer_parts import average_prefix, draw, feed_forward
+from fedmoe_jax.models.transformer_parts import (
+    average_prefix,
+    draw,
+    feed_forward,
+    normalise_axes,
+)
 from fedmoe_jax.options import UserError, show
 from fedmoe_jax.pretrained.architecture import Architecture, read_architecture
 from fedmoe_jax.pretrained.tensors import list_tensors, name_block
@@ -61,6 +66,7 @@ class Shape(NamedTuple):
       fixed: whether a stays as it was drawn.
       gate_input: see `transformer.Shape`.
       remat: likewise.
+      dtype: of the base's weights, a name in `precision.DTYPES`.
     """
 
     arch: Architecture
@@ -73,6 +79,7 @@ class Shape(NamedTuple):
     fixed: bool
     gate_input: str
     remat: bool
+    dtype: str
 
 
 def list_layers(arch: Architecture) -> list[str]:
@@ -209,6 +216,7 @@ def run_shared_base(
     base = x @ weights["gate"], x @ weights["up"]
     run = jax.vmap(run_expert, (0, None, None, None), 1)
     hidden, low = run(pairs, x, base, shape.scale)
+    gates = gates.astype(x.dtype)
     mixed = jnp.einsum("tk,tkf->tf", gates, hidden) @ weights["down"]
     return mixed + jnp.einsum("tk,tkd->td", gates, low)
 
@@ -292,7 +300,7 @@ def mix_experts(
         outputs = run_experts(pairs, weights, tokens, shape)
         if trained is not None:
             outputs = freeze_others(outputs, trained)
-        mixed = jnp.einsum("tk,tkd->td", gates, outputs)
+        mixed = jnp.einsum("tk,tkd->td", gates.astype(x.dtype), outputs)
     return mixed.reshape(x.shape), Routing(logits, gates, trained)
 
 
@@ -317,9 +325,9 @@ def run_block(
     """ONE block on hidden states [B, P, D], and the routing of its MoE layer."""
     arch, base = shape.arch, block.base
     adapt = adapt_attention(block.pairs, shape.scale)
-    hidden = normalise(x, base["before"], arch.epsilon)
+    hidden = normalise_axes(x, base["before"], arch.epsilon)
     x = x + attend(base["attention"], hidden, arch, adapt)
-    hidden = normalise(x, base["after"], arch.epsilon)
+    hidden = normalise_axes(x, base["after"], arch.epsilon)
     if block.layer is None:
         return x + feed_forward(base["hidden"], hidden), None
     gate, pairs, held, slot, bias = block.layer
@@ -376,22 +384,22 @@ def apply(
     return answer(base, x, shape.arch), whole
 
 
-def shape_base(arch: Architecture) -> PyTree:
+def shape_base(arch: Architecture, dtype: str) -> PyTree:
     """Shapes of all weights of a base, without reading them."""
 
     def shape(tensor: Any) -> jax.ShapeDtypeStruct:
         stacked = (len(tensor.names),) if len(tensor.names) > 1 else ()
-        return jax.ShapeDtypeStruct((*stacked, *tensor.shape), jnp.float32)
+        return jax.ShapeDtypeStruct((*stacked, *tensor.shape), dtype)
 
     return map_tensors(shape, list_tensors(arch))
 
 
 @functools.lru_cache(1)
 def load_base(
-    arch: Architecture, folder: str, files: tuple[tuple[str, int, int], ...]
+    arch: Architecture, folder: str, files: tuple[tuple[str, int, int], ...], dtype: str
 ) -> PyTree:
     """All weights of a base, on the host, once for all runs of a process."""
-    return read_weights(arch, Path(folder))
+    return read_weights(arch, Path(folder), dtype)
 
 
 @functools.cache
@@ -401,8 +409,10 @@ def build_model(shape: Shape) -> Model:
         init=functools.partial(init, shape=shape),
         apply=functools.partial(apply, shape=shape),
         base=Base(
-            shapes=functools.partial(shape_base, shape.arch),
-            load=functools.partial(load_base, shape.arch, shape.folder, shape.files),
+            shapes=functools.partial(shape_base, shape.arch, shape.dtype),
+            load=functools.partial(
+                load_base, shape.arch, shape.folder, shape.files, shape.dtype
+            ),
             sparse=shape.arch.mixture is not None,
         ),
     )
@@ -488,6 +498,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         fixed=options.lora_fixed,
         gate_input=config.gate.input,
         remat=options.remat,
+        dtype=options.dtype,
     )
     check_fit(shape, config, batch["tokens"].shape[1], num_outputs)
     return build_model(shape)

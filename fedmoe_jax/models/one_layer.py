@@ -122,7 +122,7 @@ def mix_outputs(
 
     Those of the shared one, [B, O] or None, are added to it, see `Parts`.
     """
-    mixed = jnp.einsum("bk,bko->bo", gates, outputs)
+    mixed = jnp.einsum("bk,bko->bo", gates.astype(outputs.dtype), outputs)
     return parts.head(head, mixed if shared is None else mixed + shared)
 
 
@@ -133,7 +133,8 @@ def mix_probabilities(
 
     Each answers with the shared one, see `Parts`; arguments as in `mix_outputs`.
     """
-    answers = jax.nn.softmax(parts.head(head, add_shared(outputs, shared)))  # [B, K, L]
+    logits = parts.head(head, add_shared(outputs, shared)).astype(jnp.float32)
+    answers = jax.nn.softmax(logits)  # [B, K, L]
     return log_probabilities(jnp.einsum("bk,bkl->bl", gates, answers))
 
 

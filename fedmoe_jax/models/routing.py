@@ -12,7 +12,8 @@ from fedmoe_jax.types import Array, Hyper, PyTree
 
 def pool(features: Array) -> Array:
     """The gate's view of features: [B, ..., D] averaged over positions -> [B, D]."""
-    return features.mean(axis=tuple(range(1, features.ndim - 1)))
+    positions = tuple(range(1, features.ndim - 1))
+    return features.mean(axis=positions, dtype=jnp.float32)
 
 
 def gate_logits(gate: PyTree, features: Array) -> Array:

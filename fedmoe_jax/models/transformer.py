@@ -184,14 +184,15 @@ def mix_experts(
     logits = jnp.einsum("bpd,ed->bpe", seen, gate["kernel"])
     logits = logits.reshape(len(tokens), -1) + gate["bias"][None]
     gates = routing.make_gates(logits[:, held], slot, route)
-    if sees_routed(route, len(held), len(tokens), shape.platform):
+    routed = sees_routed(route, len(held), len(tokens), shape.platform)
+    if routed and x.dtype == jnp.float32:
         mixed: Array = mix_routed(experts, tokens, gates, route.num_active)
         return mixed.reshape(x.shape), Routing(logits, gates)
     outputs = run_experts(experts, tokens, shape.platform)
     trained = choose_trained(gates, slot, route)
     if trained is not None:
         outputs = freeze_others(outputs, trained)
-    mixed = jnp.einsum("tk,tkd->td", gates, outputs)
+    mixed = jnp.einsum("tk,tkd->td", gates.astype(x.dtype), outputs)
     return mixed.reshape(x.shape), Routing(logits, gates, trained)
 
 
@@ -302,7 +303,8 @@ def apply(
     x, layers = (scan_groups if shape.scan else loop_groups)(run, groups, x)
     for block in rest:
         x, _ = run(block, x)
-    outputs = normalise(x, head["norm"]) @ head["kernel"]
+    hidden = normalise(x, head["norm"])
+    outputs = jnp.matmul(hidden, head["kernel"], preferred_element_type=jnp.float32)
     return outputs, join_tied(layers) if shape.tied else layers
 
 

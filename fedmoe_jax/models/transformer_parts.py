@@ -16,9 +16,19 @@ BASE = 10_000.0  # of the wavelengths of rotary positions
 
 def normalise(x: Array, scale: Array) -> Array:
     """RMSNorm over the last axis: x [..., D], scale [D]."""
-    square = jnp.square(x).mean(axis=-1, keepdims=True)
-    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-    return x * jax.lax.rsqrt(square + EPSILON) * scale
+    return normalise_axes(x, scale, EPSILON)
+
+
+def normalise_axes(x: Array, scale: Array, epsilon: float) -> Array:
+    """RMSNorm over the last axes, as many as `scale` has, in float32: x [..., *scale].
+
+    `epsilon` is added to the mean square.
+    """
+    wide = x.astype(jnp.float32)
+    last = tuple(range(-scale.ndim, 0))
+    square = jnp.square(wide).mean(axis=last, keepdims=True)
+    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+    return (wide * jax.lax.rsqrt(square + epsilon) * scale).astype(x.dtype)
 
 
 def rotate(x: Array) -> Array:
@@ -31,7 +41,7 @@ def turn(x: Array, rate: Array) -> Array:
     """Turns pairs of heads [B, H, P, W] by `rate` [W / 2] radians a position."""
     length = x.shape[2]
     angle = jnp.arange(length)[None, None, :, None] * rate[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (turned(angle).astype(x.dtype) for turned in (jnp.cos, jnp.sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
@@ -61,7 +71,8 @@ def mix_values(query: Array, key: Array, value: Array) -> Array:
     """The values of the positions so far, by the softmax of queries times keys.
 
     On CPU it takes two thirds of the time with the heads before the positions, and with
-    the sums of the softmax divided out of its products instead of its weights.
+    the sums of the softmax divided out of its products instead of its weights. The
+    softmax is float32.
 
     Args:
       query: [B, H, P, W], turned.
@@ -71,16 +82,19 @@ def mix_values(query: Array, key: Array, value: Array) -> Array:
     Returns:
       [B, H, P, W].
     """
-    query = query / jnp.sqrt(query.shape[-1])
+    query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
     groups = query.shape[1] // key.shape[1]
     key, value = (jnp.repeat(each, groups, axis=1) for each in (key, value))
-    scores = jnp.einsum("bhpw,bhqw->bhpq", query, key)
+    scores = jnp.einsum(
+        "bhpw,bhqw->bhpq", query, key, preferred_element_type=jnp.float32
+    )
     past = jnp.tri(query.shape[2], dtype=bool)
     scores = jnp.where(past[None, None], scores, -jnp.inf)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
-    mixed = jnp.einsum("bhpq,bhqw->bhpw", weights, value)
-    return mixed / weights.sum(axis=-1, keepdims=True)
+    products = weights.astype(value.dtype), value
+    mixed = jnp.einsum("bhpq,bhqw->bhpw", *products, preferred_element_type=jnp.float32)
+    return (mixed / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
 
 
 def feed_forward(params: PyTree, x: Array) -> Array:
@@ -90,9 +104,9 @@ def feed_forward(params: PyTree, x: Array) -> Array:
 
 
 def average_prefix(x: Array) -> Array:
-    """The mean of each position and those before it, x [B, P, D]."""
-    count = jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)
-    return jnp.cumsum(x, axis=1) / count[None, :, None]
+    """The mean of each position and those before it, float32; x [B, P, D]."""
+    count = jnp.arange(1, x.shape[1] + 1, dtype=jnp.float32)
+    return jnp.cumsum(x, axis=1, dtype=jnp.float32) / count[None, :, None]
 
 
 def draw(key: Array, *shape: int, fan_in: int) -> Array:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from fedmoe_jax.options import UserError, show
@@ -120,8 +121,8 @@ def map_tensors(make: Callable[[Tensor], Any], tree: dict) -> PyTree:
     }
 
 
-def read_weights(arch: Architecture, folder: Path) -> PyTree:
-    """All weights, float32.
+def read_weights(arch: Architecture, folder: Path, dtype: str) -> PyTree:
+    """All weights in one float type, each from float32; JAX teaches NumPy bfloat16.
 
     Raises:
       UserError: see `find_tensors`, `check_tensors`.
@@ -134,9 +135,9 @@ def read_weights(arch: Architecture, folder: Path) -> PyTree:
         return read_float(files[found[name].path], name)
 
     def load(tensor: Tensor) -> np.ndarray:
-        values = [tensor.convert(read(name)) for name in tensor.names]
-        whole = np.stack(values) if len(values) > 1 else values[0]
-        return np.ascontiguousarray(whole)
+        cast = lambda value: np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
+        values = [cast(tensor.convert(read(name))) for name in tensor.names]
+        return np.stack(values) if len(values) > 1 else values[0]
 
     return map_tensors(load, list_tensors(arch))
 

@@ -25,7 +25,8 @@ from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes, shape_base
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program, build_program, make_hyper
-from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.runtime.scheduling import chunk_size
+from fedmoe_jax.runtime.sharding import CLIENTS, build_mesh
 from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import either, find_strategy, traits
 from fedmoe_jax.train import memory
@@ -168,7 +169,26 @@ def plan_run(
     hyper = make_hyper(config)
     # Now, as the user's file of devices may have changed when the run ends.
     _, names = make_devices(config)
-    return Plan(config, program, data, partition, federation, hyper, names)
+    plan = Plan(config, program, data, partition, federation, hyper, names)
+    return plan if config.run.client_chunk else fit_chunk(plan)
+
+
+def fit_chunk(plan: Plan) -> Plan:
+    """The plan with as many clients at once as the memory limit allows one run alone.
+
+    It depends on the run and its devices alone, not on the runs that it meets in a
+    wave, so that a run is the same in any.
+    """
+    program, static = plan.program, plan.program.static
+    devices = program.mesh.shape[CLIENTS]
+    chunk = chunk_size(program.sizes.cohort_size, devices, static.run.client_chunk)
+    limit = plan.config.run.memory_limit_gb
+    while True:
+        run = static.run._replace(client_chunk=chunk)
+        program = program._replace(static=static._replace(run=run))
+        if chunk == 1 or memory.fits(estimate([plan], program), limit):
+            return plan._replace(program=program)
+        chunk = -(-chunk // 2)
 
 
 def estimate(plans: list[Plan], program: Program) -> dict[str, float]:

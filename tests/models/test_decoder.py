@@ -18,7 +18,9 @@ LOGITS = np.load(Path(__file__).parent / "logits.npz")
 def test_logits_are_those_of_transformers(family, tmp_path):
     folder = save_checkpoint(tmp_path, family)
     arch = read_architecture(folder)
-    logits = decode(read_weights(arch, folder), jnp.asarray(make_tokens()), arch)
+    logits = decode(
+        read_weights(arch, folder, "float32"), jnp.asarray(make_tokens()), arch
+    )
     np.testing.assert_allclose(logits, LOGITS[family], atol=1e-4)
 
 

@@ -29,7 +29,7 @@ def test_weights_of_several_files_in_bfloat16(tmp_path):
         part = {name: short[name] for name in own}
         save_file(part, tmp_path / f"model-{number}.safetensors")
     arch = read_architecture(tmp_path)
-    weights = read_weights(arch, tmp_path)
+    weights = read_weights(arch, tmp_path, "float32")
     experts = weights["block000"]["experts"]["up"]
     assert experts.dtype == np.float32 and experts.shape == (4, 16, 12)
     name = "model.layers.0.mlp.experts.3.up_proj.weight"

@@ -6,10 +6,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from factories import SIZES, make_data, make_evidence, make_hyper, sizes_of, tiny_study
+from factories import (
+    SIZES,
+    assert_same,
+    make_data,
+    make_evidence,
+    make_hyper,
+    plan_run,
+    sizes_of,
+    start_run,
+    tiny_study,
+)
 from jax import export
 
 from fedmoe_jax import program
+from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.train import plan as planning
 from fedmoe_jax.train.compare import list_members
@@ -23,8 +34,6 @@ CNN = {
     "partition.min_size": 1,
     "run.num_devices": 1,
 }
-# A kernel's gradient as XLA derives it: batch and channels of the images change places.
-NATIVE_GRADIENT = "[f, 0, 1, b]x[i, 0, 1, o]->[0, 1, b, f]"
 MANY = SIZES._replace(num_clients=4_000, cohort_size=3_000)  # several blocks on CPU
 
 
@@ -71,13 +80,16 @@ def test_a_sweep_of_cnns_has_the_form_of_its_platform(monkeypatch, platform):
     lowered, on_cpu = lower_wave(wave, platform), platform == "cpu"
     assert all(each.platforms == (platform,) for each in lowered)
     _, rounds, evaluate = (each.mlir_module() for each in lowered)
-    # Layouts are pinned on CPU alone, and gradients spelt as forward convolutions.
-    assert (NATIVE_GRADIENT in rounds) == (not on_cpu)
+    # Layouts are pinned on CPU alone. Vmapped runs, clients and experts would be groups
+    # of a convolution, so that it is a product elsewhere.
     assert ("optimization_barrier" in rounds) == on_cpu
     for text in (rounds, evaluate):
-        assert "stablehlo.convolution" in text
-        # Two runs, vmapped, are two groups of a convolution with kernels of their own.
-        assert ("feature_group_count = 2" in text) == (not on_cpu)
+        assert ("stablehlo.convolution" in text) == on_cpu
+        assert "feature_group_count = 2" not in text
+    assert wave.program.static.run.client_chunk == (1 if on_cpu else 3)
+    # Over rounds, chunks and local steps, and over the schedule's hands, which a metric
+    # deals again; none over runs, clients or experts.
+    assert on_cpu or rounds.count("stablehlo.while") == 5
     # One loop over batches, one over models, one over the priors of a model's clients,
     # and on CPU one over runs.
     assert evaluate.count("stablehlo.while") == (4 if on_cpu else 3)
@@ -118,3 +130,26 @@ def test_no_trace_asks_for_the_default_backend():
     package = Path(program.__file__).parent
     asking = [p for p in package.rglob("*.py") if "default_backend" in p.read_text()]
     assert [path.name for path in asking] == ["api.py"]  # in a message to the user
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", ["drop", "stale"])
+def test_rounds_in_the_form_of_accelerators_are_those_on_a_cpu(monkeypatch, late):
+    """Clients in chunks with some padding, products for convolutions and for sums."""
+    changes = CNN | {"late.kind": late, "run.client_chunk": 2}
+    monkeypatch.setattr(
+        planning, "load_dataset_once", lambda options: make_data(100, (32, 32, 3))
+    )
+
+    def train(platform):
+        monkeypatch.setattr(program, "find_platform", lambda mesh: platform)
+        plan = plan_run(**changes, cohort_size=3)
+        assert plan.program.platform == platform
+        run = start_run(plan, plan.program)
+        rounds = build_run_rounds(plan.program)
+        return rounds(run.state, run.federation, run.hyper)
+
+    (state, rows), (expected, on_cpu) = train("gpu"), train("cpu")
+    assert_same(state.params, expected.params, atol=2e-4)
+    np.testing.assert_allclose(rows["train_loss"], on_cpu["train_loss"], rtol=1e-3)
+    np.testing.assert_array_equal(rows["load_cv"], on_cpu["load_cv"])

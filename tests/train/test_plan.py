@@ -12,6 +12,7 @@ from factories import (
     tiny_study,
 )
 
+from fedmoe_jax import program
 from fedmoe_jax.data.load import DATASETS
 from fedmoe_jax.federation import make_partition
 from fedmoe_jax.options import UserError
@@ -32,6 +33,32 @@ from fedmoe_jax.train.plan import (
 from fedmoe_jax.train.plan import plan_run as plan_one
 from fedmoe_jax.train.sweep import name_wave
 from fedmoe_jax.types import PER_RUN, Federation
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "chunk"),
+    [("cpu", 0, 1), ("gpu", 0, 5), ("gpu", 2, 2), ("cpu", 3, 3)],
+)
+def test_clients_at_once_are_one_on_a_cpu_and_all_elsewhere(
+    platform, asked, chunk, monkeypatch
+):
+    monkeypatch.setattr(program, "find_platform", lambda mesh: platform)
+    fields = {"run.client_chunk": asked, "num_clients": 6, "cohort_size": 5}
+    assert plan_run(**fields).program.static.run.client_chunk == chunk
+
+
+def test_as_many_clients_at_once_as_memory_allows(monkeypatch):
+    monkeypatch.setattr(program, "find_platform", lambda mesh: "gpu")
+    fields = {"num_clients": 6, "cohort_size": 5, "batch_size": 500}
+    least = {}
+    for chunk in (1, 2, 3, 5):
+        plan = plan_run(**fields, **{"run.client_chunk": chunk})
+        least[chunk] = sum(estimate([plan], plan.program).values()) / 1e9
+    assert least[1] < least[2] < least[3] < least[5]
+    limits = {least[5]: 5, least[3]: 3, least[2] / 2: 1}
+    for limit, chunk in limits.items():
+        plan = plan_run(**fields, **{"run.memory_limit_gb": limit})
+        assert plan.program.static.run.client_chunk == chunk
 
 
 def test_load_data_has_it_at_hand_for_every_later_run():
