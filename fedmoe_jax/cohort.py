@@ -252,12 +252,12 @@ def train_share(
         else:
             returned = jax.vmap(one_client)(*chunk)
         updates, weights, replies = returned
-        clients = replies.outcome.code, inputs, updates, weights
+        code = replies.outcome.code
         if program.platform == "cpu":
+            clients = code, inputs, updates, weights
             return jax.lax.scan(add_client, totals, clients)[0], replies
-        code, *sent = clients
         which = choose_sums(code)
-        return accumulate_chunk(totals, which, *sent), replies
+        return accumulate_chunk(totals, which, inputs, updates, weights), replies
 
     rows = lambda leaf: jnp.zeros((1 + stale, *leaf.shape))
     start = jax.tree.map(rows, zero_sums(params))

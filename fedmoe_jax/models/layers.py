@@ -304,8 +304,8 @@ def _norm_backward(
     factor = inverse * scale[None]
     wide = lambda values: values[:, None, None]
     grad_x = grad * wide(factor) + x * wide(slope) + wide(shift)
-    grads = along.sum(0), total.sum(0)  # of scale and bias
-    return grad_x.astype(x.dtype), *(each.astype(scale.dtype) for each in grads)
+    like_scale = lambda sums: sums.sum(0).astype(scale.dtype)
+    return grad_x.astype(x.dtype), like_scale(along), like_scale(total)
 
 
 normalise_groups.defvjp(_norm_forward, _norm_backward)
