@@ -438,8 +438,8 @@ def build_program(
     strategy = resolve(find_strategy(config.strategy), used)
     batch = shape_batch(data.train, federation.statistics, task)
     platform, width = find_platform(mesh), task.num_outputs(data)
-    model = MODELS[used.model.kind](used, batch.of(1), width, platform)
-    model = compute_in(model, used.model.dtype)
+    exact = MODELS[used.model.kind](used, batch.of(1), width, platform)
+    model = compute_in(exact, used.model.dtype)
     params, frozen = shape_params(model)
     sizes = make_sizes(
         used,
@@ -456,7 +456,7 @@ def build_program(
     outputs, scores, routing = trace_model(model, task, batch, sizes)
     check_positions(used, data.task, scores, routing)
     trained, frozen = take_frozen(params, frozen, model, strategy)
-    forward = count_forward_flops(model, batch)
+    forward = count_forward_flops(exact, batch)  # casts are no FLOPs
     costs = count_costs(trained, frozen, forward, strategy)
     rows = batch.of(sizes.batch_size)
     return Program(

@@ -73,4 +73,6 @@ def compute_in(model: Model, dtype: str) -> Model:
 
 def find_float32(model: Model) -> Model:
     """The model that `compute_in` has made this one of, or the model itself."""
-    return getattr(model.apply, "keywords", {}).get("model", model)
+    apply = model.apply
+    made_here = isinstance(apply, functools.partial) and apply.func is apply_in
+    return apply.keywords["model"] if made_here else model

@@ -1,5 +1,7 @@
 """Models in bfloat16: close to float32, and float32 wherever something is kept."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from configs import default
 from fedmoe_jax.base import BASE, Route
 from fedmoe_jax.models import MODELS
-from fedmoe_jax.models.precision import cast, compute_in, find_float32
+from fedmoe_jax.models.precision import DTYPES, cast, compute_in, find_float32
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.round import build_run_rounds
 
@@ -117,6 +119,8 @@ def test_float32_is_the_model_itself(tmp_path):
     low = compute_in(model, "bfloat16")
     assert low is compute_in(model, "bfloat16")
     assert find_float32(low) is model and find_float32(model) is model
+    other = model._replace(apply=functools.partial(model.apply, model="another"))
+    assert find_float32(other) is other
 
 
 def test_rounds_in_bfloat16_keep_a_state_in_float32_and_stay_close():
@@ -132,3 +136,8 @@ def test_rounds_in_bfloat16_keep_a_state_in_float32_and_stay_close():
     assert kinds(low) == kinds(state) and kinds(found) == kinds(expected)
     np.testing.assert_allclose(found["train_loss"], expected["train_loss"], rtol=0.02)
     assert np.any(found["train_loss"] != expected["train_loss"])
+
+
+def test_costs_are_those_of_float32():
+    low, plain = (plan_run(**{"model.dtype": d}).program.costs for d in DTYPES[::-1])
+    assert low == plain
