@@ -115,11 +115,10 @@ _SIDES = {("SAME", 1): (1, 1), ("SAME", 2): (0, 1), ("VALID", 1): (0, 0)}
 def product_conv(
     x: Array, kernel: Array, padding: tuple[int, int], stride: int
 ) -> Array:
-    """`native_conv` as one product of the images' patches; arguments are the same.
+    """`native_conv` as one product of the images' patches; no padding is below 0.
 
-    Vmapped over clients or experts with kernels of their own it is a batched product,
-    which accelerators run at full speed; a convolution would be a grouped one, with a
-    group for each of them.
+    Vmapped over clients or experts with kernels of their own it is a batched product;
+    a convolution would be a grouped one, with a group for each of them.
     """
     padded = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
     height, width, inputs, outputs = kernel.shape

@@ -25,8 +25,7 @@ from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes, shape_base
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program, build_program, make_hyper
-from fedmoe_jax.runtime.scheduling import chunk_size
-from fedmoe_jax.runtime.sharding import CLIENTS, build_mesh
+from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import either, find_strategy, traits
 from fedmoe_jax.train import memory
@@ -176,12 +175,11 @@ def plan_run(
 def fit_chunk(plan: Plan) -> Plan:
     """The plan with as many clients at once as the memory limit allows one run alone.
 
-    It depends on the run and its devices alone, not on the runs that it meets in a
-    wave, so that a run is the same in any.
+    It does not depend on the runs that it meets in a wave, so that a run is the same in
+    any; a device vmaps its share of the cohort where that is fewer.
     """
     program, static = plan.program, plan.program.static
-    devices = program.mesh.shape[CLIENTS]
-    chunk = chunk_size(program.sizes.cohort_size, devices, static.run.client_chunk)
+    chunk = static.run.client_chunk
     limit = plan.config.run.memory_limit_gb
     while True:
         run = static.run._replace(client_chunk=chunk)
