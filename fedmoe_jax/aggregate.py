@@ -202,16 +202,16 @@ def accumulate(
     )
 
 
-def locate_rows(row: Array, held: Array, num_experts: int) -> Array:
-    """Which of a chunk's rows belongs to which row of the sums: [R, E, c, m], 0 or 1.
+def locate_experts(row: Array, held: Array, num_experts: int) -> Array:
+    """Where a chunk's experts belong in the sums: [R, E, c, K], 0 or 1.
 
     Args:
       row: [R, c], the sums that each client is added to.
-      held: [c, m] int32, the experts whose rows each client brings.
+      held: [c, K] int32, the experts that each client brings.
       num_experts: E.
     """
-    expert = jax.nn.one_hot(held, num_experts, axis=1)  # [c, E, m]
-    return jnp.einsum("rc,cem->recm", row, expert)
+    expert = jax.nn.one_hot(held, num_experts, axis=1)  # [c, E, K]
+    return jnp.einsum("rc,cek->reck", row, expert)
 
 
 def add_clients(
@@ -224,11 +224,11 @@ def add_clients(
     """Adds one part, or one layer of it, of a chunk of clients.
 
     Args:
-      place: [R, c], or [R, E, c, m] of rows, see `locate_rows`.
+      place: [R, c], or [R, E, c, K] of experts, see `locate_experts`.
       scale: [c], of each client's deltas.
-      weight: [c] or [c, m].
+      weight: [c] or [c, K].
       total: the sums, leaves [R, ...] or [R, E, ...], and the sum of the weights.
-      rows: deltas, leaves [c, ...] or [c, m, ...].
+      rows: deltas, leaves [c, ...] or [c, K, ...].
     """
     product = functools.partial(jnp.tensordot, axes=weight.ndim, precision="highest")
     scaled = scale_rows(scale, weight)
@@ -262,8 +262,14 @@ def accumulate_chunk(
     delta = jax.tree.map(lambda leaf: keep(counted, leaf), updates.delta)
     num_sums, _, num_experts = sums.weight["gate"].shape
     row = jax.nn.one_hot(which, num_sums, axis=0)
-    every = jnp.broadcast_to(jnp.arange(num_experts), weights["gate"].shape)
-    held = {"gate": every, "experts": inputs.held}
+    # Every client brings all rows of the gate, so that each has its place.
+    add_gate = jax.vmap(add_clients, in_axes=(None, None, 1, 1, 1), out_axes=1)
+
+    def add_layer(part: str, g: int, *layer: PyTree) -> tuple[PyTree, Array]:
+        if part == "gate":
+            return add_gate(row, inputs.scale, *layer)
+        place = locate_experts(row, inputs.held[:, g], num_experts)
+        return add_clients(place, inputs.scale, *layer)
 
     def add_part(part: str) -> tuple[PyTree, Array]:
         total, amount = sums.delta[part], sums.weight[part]
@@ -272,9 +278,8 @@ def accumulate_chunk(
             return add_clients(row, inputs.scale, weight, (total, amount), rows)
         trees, amounts = {}, []
         for g, name in enumerate(layer_names(total)):
-            place = locate_rows(row, held[part][:, g], num_experts)
-            own = place, inputs.scale, weight[:, g], (total[name], amount[:, g])
-            trees[name], more = add_clients(*own, rows[name])
+            layer = weight[:, g], (total[name], amount[:, g]), rows[name]
+            trees[name], more = add_layer(part, g, *layer)
             amounts.append(more)
         return trees, jnp.stack(amounts, axis=1)
 

@@ -234,7 +234,7 @@ def choose_chunk(static: Static, num_clients: int, platform: str) -> Static:
     """Clients vmapped at once on each device, where the config leaves that open.
 
     On CPU one after the other is faster; elsewhere as many as there are, of which
-    `plan.fit_chunk` takes fewer where memory is short.
+    `plan.fit_chunk` takes fewer where a wave's memory is short.
 
     Args:
       static: may have `run.client_chunk=0`.

@@ -12,6 +12,7 @@ from fedmoe_jax.aggregate import (
     EXPERT_WEIGHTS,
     Sums,
     accumulate,
+    accumulate_chunk,
     add_stale,
     keep_untrained,
     mean_delta,
@@ -256,6 +257,28 @@ def test_accumulate_in_any_order_gives_the_same_sums():
     order = np.array([5, 2, 0, 4, 1, 3])
     shuffled = jax.tree.map(lambda leaf: leaf[order], (inputs, updates, SIZE))
     assert_close(sum_up(PARAMS, *shuffled, **choice), sums, atol=1e-4)
+
+
+@layers
+@pytest.mark.parametrize("gate_mode", GATE_MODES)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_accumulate_chunk_is_accumulate_of_its_clients(num_layers, gate_mode, weight):
+    """Into two sums, with deltas scaled by client."""
+    which = np.array([0, 1, 1, 0, 1, 0], np.int32)
+    scale = np.linspace(0.5, 2.0, CLIENTS, dtype=np.float32)
+    inputs = send(num_layers).replace(scale=scale)
+    updates, strategy = reply(make_deltas(num_layers)), make_strategy(gate_mode, weight)
+    weights = jax.vmap(lambda *client: weigh(*client, None, strategy))(
+        inputs, updates, SIZE
+    )
+    weights = jax.vmap(keep_if)(FINITE, weights)
+    zero = zero_sums(make_params(num_layers))
+    start = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape)), zero)
+    clients = which, inputs, updates, weights
+    add = lambda sums, client: (accumulate(sums, *client), None)
+    streamed, _ = jax.lax.scan(add, start, clients)
+    assert_close(accumulate_chunk(start, *clients), streamed, atol=1e-4)
+    assert np.ptp(np.asarray(streamed.delta["stem"]["kernel"]), axis=0).all()
 
 
 def test_merge_changes_nothing_where_no_client_counts():

@@ -168,25 +168,24 @@ def plan_run(
     hyper = make_hyper(config)
     # Now, as the user's file of devices may have changed when the run ends.
     _, names = make_devices(config)
-    plan = Plan(config, program, data, partition, federation, hyper, names)
-    return plan if config.run.client_chunk else fit_chunk(plan)
+    return Plan(config, program, data, partition, federation, hyper, names)
 
 
-def fit_chunk(plan: Plan) -> Plan:
-    """The plan with as many clients at once as the memory limit allows one run alone.
+def fit_chunk(plans: list[Plan], program: Program) -> Program:
+    """The program with as many clients at once as the memory limit allows these runs.
 
-    It does not depend on the runs that it meets in a wave, so that a run is the same in
-    any; a device vmaps its share of the cohort where that is fewer.
+    A chunk that the config gives stays. As `cut` makes as few waves as it can, runs
+    come before clients: both are vmapped, and fewer waves compile less.
     """
-    program, static = plan.program, plan.program.static
-    chunk = static.run.client_chunk
-    limit = plan.config.run.memory_limit_gb
-    while True:
-        run = static.run._replace(client_chunk=chunk)
-        program = program._replace(static=static._replace(run=run))
-        if chunk == 1 or memory.fits(estimate([plan], program), limit):
-            return plan._replace(program=program)
+    run = plans[0].config.run
+    static, chunk = program.static, program.static.run.client_chunk
+    while chunk > 1 and not run.client_chunk:
+        if memory.fits(estimate(plans, program), run.memory_limit_gb):
+            break
         chunk = -(-chunk // 2)
+        fewer = static.run._replace(client_chunk=chunk)
+        program = program._replace(static=static._replace(run=fewer))
+    return program
 
 
 def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
@@ -303,4 +302,4 @@ def make_wave(group: list[tuple[str, Plan]]) -> Wave:
         choice = np.int32(strategies.index(plan.config.strategy))
         return plan._replace(hyper=plan.hyper._replace(strategy=choice))
 
-    return Wave(names, [number(plan) for plan in plans], program)
+    return Wave(names, [number(plan) for plan in plans], fit_chunk(plans, program))

@@ -60,7 +60,24 @@ def test_as_many_clients_at_once_as_memory_allows(monkeypatch):
     limits = {least[5]: 5, least[3]: 3, least[2] / 2: 1}
     for limit, chunk in limits.items():
         plan = plan_run(**fields, **{"run.memory_limit_gb": limit})
-        assert plan.program.static.run.client_chunk == chunk
+        wave = make_wave([("alone", plan)])
+        assert wave.program.static.run.client_chunk == chunk
+
+
+def test_runs_come_before_clients_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(program, "find_platform", lambda mesh: "gpu")
+    fields = {"num_clients": 6, "cohort_size": 5, "batch_size": 500}
+
+    def plan_two(**changes):
+        study = tiny_study(("greedy",), seeds=(0, 1), **fields, **changes)
+        return plan_waves(list_members(study))
+
+    (pair,) = plan_two(**{"run.client_chunk": 1})
+    least = sum(estimate(pair.plans, pair.program).values()) / 1e9
+    (fitted,) = plan_two(**{"run.memory_limit_gb": least * 1.001})
+    assert len(fitted.names) == 2
+    assert fitted.program.static.run.client_chunk == 1
+    assert len(plan_two(**{"run.memory_limit_gb": least * 0.999})) == 2
 
 
 def test_load_data_has_it_at_hand_for_every_later_run():
