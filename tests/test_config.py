@@ -11,9 +11,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
+from fedmoe_jax import api
 from fedmoe_jax.config import describe_field, list_options, validate
 from fedmoe_jax.data.images import label_images
 from fedmoe_jax.data.load import load_dataset
+from fedmoe_jax.export import export
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.options import TRACED, Range, UserError
 from fedmoe_jax.program import build_program, make_hyper
@@ -41,6 +43,7 @@ ARGUMENTS = {
     "capacity": ("", "full", "digits,smoke", "smoke"),
     "stress": ("", "full", "digits", "full,digits,smoke", "smoke"),
     "languages": ("markov", "markov,fitness", "markov,smoke", "fitness,smoke", "smoke"),
+    "lora": ("base,markov", "base,smoke"),
     "limits": ("", "digits", "smoke"),
     "recipe": ("", "skew,digits", "digits,smoke", "smoke"),
     "regimes": ("", "skew", "rotation,digits", "mixed,digits,smoke", "both,smoke"),
@@ -89,6 +92,48 @@ def test_studies_of_text_from_folders_are_valid(argument):
     assert kilobytes == ({80, 200, 800} if argument else {80})
     for config in runs:
         validate(config)
+
+
+@pytest.fixture(scope="module")
+def trained_base(tmp_path_factory):
+    """The base of `configs/lora.py`, trained for a few rounds."""
+    folder = tmp_path_factory.mktemp("lora")
+    run = api.run(get_config("lora", "base,smoke"))
+    export(run, folder / "base")
+    return folder / "base"
+
+
+def get_smoke(name, request):
+    """A short study, with a base where it asks for one."""
+    config = get_config(name, "smoke")
+    if name == "lora":
+        config.model.base = str(request.getfixturevalue("trained_base"))
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["markov", "full,markov", "smoke", "full,smoke"])
+def test_studies_of_low_rank_experts_build_on_the_base_that_they_train(
+    argument, trained_base
+):
+    study = get_config("lora", argument)
+    study.model.base = str(trained_base)
+    ranks = {config.model.lora_rank for config in runs_of(study)}
+    assert ranks == {study.model.stem_width if "full" in argument else 8}
+    for config in runs_of(study):
+        program = planning.plan_run(config, build_mesh(1)).program
+        assert program.costs.frozen_bytes > 0
+
+
+@pytest.mark.parametrize("argument", ["", "full", "base"])
+def test_studies_of_low_rank_experts_on_folders_are_valid(argument):
+    for config in runs_of(get_config("lora", argument)):
+        validate(config)
+
+
+def test_a_study_is_of_a_base_or_of_pairs_of_full_rank():
+    with pytest.raises(ValueError, match="'base,full' has both; allowed: base or full"):
+        get_config("lora", "base,full")
 
 
 def test_all_regimes_are_a_comparison_of_their_kinds():
@@ -193,9 +238,9 @@ def test_smoke_is_the_same_study_but_shorter(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_smoke_has_few_programs(name, monkeypatch):
+def test_smoke_has_few_programs(name, monkeypatch, request):
     """Compiling one takes 8 to 20 s on 2 cores, and the study less than a minute."""
-    config = get_config(name, "smoke")
+    config = get_smoke(name, request)
     if "compare" not in config:
         return
     if config.data.name == "cifar10":
@@ -492,9 +537,9 @@ def draw_images(options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
-def test_every_study_can_be_traced(file, monkeypatch):
+def test_every_study_can_be_traced(file, monkeypatch, request):
     """The first run of every study: a chunk of rounds and an evaluation, by shape."""
-    config = runs_of(get_config(file, "smoke"))[0]
+    config = runs_of(get_smoke(file, request))[0]
     if config.data.name == "cifar10":
         monkeypatch.setitem(planning.DATASETS, "cifar10", draw_images)
     with config.unlocked():
