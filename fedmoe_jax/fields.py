@@ -272,7 +272,7 @@ OPTIONS: tuple[Option, ...] = (
         "model.stem",
         tuple(STEMS),
         "stem: none, one hidden layer, two convolutions at half or at full "
-        "resolution, or ResNet-8",
+        "resolution, LeNet-5's, or ResNet-8",
     ),
     Option("model.stem_width", COUNT, "hidden units or channels of the stem"),
     Option(

@@ -68,6 +68,25 @@ class SimpleCnnStem(nn.Module):
         return nn.relu(max_pool(x))
 
 
+class LeNetStem(nn.Module):
+    """LeNet-5 but for its last two layers: [B, 32, 32, 3] -> [B, 20 * width].
+
+    At width 6, with a `dense` expert of width 84, it is the `simple-cnn` of NIID-Bench
+    (arXiv 2102.02079), whose experts do not see where in an image something is.
+    """
+
+    width: int
+    platform: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for width in (self.width, 8 * self.width // 3):
+            layer = Conv(width, self.platform, size=5, padding="VALID", use_bias=True)
+            x = max_pool(nn.relu(layer(x)))
+        x = x.reshape(x.shape[0], -1)
+        return nn.relu(Dense(20 * self.width, self.platform)(x))
+
+
 class ResNet8Stem(nn.Module):
     """ResNet-8 with GroupNorm: [B, H, W, F] -> [B, H/4, W/4, 4 * width]."""
 
@@ -134,6 +153,7 @@ STEMS = {
     "mlp": MlpStem,
     "cnn": CnnStem,
     "simple_cnn": SimpleCnnStem,
+    "lenet": LeNetStem,
     "resnet8": ResNet8Stem,
 }
 EXPERTS = {"dense": DenseExpert, "mlp": MlpExpert, "conv": ConvExpert}
@@ -143,12 +163,17 @@ def check_fit(stem: str, expert: str, image_shape: tuple[int, int, int]) -> None
     """Raises UserError unless images, stem and expert fit each other."""
     height, width, _ = image_shape
     flat = ("flat", "mlp")
-    if stem not in flat and (height % 8 or width % 8):
+    if stem == "lenet" and (height % 4 or width % 4 or min(height, width) < 16):
+        raise UserError(
+            "model.stem='lenet' needs images whose sides are multiples of 4, of 16 at "
+            f"least, this data has {height}x{width}; allowed: {', '.join(flat)}"
+        )
+    if stem not in (*flat, "lenet") and (height % 8 or width % 8):
         raise UserError(
             f"model.stem={stem!r} needs images whose sides are multiples of 8, "
             f"this data has {height}x{width}; allowed: {', '.join(flat)}"
         )
-    if stem in flat and expert == "conv":
+    if stem in (*flat, "lenet") and expert == "conv":
         raise UserError(
             f"model.expert='conv' is not allowed with model.stem={stem!r}, which keeps "
             "no positions; allowed: dense, mlp"

@@ -108,7 +108,8 @@ def strided_conv(x: Array, kernel: Array) -> Array:
     return canonical_conv(space_to_depth(x), blocks, (0, 1))
 
 
-# Zeros before and after that a 3x3 kernel needs on even sides, by padding and stride.
+# Zeros before and after that a kernel needs, 3x3 but for VALID, on even sides, by
+# padding and stride.
 _SIDES = {("SAME", 1): (1, 1), ("SAME", 2): (0, 1), ("VALID", 1): (0, 0)}
 
 
@@ -138,13 +139,13 @@ def product_conv(
 
 
 def conv(x: Array, kernel: Array, padding: str, stride: int, platform: str) -> Array:
-    """A 3x3 convolution in the form that is fast on a platform.
+    """A convolution in the form that is fast on a platform.
 
     Args:
       x: [B, H, W, I] float; H and W even where the stride is 2.
-      kernel: [3, 3, I, O] float.
+      kernel: [h, h, I, O] float; 3x3 but for `VALID`.
       padding: `SAME` gives [B, H / stride, W / stride, O], `VALID` (stride 1 only)
-        [B, H - 2, W - 2, O].
+        [B, H - h + 1, W - h + 1, O].
       stride: 1 or 2.
       platform: `cpu`, `gpu` or `tpu`.
     """
@@ -155,17 +156,18 @@ def conv(x: Array, kernel: Array, padding: str, stride: int, platform: str) -> A
 
 
 class Conv(nn.Module):
-    """A 3x3 convolution: [B, H, W, I] -> [B, H', W', features], see `conv`."""
+    """A square convolution: [B, H, W, I] -> [B, H', W', features], see `conv`."""
 
     features: int
     platform: str
+    size: int = 3
     padding: str = "SAME"
     stride: int = 1
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape = (3, 3, x.shape[-1], self.features)
+        shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         x = conv(x, kernel, self.padding, self.stride, self.platform)
         if self.use_bias:

@@ -7,7 +7,13 @@ import pytest
 from factories import draw, draw_params, make_image_model
 
 from fedmoe_jax.models.flops import shape_params
-from fedmoe_jax.models.image_parts import MlpExpert, MlpStem, check_fit, check_shared
+from fedmoe_jax.models.image_parts import (
+    LeNetStem,
+    MlpExpert,
+    MlpStem,
+    check_fit,
+    check_shared,
+)
 from fedmoe_jax.options import UserError
 
 BATCH = 3
@@ -21,6 +27,9 @@ BATCH = 3
         ("cnn", "mlp", (12, 8, 1), "model.stem='cnn'", "flat, mlp"),
         ("simple_cnn", "mlp", (8, 12, 1), "model.stem='simple_cnn'", "flat, mlp"),
         ("resnet8", "mlp", (8, 10, 1), "model.stem='resnet8'", "flat, mlp"),
+        ("lenet", "mlp", (16, 12, 1), "model.stem='lenet'", "flat, mlp"),
+        ("lenet", "dense", (30, 32, 3), "model.stem='lenet'", "flat, mlp"),
+        ("lenet", "conv", (32, 32, 3), "model.expert='conv'", "dense, mlp"),
         ("cnn", "conv", (8, 8, 1), "model.expert='conv'", "dense, mlp"),
         ("cnn", "conv", (24, 32, 3), "model.expert='conv'", "dense, mlp"),
     ],
@@ -42,6 +51,7 @@ def test_check_fit_refuses_parts_that_do_not_fit(
         ("mlp", "dense", (1, 9, 1)),
         ("simple_cnn", "conv", (8, 24, 3)),
         ("resnet8", "conv", (8, 8, 1)),
+        ("lenet", "dense", (16, 28, 1)),
         ("cnn", "mlp", (8, 8, 1)),
         ("cnn", "conv", (16, 32, 3)),
     ],
@@ -104,6 +114,38 @@ def test_simple_cnn_stem_has_the_params_of_the_benchmark():
     assert count(params["head"]) == 128 * 10 + 10
     assert count(params["gate"]) == 64 + 1
     assert count(params) == 1_626_442 + 65
+
+
+@pytest.mark.slow
+def test_lenet_stem_has_the_params_of_the_benchmark():
+    """NIID-Bench's simple-cnn, 62,006 without the gate, which one expert needs not."""
+    shape = {"stem_width": 6, "expert_width": 84, "num_experts": 1, "num_classes": 10}
+    model = make_image_model("lenet", "dense", (32, 32, 3), **shape)
+    params, _ = shape_params(model)
+    count = lambda part: sum(leaf.size for leaf in jax.tree.leaves(params[part]))
+    assert count("stem") == 6 * 76 + 16 * (6 * 25 + 1) + 400 * 120 + 120
+    assert count("experts") == 120 * 84 + 84 and count("head") == 84 * 10 + 10
+    assert sum(map(count, ("stem", "experts", "head"))) == 62_006
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_lenet_stem_is_that_of_plain_convolutions(platform):
+    stem = LeNetStem(3, platform)
+    x = draw(BATCH, 16, 20, 2)
+    params = stem.init(jax.random.key(0), x)["params"]
+    y = x
+    for name in ("Conv_0", "Conv_1"):
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        assert kernel.shape[:2] == (5, 5)
+        y = jax.lax.conv_general_dilated(
+            y, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = np.maximum(np.asarray(y) + np.asarray(bias), 0)
+        y = y.reshape(BATCH, y.shape[1] // 2, 2, y.shape[2] // 2, 2, -1).max((2, 4))
+    dense = jax.tree.map(np.asarray, params["Dense_0"])
+    y = np.maximum(y.reshape(BATCH, -1) @ dense["kernel"] + dense["bias"], 0)
+    np.testing.assert_allclose(stem.apply({"params": params}, x), y, atol=1e-5)
 
 
 @pytest.mark.slow
