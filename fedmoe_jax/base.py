@@ -98,6 +98,8 @@ class Task(NamedTuple):
       loss: (outputs of the model, batch) -> Scores.
       num_outputs: Data -> the width of the model's outputs: classes, vocabulary, or 1.
       drifts: (name, (rows, amount []) -> rows) of every way in which rows can drift.
+      augments: (name, (rows, key) -> rows) of every way in which rows that are trained
+        on can be changed at random.
       add_prior: (outputs, log shares of the strata [L], of groups' strata those of the
         classes [L / Q]) -> outputs, of outputs that are logits of these; None for
         others, which no label prior shifts.
@@ -112,6 +114,7 @@ class Task(NamedTuple):
     loss: Callable[[PyTree, PyTree], Scores]
     num_outputs: Callable[[Data], int]
     drifts: tuple[tuple[str, Callable[[PyTree, Array], PyTree]], ...] = ()
+    augments: tuple[tuple[str, Callable[[PyTree, Array], PyTree]], ...] = ()
     add_prior: Callable[[PyTree, Array], PyTree] | None = None
     labels: Callable[[PyTree], Array] | None = None
     bits: bool = False

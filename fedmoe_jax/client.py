@@ -24,7 +24,8 @@ from fedmoe_jax.types import (
     Sizes,
 )
 
-PROBE, CHOICE = 1500, 1501  # purposes, folded into the key of a client's draws
+# Purposes, folded into the key of a client's draws.
+PROBE, CHOICE, AUGMENT = 1500, 1501, 1502
 
 
 def draw_examples(
@@ -139,6 +140,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
     cache.
     """
     sizes, static, strategy = program.sizes, program.static, program.strategy
+    augment = dict(program.task.augments).get(static.client.augment)
 
     def client_update(
         params: PyTree,
@@ -162,6 +164,11 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
             assert probe is not None  # `static.probes` is on
             slot = inputs.slot, hyper, draw_key, strategy.choose
             inputs = inputs.replace(slot=choose_slots(probe, *slot))
+        augment_key = jax.random.fold_in(draw_key, AUGMENT)
+
+        def augment_in(step):
+            key = jax.random.fold_in(augment_key, step)
+            return None if augment is None else lambda rows: augment(rows, key)
 
         def local_step(step, carry):
             submodel, opt_state, sums = carry
@@ -173,6 +180,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
                 program.task,
                 static.drift.images,
                 inputs.distortion,
+                augment_in(step),
             )
             grads, batch_sums = jax.grad(local_loss, has_aux=True)(
                 submodel,

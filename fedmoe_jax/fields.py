@@ -25,6 +25,7 @@ from fedmoe_jax.options import (
     Range,
     is_whole,
 )
+from fedmoe_jax.tasks import list_augments
 from fedmoe_jax.world.devices import WIDEST
 
 # Fields that may change between the calls that run and resume one simulation. A
@@ -381,6 +382,13 @@ OPTIONS: tuple[Option, ...] = (
         "client.optimizer",
         ("sgd", "adam", "adamw"),
         "optimiser of the local steps",
+        STATIC,
+    ),
+    Option(
+        "client.augment",
+        list_augments,
+        "how the examples that are trained on are changed at random in every step: "
+        "images shifted by up to 4 pixels and mirrored",
         STATIC,
     ),
     Option("client.learning_rate", POSITIVE, "step size of the local steps", TRACED),

@@ -435,6 +435,8 @@ def build_program(
     check_values(flatten(used.to_dict()), where)
     drifts = ("none", *dict(task.drifts))
     check("drift.images", config.drift.images, drifts, " with these data")
+    augments = ("none", *dict(task.augments))
+    check("client.augment", config.client.augment, augments, " with these data")
     strategy = resolve(find_strategy(config.strategy), used)
     batch = shape_batch(data.train, federation.statistics, task)
     platform, width = find_platform(mesh), task.num_outputs(data)

@@ -102,6 +102,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.client = ConfigDict()
     config.client.optimizer = "sgd"
+    config.client.augment = "none"
     config.client.learning_rate = 0.02
     config.client.momentum = 0.9
     config.client.prox = 0.0

@@ -8,6 +8,12 @@ from fedmoe_jax.tasks.text import TEXT
 TASKS: dict[str, Task] = {"images": IMAGES, "text": TEXT}
 
 
+def list_augments() -> tuple[str, ...]:
+    """`none`, and the augmentations of all tasks, those of plug-ins too."""
+    augments = (augment for task in TASKS.values() for augment in task.augments)
+    return "none", *dict(augments)
+
+
 def find_task(name: str) -> Task:
     """The task of that name.
 

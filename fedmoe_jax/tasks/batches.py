@@ -1,5 +1,6 @@
 """From rows of a data set to a batch as the model reads it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ def take_batch(
     task: Task,
     drift: str = "",
     amount: Array | None = None,
+    augment: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
     """The examples `ids` [B] as the model reads them, drifted where `amount` is given.
 
@@ -25,6 +27,7 @@ def take_batch(
       task: prepares and drifts rows.
       drift: a name in `task.drifts`; read with `amount`.
       amount: [] float32, how far the rows have drifted; None for not.
+      augment: changes drifted rows, at random; None for nothing.
 
     Returns:
       A pytree of leaves [B, ...].
@@ -32,6 +35,8 @@ def take_batch(
     taken = jax.tree.map(lambda leaf: leaf[ids], rows)
     if amount is not None:
         taken = dict(task.drifts)[drift](taken, amount)
+    if augment is not None:
+        taken = augment(taken)
     return task.prepare(taken, statistics)
 
 

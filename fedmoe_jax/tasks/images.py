@@ -8,6 +8,7 @@ import optax
 
 from fedmoe_jax.base import Data, Scores, Task
 from fedmoe_jax.options import UserError
+from fedmoe_jax.tasks.augment import crop_and_flip
 from fedmoe_jax.tasks.distortion import DISTORTIONS, distort
 from fedmoe_jax.types import Array, PyTree
 
@@ -80,6 +81,11 @@ def add_label_prior(logits: Array, log_share: Array) -> Array:
     return logits + log_share[None]
 
 
+def augment_rows(rows: PyTree, key: Array) -> PyTree:
+    """Rows whose images are shifted and mirrored, see `augment.crop_and_flip`."""
+    return rows | {"x": crop_and_flip(rows["x"], key)}
+
+
 def distort_rows(rows: PyTree, amount: Array, kind: str) -> PyTree:
     """Rows whose images are distorted, see `distortion.distort`."""
     return rows | {"x": distort(rows["x"].astype(jnp.float32), kind, amount)}
@@ -93,6 +99,7 @@ IMAGES = Task(
     drifts=tuple(
         (kind, functools.partial(distort_rows, kind=kind)) for kind in DISTORTIONS
     ),
+    augments=(("crop_and_flip", augment_rows),),
     add_prior=add_label_prior,
     labels=lambda batch: batch["y"],
 )
