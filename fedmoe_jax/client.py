@@ -130,6 +130,17 @@ def all_finite(tree: PyTree) -> Array:
     )
 
 
+def bind_augment(program: Program, key: Array) -> Callable[[PyTree], PyTree] | None:
+    """rows -> rows, as one step changes them; None where none does.
+
+    Args:
+      program: the task, and `client.augment`.
+      key: of the step, consumed.
+    """
+    augment = dict(program.task.augments).get(program.static.client.augment)
+    return None if augment is None else lambda rows: augment(rows, key)
+
+
 def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
     """Builds `client_update(params, inputs, federation, hyper, key) -> ClientUpdate`.
 
@@ -140,7 +151,6 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
     cache.
     """
     sizes, static, strategy = program.sizes, program.static, program.strategy
-    augment = dict(program.task.augments).get(static.client.augment)
 
     def client_update(
         params: PyTree,
@@ -166,10 +176,6 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
             inputs = inputs.replace(slot=choose_slots(probe, *slot))
         augment_key = jax.random.fold_in(draw_key, AUGMENT)
 
-        def augment_in(step):
-            key = jax.random.fold_in(augment_key, step)
-            return None if augment is None else lambda rows: augment(rows, key)
-
         def local_step(step, carry):
             submodel, opt_state, sums = carry
             ids = batches[step]
@@ -180,7 +186,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
                 program.task,
                 static.drift.images,
                 inputs.distortion,
-                augment_in(step),
+                bind_augment(program, jax.random.fold_in(augment_key, step)),
             )
             grads, batch_sums = jax.grad(local_loss, has_aux=True)(
                 submodel,
