@@ -45,6 +45,7 @@ ARGUMENTS = {
     "languages": ("markov", "markov,fitness", "markov,smoke", "fitness,smoke", "smoke"),
     "lora": ("base,markov", "base,smoke"),
     "limits": ("", "digits", "smoke"),
+    "published": ("niid", "flex_moe", "pfedmoe", "pfedmoe,smoke", "smoke"),
     "recipe": ("", "skew,digits", "digits,smoke", "smoke"),
     "regimes": ("", "skew", "rotation,digits", "mixed,digits,smoke", "both,smoke"),
     "shakespeare": ("markov", "markov,smoke", "smoke"),
@@ -230,7 +231,7 @@ def test_smoke_is_the_same_study_but_shorter(name):
     differing = {field for field in long if long[field] != short[field]}
     counts |= {"fedmoe.warm_up", "fedmoe.period", "fedjets.steps"}
     counts |= {"drift.start", "drift.rounds", "evaluation.finetune"}
-    counts |= {"upcycle.rounds"}
+    counts |= {"upcycle.rounds", "local_epochs"}
     rows = {"compare.strategies", "compare.changes", "compare.seeds"}
     assert differing <= counts | rows | {"checkpoint.every"}
     assert short["num_rounds"] < long["num_rounds"]
