@@ -166,6 +166,23 @@ def test_other_weights_are_refused(base, tmp_path):
         load_run(folder)
 
 
+def test_runs_of_a_sweep_are_those_alone(base):
+    """As one program; gates, experts and the pairs of attention of each."""
+    configs = [make_lora(base, seed=seed, strategy="random") for seed in (0, 1)]
+    (wave,) = plan_waves([Member(f"run{c.seed}", c) for c in configs])
+    job = build_job(wave, [None, None])
+    together, _ = job.programs.run_rounds(job.state, *job.inputs)
+    for row, config in enumerate(configs):
+        (single,) = plan_waves([Member("alone", config)])
+        own = build_job(single, [None])
+        alone, _ = own.programs.run_rounds(own.state, *own.inputs)
+        for part in ("stem", "gate", "experts"):
+            found, known = together.params[part], alone.params[part]
+            leaves = zip(jax.tree.leaves(found), jax.tree.leaves(known), strict=True)
+            for leaf, expected in leaves:
+                np.testing.assert_allclose(leaf[row], expected[0], atol=1e-5)
+
+
 def test_devices_share_the_work_and_not_the_result(base, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_alone(make_lora(base), one)

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import jax
 import numpy as np
 import pytest
+from checkpoints import save_checkpoint
 from factories import SMALL, find_importable, stop_at
 
 from configs import compare as study
@@ -261,17 +262,20 @@ def test_a_comparison_is_the_one_of_a_single_process(launch, tmp_path):
     assert (folder / "table.md").exists()
 
 
-def test_a_transformer_begun_on_two_devices_is_finished_by_two_processes(
-    launch, tmp_path
+@pytest.mark.parametrize("kind", ["transformer", "lora"])
+def test_a_text_run_begun_on_two_devices_is_finished_by_two_processes(
+    launch, tmp_path, kind
 ):
     """Two MoE layers, and rows and arrays of the run on one device alone."""
-    config = default.get_config("smoke")
-    config.update_from_flattened_dict(SIZES | TEXT)
+    config, fields = default.get_config("smoke"), TEXT | {"model.kind": kind}
+    if kind == "lora":
+        fields["model.base"] = str(save_checkpoint(tmp_path / "base", "llama"))
+    config.update_from_flattened_dict(SIZES | fields)
     folder, alone = tmp_path / "two", tmp_path / "one"
     train.train(config, folder, stop=stop_at(folder, 2), label="text", profile=False)
     begun = (folder / "metrics.jsonl").read_text()
     assert begun.count("\n") == 2
-    words = [*TINY, *flags_of(TEXT), f"--workdir={folder}"]
+    words = [*TINY, *flags_of(fields), f"--workdir={folder}"]
     codes, outs, errs = launch(*words)
     assert codes == [0, 0], errs
     assert outs[1] == "" and (folder / "metrics.jsonl").read_text().startswith(begun)
