@@ -20,12 +20,14 @@ from fedmoe_jax.config import list_idle_fields
 from fedmoe_jax.evaluate import build_evaluate_share
 from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.measures import MEASURES, pack_measures
+from fedmoe_jax.pretrained.weights import digest
 from fedmoe_jax.program import Program, find_overwritten
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import scan_rounds
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.files import write_arrays, write_json
+from fedmoe_jax.runtime.folders import resolve_folder
 from fedmoe_jax.runtime.origin import find_origin
 from fedmoe_jax.runtime.seals import seal
 from fedmoe_jax.runtime.sharding import RUNS, map_runs, place, spread
@@ -108,10 +110,15 @@ def claim_runs(plans: list[Plan], folders: list[Path]) -> Iterator[None]:
     """Owns the folder of every run; all processes wait until the leader does.
 
     Raises:
-      UserError: see `own_run`; or the processes have different data.
+      UserError: see `own_run`; or the processes have different data, or other weights
+        in the folder of a base.
     """
     what = "the data and their partition"
     multihost.check_equal(what, (plans[0].data, [plan.partition for plan in plans]))
+    for base in sorted({plan.config.model.base for plan in plans} - {""}):
+        if jax.process_count() > 1:  # reading a base takes its time
+            weights = digest(resolve_folder("model.base", base))
+            multihost.check_equal(f"the weights in model.base={base!r}", weights)
     with contextlib.ExitStack() as owned:
 
         def own() -> None:

@@ -316,6 +316,28 @@ def test_a_process_that_computes_otherwise_ends_both(launch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_other_weights_of_a_base_end_both(launch, tmp_path):
+    """Each process has its own home, and a base in it."""
+
+    def change(config, tensors):
+        tensors["model.norm.weight"] += 1
+
+    homes = [tmp_path / name for name in ("first", "second")]
+    save_checkpoint(homes[0] / "base", "llama")
+    save_checkpoint(homes[1] / "base", "llama", change)
+    fields = TEXT | {"model.kind": "lora", "model.base": "~/base"}
+    words = [*TINY, *flags_of(fields), f"--workdir={tmp_path / 'new'}"]
+    codes, _, errs = launch(
+        *words, variables={i: {"HOME": str(home)} for i, home in enumerate(homes)}
+    )
+    assert codes == [2, 2] and errs[1] == ""
+    assert errs[0] == (
+        "error: the weights in model.base='~/base' differ between the processes; "
+        "allowed: the same on all\n"
+    )
+    assert sorted(tmp_path.iterdir()) == homes
+
+
 def test_a_folder_in_use_ends_both(launch, tmp_path):
     with lock(tmp_path):
         codes, _, errs = launch(*TINY, f"--workdir={tmp_path}")
