@@ -8,6 +8,11 @@
     python launch.py --config=configs/lora.py --config.data.dir=OTHERS \\
       --config.model.base=bases/first --workdir=runs/lora \\
       --settings=runs/tune/settings.json
+    python launch.py --config=configs/lora.py:full --config.data.dir=OTHERS \\
+      --config.model.base=bases/first --workdir=runs/tune_full --tune
+    python launch.py --config=configs/lora.py:full --config.data.dir=OTHERS \\
+      --config.model.base=bases/first --workdir=runs/full \\
+      --settings=runs/tune_full/settings.json
 
 FIRST and OTHERS are folders of languages as `languages.py` reads them, four each.
 `base` trains a dense byte transformer of two blocks on all text of FIRST in one place,
@@ -16,7 +21,7 @@ pairs of rank 8 beside its hidden layers and its attention's queries and values:
 that a strategy assigns, one pair for all (`fedavg_smallest`; as FedIT, `fedavg_active`
 with the rank of two experts), or pairs without federation (`local_active`). `full`
 compares with pairs of full rank, which can become any hidden layers, queries and
-values: fine-tuning of these matrices; its runs join the others by
+values: fine-tuning of these matrices, at rates of its own; its runs join the others by
 `--report=runs/lora,runs/full`. `markov` trains the base, and then the experts, on the
 four embedded languages, without a file; `smoke` is short.
 """

@@ -7,6 +7,7 @@
 * `niid`: dense FedAvg of NIID-Bench (arXiv 2102.02079; settings of its scripts): ten
   clients, LeNet-5, 50 rounds of ten epochs in batches of 64, rate 0.01, momentum 0.9,
   weight decay 1e-5, random crops and mirror images; Dirichlet(0.5) or two classes each.
+  Initial weights and the order of examples are drawn otherwise.
 * `flex_moe`: FLEX-MoE (arXiv 2512.23070): eight experts; IID, four classes each or
   Dirichlet(0.8). Clients, rounds, steps and rates could not be read, its ResNet is a
   CNN here: 20 clients, 100 rounds of ten steps, as in the other studies.
@@ -14,8 +15,7 @@
   clients of two classes each, whose examples are split 80 / 20 for training and test;
   ten steps a round instead of five epochs, and a smaller network.
 
-Each goes on where it stopped. docs/results.md has the numbers of both sides. Three
-seeds, `niid` one; `smoke` is short.
+Each goes on where it stopped. Three seeds, `niid` one; `smoke` is short.
 """
 
 from ml_collections import ConfigDict

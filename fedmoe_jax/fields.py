@@ -387,8 +387,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "client.augment",
         list_augments,
-        "how the examples that are trained on are changed at random in every step: "
-        "images shifted by up to 4 pixels and mirrored",
+        "how clients change their examples at random in every local step: images "
+        "shifted by up to 4 pixels and mirrored",
         STATIC,
     ),
     Option("client.learning_rate", POSITIVE, "step size of the local steps", TRACED),

@@ -141,6 +141,21 @@ def resolve(strategy: Strategy, config: ConfigDict) -> Strategy:
     )
 
 
+def check_augment(config: ConfigDict, task: Task, rows: PyTree) -> None:
+    """Raises UserError unless the task's examples can be changed as the config says.
+
+    Args:
+      config: gives `client.augment`.
+      task: of the data.
+      rows: leaves [X, ...].
+    """
+    name, known = config.client.augment, dict(task.augments)
+    check("client.augment", name, ("none", *known), " with these data")
+    if name in known:
+        row = lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+        jax.eval_shape(known[name], jax.tree.map(row, rows), jax.random.key(0))
+
+
 def check_upcycle(config: ConfigDict, strategy: Strategy) -> None:
     """Raises UserError for a dense warm-up without an end, or without copies.
 
@@ -435,8 +450,7 @@ def build_program(
     check_values(flatten(used.to_dict()), where)
     drifts = ("none", *dict(task.drifts))
     check("drift.images", config.drift.images, drifts, " with these data")
-    augments = ("none", *dict(task.augments))
-    check("client.augment", config.client.augment, augments, " with these data")
+    check_augment(config, task, data.train)
     strategy = resolve(find_strategy(config.strategy), used)
     batch = shape_batch(data.train, federation.statistics, task)
     platform, width = find_platform(mesh), task.num_outputs(data)

@@ -69,7 +69,7 @@ class SimpleCnnStem(nn.Module):
 
 
 class LeNetStem(nn.Module):
-    """LeNet-5 but for its last two layers: [B, 32, 32, 3] -> [B, 20 * width].
+    """LeNet-5 but for its last two layers: [B, H, W, F] -> [B, 20 * width].
 
     At width 6, with a `dense` expert of width 84, it is the `simple-cnn` of NIID-Bench
     (arXiv 2102.02079), whose experts do not see where in an image something is.
@@ -166,7 +166,8 @@ def check_fit(stem: str, expert: str, image_shape: tuple[int, int, int]) -> None
     if stem == "lenet" and (height % 4 or width % 4 or min(height, width) < 16):
         raise UserError(
             "model.stem='lenet' needs images whose sides are multiples of 4, of 16 at "
-            f"least, this data has {height}x{width}; allowed: {', '.join(flat)}"
+            f"least, this data has {height}x{width}; allowed: "
+            + ", ".join(flat if height % 8 or width % 8 else STEMS.keys() - {stem})
         )
     if stem not in (*flat, "lenet") and (height % 8 or width % 8):
         raise UserError(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Array
 
 SHIFT = 4  # pixels, of images of 32 x 32 as everywhere in the literature
@@ -26,8 +27,16 @@ def crop_and_flip(x: Array, key: Array) -> Array:
     Args:
       x: [B, H, W, F], any dtype; H and W beyond 4.
       key: consumed.
+
+    Raises:
+      UserError: the images are smaller.
     """
     count, height, width = x.shape[:3]
+    if min(height, width) <= SHIFT:
+        raise UserError(
+            f"client.augment='crop_and_flip' needs images whose sides are {SHIFT + 1} "
+            f"pixels at least, this data has {height}x{width}; allowed: none"
+        )
     shift_key, flip_key = jax.random.split(key)
     shift = jax.random.randint(shift_key, (2, count, 1), -SHIFT, SHIFT + 1)
     flip = jax.random.bernoulli(flip_key, shape=(count, 1))

@@ -25,7 +25,8 @@ from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes, shape_base
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program, build_program, make_hyper
-from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.runtime.scheduling import chunk_size
+from fedmoe_jax.runtime.sharding import CLIENTS, build_mesh
 from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import either, find_strategy, traits
 from fedmoe_jax.train import memory
@@ -171,21 +172,31 @@ def plan_run(
     return Plan(config, program, data, partition, federation, hyper, names)
 
 
-def fit_chunk(plans: list[Plan], program: Program) -> Program:
-    """The program with as many clients at once as the memory limit allows these runs.
+def set_chunk(program: Program, chunk: int) -> Program:
+    """The program with so many clients vmapped at once on each device."""
+    run = program.static.run._replace(client_chunk=chunk)
+    return program._replace(static=program.static._replace(run=run))
+
+
+def fit_chunk(wave: Wave) -> Wave:
+    """The wave with as many clients at once as the memory limit allows its runs.
 
     A chunk that the config gives stays. As `cut` makes as few waves as it can, runs
     come before clients: both are vmapped, and fewer waves compile less.
     """
-    run = plans[0].config.run
-    static, chunk = program.static, program.static.run.client_chunk
-    while chunk > 1 and not run.client_chunk:
-        if memory.fits(estimate(plans, program), run.memory_limit_gb):
-            break
+    program, run = wave.program, wave.plans[0].config.run
+    if run.client_chunk or program.static.run.client_chunk == 1:
+        return wave
+    per_run = program.mesh.shape[CLIENTS]
+    chunk = chunk_size(
+        program.sizes.cohort_size, per_run, program.static.run.client_chunk
+    )
+    while True:
+        program = set_chunk(program, chunk)
+        parts = estimate(wave.plans, program)
+        if chunk == 1 or memory.fits(parts, run.memory_limit_gb):
+            return wave._replace(program=program)
         chunk = -(-chunk // 2)
-        fewer = static.run._replace(client_chunk=chunk)
-        program = program._replace(static=static._replace(run=fewer))
-    return program
 
 
 def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
@@ -246,7 +257,7 @@ def plan_waves(
         if name not in taken:
             groups.setdefault(program_key(plan), []).append((name, plan))
     cut_anew = [wave for group in groups.values() for wave in cut(group)]
-    return [*map(make_wave, formed), *cut_anew]
+    return [fit_chunk(wave) for wave in (*map(make_wave, formed), *cut_anew)]
 
 
 def shares_program(group: list[tuple[str, Plan]]) -> bool:
@@ -268,11 +279,17 @@ def cut(group: list[tuple[str, Plan]]) -> list[Wave]:
     Raises:
       UserError: one run alone needs too much memory.
     """
-    limit = group[0][1].config.run.memory_limit_gb
+    run = group[0][1].config.run
+    limit = run.memory_limit_gb
+
+    def least(wave: Wave) -> dict[str, float]:
+        program = wave.program if run.client_chunk else set_chunk(wave.program, 1)
+        return estimate(wave.plans, program)
+
     for count in range(1, len(group) + 1):
         size = math.ceil(len(group) / count)
         waves = [make_wave(group[i : i + size]) for i in range(0, len(group), size)]
-        needed = [estimate(wave.plans, wave.program) for wave in waves]
+        needed = [least(wave) for wave in waves]
         if size == 1 or all(memory.fits(parts, limit) for parts in needed):
             break
     for parts in needed:
@@ -302,4 +319,4 @@ def make_wave(group: list[tuple[str, Plan]]) -> Wave:
         choice = np.int32(strategies.index(plan.config.strategy))
         return plan._replace(hyper=plan.hyper._replace(strategy=choice))
 
-    return Wave(names, [number(plan) for plan in plans], fit_chunk(plans, program))
+    return Wave(names, [number(plan) for plan in plans], program)

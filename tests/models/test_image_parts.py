@@ -149,6 +149,20 @@ def test_lenet_stem_is_that_of_plain_convolutions(platform):
 
 
 @pytest.mark.slow
+def test_lenet_stem_has_the_gradients_of_plain_convolutions():
+    """On a CPU the kernel's and the images' are spelt as forward convolutions."""
+    x = draw(BATCH, 16, 20, 2)
+    params = LeNetStem(3, "cpu").init(jax.random.key(0), x)["params"]
+
+    def loss(params, x, platform):
+        return jnp.sin(LeNetStem(3, platform).apply({"params": params}, x)).sum()
+
+    found, known = (jax.grad(loss, (0, 1))(params, x, p) for p in ("cpu", "gpu"))
+    for one, other in zip(*map(jax.tree.leaves, (found, known)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_flat_stem_and_dense_expert_by_hand():
     model = make_image_model("flat", "dense", (2, 3, 2), expert_width=4, num_experts=1)
     images = draw(BATCH, 2, 3, 2)

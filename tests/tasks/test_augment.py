@@ -19,6 +19,19 @@ def test_reflect_mirrors_at_both_edges_by_hand():
     assert reflect(place, 5).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("shape", [(4, 9), (9, 1)])
+def test_images_that_are_smaller_than_a_shift_are_refused(shape, tmp_path):
+    x, y = np.zeros((20, *shape, 1), np.float32), np.arange(20) % 4
+    arrays = {"train_x": x, "train_y": y, "test_x": x, "test_y": y}
+    np.savez(tmp_path / "small.npz", **arrays)
+    fields = {"data.name": "arrays", "data.file": str(tmp_path / "small.npz")}
+    fields |= {"num_clients": 2, "cohort_size": 2, "partition.min_size": 1}
+    config = make_config(**fields, **{"client.augment": "crop_and_flip"})
+    told = f"sides are 5 pixels at least, this data has {shape[0]}x{shape[1]}; .*: none"
+    with pytest.raises(UserError, match=told):
+        fedmoe_jax.run(config)
+
+
 def list_crops(image):
     """Every crop of the padded image and of its mirror image."""
     height, width, _ = image.shape
@@ -41,6 +54,17 @@ def test_every_image_becomes_one_of_its_crops_and_each_is_drawn(dtype):
     assert same.any(1).all()
     assert same.any(0).all()  # each of 162 about 18 times
     assert np.abs(same[:, 1::2].any(1).mean() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("changes", [{"run.client_chunk": 3}, {"run.num_devices": 2}])
+def test_augmented_clients_train_alike_on_devices_and_in_chunks(changes):
+    fields = {"client.augment": "crop_and_flip", "num_rounds": 2}
+    fields |= {"drift.images": "rotate", "drift.start": 0, "drift.rounds": 2}
+    fields |= {"run.num_devices": 1}
+    one, other = (
+        fedmoe_jax.run(make_config(**fields | more)).rows for more in ({}, changes)
+    )
+    np.testing.assert_allclose(one["train_loss"], other["train_loss"], rtol=1e-4)
 
 
 def test_images_without_a_place_in_them_train_as_ever(tmp_path):

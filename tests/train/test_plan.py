@@ -22,6 +22,7 @@ from fedmoe_jax.train.plan import (
     _load,
     choose_devices,
     estimate,
+    fit_chunk,
     load_copies_once,
     load_data,
     load_dataset_once,
@@ -60,7 +61,7 @@ def test_as_many_clients_at_once_as_memory_allows(monkeypatch):
     limits = {least[5]: 5, least[3]: 3, least[2] / 2: 1}
     for limit, chunk in limits.items():
         plan = plan_run(**fields, **{"run.memory_limit_gb": limit})
-        wave = make_wave([("alone", plan)])
+        wave = fit_chunk(make_wave([("alone", plan)]))
         assert wave.program.static.run.client_chunk == chunk
 
 
