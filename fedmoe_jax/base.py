@@ -200,7 +200,8 @@ class Base(NamedTuple):
     Attributes:
       shapes: () -> their shapes, a tree of `jax.ShapeDtypeStruct`.
       load: () -> the weights, host arrays.
-      sparse: whether its own experts are the model's, of which none works alone.
+      sparse: whether its own experts are the model's, of which none works alone; then
+        the weights of these are below keys `experts`.
     """
 
     shapes: Callable[[], PyTree]

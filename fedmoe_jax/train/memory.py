@@ -4,6 +4,7 @@ import math
 
 import jax
 
+from fedmoe_jax.base import Model
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size
@@ -26,6 +27,7 @@ def estimate_memory(
     training_bytes: float,
     evaluation_bytes: float,
     num_runs: int,
+    gathered_bytes: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, float]:
     """Bytes over all devices of the simulation, by what needs them.
 
@@ -36,6 +38,7 @@ def estimate_memory(
       training_bytes: activations of one example through K experts, both ways.
       evaluation_bytes: activations of one example, forward, as evaluation runs it.
       num_runs: runs that advance together, a multiple of the mesh's `runs`.
+      gathered_bytes: frozen experts that a client at work and an evaluation copy.
     """
     sizes, devices = program.sizes, program.mesh.size
     per_run = program.mesh.shape[CLIENTS]
@@ -43,13 +46,15 @@ def estimate_memory(
     submodel = costs.stem_bytes + costs.head_bytes + costs.gate_bytes
     submodel += sizes.max_held * costs.expert_bytes
     chunk = chunk_size(sizes.cohort_size, per_run, program.static.run.client_chunk)
-    training = chunk * (CLIENT_COPIES * submodel + sizes.batch_size * training_bytes)
+    training = CLIENT_COPIES * submodel + sizes.batch_size * training_bytes
+    training = chunk * (training + gathered_bytes[0])
     # Rows of the cohort's clients as they are sent out and as they come back.
     own = state.variate.get("own", {})
     rows = count_bytes((state.personal, own)) / sizes.num_clients
     sums = count_bytes((state.params, state.stale))
     tested, most = len(federation.test_stratum), choose_batch(program)
     evaluating = divide_examples(tested, most, per_run)[1] * evaluation_bytes
+    evaluating += gathered_bytes[1]
     at_once = runs_at_once(num_runs, program.mesh, program.platform)
     per_run_data = count_bytes([getattr(federation, name) for name in PER_RUN])
     shared = count_bytes(federation) - per_run_data
@@ -63,6 +68,15 @@ def estimate_memory(
         + devices * at_once * (sums + 2 * sizes.cohort_size * rows),
         "compute": devices * at_once * max(training, evaluating),
     }
+
+
+def count_base_experts(model: Model) -> float:
+    """Bytes of the experts of a pretrained base, of whose the model holds copies."""
+    if model.base is None or not model.base.sparse:
+        return 0.0
+    of_expert = lambda path: any(getattr(key, "key", "") == "experts" for key in path)
+    leaves = jax.tree_util.tree_leaves_with_path(model.base.shapes())
+    return count_bytes([leaf for path, leaf in leaves if of_expert(path)])
 
 
 def fits(parts: dict[str, float], limit_gb: float) -> bool:

@@ -213,6 +213,7 @@ def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
         count_activation_bytes(program.model, program.batch, count)
         for count in (sizes.max_held, evaluated)
     ]
+    base = memory.count_base_experts(program.model) / sizes.num_experts
     return memory.estimate_memory(
         state,
         widest.federation.replace(frozen=frozen, base=shape_base(program.model)),
@@ -220,6 +221,7 @@ def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
         training_bytes=2 * forward[0],
         evaluation_bytes=forward[1],
         num_runs=len(plans),
+        gathered_bytes=(base * sizes.max_held, base * evaluated),
     )
 
 

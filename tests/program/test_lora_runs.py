@@ -16,8 +16,9 @@ from fedmoe_jax.api import load_run, predict
 from fedmoe_jax.models.flops import shape_base
 from fedmoe_jax.options import UserError
 from fedmoe_jax.state import init_state
+from fedmoe_jax.train import memory
 from fedmoe_jax.train.memory import CLIENT_COPIES, estimate_memory
-from fedmoe_jax.train.plan import Member, plan_waves
+from fedmoe_jax.train.plan import Member, estimate, plan_waves
 from fedmoe_jax.train.run import build_job
 
 pytestmark = pytest.mark.slow
@@ -147,6 +148,25 @@ def test_memory_has_the_base_once(base):
     assert found["compute"] == CLIENT_COPIES * own
     size = measure_bytes("llama")
     assert found["data"] - less["data"] == size == costs.frozen_bytes
+
+
+def test_memory_has_copies_of_the_experts_of_a_base(tmp_path, monkeypatch):
+    """Three matrices [D, F] of each, in both layers: K in training, E in evaluation."""
+    base = save_checkpoint(tmp_path / "base", "olmoe")
+    fields = {"num_experts": EXPERTS, "max_held": 3, "num_active": 2}
+    (wave,) = plan_waves([Member("tiny", make_lora(base, **fields))])
+    expert = 4 * 2 * 3 * D * F
+    assert memory.count_base_experts(wave.program.model) == EXPERTS * expert
+
+    def measure(gathered):
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "count_base_experts", lambda model: gathered)
+            return estimate(wave.plans, wave.program)["compute"]
+
+    assert measure(EXPERTS * expert) - measure(0.0) == EXPERTS * expert  # evaluation
+    # With an example at once evaluation needs less than training.
+    monkeypatch.setattr(memory, "choose_batch", lambda program: 1)
+    assert measure(EXPERTS * expert) - measure(0.0) == 3 * expert
 
 
 def test_other_weights_are_refused(base, tmp_path):
