@@ -5,6 +5,10 @@
       --tune
     python launch.py --config=configs/regimes.py:permuted,digits \\
       --workdir=runs/permuted --settings=runs/tune/settings.json
+    python launch.py --config=configs/regimes.py:permuted --workdir=runs/tune_cifar \\
+      --tune --config.num_rounds=45
+    python launch.py --config=configs/regimes.py:permuted --workdir=runs/cifar \\
+      --settings=runs/tune_cifar/settings.json
 
 Clients differ by their labels (`skew`, Dirichlet(0.1)), by the `rotation` of their
 images, by their `inversion` in half of the clients, by the meaning of their labels
@@ -14,11 +18,12 @@ rows and seeds, and the report draws a map: the best mixture beside the best con
 every kind (on the digits a minute each on two cores, mostly of compiling). A kind
 alone can be tuned; its runs and those of others make a map by
 `--report=runs/skew,runs/rotation`. `digits` is on the embedded digits, else it is on
-CIFAR-10, for 100 rounds. All mixtures have the same means: a dense warm-up of ten
+CIFAR-10, for 100 rounds, with the rows that decide and fewer rates to tune. All mixtures have the same means: a dense warm-up of ten
 rounds, a gate biased towards the experts that suit the client, and a calibration loss
 of weight 1. What suits a client is its fitness, but where a strategy knows better:
 `oracle` knows the groups, `prototypes` and `update_groups` look for them, and so does
-`ifca`, whose clients use one expert; a kind alone has it without the warm-up, too. Read
+`ifca`, whose clients use one expert; on the digits a kind alone has it without the
+warm-up, too. Read
 personal accuracy with the own label prior: under permuted labels no model is right for
 all. `smoke` is short.
 """
@@ -31,6 +36,10 @@ STRATEGIES = (
     *("random", "fixed_random", "greedy", "load_balanced"),
     *("oracle", "prototypes", "update_groups", "ifca"),
     *("fedavg_smallest", "fedavg_active", "fedavg", "local_active"),
+)
+DECISIVE = (  # a run on CIFAR-10 takes minutes
+    *("load_balanced", "oracle", "prototypes", "ifca"),
+    *("fedavg_smallest", "fedavg_active", "local_active"),
 )
 FEW = (
     *("random", "fixed_random", "greedy", "load_balanced", "oracle", "prototypes"),
@@ -101,16 +110,19 @@ def get_config(argument: str = "") -> ConfigDict:
     config.evaluation.finetune = True
     config.compare.strategies = STRATEGIES
     config.tune.measure = "validation_personal_prior_accuracy"
+    words = rest.split(",")
+    if "digits" in words:
+        config.compare.changes = ("", COLD)
+    elif "smoke" not in words:
+        config.num_rounds, config.local_steps = 100, 10
+        config.eval_every, config.checkpoint.every = 20, 20
+        config.chunk_rounds = 5
+        config.compare.strategies = DECISIVE
+        config.tune.rates, config.tune.servers = (0.01, 0.03, 0.1), ("",)
     if kind:
         config.update_from_flattened_dict(KINDS[kind])
-        config.compare.changes = ("", COLD)
     else:
         compare_kinds(config)
-    words = rest.split(",")
-    if "digits" not in words and "smoke" not in words:
-        config.num_rounds, config.local_steps = 100, 10
-        config.eval_every, config.checkpoint.every = 10, 10
-        config.chunk_rounds = 5
     if "smoke" in words:
         config.upcycle.rounds = config.chunk_rounds
         two = config.compare.changes[1:4:2]  # of equal shapes
