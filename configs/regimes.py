@@ -6,7 +6,7 @@
     python launch.py --config=configs/regimes.py:permuted,digits \\
       --workdir=runs/permuted --settings=runs/tune/settings.json
     python launch.py --config=configs/regimes.py:permuted --workdir=runs/tune_cifar \\
-      --tune --config.num_rounds=45
+      --tune --config.num_rounds=40
     python launch.py --config=configs/regimes.py:permuted --workdir=runs/cifar \\
       --settings=runs/tune_cifar/settings.json
 
