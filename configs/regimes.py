@@ -23,8 +23,9 @@ mixtures have the same means: a dense warm-up of ten rounds, a gate biased towar
 experts that suit the client, and a calibration loss of weight 1. What suits a client is
 its fitness, but where a strategy knows better: `oracle` knows the groups, `prototypes`
 and `update_groups` look for them, and so does `ifca`, whose clients use one expert; on
-the digits a kind alone has it without the warm-up, too. Read personal accuracy with the
-own label prior: under permuted labels no model is right for all. `smoke` is short.
+the digits a kind alone has it without the warm-up, too, and on CIFAR-10 there is
+`load_balanced` with probes as feedback. Read personal accuracy with the own label
+prior: under permuted labels no model is right for all. `smoke` is short.
 """
 
 from ml_collections import ConfigDict
@@ -59,6 +60,7 @@ KINDS = {
 
 
 COLD = "ifca: upcycle.rounds=0"
+PROBE = "load_balanced: fitness.feedback=probe"
 
 
 def take_kind(argument: str) -> tuple[str, str]:
@@ -116,7 +118,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.num_rounds, config.local_steps = 100, 10
         config.eval_every, config.checkpoint.every = 20, 20
         config.chunk_rounds = 5
-        config.compare.strategies = DECISIVE
+        config.compare.strategies, config.compare.changes = DECISIVE, ("", PROBE)
         config.tune.rates, config.tune.servers = (0.01, 0.03, 0.1), ("",)
     if kind:
         config.update_from_flattened_dict(KINDS[kind])
