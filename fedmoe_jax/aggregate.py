@@ -10,6 +10,7 @@ without a client keep their values and their optimiser moments.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -17,10 +18,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedmoe_jax.base import Strategy
+from fedmoe_jax.base import Strategy, Units
 from fedmoe_jax.models.submodel import held_mask, is_local
 from fedmoe_jax.moe_layers import LAYERED, count_experts, layer_names, map_layers
 from fedmoe_jax.optimizers import server_optimizer
+from fedmoe_jax.pruning.units import zero_keep
 from fedmoe_jax.types import (
     Array,
     ClientInput,
@@ -40,19 +42,23 @@ class Sums(struct.PyTreeNode):
       delta: like params, `sum_c w_c delta_c`.
       weight: of every part of params the sum of the weights: [] of stem and head,
         [G, E] of gate rows and experts.
+      keep: of the parts that are pruned the sum of the weights of every entry, see
+        `pruning.units.keep_params`; {} where nothing is.
     """
 
     delta: PyTree
     weight: dict[str, Array]
+    keep: PyTree = struct.field(default_factory=dict)
 
 
-def zero_sums(params: PyTree) -> Sums:
-    """Sums before any client."""
+def zero_sums(params: PyTree, units: tuple[Units, ...] = ()) -> Sums:
+    """Sums before any client; `units` are those that pruning can leave out."""
     rows = len(params["gate"]), count_experts(params["gate"])
     shape = lambda part: rows if part in LAYERED else ()
     return Sums(
         delta=jax.tree.map(jnp.zeros_like, params),
         weight={part: jnp.zeros(shape(part)) for part in params},
+        keep=zero_keep(params, units),
     )
 
 
@@ -69,6 +75,7 @@ def add_stale(sums: Sums, stale: Sums, discount: Array) -> Sums:
     return Sums(
         delta=jax.tree.map(add, sums.delta, stale.delta),
         weight=jax.tree.map(jnp.add, sums.weight, stale.weight),
+        keep=jax.tree.map(jnp.add, sums.keep, stale.keep),
     )
 
 
@@ -176,17 +183,17 @@ def accumulate(
         def add(total: Array, row: Array) -> Array:
             # Multiplying a NaN by a zero weight would still poison the sum.
             row = jnp.where(counted, row, 0.0)
-            return total.at[place].add(scale_rows(inputs.scale * weight, row))
+            return total.at[place].add(scale_rows(weight, row))
 
         return jax.tree.map(add, total, delta)
 
-    def add_part(part: str) -> PyTree:
-        total, delta, weight = sums.delta[part], update.delta[part], weights[part]
+    def add_part(part: str, totals: PyTree, rows: PyTree, scale: Any) -> PyTree:
+        total, delta, weight = totals[part], rows[part], scale * weights[part]
         if part not in LAYERED:
             return add_tree((which,), weight, total, delta)
-        rows = inputs.held if part == "experts" else [slice(None)] * len(total)
+        place = inputs.held if part == "experts" else [slice(None)] * len(total)
         return {
-            name: add_tree((which, rows[g]), weight[g], total[name], delta[name])
+            name: add_tree((which, place[g]), weight[g], total[name], delta[name])
             for g, name in enumerate(layer_names(total))
         }
 
@@ -196,9 +203,12 @@ def accumulate(
         layer = jnp.arange(len(inputs.held))[:, None]
         return total.at[which, layer, inputs.held].add(weights[part])
 
+    own = sums.delta, update.delta, inputs.scale
+    kept = sums.keep, update.keep, 1.0
     return Sums(
-        delta={part: add_part(part) for part in sums.delta},
+        delta={part: add_part(part, *own) for part in sums.delta},
         weight={part: add_weight(part, row) for part, row in sums.weight.items()},
+        keep={part: add_part(part, *kept) for part in sums.keep},
     )
 
 
@@ -259,34 +269,42 @@ def accumulate_chunk(
     counted = jax.vmap(counts)(inputs, updates)
     # Multiplying a NaN by a zero weight would still poison the sum.
     keep = jax.vmap(lambda count, leaf: jnp.where(count, leaf, 0.0))
-    delta = jax.tree.map(lambda leaf: keep(counted, leaf), updates.delta)
+    own, kept = jax.tree.map(
+        lambda leaf: keep(counted, leaf), (updates.delta, updates.keep)
+    )
     num_sums, _, num_experts = sums.weight["gate"].shape
     row = jax.nn.one_hot(which, num_sums, axis=0)
     # Every client brings all rows of the gate, so that each has its place.
     add_gate = jax.vmap(add_clients, in_axes=(None, None, 1, 1, 1), out_axes=1)
 
-    def add_layer(part: str, g: int, *layer: PyTree) -> tuple[PyTree, Array]:
+    def add_layer(
+        part: str, g: int, scale: Array, *layer: PyTree
+    ) -> tuple[PyTree, Array]:
         if part == "gate":
-            return add_gate(row, inputs.scale, *layer)
+            return add_gate(row, scale, *layer)
         place = locate_experts(row, inputs.held[:, g], num_experts)
-        return add_clients(place, inputs.scale, *layer)
+        return add_clients(place, scale, *layer)
 
-    def add_part(part: str) -> tuple[PyTree, Array]:
-        total, amount = sums.delta[part], sums.weight[part]
-        rows, weight = delta[part], weights[part]
+    def add_part(
+        part: str, totals: PyTree, deltas: PyTree, scale: Array
+    ) -> tuple[PyTree, Array]:
+        total, amount = totals[part], sums.weight[part]
+        rows, weight = deltas[part], weights[part]
         if part not in LAYERED:
-            return add_clients(row, inputs.scale, weight, (total, amount), rows)
+            return add_clients(row, scale, weight, (total, amount), rows)
         trees, amounts = {}, []
         for g, name in enumerate(layer_names(total)):
             layer = weight[:, g], (total[name], amount[:, g]), rows[name]
-            trees[name], more = add_layer(part, g, *layer)
+            trees[name], more = add_layer(part, g, scale, *layer)
             amounts.append(more)
         return trees, jnp.stack(amounts, axis=1)
 
-    parts = {part: add_part(part) for part in sums.delta}
+    whole, ones = sums.delta, jnp.ones_like(inputs.scale)
+    parts = {part: add_part(part, whole, own, inputs.scale) for part in whole}
     return Sums(
         delta={part: trees for part, (trees, _) in parts.items()},
         weight={part: amount for part, (_, amount) in parts.items()},
+        keep={part: add_part(part, sums.keep, kept, ones)[0] for part in sums.keep},
     )
 
 
@@ -322,7 +340,29 @@ def mean_delta(sums: Sums) -> PyTree:
         inverse = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
         return scale_rows(inverse, total)
 
-    return map_rows(divide, sums.weight, sums.delta)
+    mean = map_rows(divide, sums.weight, sums.delta)
+    entries = lambda total, kept: total / jnp.where(kept > 0, kept, 1.0)
+    pruned = {
+        part: jax.tree.map(entries, sums.delta[part], kept)
+        for part, kept in sums.keep.items()
+    }
+    return mean | pruned
+
+
+def keep_pruned(new: PyTree, old: PyTree, keep: PyTree) -> PyTree:
+    """Takes `old` where all clients have pruned, in params.
+
+    Args:
+      new: params.
+      old: likewise.
+      keep: see `Sums`.
+    """
+    choose = lambda kept, new, old: jnp.where(kept > 0, new, old)
+    parts = {
+        part: jax.tree.map(choose, kept, new[part], old[part])
+        for part, kept in keep.items()
+    }
+    return new | parts
 
 
 def keep_untrained(new: PyTree, old: PyTree, weight: dict[str, Array]) -> PyTree:
@@ -375,6 +415,7 @@ def merge(
     grads = jax.tree.map(jnp.negative, delta)
     updates, new_opt = tx.update(grads, opt_state, params)
     new_params = optax.apply_updates(params, updates)
+    new_params = keep_pruned(new_params, params, sums.keep)
     return (
         keep_untrained(new_params, params, sums.weight),
         keep_untrained(new_opt, opt_state, sums.weight),

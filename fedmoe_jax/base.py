@@ -209,6 +209,33 @@ class Base(NamedTuple):
     sparse: bool = False
 
 
+class Units(NamedTuple):
+    """Hidden units that pruning can leave out, of ONE expert or of the stem.
+
+    Channels of convolutions are hidden units, too.
+
+    Unit j of n is, in each of the leaves, the entries j, j + n, j + 2 n, ... along an
+    axis. Where all of them are 0 the unit answers nothing, and the others compute as
+    they would alone, but that a norm over units counts it.
+
+    Attributes:
+      name: of its own in a model.
+      part: `experts` or `stem`.
+      count: n.
+      leaves: (path, axis) of every leaf that has a share of the units, the path below
+        the part, of experts below the name of a MoE layer, the axis that of ONE
+        expert's leaf. A leaf between two layers is in the units of both.
+      entries: numbers in ONE unit, a leaf between two layers counted with the later
+        one; a program fills it.
+    """
+
+    name: str
+    part: str
+    count: int
+    leaves: tuple[tuple[tuple[str, ...], int], ...]
+    entries: float = 0.0
+
+
 class Model(NamedTuple):
     """Pure functions of a mixture of experts with G MoE layers.
 
@@ -223,12 +250,15 @@ class Model(NamedTuple):
         the model has parts, `params` may have a `gate_stem`, which the gate reads.
       parts: the functions of a model with one MoE layer, or None.
       base: pretrained weights, which `apply` finds in `frozen["base"]`; None without.
+      units: what pruning can leave out, of every MoE layer alike; in the order in which
+        examples pass them.
     """
 
     init: Callable[[Array], tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[PyTree, Routing]]
     parts: Parts | None = None
     base: Base | None = None
+    units: tuple[Units, ...] = ()
 
 
 # (evidence, hyper, sizes, key) -> Assignment

@@ -8,6 +8,7 @@ from fedmoe_jax.cohort import JudgeFn
 from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
+from fedmoe_jax.pruning.submodels import Pruned, count_reported, spread_room
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -24,11 +25,19 @@ from fedmoe_jax.world.step import View
 
 
 def gather_evidence(
-    state: SimState, view: View, cohort: Array, belief: Belief, sizes: Sizes
+    state: SimState,
+    view: View,
+    cohort: Array,
+    belief: Belief,
+    hyper: Hyper,
+    sizes: Sizes,
 ) -> Evidence:
-    """The strategy's view of the cohort [C], of clients whose devices it believes."""
+    """The strategy's view of the cohort [C], of clients whose devices it believes.
+
+    Where experts are pruned the capacity is that of pruned ones.
+    """
     align = state.align
-    return Evidence(
+    evidence = Evidence(
         round=state.round,
         client=cohort,
         fitness=align.fitness[cohort],
@@ -40,11 +49,17 @@ def gather_evidence(
         times_held=align.times_held[cohort],
         state=align.strategy,
     )
+    if belief.room is None:
+        return evidence
+    room = belief.room[cohort]
+    capacity = spread_room(room, state.round, hyper, sizes)
+    return evidence.replace(capacity=capacity, room=room)
 
 
 def plan_traffic(
     evidence: Evidence,
     assignment: Assignment,
+    pruned: Pruned | None,
     equipped: Array,
     hyper: Hyper,
     program: Program,
@@ -55,9 +70,10 @@ def plan_traffic(
     """
     strategy, num_experts = program.strategy, program.sizes.num_experts
     per_layer = lambda slots: slots.sum((1, 2)) / program.sizes.num_layers
-    held = per_layer(assignment.slot)
+    whole = assignment.slot if pruned is None else pruned.share
+    held = per_layer(whole)
     local = is_local(assignment.held, num_experts, strategy.local_experts)
-    local = per_layer(assignment.slot & local)
+    local = per_layer(whole * local)
     some = strategy.expert_priority is not None
     trained = jnp.minimum(held, evidence.capacity) if some else held
     shown = jnp.zeros(held.shape)
@@ -66,6 +82,8 @@ def plan_traffic(
     talks = 0.0 if strategy.silent else 1.0
     slots, probes = assignment.slot.sum((1, 2)), program.static.probes
     feedback = (FEEDBACK_NUMBERS + probes) * slots
+    if pruned is not None:
+        feedback += count_reported(pruned, program)
     return Traffic(
         held=held,
         trained=trained,
@@ -76,6 +94,7 @@ def plan_traffic(
         new=(~equipped).astype(jnp.float32),
         probed=program.sizes.batch_size * slots if probes else None,
         biases=None if assignment.bias is None else talks * assignment.slot.sum((1, 2)),
+        pruned=None if pruned is None else pruned.stem,
     )
 
 
@@ -84,6 +103,7 @@ def set_conditions(
     view: View,
     evidence: Evidence,
     assignment: Assignment,
+    pruned: Pruned | None,
     hyper: Hyper,
     program: Program,
 ) -> Conditions:
@@ -98,7 +118,7 @@ def set_conditions(
         client=evidence.client,
         device=jax.tree.map(take, view.devices),
         events=events,
-        traffic=plan_traffic(evidence, assignment, equipped, hyper, program),
+        traffic=plan_traffic(evidence, assignment, pruned, equipped, hyper, program),
         examples=evidence.load,
     )
 
@@ -116,6 +136,7 @@ def broadcast(
     view: View,
     evidence: Evidence,
     assignment: Assignment,
+    pruned: Pruned | None,
     program: Program,
 ) -> ClientInput:
     """The inputs of every cohort client, with a leading C axis."""
@@ -142,6 +163,7 @@ def broadcast(
         distortion=jax.tree.map(lambda leaf: leaf[cohort], view.distortion),
         hold_key=hold_key,
         bias=assignment.bias,
+        masks=None if pruned is None else pruned.masks,
     )
 
 

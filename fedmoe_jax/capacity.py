@@ -5,7 +5,7 @@ errors), or only how long they took and whether they failed (`estimated`). A bel
 renewed every few rounds and holds in between.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from fedmoe_jax.cohort import Reply
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, Devices, Federation, Hyper, Keys, PyTree, Sizes
 from fedmoe_jax.world.costs import Costs, client_bytes, client_flops
-from fedmoe_jax.world.limits import true_capacity
+from fedmoe_jax.world.limits import find_room, true_capacity
 from fedmoe_jax.world.outcome import DROPOUT, MEMORY, Conditions, Outcome
 from fedmoe_jax.world.step import View
 
@@ -45,10 +45,13 @@ class Belief(struct.PyTreeNode):
     Attributes:
       capacity: [N] int32, experts of every client as of the last profile.
       history: a `History` where the server estimates, else {}.
+      room: [N] float32, whole experts and a part of one, likewise; None where nothing
+        is pruned.
     """
 
     capacity: Array
     history: PyTree
+    room: Array | None = None
 
 
 class Workload(NamedTuple):
@@ -79,11 +82,14 @@ class Capacity(NamedTuple):
       belief: the server's, renewed where a profile is due.
       buffered: [N] int32, the belief of a server without errors, margin kept.
       true: [N] int32, what the devices can hold without any margin, up to E.
+      room: [N] float32, likewise, with the part of an expert; None where nothing is
+        pruned.
     """
 
     belief: Belief
     buffered: Array
     true: Array
+    room: Array | None = None
 
 
 def count_examples(federation: Federation, sizes: Sizes) -> Array:
@@ -104,17 +110,20 @@ def count_workload(federation: Federation, program: Program) -> Workload:
     )
 
 
-def init_belief(num_clients: int, max_capacity: int, kind: str) -> Belief:
+def init_belief(
+    num_clients: int, max_capacity: int, kind: str, pruned: bool = False
+) -> Belief:
     """The belief before the first round: every client can hold all experts."""
     capacity = jnp.full(num_clients, max_capacity, jnp.int32)
+    room = capacity.astype(jnp.float32) if pruned else None
     if kind != "estimated":
-        return Belief(capacity, {})
+        return Belief(capacity, {}, room)
     history = History(
         pace=jnp.zeros((num_clients, 3)),
         seen=jnp.zeros((num_clients, 3), jnp.int32),
         room=jnp.full(num_clients, float(max_capacity)),
     )
-    return Belief(capacity, history)
+    return Belief(capacity, history, room)
 
 
 def report_devices(
@@ -156,18 +165,26 @@ def estimate_devices(history: History, devices: Devices) -> Devices:
     )
 
 
-def count_capacity(devices: Devices, buffer: Array, workload: Workload) -> Array:
-    """Experts that each device can hold, [N] int32 from 0 on, see `true_capacity`."""
-    return true_capacity(
-        devices,
-        workload.costs,
+def describe_work(buffer: Array, workload: Workload) -> dict[str, Any]:
+    """The arguments of `limits.find_room` beside the devices and costs."""
+    return dict(
         buffer=buffer,
         examples=workload.examples,
         deadline=workload.deadline,
         communication_share=workload.communication_share,
-        max_capacity=workload.max_capacity,
         probed=workload.probed,
     )
+
+
+def count_capacity(devices: Devices, buffer: Array, workload: Workload) -> Array:
+    """Experts that each device can hold, [N] int32 from 0 on, see `true_capacity`."""
+    work, most = describe_work(buffer, workload), workload.max_capacity
+    return true_capacity(devices, workload.costs, max_capacity=most, **work)
+
+
+def count_room(devices: Devices, buffer: Array, workload: Workload) -> Array:
+    """As `count_capacity`, with the part of an expert: [N] float32."""
+    return find_room(devices, workload.costs, **describe_work(buffer, workload))
 
 
 def estimate_capacity(
@@ -214,6 +231,7 @@ def update_belief(
         capacity = estimate_capacity(
             keys.of(EXPLORE), belief.history, devices, hyper, workload
         )
+        devices = estimate_devices(belief.history, devices)
     else:
         if kind == "self_reported":
             devices = report_devices(
@@ -226,7 +244,13 @@ def update_belief(
         capacity = count_capacity(devices, hyper.devices.buffer, workload)
     capacity = jnp.maximum(capacity, 1)  # the weakest still take one, and may be late
     due = round % numbers.refresh == 0
-    return belief.replace(capacity=jnp.where(due, capacity, belief.capacity))
+    belief = belief.replace(capacity=jnp.where(due, capacity, belief.capacity))
+    if belief.room is None:
+        return belief
+    room = count_room(devices, hyper.devices.buffer, workload)
+    if kind == "estimated":  # memory shows in failures alone
+        room = jnp.minimum(room, capacity)
+    return belief.replace(room=jnp.where(due, room, belief.room))
 
 
 def measure_capacity(
@@ -251,12 +275,12 @@ def measure_capacity(
     kind = program.static.profile.kind
     wide = max(program.sizes.num_experts, workload.max_capacity)
     buffered = count_capacity(devices, hyper.devices.buffer, workload)
+    none = jnp.zeros(())
     return Capacity(
         belief=update_belief(belief, devices, hyper, workload, kind, round, keys),
         buffered=jnp.maximum(buffered, 1),
-        true=count_capacity(
-            devices, jnp.zeros(()), workload._replace(max_capacity=wide)
-        ),
+        true=count_capacity(devices, none, workload._replace(max_capacity=wide)),
+        room=count_room(devices, none, workload) if program.units else None,
     )
 
 

@@ -13,6 +13,9 @@ from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import add_prox, client_optimizer
 from fedmoe_jax.probe import hold_out, probe_experts
 from fedmoe_jax.program import Program
+from fedmoe_jax.pruning.importance import measure_taylor
+from fedmoe_jax.pruning.scores import MEASURED
+from fedmoe_jax.pruning.units import keep_params, multiply_parts, zero_units
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import (
     Array,
@@ -167,6 +170,10 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         tx = client_optimizer(static.client, hyper.client.learning_rate)
         draw_key, dropout_key = jax.random.split(key)
         batches, probed = draw_local(inputs, federation, hyper, draw_key, sizes)
+        keep = {}
+        if inputs.masks is not None:
+            keep = keep_params(inputs.masks, received, program.units)
+            received = multiply_parts(received, keep)
         probe = None
         if probed is not None:
             probe = probe_experts(received, inputs, federation, probed, program)
@@ -177,7 +184,7 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
         augment_key = jax.random.fold_in(draw_key, AUGMENT)
 
         def local_step(step, carry):
-            submodel, opt_state, sums = carry
+            submodel, opt_state, sums, importance = carry
             ids = batches[step]
             batch = take_batch(
                 federation.train,
@@ -197,17 +204,25 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
                 jax.random.fold_in(dropout_key, step),
                 program=program,
             )
+            grads = multiply_parts(grads, keep)
+            if importance:
+                taylor = measure_taylor(submodel, grads, program.units)
+                importance = jax.tree.map(jnp.add, importance, taylor)
             if static.prox:
                 grads = add_prox(grads, submodel, received, hyper.client.prox)
             if inputs.correction:
-                grads = optax.tree.add(grads, inputs.correction)
+                grads = optax.tree.add(grads, multiply_parts(inputs.correction, keep))
             updates, opt_state = tx.update(grads, opt_state, submodel)
             submodel = optax.apply_updates(submodel, updates)
-            return submodel, opt_state, jax.tree.map(jnp.add, sums, batch_sums)
+            sums = jax.tree.map(jnp.add, sums, batch_sums)
+            return submodel, opt_state, sums, importance
 
         steps = inputs.steps if static.ragged else sizes.local_steps
-        start = received, tx.init(received), zero_sums(hyper, program)
-        trained, _, sums = jax.lax.fori_loop(0, steps, local_step, start)
+        unknown = {}
+        if keep and static.pruning.kind in MEASURED:
+            unknown = zero_units(received, program.units)
+        start = received, tx.init(received), zero_sums(hyper, program), unknown
+        trained, _, sums, found = jax.lax.fori_loop(0, steps, local_step, start)
         delta = optax.tree.sub(trained, received)
         chex.assert_trees_all_equal_shapes(delta, received)
         weight = sums.weight
@@ -221,6 +236,8 @@ def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
             accuracy=sums.total_score / weight,
             finite=all_finite(delta) & jnp.isfinite(sums.total_loss),
             chosen=None if strategy.choose is None else inputs.slot,
+            keep=keep,
+            importance=jax.tree.map(lambda leaf: leaf / jnp.maximum(steps, 1), found),
         )
 
     return client_update

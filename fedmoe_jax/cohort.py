@@ -24,6 +24,7 @@ from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.optimizers import step_weights
 from fedmoe_jax.program import Program
+from fedmoe_jax.pruning.units import share_experts
 from fedmoe_jax.runtime.scheduling import chunk_size, schedule
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.types import (
@@ -59,6 +60,7 @@ class Reply(struct.PyTreeNode):
       personal: trained personal parts, by name like params; {} where there are none.
       variate: new control variates, like params; {} where there are none.
       chosen: [C, G, K] bool, the slots that the client has trained; None for all.
+      importance: of the units, see `ClientUpdate`.
     """
 
     feedback: Feedback
@@ -70,6 +72,7 @@ class Reply(struct.PyTreeNode):
     personal: PyTree
     variate: PyTree
     chosen: Array | None = None
+    importance: PyTree = struct.field(default_factory=dict)
 
     @property
     def arrived(self) -> Array:
@@ -146,6 +149,7 @@ def make_reply(
         personal=train_personal(inputs, update, program.strategy.local_experts),
         variate=renew_variate(inputs, update, hyper, program.static.client.momentum),
         chosen=update.chosen,
+        importance=update.importance,
     )
 
 
@@ -162,15 +166,19 @@ def cast_reply(reply: Reply, code: DTypeLike, mask: DTypeLike) -> Reply:
 
 
 def follow_choice(
-    inputs: ClientInput, conditions: Conditions, chosen: Array | None
+    inputs: ClientInput,
+    conditions: Conditions,
+    chosen: Array | None,
+    kept: Array | None,
 ) -> tuple[ClientInput, Conditions]:
     """ONE client's inputs and conditions with the slots that it trains, [G, K] bool.
 
-    `chosen` is None where it trains all that it has received.
+    `chosen` is None where it trains all that it has received, `kept` [G, K] the share
+    of each expert that is not pruned, None for whole ones.
     """
     if chosen is None:
         return inputs, conditions
-    traffic = train_chosen(conditions.traffic, chosen)
+    traffic = train_chosen(conditions.traffic, chosen, kept)
     return inputs.replace(slot=chosen), conditions.replace(traffic=traffic)
 
 
@@ -229,10 +237,16 @@ def train_share(
     ) -> tuple[ClientUpdate, dict, Reply]:
         client_key = jax.random.fold_in(key, inputs.client)
         update = client_update(params, inputs, federation, hyper, client_key)
-        inputs, conditions = follow_choice(inputs, conditions, update.chosen)
+        kept = None
+        if inputs.masks is not None:
+            kept = share_experts(inputs.masks, program.units, program.rest_entries)
+            kept = jnp.where(inputs.slot, kept, 0.0)
+        inputs, conditions = follow_choice(inputs, conditions, update.chosen, kept)
         size = federation.size[inputs.client]
         weights = weigh(inputs, update, size, hyper, program.strategy)
-        sent = (weights["experts"] > 0).sum() / program.sizes.num_layers
+        sending = weights["experts"] > 0
+        sending = sending if kept is None else sending * kept
+        sent = sending.sum() / program.sizes.num_layers
         outcome = judge(conditions, sent, update.finite)
         reply = make_reply(update, inputs, sent, outcome, hyper, program)
         return update, keep_if(outcome.arrived, weights), reply
@@ -260,7 +274,7 @@ def train_share(
         return accumulate_chunk(totals, which, inputs, updates, weights), replies
 
     rows = lambda leaf: jnp.zeros((1 + stale, *leaf.shape))
-    start = jax.tree.map(rows, zero_sums(params))
+    start = jax.tree.map(rows, zero_sums(params, program.units))
     totals, replies = jax.lax.scan(one_chunk, start, chunks)
     take = lambda row: jax.tree.map(lambda leaf: leaf[row], totals)
     sums = tuple(take(row) for row in range(1 + stale))

@@ -25,6 +25,7 @@ from fedmoe_jax.options import (
     Range,
     is_whole,
 )
+from fedmoe_jax.pruning.scores import KINDS as PRUNINGS
 from fedmoe_jax.tasks import list_augments
 from fedmoe_jax.world.devices import WIDEST
 
@@ -414,6 +415,59 @@ OPTIONS: tuple[Option, ...] = (
         NON_NEGATIVE,
         "first rounds in which all clients train the first expert alone, of which all "
         "others are copies: a dense warm-up; 0: none",
+        TRACED,
+    ),
+    Option(
+        "pruning.kind",
+        PRUNINGS,
+        "which hidden units clients keep of what they hold: by Taylor importance with "
+        "one threshold for all layers (lamp), the same without what is behind a "
+        "layer's first gap, by the norm of weights, or the same share of every layer: "
+        "of the most important, random or first ones; see docs/strategies.md",
+        STATIC,
+    ),
+    Option(
+        "pruning.parts",
+        ("experts", "all"),
+        "parts whose hidden units are pruned: experts, or the stem, too",
+        STATIC,
+    ),
+    Option(
+        "pruning.spread",
+        Range(1),
+        "experts that a client holds for each whole one that it has room for, pruned "
+        "to its bytes",
+        TRACED,
+    ),
+    Option(
+        "pruning.ramp",
+        NON_NEGATIVE,
+        "rounds in which that grows from 1, along a cubic curve; 0: from the start",
+        TRACED,
+    ),
+    Option(
+        "pruning.floor",
+        Range(0, 1, open_low=True),
+        "share of the units of every layer that each client keeps at least",
+        TRACED,
+    ),
+    Option(
+        "pruning.rotation",
+        Range(0, 1, open_high=True),
+        "share of the units of every layer that take turns, others in each round and "
+        "client, whatever their importance",
+        TRACED,
+    ),
+    Option(
+        "pruning.rate",
+        Range(0, 1, open_low=True),
+        "weight of the newest importance in its moving average",
+        TRACED,
+    ),
+    Option(
+        "pruning.gap",
+        NON_NEGATIVE,
+        "deviations above the median that make a gap a large one, of gap",
         TRACED,
     ),
     Option(

@@ -25,6 +25,8 @@ from fedmoe_jax.options import replace
 from fedmoe_jax.panel import choose_rows, gather_panel
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
+from fedmoe_jax.pruning.submodels import prune_held
+from fedmoe_jax.pruning.units import multiply_parts
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.scoring import (
     divide_bits,
@@ -47,11 +49,17 @@ from fedmoe_jax.world.step import View, observe
 
 
 def gather_input(
-    state: SimState, view: View, bias: Array | None, client: Array, program: Program
+    state: SimState,
+    view: View,
+    hyper: Hyper,
+    bias: Array | None,
+    client: Array,
+    program: Program,
 ) -> ClientInput:
     """The input of ONE client that trains what it holds; at least one expert.
 
-    `bias` [N, G, E] is of all clients' gate logits, None for none.
+    `bias` [N, G, E] is of all clients' gate logits, None for none. Where pruning is on,
+    the client has the units that it would be sent now.
     """
     take = lambda leaf: leaf[client]
     mask = state.align.held[client]
@@ -59,19 +67,23 @@ def gather_input(
     held = jnp.argsort(~mask, axis=1, stable=True)[:, : program.sizes.max_held]
     if bias is not None:
         bias = jnp.take_along_axis(bias[client], held, axis=1)
+    slot, masks = jnp.take_along_axis(mask, held, axis=1), None
+    if program.units:
+        masks = prune_held(state, client, held, slot, hyper, program)
     return ClientInput(
         client=client,
         steps=view.federation.steps[client],
         budget=state.belief.capacity[client],
         scale=jnp.ones(()),
         held=held.astype(jnp.int32),
-        slot=jnp.take_along_axis(mask, held, axis=1),
+        slot=slot,
         calibration=jnp.ones(program.sizes.num_layers),
         correction={},
         personal=jax.tree.map(take, state.personal),
         distortion=jax.tree.map(take, view.distortion),
         hold_key=find_hold_key(state.key, client) if program.static.probes else None,
         bias=bias,
+        masks=masks,
     )
 
 
@@ -129,22 +141,30 @@ def finetune_client(
     *,
     client_update: Callable[..., ClientUpdate],
     program: Program,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array | None]:
     """Values of ONE client after the local round that it would train now.
 
     Returns:
-      As of `score_tuned`.
+      As of `score_tuned`, and the values of its pruned sub-model before that round,
+      None where nothing is pruned.
     """
     federation, strategy = view.federation, program.strategy
-    inputs = gather_input(state, view, bias, client, program)
+    inputs = gather_input(state, view, hyper, bias, client, program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
     update = client_update(state.params, inputs, federation, hyper, key)
     received = take_submodel(
         state.params, inputs.personal, inputs.held, strategy.local_experts
     )
     frozen = {part: federation.frozen[part] for part in strategy.frozen}
-    tuned = optax.tree.add(received, update.delta) | frozen
-    return score_tuned(tuned, inputs, federation, mix, program)
+
+    def score(delta: PyTree) -> tuple[Array, Array]:
+        own = multiply_parts(optax.tree.add(received, delta), update.keep)
+        return score_tuned(own | frozen, inputs, federation, mix, program)
+
+    before = None
+    if update.keep:
+        before, _ = score(jax.tree.map(jnp.zeros_like, update.delta))
+    return *score(update.delta), before
 
 
 def build_finetune_share(
@@ -160,6 +180,8 @@ def build_finetune_share(
       `worst_decile_finetuned_accuracy` [] and `finetuned_stratum_accuracy` [L], of at
       most `evaluation.clients` clients, in strata of those that hold experts, and their
       bits where the task has such. `client_values` [1 or 2, N] are those of `evaluate`.
+      Where experts are pruned also the means `personal_submodel_accuracy` of what
+      clients have before that round.
     """
     strategy = program.strategy._replace(choose=None)
     client_update = build_client_update(program._replace(strategy=strategy))
@@ -175,7 +197,7 @@ def build_finetune_share(
         rate, usual = hyper.evaluation.finetune_rate, hyper.client.learning_rate
         own = replace(hyper, client={"learning_rate": jnp.where(rate > 0, rate, usual)})
 
-        def score(place: Array) -> tuple[Array, Array]:
+        def score(place: Array) -> tuple[Array, Array, Array | None]:
             return finetune_client(
                 *(state, view, own, bias, client[place]),
                 panel.label_mix[row[place]],
@@ -192,12 +214,15 @@ def build_finetune_share(
             empty = jnp.zeros((len(client), *share.shape[1:]))
             return jax.lax.psum(empty.at[place].set(share, mode="drop"), CLIENTS)
 
-        values, by_stratum = jax.tree.map(join, found)
+        values, by_stratum, pruned = jax.tree.map(join, found)
         served, as_before = find_participants(state)[client], client_values[:, client].T
-        values = jnp.where(served[:, None], values, as_before)
+        serve = lambda values: jnp.where(served[:, None], values, as_before)
+        values = serve(values)
         mix, counted = panel.label_mix[row], panel.counted[row]
         strata = average_strata(by_stratum, mix, counted & served)
         means = mean_values("personal_finetuned", values, counted)
+        if pruned is not None:
+            means |= mean_values("personal_submodel", serve(pruned), counted)
         return means | name_values("finetuned_stratum", divide_bits(strata.T).T)
 
     return finetune_share

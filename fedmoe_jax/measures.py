@@ -165,6 +165,18 @@ MEASURES: dict[str, Measure] = {
         title="Worst decile, fine-tuned %",
         about="of the same accuracies, the worst tenth of the clients",
     ),
+    "final_personal_submodel_accuracy": ASIDE._replace(
+        field="personal_submodel_accuracy",
+        title="Own sub-network %",
+        about="each client's pruned sub-network as it has it at the end, weighted to "
+        "its own mix; Personal % is of whole experts; see evaluation.finetune",
+        line="Own sub-network",
+    ),
+    "final_worst_decile_submodel_accuracy": ASIDE._replace(
+        field="worst_decile_submodel_accuracy",
+        title="Worst decile, own sub-network %",
+        about="of the same accuracies, the worst tenth of the clients",
+    ),
     "final_own_test_accuracy": ASIDE._replace(
         field="own_test_accuracy",
         title="Own test %",
@@ -225,6 +237,16 @@ MEASURES: dict[str, Measure] = {
         field="personal_finetuned_bits",
         title="Personal, fine-tuned, bits",
         about="personal bits at the end, after one more local round",
+    ),
+    "final_personal_submodel_bits": BITS._replace(
+        field="personal_submodel_bits",
+        title="Own sub-network, bits",
+        about="of clients' pruned sub-networks as they have them at the end",
+    ),
+    "final_worst_decile_submodel_bits": BITS._replace(
+        field="worst_decile_submodel_bits",
+        title="Worst decile, own sub-network, bits",
+        about="of the same bits, the worst tenth of the clients",
     ),
     "final_worst_decile_finetuned_bits": BITS._replace(
         field="worst_decile_finetuned_bits",
@@ -465,6 +487,45 @@ MEASURES: dict[str, Measure] = {
         group=COST,
         trivial=1.0,
         varies_over=LABELS,
+    ),
+    "mean_kept_share": Measure(
+        "kept_share",
+        MEAN,
+        "Kept units %",
+        "hidden units of the experts that clients hold that are not pruned",
+        scale=100.0,
+        group=COST,
+        trivial=1.0,
+    ),
+    "mean_mask_overlap": Measure(
+        "mask_overlap",
+        MEAN,
+        "Mask overlap",
+        "units that two holders of an expert both keep over those that either does "
+        "(Jaccard), over all pairs",
+        digits=2,
+        group=COST,
+        trivial=1.0,
+    ),
+    "mean_least_coverage": Measure(
+        "least_coverage",
+        MEAN,
+        "Least holders of a unit",
+        "clients from which the least trained unit of a trained expert had an update",
+        better=1,
+        digits=1,
+        group=COST,
+        trivial=NEVER,
+    ),
+    "mean_coverage": Measure(
+        "mean_coverage",
+        MEAN,
+        "Holders of a unit",
+        "the same, the mean over units",
+        better=1,
+        digits=1,
+        group=COST,
+        trivial=NEVER,
     ),
     "megabytes_up": TRAFFIC._replace(
         field="bytes_up", title="MB up a round", about="sent by all clients"

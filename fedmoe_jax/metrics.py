@@ -13,12 +13,14 @@ from fedmoe_jax.capacity import Capacity
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
+from fedmoe_jax.pruning.coverage import measure_pruning
 from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.scoring import evaluation_route
 from fedmoe_jax.types import (
     AlignState,
     Array,
+    ClientInput,
     Devices,
     Federation,
     Hyper,
@@ -32,6 +34,7 @@ from fedmoe_jax.world.costs import (
     client_bytes,
     client_flops,
     client_parameters,
+    exceeds_room,
     fits_memory,
 )
 from fedmoe_jax.world.outcome import DROPPED, OUTCOMES, Conditions, Outcome
@@ -59,6 +62,7 @@ def account(
     conditions: Conditions,
     sent: Array,
     exchanged: tuple[Array, Array],
+    room: Array | None,
     program: Program,
 ) -> dict[str, Array]:
     """The costs of a round, as metrics.
@@ -68,6 +72,7 @@ def account(
       conditions: under which the cohort worked, leaves [C].
       sent: [C] experts that each client sent to the server.
       exchanged: experts that each client sent to others and received from them, [C].
+      room: [N] float32, see `capacity.Capacity`.
       program: the static parts.
     """
     outcome, cohort = participation.outcome, participation.client
@@ -92,6 +97,8 @@ def account(
     # Some systems take more memory than the experts that they train.
     fits = fits_memory(program.device_costs, traffic, devices.memory)
     too_many = (traffic.trained > participation.capacity[cohort]) | ~fits
+    if room is not None:
+        too_many = exceeds_room(program.costs, traffic, room[cohort]) | ~fits
     if program.static.late.kind == "stale":  # the round ends without them
         longest = jnp.minimum(longest, deadline)
     return {
@@ -126,6 +133,7 @@ def measure(
     after: SimState,
     capacity: Capacity,
     view: View,
+    inputs: ClientInput,
     conditions: Conditions,
     replies: Reply,
     exchanged: tuple[Array, Array],
@@ -140,6 +148,7 @@ def measure(
       after: the state after it.
       capacity: of the clients.
       view: of the world.
+      inputs: of the cohort.
       conditions: of the cohort's work.
       replies: of the cohort.
       exchanged: see `account`.
@@ -152,10 +161,12 @@ def measure(
     """
     participation = after.participation
     cohort = participation.client
+    costs = participation, conditions, replies.sent
     found = (
         measure_learning(before.align, after.align, replies, cohort)
         | measure_load(load)
-        | account(participation, conditions, replies.sent, exchanged, program)
+        | account(*costs, exchanged, capacity.room, program)
+        | measure_masks(inputs, conditions, capacity, replies, program)
         | count_outcomes(participation.outcome)
         | measure_work(view.federation, cohort, program)
         | measure_server(after, capacity.buffered)
@@ -165,6 +176,31 @@ def measure(
     found = add_messages(found, view.federation, before.round, hyper, program)
     found = add_metrics(found, measure_strategy(after.align.strategy))
     return add_metrics(found, measure_processes(after.world, program.processes))
+
+
+def measure_masks(
+    inputs: ClientInput,
+    conditions: Conditions,
+    capacity: Capacity,
+    replies: Reply,
+    program: Program,
+) -> dict[str, Array]:
+    """What the masks of pruned sub-models cover; {} where nothing is pruned."""
+    if not program.units:
+        return {}
+    room = capacity.belief.room
+    assert room is not None
+    whole = jnp.floor(room[conditions.client]).astype(jnp.int32)
+    return measure_pruning(
+        inputs.masks,
+        inputs.held,
+        inputs.slot,
+        jnp.maximum(whole, 0),
+        replies.arrived,
+        program.units,
+        program.sizes.num_experts,
+        program.sizes.max_capacity,
+    )
 
 
 def measure_strategy(state: PyTree) -> dict[str, Array]:

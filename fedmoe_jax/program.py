@@ -18,6 +18,7 @@ from fedmoe_jax.base import (
     Scores,
     Strategy,
     Task,
+    Units,
 )
 from fedmoe_jax.config import check, check_values, list_options
 from fedmoe_jax.forms import check_type
@@ -28,6 +29,8 @@ from fedmoe_jax.models.precision import compute_in
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
+from fedmoe_jax.pruning.scores import NONE
+from fedmoe_jax.pruning.units import count_entries
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.sharding import find_platform
 from fedmoe_jax.strategies import does_probe, find_strategy
@@ -60,6 +63,8 @@ class Program(NamedTuple):
       report_numbers: numbers in the report of one client, see `Strategy.report`.
       costs: of the simulated model; these bytes are reported.
       device_costs: of the model that it stands for; these are what devices feel.
+      units: what pruning can leave out, with its sizes; () where it is off.
+      rest_entries: numbers of ONE expert in one layer that are in no unit.
       mesh: the devices that run the simulation.
       platform: their kind, `cpu`, `gpu` or `tpu`: the model's layers, runs and experts
         have the form that is fast there.
@@ -78,6 +83,8 @@ class Program(NamedTuple):
     report_numbers: int
     costs: Costs
     device_costs: Costs
+    units: tuple[Units, ...]
+    rest_entries: float
     mesh: Mesh
     platform: str
 
@@ -404,6 +411,33 @@ def check_base(config: ConfigDict, strategy: Strategy, model: Model) -> None:
         )
 
 
+def choose_units(config: ConfigDict, model: Model, params: PyTree) -> tuple[Units, ...]:
+    """The units that pruning can leave out; () where it is off.
+
+    Args:
+      config: as the strategy configures it.
+      model: names its units.
+      params: without the parts that are frozen.
+
+    Raises:
+      UserError: the model has none in a part that is to be pruned.
+    """
+    if config.pruning.kind == NONE:
+        return ()
+    fields = {"experts": ("kind", NONE)}
+    if config.pruning.parts == "all":
+        fields["stem"] = ("parts", "experts")
+    for part, (field, off) in fields.items():
+        if not any(each.part == part for each in model.units):
+            value, model_fields = config.pruning[field], config.model
+            raise UserError(
+                f"pruning.{field}={value!r} is not allowed with model.kind="
+                f"{model_fields.kind!r} and model.stem={model_fields.stem!r}, in whose "
+                f"{part} there are no hidden units; allowed: {off!r}"
+            )
+    return tuple(u for u in model.units if u.part in fields and u.part in params)
+
+
 def check_state(config: ConfigDict, strategy: Strategy, sizes: Sizes) -> None:
     """Raises UserError where the strategy's own state is no dict of arrays."""
     own = jax.eval_shape(lambda: strategy.init(sizes))
@@ -475,6 +509,7 @@ def build_program(
     forward = count_forward_flops(exact, batch)  # casts are no FLOPs
     costs = count_costs(trained, frozen, forward, strategy)
     rows = batch.of(sizes.batch_size)
+    units, rest = count_entries(trained, choose_units(used, model, trained))
     return Program(
         task=task,
         batch=batch,
@@ -489,6 +524,8 @@ def build_program(
         report_numbers=count_report(strategy, routing, rows, make_hyper(config)),
         costs=costs,
         device_costs=scale_costs(costs, used.devices.model_scale),
+        units=units,
+        rest_entries=rest,
         mesh=mesh,
         platform=platform,
     )

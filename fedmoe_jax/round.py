@@ -23,6 +23,7 @@ from fedmoe_jax.cohort import Reply, build_train_cohort, exchange, renew_clients
 from fedmoe_jax.metrics import measure
 from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
+from fedmoe_jax.pruning.submodels import learn_units, prune_cohort
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.types import Array, Federation, Hyper, RoundFn, SimState, make_keys
 from fedmoe_jax.upcycle import copy_first, hold_first, is_warming, keep_scores
@@ -64,17 +65,21 @@ def round_step(
     # 2 capacity
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
-    evidence = gather_evidence(state, view, cohort, capacity.belief, program.sizes)
+    evidence = gather_evidence(
+        state, view, cohort, capacity.belief, hyper, program.sizes
+    )
     assignment = assign(evidence, hyper, program, keys.align)
     if warming is not None:
         assignment = hold_first(assignment, warming)
+    pruned = prune_cohort(state, evidence, assignment, hyper, program)
     # 4 train
-    inputs = broadcast(state, view, evidence, assignment, program)
-    conditions = set_conditions(state, view, evidence, assignment, hyper, program)
+    decided = evidence, assignment, pruned
+    inputs = broadcast(state, view, *decided, program)
+    conditions = set_conditions(state, view, *decided, hyper, program)
     sums, replies = train_cohort(
         state.params, inputs, conditions, view.federation, hyper, keys.train
     )
-    traffic = train_chosen(conditions.traffic, replies.chosen)
+    traffic = train_chosen(conditions.traffic, replies.chosen, pruned and pruned.share)
     conditions = conditions.replace(traffic=traffic)
     # 5 aggregate
     params, server_opt = aggregate(state, sums[0], hyper, program.static)
@@ -104,10 +109,11 @@ def round_step(
         participation=record(
             state.participation, cohort, capacity.true, replies.outcome
         ),
+        pruning=learn_units(state.pruning, inputs, replies, hyper, program),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     return after, measure(
-        *(state, after, capacity, view, conditions, replies, sent, load),
+        *(state, after, capacity, view, inputs, conditions, replies, sent, load),
         hyper,
         program,
     )

@@ -12,6 +12,7 @@ from fedmoe_jax.forms import check_type
 from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.program import Program, take_frozen
+from fedmoe_jax.pruning.submodels import init_pruning
 from fedmoe_jax.types import AlignState, Array, Federation, Hyper, PyTree, SimState
 from fedmoe_jax.world.participation import init_participation
 from fedmoe_jax.world.step import init_world, observe
@@ -70,9 +71,15 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> tuple[SimState, Py
         if strategy.variates
         else {},
         world=init_world(run_key, hyper, sizes, program.processes),
-        belief=init_belief(sizes.num_clients, sizes.max_capacity, static.profile.kind),
+        belief=init_belief(
+            sizes.num_clients,
+            sizes.max_capacity,
+            static.profile.kind,
+            bool(program.units),
+        ),
         stale=zero_sums(params) if static.late.kind == "stale" else {},
         participation=init_participation(sizes),
+        pruning=init_pruning(params, program),
     )
     return state, frozen
 

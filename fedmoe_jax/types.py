@@ -303,6 +303,8 @@ class SimState(struct.PyTreeNode):
         in the next, {} where no such update is merged.
       participation: of the clients so far, and the last round in detail, see
         `world.participation`.
+      pruning: the importance of units, see `pruning.submodels.init_pruning`; {} where
+        it is not measured.
     """
 
     round: Array
@@ -316,6 +318,7 @@ class SimState(struct.PyTreeNode):
     belief: PyTree = struct.field(default_factory=dict)
     stale: PyTree = struct.field(default_factory=dict)
     participation: PyTree = struct.field(default_factory=dict)
+    pruning: PyTree = struct.field(default_factory=dict)
 
 
 class Assignment(struct.PyTreeNode):
@@ -352,6 +355,8 @@ class Evidence(struct.PyTreeNode):
       held: [C, E] bool, what each client has of the last assignment that reached it.
       times_held: [C, E] int32, rounds in which each client was to hold the expert.
       state: the strategy's own state, see `Strategy.init`.
+      room: [C] float32, whole experts and a part of one that each client has room for,
+        of which pruning makes more; None where nothing is pruned.
     """
 
     round: Array
@@ -364,6 +369,7 @@ class Evidence(struct.PyTreeNode):
     held: Array
     times_held: Array
     state: PyTree = struct.field(default_factory=dict)
+    room: Array | None = None
 
 
 class Feedback(struct.PyTreeNode):
@@ -408,6 +414,9 @@ class ClientInput(struct.PyTreeNode):
       hold_key: [] the key of the choice of the examples that it does not train on, the
         same in every round; None where clients do not probe.
       bias: [G, K] float32 >= 0, of the gate logits of the held experts; None for none.
+      masks: the units that the client keeps of its sub-model, bool, by the name of the
+        units: [n] of the stem's, [G, K, n] of the experts'; None where nothing is
+        pruned.
     """
 
     client: Array
@@ -422,6 +431,7 @@ class ClientInput(struct.PyTreeNode):
     distortion: Array | None = None
     hold_key: Array | None = None
     bias: Array | None = None
+    masks: PyTree = None
 
 
 class ClientUpdate(struct.PyTreeNode):
@@ -437,6 +447,10 @@ class ClientUpdate(struct.PyTreeNode):
       finite: [] bool, whether every number of the update is finite.
       chosen: [G, K] bool, the slots that the client has trained, see `Strategy.choose`;
         None where it trains all that it has received.
+      keep: factors of the parts that are pruned, see `pruning.units.keep_params`; {}
+        where nothing is.
+      importance: of the units, mean over the steps, by name; {} where it is not
+        measured.
     """
 
     delta: PyTree
@@ -446,6 +460,8 @@ class ClientUpdate(struct.PyTreeNode):
     accuracy: Array
     finite: Array
     chosen: Array | None = None
+    keep: PyTree = struct.field(default_factory=dict)
+    importance: PyTree = struct.field(default_factory=dict)
 
 
 # (state, federation, hyper) -> (state, metrics), of one round or of R

@@ -483,9 +483,10 @@ def send_inputs(run, state, cohort, held, slot, view=None):
     program, view = run.program, view or see_calm(run)
     capacity = jnp.full(state.align.held.shape[0], program.sizes.max_held)
     capacity = Capacity(Belief(capacity, {}), capacity, capacity)
-    evidence = gather_evidence(state, view, cohort, capacity.belief, program.sizes)
+    belief, sizes = capacity.belief, program.sizes
+    evidence = gather_evidence(state, view, cohort, belief, run.hyper, sizes)
     assignment = Assignment(held[:, None].astype(jnp.int32), slot[:, None])
-    return broadcast(state, view, evidence, assignment, program)
+    return broadcast(state, view, evidence, assignment, None, program)
 
 
 def assert_same(left, right, atol=0.0, rtol=0.0):

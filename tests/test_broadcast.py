@@ -33,7 +33,7 @@ def test_plan_traffic_of_probes_by_hand(kind, numbers, probed):
     held = jnp.broadcast_to(jnp.arange(2), slot.shape)
     evidence = make_evidence(client=jnp.arange(2), capacity=jnp.full(2, 2))
     found = plan_traffic(
-        *(evidence, Assignment(held, slot), jnp.ones(2, bool), None, program)
+        *(evidence, Assignment(held, slot), None, jnp.ones(2, bool), None, program)
     )
     assert found.reported.tolist() == [numbers * 3, numbers * 2]
     assert found.held.tolist() == [1.5, 1]

@@ -62,7 +62,7 @@ def tune_slowly(run, client, rate):
     program, state = run.program, run.state
     hyper = replace(run.hyper, client={"learning_rate": jnp.float32(rate)})
     view = observe(state.world, run.federation, hyper, program.processes)
-    inputs = gather_input(state, view, None, jnp.int32(client), program)
+    inputs = gather_input(state, view, hyper, None, jnp.int32(client), program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
     # A client trains all that it holds, also where it has chosen it.
     strategy = program.strategy._replace(choose=None)

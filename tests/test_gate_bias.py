@@ -263,7 +263,8 @@ def test_a_program_without_a_bias_has_no_trace_of_one(changes):
     panel = gather_panel(run.state, view, None, program)
     assert panel.models.view.bias is None
     assert panel.sets is None or panel.sets.bias is None
-    assert gather_input(run.state, view, None, jnp.int32(0), program).bias is None
+    own = gather_input(run.state, view, hyper, None, jnp.int32(0), program)
+    assert own.bias is None
 
 
 # ---- whole runs

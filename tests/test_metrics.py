@@ -93,7 +93,7 @@ def account_for(program, exchanged=(NONE, NONE), outcome=OUTCOME, **devices):
     @jax.jit
     def run(participation, conditions, exchanged):
         sent = jnp.ones(3)
-        return account(participation, conditions, sent, exchanged, program)
+        return account(participation, conditions, sent, exchanged, None, program)
 
     found = run(participation, conditions, exchanged)
     return {name: float(value) for name, value in found.items()}

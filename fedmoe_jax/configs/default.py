@@ -100,6 +100,16 @@ def get_config(argument: str = "") -> ConfigDict:
     config.upcycle = ConfigDict()
     config.upcycle.rounds = 0
 
+    config.pruning = ConfigDict()
+    config.pruning.kind = "none"
+    config.pruning.parts = "experts"
+    config.pruning.spread = 2.0
+    config.pruning.ramp = 0
+    config.pruning.floor = 0.05
+    config.pruning.rotation = 0.1
+    config.pruning.rate = 0.3
+    config.pruning.gap = 3.0
+
     config.client = ConfigDict()
     config.client.optimizer = "sgd"
     config.client.augment = "none"

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.base import SHARED, Model, Parts
 from fedmoe_jax.models.image_parts import EXPERTS, STEMS, check_fit, check_shared
+from fedmoe_jax.models.image_units import list_expert_units, list_stem_units
 from fedmoe_jax.models.layers import dropout
 from fedmoe_jax.models.one_layer import SHARED_KEY, apply_parts
 from fedmoe_jax.options import UserError
@@ -115,7 +116,8 @@ def build_model(
         shared=functools.partial(run, shared_module) if shared_width else None,
     )
     apply = functools.partial(apply_parts, parts=parts, num_experts=num_experts)
-    return Model(init=init, apply=apply, parts=parts)
+    units = list_stem_units(stem, stem_width) + list_expert_units(expert, expert_width)
+    return Model(init=init, apply=apply, parts=parts, units=units)
 
 
 def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) -> Model:

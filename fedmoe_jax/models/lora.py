@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fedmoe_jax.base import BASE, Base, Model, Route, Routing
+from fedmoe_jax.base import BASE, Base, Model, Route, Routing, Units
 from fedmoe_jax.models import routing
 from fedmoe_jax.models.decoder import add_shared, answer, attend
 from fedmoe_jax.models.one_layer import choose_trained, freeze_others
@@ -402,12 +402,27 @@ def load_base(
     return read_weights(arch, Path(folder), dtype)
 
 
+def list_units(shape: Shape) -> tuple[Units, ...]:
+    """The ranks of an expert's pairs, see `base.Units`."""
+    sides = {"b": 0} if shape.fixed else {"a": 1, "b": 0}
+    return tuple(
+        Units(
+            name,
+            "experts",
+            shape.rank,
+            tuple(((name, side), axis) for side, axis in sides.items()),
+        )
+        for name in ("gate", "up", "down")
+    )
+
+
 @functools.cache
 def build_model(shape: Shape) -> Model:
     """The model of these sizes; equal sizes give the same functions."""
     return Model(
         init=functools.partial(init, shape=shape),
         apply=functools.partial(apply, shape=shape),
+        units=list_units(shape),
         base=Base(
             shapes=functools.partial(shape_base, shape.arch, shape.dtype),
             load=functools.partial(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fedmoe_jax.base import Model, Route, Routing
+from fedmoe_jax.base import Model, Route, Routing, Units
 from fedmoe_jax.models import routing
 from fedmoe_jax.models.one_layer import choose_trained, freeze_others, split_rows
 from fedmoe_jax.models.routed_experts import mix_routed
@@ -328,12 +328,38 @@ def join_tied(joined: Routing) -> Routing:
     return Routing(logits, joined.gates.mean(axis=0, keepdims=True))
 
 
+HIDDEN = (("gate", 1), ("up", 1), ("down", 0))  # leaves of a hidden layer, and axes
+
+
+def list_units(shape: Shape) -> tuple[Units, ...]:
+    """The hidden units of the stem's blocks and of an expert, see `base.Units`."""
+
+    def hidden(name: str, part: str, count: int, *path: str) -> Units:
+        leaves = tuple(((*path, leaf), axis) for leaf, axis in HIDDEN)
+        return Units(name, part, count, leaves)
+
+    blocks = name_blocks(shape)
+    width = lambda mixes: shape.shared_width if mixes else shape.dense_width
+    stem = tuple(
+        hidden(name, "stem", width(mixes), name, "shared")
+        for name, mixes in blocks
+        if width(mixes)
+    )
+    if not shape.tied:
+        return *stem, hidden("expert", "experts", shape.expert_width)
+    parts = [name for name, mixes in blocks if mixes]
+    return *stem, *(
+        hidden(f"expert_{name}", "experts", shape.expert_width, name) for name in parts
+    )
+
+
 @functools.cache
 def build_model(shape: Shape) -> Model:
     """The model of these sizes; equal sizes give the same functions."""
     return Model(
         init=functools.partial(init, shape=shape),
         apply=functools.partial(apply, shape=shape),
+        units=list_units(shape),
     )
 
 

@@ -7,6 +7,7 @@ from fedmoe_jax.report.budgets import budget_section
 from fedmoe_jax.report.diverged import describe_diverged
 from fedmoe_jax.report.layers import layers_section
 from fedmoe_jax.report.parts import parts_section
+from fedmoe_jax.report.pruned import pruned_section
 from fedmoe_jax.report.regime_map import map_section
 from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.sheets import Section, section_markdown
@@ -23,6 +24,7 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
     """
     found = [map_section(runs), paired_section(runs, baseline)]
     found += [parts_section(runs), budget_section(runs), layers_section(runs)]
+    found.append(pruned_section(runs))
     note = describe_diverged(runs)
     return [
         section._replace(about=f"{section.about} {note}".strip())

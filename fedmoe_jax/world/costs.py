@@ -134,6 +134,8 @@ def scale_costs(costs: Costs, scale: float) -> Costs:
 class Traffic(struct.PyTreeNode):
     """Experts that each client holds, trains, sends and receives, as [C] float32.
 
+    A pruned expert is the share of one that is left.
+
     Attributes:
       held: experts.
       trained: experts with a backward pass.
@@ -146,6 +148,8 @@ class Traffic(struct.PyTreeNode):
         batch once for every expert of every layer. None where nothing is probed.
       biases: numbers of the gates' bias, one for each held expert; None without one.
       forward: experts that run forward on what is trained; None for all that are held.
+      pruned: share of the stem's bytes that the client leaves out; None where it is
+        whole. Its FLOPs count whole.
     """
 
     held: Array
@@ -158,9 +162,12 @@ class Traffic(struct.PyTreeNode):
     probed: Array | None = None
     biases: Array | None = None
     forward: Array | None = None
+    pruned: Array | None = None
 
 
-def train_chosen(traffic: Traffic, chosen: Array | None) -> Traffic:
+def train_chosen(
+    traffic: Traffic, chosen: Array | None, kept: Array | None = None
+) -> Traffic:
     """The traffic of clients that train only some of the experts that they hold.
 
     They give feedback on these alone, beside the probes of all.
@@ -168,12 +175,17 @@ def train_chosen(traffic: Traffic, chosen: Array | None) -> Traffic:
     Args:
       traffic: leaves [...], of all that is held.
       chosen: [..., G, K] bool, the slots that are trained; None for all.
+      kept: [..., G, K] float32, the share of each held expert that is not pruned, 0 of
+        empty slots; None for whole ones.
     """
     if chosen is None:
         return traffic
     slots, num_layers = chosen.sum((-2, -1)), chosen.shape[-2]
     count = slots / num_layers
     idle = num_layers * traffic.held - slots
+    if kept is not None:
+        count = (chosen * kept).sum((-2, -1)) / num_layers
+        idle = (kept > 0).sum((-2, -1)) - slots
     reported = traffic.reported - FEEDBACK_NUMBERS * idle
     return traffic.replace(
         trained=jnp.minimum(traffic.trained, count),
@@ -200,6 +212,9 @@ def client_bytes(costs: Costs, traffic: Traffic) -> tuple[Array, Array]:
     up += NUMBER_BYTES * traffic.reported + costs.gate_bytes * traffic.shown
     down = costs.copies * (costs.travel_bytes + costs.expert_bytes * traffic.received)
     down += costs.frozen_bytes * traffic.new
+    if traffic.pruned is not None:
+        saved = costs.copies * costs.stem_bytes * traffic.pruned
+        up, down = up - saved, down - saved
     return up, down if traffic.biases is None else down + NUMBER_BYTES * traffic.biases
 
 
@@ -213,6 +228,8 @@ def client_parameters(costs: Costs, traffic: Traffic) -> Array:
       traffic: experts held.
     """
     held = costs.shared_bytes + costs.gate_bytes + costs.expert_bytes * traffic.held
+    if traffic.pruned is not None:
+        held -= costs.stem_bytes * traffic.pruned
     variates = 2 * (costs.copies - 1) * (held - costs.frozen_bytes)
     return (held + variates) / NUMBER_BYTES
 
@@ -275,6 +292,8 @@ def client_memory(costs: Costs, traffic: Traffic) -> Array:
     """
     shared = costs.shared_bytes + costs.gate_bytes
     all_parts = shared + costs.expert_bytes * traffic.held
+    if traffic.pruned is not None:
+        all_parts -= costs.stem_bytes * traffic.pruned
     untrained = costs.expert_bytes * (traffic.held - traffic.trained)
     untrained += costs.frozen_bytes
     variates = 2 * (costs.copies - 1) * (all_parts - costs.frozen_bytes)
@@ -284,6 +303,13 @@ def client_memory(costs: Costs, traffic: Traffic) -> Array:
 def fits_memory(costs: Costs, traffic: Traffic, memory: Array) -> Array:
     """[C] bool, whether training fits into each client's memory, [C] bytes."""
     return client_memory(costs, traffic) <= (1 + ROUNDING) * memory
+
+
+def exceeds_room(costs: Costs, traffic: Traffic, room: Array) -> Array:
+    """[C] bool, whether clients train more bytes than those of `room` [C] experts."""
+    saved = 0.0 if traffic.pruned is None else costs.stem_bytes * traffic.pruned
+    most = (1 + ROUNDING) * costs.expert_bytes * room
+    return costs.expert_bytes * traffic.trained - saved > most
 
 
 def client_seconds(

@@ -1,5 +1,7 @@
 """The number of experts that a device can hold."""
 
+from typing import Any
+
 import chex
 import jax.numpy as jnp
 
@@ -35,7 +37,7 @@ def limit_probes(experts: Array, probed: Array, costs: Costs) -> Array:
     return 2 * aim / (linear + jnp.sqrt(linear**2 + 4 * square * aim))
 
 
-def true_capacity(
+def find_room(
     devices: Devices,
     costs: Costs,
     *,
@@ -43,10 +45,9 @@ def true_capacity(
     examples: Array,
     deadline: float,
     communication_share: float,
-    max_capacity: int,
     probed: int,
 ) -> Array:
-    """The number of experts that each device can hold: the least of three limits.
+    """The experts that each device has room for: the least of three limits.
 
     Stem, gate and head are paid for first; what is left is divided by the cost of one
     expert. Memory: `TRAINING_COPIES` of the parameters must fit, one of those that are
@@ -63,12 +64,12 @@ def true_capacity(
       examples: [] or [N] float32, examples a client trains in a round, > 0.
       deadline: seconds a round may take, > 0.
       communication_share: share in (0, 1) of the deadline for the network.
-      max_capacity: the most experts that any client has room for.
       probed: examples that a client runs forward for each expert of a layer that it
         holds, 0 for none.
 
     Returns:
-      [N] int32 in [0, K].
+      [N] float32, whole experts and a part of one; below 0 where less than what all
+      share fits.
     """
     chex.assert_equal_shape([devices.memory, devices.flops, devices.upload])
     usable = (1 + ROUNDING) * (1 - buffer)
@@ -84,5 +85,19 @@ def true_capacity(
     by_compute = (work - shared_flops) / costs.expert_flops
     if probed:
         by_compute = limit_probes(by_compute, probed / examples, costs)
-    least = jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)
-    return jnp.clip(jnp.floor(least), 0, max_capacity).astype(jnp.int32)
+    return jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)
+
+
+def true_capacity(
+    devices: Devices, costs: Costs, *, max_capacity: int, **work: Any
+) -> Array:
+    """The number of whole experts that each device can hold: [N] int32 in [0, K].
+
+    Args:
+      devices: leaves [N].
+      costs: scaled, what the devices feel.
+      max_capacity: K, the most experts that any client has room for.
+      **work: see `find_room`.
+    """
+    room = find_room(devices, costs, **work)
+    return jnp.clip(jnp.floor(room), 0, max_capacity).astype(jnp.int32)
