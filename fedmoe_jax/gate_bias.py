@@ -25,7 +25,8 @@ def bias_clients(
     if program.strategy.affinity is None:
         return None
     everyone = jnp.arange(program.sizes.num_clients)
-    evidence = gather_evidence(state, view, everyone, state.belief, program.sizes)
+    believed = state.belief, hyper, program.sizes
+    evidence = gather_evidence(state, view, everyone, *believed)
 
     def bias_layer(evidence: Evidence) -> Array:
         return bias_experts(evidence, hyper, program.strategy)

@@ -19,6 +19,7 @@ from fedmoe_jax.export import export
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.options import TRACED, Range, UserError
 from fedmoe_jax.program import build_program, make_hyper
+from fedmoe_jax.pruning.scores import KINDS as PRUNINGS
 from fedmoe_jax.report.baseline import check_baseline
 from fedmoe_jax.report.runs import Run
 from fedmoe_jax.runtime.files import flatten
@@ -46,6 +47,7 @@ ARGUMENTS = {
     "lora": ("base,markov", "base,smoke"),
     "limits": ("", "digits", "smoke"),
     "published": ("niid", "flex_moe", "pfedmoe", "pfedmoe,smoke", "smoke"),
+    "pruning": ("", "digits", "smoke"),
     "recipe": ("", "skew,digits", "digits,smoke", "smoke"),
     "regimes": ("", "skew", "rotation,digits", "mixed,digits,smoke", "both,smoke"),
     "shakespeare": ("markov", "markov,smoke", "smoke"),
@@ -153,6 +155,16 @@ def test_limits_are_those_of_permuted_labels():
     with pytest.raises(ValueError, match="'skew' is unknown; allowed: digits, smoke"):
         get_config("limits", "skew")
     assert {run.groups.kind for run in runs_of(get_config("limits"))} == {"permuted"}
+
+
+def test_pruning_is_compared_with_whole_experts_at_equal_room():
+    runs = list(runs_of(get_config("pruning", "digits")))
+    kinds = {run.pruning.kind for run in runs if run.strategy == "load_balanced"}
+    assert kinds == set(PRUNINGS)
+    whole = {run.devices.model_scale for run in runs if run.pruning.kind == "none"}
+    pruned = {run.devices.model_scale for run in runs if run.pruning.kind != "none"}
+    assert len(pruned) == 1 and pruned < whole
+    assert {run.max_held == run.num_experts for run in runs} == {True}
 
 
 def test_the_recipe_is_taken_apart_one_field_at_a_time():

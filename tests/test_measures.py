@@ -118,11 +118,15 @@ def test_measure_rows_of_vectors_have_no_number():
     assert summary.measure_rows(rows, Measure("x", MEAN)) is None
 
 
+# More groups are no better, nor more units or likelier masks at equal bytes.
+NO_BETTER = {"final_groups_found", "mean_kept_share", "mean_mask_overlap"}
+
+
 def test_measures_with_a_column_have_a_definition_and_a_sense():
     for key, measure in MEASURES.items():
         check_measure(key, measure)
         if measure.title:
-            neither = key == "final_groups_found"  # more groups are no better
+            neither = key in NO_BETTER
             assert measure.about and bool(measure.better) != neither, key
             assert measure.over or key == PERPLEXITY  # which is made of bits
 

@@ -75,9 +75,15 @@ def spread_room(room: Array, round: Array, hyper: Hyper, sizes: Sizes) -> Array:
     return jnp.clip(experts, 1, sizes.max_capacity).astype(jnp.int32)
 
 
-def draw_lots(key: Array, client: Array, unit: Units, shape: tuple[int, ...]) -> Array:
-    """Lots [shape] in [0, 1) of ONE client, the same in every round of a run."""
-    number = sum(ord(letter) * 31**i for i, letter in enumerate(unit.name)) % 2**31
+def draw_lots(key: Array, client: Array, number: int, shape: tuple[int, ...]) -> Array:
+    """Lots [shape] in [0, 1) of ONE client, the same in every round of a run.
+
+    Args:
+      key: of the run, not consumed.
+      client: [] int32, id.
+      number: of the units among those of the program.
+      shape: one lot for each unit.
+    """
     key = jax.random.fold_in(jax.random.fold_in(key, LOTS), number)
     return jax.random.uniform(jax.random.fold_in(key, client), shape)
 
@@ -118,19 +124,19 @@ def prune_client(
     numbers, score = hyper.pruning, SCORES[program.static.pruning.kind]
     layer = jnp.arange(len(held))[:, None]
 
-    def make_group(unit: Units) -> Group:
+    def make_group(number: int, unit: Units) -> Group:
         importance, magnitude = (each[unit.name] for each in knowledge)
-        lots = draw_lots(key, client, unit, importance.shape)
+        lots = draw_lots(key, client, number, importance.shape)
         rows, valid = (importance, magnitude, lots), jnp.ones(1, bool)
         if unit.part == "experts":
             rows, valid = [row[layer, held] for row in rows], slot.ravel()
         rows = [row.reshape(-1, unit.count) for row in rows]
-        one = lambda *row: score(Layer(*row, numbers.gap))
+        one = lambda *row: score(Layer(row[0], row[1], row[2], numbers.gap))
         cost = jnp.float32(NUMBER_BYTES * unit.entries)
         return Group(jax.vmap(one)(*rows), valid, cost)
 
     masks = choose_units(
-        [make_group(unit) for unit in program.units],
+        [make_group(*each) for each in enumerate(program.units)],
         count_room(room, slot, program),
         floor=numbers.floor,
         rotation=numbers.rotation,
@@ -167,7 +173,7 @@ def share_pruned_stem(masks: dict[str, Array], program: Program) -> Array | None
     if not stem or "stem" in program.strategy.personal or program.strategy.silent:
         return None
     pruned = sum(unit.entries * (~masks[unit.name]).sum() for unit in stem)
-    return NUMBER_BYTES * pruned / program.costs.stem_bytes
+    return jnp.asarray(NUMBER_BYTES * pruned / program.costs.stem_bytes)
 
 
 class Pruned(NamedTuple):
@@ -214,6 +220,7 @@ def prune_cohort(
         )
         return masks, share, share_pruned_stem(masks, program)
 
+    assert evidence.room is not None
     rows = evidence.client, assignment.held, assignment.slot, evidence.room
     return Pruned(*jax.vmap(one_client)(*rows))
 

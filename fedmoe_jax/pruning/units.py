@@ -8,14 +8,20 @@ static; bytes and FLOPs are counted from the masks.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax import traverse_util
 
 from fedmoe_jax.base import Units
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.types import Array, PyTree
+
+
+def flatten_leaves(tree: PyTree) -> dict[tuple[str, ...], Any]:
+    """The leaves of nested dicts by their paths."""
+    return dict(traverse_util.flatten_dict(tree))
 
 
 def of_part(units: Iterable[Units], part: str) -> list[Units]:
@@ -56,7 +62,7 @@ def _keep_tree(
     masks: dict[str, Array], tree: PyTree, units: list[Units], leading: int
 ) -> PyTree:
     """The factor of every leaf of ONE subtree, see `keep_params`."""
-    leaves = flatten_dict(tree)
+    leaves = flatten_leaves(tree)
     keep = {
         path: jnp.ones(leaf.shape[:leading] + (1,) * (leaf.ndim - leading))
         for path, leaf in leaves.items()
@@ -65,7 +71,7 @@ def _keep_tree(
         for path, axis in each.leaves:
             factor = spread(masks[each.name], leaves[path].shape, axis)
             keep[path] = keep[path] * factor
-    return unflatten_dict(keep)
+    return traverse_util.unflatten_dict(keep)
 
 
 def keep_params(
@@ -105,14 +111,16 @@ def multiply_parts(params: PyTree, keep: PyTree) -> PyTree:
 
 
 def _sum_tree(tree: PyTree, units: list[Units], leading: int) -> dict[str, Array]:
-    leaves = flatten_dict(tree)
-    return {
-        each.name: sum(
+    leaves = flatten_leaves(tree)
+
+    def total(each: Units) -> Array:
+        found = [
             gather(leaves[path], each.count, leading, axis)
             for path, axis in each.leaves
-        )
-        for each in units
-    }
+        ]
+        return jnp.stack(found).sum(axis=0)
+
+    return {each.name: total(each) for each in units}
 
 
 def sum_units(submodel: PyTree, units: tuple[Units, ...]) -> dict[str, Array]:
@@ -149,7 +157,7 @@ def _count_own(tree: PyTree, units: list[Units], leading: int) -> list[Units]:
     A leaf between two layers is as large as the product of what both keep, so that
     counting it with the outputs of its layer alone is never too little.
     """
-    leaves = flatten_dict(tree)
+    leaves = flatten_leaves(tree)
     owner = {path: each for each in units for path, _ in each.leaves}
 
     def count(each: Units) -> float:
@@ -173,7 +181,7 @@ def count_entries(
     layer = next(iter(params["experts"].values()))
     stem = _count_own(params["stem"], stem, 0) if stem else []
     experts = _count_own(layer, experts, 1)
-    whole = sum(math.prod(leaf.shape[1:]) for leaf in flatten_dict(layer).values())
+    whole = sum(math.prod(leaf.shape[1:]) for leaf in flatten_leaves(layer).values())
     rest = whole - sum(each.count * each.entries for each in experts)
     return (*stem, *experts), rest if experts else 0.0
 
@@ -189,8 +197,11 @@ def share_experts(
       rest: entries of ONE expert that are in no unit.
     """
     experts = of_part(units, "experts")
-    kept = sum(each.entries * masks[each.name].sum(-1) for each in experts)
-    return (rest + kept) / (rest + sum(each.entries * each.count for each in experts))
+    kept, whole = jnp.asarray(rest), rest
+    for each in experts:
+        kept = kept + each.entries * masks[each.name].sum(-1)
+        whole += each.entries * each.count
+    return kept / whole
 
 
 def zero_keep(params: PyTree, units: tuple[Units, ...]) -> PyTree:
