@@ -303,6 +303,8 @@ class SimState(struct.PyTreeNode):
         in the next, {} where no such update is merged.
       participation: of the clients so far, and the last round in detail, see
         `world.participation`.
+      queues: virtual queues of the floors that are on, `clients` [N] and `tiers`,
+        leaves [G, K] by capacities, see `align.queues`; {} without a floor.
     """
 
     round: Array
@@ -316,6 +318,7 @@ class SimState(struct.PyTreeNode):
     belief: PyTree = struct.field(default_factory=dict)
     stale: PyTree = struct.field(default_factory=dict)
     participation: PyTree = struct.field(default_factory=dict)
+    queues: PyTree = struct.field(default_factory=dict)
 
 
 class Assignment(struct.PyTreeNode):
