@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fedmoe_jax.report.baseline import paired_section
 from fedmoe_jax.report.budgets import budget_section
 from fedmoe_jax.report.diverged import describe_diverged
+from fedmoe_jax.report.floors import floor_section
 from fedmoe_jax.report.layers import layers_section
 from fedmoe_jax.report.parts import parts_section
 from fedmoe_jax.report.regime_map import map_section
@@ -12,6 +13,7 @@ from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.sheets import Section, section_markdown
 from fedmoe_jax.report.tables import markdown_table
 from fedmoe_jax.report.text import escape_markdown
+from fedmoe_jax.report.tiers import tiers_section
 
 
 def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
@@ -22,6 +24,7 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
       baseline: `evaluation.baseline`, see `baseline.find_baseline`.
     """
     found = [map_section(runs), paired_section(runs, baseline)]
+    found += [floor_section(runs), tiers_section(runs)]
     found += [parts_section(runs), budget_section(runs), layers_section(runs)]
     note = describe_diverged(runs)
     return [

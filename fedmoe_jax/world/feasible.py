@@ -9,6 +9,7 @@ a floor is not met, its longest queue grows in proportion to the rounds.
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -34,9 +35,9 @@ def count_reach(config: ConfigDict, devices: Devices) -> np.ndarray:
     """
     numbers, share = config.availability, 1.0
     if has_reach(config):
-        hour = np.linspace(0, 1, HOURS, endpoint=False)
+        hour = jnp.linspace(0, 1, HOURS, endpoint=False)
         law: Any = dict(share=numbers.share, swing=numbers.swing, day=numbers.day)
-        share = float(np.mean(reach_share(np.int32(0), hour, **law)))
+        share = float(np.mean(reach_share(jnp.int32(0), hour, **law)))
     weak = np.zeros(len(devices.memory))
     if has_bias(config):
         weak = np.asarray(count_stronger(devices.memory), float)
