@@ -149,8 +149,8 @@ MEASURES: dict[str, Measure] = {
         field="capacity_gap",
         title="Strong less weak third, points",
         about="personal accuracy of the third with the most memory less that of the "
-        "third with the least",
-        better=0,
+        "third with the least; less favours strong devices less",
+        better=-1,
         trivial=NOWHERE,
     ),
     "final_capacity_correlation": Measure(
@@ -159,6 +159,7 @@ MEASURES: dict[str, Measure] = {
         "Capacity and accuracy",
         "Spearman's correlation of a client's memory with its personal accuracy, -1 to "
         "1; 0: strong devices are served no better",
+        better=-1,
         digits=2,
         trivial=NOWHERE,
         evaluated=True,
