@@ -23,8 +23,8 @@ from configs import compare
 STRATEGIES = ("load_balanced", "random", "fedavg_active")
 MIXTURES, DENSE = STRATEGIES[:2], STRATEGIES[2]
 FLOORS = tuple(f"fairness.floor={share}" for share in (0.1, 0.15, 0.2))
-POWERS = tuple(f"fairness.power={power}" for power in (1.0, 2.0, 5.0))
-EXPERTS = "fairness.expert_floor=0.5"
+POWERS = tuple(f"fairness.power={power}" for power in (0.2, 0.5, 1.0))
+EXPERTS = "fairness.expert_floor=0.9"
 OF_EXPERTS = tuple(
     f"{name}: {change}"
     for name in MIXTURES
@@ -34,7 +34,7 @@ DECISIVE = (
     "",
     FLOORS[-1],
     f"load_balanced: {FLOORS[0]}",
-    f"load_balanced: {POWERS[0]}",
+    f"load_balanced: {POWERS[1]}",
 )
 UNFLOORED = "load_balanced fairness.floor=0.0"  # as rows without a majority are named
 
@@ -46,7 +46,7 @@ def get_config(argument: str = "") -> ConfigDict:
     words = argument.split(",")
     config.cohort_size = 5
     config.availability.sampling = "reachable"
-    config.availability.capacity_bias, config.availability.persistence = 0.8, 0.5
+    config.availability.capacity_bias, config.availability.persistence = 0.8, 0.3
     config.evaluation.baseline = "load_balanced" if "digits" in words else UNFLOORED
     config.compare.strategies = STRATEGIES
     config.compare.changes = ("", *FLOORS, *POWERS, *OF_EXPERTS)
@@ -57,10 +57,10 @@ def get_config(argument: str = "") -> ConfigDict:
         config.compare.strategies = ("load_balanced", DENSE)
         config.compare.changes = ("", f"load_balanced: {FLOORS[-1]}")
         return config
-    config.compare.seeds = config.compare.seeds[:5] if "digits" in words else (0, 1, 2)
-    config.num_rounds, config.eval_every = 100, 5
-    config.checkpoint.every = 20
-    config.chunk_rounds = 5
+    config.compare.seeds = (0, 1, 2, 3, 4)
+    config.num_rounds, config.eval_every, config.chunk_rounds = 60, 2, 2
     if "digits" not in words:
+        config.compare.seeds = (0, 1, 2)
+        config.num_rounds, config.eval_every, config.chunk_rounds = 100, 5, 5
         config.local_steps = 10
     return config

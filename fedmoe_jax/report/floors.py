@@ -72,25 +72,32 @@ def hide_floor(run: Run) -> Run:
     return run._replace(config=run.config | {GROUP: run.config[GROUP] | {LEAF: 0.0}})
 
 
+def group_floors(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
+    """Runs by their label without a floor, and by floor."""
+    known = [run for run in runs if find_floor(run) is not None]
+    named, found = name_runs(list(map(hide_floor, known))), {}
+    for run, bare in zip(known, named, strict=True):
+        floors = found.setdefault(bare.label, {})
+        floors.setdefault(find_floor(run), []).append(run)
+    return found
+
+
 def find_ladders(runs: Sequence[Run]) -> dict[str, Ladder]:
     """The numbers of each label that has several floors, by rising floor and seed.
 
     Args:
       runs: of any labels.
     """
-    known = [run for run in runs if find_floor(run) is not None]
-    named, found = name_runs(list(map(hide_floor, known))), {}
-    for run, bare in zip(known, named, strict=True):
-        floors = found.setdefault(bare.label, {})
-        floors.setdefault(find_floor(run), []).append(run)
-    ladders = {}
-    for label, floors in found.items():
-        if len(floors) > 1:
-            ladders[label] = {
-                floor: next(iter(seeds_of(list(map(hide_floor, group))).values()))
-                for floor, group in sorted(floors.items())
-            }
-    return ladders
+    several = [floors for floors in group_floors(runs).values() if len(floors) > 1]
+    chosen = [run for floors in several for group in floors.values() for run in group]
+    # Grouped again, as they are now named by what sets them alone apart.
+    return {
+        label: {
+            floor: next(iter(seeds_of(list(map(hide_floor, group))).values()))
+            for floor, group in sorted(floors.items())
+        }
+        for label, floors in group_floors(chosen).items()
+    }
 
 
 def stack_floors(ladder: Ladder, key: str) -> np.ndarray:
