@@ -9,6 +9,7 @@ without a client keep their values and their optimiser moments.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,8 @@ from fedmoe_jax.types import (
     SimState,
     Static,
 )
+
+MOST_EMPHASIS = 15 * math.log(10)  # of a factor's logarithm, see `emphasise`
 
 
 class Sums(struct.PyTreeNode):
@@ -159,6 +162,27 @@ def weigh(
         weights[part] = jnp.zeros_like(weights[part])
     zero = lambda weight: jnp.where(inputs.steps > 0, weight, 0.0)
     return jax.tree.map(zero, weights)
+
+
+def emphasise(weights: dict[str, Array], loss: Array, power: Array) -> dict[str, Array]:
+    """The weights of ONE client times its loss to the power of q.
+
+    After q-FFL (arXiv 1905.10497), whose objective `sum_c p_c F_c^(q + 1) / (q + 1)`
+    has the gradient `sum_c p_c F_c^q grad F_c`. This project's choice: F_c is the mean
+    loss of the client's local steps instead of that of the params as received, which no
+    client computes otherwise; and weights are normalised as they are without q, where
+    q-FedAvg divides by an estimate of the curvature.
+
+    Args:
+      weights: of every part, see `weigh`.
+      loss: F_c, [] float32; its power counts as no less than 1e-15 and no more than
+        1e15, so that no client falls out and no sum overflows.
+      power: q, [] >= 0.
+    """
+    tiny = jnp.finfo(jnp.float32).tiny
+    exponent = power * jnp.log(jnp.maximum(loss, tiny))
+    factor = jnp.exp(jnp.clip(exponent, -MOST_EMPHASIS, MOST_EMPHASIS))
+    return jax.tree.map(lambda weight: factor * weight, weights)
 
 
 def accumulate(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.affinity import bias_slots
 from fedmoe_jax.align.learn import RESET, count_load, learn
+from fedmoe_jax.align.queues import TierPressure, lift_tiers
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.forms import check_form, check_type
 from fedmoe_jax.moe_layers import layer_keys, map_layers
@@ -45,20 +46,33 @@ EVIDENCE, ALIGN = Evidence(**_EVIDENCE), AlignState(**_ALIGN)
 
 
 def assign(
-    evidence: Evidence, hyper: Hyper, program: Program, key: Array
+    evidence: Evidence,
+    hyper: Hyper,
+    program: Program,
+    key: Array,
+    pressure: TierPressure | None = None,
 ) -> Assignment:
-    """The strategy's decision for the cohort, and its bias, leaves [C, G, ...]."""
+    """The strategy's decision for the cohort, and its bias, leaves [C, G, ...].
+
+    Tiers under `pressure`, leaves [G, ...], get experts of high value, see `floors`.
+    """
     sizes, strategy = program.sizes, program.strategy
 
-    def assign_layer(evidence: Evidence, key: Array) -> Assignment:
+    def assign_layer(
+        evidence: Evidence, key: Array, pressure: TierPressure | None
+    ) -> Assignment:
         assignment = strategy.assign(evidence, hyper, sizes, key)
         check_type("the strategy has an `assign` that", assignment, Assignment)
         slots = (sizes.cohort_size, sizes.max_held)
         chex.assert_shape([assignment.held, assignment.slot], slots)
+        if pressure is not None:
+            own = evidence.fitness, evidence.capacity, pressure
+            rest = hyper.fairness.tradeoff, strategy.local_experts
+            assignment = lift_tiers(assignment, *own, *rest)
         return bias_slots(assignment, evidence, hyper, strategy)
 
-    over_layers = map_layers(assign_layer, sizes.num_layers, (EVIDENCE, 0), 1)
-    return over_layers(evidence, layer_keys(key, sizes.num_layers))
+    over_layers = map_layers(assign_layer, sizes.num_layers, (EVIDENCE, 0, 0), 1)
+    return over_layers(evidence, layer_keys(key, sizes.num_layers), pressure)
 
 
 def learn_layers(

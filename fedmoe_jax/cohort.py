@@ -17,6 +17,7 @@ from fedmoe_jax.aggregate import (
     Sums,
     accumulate,
     accumulate_chunk,
+    emphasise,
     weigh,
     zero_sums,
 )
@@ -247,6 +248,8 @@ def train_share(
         sending = weights["experts"] > 0
         sending = sending if kept is None else sending * kept
         sent = sending.sum() / program.sizes.num_layers
+        if program.static.fairness.power:
+            weights = emphasise(weights, update.loss, hyper.fairness.power)
         outcome = judge(conditions, sent, update.finite)
         reply = make_reply(update, inputs, sent, outcome, hyper, program)
         return update, keep_if(outcome.arrived, weights), reply

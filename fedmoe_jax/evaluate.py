@@ -31,6 +31,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.equity import measure_equity
 from fedmoe_jax.gate_bias import bias_clients
 from fedmoe_jax.groups import measure_information, mix_groups
 from fedmoe_jax.held_sets import score_model
@@ -450,8 +451,9 @@ def build_evaluate_share(
       `personal_bits`, `worst_decile_bits`, `client_bits`, `stratum_bits` and
       `personal_stratum_bits`, likewise; where there are groups
       `expert_group_information` [], see `groups.measure_information`, and of several
-      layers `layer_group_information` [G]; and, where the federation has such examples,
-      those of `summarise_own_tests`, `summarise_validation` and `summarise_unseen`.
+      layers `layer_group_information` [G]; how evenly clients are served, see
+      `equity.measure_equity`; and, where the federation has such examples, those of
+      `summarise_own_tests`, `summarise_validation` and `summarise_unseen`.
     """
     # Jitted, so that its shapes and the loop over batches share one trace.
     one_batch = jax.jit(functools.partial(count_batch, program=program), inline=True)
@@ -473,6 +475,8 @@ def build_evaluate_share(
         )
         counts = count_all(take_test(federation))
         accuracies = summarise_counts(counts, panel, sizes.num_clients)
+        own = accuracies["client_accuracy"]
+        accuracies |= measure_equity(state, federation, own, program)
         if sizes.num_groups > 1:
             accuracies |= measure_groups(state, federation, sizes.num_groups)
         if federation.validation is not None:

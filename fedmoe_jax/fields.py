@@ -670,6 +670,34 @@ OPTIONS: tuple[Option, ...] = (
         TRACED,
     ),
     Option(
+        "fairness.floor",
+        SHARE,
+        "least share of the rounds, in the long run, in which each client's update "
+        "counts, by virtual queues that choose the cohort; 0: none",
+        TRACED,
+    ),
+    Option(
+        "fairness.expert_floor",
+        SHARE,
+        "least share, in the long run, of the clients of each capacity that train an "
+        "expert of the fitter half, by virtual queues that change assignments; 0: none",
+        TRACED,
+    ),
+    Option(
+        "fairness.tradeoff",
+        POSITIVE,
+        "V of these floors: the length of a queue that outweighs one unit of the draw, "
+        "or of fitness; more is nearer to the run without a floor, and slower",
+        TRACED,
+    ),
+    Option(
+        "fairness.power",
+        NON_NEGATIVE,
+        "q of q-FFL: updates count times their client's training loss to the power of "
+        "it; 0: by their weights alone",
+        TRACED,
+    ),
+    Option(
         "evaluation.dense_experts",
         COUNT,
         "largest number of experts of which each one sees every test image; "

@@ -75,6 +75,7 @@ SUMMED = (  # fields whose sum so far is in every row
 
 ACCURACY = Measure("", FINAL, better=1, scale=100.0, evaluated=True)
 NEVER = -1.0  # no accuracy and no count, so that a column needs any number at all
+NOWHERE = 9.0  # likewise, no correlation and no difference of accuracies
 ASIDE = ACCURACY._replace(trivial=NEVER)  # of examples that not every run sets aside
 BITS = Measure("", FINAL, better=-1, digits=3, evaluated=True, trivial=NEVER)
 PERPLEXITY = "final_global_perplexity"  # key of a number that is made of bits
@@ -130,6 +131,38 @@ MEASURES: dict[str, Measure] = {
         title="Worst decile %",
         about="personal accuracy of the worst tenth of the clients",
         line="Worst decile",
+    ),
+    "final_accuracy_spread": ACCURACY._replace(
+        field="accuracy_spread",
+        title="SD over clients, points",
+        about="standard deviation of the clients' personal accuracies",
+        better=-1,
+    ),
+    "final_weakest_accuracy": ACCURACY._replace(
+        field="weakest_accuracy",
+        title="Weak third %",
+        about="personal accuracy of the third of the clients whose devices have the "
+        "least memory",
+        trivial=NEVER,
+    ),
+    "final_capacity_gap": ACCURACY._replace(
+        field="capacity_gap",
+        title="Strong less weak third, points",
+        about="personal accuracy of the third with the most memory less that of the "
+        "third with the least; less favours strong devices less",
+        better=-1,
+        trivial=NOWHERE,
+    ),
+    "final_capacity_correlation": Measure(
+        "capacity_correlation",
+        FINAL,
+        "Capacity and accuracy",
+        "Spearman's correlation of a client's memory with its personal accuracy, -1 to "
+        "1; 0: strong devices are served no better",
+        better=-1,
+        digits=2,
+        trivial=NOWHERE,
+        evaluated=True,
     ),
     "final_personal_prior_accuracy": ACCURACY._replace(
         field="personal_prior_accuracy",
@@ -526,6 +559,71 @@ MEASURES: dict[str, Measure] = {
         digits=1,
         group=COST,
         trivial=NEVER,
+    ),
+    "least_participation": Measure(
+        "least_participation",
+        LAST,
+        "Least participation %",
+        "of the rounds, those in which the client that counted least often did; see "
+        "fairness.floor",
+        better=1,
+        scale=100.0,
+        of=DEVICES,
+        group=COST,
+        trivial=1.0,
+        evaluated=True,
+    ),
+    "longest_queue": Measure(
+        "longest_queue",
+        LAST,
+        "Longest queue",
+        "rounds by which the client that is furthest below fairness.floor is behind, "
+        "at most; a queue that grows with the rounds shows a floor that is not met",
+        better=-1,
+        group=COST,
+        trivial=NEVER,
+        curve=Curve(
+            "Longest queue (rounds)",
+            "The longest of the clients' virtual queues. Where it levels off the floor "
+            "of participation is met in the long run; where it climbs in a line it is "
+            "beyond what clients that can be reached and arrive allow.",
+        ),
+    ),
+    "longest_tier_queue": Measure(
+        "longest_tier_queue",
+        LAST,
+        "Longest tier queue",
+        "likewise of fairness.expert_floor, in rounds with an update of the tier",
+        better=-1,
+        of=EXPERTS,
+        group=COST,
+        trivial=NEVER,
+    ),
+    "least_tier_share": Measure(
+        "least_tier_share",
+        LAST,
+        "Top experts, least tier %",
+        "clients of a capacity that have trained an expert of the fitter half, mean "
+        "over rounds, of the capacity and layer with the fewest; with "
+        "fairness.expert_floor",
+        better=1,
+        scale=100.0,
+        of=EXPERTS,
+        group=COST,
+        trivial=NEVER,
+    ),
+    "final_weakest_top_share": Measure(
+        "weakest_top_share",
+        FINAL,
+        "Top experts, weak third %",
+        "clients of the third with the least memory that hold an expert of the fitter "
+        "half (by the mean fitness of all clients) since they last took part",
+        better=1,
+        scale=100.0,
+        of=EXPERTS,
+        group=COST,
+        trivial=1.0,
+        evaluated=True,
     ),
     "megabytes_up": TRAFFIC._replace(
         field="bytes_up", title="MB up a round", about="sent by all clients"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fedmoe_jax.align.usage import load_cv, load_entropy, starved
 from fedmoe_jax.capacity import Capacity
 from fedmoe_jax.cohort import Reply
+from fedmoe_jax.floors import measure_queues
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.pruning.coverage import measure_pruning
@@ -172,6 +173,7 @@ def measure(
         | measure_server(after, capacity.buffered)
         | measure_answers(program)
         | measure_stages(before.round, hyper, program)
+        | measure_queues(after.queues)
     )
     found = add_messages(found, view.federation, before.round, hyper, program)
     found = add_metrics(found, measure_strategy(after.align.strategy))

@@ -39,6 +39,7 @@ from fedmoe_jax.tasks.batches import BatchShapes, shape_batch
 from fedmoe_jax.types import Array, Federation, Hyper, PyTree, Sizes, Static
 from fedmoe_jax.world import PROCESSES
 from fedmoe_jax.world.costs import Costs, count_costs, scale_costs
+from fedmoe_jax.world.feasible import check_floor
 from fedmoe_jax.world.step import Chain
 
 
@@ -57,8 +58,9 @@ class Program(NamedTuple):
       static: the config's fields that shape the program, as the strategy configures
         them; also `prox`, whether the FedProx term is in the local objective, `ragged`,
         whether clients take different numbers of local steps, `upcycled`, whether there
-        is a dense warm-up, and `probes`, whether clients probe their experts before
-        training.
+        is a dense warm-up, `probes`, whether clients probe their experts before
+        training, and, in the group `fairness`, whether each of its floors and its power
+        is above 0.
       processes: of the world that are on, in the order of application.
       report_numbers: numbers in the report of one client, see `Strategy.report`.
       costs: of the simulated model; these bytes are reported.
@@ -92,7 +94,9 @@ class Program(NamedTuple):
 def configure(config: ConfigDict) -> ConfigDict:
     """The config of the run's program: a copy, as its strategy needs it.
 
-    There is no `gate.bias` where no gate chooses: with one expert, or a sum of all.
+    There is no `gate.bias` where no gate chooses: with one expert, or a sum of all. Nor
+    an `expert_floor` where the server has no two experts to choose from, or where they
+    are slices of one network.
 
     Raises:
       UserError: the strategy's `configure` returns no config.
@@ -102,6 +106,8 @@ def configure(config: ConfigDict) -> ConfigDict:
     check_type(f"strategy={config.strategy!r} has a `configure` that", used, ConfigDict)
     if used.num_experts == 1 or strategy.gating == "sum":
         used.gate.bias = 0.0
+    if used.num_experts - strategy.local_experts < 2 or strategy.gating == "sum":
+        used.fairness.expert_floor = 0.0
     return used
 
 
@@ -248,6 +254,9 @@ def make_static(config: ConfigDict) -> Static:
         "ragged": config.local_epochs > 0,
         "upcycled": config.upcycle.rounds > 0 and config.num_experts > 1,
         "probes": does_probe(config),
+        "fairness.floor": config.fairness.floor > 0,
+        "fairness.expert_floor": config.fairness.expert_floor > 0,
+        "fairness.power": config.fairness.power > 0,
     }
     return group(take_scope(config, STATIC) | extra, "static")
 
@@ -477,7 +486,7 @@ def build_program(
     Raises:
       UserError: model parts that do not fit each other or the data; a strategy that
         does not fit the model, or whose state is no dict of arrays; a task that does
-        not score the positions that the model routes.
+        not score the positions that the model routes; a floor that cannot be met.
     """
     used, task = configure(config), find_task(data.task)
     where = f", as strategy={config.strategy!r} configures it"
@@ -485,6 +494,7 @@ def build_program(
     drifts = ("none", *dict(task.drifts))
     check("drift.images", config.drift.images, drifts, " with these data")
     check_augment(config, task, data.train)
+    check_floor(used, federation.devices)
     strategy = resolve(find_strategy(config.strategy), used)
     batch = shape_batch(data.train, federation.statistics, task)
     platform, width = find_platform(mesh), task.num_outputs(data)

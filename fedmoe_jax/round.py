@@ -20,6 +20,7 @@ from fedmoe_jax.broadcast import broadcast, build_judge, gather_evidence, set_co
 from fedmoe_jax.capacity import learn_devices, measure_capacity
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply, build_train_cohort, exchange, renew_clients
+from fedmoe_jax.floors import press_cohort, press_tiers, serve
 from fedmoe_jax.metrics import measure
 from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
@@ -61,14 +62,16 @@ def round_step(
     # 1 world
     world = step_world(state.world, keys, state.round, hyper, program.processes)
     view = observe(world, federation, hyper, program.processes)
-    cohort = choose_cohort(keys.cohort, view, program.sizes, program.static)
+    urge = press_cohort(state, hyper)
+    cohort = choose_cohort(keys.cohort, view, program.sizes, program.static, urge)
     # 2 capacity
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
     evidence = gather_evidence(
         state, view, cohort, capacity.belief, hyper, program.sizes
     )
-    assignment = assign(evidence, hyper, program, keys.align)
+    pressure = press_tiers(state, program)
+    assignment = assign(evidence, hyper, program, keys.align, pressure)
     if warming is not None:
         assignment = hold_first(assignment, warming)
     pruned = prune_cohort(state, evidence, assignment, hyper, program)
@@ -110,6 +113,7 @@ def round_step(
             state.participation, cohort, capacity.true, replies.outcome
         ),
         pruning=learn_units(state.pruning, inputs, replies, hyper, program),
+        queues=serve(state, evidence, assignment, pressure, replies, hyper, program),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     return after, measure(

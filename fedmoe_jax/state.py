@@ -8,6 +8,7 @@ from fedmoe_jax.align.drift_detector import init_detector
 from fedmoe_jax.align.fitness import init_fitness
 from fedmoe_jax.align_layers import ALIGN
 from fedmoe_jax.capacity import init_belief
+from fedmoe_jax.floors import init_queues
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import server_optimizer
@@ -80,6 +81,7 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> tuple[SimState, Py
         stale=zero_sums(params) if static.late.kind == "stale" else {},
         participation=init_participation(sizes),
         pruning=init_pruning(params, program),
+        queues=init_queues(program),
     )
     return state, frozen
 

@@ -305,6 +305,8 @@ class SimState(struct.PyTreeNode):
         `world.participation`.
       pruning: the importance of units, see `pruning.submodels.init_pruning`; {} where
         it is not measured.
+      queues: virtual queues of the floors that are on, `clients` [N] and `tiers`,
+        leaves [G, K] by capacities, see `align.queues`; {} without a floor.
     """
 
     round: Array
@@ -319,6 +321,7 @@ class SimState(struct.PyTreeNode):
     stale: PyTree = struct.field(default_factory=dict)
     participation: PyTree = struct.field(default_factory=dict)
     pruning: PyTree = struct.field(default_factory=dict)
+    queues: PyTree = struct.field(default_factory=dict)
 
 
 class Assignment(struct.PyTreeNode):

@@ -109,6 +109,7 @@ STORM = {
     "availability.share": 0.8,
     "availability.persistence": 0.5,
     "availability.swing": 0.2,
+    "availability.capacity_bias": 0.2,
     "availability.dropout": 0.2,
     "channel.kind": "wireless",
     "channel.csi": 0.9,

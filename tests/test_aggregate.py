@@ -14,6 +14,7 @@ from fedmoe_jax.aggregate import (
     accumulate,
     accumulate_chunk,
     add_stale,
+    emphasise,
     keep_untrained,
     mean_delta,
     merge,
@@ -538,3 +539,22 @@ def test_weigh_leaves_out_what_stays_with_the_client():
     assert found["experts"].tolist() == [[10, 10], [10, 0]]
     padding = weigh(one(inputs, 3), one(updates, 3), SIZE[3], None, strategy)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(padding))
+
+
+# ---- losses
+
+
+def test_emphasise_by_hand():
+    weights = {"stem": jnp.float32(3), "gate": jnp.array([[1.0, 0.0]])}
+    found = emphasise(weights, jnp.float32(0.5), jnp.float32(2))
+    np.testing.assert_allclose(found["stem"], 0.75, rtol=1e-5)
+    np.testing.assert_allclose(found["gate"], [[0.25, 0.0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "power", "factor"),
+    [(0.0, 1.0, 1e-15), (-1.0, 1.0, 1e-15), (1e6, 50.0, 1e15), (7.0, 0.0, 1.0)],
+)
+def test_emphasise_loses_no_client_and_no_sum(loss, power, factor):
+    found = emphasise({"stem": jnp.ones(())}, jnp.float32(loss), jnp.float32(power))
+    np.testing.assert_allclose(found["stem"], factor, rtol=1e-4)

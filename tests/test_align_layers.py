@@ -16,6 +16,7 @@ from factories import (
 
 from fedmoe_jax.align.drift_detector import init_detector
 from fedmoe_jax.align.learn import RESET, count_load, learn
+from fedmoe_jax.align.queues import TierPressure, lift_tiers
 from fedmoe_jax.align_layers import assign, learn_layers
 from fedmoe_jax.moe_layers import LAYER
 from fedmoe_jax.types import Assignment, SimState, make_keys
@@ -24,7 +25,9 @@ from fedmoe_jax.world.outcome import OUTAGE
 pytestmark = pytest.mark.slow
 
 HYPER = make_hyper(
-    fitness={"exploration": 0.5}, reaction={"threshold": 0.1, "evidence": 0}
+    fitness={"exploration": 0.5},
+    reaction={"threshold": 0.1, "evidence": 0},
+    gate={"bias": 2.0},
 )
 ARRIVED = np.array([True, True, False, True])
 layers = pytest.mark.parametrize("num_layers", [1, 3])
@@ -113,6 +116,34 @@ def test_assign_is_a_loop_over_layers(strategy, num_layers):
         _, evidence = rows[layer]
         expected = program.strategy.assign(evidence, HYPER, program.sizes, key_of)
         assert_same(jax.tree.map(lambda leaf, g=layer: leaf[:, g], found), expected)
+
+
+@layers
+def test_assign_yields_to_the_tiers_of_each_layer_before_gates_get_their_bias(
+    num_layers,
+):
+    program, rows = make_layers(num_layers, "greedy")
+    affinity = lambda evidence, hyper: evidence.fitness
+    strategy = program.strategy._replace(affinity=affinity)
+    program, sizes = program._replace(strategy=strategy), program.sizes
+    rng, key = np.random.default_rng(3), jax.random.key(2)
+    queue = 5.0 * (rng.random((num_layers, sizes.max_capacity)) < 0.7)
+    top = rng.random((num_layers, sizes.num_experts)).argsort(1) < 2
+    pressure = TierPressure(jnp.asarray(queue, jnp.float32), jnp.asarray(top))
+    evidence, changed = join_evidence(rows), 0
+    found = assign(evidence, HYPER, program, key, pressure)
+    plain = assign(evidence, HYPER, program, key)
+    for layer in range(num_layers):
+        of_layer = lambda tree, g=layer: jax.tree.map(lambda leaf: leaf[:, g], tree)
+        own = jax.tree.map(lambda leaf, g=layer: leaf[g], pressure)
+        fitness, before = rows[layer][1].fitness, of_layer(plain)
+        rest = evidence.capacity, own, HYPER.fairness.tradeoff, 0
+        expected = lift_tiers(before, fitness, *rest).held
+        np.testing.assert_array_equal(of_layer(found).held, expected)
+        bias = HYPER.gate.bias * jnp.take_along_axis(fitness, expected, axis=1)
+        np.testing.assert_allclose(of_layer(found).bias, bias)
+        changed += (expected != before.held).sum()
+    assert changed > 0
 
 
 @layers

@@ -31,6 +31,7 @@ from fedmoe_jax.world.outcome import BROKEN, MERGED, STALE, Outcome
 
 pytestmark = pytest.mark.slow
 
+HYPER = make_hyper()
 C, E, K = 6, 4, 2
 HELD = np.array([[0, 1], [2, 3], [1, 0], [3, 0], [0, 2], [2, 0]], np.int32)[:, None]
 SLOT = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1], [1, 0]], bool)[:, None]
@@ -103,7 +104,14 @@ def judge_by_numbers(conditions, sent, finite):
     return Outcome(code, jnp.ones(3), jnp.ones(3))
 
 
-def train(inputs, judge=judge_by_numbers, devices=1, platform="cpu", **changes):
+def train(
+    inputs,
+    judge=judge_by_numbers,
+    devices=1,
+    platform="cpu",
+    hyper=HYPER,
+    **changes,
+):
     """Sums and replies of the cohort."""
     fields = {"gate.mode": "personal", "merge.weight": "examples"}
     program = make_program(**fields | changes)._replace(platform=platform)
@@ -111,7 +119,7 @@ def train(inputs, judge=judge_by_numbers, devices=1, platform="cpu", **changes):
     conditions = {"client": jnp.arange(C)}
     federation = make_federation(size=jnp.asarray(SIZE))
     return jax.jit(run)(
-        PARAMS, inputs, conditions, federation, make_hyper(), jax.random.key(0)
+        PARAMS, inputs, conditions, federation, hyper, jax.random.key(0)
     )
 
 
@@ -157,6 +165,24 @@ def test_train_cohort_gives_the_same_sums_on_any_devices_and_chunks(
     old, delta = inputs.personal["gate"]["moe"], DELTAS["gate"]["moe"]
     for name, leaf in replies.personal["gate"]["moe"].items():
         np.testing.assert_allclose(leaf, old[name] + delta[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_train_cohort_weighs_every_part_by_the_loss(platform, monkeypatch):
+    """Weights by examples, which a loss to the power of 2 multiplies."""
+    loss = np.linspace(0.5, 2.0, C).astype(np.float32)
+    answer = reply().replace(loss=jnp.asarray(loss))
+    monkeypatch.setitem(globals(), "reply", lambda: answer)
+    hyper = make_hyper(fairness={"power": 2.0})
+    changes = {"fairness.power": 1.0, "run.client_chunk": 3}
+    inputs = send()
+    (sums,), replies = train(inputs, platform=platform, hyper=hyper, **changes)
+    (plain,), unweighed = train(inputs, platform=platform)
+    np.testing.assert_array_equal(replies.sent, unweighed.sent)
+    monkeypatch.setitem(globals(), "SIZE", SIZE * loss**2)
+    expected = sum_loop(inputs)
+    assert_same(sums, expected, rtol=1e-4, atol=1e-4)
+    assert abs(float(plain.weight["stem"] - sums.weight["stem"])) > 1
 
 
 # ---- what clients keep

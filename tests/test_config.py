@@ -44,6 +44,7 @@ ARGUMENTS = {
     "capacity": ("", "full", "digits,smoke", "smoke"),
     "stress": ("", "full", "digits", "full,digits,smoke", "smoke"),
     "languages": ("markov", "markov,fitness", "markov,smoke", "fitness,smoke", "smoke"),
+    "fairness": ("", "digits", "digits,smoke", "smoke"),
     "lora": ("base,markov", "base,smoke"),
     "limits": ("", "digits", "smoke"),
     "published": ("niid", "flex_moe", "pfedmoe", "pfedmoe,smoke", "smoke"),

@@ -17,6 +17,7 @@ from factories import (
     use_model,
 )
 from jax.sharding import PartitionSpec as P
+from scipy import stats
 
 from fedmoe_jax import evaluate, sources
 from fedmoe_jax.base import Routing
@@ -76,7 +77,8 @@ def draw_state(program, seed=0, **align):
     personal = {part: params[part] for part in program.strategy.personal}
     personal = jax.tree.map(rows, personal)
     held = draw_held(rng, sizes)[:, None]
-    align = make_align(count, sizes.num_experts, **{"held": held} | align)
+    own = {"held": held, "fitness": jnp.full(held.shape, 0.5)}
+    align = make_align(count, sizes.num_experts, **own | align)
     participation = init_participation(sizes)
     counted = jnp.ones(count, jnp.int32).at[LOST].set(0)
     state = SimState(
@@ -90,6 +92,9 @@ def draw_state(program, seed=0, **align):
         participation=participation.replace(rounds=counted),
     )
     return jax.tree.map(jnp.asarray, state)
+
+
+MEMORY = 1e9 * np.arange(1, SIZES.num_clients + 1)
 
 
 def make_mix(seed):
@@ -114,7 +119,7 @@ def draw_federation(image=IMAGE):
         test={"x": x, "y": y},
         test_stratum=y,
         statistics=pixels,
-        devices=make_devices(SIZES.num_clients),
+        devices=make_devices(SIZES.num_clients, memory=MEMORY),
         frozen={},
     )
     return jax.tree.map(jnp.asarray, federation)
@@ -158,6 +163,26 @@ def answer_all(state):
     return np.asarray(features), np.stack(answers, axis=1)
 
 
+def slow_equity(state, accuracy, counted):
+    """What `equity` finds: of clients whose memory rises with their ids."""
+    places = lambda ids: (np.arange(len(ids)) + 0.5) / len(ids)
+    weak = accuracy[places(counted) < 1 / 3].mean()
+    everyone = np.arange(SIZES.num_clients)
+    weakest = everyone[places(everyone) < 1 / 3]
+    # All experts are equally fit, so that the first half of them is the top.
+    half = math.ceil(SIZES.num_experts / 2)
+    has_top = np.asarray(state.align.held[:, 0, :half]).any(axis=1)
+    took_part = np.asarray(state.participation.rounds) > 0
+    return {
+        "accuracy_spread": accuracy.std(),
+        "weakest_accuracy": weak,
+        "capacity_gap": accuracy[places(counted) > 2 / 3].mean() - weak,
+        "capacity_correlation": stats.spearmanr(counted, accuracy).statistic,
+        "weakest_top_share": (has_top & took_part)[weakest].mean(),
+        "least_participation": took_part.min(),
+    }
+
+
 def slow_evaluate(state):
     """Everything `evaluate` reports, one question about one image at a time."""
     features, answers = answer_all(state)
@@ -199,8 +224,9 @@ def slow_evaluate(state):
     by_label, mix = ask_own(np.zeros_like), np.asarray(FEDERATION.label_mix)
     client_accuracy = (mix * by_label).sum(axis=1)
     prior = (mix * ask_own(lambda mix: np.log(mix + 1e-3))).sum(axis=1)
-    counted = client_accuracy
+    counted, ids = client_accuracy, np.arange(SIZES.num_clients)
     if personal:
+        ids = np.delete(ids, [IDLE, LOST])
         counted, prior, mix, by_label = (
             np.delete(x, [IDLE, LOST], axis=0) for x in (counted, prior, mix, by_label)
         )
@@ -225,6 +251,7 @@ def slow_evaluate(state):
         "specialisation": np.stack(
             [routed[labels == k].mean(0) for k in range(CLASSES)], axis=1
         )[None],
+        **slow_equity(state, counted, ids),
     }
 
 
@@ -403,7 +430,7 @@ def test_evaluate_ignores_padding(form):
         label_mix=jnp.array([[0.75, 0.25], [0.2, 0.8]]),
         test={"x": jnp.zeros((len(labels), *IMAGE)), "y": jnp.asarray(labels)},
         test_stratum=jnp.asarray(strata),
-        devices=make_devices(2),
+        devices=make_devices(2, memory=MEMORY[:2]),
     )
     run = build_evaluate(program)
     found = run(state.replace(participation=counted), federation, {})
@@ -417,6 +444,12 @@ def test_evaluate_ignores_padding(form):
         "stratum_accuracy": [1, 1 / 3],
         "personal_stratum_accuracy": [0.75 / 0.95, (0.25 / 3 + 0.8 * 2 / 3) / 1.05],
         "specialisation": [[[1, 1], [0, 0]]],
+        "accuracy_spread": (0.75 + 0.25 / 3 - 0.8 * 2 / 3) / 2,
+        "weakest_accuracy": 0.75 + 0.25 / 3,
+        "capacity_gap": 0.8 * 2 / 3 - 0.75 - 0.25 / 3,
+        "capacity_correlation": -1,
+        "weakest_top_share": 1,
+        "least_participation": 1,
     }
     if form == "parts":
         expected |= {"global_soft_accuracy": 4 / 6, "expert_accuracy": [4 / 6, 2 / 6]}

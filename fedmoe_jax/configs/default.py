@@ -236,6 +236,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.availability.swing = 0.0
     config.availability.day = 24.0
     config.availability.sampling = "uniform"
+    config.availability.capacity_bias = 0.0
     config.availability.dropout = 0.0
     config.availability.early = 0.5
 
@@ -250,6 +251,12 @@ def get_config(argument: str = "") -> ConfigDict:
     config.channel.bandwidth = 5e6
     config.channel.power_up = 23.0
     config.channel.power_down = 43.0
+
+    config.fairness = ConfigDict()
+    config.fairness.floor = 0.0
+    config.fairness.expert_floor = 0.0
+    config.fairness.tradeoff = 1.0
+    config.fairness.power = 0.0
 
     config.drift = ConfigDict()
     config.drift.labels = 0.0

@@ -24,6 +24,7 @@ from fedmoe_jax.report.figures import (
     population_pictures,
     run_pictures,
 )
+from fedmoe_jax.report.floors import floor_picture
 from fedmoe_jax.report.origins import describe_origins
 from fedmoe_jax.report.regime_map import map_picture
 from fedmoe_jax.report.runs import Run, group_runs, limit_of, name_runs
@@ -311,7 +312,8 @@ def write_report(
     parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
     parts.append(f'<div class="wide">{show(map_picture(runs))}</div>')
     parts += map(section_html, list_sections(runs, baseline))
-    gallery = show(final_picture(groups)) if len(groups) > 1 else ""
+    gallery = show(floor_picture(runs))
+    gallery += show(final_picture(groups)) if len(groups) > 1 else ""
     gallery += show(strata_pictures(groups)) + show(curve_pictures(groups))
     bands = "" if len(runs) == len(groups) else BANDS
     parts.append(f'<h2>Over rounds</h2>{bands}<div class="pictures">{gallery}</div>')

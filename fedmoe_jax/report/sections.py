@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fedmoe_jax.report.baseline import paired_section
 from fedmoe_jax.report.budgets import budget_section
 from fedmoe_jax.report.diverged import describe_diverged
+from fedmoe_jax.report.floors import floor_section
 from fedmoe_jax.report.layers import layers_section
 from fedmoe_jax.report.parts import parts_section
 from fedmoe_jax.report.pruned import pruned_section
@@ -13,6 +14,7 @@ from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.sheets import Section, section_markdown
 from fedmoe_jax.report.tables import markdown_table
 from fedmoe_jax.report.text import escape_markdown
+from fedmoe_jax.report.tiers import tiers_section
 
 
 def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
@@ -23,6 +25,7 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
       baseline: `evaluation.baseline`, see `baseline.find_baseline`.
     """
     found = [map_section(runs), paired_section(runs, baseline)]
+    found += [floor_section(runs), tiers_section(runs)]
     found += [parts_section(runs), budget_section(runs), layers_section(runs)]
     found.append(pruned_section(runs))
     note = describe_diverged(runs)

@@ -89,6 +89,7 @@ def pool(config: ConfigDict) -> ConfigDict:
     config.availability.sampling, config.devices.overload = "uniform", "ignore"
     config.profile.kind, config.late.kind = "oracle", "wait"
     config.reaction.kind = "none"
+    config.fairness.floor = config.fairness.power = 0.0
     return config
 
 

@@ -3,6 +3,7 @@
 from fedmoe_jax.base import Process
 from fedmoe_jax.world.availability import DROPOUT_PROCESS, REACH_PROCESS
 from fedmoe_jax.world.busy import BUSY_PROCESS
+from fedmoe_jax.world.capacity_bias import BIAS_PROCESS
 from fedmoe_jax.world.channel import WIRELESS_PROCESS
 from fedmoe_jax.world.device_load import (
     BACKGROUND_PROCESS,
@@ -18,6 +19,7 @@ PROCESSES: dict[str, Process] = {
     "background": BACKGROUND_PROCESS,
     "bandwidth": BANDWIDTH_PROCESS,
     "reach": REACH_PROCESS,
+    "bias": BIAS_PROCESS,
     "busy": BUSY_PROCESS,
     "dropout": DROPOUT_PROCESS,
     "wireless": WIRELESS_PROCESS,

@@ -83,6 +83,9 @@ def measure_reach(state: Reach) -> dict[str, Array]:
     return {"reachable_clients": state.now.sum()}
 
 
+PERSISTENCE = Option(
+    "availability.persistence", SHARE, "correlation from round to round", TRACED
+)
 REACH_PROCESS = Process(
     about="Clients are out of reach for a part of their day, in spells.",
     is_on=has_reach,
@@ -98,9 +101,7 @@ REACH_PROCESS = Process(
             "share of the time that a client can be reached",
             TRACED,
         ),
-        Option(
-            "availability.persistence", SHARE, "correlation from round to round", TRACED
-        ),
+        PERSISTENCE,
         Option(
             "availability.swing",
             SHARE,
@@ -191,7 +192,9 @@ DROPOUT_PROCESS = Process(
 # ---- cohorts
 
 
-def choose_cohort(key: Array, view: View, sizes: Sizes, static: Static) -> Array:
+def choose_cohort(
+    key: Array, view: View, sizes: Sizes, static: Static, urge: Array | None = None
+) -> Array:
     """The cohort's client ids [C], ascending.
 
     Args:
@@ -201,14 +204,17 @@ def choose_cohort(key: Array, view: View, sizes: Sizes, static: Static) -> Array
       static: gives `availability.sampling`. `uniform` and `size` do not know which
         clients can be reached, and the others are missing in the round; `reachable`
         draws among those that can, if there are enough.
+      urge: see `sample_weighted`; None for no floor.
     """
     count, wanted = sizes.num_clients, sizes.cohort_size
     sampling = static.availability.sampling
-    if sampling == "uniform" or wanted == count:
+    if wanted == count or (sampling == "uniform" and urge is None):
         return sample_cohort(key, count, wanted)
     by_size = sampling == "size"
     weight = view.federation.size if by_size else view.events.reachable
-    return sample_weighted(key, weight.astype(jnp.float32), wanted)
+    if sampling == "uniform":
+        weight = jnp.ones(count)
+    return sample_weighted(key, weight.astype(jnp.float32), wanted, urge)
 
 
 def sample_cohort(key: Array, num_clients: int, cohort_size: int) -> Array:
@@ -236,7 +242,9 @@ def sample_cohort(key: Array, num_clients: int, cohort_size: int) -> Array:
     return jnp.sort(chosen.astype(jnp.int32))
 
 
-def sample_weighted(key: Array, weight: Array, cohort_size: int) -> Array:
+def sample_weighted(
+    key: Array, weight: Array, cohort_size: int, urge: Array | None = None
+) -> Array:
     """Draws clients one after the other, each in proportion to its weight.
 
     By the Gumbel top-k trick, which is the same as drawing without replacement. Where
@@ -246,11 +254,15 @@ def sample_weighted(key: Array, weight: Array, cohort_size: int) -> Array:
       key: a JAX key, consumed.
       weight: [N] float32 >= 0.
       cohort_size: C <= N.
+      urge: [N] float32 >= 0, added to the logarithms of the weights, so that a client
+        is drawn as one of `exp(urge)` times the weight; one without weight has none.
 
     Returns:
       [C] int32 client ids in ascending order.
     """
     luck = jax.random.gumbel(key, weight.shape)
     merit = jnp.where(weight > 0, jnp.log(jnp.maximum(weight, 1e-30)), -1e4)
+    if urge is not None:
+        merit += jnp.where(weight > 0, urge, 0.0)
     chosen = jax.lax.top_k(merit + luck, cohort_size)[1]
     return jnp.sort(chosen.astype(jnp.int32))

@@ -23,7 +23,7 @@ from fedmoe_jax.types import (
 )
 
 # Purposes, folded into the key of a round; `split` uses the small numbers.
-PRESSURE, BACKGROUND, BANDWIDTH, REACH, FADING, DROPOUT, CSI = range(1000, 1007)
+PRESSURE, BACKGROUND, BANDWIDTH, REACH, FADING, DROPOUT, CSI, BIAS = range(1000, 1008)
 # Purposes, folded into the run's key, as the numbers of rounds are.
 PHASE, PLACE, BEGINNING = 2**32 - 2, 2**32 - 3, 2**32 - 4
 

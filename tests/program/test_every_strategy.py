@@ -60,7 +60,14 @@ VARIANTS["probe"] = {
     "fitness.probe_share": 0.25,
 }
 VARIANTS["biased"] = {"gate.bias": 2.0}
+# Floors that four clients of ten can meet, and weights by losses.
+VARIANTS["fair"] = {
+    "fairness.floor": 0.3,
+    "fairness.expert_floor": 0.75,
+    "fairness.power": 1.0,
+}
 VARIANTS["all"] = VARIANTS["shared"] | VARIANTS["probe"] | VARIANTS["biased"]
+VARIANTS["all"] |= VARIANTS["fair"]
 # All tests of a case follow each other, while its program is there.
 each_case = pytest.mark.parametrize(("strategy", "variant"), CASES, scope="module")
 BROKEN = 3  # a client
@@ -191,6 +198,42 @@ def test_held_experts_fit_the_clients(strategy, variant):
         assert (held.sum(2) <= capacity[None, : sizes.num_clients]).all()
     last = np.array(state.align.held)[:, 0]
     assert (last[held[-1].any(1)] == held[-1][held[-1].any(1)]).all()
+
+
+@functools.cache
+def plan_fair():
+    """The programs of all strategies with every mechanism of fairness, by strategy."""
+    groups = {}
+    for name in STRATEGIES:
+        plan = plan_run(strategy=name, **VARIANTS["fair"])
+        groups.setdefault(program_key(plan), []).append((name, plan))
+    waves = list(map(make_wave, groups.values()))
+    return {
+        name: (plan, use_linear_model(wave.program))
+        for wave in waves
+        for name, plan in zip(wave.names, wave.plans, strict=True)
+    }
+
+
+@functools.cache
+def trace_round(program):
+    """A jitted round of a program, so that those who share it trace it once."""
+    return jax.jit(spread(build_round(program), program.mesh))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_goes_with_every_mechanism_of_fairness(strategy):
+    """By shapes; those of the variant `all` are run."""
+    plan, program = plan_fair()[strategy]
+    run = start(plan, program)
+    state, metrics = jax.eval_shape(trace_round(program), *run[1:])
+    few = program.sizes.num_experts - program.strategy.local_experts < 2
+    expected = set() if program.strategy.pooled else {"clients"}
+    if not few and program.strategy.gating != "sum":
+        expected.add("tiers")
+    assert set(state.queues) == expected
+    assert ("longest_tier_queue" in metrics) == ("tiers" in expected)
+    assert program.static.fairness.power != program.strategy.pooled
 
 
 def list_messages(parts):

@@ -58,6 +58,7 @@ IDLE = {
     "bandwidth.spread": 1e-30,
     "availability.share": 1.0,
     "availability.swing": 1e-30,
+    "availability.capacity_bias": 1e-30,
     "availability.dropout": 1e-30,
     "devices.overload": "lose",
     "late.kind": "drop",
@@ -90,7 +91,7 @@ def test_a_world_without_events_is_bitwise_the_run_without_a_world(chunk):
         np.testing.assert_allclose(metrics[name], found[name], err_msg=name, **near)
     for name in accuracies:
         np.testing.assert_array_equal(accuracies[name], scored[name], err_msg=name)
-    idle = "pressure background bandwidth reach dropout labels images"
+    idle = "pressure background bandwidth reach bias dropout labels images"
     assert set(state.world) == set() and set(other.world) == set(idle.split())
     assert found["merged_clients"].tolist() == [C] * R
 

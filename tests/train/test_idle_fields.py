@@ -24,6 +24,7 @@ from fedmoe_jax.train.workdir import check_same_run
 
 # By which processes are off; another value would turn one on.
 SWITCHES = {
+    "availability.capacity_bias",
     "availability.dropout",
     "availability.share",
     "availability.swing",

@@ -57,6 +57,7 @@ def test_list_processes_leaves_out_what_is_off():
         ("bandwidth.spread", 0.1, "bandwidth"),
         ("availability.share", 0.9, "reach"),
         ("availability.swing", 0.1, "reach"),
+        ("availability.capacity_bias", 0.1, "bias"),
         ("late.kind", "stale", "busy"),
         ("availability.dropout", 0.1, "dropout"),
         ("channel.kind", "wireless", "wireless"),
@@ -222,13 +223,14 @@ def test_init_world_draws_from_the_stationary_laws_and_step_world_keeps_them():
         "reach": world["reach"].now,
         "background": world["background"],
         "bandwidth": world["bandwidth"],
+        "bias": world["bias"],
         "fading": world["wireless"].fading,
         "known": world["wireless"].known,
     }
     for now in map(latents, (state, last)):
         assert abs(now["pressure"].mean() - 0.3) < 0.015
         assert abs(now["reach"].mean() - 0.8) < 0.015
-        for name in ("background", "bandwidth", "fading", "known"):
+        for name in ("background", "bandwidth", "bias", "fading", "known"):
             assert abs(now[name].mean()) < 0.03 and abs(now[name].std() - 1) < 0.03
     path, states = latents(path), path
     by_lag = lambda name, lag: np.corrcoef(
@@ -238,6 +240,7 @@ def test_init_world_draws_from_the_stationary_laws_and_step_world_keeps_them():
         "pressure": 0.5,
         "reach": 0.5,
         "bandwidth": 0.5,
+        "bias": 0.5,
         "fading": 0.9,
     }.items():
         np.testing.assert_allclose(

@@ -1,0 +1,108 @@
+"""The largest floor of participation that a schedule could meet: on the host.
+
+It is a necessary condition, by what is known before a run: how often each client can be
+reached, how often it drops out, and how large cohorts are. Links that fail, deadlines,
+memory and clients that are still at work for the last round lose further updates. Where
+a floor is not met, its longest queue grows in proportion to the rounds.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from fedmoe_jax.options import UserError
+from fedmoe_jax.strategies import find_strategy
+from fedmoe_jax.types import Devices
+from fedmoe_jax.world.availability import has_reach, reach_share
+from fedmoe_jax.world.capacity_bias import count_stronger, has_bias
+
+HOURS = 10_000  # of a day, over which its mean is taken
+DIGITS = 3  # of a floor that is named, which is rounded down
+ROUNDING = 1e-6  # of the floor that just suffices
+
+
+def count_reach(config: ConfigDict, devices: Devices) -> np.ndarray:
+    """The share of the rounds in which each client can be reached: [N] float64.
+
+    The mean over a day, times what the capacity of its device leaves.
+
+    Args:
+      config: gives `availability`.
+      devices: leaves [N].
+    """
+    numbers, share = config.availability, 1.0
+    if has_reach(config):
+        hour = jnp.linspace(0, 1, HOURS, endpoint=False)
+        law: Any = dict(share=numbers.share, swing=numbers.swing, day=numbers.day)
+        share = float(np.mean(reach_share(jnp.int32(0), hour, **law)))
+    weak = np.zeros(len(devices.memory))
+    if has_bias(config):
+        weak = np.asarray(count_stronger(devices.memory), float)
+    return share * (1 - numbers.capacity_bias * weak)
+
+
+def find_largest(
+    reach: np.ndarray, cohort_size: int, dropout: float, informed: bool
+) -> float:
+    """The largest floor that passes for feasible, in [0, 1].
+
+    A client counts in no more rounds than it can be reached in, and all of them in no
+    more than there are places. Where the server does not know who can be reached, a
+    client that is there in the share a of the rounds takes 1 / a places each time that
+    it is met, as draws do not follow its spells: all that they take are C.
+
+    Args:
+      reach: [N] in [0, 1], share of the rounds in which each client can be reached.
+      cohort_size: C.
+      dropout: chance of a client that is reached to be lost, in [0, 1].
+      informed: whether cohorts are drawn among clients that can be reached.
+    """
+    least = float(reach.min())
+    if least <= 0:
+        return 0.0
+    places = len(reach) if informed else float((1 / reach).sum())
+    return (1 - dropout) * min(least, cohort_size / places)
+
+
+def check_floor(config: ConfigDict, devices: Devices) -> None:
+    """Checks that the floor of participation is not above what could be met.
+
+    Args:
+      config: as the strategy configures it.
+      devices: leaves [N].
+
+    Raises:
+      UserError: it is, or there is nothing to choose as all clients take part anyway.
+    """
+    floor, numbers = config.fairness.floor, config.availability
+    if not floor:
+        return
+    named = f"fairness.floor={floor} is not allowed"
+    if config.cohort_size == config.num_clients:
+        raise UserError(
+            f"{named} with cohort_size=num_clients={config.num_clients}, as a floor "
+            "chooses cohorts and all clients take part anyway; allowed: 0, or a "
+            "smaller cohort_size"
+        )
+    informed, reach = numbers.sampling == "reachable", count_reach(config, devices)
+    if find_strategy(config.strategy).silent and not informed:
+        reach = np.ones_like(reach)  # clients need no link
+    most = find_largest(reach, config.cohort_size, numbers.dropout, informed)
+    if floor > most * (1 + ROUNDING):
+        raise UserError(
+            f"{named}: cohorts of {config.cohort_size} of {config.num_clients} "
+            f"clients, of which the rarest can be reached in {reach.min():.3g} of the "
+            f"rounds, with availability.dropout={numbers.dropout}, cannot meet it; "
+            f"allowed: 0 to {round_down(most)}"
+        )
+
+
+def round_down(value: float) -> float:
+    """A number >= 0 cut to `DIGITS` digits, so that it is no larger."""
+    if value <= 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(value)) - DIGITS + 1)
+    return float(f"{math.floor(value / unit * (1 + ROUNDING)) * unit:.{DIGITS}g}")
