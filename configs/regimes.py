@@ -114,12 +114,13 @@ def get_config(argument: str = "") -> ConfigDict:
     words = rest.split(",")
     if "digits" in words:
         config.compare.changes = ("", COLD)
-    elif "smoke" not in words:
+    else:
+        config.tune.rates, config.tune.servers = (0.01, 0.03, 0.1), ("",)
+    if "digits" not in words and "smoke" not in words:
         config.num_rounds, config.local_steps = 100, 10
         config.eval_every, config.checkpoint.every = 20, 20
         config.chunk_rounds = 5
         config.compare.strategies, config.compare.changes = DECISIVE, ("", PROBE)
-        config.tune.rates, config.tune.servers = (0.01, 0.03, 0.1), ("",)
     if kind:
         config.update_from_flattened_dict(KINDS[kind])
     else:
