@@ -26,6 +26,7 @@ from factories import (
 from fedmoe_jax import align_layers, cohort, floors
 from fedmoe_jax.round import build_run_rounds, scan_rounds
 from fedmoe_jax.runtime.sharding import spread
+from fedmoe_jax.train.plan import program_key
 from fedmoe_jax.types import Assignment
 from fedmoe_jax.world.availability import sample_weighted
 
@@ -152,6 +153,15 @@ def test_what_is_off_is_not_in_the_program(monkeypatch):
         with pytest.raises(AssertionError, match="off"):
             trace(**{name: value})
     trace.cache_clear()
+
+
+def test_a_sweep_over_what_is_on_is_one_program():
+    other = {name: value / 2 for name, value in ON.items()}
+    more = {"fairness.tradeoff": 3.0, "availability.capacity_bias": 0.1}
+    less = {"availability.capacity_bias": 0.2}
+    plans = plan_run(**ON, **more), plan_run(**other, **less)
+    assert len({program_key(plan) for plan in plans}) == 1
+    assert program_key(plan_run(**less)) != program_key(plans[0])
 
 
 def test_init_queues_has_those_that_are_on():
