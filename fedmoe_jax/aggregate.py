@@ -21,6 +21,7 @@ from fedmoe_jax.base import Strategy
 from fedmoe_jax.models.submodel import held_mask, is_local
 from fedmoe_jax.moe_layers import LAYERED, count_experts, layer_names, map_layers
 from fedmoe_jax.optimizers import server_optimizer
+from fedmoe_jax.privacy.sums import hide_sums
 from fedmoe_jax.types import (
     Array,
     ClientInput,
@@ -30,6 +31,7 @@ from fedmoe_jax.types import (
     PyTree,
     SimState,
     Static,
+    make_keys,
 )
 
 
@@ -350,11 +352,14 @@ def aggregate(
     Args:
       state: before the round.
       sums: of the round.
-      hyper: gives the server's learning rate and `late.discount`.
-      static: gives the server's optimiser.
+      hyper: gives the server's learning rate, `late.discount` and the noise on sums.
+      static: gives the server's optimiser, and whether there is noise.
     """
     if state.stale:
         sums = add_stale(sums, state.stale, hyper.late.discount)
+    if static.privacy.noise:
+        keys = make_keys(state.key, state.round)
+        sums = sums.replace(delta=hide_sums(sums.delta, hyper, keys))
     tx = server_optimizer(static.server, hyper.server.learning_rate)
     return merge(state.params, state.server_opt, sums, tx)
 

@@ -23,6 +23,8 @@ from fedmoe_jax.aggregate import (
 from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.optimizers import step_weights
+from fedmoe_jax.privacy.feedback import hide_feedback
+from fedmoe_jax.privacy.updates import clip_update, weigh_alike
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size, schedule
 from fedmoe_jax.runtime.sharding import CLIENTS
@@ -59,6 +61,8 @@ class Reply(struct.PyTreeNode):
       personal: trained personal parts, by name like params; {} where there are none.
       variate: new control variates, like params; {} where there are none.
       chosen: [C, G, K] bool, the slots that the client has trained; None for all.
+      load: [C, G, K] float32, the load that clients do not report, as their feedback is
+        noisy, for measures alone; None where it is the feedback's.
     """
 
     feedback: Feedback
@@ -70,6 +74,7 @@ class Reply(struct.PyTreeNode):
     personal: PyTree
     variate: PyTree
     chosen: Array | None = None
+    load: Array | None = None
 
     @property
     def arrived(self) -> Array:
@@ -223,6 +228,7 @@ def train_share(
       one leading axis.
     """
     stale = program.static.late.kind == "stale"  # then sums have a second row for them
+    private = program.static.privacy
 
     def one_client(
         inputs: ClientInput, conditions: Conditions
@@ -230,11 +236,20 @@ def train_share(
         client_key = jax.random.fold_in(key, inputs.client)
         update = client_update(params, inputs, federation, hyper, client_key)
         inputs, conditions = follow_choice(inputs, conditions, update.chosen)
+        load = update.feedback.load if private.feedback_noise else None
+        if private.feedback_noise:
+            update = hide_feedback(update, inputs, hyper, client_key, program)
         size = federation.size[inputs.client]
         weights = weigh(inputs, update, size, hyper, program.strategy)
         sent = (weights["experts"] > 0).sum() / program.sizes.num_layers
+        if private.flip:  # all that it asks for, or the link would show what it trains
+            sent = conditions.traffic.received
         outcome = judge(conditions, sent, update.finite)
         reply = make_reply(update, inputs, sent, outcome, hyper, program)
+        if private.clip:
+            weights = weigh_alike(weights)
+            update = clip_update(update, inputs, weights, hyper)
+        reply = reply.replace(load=load)
         return update, keep_if(outcome.arrived, weights), reply
 
     def choose_sums(code: Array) -> Array:

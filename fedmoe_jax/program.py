@@ -28,6 +28,7 @@ from fedmoe_jax.models.precision import compute_in
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
+from fedmoe_jax.privacy.defences import find_flags
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.sharding import find_platform
 from fedmoe_jax.strategies import does_probe, find_strategy
@@ -54,8 +55,9 @@ class Program(NamedTuple):
       static: the config's fields that shape the program, as the strategy configures
         them; also `prox`, whether the FedProx term is in the local objective, `ragged`,
         whether clients take different numbers of local steps, `upcycled`, whether there
-        is a dense warm-up, and `probes`, whether clients probe their experts before
-        training.
+        is a dense warm-up, `probes`, whether clients probe their experts before
+        training, and in the group `privacy` the defences that are on, by the names of
+        their numbers.
       processes: of the world that are on, in the order of application.
       report_numbers: numbers in the report of one client, see `Strategy.report`.
       costs: of the simulated model; these bytes are reported.
@@ -241,6 +243,7 @@ def make_static(config: ConfigDict) -> Static:
         "ragged": config.local_epochs > 0,
         "upcycled": config.upcycle.rounds > 0 and config.num_experts > 1,
         "probes": does_probe(config),
+        **find_flags(config, find_strategy(config.strategy).silent),
     }
     return group(take_scope(config, STATIC) | extra, "static")
 

@@ -22,9 +22,18 @@ from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply, build_train_cohort, exchange, renew_clients
 from fedmoe_jax.metrics import measure
 from fedmoe_jax.optimizers import schedule_rates
+from fedmoe_jax.privacy.observer import OBSERVED, see_round
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import spread
-from fedmoe_jax.types import Array, Federation, Hyper, RoundFn, SimState, make_keys
+from fedmoe_jax.types import (
+    Array,
+    Federation,
+    Hyper,
+    PyTree,
+    RoundFn,
+    SimState,
+    make_keys,
+)
 from fedmoe_jax.upcycle import copy_first, hold_first, is_warming, keep_scores
 from fedmoe_jax.world.availability import choose_cohort
 from fedmoe_jax.world.costs import train_chosen
@@ -51,7 +60,8 @@ def round_step(
       train_cohort: see `cohort.build_train_cohort`.
 
     Returns:
-      The state after the round, shaped as before, and the round's metrics.
+      The state after the round, shaped as before, and the round's metrics; among them
+      `observed`, see `privacy.observer`, where a run is observed.
     """
     keys = make_keys(state.key, state.round)
     hyper = schedule_rates(hyper, state.round, program.static)
@@ -64,7 +74,7 @@ def round_step(
     # 2 capacity
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
-    evidence = gather_evidence(state, view, cohort, capacity.belief, program.sizes)
+    evidence = gather_evidence(state, view, cohort, capacity.belief, hyper, program)
     assignment = assign(evidence, hyper, program, keys.align)
     if warming is not None:
         assignment = hold_first(assignment, warming)
@@ -106,11 +116,15 @@ def round_step(
         ),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    return after, measure(
+    metrics: PyTree = measure(
         *(state, after, capacity, view, conditions, replies, sent, load),
         hyper,
         program,
     )
+    if program.static.privacy.observe:
+        link = assignment, conditions, replies, sent
+        metrics[OBSERVED] = see_round(*link, program)
+    return after, metrics
 
 
 def build_round(program: Program) -> RoundFn:

@@ -483,7 +483,7 @@ def send_inputs(run, state, cohort, held, slot, view=None):
     program, view = run.program, view or see_calm(run)
     capacity = jnp.full(state.align.held.shape[0], program.sizes.max_held)
     capacity = Capacity(Belief(capacity, {}), capacity, capacity)
-    evidence = gather_evidence(state, view, cohort, capacity.belief, program.sizes)
+    evidence = gather_evidence(state, view, cohort, capacity.belief, run.hyper, program)
     assignment = Assignment(held[:, None].astype(jnp.int32), slot[:, None])
     return broadcast(state, view, evidence, assignment, program)
 

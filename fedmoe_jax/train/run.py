@@ -21,6 +21,8 @@ from fedmoe_jax.evaluate import build_evaluate_share
 from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.measures import MEASURES, pack_measures
 from fedmoe_jax.pretrained.weights import digest
+from fedmoe_jax.privacy.exposure import build_expose_share
+from fedmoe_jax.privacy.observed import EXPOSED
 from fedmoe_jax.program import Program, find_overwritten
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
@@ -173,11 +175,27 @@ def drive_wave(
     results = split_runs(jax.device_get(evaluate(state, *inputs)))
     kept = state.align, state.belief, state.participation
     states = split_runs(jax.device_get(kept))
+    exposed = expose_runs(job, state, inputs)
     if multihost.is_leader():
+        for folder, arrays in zip(folders, exposed, strict=False):
+            write_arrays(folder / EXPOSED, **arrays)
         for parts in zip(wave.plans, folders, states, results, strict=True):
             summary = finish(*parts, end.spent)
         print(describe_speed(summary), flush=True)
     return True
+
+
+def expose_runs(
+    job: Job, state: SimState, inputs: tuple[PyTree, PyTree]
+) -> list[dict[str, np.ndarray]]:
+    """The losses of every run's examples, see `privacy.exposure`; [] where none are.
+
+    None are where no run is observed or no client has a test set of its own.
+    """
+    if job.programs.expose is None or inputs[0].own_test is None:
+        return []
+    (expose,), _ = compile_once([job.programs.expose], state, *inputs)
+    return split_runs(jax.device_get(expose(state, *inputs)))
 
 
 def tell_notes(wave: Wave) -> None:
@@ -299,19 +317,24 @@ def build_programs(program: Program) -> tuple[Callable, Programs]:
     over_runs = lambda function: spread(
         map_runs(function, program.platform), mesh, divided, runs
     )
-    stages = program.strategy.stages
+    strategy = program.strategy
+    stages = strategy.stages
     acts = [act for _, act in stages]  # one that acts again is compiled once
     compiled = {act: jax.jit(over_runs(stage(acts.index(act)))) for act in acts}
     finetune = None
     # The owner of pooled data has no clients' examples to tune on.
-    if program.static.evaluation.finetune and not program.strategy.pooled:
+    if program.static.evaluation.finetune and not strategy.pooled:
         share = map_runs(build_finetune_share(program), program.platform)
         finetune = jax.jit(spread(share, mesh, (*divided, runs), runs))
+    expose = None
+    if program.static.privacy.observe and not strategy.pooled and not strategy.silent:
+        expose = jax.jit(over_runs(build_expose_share(program)))
     return jax.jit(over_runs(init_run)), Programs(
         run_rounds=jax.jit(over_runs(scan_rounds(program)), donate_argnums=0),
         evaluate=jax.jit(over_runs(build_evaluate_share(program))),
         finetune=finetune,
         stages=tuple((when, compiled[act]) for when, act in stages),
+        expose=expose,
     )
 
 

@@ -1,0 +1,1 @@
+"""What clients reveal: defences, their accounting, the observer, and attacks."""
