@@ -21,6 +21,7 @@ from fedmoe_jax.evaluate import build_evaluate_share
 from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.measures import MEASURES, pack_measures
 from fedmoe_jax.pretrained.weights import digest
+from fedmoe_jax.privacy.accounting import account, describe_privacy
 from fedmoe_jax.privacy.exposure import build_expose_share
 from fedmoe_jax.privacy.observed import EXPOSED
 from fedmoe_jax.program import Program, find_overwritten
@@ -179,9 +180,12 @@ def drive_wave(
     if multihost.is_leader():
         for folder, arrays in zip(folders, exposed, strict=False):
             write_arrays(folder / EXPOSED, **arrays)
-        for parts in zip(wave.plans, folders, states, results, strict=True):
-            summary = finish(*parts, end.spent)
-        print(describe_speed(summary), flush=True)
+        each = zip(wave.plans, folders, states, results, strict=True)
+        summaries = [finish(*parts, end.spent) for parts in each]
+        for line in dict.fromkeys(map(describe_privacy, summaries)):
+            if line:
+                print(line)
+        print(describe_speed(summaries[-1]), flush=True)
     return True
 
 
@@ -389,6 +393,7 @@ def finish(
         **summarise_owners(config, plan.partition),
         **summarise_tokens(plan.data),
         **summarise_limit(plan.data),
+        **account(config, plan.program),
         **make_summary(rows, spent, MEASURES, config.evaluation.targets),
         **summarise_origins(workdir),
         "measures": pack_measures(MEASURES),
