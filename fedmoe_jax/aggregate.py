@@ -9,7 +9,6 @@ without a client keep their values and their optimiser moments.
 """
 
 import functools
-from collections.abc import Callable
 
 import chex
 import jax
@@ -19,7 +18,13 @@ from flax import struct
 
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.models.submodel import held_mask, is_local
-from fedmoe_jax.moe_layers import LAYERED, count_experts, layer_names, map_layers
+from fedmoe_jax.moe_layers import (
+    LAYERED,
+    count_experts,
+    layer_names,
+    map_layers,
+    map_rows,
+)
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.privacy.sums import hide_sums
 from fedmoe_jax.types import (
@@ -295,26 +300,6 @@ def accumulate_chunk(
 def scale_rows(weight: Array, leaf: Array) -> Array:
     """`weight` [] or [n] times `leaf` [n, ...], row by row."""
     return weight.reshape(weight.shape + (1,) * (leaf.ndim - weight.ndim)) * leaf
-
-
-def map_rows(
-    function: Callable[..., Array], weight: dict[str, Array], *trees: PyTree
-) -> PyTree:
-    """`function(weight [] or [E], leaf, ...)` of all leaves of pytrees like params."""
-
-    def map_part(part: str) -> PyTree:
-        parts = [tree[part] for tree in trees]
-        if part not in LAYERED:
-            return jax.tree.map(functools.partial(function, weight[part]), *parts)
-        return {
-            name: jax.tree.map(
-                functools.partial(function, weight[part][layer]),
-                *(tree[name] for tree in parts),
-            )
-            for layer, name in enumerate(layer_names(parts[0]))
-        }
-
-    return {part: map_part(part) for part in weight}
 
 
 def mean_delta(sums: Sums) -> PyTree:

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.config import fill_defaults, validate
 from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.observed import join_chunks, read_observed
 from fedmoe_jax.options import UserError
-from fedmoe_jax.privacy.observed import join_chunks, read_observed
 from fedmoe_jax.program import Program
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.folders import resolve_folder
@@ -54,7 +54,7 @@ class Run(NamedTuple):
       frozen: the parts of the model that are not trained; None likewise.
       plan: its program, data and federation; None likewise.
       observed: with `privacy.observe` what was seen of its clients, name -> array
-        [rounds, C, ...], see `privacy.observer.see_round`; None without.
+        [rounds, C, ...], see `observer.see_round`; None without.
     """
 
     config: ConfigDict

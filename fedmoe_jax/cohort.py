@@ -179,6 +179,12 @@ def follow_choice(
     return inputs.replace(slot=chosen), conditions.replace(traffic=traffic)
 
 
+def count_positions(steps: Array, program: Program) -> Array:
+    """[] float32, positions that ONE client trains on, padding included."""
+    taken = steps if program.static.ragged else program.sizes.local_steps
+    return jnp.asarray(taken * program.scores.loss.size, jnp.float32)
+
+
 def take_clients(
     inputs: ClientInput, conditions: Conditions, position: Array
 ) -> tuple[ClientInput, Conditions]:
@@ -238,16 +244,19 @@ def train_share(
         inputs, conditions = follow_choice(inputs, conditions, update.chosen)
         load = update.feedback.load if private.feedback_noise else None
         if private.feedback_noise:
-            update = hide_feedback(update, inputs, hyper, client_key, program)
+            positions = count_positions(inputs.steps, program)
+            update = hide_feedback(update, inputs, positions, hyper, client_key)
         size = federation.size[inputs.client]
         weights = weigh(inputs, update, size, hyper, program.strategy)
+        if private.clip:
+            local_experts = program.strategy.local_experts
+            weights = weigh_alike(weights, inputs, local_experts)
         sent = (weights["experts"] > 0).sum() / program.sizes.num_layers
         if private.flip:  # all that it asks for, or the link would show what it trains
             sent = conditions.traffic.received
         outcome = judge(conditions, sent, update.finite)
         reply = make_reply(update, inputs, sent, outcome, hyper, program)
         if private.clip:
-            weights = weigh_alike(weights)
             update = clip_update(update, inputs, weights, hyper)
         reply = reply.replace(load=load)
         return update, keep_if(outcome.arrived, weights), reply

@@ -21,8 +21,8 @@ from fedmoe_jax.capacity import learn_devices, measure_capacity
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply, build_train_cohort, exchange, renew_clients
 from fedmoe_jax.metrics import measure
+from fedmoe_jax.observer import OBSERVED, see_round
 from fedmoe_jax.optimizers import schedule_rates
-from fedmoe_jax.privacy.observer import OBSERVED, see_round
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.types import (
@@ -61,7 +61,7 @@ def round_step(
 
     Returns:
       The state after the round, shaped as before, and the round's metrics; among them
-      `observed`, see `privacy.observer`, where a run is observed.
+      `observed`, see `observer`, where a run is observed.
     """
     keys = make_keys(state.key, state.round)
     hyper = schedule_rates(hyper, state.round, program.static)

@@ -45,6 +45,7 @@ ARGUMENTS = {
     "languages": ("markov", "markov,fitness", "markov,smoke", "fitness,smoke", "smoke"),
     "lora": ("base,markov", "base,smoke"),
     "limits": ("", "digits", "smoke"),
+    "privacy": ("", "digits", "digits,smoke", "smoke"),
     "published": ("niid", "flex_moe", "pfedmoe", "pfedmoe,smoke", "smoke"),
     "recipe": ("", "skew,digits", "digits,smoke", "smoke"),
     "regimes": ("", "skew", "rotation,digits", "mixed,digits,smoke", "both,smoke"),

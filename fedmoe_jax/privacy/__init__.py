@@ -1,1 +1,1 @@
-"""What clients reveal: defences, their accounting, the observer, and attacks."""
+"""Defences of what clients reveal: noise on feedback, choices, requests and sums."""

@@ -15,20 +15,10 @@ sensitivity is not bounded, are this project's choice.
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, ClientInput, ClientUpdate, Feedback, Hyper, PyTree
-from fedmoe_jax.world.costs import FEEDBACK_NUMBERS
 
 FEEDBACK = 1600  # purpose, folded into a client's key of the round
 LEAST = 1e-6  # likelihood and share; a loss of 13.8 nats at most is known then
-
-
-def count_numbers(program: Program) -> int:
-    """Numbers that one client reports in a round, at most."""
-    sizes = program.sizes
-    slots = sizes.num_layers * sizes.max_held
-    each = FEEDBACK_NUMBERS + program.static.probes
-    return each * slots + program.report_numbers
 
 
 def blur(values: Array, deviation: Array, key: Array) -> Array:
@@ -93,23 +83,21 @@ def blur_report(report: PyTree, deviation: Array, key: Array) -> PyTree:
 def hide_feedback(
     update: ClientUpdate,
     inputs: ClientInput,
+    positions: Array,
     hyper: Hyper,
     key: Array,
-    program: Program,
 ) -> ClientUpdate:
     """ONE client's update with noise on all that it reports beside it.
 
     Args:
       update: the client's result.
       inputs: of the client, with the slots that it has trained.
+      positions: [] float32, see `blur_feedback`.
       hyper: gives `privacy.feedback_noise`.
       key: the client's key of the round, not consumed.
-      program: the static parts.
     """
     own, other = jax.random.split(jax.random.fold_in(key, FEEDBACK))
-    deviation, static = hyper.privacy.feedback_noise, program.static
-    steps = inputs.steps if static.ragged else program.sizes.local_steps
-    positions = jnp.asarray(steps * program.scores.loss.size, jnp.float32)
+    deviation = hyper.privacy.feedback_noise
     numbers = inputs.slot, positions, deviation, own
     return update.replace(
         feedback=blur_feedback(update.feedback, *numbers),

@@ -18,13 +18,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedmoe_jax.aggregate import map_rows
+from fedmoe_jax.models.submodel import is_local
+from fedmoe_jax.moe_layers import map_rows
 from fedmoe_jax.types import Array, ClientInput, ClientUpdate, Hyper, PyTree
 
 
-def weigh_alike(weights: dict[str, Array]) -> dict[str, Array]:
-    """The weights of ONE client with 1 for all that counts."""
-    return jax.tree.map(lambda weight: (weight > 0).astype(jnp.float32), weights)
+def weigh_alike(
+    weights: dict[str, Array], inputs: ClientInput, local_experts: int
+) -> dict[str, Array]:
+    """The weights of ONE client with 1 for all that counts.
+
+    Every expert that it holds and that does not stay with it counts, one that it has
+    trained on no position, too: how many hold an expert is public, and how many use it
+    is not.
+
+    Args:
+      weights: see `aggregate.weigh`.
+      inputs: of the client.
+      local_experts: the last experts, which stay with the client.
+    """
+    num_experts = weights["gate"].shape[1]
+    local = is_local(inputs.held, num_experts, local_experts)
+    held = inputs.slot & ~local & (inputs.steps > 0)
+    counted = {part: weight > 0 for part, weight in weights.items()} | {"experts": held}
+    return jax.tree.map(lambda each: each.astype(jnp.float32), counted)
 
 
 def leave_out(delta: PyTree, weights: dict[str, Array]) -> PyTree:

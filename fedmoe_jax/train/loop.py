@@ -15,10 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
+from fedmoe_jax import observed
 from fedmoe_jax.measures import MEASURES, evaluated_fields
+from fedmoe_jax.observer import OBSERVED
 from fedmoe_jax.options import UserError
-from fedmoe_jax.privacy import observed
-from fedmoe_jax.privacy.observer import OBSERVED
 from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost
 from fedmoe_jax.runtime.origin import find_origin
@@ -60,7 +60,7 @@ class Programs(NamedTuple):
       stages: (rounds, (state, federation, hyper) -> (state, frozen)), each run once so
         many rounds are done.
       expose: (state, federation, hyper) -> losses of the clients' examples at the end
-        of an observed run, see `privacy.exposure`; None without.
+        of an observed run, see `exposure`; None without.
     """
 
     run_rounds: Callable

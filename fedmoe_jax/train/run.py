@@ -14,16 +14,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from fedmoe_jax.accounting import account, describe_privacy
 from fedmoe_jax.base import BASE, Data
 from fedmoe_jax.capacity import Belief
 from fedmoe_jax.config import list_idle_fields
 from fedmoe_jax.evaluate import build_evaluate_share
+from fedmoe_jax.exposure import build_expose_share
 from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.measures import MEASURES, pack_measures
+from fedmoe_jax.observed import EXPOSED
 from fedmoe_jax.pretrained.weights import digest
-from fedmoe_jax.privacy.accounting import account, describe_privacy
-from fedmoe_jax.privacy.exposure import build_expose_share
-from fedmoe_jax.privacy.observed import EXPOSED
 from fedmoe_jax.program import Program, find_overwritten
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
@@ -192,7 +192,7 @@ def drive_wave(
 def expose_runs(
     job: Job, state: SimState, inputs: tuple[PyTree, PyTree]
 ) -> list[dict[str, np.ndarray]]:
-    """The losses of every run's examples, see `privacy.exposure`; [] where none are.
+    """The losses of every run's examples, see `exposure`; [] where none are.
 
     None are where no run is observed or no client has a test set of its own.
     """

@@ -25,18 +25,31 @@ WEIGHTS = {
 NORM = 13.0  # of 3, 4 and 12: what has a weight
 
 
+def send(held=(0, 1), slot=(True, False), **changes):
+    inputs = make_inputs(np.array([[held]], np.int32), np.array([[slot]]))
+    return jax.tree.map(lambda leaf: leaf[0], inputs).replace(**changes)
+
+
 def clip(most, scale=1.0, delta=DELTA):
-    inputs = make_inputs(np.zeros((1, 1, 2), np.int32), np.ones((1, 1, 2), bool))
-    inputs = jax.tree.map(lambda leaf: leaf[0], inputs).replace(scale=scale)
+    inputs = send(scale=scale)
     update = make_update(delta, make_feedback(jnp.zeros((1, 2))), finite=True)
     hyper = make_hyper(privacy={"clip": most})
-    return clip_update(update, inputs, weigh_alike(WEIGHTS), hyper).delta
+    weights = weigh_alike(WEIGHTS, inputs, local_experts=0)
+    return clip_update(update, inputs, weights, hyper).delta
 
 
 def test_weigh_alike_by_hand():
-    found = weigh_alike(WEIGHTS)
+    found = weigh_alike(WEIGHTS, send(), local_experts=0)
     assert found["stem"] == found["head"] == 1
     assert found["gate"].tolist() == found["experts"].tolist() == [[1, 0]]
+
+
+def test_weigh_alike_counts_what_is_held_and_not_what_is_used():
+    unused = WEIGHTS | {"experts": jnp.zeros((1, 2))}
+    weigh = lambda **changes: weigh_alike(unused, send(**changes), 1)["experts"]
+    assert weigh(slot=(True, True)).tolist() == [[1, 0]]  # expert 1 stays
+    assert weigh(held=(1, 0), slot=(True, True)).tolist() == [[0, 1]]
+    assert weigh(steps=jnp.int32(0)).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 2.0])

@@ -5,8 +5,8 @@ import sys
 import pytest
 from absl import flags
 
-from fedmoe_jax import attack as command
-from fedmoe_jax.attack import find_observed
+from fedmoe_jax.attack import command
+from fedmoe_jax.attack.command import find_observed
 from fedmoe_jax.options import UserError
 
 
@@ -30,7 +30,10 @@ def test_find_observed_says_what_it_leaves_out(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("workdir", "told"),
-    [("", "error: --workdir is missing; allowed: "), ("tables", "error: RUNS=None has")],
+    [
+        ("", "error: --workdir is missing; allowed: "),
+        ("tables", "error: RUNS=None has"),
+    ],
 )
 def test_main_ends_with_one_line_and_code_2(workdir, told, monkeypatch, capsys):
     given = flags.FlagValues()

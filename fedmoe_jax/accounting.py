@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.options import UserError
 from fedmoe_jax.privacy.defences import DEFENCES, is_private
-from fedmoe_jax.privacy.feedback import count_numbers
 from fedmoe_jax.program import Program
+from fedmoe_jax.world.costs import FEEDBACK_NUMBERS
 
 UNIT = "a client, replaced by another"
 REPLACED = 2  # norms C by which a sum changes where a client is replaced
@@ -73,6 +73,14 @@ def name_unhidden(strategy: Strategy) -> str:
         "experts that clients exchange": strategy.exchange is not None,
     }
     return " and ".join(what for what, is_sent in sent.items() if is_sent)
+
+
+def count_numbers(program: Program) -> int:
+    """Numbers that one client reports in a round, at most."""
+    sizes = program.sizes
+    slots = sizes.num_layers * sizes.max_held
+    each = FEEDBACK_NUMBERS + program.static.probes
+    return each * slots + program.report_numbers
 
 
 def cost_feedback(config: ConfigDict, program: Program) -> Cost:

@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.rdp import RdpAccountant
-from factories import SMALL, make_program, run_alone, tiny_config
+from factories import SMALL, E, K, make_program, run_alone, tiny_config
 from scipy.stats import norm
 
-from fedmoe_jax.configs import default
-from fedmoe_jax.options import UserError
-from fedmoe_jax.privacy import accounting
-from fedmoe_jax.privacy.accounting import (
+from fedmoe_jax import accounting
+from fedmoe_jax.accounting import (
     Cost,
     account,
     check_package,
+    count_numbers,
     describe_privacy,
     find_epsilon,
     list_costs,
     make_event,
 )
+from fedmoe_jax.configs import default
+from fedmoe_jax.options import UserError
 from fedmoe_jax.report.runs import load_run, numbers
 from fedmoe_jax.report.tables import markdown_table
 from fedmoe_jax.runtime.files import read_json
@@ -103,6 +104,13 @@ def test_find_epsilon_gains_by_sampling_and_loses_by_rounds_and_company():
     assert (
         find_epsilon((cost(50, "gaussian", 4.0), Cost("", 5, None, "")), 1e-5) is None
     )
+
+
+def test_count_numbers_by_hand():
+    assert count_numbers(make_program()) == 5 * K
+    probing = make_program(**{"fitness.feedback": "probe"})
+    assert count_numbers(probing) == 6 * K
+    assert count_numbers(make_program(strategy="fedmix")) == 5 * K + E
 
 
 def test_list_costs_by_hand():

@@ -1,7 +1,7 @@
 """Tables of attacks: the columns that runs have, means over seeds."""
 
-from fedmoe_jax.privacy.attack_tables import SECTIONS, UTILITY, make_section, percent
-from fedmoe_jax.privacy.membership import NAN
+from fedmoe_jax.attack.membership import NAN
+from fedmoe_jax.attack.tables import SECTIONS, UTILITY, make_section, percent
 
 
 def test_make_section_has_the_columns_that_any_run_has():

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmoe_jax.privacy.membership import NAN
+from fedmoe_jax.attack.membership import NAN
 from fedmoe_jax.report.cells import mean_cell
 from fedmoe_jax.report.records import write_records
 from fedmoe_jax.report.runs import Run, join_measures, name_runs, numbers

@@ -5,10 +5,9 @@ import pytest
 from factories import SMALL, make_config, run_alone, stop_at, tiny_study
 
 import fedmoe_jax
+from fedmoe_jax import observed
 from fedmoe_jax.configs import default
-from fedmoe_jax.options import UserError
-from fedmoe_jax.privacy import observed
-from fedmoe_jax.privacy.observed import (
+from fedmoe_jax.observed import (
     check_size,
     count_bytes,
     join_chunks,
@@ -18,6 +17,7 @@ from fedmoe_jax.privacy.observed import (
     resume,
     write_chunk,
 )
+from fedmoe_jax.options import UserError
 from fedmoe_jax.train.compare import compare
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from absl import app, flags
 
+from fedmoe_jax.attack.runs import attack_runs
+from fedmoe_jax.attack.tables import write_attacks
+from fedmoe_jax.observed import list_chunks
 from fedmoe_jax.options import UserError
-from fedmoe_jax.privacy.attack_tables import write_attacks
-from fedmoe_jax.privacy.attacks import attack_runs
-from fedmoe_jax.privacy.observed import list_chunks
 from fedmoe_jax.report.folders import is_done, keep_whole, list_runs
 from fedmoe_jax.report.runs import load_run
 from fedmoe_jax.runtime.folders import resolve_folder

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedmoe_jax.privacy.similarity import attack_similarity, compare_rows, share_out
+from fedmoe_jax.attack.similarity import attack_similarity, compare_rows, share_out
 
 LABELS = np.repeat(np.arange(4), 10)
 MIX = 0.8 * np.eye(4)[LABELS] + 0.05

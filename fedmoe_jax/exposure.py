@@ -64,8 +64,9 @@ def show_update(
       key: the client's key of the round, not consumed.
       program: the static parts.
     """
-    private = program.static.privacy
-    weights = weigh_alike(weigh(inputs, update, size, hyper, program.strategy))
+    private, strategy = program.static.privacy, program.strategy
+    weights = weigh(inputs, update, size, hyper, strategy)
+    weights = weigh_alike(weights, inputs, strategy.local_experts)
     if private.clip:
         update = clip_update(update, inputs, weights, hyper)
     delta = leave_out(update.delta, weights)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedmoe_jax.privacy.label_mix import MODELS, attack_mixes, find_mixes, judge, to_mix
+from fedmoe_jax.attack.label_mix import MODELS, attack_mixes, find_mixes, judge, to_mix
 
 N, L = 60, 5
 

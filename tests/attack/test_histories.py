@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedmoe_jax.privacy.histories import (
+from fedmoe_jax.attack.histories import (
     FEATURES,
     average_feedback,
     count_assignments,

@@ -8,15 +8,15 @@ import pytest
 from factories import tiny_study
 
 from fedmoe_jax.align.top_k import top_k
-from fedmoe_jax.attack import attack
-from fedmoe_jax.base import Strategy
-from fedmoe_jax.privacy.attacks import (
+from fedmoe_jax.attack.command import attack
+from fedmoe_jax.attack.membership import Cases
+from fedmoe_jax.attack.runs import (
     attack_updates,
     list_experts,
     measure_labels,
     mix_labels,
 )
-from fedmoe_jax.privacy.membership import Cases
+from fedmoe_jax.base import Strategy
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.train.compare import compare
 

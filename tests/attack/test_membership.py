@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from fedmoe_jax.privacy.membership import (
+from fedmoe_jax.attack.membership import (
     NOTHING,
     Cases,
     attack_members,

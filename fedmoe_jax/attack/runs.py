@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from scipy.special import xlogy
 
-from fedmoe_jax.privacy.histories import Observed, count_assignments, make_histories
-from fedmoe_jax.privacy.label_mix import attack_mixes
-from fedmoe_jax.privacy.membership import (
+from fedmoe_jax.attack.histories import Observed, count_assignments, make_histories
+from fedmoe_jax.attack.label_mix import attack_mixes
+from fedmoe_jax.attack.membership import (
     Cases,
     attack_members,
     judge,
@@ -16,8 +16,8 @@ from fedmoe_jax.privacy.membership import (
     judge_halves,
     list_cases,
 )
-from fedmoe_jax.privacy.observed import read_exposed, read_observed
-from fedmoe_jax.privacy.similarity import attack_similarity
+from fedmoe_jax.attack.similarity import attack_similarity
+from fedmoe_jax.observed import read_exposed, read_observed
 from fedmoe_jax.report.runs import Run, group_runs, name_runs
 
 Numbers = dict[str, float]
