@@ -10,7 +10,6 @@ without a client keep their values and their optimiser moments.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -21,8 +20,15 @@ from flax import struct
 
 from fedmoe_jax.base import Strategy, Units
 from fedmoe_jax.models.submodel import held_mask, is_local
-from fedmoe_jax.moe_layers import LAYERED, count_experts, layer_names, map_layers
+from fedmoe_jax.moe_layers import (
+    LAYERED,
+    count_experts,
+    layer_names,
+    map_layers,
+    map_rows,
+)
 from fedmoe_jax.optimizers import server_optimizer
+from fedmoe_jax.privacy.sums import hide_sums
 from fedmoe_jax.pruning.units import zero_keep
 from fedmoe_jax.types import (
     Array,
@@ -33,6 +39,7 @@ from fedmoe_jax.types import (
     PyTree,
     SimState,
     Static,
+    make_keys,
 )
 
 MOST_EMPHASIS = 15 * math.log(10)  # of a factor's logarithm, see `emphasise`
@@ -337,26 +344,6 @@ def scale_rows(weight: Array, leaf: Array) -> Array:
     return weight.reshape(weight.shape + (1,) * (leaf.ndim - weight.ndim)) * leaf
 
 
-def map_rows(
-    function: Callable[..., Array], weight: dict[str, Array], *trees: PyTree
-) -> PyTree:
-    """`function(weight [] or [E], leaf, ...)` of all leaves of pytrees like params."""
-
-    def map_part(part: str) -> PyTree:
-        parts = [tree[part] for tree in trees]
-        if part not in LAYERED:
-            return jax.tree.map(functools.partial(function, weight[part]), *parts)
-        return {
-            name: jax.tree.map(
-                functools.partial(function, weight[part][layer]),
-                *(tree[name] for tree in parts),
-            )
-            for layer, name in enumerate(layer_names(parts[0]))
-        }
-
-    return {part: map_part(part) for part in weight}
-
-
 def mean_delta(sums: Sums) -> PyTree:
     """Weighted mean deltas, zero where no client contributed (never 0/0)."""
 
@@ -414,11 +401,14 @@ def aggregate(
     Args:
       state: before the round.
       sums: of the round.
-      hyper: gives the server's learning rate and `late.discount`.
-      static: gives the server's optimiser.
+      hyper: gives the server's learning rate, `late.discount` and the noise on sums.
+      static: gives the server's optimiser, and whether there is noise.
     """
     if state.stale:
         sums = add_stale(sums, state.stale, hyper.late.discount)
+    if static.privacy.noise:
+        keys = make_keys(state.key, state.round)
+        sums = sums.replace(delta=hide_sums(sums.delta, hyper, keys))
     tx = server_optimizer(static.server, hyper.server.learning_rate)
     return merge(state.params, state.server_opt, sums, tx)
 

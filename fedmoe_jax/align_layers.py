@@ -12,6 +12,7 @@ from fedmoe_jax.align.queues import TierPressure, lift_tiers
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.forms import check_form, check_type
 from fedmoe_jax.moe_layers import layer_keys, map_layers
+from fedmoe_jax.privacy.request import request
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import (
     AlignState,
@@ -52,9 +53,10 @@ def assign(
     key: Array,
     pressure: TierPressure | None = None,
 ) -> Assignment:
-    """The strategy's decision for the cohort, and its bias, leaves [C, G, ...].
+    """The strategy's decision for the cohort, leaves [C, G, ...].
 
-    Tiers under `pressure`, leaves [G, ...], get experts of high value, see `floors`.
+    With its bias, and with what clients ask for where that is randomised. Tiers under
+    `pressure`, leaves [G, ...], get experts of high value, see `floors`.
     """
     sizes, strategy = program.sizes, program.strategy
 
@@ -69,6 +71,15 @@ def assign(
             own = evidence.fitness, evidence.capacity, pressure
             rest = hyper.fairness.tradeoff, strategy.local_experts
             assignment = lift_tiers(assignment, *own, *rest)
+        if program.static.privacy.flip:
+            assignment = request(
+                assignment,
+                evidence.client,
+                hyper,
+                key,
+                num_experts=sizes.num_experts,
+                local_experts=strategy.local_experts,
+            )
         return bias_slots(assignment, evidence, hyper, strategy)
 
     over_layers = map_layers(assign_layer, sizes.num_layers, (EVIDENCE, 0, 0), 1)
@@ -121,4 +132,24 @@ def learn_layers(
     reset_key = make_keys(state.key, state.round).of(RESET)
     keys = layer_keys(reset_key, sizes.num_layers)
     reply = replies.feedback, replies.report, chosen
-    return over_layers(state.align, evidence, assignment, *reply, keys)
+    align, load = over_layers(state.align, evidence, assignment, *reply, keys)
+    if replies.load is not None:
+        slots = assignment if chosen is None else assignment.replace(slot=chosen)
+        load = place_load(replies.load, arrived, slots, sizes.num_experts)
+    return align, load
+
+
+def place_load(
+    load: Array, arrived: Array, trained: Assignment, num_experts: int
+) -> Array:
+    """Examples trained, [G, E], where clients report only noisy ones.
+
+    Args:
+      load: [C, G, K] float32, which they do not report.
+      arrived: [C] bool, whether the client's update counts.
+      trained: leaves [C, G, K].
+      num_experts: E.
+    """
+    counted = jnp.where(trained.slot & arrived[:, None, None], load, 0.0)
+    layer = jnp.arange(load.shape[1])[None, :, None]
+    return jnp.zeros((load.shape[1], num_experts)).at[layer, trained.held].add(counted)

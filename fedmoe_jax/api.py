@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.config import fill_defaults, validate
 from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.observed import join_chunks, read_observed
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.report.rows import Row, read_metrics
@@ -52,6 +53,8 @@ class Run(NamedTuple):
         yet, or the folder is a copy without them.
       frozen: the parts of the model that are not trained; None likewise.
       plan: its program, data and federation; None likewise.
+      observed: with `privacy.observe` what was seen of its clients, name -> array
+        [rounds, C, ...], see `observer.see_round`; None without.
     """
 
     config: ConfigDict
@@ -59,6 +62,7 @@ class Run(NamedTuple):
     state: SimState | None
     frozen: PyTree
     plan: Plan | None
+    observed: dict[str, np.ndarray] | None = None
 
     @property
     def params(self) -> PyTree:
@@ -116,7 +120,7 @@ def run(
             on_row=on_row,
         )
         return load_run(folder)
-    rows = []
+    rows, chunks = [], []
 
     def take(row: Row) -> None:
         rows.append(row)
@@ -124,10 +128,11 @@ def run(
 
     (wave,) = plan_waves([Member(config.strategy, config)])
     tell_notes(wave)
-    job = build_job(wave, [None], drives=True)._replace(on_row=take)
+    job = build_job(wave, [None], drives=True)
+    job = job._replace(on_row=take, on_observed=chunks.append)
     end = drive(config, job, None, stop=lambda: False, profile=None)
     kept = take_run(end.state, end.inputs)
-    return Run(config, stack_rows(rows), *kept, wave.plans[0])
+    return Run(config, stack_rows(rows), *kept, wave.plans[0], join_chunks(chunks))
 
 
 def load_run(folder: str | Path) -> Run:
@@ -161,16 +166,18 @@ def load_run(folder: str | Path) -> Run:
     rows = stack_rows(read_metrics(folder / "metrics.jsonl"))
     adopt_devices(config.run.num_devices)
     wave, checkpoints = find_wave(folder.resolve(), config)
+    seen = read_observed(folder)
     if not checkpoints.is_dir():
-        return Run(config, rows, None, None, None)
+        return Run(config, rows, None, None, None, seen)
     job = build_job(wave, [None] * len(wave.names))
     found = checkpoint.read_latest(checkpoints, job.state)
     if found is None:
-        return Run(config, rows, None, None, None)
+        return Run(config, rows, None, None, None, seen)
     state = found.state
     inputs = restore_frozen(job, checkpoints, found.step)
     number = wave.names.index(folder.resolve().name)
-    return Run(config, rows, *take_run(state, inputs, number), wave.plans[number])
+    kept = take_run(state, inputs, number)
+    return Run(config, rows, *kept, wave.plans[number], seen)
 
 
 def find_wave(folder: Path, config: ConfigDict) -> tuple[Wave, Path]:

@@ -378,6 +378,9 @@ class Strategy(NamedTuple):
       test_active: experts per example in evaluation, 0 for as many as in training.
       every_expert: whether evaluation computes all E experts for every example.
       one_layer: whether it is defined for models with one MoE layer and `parts` only.
+      alone: whether it gives each client the top k_c of the client's own fitness and
+        reads nothing else about its data, so that `privacy.selection` bounds what the
+        client's held sets say; see `privacy.selection`.
     """
 
     about: str
@@ -416,6 +419,7 @@ class Strategy(NamedTuple):
     test_active: int = 0
     every_expert: bool | Open = None
     one_layer: bool = False
+    alone: bool = False
 
 
 class Process(NamedTuple):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from fedmoe_jax.capacity import Belief, count_examples
 from fedmoe_jax.cohort import JudgeFn
 from fedmoe_jax.models.submodel import is_local
+from fedmoe_jax.privacy.selection import hide_fitness
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
 from fedmoe_jax.pruning.submodels import Pruned, count_reported, spread_room
@@ -17,9 +18,9 @@ from fedmoe_jax.types import (
     Hyper,
     PyTree,
     SimState,
-    Sizes,
+    make_keys,
 )
-from fedmoe_jax.world.costs import FEEDBACK_NUMBERS, Traffic
+from fedmoe_jax.world.costs import FEEDBACK_NUMBERS, Traffic, add_cover
 from fedmoe_jax.world.outcome import Conditions, Outcome, judge_client
 from fedmoe_jax.world.step import View
 
@@ -30,17 +31,21 @@ def gather_evidence(
     cohort: Array,
     belief: Belief,
     hyper: Hyper,
-    sizes: Sizes,
+    program: Program,
 ) -> Evidence:
     """The strategy's view of the cohort [C], of clients whose devices it believes.
 
     Where experts are pruned the capacity is that of pruned ones.
     """
-    align = state.align
+    align, sizes = state.align, program.sizes
+    fitness = align.fitness[cohort]
+    if program.static.privacy.selection:
+        keys = make_keys(state.key, state.round)
+        fitness = hide_fitness(fitness, cohort, hyper, keys)
     evidence = Evidence(
         round=state.round,
         client=cohort,
-        fitness=align.fitness[cohort],
+        fitness=fitness,
         usage=align.usage,
         capacity=belief.capacity[cohort],
         size=view.federation.size[cohort],
@@ -84,7 +89,7 @@ def plan_traffic(
     feedback = (FEEDBACK_NUMBERS + probes) * slots
     if pruned is not None:
         feedback += count_reported(pruned, program)
-    return Traffic(
+    traffic = Traffic(
         held=held,
         trained=trained,
         sent=jnp.zeros(held.shape),
@@ -96,6 +101,10 @@ def plan_traffic(
         biases=None if assignment.bias is None else talks * assignment.slot.sum((1, 2)),
         pruned=None if pruned is None else pruned.stem,
     )
+    if assignment.asked is None:
+        return traffic
+    cover = per_layer(assignment.asked) - (held - local)
+    return add_cover(traffic, cover, program.sizes.num_layers, probes)
 
 
 def set_conditions(

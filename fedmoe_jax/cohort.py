@@ -24,6 +24,8 @@ from fedmoe_jax.aggregate import (
 from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.optimizers import step_weights
+from fedmoe_jax.privacy.feedback import hide_feedback
+from fedmoe_jax.privacy.updates import clip_update, weigh_alike
 from fedmoe_jax.program import Program
 from fedmoe_jax.pruning.units import share_experts
 from fedmoe_jax.runtime.scheduling import chunk_size, schedule
@@ -62,6 +64,8 @@ class Reply(struct.PyTreeNode):
       variate: new control variates, like params; {} where there are none.
       chosen: [C, G, K] bool, the slots that the client has trained; None for all.
       importance: of the units, see `ClientUpdate`.
+      load: [C, G, K] float32, the load that clients do not report, as their feedback is
+        noisy, for measures alone; None where it is the feedback's.
     """
 
     feedback: Feedback
@@ -74,6 +78,7 @@ class Reply(struct.PyTreeNode):
     variate: PyTree
     chosen: Array | None = None
     importance: PyTree = struct.field(default_factory=dict)
+    load: Array | None = None
 
     @property
     def arrived(self) -> Array:
@@ -183,6 +188,12 @@ def follow_choice(
     return inputs.replace(slot=chosen), conditions.replace(traffic=traffic)
 
 
+def count_positions(steps: Array, program: Program) -> Array:
+    """[] float32, positions that ONE client trains on, padding included."""
+    taken = steps if program.static.ragged else program.sizes.local_steps
+    return jnp.asarray(taken * program.scores.loss.size, jnp.float32)
+
+
 def take_clients(
     inputs: ClientInput, conditions: Conditions, position: Array
 ) -> tuple[ClientInput, Conditions]:
@@ -232,6 +243,7 @@ def train_share(
       one leading axis.
     """
     stale = program.static.late.kind == "stale"  # then sums have a second row for them
+    private = program.static.privacy
 
     def one_client(
         inputs: ClientInput, conditions: Conditions
@@ -243,15 +255,27 @@ def train_share(
             kept = share_experts(inputs.masks, program.units, program.rest_entries)
             kept = jnp.where(inputs.slot, kept, 0.0)
         inputs, conditions = follow_choice(inputs, conditions, update.chosen, kept)
+        load = update.feedback.load if private.feedback_noise else None
+        if private.feedback_noise:
+            positions = count_positions(inputs.steps, program)
+            update = hide_feedback(update, inputs, positions, hyper, client_key)
         size = federation.size[inputs.client]
         weights = weigh(inputs, update, size, hyper, program.strategy)
+        if private.clip:
+            local_experts = program.strategy.local_experts
+            weights = weigh_alike(weights, inputs, local_experts)
         sending = weights["experts"] > 0
         sending = sending if kept is None else sending * kept
         sent = sending.sum() / program.sizes.num_layers
+        if private.flip:  # all that it asks for, or the link would show what it trains
+            sent = conditions.traffic.received
         if program.static.fairness.power:
             weights = emphasise(weights, update.loss, hyper.fairness.power)
         outcome = judge(conditions, sent, update.finite)
         reply = make_reply(update, inputs, sent, outcome, hyper, program)
+        if private.clip:
+            update = clip_update(update, inputs, weights, hyper)
+        reply = reply.replace(load=load)
         return update, keep_if(outcome.arrived, weights), reply
 
     def choose_sums(code: Array) -> Array:

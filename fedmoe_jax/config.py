@@ -30,6 +30,7 @@ from fedmoe_jax.options import (
     is_whole,
     show,
 )
+from fedmoe_jax.privacy.defences import check_privacy, is_private
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.strategies import STRATEGIES, find_strategy
 from fedmoe_jax.tables import find_tables, list_defaults, list_plugins
@@ -100,13 +101,14 @@ def list_options() -> dict[str, Option]:
 
 
 def list_idle_fields(config: ConfigDict) -> tuple[set[str], set[str]]:
-    """The fields of strategies, of processes and of groups that a config does not use.
+    """The fields of strategies, processes, groups and privacy that a config lacks.
 
     Args:
       config: of a run, or of a comparison, which uses the fields of all its strategies.
 
     Returns:
-      Fields of other strategies alone, and of processes, and groups, that are off.
+      Fields of other strategies alone, and of processes, groups and privacy, that are
+      off.
     """
     tables, compared = find_tables(), "compare" in config
     names = config.compare.strategies if compared else [config.strategy]
@@ -117,8 +119,11 @@ def list_idle_fields(config: ConfigDict) -> tuple[set[str], set[str]]:
     idle = join(map(named, strategies.values())) - used
     on = (named(p) if p.is_on(config) else set(p.always) for p in processes)
     off = join(map(named, processes)) - join(on)
+    of_group = lambda name: {o.name for o in OPTIONS if o.name.startswith(f"{name}.")}
     if config.groups.kind == NONE:
-        off |= {option.name for option in OPTIONS if option.name.startswith("groups.")}
+        off |= of_group("groups")
+    if not config.privacy.observe and not is_private(config):
+        off |= of_group("privacy")
     return idle, off
 
 
@@ -338,6 +343,7 @@ def validate(config: ConfigDict) -> None:
     check_base(values)
     check_drift(values)
     check_schedules(values)
+    check_privacy(values)
     check_targets(values["evaluation.targets"])
     check_baseline(values["evaluation.baseline"])
     check_multiples(values)

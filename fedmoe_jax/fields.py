@@ -698,6 +698,54 @@ OPTIONS: tuple[Option, ...] = (
         TRACED,
     ),
     Option(
+        "privacy.feedback_noise",
+        NON_NEGATIVE,
+        "standard deviation of the Gaussian noise that each client adds to every "
+        "number of its feedback, each of them within [0, 1]; 0: none",
+        TRACED,
+    ),
+    Option(
+        "privacy.selection",
+        NON_NEGATIVE,
+        "epsilon of each expert that is picked by fitness: strategies read clipped "
+        "fitness plus Gumbel noise of scale 2 / epsilon; 0: as it is",
+        TRACED,
+    ),
+    Option(
+        "privacy.flip",
+        NON_NEGATIVE,
+        "epsilon of randomised response on each of the E bits of what a client asks "
+        "for on the link, with cover traffic; 0: it asks for what it holds",
+        TRACED,
+    ),
+    Option(
+        "privacy.clip",
+        NON_NEGATIVE,
+        "largest L2 norm of a client's whole update, and equal weights of all clients; "
+        "0: any, and weights as configured",
+        TRACED,
+    ),
+    Option(
+        "privacy.noise",
+        NON_NEGATIVE,
+        "standard deviation of the Gaussian noise on every sum of updates, in "
+        "privacy.clip; 0: none",
+        TRACED,
+    ),
+    Option(
+        "privacy.delta",
+        Range(0, 1, open_low=True, open_high=True),
+        "delta of the epsilon that is reported, less than 1 / num_clients where "
+        "anything is private",
+    ),
+    Option(
+        "privacy.observe",
+        None,
+        "whether a run records what a server, or a listener on the link, sees of each "
+        "client, for attacks; see docs/privacy.md",
+        STATIC,
+    ),
+    Option(
         "evaluation.dense_experts",
         COUNT,
         "largest number of experts of which each one sees every test image; "

@@ -25,8 +25,7 @@ def bias_clients(
     if program.strategy.affinity is None:
         return None
     everyone = jnp.arange(program.sizes.num_clients)
-    believed = state.belief, hyper, program.sizes
-    evidence = gather_evidence(state, view, everyone, *believed)
+    evidence = gather_evidence(state, view, everyone, state.belief, hyper, program)
 
     def bias_layer(evidence: Evidence) -> Array:
         return bias_experts(evidence, hyper, program.strategy)

@@ -353,6 +353,15 @@ MEASURES: dict[str, Measure] = {
         title="Validation, personal %",
         about="personal accuracy on the same examples",
     ),
+    "epsilon": Measure(
+        "epsilon",
+        title="Epsilon",
+        about="of the mechanisms of `privacy` that are on, together, for a client that "
+        "is replaced by another; it is of what these cover, which the notes say",
+        better=-1,
+        digits=2,
+        trivial=NEVER,
+    ),
     "final_validation_personal_prior_accuracy": ASIDE._replace(
         field="validation_personal_prior_accuracy",
         title="Validation, personal, prior %",

@@ -31,6 +31,7 @@ from fedmoe_jax.types import (
 from fedmoe_jax.world.costs import (
     NUMBER_BYTES,
     TRAINING_PASSES,
+    Traffic,
     answer_flops,
     client_bytes,
     client_flops,
@@ -58,6 +59,17 @@ def count_exchange(
     return size * (sent / devices.upload + received / devices.download)
 
 
+def add_exchange(
+    traffic: Traffic, sent: Array, exchanged: tuple[Array, Array], program: Program
+) -> Traffic:
+    """The traffic of a round with all experts that clients have sent; see `account`."""
+    talks = 0.0 if program.strategy.silent else 1.0
+    return traffic.replace(
+        sent=talks * (sent + exchanged[0]),
+        received=traffic.received + talks * exchanged[1],
+    )
+
+
 def account(
     participation: Participation,
     conditions: Conditions,
@@ -83,11 +95,7 @@ def account(
     exchanging = count_exchange(exchanged, devices, program)
     seconds = worked.sum(1) + exchanging
     on_air = worked[:, 0] + worked[:, 2] + exchanging
-    talks = 0.0 if program.strategy.silent else 1.0
-    traffic = traffic.replace(
-        sent=talks * (sent + exchanged[0]),
-        received=traffic.received + talks * exchanged[1],
-    )
+    traffic = add_exchange(traffic, sent, exchanged, program)
     up, down = client_bytes(program.costs, traffic)
     flops = client_flops(program.costs, traffic, conditions.examples)
     parameters = client_parameters(program.costs, traffic)

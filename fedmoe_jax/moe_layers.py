@@ -5,6 +5,7 @@ where they meet several: it vmaps them over G, and where G is 1 it calls them as
 are, so that a model with one MoE layer costs nothing for the axis.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -64,3 +65,23 @@ def count_experts(part: dict[str, PyTree]) -> int:
 def layer_names(tree: dict[str, PyTree]) -> list[str]:
     """The names of the G subtrees of a part of the params, in the order of G."""
     return sorted(tree)
+
+
+def map_rows(
+    function: Callable[..., Array], weight: dict[str, Array], *trees: PyTree
+) -> PyTree:
+    """`function(weight [] or [E], leaf, ...)` of all leaves of pytrees like params."""
+
+    def map_part(part: str) -> PyTree:
+        parts = [tree[part] for tree in trees]
+        if part not in LAYERED:
+            return jax.tree.map(functools.partial(function, weight[part]), *parts)
+        return {
+            name: jax.tree.map(
+                functools.partial(function, weight[part][layer]),
+                *(tree[name] for tree in parts),
+            )
+            for layer, name in enumerate(layer_names(parts[0]))
+        }
+
+    return {part: map_part(part) for part in weight}

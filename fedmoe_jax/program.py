@@ -29,6 +29,7 @@ from fedmoe_jax.models.precision import compute_in
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
+from fedmoe_jax.privacy.defences import find_flags
 from fedmoe_jax.pruning.scores import NONE
 from fedmoe_jax.pruning.units import count_entries
 from fedmoe_jax.runtime.files import flatten
@@ -59,8 +60,9 @@ class Program(NamedTuple):
         them; also `prox`, whether the FedProx term is in the local objective, `ragged`,
         whether clients take different numbers of local steps, `upcycled`, whether there
         is a dense warm-up, `probes`, whether clients probe their experts before
-        training, and, in the group `fairness`, whether each of its floors and its power
-        is above 0.
+        training, in the group `fairness` whether each of its floors and its power is
+        above 0, and in the group `privacy` the defences that are on, by the names of
+        their numbers.
       processes: of the world that are on, in the order of application.
       report_numbers: numbers in the report of one client, see `Strategy.report`.
       costs: of the simulated model; these bytes are reported.
@@ -257,6 +259,7 @@ def make_static(config: ConfigDict) -> Static:
         "fairness.floor": config.fairness.floor > 0,
         "fairness.expert_floor": config.fairness.expert_floor > 0,
         "fairness.power": config.fairness.power > 0,
+        **find_flags(config, find_strategy(config.strategy).silent),
     }
     return group(take_scope(config, STATIC) | extra, "static")
 

@@ -22,11 +22,20 @@ from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import Reply, build_train_cohort, exchange, renew_clients
 from fedmoe_jax.floors import press_cohort, press_tiers, serve
 from fedmoe_jax.metrics import measure
+from fedmoe_jax.observer import OBSERVED, see_round
 from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
 from fedmoe_jax.pruning.submodels import learn_units, prune_cohort
 from fedmoe_jax.runtime.sharding import spread
-from fedmoe_jax.types import Array, Federation, Hyper, RoundFn, SimState, make_keys
+from fedmoe_jax.types import (
+    Array,
+    Federation,
+    Hyper,
+    PyTree,
+    RoundFn,
+    SimState,
+    make_keys,
+)
 from fedmoe_jax.upcycle import copy_first, hold_first, is_warming, keep_scores
 from fedmoe_jax.world.availability import choose_cohort
 from fedmoe_jax.world.costs import train_chosen
@@ -53,7 +62,8 @@ def round_step(
       train_cohort: see `cohort.build_train_cohort`.
 
     Returns:
-      The state after the round, shaped as before, and the round's metrics.
+      The state after the round, shaped as before, and the round's metrics; among them
+      `observed`, see `observer`, where a run is observed.
     """
     keys = make_keys(state.key, state.round)
     hyper = schedule_rates(hyper, state.round, program.static)
@@ -67,9 +77,7 @@ def round_step(
     # 2 capacity
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
-    evidence = gather_evidence(
-        state, view, cohort, capacity.belief, hyper, program.sizes
-    )
+    evidence = gather_evidence(state, view, cohort, capacity.belief, hyper, program)
     pressure = press_tiers(state, program)
     assignment = assign(evidence, hyper, program, keys.align, pressure)
     if warming is not None:
@@ -116,11 +124,15 @@ def round_step(
         queues=serve(state, evidence, assignment, pressure, replies, hyper, program),
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    return after, measure(
+    metrics: PyTree = measure(
         *(state, after, capacity, view, inputs, conditions, replies, sent, load),
         hyper,
         program,
     )
+    if program.static.privacy.observe:
+        link = assignment, conditions, replies, sent
+        metrics[OBSERVED] = see_round(*link, program)
+    return after, metrics
 
 
 def build_round(program: Program) -> RoundFn:

@@ -334,6 +334,10 @@ class Assignment(struct.PyTreeNode):
       calibration: [C] float32, a factor of each client's calibration loss; None for 1.
       bias: [C, K] float32 >= 0, of the gate logits of the experts in the slots; None
         for none. `align_layers.assign` adds it, see `Strategy.affinity`.
+      asked: [C, E] bool, the experts that each client asks for on the link, where that
+        is randomised; slots are then those of them that it trains, any of the first
+        k_c. None where it asks for all that it holds. `align_layers.assign` adds it,
+        see `privacy.request`.
 
     Of all layers together the leaves are [C, G, ...].
     """
@@ -342,6 +346,7 @@ class Assignment(struct.PyTreeNode):
     slot: Array
     calibration: Array | None = None
     bias: Array | None = None
+    asked: Array | None = None
 
 
 class Evidence(struct.PyTreeNode):
@@ -350,7 +355,7 @@ class Evidence(struct.PyTreeNode):
     Attributes:
       round: [] int32.
       client: [C] int32, client ids.
-      fitness: [C, E] float32, rows of the cohort.
+      fitness: [C, E] float32, rows of the cohort, noisy with `privacy.selection`.
       usage: [E] float32.
       capacity: [C] int32 in [1, K], experts each client can hold.
       size: [C] int32 >= 1, examples that each client owns.

@@ -484,8 +484,8 @@ def send_inputs(run, state, cohort, held, slot, view=None):
     program, view = run.program, view or see_calm(run)
     capacity = jnp.full(state.align.held.shape[0], program.sizes.max_held)
     capacity = Capacity(Belief(capacity, {}), capacity, capacity)
-    belief, sizes = capacity.belief, program.sizes
-    evidence = gather_evidence(state, view, cohort, belief, run.hyper, sizes)
+    belief = capacity.belief
+    evidence = gather_evidence(state, view, cohort, belief, run.hyper, program)
     assignment = Assignment(held[:, None].astype(jnp.int32), slot[:, None])
     return broadcast(state, view, evidence, assignment, None, program)
 

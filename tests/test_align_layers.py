@@ -14,11 +14,14 @@ from factories import (
     make_replies,
 )
 
+from fedmoe_jax.align.affinity import bias_slots, by_fitness
 from fedmoe_jax.align.drift_detector import init_detector
 from fedmoe_jax.align.learn import RESET, count_load, learn
 from fedmoe_jax.align.queues import TierPressure, lift_tiers
 from fedmoe_jax.align_layers import assign, learn_layers
 from fedmoe_jax.moe_layers import LAYER
+from fedmoe_jax.options import replace
+from fedmoe_jax.privacy.request import request
 from fedmoe_jax.types import Assignment, SimState, make_keys
 from fedmoe_jax.world.outcome import OUTAGE
 
@@ -144,6 +147,48 @@ def test_assign_yields_to_the_tiers_of_each_layer_before_gates_get_their_bias(
         np.testing.assert_allclose(of_layer(found).bias, bias)
         changed += (expected != before.held).sum()
     assert changed > 0
+
+
+def test_assign_asks_for_each_layer_by_itself(num_layers):
+    """And its bias is of the experts in the slots as they are then."""
+    program, rows = make_layers(num_layers, "greedy")
+    private = program.static.privacy._replace(flip=True)
+    static = program.static._replace(privacy=private)
+    strategy = program.strategy._replace(affinity=by_fitness)
+    program = program._replace(static=static, strategy=strategy)
+    hyper = replace(HYPER, privacy={"flip": jnp.float32(0.5)}, gate={"bias": 2.0})
+    key, asks = jax.random.key(2), []
+    found = jax.jit(lambda e: assign(e, hyper, program, key))(join_evidence(rows))
+    for layer, key_of in enumerate(keys_by_hand(key, num_layers)):
+        _, evidence = rows[layer]
+        wish = program.strategy.assign(evidence, hyper, program.sizes, key_of)
+        experts = {"num_experts": program.sizes.num_experts, "local_experts": 0}
+        expected = request(wish, evidence.client, hyper, key_of, **experts)
+        expected = bias_slots(expected, evidence, hyper, strategy)
+        assert_same(
+            jax.tree.map(lambda leaf, g=layer: leaf[:, g], found), expected, atol=1e-6
+        )
+        asks.append(np.array(expected.asked))
+    assert all((asks[0] != other).any() for other in asks[1:])
+
+
+def test_learn_layers_measures_what_was_trained_and_learns_what_was_reported():
+    program, rows = make_layers(2, "greedy")
+    slots = program.sizes.cohort_size, 2, program.sizes.max_held
+    held = jnp.broadcast_to(jnp.array([3, 1], jnp.int32), slots)
+    assignment = Assignment(held, jnp.ones(slots, bool).at[0, 1, 1].set(False))
+    feedback = make_feedback(jnp.full(slots, 7.0), accuracy=jnp.full(slots, 0.5))
+    load = jnp.broadcast_to(jnp.array([4.0, 2.0]), slots)
+    replies = make_replies(feedback, ARRIVED, load=load)  # three of four arrive
+    fields = dict.fromkeys(SimState.__dataclass_fields__)
+    align = join_align(rows)
+    fields |= {"align": align, "key": jax.random.key(4), "round": jnp.int32(7)}
+    found, measured = learn_layers(
+        *(SimState(**fields), join_evidence(rows), assignment, replies, HYPER, program)
+    )
+    assert measured.tolist() == [[0, 6, 0, 12], [0, 4, 0, 12]]
+    used = found.usage - HYPER.usage.decay * align.usage
+    np.testing.assert_allclose(used, [[0, 21, 0, 21], [0, 14, 0, 21]], atol=1e-5)
 
 
 @layers

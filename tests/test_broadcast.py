@@ -10,12 +10,14 @@ from factories import (
     make_evidence,
     make_program,
     plan_run,
+    see_calm,
     send_inputs,
     start,
     use_linear_model,
 )
 
-from fedmoe_jax.broadcast import plan_traffic
+from fedmoe_jax.broadcast import gather_evidence, plan_traffic
+from fedmoe_jax.gate_bias import bias_clients
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.types import Assignment
 from fedmoe_jax.world.step import observe
@@ -38,6 +40,39 @@ def test_plan_traffic_of_probes_by_hand(kind, numbers, probed):
     assert found.reported.tolist() == [numbers * 3, numbers * 2]
     assert found.held.tolist() == [1.5, 1]
     assert (found.probed if probed is None else found.probed.tolist()) == probed
+
+
+def test_plan_traffic_of_cover_by_hand():
+    """A client that holds 2 + 1 experts of two layers asks for 3 + 2, of 4."""
+    program = make_program(**{"gate.bias": 1.0})
+    program = program._replace(sizes=program.sizes._replace(num_layers=2))
+    slot, asked = jnp.array([[[1, 1], [1, 0]]], bool), jnp.arange(4)[None, None]
+    asked = asked < jnp.array([[[3], [2]]])
+    held = jnp.broadcast_to(jnp.arange(2), slot.shape)
+    evidence = make_evidence(client=jnp.arange(1), capacity=jnp.full(1, 2))
+    wish = Assignment(held, slot, bias=jnp.zeros(slot.shape), asked=asked)
+    found = plan_traffic(*(evidence, wish, jnp.ones(1, bool), None, program))
+    assert found.received.tolist() == [5 / 2]
+    assert found.reported.tolist() == [5 * 5] and found.biases.tolist() == [5]
+    assert found.held.tolist() == found.trained.tolist() == [3 / 2]
+
+
+def test_gather_evidence_has_noisy_fitness_of_the_round_in_training_and_evaluation():
+    plan = plan_run(**{"privacy.selection": 1.0, "gate.bias": 2.0})
+    run = start(plan, use_linear_model(plan.program))
+    cohort, everyone = jnp.array([1, 4]), jnp.arange(N)
+    gather = lambda state, clients: (
+        gather_evidence(
+            *(state, see_calm(run), clients, state.belief, run.hyper, run.program)
+        ).fitness
+    )
+    noisy, late = gather(run.state, cohort), run.state.replace(round=jnp.int32(1))
+    assert (jnp.abs(noisy - run.state.align.fitness[cohort]) > 1e-3).all()
+    np.testing.assert_array_equal(noisy, gather(run.state, everyone)[cohort])
+    assert (gather(late, cohort) != noisy).all()
+    bias = bias_clients(run.state, see_calm(run), run.hyper, run.program)
+    best = gather(run.state, everyone).argmax(2)
+    np.testing.assert_array_equal(bias.argmax(2), best)
 
 
 @pytest.mark.parametrize("kind", ["loss", "probe"])

@@ -34,6 +34,7 @@ CHECKED_ELSEWHERE |= {
     "model.tied",
     "run.tensorboard",
     "evaluation.finetune",
+    "privacy.observe",
     "devices.csv",
     "plugins",
 }

@@ -8,7 +8,7 @@ from factories import SIZES, assert_same, make_align, make_evidence
 
 from fedmoe_jax.align.top_k import top_k
 from fedmoe_jax.align_layers import ALIGN, EVIDENCE
-from fedmoe_jax.moe_layers import layer_keys, layer_names, map_layers
+from fedmoe_jax.moe_layers import layer_keys, layer_names, map_layers, map_rows
 
 N, E, K = SIZES.num_clients, SIZES.num_experts, SIZES.max_held
 layers = pytest.mark.parametrize("num_layers", [1, 3])
@@ -124,6 +124,22 @@ def test_layer_keys_begin_with_the_key_itself():
     assert len({tuple(row) for row in keys.tolist()}) == 4
     # More layers change nothing for those that were there.
     assert_same(layer_keys(key, 2), layer_keys(key, 4)[:2])
+
+
+def test_map_rows_gives_every_leaf_the_weights_of_its_rows():
+    """Of two layers: stem and head have one weight, gates and experts one a row."""
+    layers = {"b": jnp.ones((3, 2)), "a": jnp.ones((3, 1, 2))}
+    tree = {"stem": {"x": jnp.ones(4)}, "gate": layers, "experts": layers}
+    rows = jnp.arange(6.0).reshape(2, 3)
+    weight = {"stem": jnp.float32(9.0), "gate": rows, "experts": 10 * rows}
+    scale = lambda w, leaf, more: (
+        more + w.reshape(w.shape + (1,) * (leaf.ndim - w.ndim))
+    )
+    found = map_rows(scale, weight, tree, tree)
+    assert found["stem"]["x"].tolist() == [10] * 4 and set(found) == set(tree)
+    # Layers are in the order of their names.
+    assert found["gate"]["a"].tolist() == [[[1, 1]], [[2, 2]], [[3, 3]]]
+    assert found["experts"]["b"].tolist() == [[31, 31], [41, 41], [51, 51]]
 
 
 def test_layer_names_are_in_the_order_of_g():

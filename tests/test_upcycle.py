@@ -43,6 +43,10 @@ def test_hold_first_gives_expert_0_alone_and_no_calibration():
     after = hold_first(own, jnp.array(False))
     assert_same((after.held, after.slot), (held, slot))
     np.testing.assert_array_equal(after.calibration, np.ones((2, 1)))
+    asked = jnp.array([[[0, 1, 1, 0]], [[1, 1, 0, 0]]], bool)
+    ask = lambda warming: hold_first(own.replace(asked=asked), jnp.array(warming)).asked
+    np.testing.assert_array_equal(ask(True), [[[1, 0, 0, 0]]] * 2)
+    np.testing.assert_array_equal(ask(False), asked)
 
 
 @pytest.mark.slow

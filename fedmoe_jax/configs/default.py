@@ -274,6 +274,15 @@ def get_config(argument: str = "") -> ConfigDict:
     config.reaction.rounds = 5
     config.reaction.evidence = 3
 
+    config.privacy = ConfigDict()
+    config.privacy.feedback_noise = 0.0
+    config.privacy.selection = 0.0
+    config.privacy.flip = 0.0
+    config.privacy.clip = 0.0
+    config.privacy.noise = 0.0
+    config.privacy.delta = 1e-5
+    config.privacy.observe = False
+
     config.evaluation = ConfigDict()
     config.evaluation.dense_experts = 16
     config.evaluation.clients = 1000

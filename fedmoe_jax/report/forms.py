@@ -70,7 +70,9 @@ SUMMARY = {
     **dict.fromkeys(("note", "needs"), TEXT._replace(needed=False)),
     "reference": SWITCH._replace(needed=False),
     **dict.fromkeys(("idle", "reads"), TEXTS._replace(needed=False)),
-    **dict.fromkeys(("made_by", "overwrites"), OBJECT._replace(needed=False)),
+    **dict.fromkeys(
+        ("made_by", "overwrites", "privacy"), OBJECT._replace(needed=False)
+    ),
     **dict.fromkeys(
         ("wall_seconds", "owners_per_example", "bytes_per_token", "limit_bits"),
         NUMBER._replace(needed=False),

@@ -38,6 +38,7 @@ from fedmoe_jax.report.tables import (
     note_of,
     overwrites_of,
     owners_of,
+    privacy_of,
     rates_of,
     table,
 )
@@ -158,6 +159,7 @@ def _notes_html(groups: Mapping[str, Sequence[Run]]) -> str:
     items = ""
     for label, group in groups.items():
         sentences = note_of(group), owners_of(group), overwrites_of(group)
+        sentences = *sentences, privacy_of(group)
         text = " ".join(filter(None, sentences))
         items += f"<li><b>{escape(label)}</b> {escape(text)}</li>"
     return f"<details><summary>What each decides</summary><ul>{items}</ul></details>"

@@ -253,6 +253,21 @@ def overwrites_of(group: Sequence[Run]) -> str:
     return f"Overwrites {changes}." if changes else ""
 
 
+def privacy_of(group: Sequence[Run]) -> str:
+    """What the mechanisms of a label's runs guarantee; empty where nothing is private.
+
+    Of each mechanism its epsilon and what that covers, or why it has none.
+    """
+    found = group[0].summary.get("privacy", {})
+    each = [f"{k}: {v['text']}" for k, v in found.items() if isinstance(v, dict)]
+    if not each:
+        return ""
+    return (
+        f"Private for {found['unit']}, delta {found['delta']:g}, {found['rounds']} "
+        f"rounds, {found['sampling']}; {'; '.join(each)}."
+    )
+
+
 def rates_of(group: Sequence[Run]) -> str:
     """Whether the rates of a label's runs were tuned, see `train.tune`."""
     tuned = [bool(run.config.get("tuned")) for run in group]
@@ -293,7 +308,7 @@ def markdown_table(runs: Sequence[Run]) -> str:
     for label, cells in rows.items():
         shown = [f"**{cell.text}**" if cell.bold else cell.text for cell in cells]
         group = groups[label]
-        sentences = note_of(group), owners_of(group), needs_of(group)
+        sentences = note_of(group), owners_of(group), needs_of(group), privacy_of(group)
         note = escape_markdown(" ".join(filter(None, sentences)))
         own = [quote_markdown(label), str(len(group)), rates_of(group)]
         lines.append([*own, *shown, note])

@@ -22,4 +22,5 @@ GREEDY = Strategy(
     assign=assign,
     about="Gives each client its fittest experts; needs the clients' feedback.",
     reads=("fitness",),
+    alone=True,
 )

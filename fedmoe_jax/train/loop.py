@@ -15,7 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
+from fedmoe_jax import observed
 from fedmoe_jax.measures import MEASURES, evaluated_fields
+from fedmoe_jax.observer import OBSERVED
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost
@@ -43,6 +45,10 @@ def ignore_row(row: Row) -> None:
     """For callers that read the rows from disk."""
 
 
+def ignore_observed(arrays: dict[str, np.ndarray]) -> None:
+    """For callers that read what was observed from disk."""
+
+
 class Programs(NamedTuple):
     """The jitted functions of a loop, all with a leading S axis for its runs.
 
@@ -53,12 +59,15 @@ class Programs(NamedTuple):
         one more local round, of the last evaluation; None without.
       stages: (rounds, (state, federation, hyper) -> (state, frozen)), each run once so
         many rounds are done.
+      expose: (state, federation, hyper) -> losses of the clients' examples at the end
+        of an observed run, see `exposure`; None without.
     """
 
     run_rounds: Callable
     evaluate: Callable
     finetune: Callable | None
     stages: tuple[tuple[int, Callable], ...]
+    expose: Callable | None = None
 
 
 class Job(NamedTuple):
@@ -74,6 +83,8 @@ class Job(NamedTuple):
       split: takes metrics on the host apart, one dict for each run.
       compile_seconds: spent on compiling so far, of all runs together.
       on_row: called with every row of every run, as `metrics.jsonl` has it.
+      on_observed: called with what was observed of each run in each chunk, leaves
+        [R, ...], where it is observed.
     """
 
     names: list[str]
@@ -85,6 +96,7 @@ class Job(NamedTuple):
     split: Callable[[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]
     compile_seconds: float = 0.0
     on_row: Callable[[Row], None] = ignore_row
+    on_observed: Callable[[dict[str, np.ndarray]], None] = ignore_observed
 
 
 class End(NamedTuple):
@@ -258,6 +270,8 @@ def drive(
         found, store = stack.enter_context(open_store(job, checkpoints, keep))
         state, done = found.state, found.step
         multihost.on_leader(check_rows, job, found)
+        if config.privacy.observe:
+            multihost.on_leader(resume_observed, config, job, done)
         write = stack.enter_context(open_writers(config, job, done))
         if checkpoints and done:
             inputs = restore_frozen(job, checkpoints, done)
@@ -281,6 +295,7 @@ def drive(
             state, metrics, accuracies, clock = advance(
                 job, programs, state, inputs, evaluated, done >= total
             )
+            keep_observed(job, done, [run.pop(OBSERVED, None) for run in metrics])
             rows = list_rows(config, done, metrics, accuracies, clock, spent)
             update([run_rows[-1] for run_rows in write(rows)])
             last, spent = stop() or done >= total, {}
@@ -315,6 +330,33 @@ def check_rows(job: Job, found: Found) -> None:
     digests = found.rows or [None] * len(folders)
     for folder, digest in zip(folders, digests, strict=True):
         check_metrics(folder, found.step, digest)
+
+
+def resume_observed(config: ConfigDict, job: Job, done: int) -> None:
+    """Checks what was observed of every run, and removes what comes after `done`.
+
+    Raises:
+      UserError: see `observed.resume`.
+    """
+    for folder in job.folders:
+        if folder is not None:
+            observed.resume(folder, done, config.chunk_rounds)
+
+
+def keep_observed(
+    job: Job, done: int, chunks: list[dict[str, np.ndarray] | None]
+) -> None:
+    """Writes what was observed of every run in a chunk; before its rows.
+
+    So what a row is of has been kept. Only the leader writes.
+    """
+    if not multihost.is_leader():
+        return
+    for folder, arrays in zip(job.folders, chunks, strict=True):
+        if arrays is not None:
+            job.on_observed(arrays)
+            if folder is not None:
+                observed.write_chunk(folder, done, arrays)
 
 
 def record_origins(folders: Sequence[Path | None], done: int) -> None:

@@ -17,12 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fedmoe_jax.accounting import check_package
 from fedmoe_jax.base import Data
 from fedmoe_jax.config import validate
 from fedmoe_jax.data.groups import NONE, check_groups, copy_groups
 from fedmoe_jax.data.load import DATASETS, load_dataset
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes, shape_base
+from fedmoe_jax.observed import check_size
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program, build_program, make_hyper
 from fedmoe_jax.runtime.scheduling import chunk_size
@@ -166,6 +168,8 @@ def plan_run(
         raise add_notes(error, data.notes) from None
     federation = make_federation(config, data, partition)
     program = build_program(config, data, federation, mesh)
+    check_size(config, program.sizes.num_layers, program.sizes.num_experts)
+    check_package(config)
     hyper = make_hyper(config)
     # Now, as the user's file of devices may have changed when the run ends.
     _, names = make_devices(config)

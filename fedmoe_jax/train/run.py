@@ -14,12 +14,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from fedmoe_jax.accounting import account, describe_privacy
 from fedmoe_jax.base import BASE, Data
 from fedmoe_jax.capacity import Belief
 from fedmoe_jax.config import list_idle_fields
 from fedmoe_jax.evaluate import build_evaluate_share
+from fedmoe_jax.exposure import build_expose_share
 from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.measures import MEASURES, pack_measures
+from fedmoe_jax.observed import EXPOSED
 from fedmoe_jax.pretrained.weights import digest
 from fedmoe_jax.program import Program, find_overwritten
 from fedmoe_jax.report.rows import Row, read_metrics
@@ -173,11 +176,30 @@ def drive_wave(
     results = split_runs(jax.device_get(evaluate(state, *inputs)))
     kept = state.align, state.belief, state.participation
     states = split_runs(jax.device_get(kept))
+    exposed = expose_runs(job, state, inputs)
     if multihost.is_leader():
-        for parts in zip(wave.plans, folders, states, results, strict=True):
-            summary = finish(*parts, end.spent)
-        print(describe_speed(summary), flush=True)
+        for folder, arrays in zip(folders, exposed, strict=False):
+            write_arrays(folder / EXPOSED, **arrays)
+        each = zip(wave.plans, folders, states, results, strict=True)
+        summaries = [finish(*parts, end.spent) for parts in each]
+        for line in dict.fromkeys(map(describe_privacy, summaries)):
+            if line:
+                print(line)
+        print(describe_speed(summaries[-1]), flush=True)
     return True
+
+
+def expose_runs(
+    job: Job, state: SimState, inputs: tuple[PyTree, PyTree]
+) -> list[dict[str, np.ndarray]]:
+    """The losses of every run's examples, see `exposure`; [] where none are.
+
+    None are where no run is observed or no client has a test set of its own.
+    """
+    if job.programs.expose is None or inputs[0].own_test is None:
+        return []
+    (expose,), _ = compile_once([job.programs.expose], state, *inputs)
+    return split_runs(jax.device_get(expose(state, *inputs)))
 
 
 def tell_notes(wave: Wave) -> None:
@@ -299,19 +321,24 @@ def build_programs(program: Program) -> tuple[Callable, Programs]:
     over_runs = lambda function: spread(
         map_runs(function, program.platform), mesh, divided, runs
     )
-    stages = program.strategy.stages
+    strategy = program.strategy
+    stages = strategy.stages
     acts = [act for _, act in stages]  # one that acts again is compiled once
     compiled = {act: jax.jit(over_runs(stage(acts.index(act)))) for act in acts}
     finetune = None
     # The owner of pooled data has no clients' examples to tune on.
-    if program.static.evaluation.finetune and not program.strategy.pooled:
+    if program.static.evaluation.finetune and not strategy.pooled:
         share = map_runs(build_finetune_share(program), program.platform)
         finetune = jax.jit(spread(share, mesh, (*divided, runs), runs))
+    expose = None
+    if program.static.privacy.observe and not strategy.pooled and not strategy.silent:
+        expose = jax.jit(over_runs(build_expose_share(program)))
     return jax.jit(over_runs(init_run)), Programs(
         run_rounds=jax.jit(over_runs(scan_rounds(program)), donate_argnums=0),
         evaluate=jax.jit(over_runs(build_evaluate_share(program))),
         finetune=finetune,
         stages=tuple((when, compiled[act]) for when, act in stages),
+        expose=expose,
     )
 
 
@@ -366,6 +393,7 @@ def finish(
         **summarise_owners(config, plan.partition),
         **summarise_tokens(plan.data),
         **summarise_limit(plan.data),
+        **account(config, plan.program),
         **make_summary(rows, spent, MEASURES, config.evaluation.targets),
         **summarise_origins(workdir),
         "measures": pack_measures(MEASURES),

@@ -194,6 +194,27 @@ def train_chosen(
     )
 
 
+def add_cover(traffic: Traffic, cover: Array, num_layers: int, probes: bool) -> Traffic:
+    """The traffic with that of experts that clients ask for and do not train.
+
+    These take the form of what they cover: they are received and sent, and feedback on
+    them and their bias travel; but a client neither keeps them nor runs them.
+
+    Args:
+      traffic: leaves [C], of what is held.
+      cover: [C] float32 >= 0, experts, a layer.
+      num_layers: G.
+      probes: whether feedback has the loss of a probe.
+    """
+    numbers = num_layers * cover
+    biases = None if traffic.biases is None else traffic.biases + numbers
+    return traffic.replace(
+        received=traffic.received + cover,
+        reported=traffic.reported + (FEEDBACK_NUMBERS + probes) * numbers,
+        biases=biases,
+    )
+
+
 def client_bytes(costs: Costs, traffic: Traffic) -> tuple[Array, Array]:
     """Bytes that each client sends and receives in one round.
 

@@ -55,8 +55,8 @@ def first_round():
         capacity = measure_capacity(
             state.belief, view, hyper, program, state.round, keys
         )
-        sizes = program.sizes
-        evidence = gather_evidence(state, view, cohort, capacity.belief, hyper, sizes)
+        believed = capacity.belief, hyper, program
+        evidence = gather_evidence(state, view, cohort, *believed)
         assignment = assign(evidence, hyper, program, keys.align)
         pruned = prune_cohort(state, evidence, assignment, hyper, program)
         decided = evidence, assignment, pruned

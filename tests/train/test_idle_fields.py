@@ -18,6 +18,7 @@ from fedmoe_jax import load_run
 from fedmoe_jax.config import list_idle_fields, list_options, validate
 from fedmoe_jax.configs import default
 from fedmoe_jax.options import UserError
+from fedmoe_jax.privacy.defences import DEFENCES
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train.compare import compare
 from fedmoe_jax.train.workdir import check_same_run
@@ -35,6 +36,7 @@ SWITCHES = {
     "drift.labels",
     "groups.kind",
     "pressure.share",
+    *(f"privacy.{name}" for name in (*DEFENCES, "noise", "observe")),
 }
 
 

@@ -10,6 +10,7 @@ from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.world.costs import (
     Costs,
     Traffic,
+    add_cover,
     answer_flops,
     client_bytes,
     client_flops,
@@ -207,6 +208,26 @@ def test_train_chosen_by_hand():
     up, down = client_bytes(costs, probed.replace(sent=jnp.ones(2)))
     assert down.tolist() == [1500, 3500]
     assert up.tolist() == [1500 + 4 * 12, 1500 + 4 * 16]
+
+
+def test_add_cover_by_hand():
+    """Two experts a layer of two layers more travel, with 5 or 6 numbers each."""
+    cover = jnp.array([2.0, 0.0])
+    plain = TRAFFIC.replace(biases=2 * SLOTS)
+    for probes, numbers in ((False, 5), (True, 6)):
+        found = add_cover(plain, cover, 2, probes)
+        assert found.received.tolist() == (TRAFFIC.received + cover).tolist()
+        extra = found.reported - TRAFFIC.reported
+        assert extra.tolist() == [numbers * 4, 0]
+        assert found.biases.tolist() == (2 * SLOTS + 2 * cover).tolist()
+    assert add_cover(TRAFFIC, cover, 2, False).biases is None
+    # What is not kept takes no memory, and nothing runs it.
+    for count in (client_memory, client_parameters):
+        np.testing.assert_array_equal(count(COSTS, found), count(COSTS, plain))
+    flops = client_flops(COSTS, found, 5.0), client_flops(COSTS, plain, 5.0)
+    np.testing.assert_array_equal(*flops)
+    down = client_bytes(COSTS, found)[1] - client_bytes(COSTS, plain)[1]
+    assert down.tolist() == [2 * 1000 + 4 * 4, 0]
 
 
 def test_train_chosen_trains_no_more_than_there_is_room_for():

@@ -1,0 +1,291 @@
+"""What the defences of a run guarantee, by the package dp-accounting; on the host.
+
+The unit of privacy is a client: neighbours differ in all data of one client, which is
+replaced by another's of the same device. Nothing is claimed for single examples.
+
+Every mechanism has a channel of its own, and its epsilon is of that channel alone:
+feedback towards the server, held sets towards whoever sees the link, the server's model
+towards whoever sees it. `epsilon` composes those that are on. What a run has no
+mechanism for, is not covered; where a strategy reads or sends more than a mechanism
+covers, there is no epsilon, but a reason.
+
+Guarantees are conditional on the models that a client was sent: what its update does to
+the held sets and reports of others is covered where updates are clipped and noisy. Only
+sums of updates gain from the sampling of cohorts, if that is uniform, of fixed size and
+secret to whoever sees the models; a link shows who takes part, and so nothing else
+gains, nor do cohorts that are drawn by size or reach.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from fedmoe_jax.base import Strategy
+from fedmoe_jax.options import UserError
+from fedmoe_jax.privacy.defences import DEFENCES, is_private
+from fedmoe_jax.program import Program
+from fedmoe_jax.pruning.scores import MEASURED
+from fedmoe_jax.world.costs import FEEDBACK_NUMBERS
+
+UNIT = "a client, replaced by another"
+REPLACED = 2  # norms C by which a sum changes where a client is replaced
+BOUNDED_RANGE = 8  # epsilon-bounded-range is epsilon^2 / 8 zCDP, arXiv 2004.07223
+
+
+class Cost(NamedTuple):
+    """What one mechanism spends.
+
+    Attributes:
+      covers: what its epsilon is of.
+      rounds: in which it is at work.
+      event: the name of a mechanism of a round, and its numbers, see `make_event`; None
+        where there is no guarantee.
+      reason: why there is none; empty where there is one.
+    """
+
+    covers: str
+    rounds: int
+    event: tuple[str, tuple[float, ...]] | None
+    reason: str = ""
+
+
+def check_package(config: ConfigDict) -> None:
+    """Raises UserError where a config asks for guarantees that nothing can count."""
+    if not is_private(config):
+        return
+    try:
+        import dp_accounting  # noqa: F401
+    except ImportError:
+        name = next(name for name in DEFENCES if config.privacy[name] > 0)
+        raise UserError(
+            f"privacy.{name}={config.privacy[name]} is not allowed without the package "
+            "dp-accounting; allowed: 0, or after 'pip install dp-accounting' any"
+        ) from None
+
+
+def name_unhidden(strategy: Strategy) -> str:
+    """What clients send that no noise covers; empty for nothing."""
+    sent = {
+        "messages to its stages": strategy.message is not None,
+        "gates that are shown": strategy.gate_period is not None,
+        "experts that clients exchange": strategy.exchange is not None,
+    }
+    return " and ".join(what for what, is_sent in sent.items() if is_sent)
+
+
+def count_numbers(program: Program) -> int:
+    """Numbers that one client reports in a round, at most."""
+    sizes = program.sizes
+    slots = sizes.num_layers * sizes.max_held
+    each = FEEDBACK_NUMBERS + program.static.probes
+    return each * slots + program.report_numbers
+
+
+def cost_feedback(config: ConfigDict, program: Program) -> Cost:
+    """Gaussian noise on n numbers in [0, 1]: their L2 sensitivity is sqrt(n)."""
+    multiplier = config.privacy.feedback_noise / math.sqrt(count_numbers(program))
+    unhidden = name_unhidden(program.strategy)
+    return Cost(
+        covers="a client's feedback and report, towards the server",
+        rounds=config.num_rounds,
+        event=None if unhidden else ("gaussian", (multiplier,)),
+        reason=f"{config.strategy} has {unhidden} without noise" if unhidden else "",
+    )
+
+
+def cost_selection(config: ConfigDict, program: Program) -> Cost:
+    """G K picks of epsilon-bounded-range each."""
+    sizes = program.sizes
+    picks = sizes.num_layers * sizes.max_held
+    event, reason = None, ""
+    if sizes.num_experts == 1:
+        event = "nothing", ()
+    elif program.strategy.alone:
+        event = "zcdp", (picks * config.privacy.selection**2 / BOUNDED_RANGE,)
+    else:
+        reason = (
+            f"{config.strategy} does not give each client the top of its own fitness "
+            "alone"
+        )
+    return Cost(
+        "a client's held sets, towards whoever sees them",
+        count_rounds(config, program),
+        event,
+        reason,
+    )
+
+
+def cost_flip(config: ConfigDict, program: Program) -> Cost:
+    """Two held sets differ in at most min(2 K, E) bits of each layer."""
+    sizes = program.sizes
+    travelling = sizes.num_experts - program.strategy.local_experts
+    bits = sizes.num_layers * min(2 * sizes.max_held, travelling)
+    event: tuple[str, tuple[float, ...]] = "nothing", ()
+    if travelling > 1:
+        event = "randomised", (config.privacy.flip, bits)
+    return Cost(
+        "the sets of experts that a client asks for, towards a listener on the link",
+        count_rounds(config, program),
+        event,
+    )
+
+
+def cost_updates(config: ConfigDict, program: Program) -> Cost:
+    """A client that is replaced changes a sum by 2 C, whose noise is z C."""
+    sizes, noise = program.sizes, config.privacy.noise
+    unhidden = name_unhidden(program.strategy)
+    if program.strategy.variates:
+        unhidden = "control variates"
+    if program.static.pruning.kind in MEASURED:
+        unhidden = "the importance of hidden units"
+    reason = f"{config.strategy} has {unhidden} without noise" if unhidden else ""
+    if not noise > 0:
+        reason = "sums have no noise (privacy.noise=0)"
+    multiplier = noise / REPLACED
+    event: tuple[str, tuple[float, ...]] = "gaussian", (multiplier,)
+    if is_sampled(config):
+        event = "sampled", (multiplier, sizes.cohort_size, sizes.num_clients)
+    return Cost(
+        "the server's model, where the number of holders of each expert is public",
+        config.num_rounds,
+        None if reason else event,
+        reason,
+    )
+
+
+COSTS = {
+    "feedback_noise": cost_feedback,
+    "selection": cost_selection,
+    "flip": cost_flip,
+    "clip": cost_updates,
+}
+
+
+def count_rounds(config: ConfigDict, program: Program) -> int:
+    """Rounds in which held sets say something: those after a dense warm-up."""
+    return config.num_rounds - config.upcycle.rounds * program.static.upcycled
+
+
+def is_sampled(config: ConfigDict) -> bool:
+    """Whether cohorts are uniform draws of some of the clients."""
+    uniform = config.availability.sampling == "uniform"
+    uniform &= not config.fairness.floor > 0  # whose queues choose, too
+    return uniform and config.cohort_size < config.num_clients
+
+
+def list_costs(config: ConfigDict, program: Program) -> dict[str, Cost]:
+    """The cost of every mechanism that is on, by the name of its number.
+
+    Args:
+      config: of the run, whose rounds are all done.
+      program: its static parts.
+    """
+    private = program.static.privacy
+    return {
+        name: cost(config, program)
+        for name, cost in COSTS.items()
+        if getattr(private, name)
+    }
+
+
+def make_event(name: str, numbers: Sequence[float]) -> Any:
+    """One round of a mechanism as dp-accounting has it.
+
+    Args:
+      name: `gaussian` (standard deviation over sensitivity), `sampled` (the same of a
+        uniform cohort without replacement, its size, that of the population), `zcdp`
+        (rho), `randomised` (epsilon of a bit, number of bits), or `nothing`.
+      numbers: of the mechanism.
+    """
+    import dp_accounting as dp
+
+    if name == "gaussian":
+        return dp.GaussianDpEvent(*numbers)
+    if name == "sampled":
+        multiplier, cohort, clients = numbers
+        inner = dp.GaussianDpEvent(multiplier)
+        return dp.SampledWithoutReplacementDpEvent(int(clients), int(cohort), inner)
+    if name == "zcdp":
+        return dp.ZCDpEvent(*numbers)
+    if name == "randomised":
+        epsilon, bits = numbers
+        drawn_anew = 2 / (1 + math.exp(min(epsilon, 700.0)))  # a coin, heads or tails
+        bit = dp.RandomizedResponseDpEvent(drawn_anew, 2)
+        return dp.SelfComposedDpEvent(bit, int(bits))
+    assert name == "nothing"
+    return dp.NoOpDpEvent()
+
+
+@functools.cache  # seeds of a row have the same costs
+def find_epsilon(costs: tuple[Cost, ...], delta: float) -> float | None:
+    """The epsilon of mechanisms together; None where one has no guarantee.
+
+    Args:
+      costs: of the mechanisms.
+      delta: in (0, 1).
+    """
+    from dp_accounting import NeighboringRelation, rdp
+
+    relation = NeighboringRelation.REPLACE_ONE
+    accountant = rdp.RdpAccountant(neighboring_relation=relation)
+    for cost in costs:
+        if cost.event is None:
+            return None
+        if cost.rounds:
+            accountant.compose(make_event(*cost.event), cost.rounds)
+    return float(accountant.get_epsilon(delta))
+
+
+def account(config: ConfigDict, program: Program) -> dict[str, Any]:
+    """The fields of `summary.json` about privacy; {} where nothing is private.
+
+    `epsilon` is of all mechanisms together, None where one of them has no guarantee;
+    `privacy` has `delta`, `unit`, `rounds`, `sampling`, and by the name of its field
+    each mechanism's own `epsilon` and a `text` that says what that is of.
+
+    Args:
+      config: of the run, whose rounds are all done.
+      program: its static parts.
+    """
+    costs, delta = list_costs(config, program), config.privacy.delta
+    if not costs:
+        return {}
+    cohort, clients = config.cohort_size, config.num_clients
+    sampling = f"{cohort} of {clients} clients a round, {config.availability.sampling}"
+    amplified = "clip" in costs and is_sampled(config)
+    return {
+        "epsilon": find_epsilon(tuple(costs.values()), delta),
+        "privacy": {
+            "delta": delta,
+            "unit": UNIT,
+            "rounds": config.num_rounds,
+            "sampling": f"{sampling}; "
+            + ("it amplifies the clip alone" if amplified else "no amplification"),
+            **{name: summarise(cost, delta) for name, cost in costs.items()},
+        },
+    }
+
+
+def summarise(cost: Cost, delta: float) -> dict[str, Any]:
+    """One mechanism's own `epsilon` and `text`."""
+    epsilon = find_epsilon((cost,), delta)
+    size = f"epsilon {epsilon:.3g}" if epsilon is not None else "no epsilon"
+    why = f", as {cost.reason}" if cost.reason else ""
+    return {"epsilon": epsilon, "text": f"{size} of {cost.covers}{why}"}
+
+
+def describe_privacy(summary: Mapping[str, Any]) -> str:
+    """What a run guarantees, on one line; empty where nothing is private."""
+    found = summary.get("privacy")
+    if not found:
+        return ""
+    parts = [f"{k}: {v['text']}" for k, v in found.items() if k in COSTS]
+    total = summary.get("epsilon")
+    total = "no epsilon" if total is None else f"epsilon {total:.3g}"
+    return (
+        f"{total} at delta {found['delta']:g}; unit: {found['unit']}; "
+        f"{found['rounds']} rounds; {found['sampling']}; " + "; ".join(parts)
+    )

@@ -1,0 +1,1 @@
+"""Attacks on what observed runs reveal of their clients."""

@@ -1,0 +1,95 @@
+"""Attacks on what observed runs reveal of their clients, as tables.
+
+    python -m fedmoe_jax.attack RUNS... --workdir=DIR
+
+RUNS are folders of runs or comparisons with `privacy.observe=True`; of comparisons all
+finished, observed runs are attacked, and seeds of a row are each other's shadows.
+`attacks.md` has a row per strategy and change with mean and 95 % interval over seeds,
+`attacks.csv` a line per run, `attack_experts.csv` one per expert. It needs neither data
+nor JAX. docs/privacy.md says what the attackers know.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from fedmoe_jax.attack.runs import attack_runs
+from fedmoe_jax.attack.tables import write_attacks
+from fedmoe_jax.observed import list_chunks
+from fedmoe_jax.options import UserError
+from fedmoe_jax.report.folders import is_done, keep_whole, list_runs
+from fedmoe_jax.report.runs import load_run
+from fedmoe_jax.runtime.folders import resolve_folder
+
+
+def find_observed(sources: Sequence[str]) -> list[Path]:
+    """The folders of the finished, observed runs of several runs and comparisons.
+
+    Prints a line about each run that is left out.
+
+    Args:
+      sources: folders of runs or comparisons.
+
+    Raises:
+      UserError: a folder holds neither, or no run is left.
+    """
+    folders = [resolve_folder("RUNS", source) for source in sources]
+    listed = dict.fromkeys(path for folder in folders for path in list_runs(folder))
+    kept = []
+    for path in listed:
+        if not is_done(path):
+            print(f"left out: {path} is not finished")
+        elif not list_chunks(path):
+            print(f"left out: {path} was not observed (privacy.observe)")
+        else:
+            kept.append(path)
+    kept = keep_whole(kept)
+    if not kept:
+        raise UserError(
+            f"RUNS={','.join(map(str, sources)) or None} has no finished run that was "
+            "observed; allowed: folders of runs or comparisons with "
+            "privacy.observe=True"
+        )
+    return kept
+
+
+def attack(sources: Sequence[str], workdir: str) -> Path:
+    """Attacks runs and writes the tables; returns the path of `attacks.md`.
+
+    Args:
+      sources: folders of runs or comparisons.
+      workdir: folder of the tables, made if absent.
+
+    Raises:
+      UserError: see `find_observed`, or a file of a run is damaged.
+    """
+    folder = resolve_folder("workdir", workdir)
+    runs = [load_run(path) for path in find_observed(sources)]
+    found, experts = attack_runs(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_attacks(folder, runs, found, experts)
+
+
+def main(argv: list[str]) -> None:
+    """Attacks the runs of the arguments; exit code 2 on a mistake."""
+    try:
+        if not flags.FLAGS.workdir:
+            raise UserError("--workdir is missing; allowed: the folder for the tables")
+        path = attack(argv[1:], flags.FLAGS.workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(path.read_text(), end="")
+    print(f"attacks: {path}")
+
+
+def define_flags() -> None:
+    """Defines the flags of `main`; importing this module must add none to a program."""
+    flags.DEFINE_string("workdir", "", "Folder for the tables.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,1 @@
+"""Defences of what clients reveal: noise on feedback, choices, requests and sums."""

@@ -1,0 +1,47 @@
+"""The command that attacks observed runs: what it takes, leaves out and refuses."""
+
+import sys
+
+import pytest
+from absl import flags
+
+from fedmoe_jax.attack import command
+from fedmoe_jax.attack.command import find_observed
+from fedmoe_jax.options import UserError
+
+
+def test_find_observed_refuses_folders_without_observed_runs(tmp_path):
+    with pytest.raises(UserError, match=r"RUNS=None has no finished run .*; allowed: "):
+        find_observed([])
+    with pytest.raises(UserError, match=r"config\.json is missing; allowed: "):
+        find_observed([str(tmp_path)])
+
+
+def test_find_observed_says_what_it_leaves_out(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"strategy": "greedy"}')
+    with pytest.raises(UserError, match=r"privacy\.observe=True"):
+        find_observed([str(tmp_path)])
+    assert "is not finished" in capsys.readouterr().out
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"privacy\.observe=True"):
+        find_observed([str(tmp_path)])
+    assert "was not observed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("workdir", "told"),
+    [
+        ("", "error: --workdir is missing; allowed: "),
+        ("tables", "error: RUNS=None has"),
+    ],
+)
+def test_main_ends_with_one_line_and_code_2(workdir, told, monkeypatch, capsys):
+    given = flags.FlagValues()
+    flags.DEFINE_string("workdir", workdir, "", flag_values=given)
+    given(sys.argv[:1])
+    monkeypatch.setattr(command.flags, "FLAGS", given)
+    with pytest.raises(SystemExit) as exit:
+        command.main(["attack"])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(told) and error.count("\n") == 1

@@ -1,0 +1,162 @@
+"""Attacks on whole runs: a strategy that leaks is found, one that draws is not."""
+
+import csv
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from factories import tiny_study
+
+from fedmoe_jax.align.top_k import top_k
+from fedmoe_jax.attack.command import attack
+from fedmoe_jax.attack.membership import Cases
+from fedmoe_jax.attack.runs import (
+    attack_updates,
+    list_experts,
+    measure_labels,
+    mix_labels,
+)
+from fedmoe_jax.base import Strategy
+from fedmoe_jax.strategies import STRATEGIES
+from fedmoe_jax.train.compare import compare
+
+
+def init(sizes):
+    """What no server knows: the most frequent label of each client, [N]."""
+    return {"label": jnp.zeros(sizes.num_clients, jnp.int32)}
+
+
+def look(state, federation, hyper, key, **static):
+    label = federation.label_mix.argmax(axis=1).astype(jnp.int32)[None]
+    align = state.align.replace(strategy={"label": label})
+    return state.replace(align=align), federation.frozen
+
+
+def assign_by_label(evidence, hyper, sizes, key):
+    label = evidence.state["label"][evidence.client]
+    expert = jnp.arange(sizes.num_experts)[None]
+    scores = (expert == label[:, None] % sizes.num_experts).astype(jnp.float32)
+    return top_k(scores, evidence.capacity, sizes.max_held)
+
+
+BY_LABEL = Strategy(
+    about="Gives each client the expert of its most frequent label.",
+    assign=assign_by_label,
+    init=init,
+    stages=((0, look),),
+)
+SIZES = {
+    "num_clients": 40,
+    "cohort_size": 40,
+    "num_experts": 10,
+    "max_held": 1,
+    "num_active": 1,
+    "num_rounds": 6,
+    "eval_every": 6,
+    "chunk_rounds": 2,
+    "checkpoint.every": 6,
+    "partition.alpha": 0.1,
+    "partition.min_size": 4,
+    "partition.validation_share": 0.0,
+    "partition.test_share": 0.5,
+    "client.learning_rate": 0.5,
+    "local_steps": 8,
+    "batch_size": 8,
+    "privacy.observe": True,
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A comparison of the planted leak and of random draws, three seeds each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STRATEGIES, "by_label", BY_LABEL)
+        folder = tmp_path_factory.mktemp("study")
+        config = tiny_study(("by_label", "random"), seeds=(0, 1, 2), **SIZES)
+        folders, done = compare(config, folder, stop=lambda: False, profile=False)
+        assert done and len(folders) == 6
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def page(study):
+    """The path of the tables of its attacks."""
+    return attack([str(study)], str(study / "new" / "tables"))
+
+
+def read_lines(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_attacks_find_a_planted_leak_and_nothing_in_random_draws(page):
+    lines = read_lines(page.parent / "attacks.csv")
+    assert [line["strategy"] for line in lines] == ["by_label"] * 3 + ["random"] * 3
+
+    def take(name, key):
+        own = [line for line in lines if line["strategy"] == name]
+        return np.array([float(line[key]) for line in own])
+
+    assert (take("by_label", "pairs_auc") == 1).all()
+    assert (take("by_label", "pairs_spearman") > 0.3).all()
+    usual = take("by_label", "mix_distance_mean")
+    for model in ("ridge", "mlp"):
+        near = take("by_label", f"mix_distance_link_{model}")
+        assert (near < 0.6 * usual).all()
+        assert (take("by_label", f"mix_majority_link_{model}") > 0.8).all()
+        far = take("random", f"mix_distance_link_{model}")
+        assert (far > 0.9 * take("random", "mix_distance_mean")).all()
+        assert take("random", f"mix_majority_link_{model}").mean() < 0.4
+    auc = take("random", "pairs_auc")
+    assert (np.abs(auc - 0.5) < 0.1).all() and abs(auc.mean() - 0.5) < 0.05
+    assert abs(take("random", "pairs_spearman").mean()) < 0.1
+    # Updates leak whatever the assignment.
+    for name in ("by_label", "random"):
+        assert (take(name, "members_loss_auc") > 0.5).all()
+        assert (take(name, "members_lira_cases") > 100).all()
+    assert (take("by_label", "labels_known") > take("random", "labels_known")).all()
+
+
+@pytest.mark.slow
+def test_attack_writes_a_row_a_strategy_and_a_line_an_expert(study, page, tmp_path):
+    text = page.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) == 3 * 2 and all(" ± " in row for row in rows)
+    for title in ("Utility", "Label mixes and similar clients", "Members"):
+        assert f"## {title}" in text
+    experts = read_lines(page.parent / "attack_experts.csv")
+    assert {line["attack"] for line in experts} <= {"loss", "lira"} and experts
+    assert all(float(line["holders"]) > 0 for line in experts)
+    one = attack([str(study / "runs" / "random-seed1")], str(tmp_path / "one"))
+    assert "(1 seed)" in one.read_text() and "LiRA, AUC" not in one.read_text()
+
+
+def test_measure_labels_by_hand():
+    """Experts that know a label each, and experts that know all alike."""
+    assert measure_labels(np.eye(4)) == pytest.approx(1)
+    assert measure_labels(np.ones((4, 5))) == pytest.approx(0)
+    assert measure_labels(np.stack([np.eye(4), np.ones((4, 4))])) == pytest.approx(0.5)
+    # Two experts of two labels each: one bit of two, of entropies one and two.
+    halves = np.repeat(np.eye(2), 2, axis=1)
+    assert measure_labels(halves) == pytest.approx(2 / 3)
+    assert measure_labels(np.ones((1, 5))) == pytest.approx(0)
+
+
+def test_attack_updates_names_every_number():
+    rng = np.random.default_rng(0)
+    member = rng.random(300) < 0.5
+    confidence = 3.0 * member + rng.normal(size=300)
+    cases = Cases(np.arange(300), member, confidence, np.arange(300) % 3)
+    holders = np.array([5.0, 1.0, 2.0])
+    found = attack_updates(cases, {"loss": confidence}, holders)
+    keys = ("auc", "sure", "advantage", "cases", "auc_rare", "auc_common")
+    assert set(found) == {f"members_loss_{key}" for key in keys}
+    assert found["members_loss_auc"] > 0.95 and found["members_loss_cases"] == 300
+    records = list(list_experts(cases, {"loss": confidence}, holders))
+    assert [(r["expert"], r["holders"]) for r in records] == [(0, 5), (1, 1), (2, 2)]
+
+
+def test_mix_labels_by_hand():
+    run = type("Run", (), {"arrays": {"label_counts": np.array([[3, 1], [0, 0]])}})
+    assert mix_labels(run).tolist() == [[0.75, 0.25], [0, 0]]
