@@ -276,6 +276,7 @@ class Strategy(NamedTuple):
         None: the client's fitness, scaled to [0, 1], see `align.affinity`. In a program
         None where `gate.bias` is 0.
       reads: the learnt evidence that it decides from, of `fitness` and `usage`.
+      timed: whether its evidence has `times`, of the round's work on the known links.
       needs: its advantages beyond the shared rules, "" for none; the report prints it.
       reference: whether it knows what no server could: the others are measured by it,
         and a report never names it as the best one.
@@ -354,6 +355,7 @@ class Strategy(NamedTuple):
     assign: AssignFn
     affinity: AffinityFn | None = None
     reads: tuple[str, ...] = ()
+    timed: bool = False
     needs: str = ""
     reference: bool = False
     options: tuple[Option, ...] = ()

@@ -39,16 +39,33 @@ class History(struct.PyTreeNode):
     room: Array
 
 
+class Speeds(struct.PyTreeNode):
+    """How fast the server believes every client's device to be.
+
+    Attributes:
+      flops: [N] float32, floating-point operations per second; infinity where an
+        estimating server has seen nothing yet, as below.
+      upload: [N] float32, bytes per second.
+      download: [N] float32, likewise.
+    """
+
+    flops: Array
+    upload: Array
+    download: Array
+
+
 class Belief(struct.PyTreeNode):
     """The belief of the server.
 
     Attributes:
       capacity: [N] int32, experts of every client as of the last profile.
       history: a `History` where the server estimates, else {}.
+      speeds: as of the last profile; None unless the strategy is `timed`.
     """
 
     capacity: Array
     history: PyTree
+    speeds: Speeds | None = None
 
 
 class Workload(NamedTuple):
@@ -104,17 +121,28 @@ def count_workload(federation: Federation, program: Program) -> Workload:
     )
 
 
-def init_belief(num_clients: int, max_capacity: int, kind: str) -> Belief:
-    """The belief before the first round: every client can hold all experts."""
+def init_belief(
+    num_clients: int, max_capacity: int, kind: str, timed: bool = False
+) -> Belief:
+    """The belief before the first round: every client can hold all experts.
+
+    Args:
+      num_clients: N.
+      max_capacity: the most experts that any client has room for.
+      kind: `oracle`, `self_reported` or `estimated`.
+      timed: whether the server also believes in `speeds`.
+    """
     capacity = jnp.full(num_clients, max_capacity, jnp.int32)
+    endless = jnp.full(num_clients, jnp.inf, jnp.float32)
+    speeds = Speeds(endless, endless, endless) if timed else None
     if kind != "estimated":
-        return Belief(capacity, {})
+        return Belief(capacity, {}, speeds)
     history = History(
         pace=jnp.zeros((num_clients, 3)),
         seen=jnp.zeros((num_clients, 3), jnp.int32),
         room=jnp.full(num_clients, float(max_capacity)),
     )
-    return Belief(capacity, history)
+    return Belief(capacity, history, speeds)
 
 
 def report_devices(
@@ -214,6 +242,8 @@ def update_belief(
         capacity = estimate_capacity(
             keys.of(EXPLORE), belief.history, devices, hyper, workload
         )
+        if belief.speeds is not None:
+            devices = estimate_devices(belief.history, devices)
     else:
         if kind == "self_reported":
             devices = report_devices(
@@ -226,7 +256,26 @@ def update_belief(
         capacity = count_capacity(devices, hyper.devices.buffer, workload)
     capacity = jnp.maximum(capacity, 1)  # the weakest still take one, and may be late
     due = round % numbers.refresh == 0
-    return belief.replace(capacity=jnp.where(due, capacity, belief.capacity))
+    renew = lambda new, old: jnp.where(due, new, old)
+    speeds = belief.speeds
+    if speeds is not None:
+        seen = Speeds(devices.flops, devices.upload, devices.download)
+        speeds = jax.tree.map(renew, seen, speeds)
+    return belief.replace(capacity=renew(capacity, belief.capacity), speeds=speeds)
+
+
+def profile_links(view: View, kind: str) -> Devices:
+    """The devices of a round as a profile sees them.
+
+    Args:
+      view: of the world in this round.
+      kind: `round`, with the links as they are in this round, slowed by other users and
+        the radio channel, or `device`, with the device's own, whatever slows them.
+    """
+    if kind == "round":
+        return view.devices
+    own = view.federation.devices
+    return view.devices.replace(upload=own.upload, download=own.download)
 
 
 def measure_capacity(
@@ -251,8 +300,9 @@ def measure_capacity(
     kind = program.static.profile.kind
     wide = max(program.sizes.num_experts, workload.max_capacity)
     buffered = count_capacity(devices, hyper.devices.buffer, workload)
+    profiled = profile_links(view, program.static.profile.links)
     return Capacity(
-        belief=update_belief(belief, devices, hyper, workload, kind, round, keys),
+        belief=update_belief(belief, profiled, hyper, workload, kind, round, keys),
         buffered=jnp.maximum(buffered, 1),
         true=count_capacity(
             devices, jnp.zeros(()), workload._replace(max_capacity=wide)

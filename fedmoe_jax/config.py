@@ -224,6 +224,15 @@ def check_base(values: dict[str, Any]) -> None:
         )
 
 
+def check_profile(values: dict[str, Any]) -> None:
+    """Raises UserError for links of a profile that an estimating server has not."""
+    if values["profile.kind"] == "estimated" and values["profile.links"] != "round":
+        raise UserError(
+            f"profile.links={show(values['profile.links'])} is not allowed with "
+            "profile.kind='estimated', which learns of links from times; allowed: round"
+        )
+
+
 def check_groups(values: dict[str, Any]) -> None:
     """Raises UserError for groups of clients that would not differ, or be empty."""
     kind, count = values["groups.kind"], values["groups.count"]
@@ -336,6 +345,7 @@ def validate(config: ConfigDict) -> None:
     check_overlap(values)
     check_groups(values)
     check_base(values)
+    check_profile(values)
     check_drift(values)
     check_schedules(values)
     check_targets(values["evaluation.targets"])

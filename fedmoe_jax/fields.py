@@ -555,6 +555,14 @@ OPTIONS: tuple[Option, ...] = (
         "or estimates from times and failures",
         STATIC,
     ),
+    Option(
+        "profile.links",
+        ("round", "device"),
+        "links by which a profile counts capacity: as they are in the round, with the "
+        "radio channel as it is known, or the device's own; estimated has those of "
+        "its times",
+        STATIC,
+    ),
     Option("profile.refresh", COUNT, "rounds from one profile to the next", TRACED),
     Option(
         "profile.deviation",

@@ -24,6 +24,7 @@ from fedmoe_jax.metrics import measure
 from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import spread
+from fedmoe_jax.times import add_times
 from fedmoe_jax.types import Array, Federation, Hyper, RoundFn, SimState, make_keys
 from fedmoe_jax.upcycle import copy_first, hold_first, is_warming, keep_scores
 from fedmoe_jax.world.availability import choose_cohort
@@ -65,6 +66,7 @@ def round_step(
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
     evidence = gather_evidence(state, view, cohort, capacity.belief, program.sizes)
+    evidence = add_times(evidence, state, view, capacity.belief, hyper, program)
     assignment = assign(evidence, hyper, program, keys.align)
     if warming is not None:
         assignment = hold_first(assignment, warming)

@@ -70,7 +70,10 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> tuple[SimState, Py
         if strategy.variates
         else {},
         world=init_world(run_key, hyper, sizes, program.processes),
-        belief=init_belief(sizes.num_clients, sizes.max_capacity, static.profile.kind),
+        belief=init_belief(
+            *(sizes.num_clients, sizes.max_capacity),
+            *(static.profile.kind, strategy.timed),
+        ),
         stale=zero_sums(params) if static.late.kind == "stale" else {},
         participation=init_participation(sizes),
     )

@@ -338,6 +338,23 @@ class Assignment(struct.PyTreeNode):
     bias: Array | None = None
 
 
+class Times(struct.PyTreeNode):
+    """The time of a round's work, as the server expects it, in deadlines of the round.
+
+    Links are as fast as the server knows them to be, see `times`; what becomes of them
+    in truth it does not know.
+
+    Attributes:
+      expert: [C, E] float32 >= 0, what one more expert adds: in every MoE layer its way
+        down, its training and its way up.
+      room: [C] float32, what stem, gate, head and the server's margin leave for
+        experts; negative where these alone take longer.
+    """
+
+    expert: Array
+    room: Array
+
+
 class Evidence(struct.PyTreeNode):
     """The evidence on which a strategy decides for a cohort.
 
@@ -352,6 +369,8 @@ class Evidence(struct.PyTreeNode):
       held: [C, E] bool, what each client has of the last assignment that reached it.
       times_held: [C, E] int32, rounds in which each client was to hold the expert.
       state: the strategy's own state, see `Strategy.init`.
+      times: of the round's work on the known links; None unless the strategy asks for
+        them, see `Strategy.timed`.
     """
 
     round: Array
@@ -364,6 +383,7 @@ class Evidence(struct.PyTreeNode):
     held: Array
     times_held: Array
     state: PyTree = struct.field(default_factory=dict)
+    times: Times | None = None
 
 
 class Feedback(struct.PyTreeNode):

@@ -49,6 +49,7 @@ from fedmoe_jax.types import (
     Hyper,
     SimState,
     Sizes,
+    Times,
 )
 from fedmoe_jax.world import PROCESSES
 from fedmoe_jax.world.costs import Costs, count_costs
@@ -317,16 +318,29 @@ def make_evidence(sizes=SIZES, **changes):
     return Evidence(**fields | floats)
 
 
+def make_times(sizes=SIZES, expert=0.0, room=1.0):
+    """Times of a cohort, in deadlines: of experts [] or [C, E], and the room [] or [C].
+
+    As they are, experts take no time.
+    """
+    fill = lambda value, *shape: jnp.broadcast_to(jnp.float32(value), shape)
+    count = sizes.cohort_size
+    return Times(fill(expert, count, sizes.num_experts), fill(room, count))
+
+
 def prepare_strategy(name, **evidence):
     """A strategy's compiled `assign(evidence, hyper, key=)`, and evidence of SIZES."""
     strategy, sizes = find_strategy(name), sizes_of(name)
     evidence = {"state": strategy.init(sizes)} | evidence
+    if strategy.timed:  # all that fits into memory fits into the deadline
+        evidence = {"times": make_times(sizes)} | evidence
     return compile_assign(name), make_evidence(sizes, **evidence)
 
 
 @functools.cache
 def compile_assign(name):
-    return jax.jit(functools.partial(find_strategy(name).assign, sizes=sizes_of(name)))
+    assign = functools.partial(find_strategy(name).assign, sizes=sizes_of(name))
+    return jax.jit(assign, static_argnames="sizes")
 
 
 def sizes_of(name, sizes=SIZES):

@@ -86,6 +86,12 @@ def test_every_study_is_valid(name, argument):
         validate(config)
 
 
+def test_links_of_a_device_are_no_part_of_what_a_server_estimates():
+    fields = {"profile.kind": "estimated", "profile.links": "device"}
+    with pytest.raises(UserError, match="profile.links='device'.*allowed: round"):
+        validate(changed(**fields))
+
+
 @pytest.mark.parametrize("argument", ["", "amounts"])
 def test_studies_of_text_from_folders_are_valid(argument):
     runs = runs_of(get_config("languages", argument))

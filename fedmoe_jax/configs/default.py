@@ -143,6 +143,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.weights.fitness = 0.5
     config.weights.usage = 0.5
 
+    config.channel_aware = ConfigDict()
+    config.channel_aware.price = 1.0
+
     config.flex_moe = ConfigDict()
     config.flex_moe.low = 0.8
     config.flex_moe.high = 1.2
@@ -200,6 +203,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.profile = ConfigDict()
     config.profile.kind = "oracle"
+    config.profile.links = "round"
     config.profile.refresh = 1
     config.profile.deviation = 0.3
     config.profile.fixed = 0.5
@@ -235,6 +239,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.channel.shadowing = 8.0
     config.channel.persistence = 0.9
     config.channel.csi = 1.0
+    config.channel.refresh = 1
     config.channel.backoff = 1.0
     config.channel.min_snr = -6.0
     config.channel.bandwidth = 5e6
