@@ -13,6 +13,7 @@ from fedmoe_jax.types import (
     Assignment,
     ClientInput,
     Evidence,
+    ExpertLinks,
     Hyper,
     PyTree,
     SimState,
@@ -142,7 +143,19 @@ def broadcast(
         distortion=jax.tree.map(lambda leaf: leaf[cohort], view.distortion),
         hold_key=hold_key,
         bias=assignment.bias,
+        links=send_links(view, len(cohort), program),
     )
+
+
+def send_links(view: View, count: int, program: Program) -> ExpertLinks | None:
+    """The experts' links of each client of the cohort [C], the same for all.
+
+    None where the program's model has none, as a dense one has none.
+    """
+    if program.static.expert_links.kind == "none":
+        return None
+    repeat = lambda leaf: jnp.broadcast_to(leaf[None], (count, *leaf.shape))
+    return jax.tree.map(repeat, view.links)
 
 
 def build_judge(program: Program) -> JudgeFn:

@@ -233,6 +233,15 @@ def check_profile(values: dict[str, Any]) -> None:
         )
 
 
+def check_latency(values: dict[str, Any]) -> None:
+    """Raises UserError for a loss by the time of links that are not there."""
+    if values["loss.latency"] > 0 and values["expert_links.kind"] == "none":
+        raise UserError(
+            f"loss.latency={values['loss.latency']:g} is not allowed with expert_links."
+            "kind='none', where no expert is behind a link; allowed: 0"
+        )
+
+
 def check_groups(values: dict[str, Any]) -> None:
     """Raises UserError for groups of clients that would not differ, or be empty."""
     kind, count = values["groups.kind"], values["groups.count"]
@@ -346,6 +355,7 @@ def validate(config: ConfigDict) -> None:
     check_groups(values)
     check_base(values)
     check_profile(values)
+    check_latency(values)
     check_drift(values)
     check_schedules(values)
     check_targets(values["evaluation.targets"])

@@ -379,6 +379,13 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("loss.z", NON_NEGATIVE, "weight of the router z-loss", TRACED),
     Option(
+        "loss.latency",
+        NON_NEGATIVE,
+        "weight in the local loss of the time of the links to the experts that the "
+        "gate expects to take, in deadlines of an answer; see expert_links",
+        TRACED,
+    ),
+    Option(
         "client.optimizer",
         ("sgd", "adam", "adamw"),
         "optimiser of the local steps",

@@ -72,6 +72,7 @@ def gather_input(
         distortion=jax.tree.map(take, view.distortion),
         hold_key=find_hold_key(state.key, client) if program.static.probes else None,
         bias=bias,
+        links=view.links if program.static.expert_links.kind != "none" else None,
     )
 
 

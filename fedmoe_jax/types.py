@@ -256,6 +256,18 @@ PER_RUN = (
 )
 
 
+class ExpertLinks(struct.PyTreeNode):
+    """The links between gate and experts in one round, see `world.expert_links`.
+
+    Attributes:
+      snr: [E] float32 > 0, linear, mean signal-to-noise ratio of each expert's link.
+      simulated: [] bool, whether clients train with such links, or with perfect ones.
+    """
+
+    snr: Array
+    simulated: Array
+
+
 class AlignState(struct.PyTreeNode):
     """The server's knowledge of clients and experts.
 
@@ -428,6 +440,7 @@ class ClientInput(struct.PyTreeNode):
       hold_key: [] the key of the choice of the examples that it does not train on, the
         same in every round; None where clients do not probe.
       bias: [G, K] float32 >= 0, of the gate logits of the held experts; None for none.
+      links: of the experts, with which it trains; None where they have none.
     """
 
     client: Array
@@ -442,6 +455,7 @@ class ClientInput(struct.PyTreeNode):
     distortion: Array | None = None
     hold_key: Array | None = None
     bias: Array | None = None
+    links: ExpertLinks | None = None
 
 
 class ClientUpdate(struct.PyTreeNode):

@@ -292,7 +292,8 @@ def use_linear_model(program, **flops):
     """The program with the linear model, which compiles faster."""
     parts = program.model.parts
     shared = parts is not None and parts.shared is not None
-    model = make_linear_model(program.sizes.num_experts, shared)
+    linked = program.static.expert_links.kind != "none"
+    model = make_linear_model(program.sizes.num_experts, shared, linked)
     return use_model(program, model, **flops)
 
 
@@ -529,7 +530,7 @@ def join_parts(init, parts, num_experts) -> Model:
 
 
 @functools.cache
-def make_linear_model(num_experts, shared=False):
+def make_linear_model(num_experts, shared=False, linked=False):
     """Linear stem, experts and head: the least model in which every part learns."""
     product = lambda params, x, key=None: x @ params["kernel"]
 
@@ -540,6 +541,8 @@ def make_linear_model(num_experts, shared=False):
             "kernel": 0.1 * jax.random.normal(gate, (num_experts, 4)),
             "bias": jnp.zeros(num_experts),
         }
+        if linked:
+            gates["snr"] = jnp.zeros(num_experts)
         params = {
             "stem": {"kernel": jax.random.normal(stem, (64, 4)) / 8},
             "gate": {"moe": gates},
@@ -589,6 +592,7 @@ IMAGE_MODEL = dict(
     shared_width=0,
     stem_dropout=0.0,
     expert_dropout=0.0,
+    linked=False,
     num_experts=5,
     num_classes=4,
 )

@@ -96,6 +96,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.loss.calibration = 0.2
     config.loss.load = 0.0
     config.loss.z = 0.0
+    config.loss.latency = 0.0
 
     config.upcycle = ConfigDict()
     config.upcycle.rounds = 0
@@ -245,6 +246,17 @@ def get_config(argument: str = "") -> ConfigDict:
     config.channel.bandwidth = 5e6
     config.channel.power_up = 23.0
     config.channel.power_down = 43.0
+
+    config.expert_links = ConfigDict()
+    config.expert_links.kind = "none"
+    config.expert_links.snr = 5.0
+    config.expert_links.spread = 5.0
+    config.expert_links.persistence = 1.0
+    config.expert_links.csi = 1.0
+    config.expert_links.sight = 1.0
+    config.expert_links.price = 0.0
+    config.expert_links.airtime = 0.2
+    config.expert_links.start = 0
 
     config.drift = ConfigDict()
     config.drift.labels = 0.0

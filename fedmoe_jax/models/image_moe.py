@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.base import SHARED, Model, Parts
 from fedmoe_jax.models.image_parts import EXPERTS, STEMS, check_fit, check_shared
 from fedmoe_jax.models.layers import dropout
+from fedmoe_jax.models.links import SNR
 from fedmoe_jax.models.one_layer import SHARED_KEY, apply_parts
 from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Array, PyTree
@@ -36,6 +37,7 @@ def build_model(
     shared_width: int,
     stem_dropout: float,
     expert_dropout: float,
+    linked: bool,
     num_experts: int,
     num_classes: int,
     image_shape: tuple[int, int, int],
@@ -52,6 +54,7 @@ def build_model(
       shared_width: hidden units or channels of the shared expert; 0 for none.
       stem_dropout: rate in [0, 1) at which the stem's outputs are dropped in training.
       expert_dropout: rate in [0, 1) at which each expert's outputs are dropped.
+      linked: whether the gate sees links to its experts.
       num_experts: E.
       num_classes: L.
       image_shape: H, W, F.
@@ -84,6 +87,8 @@ def build_model(
             "kernel": 0.1 * jax.random.normal(gate_key, gate_shape),
             "bias": jnp.zeros((num_experts,)),
         }
+        if linked:  # it learns what they are worth: at first nothing
+            gate[SNR] = jnp.zeros((num_experts,))
         head = head_module.init(head_key, output)["params"]
         if shared_width:  # from a key of its own: the others start as without it
             shared_key = jax.random.fold_in(key, SHARED_KEY)
@@ -145,6 +150,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         shared_width=options.shared_width,
         stem_dropout=options.stem_dropout,
         expert_dropout=options.expert_dropout,
+        linked=config.expert_links.kind != "none",
         num_experts=config.num_experts,
         num_classes=num_outputs,
         image_shape=batch["x"].shape[1:],

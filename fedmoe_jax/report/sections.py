@@ -11,6 +11,7 @@ from fedmoe_jax.report.regime_map import map_section
 from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.sheets import Section, section_markdown
 from fedmoe_jax.report.tables import markdown_table
+from fedmoe_jax.report.target_costs import target_section
 from fedmoe_jax.report.text import escape_markdown
 
 
@@ -22,7 +23,8 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
       baseline: `evaluation.baseline`, see `baseline.find_baseline`.
     """
     found = [map_section(runs), paired_section(runs, baseline)]
-    found += [parts_section(runs), budget_section(runs), layers_section(runs)]
+    found += [parts_section(runs), budget_section(runs), target_section(runs)]
+    found += [layers_section(runs)]
     note = describe_diverged(runs)
     return [
         section._replace(about=f"{section.about} {note}".strip())

@@ -32,6 +32,7 @@ SWITCHES = {
     "channel.kind",
     "drift.images",
     "drift.labels",
+    "expert_links.kind",
     "groups.kind",
     "pressure.share",
 }
