@@ -42,6 +42,7 @@ ARGUMENTS = {
     "scores": ("", "full", "digits,smoke", "smoke"),
     "capacity": ("", "full", "digits,smoke", "smoke"),
     "stress": ("", "full", "digits", "full,digits,smoke", "smoke"),
+    "channel": ("", "gate", "digits", "gate,digits", "gate,smoke", "smoke"),
     "languages": ("markov", "markov,fitness", "markov,smoke", "fitness,smoke", "smoke"),
     "lora": ("base,markov", "base,smoke"),
     "limits": ("", "digits", "smoke"),
