@@ -39,6 +39,7 @@ _EVIDENCE: dict[str, Any] = dict(
     times_held=1,
     state=0,
     room=None,
+    times=None,
 )
 _ALIGN: dict[str, Any] = dict(
     fitness=1, usage=0, held=1, times_held=1, strategy=0, detector=0

@@ -120,6 +120,26 @@ class Task(NamedTuple):
     bits: bool = False
 
 
+class Links(NamedTuple):
+    """The links between the gate and the experts for the examples of one batch.
+
+    Attributes:
+      snr: [B, E] float32 > 0, linear, of the features that arrive; infinity for a
+        perfect link.
+      seen: [B, E] float32 <= 0, what the gate sees of its links, 0 of perfect ones.
+      charge: [B, E] float32 >= 0, taken off the gate's logits for the time of the link
+        as it is known.
+      time: [B, E] float32 in [0, 1], the time of the link, in deadlines of an answer.
+      key: [B], of the noise of each example; each expert folds its number into it.
+    """
+
+    snr: Array
+    seen: Array
+    charge: Array
+    time: Array
+    key: Array
+
+
 class Route(NamedTuple):
     """The routing inside the model, as a strategy has it.
 
@@ -132,6 +152,8 @@ class Route(NamedTuple):
       gating: the gates of an example, see `Strategy.gating`.
       bias: [G, K] float32, added to the logits of the held experts where gates are made
         of them, but not in `Routing.logits`; [K] of ONE layer. None: nothing.
+      links: to all E experts of a model with parts, whose gate sees them; None: perfect
+        ones.
     """
 
     num_active: int
@@ -140,6 +162,7 @@ class Route(NamedTuple):
     budget: Array | None = None
     gating: str = "chosen"
     bias: Array | None = None
+    links: Links | None = None
 
     def of_layer(self, layer: int) -> "Route":
         """The routing in ONE layer, as `models.routing.make_gates` takes it."""
@@ -306,6 +329,7 @@ class Strategy(NamedTuple):
         None: the client's fitness, scaled to [0, 1], see `align.affinity`. In a program
         None where `gate.bias` is 0.
       reads: the learnt evidence that it decides from, of `fitness` and `usage`.
+      timed: whether its evidence has `times`, of the round's work on the known links.
       needs: its advantages beyond the shared rules, "" for none; the report prints it.
       reference: whether it knows what no server could: the others are measured by it,
         and a report never names it as the best one.
@@ -387,6 +411,7 @@ class Strategy(NamedTuple):
     assign: AssignFn
     affinity: AffinityFn | None = None
     reads: tuple[str, ...] = ()
+    timed: bool = False
     needs: str = ""
     reference: bool = False
     options: tuple[Option, ...] = ()

@@ -15,6 +15,7 @@ from fedmoe_jax.types import (
     Assignment,
     ClientInput,
     Evidence,
+    ExpertLinks,
     Hyper,
     PyTree,
     SimState,
@@ -173,7 +174,19 @@ def broadcast(
         hold_key=hold_key,
         bias=assignment.bias,
         masks=None if pruned is None else pruned.masks,
+        links=send_links(view, len(cohort), program),
     )
+
+
+def send_links(view: View, count: int, program: Program) -> ExpertLinks | None:
+    """The experts' links of each client of the cohort [C], the same for all.
+
+    None where the program's model has none, as a dense one has none.
+    """
+    if program.static.expert_links.kind == "none":
+        return None
+    repeat = lambda leaf: jnp.broadcast_to(leaf[None], (count, *leaf.shape))
+    return jax.tree.map(repeat, view.links)
 
 
 def build_judge(program: Program) -> JudgeFn:

@@ -39,6 +39,21 @@ class History(struct.PyTreeNode):
     room: Array
 
 
+class Speeds(struct.PyTreeNode):
+    """How fast the server believes every client's device to be.
+
+    Attributes:
+      flops: [N] float32, floating-point operations per second; infinity where an
+        estimating server has seen nothing yet, as below.
+      upload: [N] float32, bytes per second.
+      download: [N] float32, likewise.
+    """
+
+    flops: Array
+    upload: Array
+    download: Array
+
+
 class Belief(struct.PyTreeNode):
     """The belief of the server.
 
@@ -47,11 +62,13 @@ class Belief(struct.PyTreeNode):
       history: a `History` where the server estimates, else {}.
       room: [N] float32, whole experts and a part of one, likewise; None where nothing
         is pruned.
+      speeds: as of the last profile; None unless the strategy is `timed`.
     """
 
     capacity: Array
     history: PyTree
     room: Array | None = None
+    speeds: Speeds | None = None
 
 
 class Workload(NamedTuple):
@@ -111,19 +128,34 @@ def count_workload(federation: Federation, program: Program) -> Workload:
 
 
 def init_belief(
-    num_clients: int, max_capacity: int, kind: str, pruned: bool = False
+    num_clients: int,
+    max_capacity: int,
+    kind: str,
+    *,
+    pruned: bool = False,
+    timed: bool = False,
 ) -> Belief:
-    """The belief before the first round: every client can hold all experts."""
+    """The belief before the first round: every client can hold all experts.
+
+    Args:
+      num_clients: N.
+      max_capacity: the most experts that any client has room for.
+      kind: `oracle`, `self_reported` or `estimated`.
+      pruned: whether the server also believes in `room`.
+      timed: whether it also believes in `speeds`.
+    """
     capacity = jnp.full(num_clients, max_capacity, jnp.int32)
     room = capacity.astype(jnp.float32) if pruned else None
+    endless = jnp.full(num_clients, jnp.inf, jnp.float32)
+    speeds = Speeds(endless, endless, endless) if timed else None
     if kind != "estimated":
-        return Belief(capacity, {}, room)
+        return Belief(capacity, {}, room, speeds)
     history = History(
         pace=jnp.zeros((num_clients, 3)),
         seen=jnp.zeros((num_clients, 3), jnp.int32),
         room=jnp.full(num_clients, float(max_capacity)),
     )
-    return Belief(capacity, history, room)
+    return Belief(capacity, history, room, speeds)
 
 
 def report_devices(
@@ -231,7 +263,8 @@ def update_belief(
         capacity = estimate_capacity(
             keys.of(EXPLORE), belief.history, devices, hyper, workload
         )
-        devices = estimate_devices(belief.history, devices)
+        if belief.speeds is not None or belief.room is not None:
+            devices = estimate_devices(belief.history, devices)
     else:
         if kind == "self_reported":
             devices = report_devices(
@@ -244,13 +277,32 @@ def update_belief(
         capacity = count_capacity(devices, hyper.devices.buffer, workload)
     capacity = jnp.maximum(capacity, 1)  # the weakest still take one, and may be late
     due = round % numbers.refresh == 0
-    belief = belief.replace(capacity=jnp.where(due, capacity, belief.capacity))
-    if belief.room is None:
-        return belief
-    room = count_room(devices, hyper.devices.buffer, workload)
-    if kind == "estimated":  # memory shows in failures alone
-        room = jnp.minimum(room, capacity)
-    return belief.replace(room=jnp.where(due, room, belief.room))
+    renew = lambda new, old: jnp.where(due, new, old)
+    speeds, room = belief.speeds, belief.room
+    if speeds is not None:
+        seen = Speeds(devices.flops, devices.upload, devices.download)
+        speeds = jax.tree.map(renew, seen, speeds)
+    if room is not None:
+        seen = count_room(devices, hyper.devices.buffer, workload)
+        if kind == "estimated":  # memory shows in failures alone
+            seen = jnp.minimum(seen, capacity)
+        room = renew(seen, room)
+    capacity = renew(capacity, belief.capacity)
+    return belief.replace(capacity=capacity, room=room, speeds=speeds)
+
+
+def profile_links(view: View, kind: str) -> Devices:
+    """The devices of a round as a profile sees them.
+
+    Args:
+      view: of the world in this round.
+      kind: `round`, with the links as they are in this round, slowed by other users and
+        the radio channel, or `device`, with the device's own, whatever slows them.
+    """
+    if kind == "round":
+        return view.devices
+    own = view.federation.devices
+    return view.devices.replace(upload=own.upload, download=own.download)
 
 
 def measure_capacity(
@@ -276,8 +328,9 @@ def measure_capacity(
     wide = max(program.sizes.num_experts, workload.max_capacity)
     buffered = count_capacity(devices, hyper.devices.buffer, workload)
     none = jnp.zeros(())
+    profiled = profile_links(view, program.static.profile.links)
     return Capacity(
-        belief=update_belief(belief, devices, hyper, workload, kind, round, keys),
+        belief=update_belief(belief, profiled, hyper, workload, kind, round, keys),
         buffered=jnp.maximum(buffered, 1),
         true=count_capacity(devices, none, workload._replace(max_capacity=wide)),
         room=count_room(devices, none, workload) if program.units else None,

@@ -229,6 +229,24 @@ def check_base(values: dict[str, Any]) -> None:
         )
 
 
+def check_profile(values: dict[str, Any]) -> None:
+    """Raises UserError for links of a profile that an estimating server has not."""
+    if values["profile.kind"] == "estimated" and values["profile.links"] != "round":
+        raise UserError(
+            f"profile.links={show(values['profile.links'])} is not allowed with "
+            "profile.kind='estimated', which learns of links from times; allowed: round"
+        )
+
+
+def check_latency(values: dict[str, Any]) -> None:
+    """Raises UserError for a loss by the time of links that are not there."""
+    if values["loss.latency"] > 0 and values["expert_links.kind"] == "none":
+        raise UserError(
+            f"loss.latency={values['loss.latency']:g} is not allowed with expert_links."
+            "kind='none', where no expert is behind a link; allowed: 0"
+        )
+
+
 def check_groups(values: dict[str, Any]) -> None:
     """Raises UserError for groups of clients that would not differ, or be empty."""
     kind, count = values["groups.kind"], values["groups.count"]
@@ -341,6 +359,8 @@ def validate(config: ConfigDict) -> None:
     check_overlap(values)
     check_groups(values)
     check_base(values)
+    check_profile(values)
+    check_latency(values)
     check_drift(values)
     check_schedules(values)
     check_privacy(values)

@@ -31,10 +31,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.base import Links
 from fedmoe_jax.equity import measure_equity
 from fedmoe_jax.gate_bias import bias_clients
 from fedmoe_jax.groups import measure_information, mix_groups
 from fedmoe_jax.held_sets import score_model
+from fedmoe_jax.links import draw_testing
 from fedmoe_jax.newcomers import (
     divide_pool,
     gather_newcomers,
@@ -81,27 +83,42 @@ def count_batch(
     panel: Panel,
     source: Source,
     position: Array,
+    hyper: Hyper,
     *,
     program: Program,
 ) -> dict[str, Array]:
     """The scores of `count_examples`; where data drift, of drifted examples, too.
 
     These are `drifted` [V, L] of the global model, `drifted_personal`, `drifted_prior`.
+    Where experts are behind links, those of `count_linked`, of examples as they are.
     """
     federation = view.federation
     num_strata = federation.label_mix.shape[1]
 
-    def count(amount: Array | None) -> dict[str, Array]:
+    def count(amount: Array | None, links: Links | None = None) -> dict[str, Array]:
         place = source, federation, position
         examples = read_examples(*place, amount, num_strata, program)
+        examples = examples._replace(links=links)
         return count_examples(state, federation, panel, examples, program=program)
 
     counts = count(None)
+    if view.links is not None and program.static.expert_links.kind != "none":
+        links = draw_testing(state.key, view.links, position, hyper)
+        counts |= count_linked(count(None, links))
     if view.distortion is None:
         return counts
     drifted = count(view.distortion.max())
     own = {f"drifted_{name}": drifted[name] for name in OWN if name in drifted}
     return counts | own | {"drifted": drifted["global"]}
+
+
+def count_linked(found: dict[str, Array]) -> dict[str, Array]:
+    """Scores of examples over links by their names, `linked_` in front.
+
+    Of the `global` model, `personal` and `prior`, and the `delay` [1, L] of an answer.
+    """
+    names = "global", "delay", *OWN
+    return {f"linked_{name}": found[name] for name in names if name in found}
 
 
 def count_examples(
@@ -231,6 +248,23 @@ def name_values(name: str, values: Array) -> dict[str, Array]:
     return {f"{name}_{kind}": values[i] for i, kind in enumerate(kinds)}
 
 
+def measure_linked(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
+    """The accuracies over links, and the time of an answer; {} without links.
+
+    Arguments as in `measure_means`; images are as they are, also where they drift.
+    """
+    if "linked_global" not in counts:
+        return {}
+    own = {name: counts[f"linked_{name}"] for name in OWN if f"linked_{name}" in counts}
+    linked = counts | own | {"global": counts["linked_global"]}
+    found = measure_means(linked, panel._replace(drifts=None))
+    names = "global_accuracy", "personal_accuracy", "personal_prior_accuracy"
+    delay = counts["linked_delay"].sum() / counts["total"].sum()
+    return {f"linked_{n}": found[n] for n in names if n in found} | {
+        "linked_delay": delay
+    }
+
+
 def find_personal(counts: dict[str, Array], panel: Panel) -> Array:
     """Every scored client's own counts [n, V, L], of the examples as it sees them."""
     personal = counts["personal"][panel.model]
@@ -357,6 +391,7 @@ def summarise_counts(
     }
     if values.shape[1] > 1:
         accuracies["client_bits"] = place_clients(values[:, 1], panel, num_clients)
+    accuracies |= measure_linked(counts, panel)
     if "drifted" in counts:
         accuracies["drifted_accuracy"] = counts["drifted"][0].sum() / total.sum()
     if "soft" in counts:
@@ -444,6 +479,7 @@ def build_evaluate_share(
       are the mean, `client_accuracy` [N], NaN beyond a sample, and
       `specialisation` [G, E, L] (the share of each class's gate mass per expert),
       `stratum_accuracy` and `personal_stratum_accuracy` [L], see `measure_strata`;
+      where experts are behind links what `measure_linked` has;
       where images drift `drifted_accuracy` [], the global one on drifted images; where
       the task has a place for priors `personal_prior_accuracy` and
       `worst_decile_prior_accuracy` []; with `every_expert` also `global_soft_accuracy`
@@ -469,7 +505,7 @@ def build_evaluate_share(
         bias = bias_clients(state, view, hyper, program)
         panel = gather_panel(state, view, bias, program)
         count_all = lambda source: sum_batches(
-            lambda position: one_batch(state, view, panel, source, position),
+            lambda position: one_batch(state, view, panel, source, position, hyper),
             len(source.group),
             choose_batch(program),
         )

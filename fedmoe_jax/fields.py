@@ -380,6 +380,13 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("loss.z", NON_NEGATIVE, "weight of the router z-loss", TRACED),
     Option(
+        "loss.latency",
+        NON_NEGATIVE,
+        "weight in the local loss of the time of the links to the experts that the "
+        "gate expects to take, in deadlines of an answer; see expert_links",
+        TRACED,
+    ),
+    Option(
         "client.optimizer",
         ("sgd", "adam", "adamw"),
         "optimiser of the local steps",
@@ -607,6 +614,14 @@ OPTIONS: tuple[Option, ...] = (
         ("oracle", "self_reported", "estimated"),
         "capacity that the server believes: the truth, reports with errors, "
         "or estimates from times and failures",
+        STATIC,
+    ),
+    Option(
+        "profile.links",
+        ("round", "device"),
+        "links by which a profile counts capacity: as they are in the round, with the "
+        "radio channel as it is known, or the device's own; estimated has those of "
+        "its times",
         STATIC,
     ),
     Option("profile.refresh", COUNT, "rounds from one profile to the next", TRACED),

@@ -84,6 +84,7 @@ def gather_input(
         hold_key=find_hold_key(state.key, client) if program.static.probes else None,
         bias=bias,
         masks=masks,
+        links=view.links if program.static.expert_links.kind != "none" else None,
     )
 
 

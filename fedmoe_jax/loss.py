@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.base import Route, Routing, Scores
+from fedmoe_jax.base import Links, Route, Routing, Scores
+from fedmoe_jax.links import draw_training
+from fedmoe_jax.models.routing import latency_loss
 from fedmoe_jax.models.submodel import held_mask
 from fedmoe_jax.moe_layers import map_layers
 from fedmoe_jax.positions import mean_loss, weigh_routing
@@ -176,6 +178,15 @@ def sum_gate_losses(
     return over_layers(routing.logits, routing.weight, *slots).sum()
 
 
+def expect_latency(routing: Routing, links: Links, inputs: ClientInput) -> Array:
+    """The time of a link, as the gate of the one MoE layer chooses: [] deadlines."""
+    assert routing.logits is not None
+    (logits,), (held,), (slot,) = routing.logits, inputs.held, inputs.slot
+    weight = None if routing.weight is None else routing.weight[0]
+    mask = held_mask(held, slot, logits.shape[1])
+    return latency_loss(logits, weight, mask, links.time)
+
+
 def weigh_batch(batch: PyTree, program: Program) -> Array | None:
     """Weights [P] of a batch's positions, in which outputs play no part, or None."""
     if program.scores.weight is None:
@@ -229,10 +240,15 @@ def local_loss(
       loss [], and the feedback of the batch.
     """
     route, slots = make_route(inputs, batch, hyper, program), (inputs.held, inputs.slot)
+    if inputs.links is not None:
+        links = draw_training(key, inputs.links, program.sizes.batch_size, hyper)
+        route = route._replace(links=links)
     params = submodel | {part: frozen[part] for part in program.strategy.frozen}
     outputs, routing = program.model.apply(params, frozen, batch, *slots, route, key)
     scores = flatten_positions(program.task.loss(outputs, batch))
     routing = weigh_routing(routing, scores.weight)
     loss = mean_loss(scores) + sum_gate_losses(routing, inputs, hyper, program)
+    if route.links is not None:
+        loss += hyper.loss.latency * expect_latency(routing, route.links, inputs)
     report = make_report(routing, batch, hyper, program)
     return loss, sum_batch(scores, routing, report, program.sizes.num_layers)

@@ -367,6 +367,43 @@ MEASURES: dict[str, Measure] = {
         title="Validation, personal, prior %",
         about="likewise, with the client's own label prior",
     ),
+    "final_linked_accuracy": ASIDE._replace(
+        field="linked_global_accuracy",
+        title="Global, over links %",
+        about="global accuracy where examples reach the experts over the simulated "
+        "links; see expert_links",
+        line="Global, over links",
+        curve=Curve(
+            "Global accuracy over links (%)",
+            "Global accuracy where examples reach the experts over simulated links, "
+            "with noise by their state. What lies between it and the global accuracy "
+            "is the price of the links; a gate that sees them pays less.",
+            chance=True,
+            costs=True,
+        ),
+    ),
+    "final_linked_personal_accuracy": ASIDE._replace(
+        field="linked_personal_accuracy",
+        title="Personal, over links %",
+        about="likewise the personal accuracy",
+    ),
+    "final_linked_personal_prior_accuracy": ASIDE._replace(
+        field="linked_personal_prior_accuracy",
+        title="Personal, prior, over links %",
+        about="likewise with the client's own label prior",
+    ),
+    "final_linked_delay": Measure(
+        "linked_delay",
+        FINAL,
+        "Wait for links %",
+        "time of the slowest link that an answer over links needs, in shares of its "
+        "deadline, the mean over test examples; see expert_links.airtime",
+        better=-1,
+        scale=100.0,
+        of=EXPERTS,
+        trivial=NEVER,
+        evaluated=True,
+    ),
     "clients_counted": Measure(
         "clients_counted",
         LAST,
@@ -651,6 +688,28 @@ MEASURES: dict[str, Measure] = {
         group=COST,
         trivial=0.0,
     ),
+    "wasted_megabytes": Measure(
+        "wasted_bytes",
+        TOTAL,
+        "MB lost",
+        "bytes of clients that were lost, in the whole run",
+        better=-1,
+        unit=1e6,
+        group=COST,
+        trivial=0.0,
+    ),
+    "outage_share": Measure(
+        "lost_outage_clients",
+        TOTAL,
+        "Outage %",
+        "of all clients of all rounds, those whose link failed",
+        better=-1,
+        per=tuple(f"{name}_clients" for name in OUTCOMES),
+        scale=100.0,
+        of=DEVICES,
+        group=COST,
+        trivial=0.0,
+    ),
     "gigaflops": Measure(
         "client_flops",
         MEAN,
@@ -735,7 +794,9 @@ MEASURES: dict[str, Measure] = {
     "total_simulated_seconds": Measure(
         "simulated_seconds", TOTAL, running=True, budget="simulated_seconds_to"
     ),
-    "total_joules": Measure("compute_joules", TOTAL, plus=("radio_joules",)),
+    "total_joules": Measure(
+        "compute_joules", TOTAL, plus=("radio_joules",), budget="joules_to"
+    ),
     "megabytes": Measure(
         "bytes_up", TOTAL, plus=("bytes_down",), unit=1e6, budget="megabytes_to"
     ),

@@ -24,6 +24,7 @@ from fedmoe_jax.config import check, check_values, list_options
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
+from fedmoe_jax.models.links import SNR
 from fedmoe_jax.models.one_layer import take_gate_stem
 from fedmoe_jax.models.precision import compute_in
 from fedmoe_jax.models.routing import calibrate_gate
@@ -96,9 +97,9 @@ class Program(NamedTuple):
 def configure(config: ConfigDict) -> ConfigDict:
     """The config of the run's program: a copy, as its strategy needs it.
 
-    There is no `gate.bias` where no gate chooses: with one expert, or a sum of all. Nor
-    an `expert_floor` where the server has no two experts to choose from, or where they
-    are slices of one network.
+    Where no gate chooses, with one expert or a sum of all, there is no `gate.bias`, and
+    no links between a gate and experts; and no `expert_floor` where the server has no
+    two experts to choose from, or where they are slices of one network.
 
     Raises:
       UserError: the strategy's `configure` returns no config.
@@ -108,6 +109,7 @@ def configure(config: ConfigDict) -> ConfigDict:
     check_type(f"strategy={config.strategy!r} has a `configure` that", used, ConfigDict)
     if used.num_experts == 1 or strategy.gating == "sum":
         used.gate.bias = 0.0
+        used.expert_links.kind, used.loss.latency = "none", 0.0
     if used.num_experts - strategy.local_experts < 2 or strategy.gating == "sum":
         used.fairness.expert_floor = 0.0
     return used
@@ -401,6 +403,25 @@ def check_layers(
         )
 
 
+def check_links(config: ConfigDict, model: Model, gates: PyTree) -> None:
+    """Raises UserError where experts are behind links that the model has not.
+
+    Args:
+      config: as the strategy configures it.
+      model: may have parts.
+      gates: shapes of its gates.
+    """
+    if config.expert_links.kind == "none":
+        return
+    linked = model.parts is not None and all(SNR in gate for gate in gates.values())
+    if not linked:
+        raise UserError(
+            f"expert_links.kind={config.expert_links.kind!r} is not allowed with "
+            f"model.kind={config.model.kind!r}, whose gates see no links; allowed: "
+            "none, or model.kind='image_moe'"
+        )
+
+
 def check_base(config: ConfigDict, strategy: Strategy, model: Model) -> None:
     """Raises UserError where a pretrained base does not work as a strategy needs it."""
     if model.base is None:
@@ -514,6 +535,7 @@ def build_program(
         gate_width=measure_gate(params["gate"]),
     )
     check_layers(config, strategy, model, sizes.num_layers)
+    check_links(used, model, params["gate"])
     check_base(config, strategy, model)
     check_state(config, strategy, sizes)
     outputs, scores, routing = trace_model(model, task, batch, sizes)

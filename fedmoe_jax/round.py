@@ -27,6 +27,7 @@ from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
 from fedmoe_jax.pruning.submodels import learn_units, prune_cohort
 from fedmoe_jax.runtime.sharding import spread
+from fedmoe_jax.times import add_times
 from fedmoe_jax.types import (
     Array,
     Federation,
@@ -78,6 +79,7 @@ def round_step(
     capacity = measure_capacity(state.belief, view, hyper, program, state.round, keys)
     # 3 align
     evidence = gather_evidence(state, view, cohort, capacity.belief, hyper, program)
+    evidence = add_times(evidence, state, view, capacity.belief, hyper, program)
     pressure = press_tiers(state, program)
     assignment = assign(evidence, hyper, program, keys.align, pressure)
     if warming is not None:

@@ -20,11 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.base import Parts, Route, Scores
+from fedmoe_jax.base import Links, Parts, Route, Scores
 from fedmoe_jax.models.dispatch import dispatch
 from fedmoe_jax.models.one_layer import (
     add_shared,
     apply_experts,
+    apply_linked,
     log_probabilities,
     run_shared,
     show_gate,
@@ -43,11 +44,13 @@ class Examples(NamedTuple):
       batch: of the task, leaves [B, ...].
       stratum: [B, L] float, one-hot strata, zero rows for padding.
       real: [B] bool, false for padding.
+      links: to the experts; None for perfect ones.
     """
 
     batch: PyTree
     stratum: Array
     real: Array
+    links: Links | None = None
 
 
 class Encoded(NamedTuple):
@@ -260,7 +263,7 @@ def encode(params: PyTree, examples: Examples, program: Program) -> Encoded:
     seen, logits = show_gate(parts, params, examples.batch, features), None
     if not program.strategy.personal:
         (gate,) = params["gate"].values()
-        logits = gate_logits(gate, seen)
+        logits = gate_logits(gate, seen, examples.links)
     shared = run_shared(parts, params["stem"], features, None)
     return Encoded(examples, features, seen, logits, shared)
 
@@ -276,7 +279,7 @@ def own_logits(client: ClientView, encoded: Encoded) -> Array:
         assert encoded.logits is not None
         return encoded.logits
     (gate,) = client.personal["gate"].values()
-    return gate_logits(gate, encoded.seen)
+    return gate_logits(gate, encoded.seen, encoded.examples.links)
 
 
 def route_own(logits: Array, client: ClientView, how: Route) -> Array:
@@ -342,6 +345,14 @@ def sum_gates(gates: Array, scores: Scores, stratum: Array) -> Array:
     return jnp.einsum("be,bl->el", gates, stratum)
 
 
+def wait_for_links(gates: Array, links: Links) -> Array:
+    """The time of each answer [B], that of the slowest link which its gates [B, E] use.
+
+    In deadlines of an answer, see `Links.time`.
+    """
+    return jnp.where(gates > 0, links.time, 0.0).max(axis=1)
+
+
 def score_mixture(
     gates: Array, answers: Answers, examples: Examples, program: Program
 ) -> Array:
@@ -367,6 +378,8 @@ def score_routed(
 ) -> dict[str, Array]:
     """Scores of one gate over all experts: `global`, `soft` [V, L], `routed` [1, E, L].
 
+    With links also `delay` [1, L], see `wait_for_links`, times weights.
+
     `soft` mixes every expert and is left out where not all are computed.
     """
     how = evaluation_route(program)
@@ -378,6 +391,9 @@ def score_routed(
         "global": sum_values(scores, examples, program),
         "routed": sum_gates(shares, scores, examples.stratum)[None],
     }
+    if examples.links is not None:
+        delay = wait_for_links(gates, examples.links)
+        counts["delay"] = sum_gates(delay[:, None], scores, examples.stratum)
     if program.strategy.every_expert:
         soft = route_all(logits, how._replace(num_active=logits.shape[1]))
         counts["soft"] = score_mixture(soft, answers, examples, program)
@@ -433,6 +449,16 @@ def answer_none(
     return parts.head(head, jnp.zeros(outputs.shape[1:]))
 
 
+def apply_all(
+    experts: PyTree, features: Array, links: Links | None, program: Program
+) -> Array:
+    """Outputs [B, E, O] of all experts on features [B, ...], over links if any."""
+    run = take_parts(program), experts, features, None
+    if links is None:
+        return apply_experts(*run)
+    return apply_linked(*run, jnp.arange(program.sizes.num_experts), links)
+
+
 def answer_personal(
     client: ClientView, examples: Examples, params: PyTree, program: Program
 ) -> tuple[Array, Answers]:
@@ -442,14 +468,14 @@ def answer_personal(
     own = take_submodel(params, client.personal, everything, local)
     (gate,), (experts,) = own["gate"].values(), own["experts"].values()
     features = parts.stem(own["stem"], examples.batch, None)
-    outputs = apply_experts(parts, experts, features, None)
+    outputs = apply_all(experts, features, examples.links, program)
     shared = run_shared(parts, own["stem"], features, None)
     answers = Answers(
         each=answer_experts(own["head"], outputs, shared, program),
         none=answer_none(own["head"], experts, features, shared, program),
     )
     seen = show_gate(parts, own, examples.batch, features)
-    return gate_logits(gate, seen), answers
+    return gate_logits(gate, seen, examples.links), answers
 
 
 def answer_needed(
@@ -458,11 +484,12 @@ def answer_needed(
     """Outputs [B, E, L] of the server's experts, of all or of those that are needed."""
     (experts,), head = params["experts"].values(), params["head"]
     parts = take_parts(program)
+    links, features = encoded.examples.links, encoded.features
     if program.strategy.every_expert:
-        outputs = apply_experts(parts, experts, encoded.features, None)
+        outputs = apply_all(experts, features, links, program)
         return answer_experts(head, outputs, encoded.shared, program)
     need = find_needed(encoded, models, evaluation_route(program))
-    answers = dispatch(parts, experts, head, encoded.features, need, encoded.shared)
+    answers = dispatch(parts, experts, head, features, need, encoded.shared, links)
     mixed = program.strategy.mix == "probabilities"
     return jax.nn.softmax(answers) if mixed else answers
 

@@ -73,10 +73,9 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> tuple[SimState, Py
         else {},
         world=init_world(run_key, hyper, sizes, program.processes),
         belief=init_belief(
-            sizes.num_clients,
-            sizes.max_capacity,
-            static.profile.kind,
-            bool(program.units),
+            *(sizes.num_clients, sizes.max_capacity, static.profile.kind),
+            pruned=bool(program.units),
+            timed=strategy.timed,
         ),
         stale=zero_sums(params) if static.late.kind == "stale" else {},
         participation=init_participation(sizes),

@@ -256,6 +256,18 @@ PER_RUN = (
 )
 
 
+class ExpertLinks(struct.PyTreeNode):
+    """The links between gate and experts in one round, see `world.expert_links`.
+
+    Attributes:
+      snr: [E] float32 > 0, linear, mean signal-to-noise ratio of each expert's link.
+      simulated: [] bool, whether clients train with such links, or with perfect ones.
+    """
+
+    snr: Array
+    simulated: Array
+
+
 class AlignState(struct.PyTreeNode):
     """The server's knowledge of clients and experts.
 
@@ -349,6 +361,23 @@ class Assignment(struct.PyTreeNode):
     asked: Array | None = None
 
 
+class Times(struct.PyTreeNode):
+    """The time of a round's work, as the server expects it, in deadlines of the round.
+
+    Links are as fast as the server knows them to be, see `times`; what becomes of them
+    in truth it does not know.
+
+    Attributes:
+      expert: [C, E] float32 >= 0, what one more expert adds: in every MoE layer its way
+        down, its training and its way up.
+      room: [C] float32, what stem, gate, head and the server's margin leave for
+        experts; negative where these alone take longer.
+    """
+
+    expert: Array
+    room: Array
+
+
 class Evidence(struct.PyTreeNode):
     """The evidence on which a strategy decides for a cohort.
 
@@ -365,6 +394,8 @@ class Evidence(struct.PyTreeNode):
       state: the strategy's own state, see `Strategy.init`.
       room: [C] float32, whole experts and a part of one that each client has room for,
         of which pruning makes more; None where nothing is pruned.
+      times: of the round's work on the known links; None unless the strategy asks for
+        them, see `Strategy.timed`.
     """
 
     round: Array
@@ -378,6 +409,7 @@ class Evidence(struct.PyTreeNode):
     times_held: Array
     state: PyTree = struct.field(default_factory=dict)
     room: Array | None = None
+    times: Times | None = None
 
 
 class Feedback(struct.PyTreeNode):
@@ -425,6 +457,7 @@ class ClientInput(struct.PyTreeNode):
       masks: the units that the client keeps of its sub-model, bool, by the name of the
         units: [n] of the stem's, [G, K, n] of the experts'; None where nothing is
         pruned.
+      links: of the experts, with which it trains; None where they have none.
     """
 
     client: Array
@@ -440,6 +473,7 @@ class ClientInput(struct.PyTreeNode):
     hold_key: Array | None = None
     bias: Array | None = None
     masks: PyTree = None
+    links: ExpertLinks | None = None
 
 
 class ClientUpdate(struct.PyTreeNode):

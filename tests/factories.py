@@ -49,6 +49,7 @@ from fedmoe_jax.types import (
     Hyper,
     SimState,
     Sizes,
+    Times,
 )
 from fedmoe_jax.world import PROCESSES
 from fedmoe_jax.world.costs import Costs, count_costs
@@ -292,7 +293,8 @@ def use_linear_model(program, **flops):
     """The program with the linear model, which compiles faster."""
     parts = program.model.parts
     shared = parts is not None and parts.shared is not None
-    model = make_linear_model(program.sizes.num_experts, shared)
+    linked = program.static.expert_links.kind != "none"
+    model = make_linear_model(program.sizes.num_experts, shared, linked)
     return use_model(program, model, **flops)
 
 
@@ -318,16 +320,29 @@ def make_evidence(sizes=SIZES, **changes):
     return Evidence(**fields | floats)
 
 
+def make_times(sizes=SIZES, expert=0.0, room=1.0):
+    """Times of a cohort, in deadlines: of experts [] or [C, E], and the room [] or [C].
+
+    As they are, experts take no time.
+    """
+    fill = lambda value, *shape: jnp.broadcast_to(jnp.float32(value), shape)
+    count = sizes.cohort_size
+    return Times(fill(expert, count, sizes.num_experts), fill(room, count))
+
+
 def prepare_strategy(name, **evidence):
     """A strategy's compiled `assign(evidence, hyper, key=)`, and evidence of SIZES."""
     strategy, sizes = find_strategy(name), sizes_of(name)
     evidence = {"state": strategy.init(sizes)} | evidence
+    if strategy.timed:  # all that fits into memory fits into the deadline
+        evidence = {"times": make_times(sizes)} | evidence
     return compile_assign(name), make_evidence(sizes, **evidence)
 
 
 @functools.cache
 def compile_assign(name):
-    return jax.jit(functools.partial(find_strategy(name).assign, sizes=sizes_of(name)))
+    assign = functools.partial(find_strategy(name).assign, sizes=sizes_of(name))
+    return jax.jit(assign, static_argnames="sizes")
 
 
 def sizes_of(name, sizes=SIZES):
@@ -517,7 +532,7 @@ def join_parts(init, parts, num_experts) -> Model:
 
 
 @functools.cache
-def make_linear_model(num_experts, shared=False):
+def make_linear_model(num_experts, shared=False, linked=False):
     """Linear stem, experts and head: the least model in which every part learns."""
     product = lambda params, x, key=None: x @ params["kernel"]
 
@@ -528,6 +543,8 @@ def make_linear_model(num_experts, shared=False):
             "kernel": 0.1 * jax.random.normal(gate, (num_experts, 4)),
             "bias": jnp.zeros(num_experts),
         }
+        if linked:
+            gates["snr"] = jnp.zeros(num_experts)
         params = {
             "stem": {"kernel": jax.random.normal(stem, (64, 4)) / 8},
             "gate": {"moe": gates},
@@ -577,6 +594,7 @@ IMAGE_MODEL = dict(
     shared_width=0,
     stem_dropout=0.0,
     expert_dropout=0.0,
+    linked=False,
     num_experts=5,
     num_classes=4,
 )

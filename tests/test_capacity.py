@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import COSTS
+from factories import COSTS, make_federation
 from factories import make_devices as make_rows
 from factories import make_hyper as change_hyper
 
@@ -12,6 +12,7 @@ from fedmoe_jax.capacity import (
     Workload,
     count_capacity,
     init_belief,
+    profile_links,
     report_devices,
     update_belief,
     update_history,
@@ -19,6 +20,7 @@ from fedmoe_jax.capacity import (
 from fedmoe_jax.types import make_keys
 from fedmoe_jax.world.costs import TRAINING_COPIES, Costs
 from fedmoe_jax.world.outcome import DROPOUT, DROPPED, MEMORY, MERGED, Outcome
+from fedmoe_jax.world.step import start_view
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +79,51 @@ def test_update_belief_holds_between_profiles():
         )
         seen.append(int(belief.capacity[0]))
     assert seen == [1, 1, 1, 4, 4, 4, 2]
+
+
+def renew_speeds(kind, flops, belief):
+    """Beliefs of two rounds in which devices of other speeds are profiled."""
+    seen = []
+    for round, each in enumerate(flops):
+        devices = make_devices(memory_of(3), flops=each, rate=each / 2)
+        now = jnp.int32(round), keys_of(round)
+        hyper = make_hyper(refresh=2, deviation=0.3)
+        belief = update_belief(belief, devices, hyper, WORKLOAD, kind, *now)
+        seen.append(belief.speeds)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["oracle", "self_reported"])
+def test_update_belief_renews_speeds_where_a_profile_is_due(kind):
+    flops = (1e9, 2e9, 4e9)
+    found = renew_speeds(kind, flops, init_belief(N, K, kind, timed=True))
+    for each, expected in zip(found, (1e9, 1e9, 4e9), strict=True):
+        error = np.asarray(each.flops) / expected - 1
+        assert np.abs(error).max() <= (0.3 if kind == "self_reported" else 1e-6)
+        np.testing.assert_allclose(each.upload, each.flops / 2, rtol=1e-6)
+        np.testing.assert_allclose(each.download, each.flops / 2, rtol=1e-6)
+        assert len(set(error.tolist())) == (N if kind == "self_reported" else 1)
+    assert renew_speeds(kind, flops, init_belief(N, K, kind)) == [None] * 3
+
+
+def test_update_belief_has_the_speeds_that_an_estimating_server_has_seen():
+    start = init_belief(N, K, "estimated", timed=True)
+    seen = start.history.replace(pace=start.history.pace.at[0].set([0.5, 0.25, 0.125]))
+    (found,) = renew_speeds("estimated", (1e9,), start.replace(history=seen))
+    assert [float(leaf[0]) for leaf in (found.download, found.flops, found.upload)] == [
+        *(2, 4, 8)
+    ]
+    assert jnp.isinf(found.flops[1:]).all()  # nothing has been seen of the others
+
+
+def test_profile_links_by_hand():
+    slowed = make_rows(2, upload=[1.0, 2.0], download=[3.0, 4.0], flops=[5.0, 6.0])
+    own = make_rows(2, upload=7.0, download=8.0, flops=9.0)
+    view = start_view(make_federation(devices=own)).replace(devices=slowed)
+    assert profile_links(view, "round") is slowed
+    found = profile_links(view, "device")
+    assert found.upload.tolist() == [7, 7] and found.download.tolist() == [8, 8]
+    assert found.flops.tolist() == [5, 6]
 
 
 # ---- self-reported

@@ -43,6 +43,7 @@ ARGUMENTS = {
     "scores": ("", "full", "digits,smoke", "smoke"),
     "capacity": ("", "full", "digits,smoke", "smoke"),
     "stress": ("", "full", "digits", "full,digits,smoke", "smoke"),
+    "channel": ("", "gate", "digits", "gate,digits", "gate,smoke", "smoke"),
     "languages": ("markov", "markov,fitness", "markov,smoke", "fitness,smoke", "smoke"),
     "fairness": ("", "digits", "digits,smoke", "smoke"),
     "lora": ("base,markov", "base,smoke"),
@@ -88,6 +89,12 @@ def test_every_study_is_valid(name, argument):
     assert runs
     for config in runs[:: 1 + runs[-1].seed]:  # of seeds 0 to the last one
         validate(config)
+
+
+def test_links_of_a_device_are_no_part_of_what_a_server_estimates():
+    fields = {"profile.kind": "estimated", "profile.links": "device"}
+    with pytest.raises(UserError, match="profile.links='device'.*allowed: round"):
+        validate(changed(**fields))
 
 
 @pytest.mark.parametrize("argument", ["", "amounts"])

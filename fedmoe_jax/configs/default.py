@@ -96,6 +96,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.loss.calibration = 0.2
     config.loss.load = 0.0
     config.loss.z = 0.0
+    config.loss.latency = 0.0
 
     config.upcycle = ConfigDict()
     config.upcycle.rounds = 0
@@ -152,6 +153,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.weights = ConfigDict()
     config.weights.fitness = 0.5
     config.weights.usage = 0.5
+
+    config.channel_aware = ConfigDict()
+    config.channel_aware.price = 1.0
 
     config.flex_moe = ConfigDict()
     config.flex_moe.low = 0.8
@@ -210,6 +214,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.profile = ConfigDict()
     config.profile.kind = "oracle"
+    config.profile.links = "round"
     config.profile.refresh = 1
     config.profile.deviation = 0.3
     config.profile.fixed = 0.5
@@ -246,6 +251,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.channel.shadowing = 8.0
     config.channel.persistence = 0.9
     config.channel.csi = 1.0
+    config.channel.refresh = 1
     config.channel.backoff = 1.0
     config.channel.min_snr = -6.0
     config.channel.bandwidth = 5e6
@@ -257,6 +263,17 @@ def get_config(argument: str = "") -> ConfigDict:
     config.fairness.expert_floor = 0.0
     config.fairness.tradeoff = 1.0
     config.fairness.power = 0.0
+
+    config.expert_links = ConfigDict()
+    config.expert_links.kind = "none"
+    config.expert_links.snr = 5.0
+    config.expert_links.spread = 5.0
+    config.expert_links.persistence = 1.0
+    config.expert_links.csi = 1.0
+    config.expert_links.sight = 1.0
+    config.expert_links.price = 0.0
+    config.expert_links.airtime = 0.2
+    config.expert_links.start = 0
 
     config.drift = ConfigDict()
     config.drift.labels = 0.0

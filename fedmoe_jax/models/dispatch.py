@@ -12,7 +12,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.base import Parts
+from fedmoe_jax.base import Links, Parts
+from fedmoe_jax.models.links import receive_rows
 from fedmoe_jax.types import Array, PyTree
 
 BLOCK_ROWS = 64
@@ -70,6 +71,7 @@ def dispatch(
     features: Array,
     need: Array,
     shared: Array | None,
+    links: Links | None = None,
 ) -> Array:
     """Every needed expert's own class logits.
 
@@ -81,6 +83,7 @@ def dispatch(
       need: [B, E] bool.
       shared: [B, O] float, outputs of the shared expert, added to every expert's; None
         for none.
+      links: over which the experts receive the features; None for perfect ones.
 
     Returns:
       [B, E, L] float32, zero where `need` is false.
@@ -89,7 +92,12 @@ def dispatch(
 
     def answer(expert: Array, image: Array) -> Array:
         one = jax.tree.map(lambda leaf: leaf[expert], experts)
-        outputs = parts.expert(one, features.at[image].get(mode="clip"), None)
+        if links is None:
+            received = features.at[image].get(mode="clip")
+        else:
+            row = jnp.minimum(image, len(features) - 1)
+            received = receive_rows(features, links, expert, row)
+        outputs = parts.expert(one, received, None)
         if shared is not None:
             outputs = outputs + shared.at[image].get(mode="clip")
         return parts.head(head, outputs)

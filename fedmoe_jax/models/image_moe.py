@@ -19,6 +19,7 @@ from fedmoe_jax.base import SHARED, Model, Parts
 from fedmoe_jax.models.image_parts import EXPERTS, STEMS, check_fit, check_shared
 from fedmoe_jax.models.image_units import list_expert_units, list_stem_units
 from fedmoe_jax.models.layers import dropout
+from fedmoe_jax.models.links import SNR
 from fedmoe_jax.models.one_layer import SHARED_KEY, apply_parts
 from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Array, PyTree
@@ -37,6 +38,7 @@ def build_model(
     shared_width: int,
     stem_dropout: float,
     expert_dropout: float,
+    linked: bool,
     num_experts: int,
     num_classes: int,
     image_shape: tuple[int, int, int],
@@ -53,6 +55,7 @@ def build_model(
       shared_width: hidden units or channels of the shared expert; 0 for none.
       stem_dropout: rate in [0, 1) at which the stem's outputs are dropped in training.
       expert_dropout: rate in [0, 1) at which each expert's outputs are dropped.
+      linked: whether the gate sees links to its experts.
       num_experts: E.
       num_classes: L.
       image_shape: H, W, F.
@@ -85,6 +88,8 @@ def build_model(
             "kernel": 0.1 * jax.random.normal(gate_key, gate_shape),
             "bias": jnp.zeros((num_experts,)),
         }
+        if linked:  # it learns what they are worth: at first nothing
+            gate[SNR] = jnp.zeros((num_experts,))
         head = head_module.init(head_key, output)["params"]
         if shared_width:  # from a key of its own: the others start as without it
             shared_key = jax.random.fold_in(key, SHARED_KEY)
@@ -147,6 +152,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         shared_width=options.shared_width,
         stem_dropout=options.stem_dropout,
         expert_dropout=options.expert_dropout,
+        linked=config.expert_links.kind != "none",
         num_experts=config.num_experts,
         num_classes=num_outputs,
         image_shape=batch["x"].shape[1:],

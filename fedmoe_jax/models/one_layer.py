@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedmoe_jax.base import GATE_STEM, SHARED, Parts, Route, Routing
+from fedmoe_jax.base import GATE_STEM, SHARED, Links, Parts, Route, Routing
 from fedmoe_jax.models import routing
+from fedmoe_jax.models.links import receive
 from fedmoe_jax.types import Array, PyTree
 
 SHARED_KEY = 2**31  # folded into keys that are also split for E experts
@@ -46,6 +47,41 @@ def apply_experts(
     outputs = []
     for i, row in enumerate(split_rows(experts)):
         outputs.append(parts.expert(row, features, None if keys is None else keys[i]))
+    return jnp.stack(outputs, axis=1)
+
+
+def apply_linked(
+    parts: Parts,
+    experts: PyTree,
+    features: Array,
+    key: Array | None,
+    expert: Array,
+    links: Links,
+) -> Array:
+    """As `apply_experts`, on features that each expert receives over its link.
+
+    Args:
+      parts: of the model.
+      experts: params with a leading axis of n experts.
+      features: [B, ...] float, as they are sent.
+      key: of dropout, or None for none.
+      expert: [n] int32, the experts' numbers.
+      links: to all E experts.
+
+    Returns:
+      outputs [B, n, O].
+    """
+    keys = None if key is None else jax.random.split(key, len(expert))
+
+    def run(row: PyTree, number: Array, key: Array | None) -> Array:
+        return parts.expert(row, receive(features, links, number), key)
+
+    if parts.platform != "cpu":
+        axes = (0, 0, None if keys is None else 0)
+        return jax.vmap(run, axes, out_axes=1)(experts, expert, keys)
+    rows = split_rows(experts)
+    own = [None] * len(rows) if keys is None else keys
+    outputs = [run(row, expert[i], own[i]) for i, row in enumerate(rows)]
     return jnp.stack(outputs, axis=1)
 
 
@@ -165,10 +201,14 @@ def apply_parts(
     logits, gates = None, jnp.ones((features.shape[0], 1))
     if num_experts > 1:
         seen = show_gate(parts, params, batch, features)
-        logits = routing.gate_logits(gate, seen)  # [B, E]
+        logits = routing.gate_logits(gate, seen, route.links)  # [B, E]
         allowed = logits[:, held[0]], slot[0]
         gates = routing.make_gates(*allowed, route.of_layer(0))  # [B, K]
-    outputs = apply_experts(parts, experts, features, expert_key)
+    run = parts, experts, features, expert_key
+    if route.links is None:
+        outputs = apply_experts(*run)
+    else:
+        outputs = apply_linked(*run, held[0], route.links)
     trained = choose_trained(gates, slot[0], route)
     if trained is not None:
         outputs = freeze_others(outputs, trained)

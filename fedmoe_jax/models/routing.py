@@ -4,7 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.base import Route
+from fedmoe_jax.base import Links, Route
+from fedmoe_jax.models.links import SNR, see_links
 from fedmoe_jax.options import UserError
 from fedmoe_jax.positions import average
 from fedmoe_jax.types import Array, Hyper, PyTree
@@ -16,19 +17,21 @@ def pool(features: Array) -> Array:
     return features.mean(axis=positions, dtype=jnp.float32)
 
 
-def gate_logits(gate: PyTree, features: Array) -> Array:
-    """Scores every expert from pooled features.
+def gate_logits(gate: PyTree, features: Array, links: Links | None = None) -> Array:
+    """Scores every expert from pooled features, and from its link where it has one.
 
     Args:
-      gate: `kernel` [E, D], `bias` [E].
+      gate: `kernel` [E, D], `bias` [E]; with links `snr` [E], see `see_links`.
       features: [B, ..., D] float.
+      links: to the experts; None for perfect ones, which change nothing.
 
     Returns:
       [B, E] float32 logits.
     """
     pooled = pool(features)
     chex.assert_axis_dimension(gate["kernel"], 1, pooled.shape[-1])
-    return jnp.einsum("bd,ed->be", pooled, gate["kernel"]) + gate["bias"][None]
+    logits = jnp.einsum("bd,ed->be", pooled, gate["kernel"]) + gate["bias"][None]
+    return logits if links is None else see_links(logits, gate[SNR], links)
 
 
 def route(logits: Array, mask: Array, num_active: int) -> Array:
@@ -147,6 +150,29 @@ def z_loss(logits: Array, weight: Array | None, mask: Array) -> Array:
     """
     masked = jnp.where(mask[None], logits, -jnp.inf)
     return average(jnp.square(jax.nn.logsumexp(masked, axis=-1)), weight)
+
+
+def latency_loss(
+    logits: Array, weight: Array | None, mask: Array, time: Array
+) -> Array:
+    """`E[sum_e p_e(x) T_e / T_dl]`: the time of the links that the gate expects.
+
+    The penalty for the latency of the channel in the loss of the gate that the paper
+    suggests (arXiv 2507.05685, section IV.C); its form is this project's choice. p is
+    the softmax over the allowed experts, so that it has a gradient in each of them.
+
+    Args:
+      logits: [P, E] float32.
+      weight: [P] float32 of the positions, None where all count alike.
+      mask: [E] bool, allowed experts, at least one.
+      time: [P, E] float32, T_e / T_dl.
+
+    Returns:
+      [] float32, deadlines.
+    """
+    chex.assert_equal_shape([logits, time])
+    probabilities = jax.nn.softmax(jnp.where(mask[None], logits, -jnp.inf), axis=-1)
+    return average((probabilities * time).sum(axis=-1), weight)
 
 
 def calibrate_gate(

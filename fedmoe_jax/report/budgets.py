@@ -46,6 +46,7 @@ BUDGETS = (
     Budget(("bytes_up", "bytes_down"), 1e6, "MB"),
     Budget(("client_flops",), 1e9, "GFLOP"),
     Budget(("simulated_seconds",), 60.0, "simulated min", DEVICES),
+    Budget(("compute_joules", "radio_joules"), 1e3, "kJ", DEVICES),
 )
 
 

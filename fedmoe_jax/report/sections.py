@@ -13,6 +13,7 @@ from fedmoe_jax.report.regime_map import map_section
 from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.sheets import Section, section_markdown
 from fedmoe_jax.report.tables import markdown_table
+from fedmoe_jax.report.target_costs import target_section
 from fedmoe_jax.report.text import escape_markdown
 from fedmoe_jax.report.tiers import tiers_section
 
@@ -26,8 +27,8 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
     """
     found = [map_section(runs), paired_section(runs, baseline)]
     found += [floor_section(runs), tiers_section(runs)]
-    found += [parts_section(runs), budget_section(runs), layers_section(runs)]
-    found.append(pruned_section(runs))
+    found += [parts_section(runs), budget_section(runs), target_section(runs)]
+    found += [layers_section(runs), pruned_section(runs)]
     note = describe_diverged(runs)
     return [
         section._replace(about=f"{section.about} {note}".strip())

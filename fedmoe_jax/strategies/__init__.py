@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.align.fitness import PROBES
 from fedmoe_jax.base import AssignFn, Strategy
 from fedmoe_jax.options import UserError
+from fedmoe_jax.strategies.channel_aware import CHANNEL_AWARE, CHANNEL_ONLY
 from fedmoe_jax.strategies.fedavg import (
     CENTRALISED,
     CENTRALISED_ACTIVE,
@@ -86,6 +87,8 @@ STRATEGIES: dict[str, Strategy] = {
     "load_balanced": LOAD_BALANCED,
     "load_balanced_no_calibration": LOAD_BALANCED_NO_CALIBRATION,
     "load_balanced_running": LOAD_BALANCED_RUNNING,
+    "channel_aware": CHANNEL_AWARE,
+    "channel_only": CHANNEL_ONLY,
     "flex_moe": FLEX_MOE,
     "flex_moe_shared_gate": FLEX_MOE_SHARED_GATE,
     "flex_moe_examples": FLEX_MOE_EXAMPLES,

@@ -11,6 +11,7 @@ from fedmoe_jax.world.device_load import (
     PRESSURE_PROCESS,
 )
 from fedmoe_jax.world.drift import IMAGES_PROCESS, LABELS_PROCESS
+from fedmoe_jax.world.expert_links import LINKS_PROCESS
 
 # In the order in which they apply: the radio channel is no faster than the links that
 # other users have left.
@@ -25,4 +26,5 @@ PROCESSES: dict[str, Process] = {
     "wireless": WIRELESS_PROCESS,
     "labels": LABELS_PROCESS,
     "images": IMAGES_PROCESS,
+    "expert_links": LINKS_PROCESS,
 }

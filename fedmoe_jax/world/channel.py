@@ -14,7 +14,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Process
-from fedmoe_jax.options import POSITIVE, SHARE, STATIC, TRACED, Option, Range
+from fedmoe_jax.options import COUNT, POSITIVE, SHARE, STATIC, TRACED, Option, Range
 from fedmoe_jax.types import Array, Devices, Hyper, Keys, Sizes
 from fedmoe_jax.world.processes import gauss_markov_start, gauss_markov_step
 from fedmoe_jax.world.step import CSI, FADING, PLACE, View
@@ -182,7 +182,8 @@ class Cell(struct.PyTreeNode):
     Attributes:
       gain_db: [N] float32 dB, the mean gain of each client's place.
       fading: [N, 2] float32, real and imaginary part of the true channel.
-      known: [N, 2] float32, likewise, as the senders know it.
+      known: [N, 2] float32, likewise, as the senders know it, and with them the server,
+        which sees the rates that they agree on.
     """
 
     gain_db: Array
@@ -207,11 +208,15 @@ def init_cell(keys: Keys, hyper: Hyper, sizes: Sizes) -> Cell:
 
 
 def step_cell(state: Cell, keys: Keys, round: Array, hyper: Hyper) -> Cell:
-    """One step of the fading; the senders measure the channel anew."""
+    """One step of the fading; where it is due the senders measure the channel anew.
+
+    Between two measurements they keep the last one, which the fading leaves behind.
+    """
     numbers = hyper.channel
     fading = gauss_markov_step(keys.of(FADING), state.fading, numbers.persistence)
-    known = known_fading(keys.of(CSI), fading, numbers.csi)
-    return state.replace(fading=fading, known=known)
+    measured = known_fading(keys.of(CSI), fading, numbers.csi)
+    due = round % numbers.refresh == 0
+    return state.replace(fading=fading, known=jnp.where(due, measured, state.known))
 
 
 def open_links(
@@ -281,6 +286,13 @@ WIRELESS_PROCESS = Process(
             "channel.csi",
             SHARE,
             "correlation of the known and the true fading",
+            TRACED,
+        ),
+        Option(
+            "channel.refresh",
+            COUNT,
+            "rounds from one measurement of the known fading to the next; senders and "
+            "server keep the last one",
             TRACED,
         ),
         Option(

@@ -333,6 +333,28 @@ def exceeds_room(costs: Costs, traffic: Traffic, room: Array) -> Array:
     return costs.expert_bytes * traffic.trained - saved > most
 
 
+def expert_seconds(devices: Devices, up: Array, down: Array, flops: Array) -> Array:
+    """Seconds that each expert adds to a client's round: download, training, upload.
+
+    `T_ce = b_e / R_down + flops / f_c + b_e / R_up`, without latency, which the rest of
+    the model pays for.
+
+    Args:
+      devices: rows [C] of the cohort.
+      up: [E] float32 bytes of each expert on the way up, as devices feel them.
+      down: [E] float32, likewise on the way down.
+      flops: [C, E] float32 FLOPs of training each expert.
+
+    Returns:
+      [C, E] float32 >= 0.
+    """
+    chex.assert_shape(flops, (*devices.flops.shape, *up.shape))
+    chex.assert_equal_shape([up, down])
+    each = lambda rate: rate[:, None]
+    travel = up[None] / each(devices.upload) + down[None] / each(devices.download)
+    return travel + flops / each(devices.flops)
+
+
 def client_seconds(
     devices: Devices,
     costs: Costs,

@@ -14,6 +14,7 @@ from fedmoe_jax.forms import check_form, check_type
 from fedmoe_jax.types import (
     Array,
     Devices,
+    ExpertLinks,
     Federation,
     Hyper,
     Keys,
@@ -24,6 +25,7 @@ from fedmoe_jax.types import (
 
 # Purposes, folded into the key of a round; `split` uses the small numbers.
 PRESSURE, BACKGROUND, BANDWIDTH, REACH, FADING, DROPOUT, CSI, BIAS = range(1000, 1008)
+LINKS = 1008
 # Purposes, folded into the run's key, as the numbers of rounds are.
 PHASE, PLACE, BEGINNING = 2**32 - 2, 2**32 - 3, 2**32 - 4
 
@@ -56,12 +58,14 @@ class View(struct.PyTreeNode):
       events: leaves [N], what clients meet if they are in the cohort.
       distortion: [N] float32 >= 0, the amount by which the images of each client are
         distorted: the same for all that drift, 0 for the others. None for no drift.
+      links: between gate and experts; None where experts have none.
     """
 
     federation: Federation
     devices: Devices
     events: Events
     distortion: Array | None
+    links: ExpertLinks | None = None
 
 
 def init_world(

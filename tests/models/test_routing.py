@@ -14,6 +14,7 @@ from fedmoe_jax.models import routing
 from fedmoe_jax.models.routing import (
     calibrate_gate,
     gate_logits,
+    latency_loss,
     make_gates,
     pool,
     route,
@@ -199,6 +200,23 @@ def test_z_loss_by_hand():
     masses = jnp.log(jnp.array([[1.0, 2.0, 5.0, 90.0], [3.0, 3.0, 4.0, 90.0]]))
     expected = (np.log(8) ** 2 + np.log(10) ** 2) / 2
     np.testing.assert_allclose(z_loss(masses, None, some), expected, rtol=1e-5)
+
+
+def test_latency_loss_and_its_gradient_by_hand():
+    """`d/dz_i of p T = p_i (T_i - p T)`, over the two allowed experts of three."""
+    logits = jnp.log(jnp.array([[1.0, 3.0, 9.0], [1.0, 1.0, 5.0]]))
+    time = jnp.array([[0.8, 0.4, 0.0], [0.2, 0.6, 0.0]])
+    mask, weight = jnp.array([True, True, False]), jnp.array([3.0, 1.0])
+    loss = lambda logits, weight: latency_loss(logits, weight, mask, time)
+    first, second = 0.25 * 0.8 + 0.75 * 0.4, 0.5 * 0.2 + 0.5 * 0.6
+    near = {"rtol": 1e-5, "atol": 1e-7}
+    np.testing.assert_allclose(loss(logits, None), (first + second) / 2, **near)
+    weighted = (3 * first + second) / 4
+    np.testing.assert_allclose(loss(logits, weight), weighted, **near)
+    of_first = [0.25 * (0.8 - first), 0.75 * (0.4 - first), 0]
+    of_second = [0.5 * (0.2 - second), 0.5 * (0.6 - second), 0]
+    expected = [0.75 * np.array(of_first), 0.25 * np.array(of_second)]
+    np.testing.assert_allclose(jax.grad(loss)(logits, weight), expected, **near)
 
 
 @pytest.mark.parametrize("name", ["calibration_loss", "load_loss", "z_loss"])

@@ -33,6 +33,7 @@ from fedmoe_jax.models.routing import gate_logits
 from fedmoe_jax.round import build_round, build_run_rounds
 from fedmoe_jax.runtime.sharding import replicate, spread
 from fedmoe_jax.scoring import evaluation_route, route_all
+from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import STRATEGIES, fedjets
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.plan import make_wave, program_key
@@ -66,8 +67,14 @@ VARIANTS["fair"] = {
     "fairness.expert_floor": 0.75,
     "fairness.power": 1.0,
 }
+VARIANTS["linked"] = {
+    "expert_links.kind": "wireless",
+    "expert_links.csi": 0.9,
+    "expert_links.price": 0.5,
+    "loss.latency": 0.5,
+}
 VARIANTS["all"] = VARIANTS["shared"] | VARIANTS["probe"] | VARIANTS["biased"]
-VARIANTS["all"] |= VARIANTS["fair"]
+VARIANTS["all"] |= VARIANTS["fair"] | VARIANTS["linked"]
 # All tests of a case follow each other, while its program is there.
 each_case = pytest.mark.parametrize(("strategy", "variant"), CASES, scope="module")
 BROKEN = 3  # a client
@@ -490,6 +497,23 @@ def test_evaluation_asks_every_clients_own_model(strategy, variant):
         np.testing.assert_allclose(mean, expected.mean(), atol=0.02)
         assert found["clients_counted"] == N
         np.testing.assert_allclose(found["client_accuracy"], expected, atol=0.02)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_takes_experts_behind_links_or_has_none(strategy):
+    """Nothing is compiled; those of every kind that are run are among `WITH_ALL`."""
+    plan = plan_run(strategy=strategy, **VARIANTS["linked"])
+    program = use_linear_model(plan.program)
+    start = lambda: init_state(jax.random.key(0), plan.hyper, program)
+    state, frozen = jax.eval_shape(start)
+    inputs = state, plan.federation.replace(frozen=frozen), plan.hyper
+    after, _ = jax.eval_shape(spread(build_round(program), program.mesh), *inputs)
+    found = jax.eval_shape(build_evaluate(program), *inputs)
+    linked = program.sizes.num_experts > 1 and program.strategy.gating != "sum"
+    whole = after.params | after.personal
+    assert ("snr" in whole["gate"]["moe"]) == linked
+    assert ("linked_personal_prior_accuracy" in found) == linked
+    assert ("linked_delay" in found) == linked
 
 
 def moved(trial, part, leaf="kernel"):

@@ -10,12 +10,13 @@ from fedmoe_jax.report import budgets
 from .fake_runs import NOTHING, make_row, make_run
 
 GLOBAL = MEASURES["final_global_accuracy"]
-ROUNDS, TRAFFIC, WORK, TIME = budgets.BUDGETS
+ROUNDS, TRAFFIC, WORK, TIME, ENERGY = budgets.BUDGETS
 
 
 def evaluated(count, share=1.0, top=0.8, **fields):
     """So many rounds, all evaluated; accuracy rises to `top`, costs are a share."""
     costs = dict(bytes_up=2e6, bytes_down=4e6, client_flops=1e9, simulated_seconds=30.0)
+    costs |= dict(compute_joules=400.0, radio_joules=100.0)
     costs = {name: share * cost for name, cost in costs.items()} | fields
     return [
         make_row(
@@ -44,6 +45,7 @@ def test_spend_by_hand(tmp_path):
     assert budgets.spend(run, TRAFFIC).tolist() == [6, 12, 18]
     assert budgets.spend(run, WORK).tolist() == [1, 2, 3]
     assert budgets.spend(run, TIME).tolist() == [0.5, 1, 1.5]
+    assert budgets.spend(run, ENERGY).tolist() == [0.5, 1, 1.5]
 
 
 def test_the_budget_is_the_smallest_total_that_is_spent(tmp_path):
@@ -81,18 +83,22 @@ def test_budget_section_by_hand(tmp_path):
     assert [sheet.title for sheet in section.sheets] == titles
     texts = texts_of(section)
     heads = ["At 4 rounds", "At 12 MB", "At 2 GFLOP", "At 1 simulated min"]
+    heads.append("At 1 kJ")
     beside = ["Peak client parameters, 1,000", "Late clients a round"]
     beside.append("Capacity violations a round")
     assert list(texts["greedy"]) == heads + beside
     # Half of the rounds: 0.4 and 0.2, 30 ± 12.7062 * 10.
-    spread = ["60.0 ± 254.1", *["30.0 ± 127.1"] * 3]
+    spread = ["60.0 ± 254.1", *["30.0 ± 127.1"] * 4]
     assert [texts["greedy"][head] for head in heads] == spread
-    assert [texts["random"][head] for head in heads] == ["80.0 (1 seed)"] * 4
-    assert [texts["fedavg"][head] for head in heads] == ["80.0 (1 seed)", "–", "–", "–"]
+    assert [texts["random"][head] for head in heads] == ["80.0 (1 seed)"] * 5
+    assert [texts["fedavg"][head] for head in heads] == [
+        *("80.0 (1 seed)", "–", "–", "–", "–")
+    ]
     assert texts["greedy"][beside[0]] == "50.0 ± 0.0"
     assert [texts["local"][head] for head in heads[1:]] == [
         "80.0 (1 seed)",
         "80.0 (1 seed)",
+        "does not apply",
         "does not apply",
     ]
 

@@ -72,14 +72,14 @@ def test_the_printed_table_and_markdown_name_them(runs):
     tables.print_table(runs, stream)
     assert "2 of 3" in stream.getvalue() and NOTE in stream.getvalue()
     text = markdown_tables(runs, "")
-    assert "| 2 of 3 |" in text and text.count(NOTE) == 3
+    assert "| 2 of 3 |" in text and text.count(NOTE) == 4
 
 
 def test_further_tables_mark_them(runs):
-    pairs, costs = list_sections(runs, "random")
+    pairs, costs, targets = list_sections(runs, "random")
     assert pairs.sheets[0].rows["greedy"][1].text.startswith("+0.0 ± 0.0 †; 0 / 0")
     rows = costs.sheets[0].rows
     assert rows["greedy"][0].text == "40.0 ± 0.0 †"
     assert rows["random"][0].text == "40.0 ± 0.0"
-    assert all(section.about.endswith(NOTE) for section in (pairs, costs))
+    assert all(section.about.endswith(NOTE) for section in (pairs, costs, targets))
     assert not budgets.budget_section(runs[:3])

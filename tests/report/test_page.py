@@ -240,8 +240,8 @@ def test_write_report_shows_costs(tmp_path):
     text = path.read_text(encoding="utf-8")
     assert "<h2>Against time and traffic</h2>" in text
     assert "<b>Lost a round</b>: clients whose update did not count" in text
-    # Learning, costs, signatures; pairs; budgets of two accuracies.
-    assert text.count("<th>Strategy</th>") == 3 + 1 + 2
+    # Learning, costs, signatures; pairs; budgets of two accuracies; four targets.
+    assert text.count("<th>Strategy</th>") == 3 + 1 + 2 + 4
     assert "<h2>Paired differences: less centralised</h2>" not in text
     figures = {each.stem for each in (path.parent / "figures").glob("*.png")}
     assert {"global_accuracy_time", "personal_accuracy_traffic"} <= figures

@@ -14,10 +14,11 @@ def runs(tmp_path_factory):
 
 def test_list_sections_leaves_out_what_has_nothing_to_say(runs, tmp_path):
     titles = lambda made: [section.title for section in list_sections(made, "random")]
-    pairs, costs = "Paired differences: less random", "At equal budgets"
-    assert titles(runs) == [pairs, costs]
+    pairs = "Paired differences: less random"
+    costs = "At equal budgets", "Costs to target accuracies"
+    assert titles(runs) == [pairs, *costs]
     parts = "Assignment, and what else the system does"
-    assert titles(make_labels(tmp_path, **IN_PARTS)) == [pairs, parts, costs]
+    assert titles(make_labels(tmp_path, **IN_PARTS)) == [pairs, parts, *costs]
     assert titles(runs[:2]) == []
     layered = make_row(1, layer_load_cv=[0.1, 0.2])
     assert titles([make_run(tmp_path, rows=[layered])]) == ["MoE layers"]
@@ -27,4 +28,4 @@ def test_markdown_tables_has_the_final_numbers_and_the_sections(runs):
     head, *sections = markdown_tables(runs, "random").split("\n## ")
     assert head.startswith("| Strategy | Seeds |") and "`greedy`" in head
     assert sections[0].startswith("Paired differences: less random\n")
-    assert len(sections) == 2
+    assert len(sections) == 3

@@ -34,6 +34,7 @@ SWITCHES = {
     "channel.kind",
     "drift.images",
     "drift.labels",
+    "expert_links.kind",
     "groups.kind",
     "pressure.share",
     *(f"privacy.{name}" for name in (*DEFENCES, "noise", "observe")),

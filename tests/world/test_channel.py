@@ -266,6 +266,27 @@ def test_open_links_gives_each_direction_the_power_of_its_sender():
     np.testing.assert_array_equal(view.devices.download, down)
 
 
+def walk(refresh, rounds=5):
+    """The cell in each of the rounds, with perfect measurements every so many."""
+    hyper = make_hyper(channel=CELL | dict(persistence=0.5, refresh=refresh))
+    cell, cells = make_cell(3, hyper), []
+    for round in range(rounds):
+        keys = make_keys(jax.random.key(2), round)
+        cell = channel.step_cell(cell, keys, jnp.int32(round), hyper)
+        cells.append(cell)
+    return cells
+
+
+def test_step_cell_keeps_the_last_measurement_until_the_next():
+    every, third = walk(1), walk(3)
+    for round, (fresh, stale) in enumerate(zip(every, third, strict=True)):
+        np.testing.assert_array_equal(stale.fading, fresh.fading)
+        np.testing.assert_array_equal(fresh.known, fresh.fading)
+        measured = every[round - round % 3].fading
+        np.testing.assert_array_equal(stale.known, measured)
+    assert not np.array_equal(third[1].known, third[1].fading)
+
+
 @pytest.mark.parametrize("weak", ["up", "down"])
 def test_apply_cell_fails_only_the_direction_without_signal(weak):
     powers = {"power_up": 100.0, "power_down": 100.0} | {f"power_{weak}": -200.0}

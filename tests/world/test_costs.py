@@ -18,6 +18,7 @@ from fedmoe_jax.world.costs import (
     client_parameters,
     client_seconds,
     count_costs,
+    expert_seconds,
     fits_memory,
     probe_flops,
     scale_costs,
@@ -315,6 +316,14 @@ def test_client_flops_by_hand():
     # a frozen stem has a third of its 4
     frozen = client_flops(FROZEN, ALL, jnp.float32(3))
     np.testing.assert_allclose(frozen, [3 * (30 - 8 / 3), 3 * (70 - 8 / 3)])
+
+
+def test_expert_seconds_by_hand():
+    devices = make_devices(2, upload=[2.0, 4.0], download=[10.0, 5.0], flops=[1.0, 3.0])
+    up, down = jnp.array([4.0, 8.0, 0.0]), jnp.array([10.0, 20.0, 0.0])
+    flops = jnp.array([[1.0, 2.0, 0.0], [3.0, 6.0, 9.0]])
+    expected = [[2 + 1 + 1, 4 + 2 + 2, 0], [1 + 2 + 1, 2 + 4 + 2, 3]]
+    np.testing.assert_allclose(expert_seconds(devices, up, down, flops), expected)
 
 
 def test_client_seconds_by_hand():
