@@ -136,7 +136,7 @@ def expose_client(
     """
     federation, strategy = view.federation, program.strategy
     assert federation.own_test is not None
-    inputs = gather_input(state, view, bias, client, program)
+    inputs = gather_input(state, view, hyper, bias, client, program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
     update = client_update(state.params, inputs, federation, hyper, key)
     # What stays with a client is as the server has it.

@@ -101,7 +101,7 @@ def add_times(
     devices = expect_devices(view, cohort, belief, program)
     nothing = hold_nothing(len(cohort), program)
     equipped = state.participation.equipped[cohort]
-    traffic = plan_traffic(evidence, nothing, equipped, hyper, program)
+    traffic = plan_traffic(evidence, nothing, None, equipped, hyper, program)
     shared = client_seconds(devices, program.device_costs, traffic, evidence.load)
     times = Times(
         expert=expert_seconds(devices, *count_experts(evidence, program)) / deadline,

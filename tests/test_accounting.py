@@ -17,6 +17,7 @@ from fedmoe_jax.accounting import (
     count_numbers,
     describe_privacy,
     find_epsilon,
+    is_sampled,
     list_costs,
     make_event,
 )
@@ -134,8 +135,8 @@ def test_list_costs_of_cohorts_that_do_not_amplify():
     assert event(cohort_size=10) == ("gaussian", (4.0,))
     for sampling in ("size", "reachable"):
         assert event(**{"availability.sampling": sampling}) == ("gaussian", (4.0,))
-    assert is_sampled(make_config(cohort_size=3))
-    assert not is_sampled(make_config(cohort_size=3, **{"fairness.floor": 0.1}))
+    assert is_sampled(tiny_config())
+    assert not is_sampled(tiny_config(**{"fairness.floor": 0.1}))
 
 
 def test_list_costs_of_pruned_updates_has_no_noise_on_importance():
