@@ -51,7 +51,7 @@ def test_plan_traffic_of_cover_by_hand():
     held = jnp.broadcast_to(jnp.arange(2), slot.shape)
     evidence = make_evidence(client=jnp.arange(1), capacity=jnp.full(1, 2))
     wish = Assignment(held, slot, bias=jnp.zeros(slot.shape), asked=asked)
-    found = plan_traffic(*(evidence, wish, jnp.ones(1, bool), None, program))
+    found = plan_traffic(*(evidence, wish, None, jnp.ones(1, bool), None, program))
     assert found.received.tolist() == [5 / 2]
     assert found.reported.tolist() == [5 * 5] and found.biases.tolist() == [5]
     assert found.held.tolist() == found.trained.tolist() == [3 / 2]

@@ -48,7 +48,7 @@ def train(run, client):
     """Inputs and update of ONE client, and the key of its round."""
     program, state = run.program, run.state
     view = observe(state.world, run.federation, run.hyper, program.processes)
-    inputs = gather_input(state, view, None, jnp.int32(client), program)
+    inputs = gather_input(state, view, run.hyper, None, jnp.int32(client), program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
     update = build_client_update(program)
     return inputs, update(state.params, inputs, run.federation, run.hyper, key), key

@@ -34,7 +34,7 @@ def expect(run: Run, world) -> Evidence:
     keys = make_keys(state.key, 0)
     place = view, hyper, program, jnp.int32(0), keys
     belief = measure_capacity(state.belief, *place).belief
-    evidence = gather_evidence(state, view, COHORT, belief, program.sizes)
+    evidence = gather_evidence(state, view, COHORT, belief, hyper, program)
     return add_times(evidence, state, view, belief, hyper, program)
 
 
@@ -72,7 +72,7 @@ def test_add_times_is_what_the_clients_then_take(fields):
     held = hold_nothing(len(COHORT), program).held.at[..., 1].set(1)
     bias = jnp.zeros(slot.shape) if fields else None
     assignment, equipped = Assignment(held, slot, bias=bias), COHORT < 0
-    traffic = plan_traffic(evidence, assignment, equipped, hyper, program)
+    traffic = plan_traffic(evidence, assignment, None, equipped, hyper, program)
     traffic = traffic.replace(sent=traffic.held)
     devices = jax.tree.map(lambda leaf: leaf[COHORT], view.devices)
     taken = client_seconds(devices, program.device_costs, traffic, evidence.load)
