@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import list_held, make_evidence, make_hyper, sizes_of
+from factories import list_held, make_evidence, make_hyper, make_times, sizes_of
 
 from fedmoe_jax.align import ties
 from fedmoe_jax.align.top_k import to_mask, top_k
@@ -141,7 +141,9 @@ def test_the_bounded_decision_gives_no_client_the_lowest_ids(name):
 def test_distinct_scores_leave_nothing_to_lots(name):
     """Evidence without ties, the same decision for two purposes of the lots."""
     strategy, sizes = find_strategy(name), sizes_of(name)
-    evidence = make_evidence(sizes, state=strategy.init(sizes))
+    shape = sizes.cohort_size, sizes.num_experts
+    times = make_times(sizes, np.random.default_rng(1).uniform(0, 0.1, shape))
+    evidence = make_evidence(sizes, state=strategy.init(sizes), times=times)
 
     @jax.jit
     def decide(purpose):
