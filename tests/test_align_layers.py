@@ -149,6 +149,7 @@ def test_assign_yields_to_the_tiers_of_each_layer_before_gates_get_their_bias(
     assert changed > 0
 
 
+@layers
 def test_assign_asks_for_each_layer_by_itself(num_layers):
     """And its bias is of the experts in the slots as they are then."""
     program, rows = make_layers(num_layers, "greedy")

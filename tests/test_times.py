@@ -83,7 +83,7 @@ def test_add_times_is_what_the_clients_then_take(fields):
 
 def test_expect_devices_takes_radio_links_from_the_round_and_others_from_the_belief():
     devices, speeds = make_devices(3, rate=8.0, flops=2.0), jnp.array([4.0, 5.0, 6.0])
-    belief = Belief(jnp.ones(3, jnp.int32), {}, Speeds(speeds, speeds, speeds))
+    belief = Belief(jnp.ones(3, jnp.int32), {}, speeds=Speeds(*[speeds] * 3))
     run = prepare()
     view = observe({}, run.federation, run.hyper, ()).replace(devices=devices)
     cohort = jnp.array([2, 0])
