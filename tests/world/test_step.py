@@ -25,7 +25,9 @@ from fedmoe_jax.world.step import (
 pytestmark = pytest.mark.slow
 
 GROUPS = "pressure background bandwidth availability channel drift late".split()
-STORMY = plan_run(**STORM)
+GROUPS += ["expert_links"]
+# With every process; links change what is routed where, which no other test needs.
+STORMY = plan_run(**STORM, **{"expert_links.kind": "wireless"})
 
 
 def make_world(chain):
@@ -63,6 +65,7 @@ def test_list_processes_leaves_out_what_is_off():
         ("channel.kind", "wireless", "wireless"),
         ("drift.labels", 0.1, "labels"),
         ("drift.images", "blur", "images"),
+        ("expert_links.kind", "wireless", "expert_links"),
     ],
 )
 def test_list_processes_needs_one_field_to_turn_one_on(field, value, name):
