@@ -9,7 +9,7 @@ from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.privacy.selection import hide_fitness
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
-from fedmoe_jax.pruning.submodels import Pruned, count_reported, spread_room
+from fedmoe_jax.prune import Pruned, count_reported, spread_room
 from fedmoe_jax.types import (
     Array,
     Assignment,

@@ -25,7 +25,7 @@ from fedmoe_jax.options import replace
 from fedmoe_jax.panel import choose_rows, gather_panel
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
-from fedmoe_jax.pruning.submodels import prune_held
+from fedmoe_jax.prune import prune_held
 from fedmoe_jax.pruning.units import multiply_parts
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.scoring import (

@@ -21,6 +21,7 @@ from fedmoe_jax.base import (
     Units,
 )
 from fedmoe_jax.config import check, check_values, list_options
+from fedmoe_jax.feasible import check_floor
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
@@ -41,7 +42,6 @@ from fedmoe_jax.tasks.batches import BatchShapes, shape_batch
 from fedmoe_jax.types import Array, Federation, Hyper, PyTree, Sizes, Static
 from fedmoe_jax.world import PROCESSES
 from fedmoe_jax.world.costs import Costs, count_costs, scale_costs
-from fedmoe_jax.world.feasible import check_floor
 from fedmoe_jax.world.step import Chain
 
 

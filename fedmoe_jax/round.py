@@ -25,7 +25,7 @@ from fedmoe_jax.metrics import measure
 from fedmoe_jax.observer import OBSERVED, see_round
 from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
-from fedmoe_jax.pruning.submodels import learn_units, prune_cohort
+from fedmoe_jax.prune import learn_units, prune_cohort
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.times import add_times
 from fedmoe_jax.types import (

@@ -13,7 +13,7 @@ from fedmoe_jax.forms import check_type
 from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.program import Program, take_frozen
-from fedmoe_jax.pruning.submodels import init_pruning
+from fedmoe_jax.prune import init_pruning
 from fedmoe_jax.types import AlignState, Array, Federation, Hyper, PyTree, SimState
 from fedmoe_jax.world.participation import init_participation
 from fedmoe_jax.world.step import init_world, observe

@@ -315,7 +315,7 @@ class SimState(struct.PyTreeNode):
         in the next, {} where no such update is merged.
       participation: of the clients so far, and the last round in detail, see
         `world.participation`.
-      pruning: the importance of units, see `pruning.submodels.init_pruning`; {} where
+      pruning: the importance of units, see `prune.init_pruning`; {} where
         it is not measured.
       queues: virtual queues of the floors that are on, `clients` [N] and `tiers`,
         leaves [G, K] by capacities, see `align.queues`; {} without a floor.

@@ -12,6 +12,7 @@ from factories import (
     make_data,
     make_evidence,
     make_hyper,
+    make_times,
     plan_run,
     sizes_of,
     start_run,
@@ -99,7 +100,8 @@ def lower_decision(name, platform):
     """A strategy's assignment of a large cohort, lowered."""
     strategy, sizes = STRATEGIES[name], sizes_of(name, MANY)
     state = jax.eval_shape(lambda: strategy.init(sizes))
-    evidence = shapes_of(make_evidence(sizes)).replace(state=state)
+    evidence = make_evidence(sizes, times=make_times(sizes) if strategy.timed else None)
+    evidence = shapes_of(evidence).replace(state=state)
     key = jax.eval_shape(lambda: jax.random.key(0))
     decide = functools.partial(strategy.assign, sizes=sizes)
     in_order = lambda evidence, hyper, key: decide(evidence, hyper, key=key)

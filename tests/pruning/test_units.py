@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from fedmoe_jax.base import Units
 from fedmoe_jax.models import lora, transformer
 from fedmoe_jax.models.flops import shape_params
-from fedmoe_jax.models.image_parts import STEMS
 from fedmoe_jax.pruning.units import (
     count_entries,
     gather,
@@ -122,21 +121,6 @@ def test_keep_params_of_a_convolutional_expert_silences_its_channels():
             model.parts.expert(one, features, None),
             rtol=1e-5,
         )
-
-
-@pytest.mark.parametrize("stem", [stem for stem in STEMS if stem != "flat"])
-def test_units_of_stems_name_leaves_whose_axes_are_multiples(stem):
-    model = image_model(stem, "mlp")
-    params = shape_params(model)[0]
-    for each in model.units:
-        tree = params[each.part]
-        tree = tree["moe"] if each.part == "experts" else tree
-        for path, axis in each.leaves:
-            leaf = tree
-            for name in path:
-                leaf = leaf[name]
-            length = leaf.shape[axis + (each.part == "experts")]
-            assert length % each.count == 0
 
 
 def test_count_entries_by_hand():

@@ -19,7 +19,7 @@ from fedmoe_jax.evaluate import build_evaluate_share
 from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.options import UserError
-from fedmoe_jax.pruning.submodels import Pruned, prune_cohort, spread_room
+from fedmoe_jax.prune import Pruned, prune_cohort, spread_room
 from fedmoe_jax.round import build_round, build_run_rounds
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.state import init_state

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from factories import make_config, make_devices, tiny_config
 
+from fedmoe_jax.feasible import check_floor, count_reach, find_largest, round_down
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train.plan import plan_run
-from fedmoe_jax.world.feasible import check_floor, count_reach, find_largest, round_down
 
 DEVICES = make_devices(4, memory=jnp.array([1.0, 2.0, 3.0, 4.0]))
 FOUR = {"num_clients": 4, "cohort_size": 2}
