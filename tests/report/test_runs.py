@@ -128,7 +128,7 @@ def test_numbers_of_devices_are_unknown_without_any(tmp_path):
     rows = [make_row(n, **NOTHING) for n in (1, 2)]
     found = runs.numbers(make_run(tmp_path, rows=rows), MEASURES, {})
     of_devices = [key for key, measure in MEASURES.items() if measure.of == DEVICES]
-    assert len(of_devices) == 7 and all(math.isnan(found[key]) for key in of_devices)
+    assert len(of_devices) == 8 and all(math.isnan(found[key]) for key in of_devices)
     assert found["megabytes_up"] == 0
 
 
