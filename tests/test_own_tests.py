@@ -90,7 +90,9 @@ def draw_state(program, seed=0):
         key=jax.random.key(0),
         params=params,
         server_opt={},
-        align=make_align(N, E, held=jnp.asarray(held)),
+        align=make_align(
+            N, E, held=jnp.asarray(held), fitness=jnp.full(held.shape, 0.5)
+        ),
         personal={p: jax.tree.map(rows, params[p]) for p in program.strategy.personal},
         variate={},
         participation=participation.replace(rounds=counted),
