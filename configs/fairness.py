@@ -1,6 +1,7 @@
 """Can every client get its share of training? Floors of participation, and their price.
 
-    python launch.py --config=configs/fairness.py:digits --workdir=runs/fairness
+    python launch.py --config=configs/fairness.py:digits --workdir=runs/fairness \\
+      --settings=results/systems_digits/settings.json
     python launch.py --config=configs/fairness.py --workdir=runs/fairness_cifar
 
 Five of twenty clients train in a round, drawn among those that can be reached, and weak
