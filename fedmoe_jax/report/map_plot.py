@@ -1,5 +1,6 @@
 """The picture of a map of regimes: who leads in every cell, and by how much."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,12 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fedmoe_jax.report.margins import LETTERS, line_height, open_panels, settle
+from fedmoe_jax.report.margins import (
+    LETTERS,
+    line_height,
+    open_panels,
+    settle,
+    text_width,
+)
 from fedmoe_jax.report.plots import COLOURS, GREY, STYLE
 from fedmoe_jax.report.text import shorten
 
-CELL = (1.45, 0.36)  # inches
-MOST = 30  # letters of a line in a cell
+CELL = (1.45, 0.36)  # inches, at least
+ROOM = 0.15  # inches beside the widest line of a cell
+SIZES = (7.0, 6.0)  # points, of the two lines
+MOST = 44  # letters of a line in a cell
 COLUMN = 26  # letters of a column's name
 SHADES = (0.12, 0.5)  # from the least to the most of a lead, as opacity
 
@@ -47,13 +56,31 @@ def shade(verdict: Verdict, column: Sequence[Verdict | None]) -> dict[str, Any]:
     return dict(facecolor=colour, alpha=low + (high - low) * share)
 
 
+def shorten_lines(verdict: Verdict) -> list[str]:
+    """The two lines of a cell as they are drawn."""
+    return [shorten(line, MOST) for line in verdict.lines]
+
+
+def measure_width(cells: Sequence[Sequence[Verdict | None]]) -> float:
+    """The width of a column in inches, in which every line has room."""
+    widths = [
+        text_width(line, size)
+        for verdict in itertools.chain(*cells)
+        if verdict
+        for line, size in zip(shorten_lines(verdict), SIZES, strict=True)
+    ]
+    return max(CELL[0], ROOM + max(widths, default=0.0))
+
+
 def write_lines(axes: Axes, column: int, row: int, verdict: Verdict) -> None:
     """The two lines of a cell, grey where nobody leads."""
-    first, second = (shorten(line, MOST) for line in verdict.lines)
+    (first, second), (large, small) = shorten_lines(verdict), SIZES
     ink, weight = ("black", "bold") if verdict.lead else (GREY, "normal")
     place: dict[str, Any] = dict(ha="center", color=ink)
-    axes.text(column, row - 0.04, first, va="bottom", size=7, weight=weight, **place)
-    axes.text(column, row + 0.06, second, va="top", size=6, **place)
+    axes.text(
+        column, row - 0.04, first, va="bottom", size=large, weight=weight, **place
+    )
+    axes.text(column, row + 0.06, second, va="top", size=small, **place)
 
 
 @rc_context(STYLE)
@@ -69,7 +96,7 @@ def draw_map(
       columns: names of measures.
       cells: [rows, columns], None where nothing is known.
     """
-    inner = CELL[0] * len(columns), CELL[1] * len(rows)
+    inner = measure_width(cells) * len(columns), CELL[1] * len(rows)
     figure, panels = open_panels(1, inner)
     (axes,) = panels
     for at, column in enumerate(zip(*cells, strict=True)):

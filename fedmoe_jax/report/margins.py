@@ -58,6 +58,21 @@ def read_ticks(axis: Axis) -> list[str]:
     return axis.get_major_formatter().format_ticks(shown)
 
 
+def _beyond_right(panel: Axes, width: float) -> float:
+    """By how much the text of the last tick in view goes beyond a panel's right edge.
+
+    Args:
+      width: of the panel.
+    """
+    texts, (left, right) = read_ticks(panel.xaxis), panel.get_xlim()
+    if not texts:
+        return 0.0
+    places = [x for x in panel.get_xticks() if left <= x <= right] or [right]
+    to_panel = panel.transScale + panel.transLimits
+    share = to_panel.transform((places[-1], panel.get_ylim()[0]))[0]
+    return max(text_width(texts[-1]) / 2 - (1 - share) * width, 0.0)
+
+
 def _label(axis: Axis, texts: float, length: float) -> float:
     """Puts an axis's label beyond the texts of its ticks; the room that both need.
 
@@ -97,8 +112,9 @@ def settle(
     lefts = [_label(p.yaxis, widest(read_ticks(p.yaxis)), width) for p in panels]
     lefts[0] = max(lefts[0], names)
     below = max(names, line_height(LETTERS))
-    bottom = max(_label(panel.xaxis, below, height) for panel in panels)
-    ends = [widest(read_ticks(panel.xaxis)[-1:]) / 2 for panel in panels]
+    low = [p for p in panels if p.xaxis.get_ticks_position() != "top"]
+    bottom = max((_label(panel.xaxis, below, height) for panel in low), default=PAD)
+    ends = [_beyond_right(panel, width) for panel in panels]
     rooms = [PAD + max(pair) for pair in zip(rights, ends, strict=True)]
     top += PAD + line_height(LETTERS) / 2
     wide = len(panels) * width + sum(lefts) + sum(rooms)

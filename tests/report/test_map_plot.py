@@ -22,3 +22,16 @@ def test_cells_without_a_number_stay_empty():
     (axes,) = figure.axes
     assert len(axes.patches) == 3 and len(axes.texts) == 6
     assert axes.texts[0].get_text() == "greedy"
+
+
+def test_columns_are_as_wide_as_their_lines_and_the_paper_ends_with_them():
+    long = Verdict(1, 1.0, ("a", "0.125 ± 0.024 bits over a_control_of_its_own"))
+    figure = draw_map(["a", "b"], ["x", "y"], [[long, HALF], [NONE, HALF]])
+    (axes,), paper = figure.axes, figure.get_tightbbox()
+    assert all("..." not in text.get_text() for text in axes.texts)
+    cell, text = axes.patches[0], axes.texts[1]
+    assert text.get_text() == long.lines[1]
+    assert text.get_window_extent().width < cell.get_window_extent().width
+    width, height = figure.get_size_inches()
+    edges = paper.x0, paper.y0, width - paper.x1, height - paper.y1
+    assert all(-0.01 < edge < 0.12 for edge in edges), edges
