@@ -16,7 +16,13 @@ from benchmarks.claims_map import Map, is_drawn, read_map, save_map, tabulate_ma
 from benchmarks.claims_numbers import compute, tabulate, tabulate_differences
 from benchmarks.claims_page import Computed, first_change, rewrite
 from benchmarks.page import RESULTS
-from benchmarks.studies import Study, find_disagreements, read_csv, read_study
+from benchmarks.studies import (
+    Study,
+    find_disagreements,
+    join_studies,
+    read_csv,
+    read_study,
+)
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.files import write_atomically
 
@@ -24,18 +30,33 @@ LIST = RESULTS / "claims.toml"
 PAGES = ("results/README.md", "README.md", "docs/results.md", "docs/strategies.md")
 
 
-def read_studies(names: Iterable[str], results: Path) -> dict[str, Study]:
+def read_studies(
+    names: Iterable[str], listed: Mapping[str, Any], results: Path
+) -> dict[str, Study]:
     """The studies that claims are taken from.
 
+    Args:
+      names: of them.
+      listed: those of `claims.toml`, by name; one with `parts` has the rows of these.
+      results: the folder of the stored studies.
+
     Raises:
-      UserError: one is not stored, or its `paired.csv` is of other runs.
+      UserError: one is not stored, or its `paired.csv` is of other runs; or see
+        `join_studies`.
     """
-    studies = {name: read_study(results / name) for name in dict.fromkeys(names)}
+    parts = {name: listed.get(name, {}).get("parts", [name]) for name in names}
+    stored = dict.fromkeys(part for several in parts.values() for part in several)
+    studies = {name: read_study(results / name) for name in stored}
     for name, study in studies.items():
         path = results / name / "paired.csv"
         for fault in find_disagreements(study, read_csv(path) if path.exists() else []):
             raise UserError(f"{fault}; allowed: files of the same runs")
-    return studies
+    return {
+        name: join_studies(name, [studies[part] for part in several])
+        if "parts" in listed.get(name, {})
+        else studies[name]
+        for name, several in parts.items()
+    }
 
 
 def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
@@ -55,7 +76,7 @@ def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
     used = [claim.study for claim in numbered.values()]
     used += [table["study"] for table in (*means.values(), *apart.values())]
     used += [study for table in tables.values() for study, _ in table["rows"]]
-    studies = read_studies(used, results)
+    studies = read_studies(used, listed["studies"], results)
     maps = {name: read_map(table, studies) for name, table in tables.items()}
     return Computed(
         claims,

@@ -131,7 +131,13 @@ def row(claim: Claim, numbers: Mapping[str, Number]) -> list[str]:
 
 
 def describe_study(name: str, study: Mapping[str, Any], results: Path) -> str:
-    """A study's command, what it costs, and links to its files and its log."""
+    """A study's command, what it costs, and links to its files and its log.
+
+    Of a study of several parts, links to these.
+    """
+    if "parts" in study:
+        links = [f"[{part}]({part}/table.md)" for part in study["parts"]]
+        return f"* `{name}`: {study['about']} ({', '.join(links)})"
     files = [results / name / "table.md", *sorted((results / name).glob("*.csv"))]
     links = [f"[{path.stem}]({name}/{path.name})" for path in files]
     links += [f"[log](LOG.md#{study['log']})"] if "log" in study else []

@@ -97,6 +97,24 @@ def read_study(folder: Path) -> Study:
     return Study(folder.name, seeds, rates, places, evaluations)
 
 
+def join_studies(name: str, parts: Sequence[Study]) -> Study:
+    """One study of the rows of several, whose runs differ in nothing else.
+
+    Raises:
+      UserError: two have the same row.
+    """
+    rows = [label for part in parts for label in part.seeds]
+    if twice := {label for label in rows if rows.count(label) > 1}:
+        raise UserError(
+            f"claims: {min(twice)} is a row of several parts of {name}; allowed: one"
+        )
+    seeds = {label: of for part in parts for label, of in part.seeds.items()}
+    rates = {label: rate for part in parts for label, rate in part.rates.items()}
+    places = {folder: place for part in parts for folder, place in part.places.items()}
+    evaluations = [row for part in parts for row in part.evaluations]
+    return Study(name, seeds, rates, places, evaluations)
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file by the names of its columns."""
     with path.open(newline="") as file:

@@ -114,3 +114,28 @@ def test_stored_differences_are_those_of_the_runs(folder):
     assert fault.endswith("is 11.1, runs.csv gives 11")
     for other in ({"difference": ""}, {"strategy": "nobody"}):
         assert len(studies.find_disagreements(study, [row | other])) == 1
+
+
+def test_parts_of_a_study_are_joined_unless_a_row_is_in_two():
+    one = studies.Study(
+        "one",
+        {"greedy": {0: {"x": 1.0}}},
+        {"greedy": "tuned"},
+        {"g": ("greedy", 0)},
+        [],
+    )
+    two = studies.Study(
+        "two",
+        {"random": {0: {"x": 2.0}}},
+        {"random": "untuned"},
+        {"r": ("random", 0)},
+        [{"run": "r", "round": "2"}],
+    )
+    both = studies.join_studies("both", [one, two])
+    assert both.name == "both"
+    assert both.seeds == {"greedy": {0: {"x": 1.0}}, "random": {0: {"x": 2.0}}}
+    assert both.rates == {"greedy": "tuned", "random": "untuned"}
+    assert both.places == {"g": ("greedy", 0), "r": ("random", 0)}
+    assert both.evaluations == [{"run": "r", "round": "2"}]
+    with pytest.raises(UserError, match="greedy is a row of several parts of both"):
+        studies.join_studies("both", [one, one])
