@@ -160,9 +160,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "data.name",
         None,
-        "data set: digits (scikit-learn's), synthetic (images whose best assignment is "
-        "known), markov (text likewise), arrays (data.file), text (data.dir), or one "
-        "that TFDS has prepared, such as cifar10, mnist or emnist/byclass",
+        "data set: digits (scikit-learn's), digit_pairs (two of them, 100 classes), "
+        "synthetic (images whose best assignment is known), markov (text likewise), "
+        "arrays (data.file), text (data.dir), or one that TFDS has prepared, such as "
+        "cifar10, mnist or emnist/byclass",
     ),
     Option(
         "data.public",

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.base import Data
 from fedmoe_jax.configs import default
 from fedmoe_jax.data.arrays import load_arrays
+from fedmoe_jax.data.digit_pairs import load_digit_pairs
 from fedmoe_jax.data.digits import load_digits
 from fedmoe_jax.data.folders import resolve_data_dir
 from fedmoe_jax.data.markov import load_markov
@@ -150,6 +151,7 @@ PREPARED = (*RECORDS, *IMAGES)  # until the features are known
 FIELDS = ("file", *PREPARED)
 READS: dict[str, tuple[str, ...]] = {  # by data set of the package
     "digits": (),
+    "digit_pairs": (),
     "synthetic": (),
     "cifar10": IMAGES,
     "arrays": ("file",),
@@ -161,6 +163,7 @@ READS: dict[str, tuple[str, ...]] = {  # by data set of the package
 # A loader gets the config's group `data`.
 DATASETS: dict[str, Callable[[ConfigDict], Data]] = {
     "digits": lambda options: load_digits(),
+    "digit_pairs": lambda options: load_digit_pairs(),
     "synthetic": lambda options: load_synthetic(),
     "cifar10": load_cifar10,
     "arrays": load_arrays,

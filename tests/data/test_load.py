@@ -16,13 +16,13 @@ def test_load_dataset_refuses_an_unknown_name_in_one_line(tmp_path):
         with pytest.raises(UserError) as error:
             load_dataset(make_options(name=name, dir=str(tmp_path)))
         assert str(error.value) == (
-            f"data.name={name!r} is not in {tmp_path}; allowed: digits, synthetic, "
-            "cifar10, arrays, text, markov, or a data set of TFDS that 'python -m "
-            f"fedmoe_jax.data NAME --data_dir={tmp_path}' has prepared"
+            f"data.name={name!r} is not in {tmp_path}; allowed: digits, "
+            "digit_pairs, synthetic, cifar10, arrays, text, markov, or a data set of "
+            f"TFDS that 'python -m fedmoe_jax.data NAME --data_dir={tmp_path}' has prepared"
         )
 
 
-@pytest.mark.parametrize("name", ["digits", "synthetic"])
+@pytest.mark.parametrize("name", ["digits", "digit_pairs", "synthetic"])
 def test_load_dataset_gives_the_same_arrays_every_time(name):
     np.random.seed(1)
     first = load_dataset(make_options(name=name))
@@ -47,6 +47,7 @@ CHANGED = {
 DEFAULTS = {"client": "file", "length": 32, "kilobytes": 0, "test_kilobytes": 0}
 UNREAD = {
     "digits": tuple(CHANGED),
+    "digit_pairs": tuple(CHANGED),
     "synthetic": tuple(CHANGED),
     "cifar10": ("file", "client", *tuple(CHANGED)[3:6], "text_key"),
     "arrays": tuple(CHANGED)[1:],
@@ -94,12 +95,13 @@ def test_load_dataset_names_the_configs_that_are_prepared(tmp_path):
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "dataset_info.json").touch()
     (tmp_path / "emnist" / "empty").mkdir()
+    embedded = "digits, digit_pairs, synthetic"
     cases = {
-        "emnist": "emnist/byclass, emnist/letters, digits, synthetic",
-        "emnist/digits": "emnist/byclass, emnist/letters, digits, synthetic",
-        "mnist/small": "mnist, digits, synthetic",
-        "svhn": "digits, synthetic",
-        "../emnist": "digits, synthetic",
+        "emnist": f"emnist/byclass, emnist/letters, {embedded}",
+        "emnist/digits": f"emnist/byclass, emnist/letters, {embedded}",
+        "mnist/small": f"mnist, {embedded}",
+        "svhn": embedded,
+        "../emnist": embedded,
     }
     for name, listed in cases.items():
         with pytest.raises(UserError) as error:
