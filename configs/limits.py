@@ -5,9 +5,9 @@
 Clients are in four groups in which labels mean something else (`permuted` of
 `regimes.py`, with its means), and one thing changes at a time: two, eight or ten
 groups, groups of unequal sizes, four of twenty clients a round, a hundred clients whose
-examples have several owners, these in sixteen groups, labels that drift while
-`prototypes` asks again, a narrow network, of which an expert's room is the limit, and,
-on the digits, a hundred classes. No strategy but `oracle` is
+examples have several owners, labels that drift while `prototypes` asks again, a narrow
+network, of which an expert's room is the limit, and, on the digits, a hundred classes,
+these with a hundred clients in sixteen groups, too. No strategy but `oracle` is
 given the number of groups. The report draws a map. `digits` and `smoke` are those of
 `regimes.py`.
 """
@@ -25,10 +25,15 @@ UNEQUAL = ("groups.skew=1.0",)
 MANY = (
     "num_clients=100,cohort_size=20,partition.overlap=72,partition.validation_share=0.0"
 )
-CLIENTS = ("cohort_size=4", MANY, f"{MANY},groups.count=16,num_experts=16")
+CLIENTS = ("cohort_size=4", MANY)
 DRIFT = ("drift.labels=1.0,drift.start=20,drift.rounds=1,prototypes.period=10",)
 WIDTHS = ("model.stem_width=16,model.expert_width=8",)
-CLASSES = ("data.name=digit_pairs",)
+PAIRS = "data.name=digit_pairs"
+CLASSES = (
+    PAIRS,
+    f"{PAIRS},num_clients=100,cohort_size=20,partition.overlap=575,"
+    "partition.validation_share=0.0,groups.count=16,num_experts=16",
+)
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -18,7 +18,8 @@ def test_load_dataset_refuses_an_unknown_name_in_one_line(tmp_path):
         assert str(error.value) == (
             f"data.name={name!r} is not in {tmp_path}; allowed: digits, "
             "digit_pairs, synthetic, cifar10, arrays, text, markov, or a data set of "
-            f"TFDS that 'python -m fedmoe_jax.data NAME --data_dir={tmp_path}' has prepared"
+            f"TFDS that 'python -m fedmoe_jax.data NAME --data_dir={tmp_path}' has "
+            "prepared"
         )
 
 
