@@ -26,11 +26,11 @@ from configs import compare, default
 
 STRATEGIES = ("random", "greedy", "load_balanced", "flex_moe", "fedavg_active")
 READERS = ("greedy", "load_balanced", "flex_moe")  # of the clients' feedback
-FEEDBACK = tuple(f"privacy.feedback_noise={s}" for s in (0.1, 0.3, 1.0, 3.0))
+FEEDBACK = tuple(f"privacy.feedback_noise={s}" for s in (0.1, 1.0, 10.0, 30.0))
 SELECTION = tuple(f"privacy.selection={e}" for e in (100.0, 10.0, 1.0, 0.1))
 REQUESTS = tuple(f"privacy.flip={e}" for e in (3.0, 1.0, 0.1))
 BOUND = "privacy.clip=1.0"
-UPDATES = tuple(f"{BOUND},privacy.noise={z}" for z in (0.0, 0.03, 0.1, 0.3, 1.0))
+UPDATES = tuple(f"{BOUND},privacy.noise={z}" for z in (0.0, 0.1, 1.0, 3.0, 10.0))
 EVERYTHING = (
     "greedy: privacy.feedback_noise=0.3,privacy.selection=10.0,privacy.flip=1.0,"
     f"{BOUND},privacy.noise=0.1"

@@ -10,10 +10,16 @@ mechanism for, is not covered; where a strategy reads or sends more than a mecha
 covers, there is no epsilon, but a reason.
 
 Guarantees are conditional on the models that a client was sent: what its update does to
-the held sets and reports of others is covered where updates are clipped and noisy. Only
-sums of updates gain from the sampling of cohorts, if that is uniform, of fixed size and
-secret to whoever sees the models; a link shows who takes part, and so nothing else
-gains, nor do cohorts that are drawn by size or reach.
+the held sets and reports of others is covered where updates are clipped and noisy.
+Where the feedback of a client moves the held sets of others, by usage, bounds or
+floors, sums and requests have a guarantee only beside noisy feedback, given which it
+holds. What a strategy decides from is what its record says (`Strategy.reads`, `needs`,
+`update`).
+
+Only sums of updates gain from the sampling of cohorts, if that is uniform, of fixed
+size and secret to whoever sees the models. A link shows who takes part, and the number
+of holders of each expert may: so they gain only in a run without other defences, of a
+model with one expert; cohorts that are drawn by size or reach gain nothing.
 """
 
 import functools
@@ -23,7 +29,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from fedmoe_jax.base import Strategy
+from fedmoe_jax.base import Strategy, same_state
 from fedmoe_jax.options import UserError
 from fedmoe_jax.privacy.defences import DEFENCES, is_private
 from fedmoe_jax.program import Program
@@ -32,6 +38,7 @@ from fedmoe_jax.world.costs import FEEDBACK_NUMBERS
 
 UNIT = "a client, replaced by another"
 REPLACED = 2  # norms C by which a sum changes where a client is replaced
+BIASED = "a biased gate (gate.bias) sends the client's fitness along"
 BOUNDED_RANGE = 8  # epsilon-bounded-range is epsilon^2 / 8 zCDP, arXiv 2004.07223
 
 
@@ -76,6 +83,41 @@ def name_unhidden(strategy: Strategy) -> str:
     return " and ".join(what for what, is_sent in sent.items() if is_sent)
 
 
+def is_learning(program: Program) -> bool:
+    """Whether held sets follow what clients have sent."""
+    strategy = program.strategy
+    learns = strategy.reads or strategy.stages or strategy.update is not same_state
+    learns = bool(learns) or program.static.fairness.expert_floor
+    return learns and program.sizes.num_experts > 1
+
+
+def is_blind(program: Program) -> bool:
+    """Whether held sets follow no data of any client."""
+    strategy = program.strategy
+    told = bool(strategy.needs) or strategy.choose is not None
+    return program.sizes.num_experts == 1 or not (told or is_learning(program))
+
+
+def is_coupled(program: Program) -> bool:
+    """Whether what a client sends may move the held sets of other clients."""
+    own = program.strategy.alone and not program.static.fairness.expert_floor
+    return is_learning(program) and not own
+
+
+def explain_coupling(config: ConfigDict, program: Program) -> str:
+    """Why neither sums nor requests have a guarantee; empty where they have."""
+    if program.static.privacy.feedback_noise or not is_coupled(program):
+        return ""
+    return (
+        f"{config.strategy} decides about other clients, too, by feedback without noise"
+    )
+
+
+def name_given(program: Program) -> str:
+    """What a guarantee takes as given beside the models."""
+    return ", given its noisy feedback" if is_coupled(program) else ""
+
+
 def count_numbers(program: Program) -> int:
     """Numbers that one client reports in a round, at most."""
     sizes = program.sizes
@@ -88,6 +130,12 @@ def cost_feedback(config: ConfigDict, program: Program) -> Cost:
     """Gaussian noise on n numbers in [0, 1]: their L2 sensitivity is sqrt(n)."""
     multiplier = config.privacy.feedback_noise / math.sqrt(count_numbers(program))
     unhidden = name_unhidden(program.strategy)
+    if program.strategy.choose is not None:
+        unhidden = "the client's choice among its experts"
+    if program.static.fairness.power:
+        unhidden = "a client's loss, as a weight,"
+    if program.static.pruning.kind in MEASURED:
+        unhidden = "the importance of hidden units"
     return Cost(
         covers="a client's feedback and report, towards the server",
         rounds=config.num_rounds,
@@ -102,6 +150,12 @@ def cost_selection(config: ConfigDict, program: Program) -> Cost:
     picks = sizes.num_layers * sizes.max_held
     event, reason = None, ""
     if sizes.num_experts == 1:
+        event = "nothing", ()
+    elif program.strategy.affinity is not None:
+        reason = BIASED
+    elif program.static.fairness.expert_floor:
+        reason = "fairness.expert_floor swaps experts by fitness without noise"
+    elif is_blind(program):
         event = "nothing", ()
     elif program.strategy.alone:
         event = "zcdp", (picks * config.privacy.selection**2 / BOUNDED_RANGE,)
@@ -124,12 +178,17 @@ def cost_flip(config: ConfigDict, program: Program) -> Cost:
     travelling = sizes.num_experts - program.strategy.local_experts
     bits = sizes.num_layers * min(2 * sizes.max_held, travelling)
     event: tuple[str, tuple[float, ...]] = "nothing", ()
-    if travelling > 1:
+    reason = explain_coupling(config, program)
+    if program.strategy.affinity is not None:
+        reason = BIASED
+    if travelling > 1 and not is_blind(program):
         event = "randomised", (config.privacy.flip, bits)
     return Cost(
-        "the sets of experts that a client asks for, towards a listener on the link",
+        "the sets of experts that a client asks for, towards a listener on the link"
+        + name_given(program),
         count_rounds(config, program),
-        event,
+        None if reason else event,
+        reason,
     )
 
 
@@ -141,15 +200,18 @@ def cost_updates(config: ConfigDict, program: Program) -> Cost:
         unhidden = "control variates"
     if program.static.pruning.kind in MEASURED:
         unhidden = "the importance of hidden units"
-    reason = f"{config.strategy} has {unhidden} without noise" if unhidden else ""
+    reason = explain_coupling(config, program)
+    if unhidden:
+        reason = f"{config.strategy} has {unhidden} without noise"
     if not noise > 0:
         reason = "sums have no noise (privacy.noise=0)"
     multiplier = noise / REPLACED
     event: tuple[str, tuple[float, ...]] = "gaussian", (multiplier,)
-    if is_sampled(config):
+    if is_amplified(config, program):
         event = "sampled", (multiplier, sizes.cohort_size, sizes.num_clients)
     return Cost(
-        "the server's model, where the number of holders of each expert is public",
+        "the server's model, where the number of holders of each expert is public"
+        + name_given(program),
         config.num_rounds,
         None if reason else event,
         reason,
@@ -174,6 +236,13 @@ def is_sampled(config: ConfigDict) -> bool:
     uniform = config.availability.sampling == "uniform"
     uniform &= not config.fairness.floor > 0  # whose queues choose, too
     return uniform and config.cohort_size < config.num_clients
+
+
+def is_amplified(config: ConfigDict, program: Program) -> bool:
+    """Whether nobody who sees the models can know who took part."""
+    private = program.static.privacy
+    shown = private.feedback_noise or private.selection or private.flip
+    return is_sampled(config) and program.sizes.num_experts == 1 and not shown
 
 
 def list_costs(config: ConfigDict, program: Program) -> dict[str, Cost]:
@@ -255,7 +324,7 @@ def account(config: ConfigDict, program: Program) -> dict[str, Any]:
         return {}
     cohort, clients = config.cohort_size, config.num_clients
     sampling = f"{cohort} of {clients} clients a round, {config.availability.sampling}"
-    amplified = "clip" in costs and is_sampled(config)
+    amplified = "clip" in costs and is_amplified(config, program)
     return {
         "epsilon": find_epsilon(tuple(costs.values()), delta),
         "privacy": {
@@ -263,7 +332,7 @@ def account(config: ConfigDict, program: Program) -> dict[str, Any]:
             "unit": UNIT,
             "rounds": config.num_rounds,
             "sampling": f"{sampling}; "
-            + ("it amplifies the clip alone" if amplified else "no amplification"),
+            + ("it amplifies" if amplified else "no amplification"),
             **{name: summarise(cost, delta) for name, cost in costs.items()},
         },
     }

@@ -262,8 +262,7 @@ def train_share(
         size = federation.size[inputs.client]
         weights = weigh(inputs, update, size, hyper, program.strategy)
         if private.clip:
-            local_experts = program.strategy.local_experts
-            weights = weigh_alike(weights, inputs, local_experts)
+            weights = weigh_alike(weights, inputs, hyper, program.strategy)
         sending = weights["experts"] > 0
         sending = sending if kept is None else sending * kept
         sent = sending.sum() / program.sizes.num_layers

@@ -66,7 +66,7 @@ def show_update(
     """
     private, strategy = program.static.privacy, program.strategy
     weights = weigh(inputs, update, size, hyper, strategy)
-    weights = weigh_alike(weights, inputs, strategy.local_experts)
+    weights = weigh_alike(weights, inputs, hyper, strategy)
     if private.clip:
         update = clip_update(update, inputs, weights, hyper)
     delta = leave_out(update.delta, weights)

@@ -17,12 +17,14 @@ from fedmoe_jax.runtime.files import read_arrays, write_arrays
 FOLDER, EXPOSED = "observed", "exposed.npz"
 MOST_GB = 1.0  # of one run's files, before they are packed
 FEEDBACK_NUMBERS = 6  # float32 of each pair of client and expert, the probe among them
+PAIR_BYTES = 4 * FEEDBACK_NUMBERS + 2  # held, and assigned
+CLIENT_BYTES = 12  # its number, bytes up and down
 
 
 def count_bytes(config: ConfigDict, num_layers: int, num_experts: int) -> int:
-    """Bytes of all that a run observes, at most."""
+    """Bytes of all that is seen of a run's rounds, at most."""
     pairs = config.cohort_size * num_layers * num_experts
-    return config.num_rounds * (pairs * (4 * FEEDBACK_NUMBERS + 1) + config.cohort_size)
+    return config.num_rounds * (pairs * PAIR_BYTES + config.cohort_size * CLIENT_BYTES)
 
 
 def check_size(config: ConfigDict, num_layers: int, num_experts: int) -> None:

@@ -98,18 +98,24 @@ def see_round(
 
     Returns:
       `client` [C] int32, `held` [C, G, E] bool, `bytes_up` and `bytes_down` [C]
-      float32, and of the feedback `REPORTED` and `probe`, [C, G, E] float32.
+      float32, of the feedback `REPORTED` and `probe`, [C, G, E] float32, and where
+      clients ask for others than the server has given them, `assigned` [C, G, E] bool.
     """
     traffic = add_exchange(conditions.traffic, replies.sent, exchanged, program)
     up, down = client_bytes(program.costs, traffic)
     spent = replies.outcome.spent
     silent = program.strategy.silent
     feedback = see_feedback(assignment, replies, program.sizes.num_experts)
+    decided = {}
+    if assignment.assigned is not None:
+        begun = (spent[:, 0] > 0)[:, None, None]
+        decided["assigned"] = assignment.assigned & begun
     unheard = lambda leaf: jnp.full_like(leaf, jnp.nan) if silent else leaf
     return {
         "client": conditions.client,
         "held": see_held(assignment, replies, program),
         "bytes_up": spent[:, 2] * up,
         "bytes_down": spent[:, 0] * down,
+        **decided,
         **jax.tree.map(unheard, feedback),
     }

@@ -350,6 +350,8 @@ class Assignment(struct.PyTreeNode):
         is randomised; slots are then those of them that it trains, any of the first
         k_c. None where it asks for all that it holds. `align_layers.assign` adds it,
         see `privacy.request`.
+      assigned: [C, E] bool, what the strategy gave each client, where `asked` hides it;
+        else None. It is for the observer alone.
 
     Of all layers together the leaves are [C, G, ...].
     """
@@ -359,6 +361,7 @@ class Assignment(struct.PyTreeNode):
     calibration: Array | None = None
     bias: Array | None = None
     asked: Array | None = None
+    assigned: Array | None = None
 
 
 class Times(struct.PyTreeNode):

@@ -29,15 +29,16 @@ def hold_first(assignment: Assignment, warming: Array) -> Assignment:
     first = jnp.zeros_like(assignment.slot).at[..., 0].set(True)
     factor = assignment.calibration
     factor = jnp.ones(first.shape[:-1]) if factor is None else factor
-    asked = assignment.asked
+    asked, assigned = assignment.asked, assignment.assigned
     if asked is not None:  # all ask for the same, which says nothing
         one = jnp.zeros_like(asked).at[..., 0].set(True)
-        asked = jnp.where(warming, one, asked)
+        asked, assigned = (jnp.where(warming, one, each) for each in (asked, assigned))
     return assignment.replace(
         held=jnp.where(warming, 0, assignment.held),
         slot=jnp.where(warming, first, assignment.slot),
         calibration=jnp.where(warming, 0.0, factor),
         asked=asked,
+        assigned=assigned,
     )
 
 

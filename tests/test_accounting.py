@@ -124,27 +124,66 @@ def test_list_costs_by_hand():
         "feedback_noise": ("gaussian", (10 / math.sqrt(5 * slots),)),
         "selection": ("zcdp", (slots * 0.5**2 / 8,)),
         "flip": ("randomised", (0.1, min(2 * slots, experts))),
-        "clip": ("sampled", (8 / 2, 4, 10)),
+        "clip": ("gaussian", (8 / 2,)),  # the link shows who takes part
     }
     assert {each.rounds for each in found.values()} == {12}
     assert list_costs(*make_pair()) == {}
 
 
 def test_list_costs_of_cohorts_that_do_not_amplify():
-    event = lambda **changes: list_costs(*make_pair(**ALL, **changes))["clip"].event
+    sums = {"privacy.clip": 1.0, "privacy.noise": 8.0}
+
+    def event(strategy="fedavg", **changes):
+        pair = make_pair(strategy=strategy, **sums, **changes)
+        return list_costs(*pair)["clip"].event
+
+    assert event() == ("sampled", (4.0, 4, 10))
     assert event(cohort_size=10) == ("gaussian", (4.0,))
+    assert event("random") == ("gaussian", (4.0,))  # holders may tell who is there
     for sampling in ("size", "reachable"):
         assert event(**{"availability.sampling": sampling}) == ("gaussian", (4.0,))
+    for other in ("privacy.selection", "privacy.flip", "privacy.feedback_noise"):
+        assert event(**{other: 1.0}) == ("gaussian", (4.0,))
     assert is_sampled(tiny_config())
     assert not is_sampled(tiny_config(**{"fairness.floor": 0.1}))
 
 
 def test_list_costs_of_pruned_updates_has_no_noise_on_importance():
     changes = {"data.name": "digits", "pruning.kind": "lamp"}
-    cost = list_costs(*make_pair(**ALL, **changes))["clip"]
-    assert cost.event is None and "importance of hidden units" in cost.reason
+    costs = list_costs(*make_pair(**ALL, **changes))
+    for name in ("clip", "feedback_noise"):
+        assert costs[name].event is None
+        assert "importance of hidden units" in costs[name].reason
     changes["pruning.kind"] = "magnitude"  # of what the server has anyway
     assert list_costs(*make_pair(**ALL, **changes))["clip"].event is not None
+
+
+LEARNING = ("load_balanced", "flex_moe", "channel_aware", "fedmix")
+
+
+@pytest.mark.parametrize("name", ["flip", "clip"])
+@pytest.mark.parametrize("strategy", [*LEARNING, "greedy", "random", "fedavg"])
+def test_list_costs_of_clients_that_move_each_other_needs_noisy_feedback(
+    strategy, name
+):
+    alone = {field: value for field, value in ALL.items() if "feedback" not in field}
+    cost = list_costs(*make_pair(strategy=strategy, **alone))[name]
+    noisy = list_costs(*make_pair(strategy=strategy, **ALL))[name]
+    if strategy in LEARNING:
+        assert cost.event is None
+        assert "decides about other clients, too, by feedback" in cost.reason
+        assert noisy.event is not None and "given its noisy feedback" in noisy.covers
+    else:
+        assert cost.event == noisy.event is not None
+        assert "given its noisy feedback" not in noisy.covers
+
+
+def test_list_costs_of_what_follows_no_data_is_nothing():
+    for strategy in ("random", "fixed_random", "round_robin", "heterofl"):
+        found = list_costs(*make_pair(strategy=strategy, **ALL))
+        assert found["selection"].event == found["flip"].event == ("nothing", ())
+    found = list_costs(*make_pair(strategy="oracle", **ALL))  # follows what it is told
+    assert found["selection"].event is None and found["flip"].event[0] == "randomised"
 
 
 def test_list_costs_of_a_dense_warm_up_spares_what_is_held():
@@ -156,6 +195,7 @@ def test_list_costs_of_a_dense_warm_up_spares_what_is_held():
 @pytest.mark.parametrize(
     ("strategy", "name", "told"),
     [
+        ("ifca", "feedback_noise", "choice among its experts"),
         ("load_balanced", "selection", "top of its own fitness alone"),
         ("flex_moe", "selection", "top of its own fitness alone"),
         ("prototypes", "feedback_noise", "messages to its stages"),
@@ -171,6 +211,21 @@ def test_list_costs_has_a_reason_where_nothing_is_guaranteed(strategy, name, tol
     assert summary["epsilon"] is summary["privacy"][name]["epsilon"] is None
     assert told in summary["privacy"][name]["text"]
     assert summary["privacy"]["flip"]["epsilon"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "told"),
+    [
+        ({"fairness.expert_floor": 0.5}, ("selection",), "swaps experts by fitness"),
+        ({"gate.bias": 1.0}, ("selection", "flip"), "biased gate"),
+        ({"fairness.power": 1.0}, ("feedback_noise",), "client's loss, as a weight"),
+    ],
+)
+def test_list_costs_has_a_reason_where_more_is_sent(changes, names, told):
+    private = {f"privacy.{name}": ALL[f"privacy.{name}"] for name in names}
+    found = list_costs(*make_pair(strategy="greedy", **private, **changes))
+    for name in names:
+        assert found[name].event is None and told in found[name].reason
 
 
 def test_list_costs_of_one_expert_and_of_what_is_silent():
@@ -199,7 +254,7 @@ def test_account_says_what_a_run_guarantees():
     line = describe_privacy(summary)
     for told in (
         "at delta 1e-05; unit: a client, replaced by another; 4 rounds",
-        "4 of 10 clients a round, uniform; it amplifies the clip alone",
+        "4 of 10 clients a round, uniform; no amplification",
         "selection: epsilon",
         "held sets",
     ):

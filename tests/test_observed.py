@@ -41,14 +41,14 @@ def write_three(folder):
 
 def test_count_bytes_by_hand():
     config = make_config(num_rounds=10, cohort_size=3)
-    assert count_bytes(config, 2, 4) == 10 * (3 * 2 * 4 * 25 + 3)
+    assert count_bytes(config, 2, 4) == 10 * (3 * 2 * 4 * 26 + 3 * 12)
 
 
 def test_check_size_refuses_what_would_not_fit():
     sizes = {"num_rounds": 20_000, "cohort_size": 100, "num_clients": 100}
     config = make_config(**{"privacy.observe": True} | sizes)
     told = r"privacy\.observe=True is not allowed with num_rounds=20000, cohort_size="
-    told += r"100, 4 MoE layers and num_experts=8, .* 1.6 GB; allowed: .* 1 GB a run"
+    told += r"100, 4 MoE layers and num_experts=8, .* 1.69 GB; allowed: .* 1 GB a run"
     with pytest.raises(UserError, match=told):
         check_size(config, 4, 8)
     check_size(config, 1, 8)

@@ -44,9 +44,12 @@ def test_hold_first_gives_expert_0_alone_and_no_calibration():
     assert_same((after.held, after.slot), (held, slot))
     np.testing.assert_array_equal(after.calibration, np.ones((2, 1)))
     asked = jnp.array([[[0, 1, 1, 0]], [[1, 1, 0, 0]]], bool)
-    ask = lambda warming: hold_first(own.replace(asked=asked), jnp.array(warming)).asked
-    np.testing.assert_array_equal(ask(True), [[[1, 0, 0, 0]]] * 2)
-    np.testing.assert_array_equal(ask(False), asked)
+    own = own.replace(asked=asked, assigned=~asked)
+    warm, after = (hold_first(own, jnp.array(warming)) for warming in (True, False))
+    for found in (warm.asked, warm.assigned):
+        np.testing.assert_array_equal(found, [[[1, 0, 0, 0]]] * 2)
+    np.testing.assert_array_equal(after.asked, asked)
+    np.testing.assert_array_equal(after.assigned, ~asked)
 
 
 @pytest.mark.slow

@@ -19,15 +19,16 @@ from fedmoe_jax.attack.runs import attack_runs
 from fedmoe_jax.attack.tables import write_attacks
 from fedmoe_jax.observed import list_chunks
 from fedmoe_jax.options import UserError
-from fedmoe_jax.report.folders import is_done, keep_whole, list_runs
-from fedmoe_jax.report.runs import load_run
+from fedmoe_jax.report.folders import identify, is_done, keep_whole, list_runs
+from fedmoe_jax.report.runs import Run, load_run
 from fedmoe_jax.runtime.folders import resolve_folder
 
 
-def find_observed(sources: Sequence[str]) -> list[Path]:
-    """The folders of the finished, observed runs of several runs and comparisons.
+def find_observed(sources: Sequence[str]) -> list[Run]:
+    """The finished, observed runs of several runs and comparisons, each once.
 
-    Prints a line about each run that is left out.
+    Prints a line about each run that is left out. One that is there twice would be its
+    own shadow.
 
     Args:
       sources: folders of runs or comparisons.
@@ -45,14 +46,18 @@ def find_observed(sources: Sequence[str]) -> list[Path]:
             print(f"left out: {path} was not observed (privacy.observe)")
         else:
             kept.append(path)
-    kept = keep_whole(kept)
-    if not kept:
+    runs: dict[str, Run] = {}
+    for run in map(load_run, keep_whole(kept)):
+        first = runs.setdefault(identify(run), run)
+        if first is not run:
+            print(f"left out: {run.folder} is the run of {first.folder}")
+    if not runs:
         raise UserError(
             f"RUNS={','.join(map(str, sources)) or None} has no finished run that was "
             "observed; allowed: folders of runs or comparisons with "
             "privacy.observe=True"
         )
-    return kept
+    return list(runs.values())
 
 
 def attack(sources: Sequence[str], workdir: str) -> Path:
@@ -66,7 +71,7 @@ def attack(sources: Sequence[str], workdir: str) -> Path:
       UserError: see `find_observed`, or a file of a run is damaged.
     """
     folder = resolve_folder("workdir", workdir)
-    runs = [load_run(path) for path in find_observed(sources)]
+    runs = find_observed(sources)
     found, experts = attack_runs(runs)
     folder.mkdir(parents=True, exist_ok=True)
     return write_attacks(folder, runs, found, experts)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 # Numbers of the feedback that the attacker adds to the history.
-FEATURES = ("accuracy", "loss", "frequency", "peak")
+FEATURES = ("accuracy", "loss", "frequency", "load", "peak", "probe")
 
 Observed = Mapping[str, np.ndarray]  # leaves [rounds, C, ...], see `observer.see_round`
 
@@ -31,12 +31,19 @@ def sum_rounds(
     return total, count
 
 
-def count_assignments(observed: Observed, num_clients: int) -> np.ndarray:
+def count_assignments(
+    observed: Observed, num_clients: int, name: str = "held"
+) -> np.ndarray:
     """The share of its rounds in which each client held each expert, [N, G E].
 
     0 for a client that was never seen.
+
+    Args:
+      observed: of a whole run.
+      num_clients: N.
+      name: `held` or `assigned`.
     """
-    held = observed["held"].astype(float)
+    held = observed[name].astype(float)
     seen = held.max(axis=(2, 3), keepdims=True) > 0  # one out of reach shows nothing
     held = np.where(seen, held, np.nan)
     total, count = sum_rounds(held, observed["client"], num_clients)
@@ -49,7 +56,7 @@ def average_feedback(observed: Observed, num_clients: int) -> np.ndarray:
     Of an expert that a client never reported on, the mean of the others' means.
     """
     found = []
-    for name in FEATURES:
+    for name in (each for each in FEATURES if each in observed):
         total, count = sum_rounds(observed[name], observed["client"], num_clients)
         mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
         mean = mean.reshape(num_clients, -1)
@@ -65,10 +72,11 @@ def make_histories(observed: Observed, num_clients: int, feedback: bool) -> np.n
     Args:
       observed: of a whole run.
       num_clients: N.
-      feedback: whether the attacker is the server, which has the reports, too, and not
-        only a listener on the link.
+      feedback: whether the attacker is the server, which has the reports, too, and
+        knows what it has assigned, and not only a listener on the link.
     """
-    held = count_assignments(observed, num_clients)
     if not feedback:
-        return held
+        return count_assignments(observed, num_clients)
+    name = "assigned" if "assigned" in observed else "held"
+    held = count_assignments(observed, num_clients, name)
     return np.concatenate([held, average_feedback(observed, num_clients)], axis=1)

@@ -41,7 +41,7 @@ class Found(NamedTuple):
 
     Attributes:
       auc: 0.5 is chance.
-      sure: share of members that are found at 1 % of false alarms.
+      sure: share of members that are found at 1 % of false alarms, see `find_sure`.
       advantage: largest difference of found members and false alarms.
       cases: examples on which it is measured.
     """
@@ -78,16 +78,36 @@ def list_cases(exposed: Mapping[str, np.ndarray]) -> Cases:
     return Cases(*map(np.concatenate, zip(*parts, strict=True)))
 
 
+def find_sure(false: np.ndarray, true: np.ndarray, others: int) -> float:
+    """The share of members that are found at 1 % of false alarms; 1 % by chance.
+
+    Below the next of k false alarms among n others lies a share of (k + 1) / (n + 1) of
+    all that is like them, on average, which counts here; NaN for less than 99 others,
+    of which none is rare enough.
+
+    Args:
+      false: [points] share of others above each threshold, from 0 to 1.
+      true: [points] share of members above it.
+      others: n.
+    """
+    expected = (false * others + 1) / (others + 1)
+    levels, first = np.unique(expected, return_index=True)
+    most = np.maximum.reduceat(true, first)
+    if levels[0] > FALSE_ALARMS:
+        return NAN
+    return float(np.interp(FALSE_ALARMS, levels, most))
+
+
 def judge(score: np.ndarray, member: np.ndarray) -> Found:
     """How well scores [Q], larger for members, tell them; NaN is left out."""
     known = np.isfinite(score)
     score, member = score[known], member[known]
     if member.all() or not member.any():
         return NOTHING
-    false, true, _ = roc_curve(member, score)
+    false, true, _ = roc_curve(member, score, drop_intermediate=False)
     return Found(
         auc=float(roc_auc_score(member, score)),
-        sure=float(true[false <= FALSE_ALARMS].max()),
+        sure=find_sure(false, true, int((~member).sum())),
         advantage=float((true - false).max()),
         cases=len(score),
     )

@@ -93,8 +93,9 @@ SECTIONS = (
         "Members",
         "Whether an example was trained on by a client, from the client's update: by "
         "its loss, and by LiRA with the other seeds as shadows. AUC 0.5 and TPR 1 % "
-        "are chance. Rare experts: those with the fewest holders, which answer half of "
-        "the examples. Cases: examples on which it is measured.",
+        "are chance; with less than 99 others there is no TPR. Rare experts: those "
+        "with the fewest holders, which answer half of the examples. Cases: examples "
+        "on which it is measured.",
         MEMBERS,
     ),
 )

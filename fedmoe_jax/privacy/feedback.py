@@ -7,9 +7,10 @@ frequency, share of the positions and peak; of each that it has received, where 
 probe, the likelihood of the probe; and every number of the strategy's own report. What
 is made of them, fitness, usage, weights of averages by routed examples, is
 post-processing. The clients' mean loss and accuracy (`train_loss`) are the
-experimenter's: no client sends them. A strategy's messages to its stages and gates that
-are shown get no noise, see `accounting`. Likelihoods in place of losses, whose
-sensitivity is not bounded, are this project's choice.
+experimenter's: no client sends them, but where losses weigh (`fairness.power`). A
+strategy's messages to its stages and gates that are shown get no noise, see
+`accounting`. Likelihoods in place of losses, whose sensitivity is not bounded, are this
+project's choice.
 """
 
 import jax

@@ -86,10 +86,12 @@ def request(
     drawn = uniform_scores(request_key, client, 3 * num_experts)
     drawn = drawn.reshape(-1, 3, num_experts)
 
-    def ask(held: Array, slot: Array, drawn: Array) -> tuple[Array, Array, Array]:
+    def ask(held: Array, slot: Array, drawn: Array) -> tuple[Array, ...]:
         wanted = held_mask(held, slot, num_experts)
         asked = randomise(wanted, travels, hyper.privacy.flip, drawn[:2])
-        return *train_asked(held, slot, asked, travels, drawn[2]), asked
+        trained = train_asked(held, slot, asked, travels, drawn[2])
+        return *trained, asked, wanted & travels
 
-    held, slot, asked = jax.vmap(ask)(assignment.held, assignment.slot, drawn)
-    return assignment.replace(held=held, slot=slot, asked=asked)
+    own = assignment.held, assignment.slot
+    held, slot, asked, assigned = jax.vmap(ask)(*own, drawn)
+    return assignment.replace(held=held, slot=slot, asked=asked, assigned=assigned)

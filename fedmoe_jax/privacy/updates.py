@@ -18,29 +18,49 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedmoe_jax.models.submodel import is_local
-from fedmoe_jax.moe_layers import map_rows
-from fedmoe_jax.types import Array, ClientInput, ClientUpdate, Hyper, PyTree
+from fedmoe_jax.base import Strategy
+from fedmoe_jax.models.submodel import held_mask, is_local
+from fedmoe_jax.moe_layers import map_layers, map_rows
+from fedmoe_jax.types import (
+    Array,
+    ClientInput,
+    ClientUpdate,
+    Feedback,
+    Hyper,
+    PyTree,
+)
 
 
 def weigh_alike(
-    weights: dict[str, Array], inputs: ClientInput, local_experts: int
+    weights: dict[str, Array], inputs: ClientInput, hyper: Hyper, strategy: Strategy
 ) -> dict[str, Array]:
     """The weights of ONE client with 1 for all that counts.
 
     Every expert that it holds and that does not stay with it counts, one that it has
     trained on no position, too: how many hold an expert is public, and how many use it
-    is not.
+    is not. Of the gate the rows count that would with any use of the held experts.
 
     Args:
       weights: see `aggregate.weigh`.
       inputs: of the client.
-      local_experts: the last experts, which stay with the client.
+      hyper: hyperparameters.
+      strategy: gives the weights of the gate's rows, and what stays with the client.
     """
     num_experts = weights["gate"].shape[1]
-    local = is_local(inputs.held, num_experts, local_experts)
-    held = inputs.slot & ~local & (inputs.steps > 0)
-    counted = {part: weight > 0 for part, weight in weights.items()} | {"experts": held}
+    local = is_local(inputs.held, num_experts, strategy.local_experts)
+    busy = inputs.steps > 0
+
+    def count_rows(held: Array, slot: Array) -> Array:
+        used = Feedback(*[jnp.ones(held.shape)] * 6)
+        mask = held_mask(held, slot, num_experts)
+        return strategy.gate_weight(mask, used, jnp.int32(1), hyper) > 0
+
+    over_layers = map_layers(count_rows, inputs.held.shape[0], in_axes=0)
+    gate = (
+        over_layers(inputs.held, inputs.slot) & busy & ("gate" not in strategy.personal)
+    )
+    counted = {part: weight > 0 for part, weight in weights.items()}
+    counted |= {"gate": gate, "experts": inputs.slot & ~local & busy}
     return jax.tree.map(lambda each: each.astype(jnp.float32), counted)
 
 

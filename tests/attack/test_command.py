@@ -2,8 +2,10 @@
 
 import sys
 
+import numpy as np
 import pytest
 from absl import flags
+from factories import make_config
 
 from fedmoe_jax.attack import command
 from fedmoe_jax.attack.command import find_observed
@@ -26,6 +28,20 @@ def test_find_observed_says_what_it_leaves_out(tmp_path, capsys):
     with pytest.raises(UserError, match=r"privacy\.observe=True"):
         find_observed([str(tmp_path)])
     assert "was not observed" in capsys.readouterr().out
+
+
+def test_find_observed_takes_a_run_once(tmp_path, capsys):
+    for name, seed in ("a", 0), ("b", 0), ("c", 1):
+        (tmp_path / name / "observed").mkdir(parents=True)
+        (tmp_path / name / "observed" / "00000002.npz").touch()
+        config = make_config(strategy="greedy", seed=seed).to_json()
+        (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "summary.json").write_text("{}")
+        (tmp_path / name / "metrics.jsonl").write_text('{"round": 2}')
+        np.savez(tmp_path / name / "final.npz")
+    found = find_observed([str(tmp_path / name) for name in "abc"])
+    assert [run.folder.name for run in found] == ["a", "c"]
+    assert "b is the run of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

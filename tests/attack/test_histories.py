@@ -40,3 +40,18 @@ def test_make_histories_of_a_listener_and_of_the_server():
     np.testing.assert_array_equal(link, count_assignments(SEEN, 3))
     np.testing.assert_array_equal(server[:, :2], link)
     assert server.shape == (3, 2 + 2 * len(FEATURES)) and np.isfinite(server).all()
+
+
+def test_make_histories_of_the_server_has_what_it_assigned_and_what_is_there():
+    """Where clients ask for other sets, and where they do not probe."""
+    hidden = SEEN | {"assigned": ~HELD}
+    hidden.pop("probe")
+    link, server = (make_histories(hidden, 3, feedback) for feedback in (False, True))
+    np.testing.assert_array_equal(link, count_assignments(SEEN, 3))
+    np.testing.assert_array_equal(
+        server[:, :2], count_assignments(hidden, 3, "assigned")
+    )
+    assert server.shape == (3, 2 + 2 * (len(FEATURES) - 1))
+    probe = np.where(np.isnan(REPORT), np.nan, REPORT + 1)
+    leaking = make_histories(SEEN | {"probe": probe}, 3, True)
+    assert not np.array_equal(leaking, make_histories(SEEN, 3, True))

@@ -66,8 +66,18 @@ def test_judge_of_gaussians_is_their_closed_form():
 def test_judge_leaves_out_what_has_no_score_and_needs_both():
     member = np.array([True, True, False, False])
     found = judge(np.array([2.0, np.nan, 1.0, 0.0]), member)
-    assert found == (1.0, 1.0, 1.0, 3)
+    assert found[:2] == (1.0, pytest.approx(float("nan"), nan_ok=True))
+    assert found[2:] == (1.0, 3)
     assert judge(np.zeros(2), np.array([True, True])) == NOTHING
+
+
+@pytest.mark.parametrize("others", [110, 450])
+def test_judge_finds_one_percent_of_what_cannot_be_told(others):
+    rng, member = np.random.default_rng(0), np.arange(others + 50) < 50
+    draws = [judge(rng.normal(size=len(member)), member).sure for _ in range(4000)]
+    assert 0.009 < np.mean(draws) < 0.011
+    few = judge(rng.normal(size=148), np.arange(148) < 50)
+    assert np.isnan(few.sure) and np.isfinite(few.auc)
 
 
 def test_average_shadows_by_hand():

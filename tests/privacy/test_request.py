@@ -72,6 +72,7 @@ def test_request_leaves_out_what_stays_with_the_client():
     found = ask(0.5, [0, 3], [1, 1], local=1, clients=300)
     asked = np.array(found.asked)
     assert not asked[:, 3].any() and asked[:, :3].any(1).all()
+    assert np.array(found.assigned).astype(int).tolist() == [[1, 0, 0, 0]] * 300
     for trained, row in zip(list_held(found), asked, strict=True):
         assert 3 in trained and (0 in trained) == row[0]
 
