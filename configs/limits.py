@@ -44,8 +44,8 @@ def get_config(argument: str = "") -> ConfigDict:
     words = rest.split(",")
     if named := set(words) & {*regimes.KINDS, *(("digits",) if classes else ())}:
         raise ValueError(
-            f"config argument {min(named)!r} is unknown; allowed: smoke and one of "
-            "digits, classes"
+            f"config argument {min(named)!r} is unknown; allowed: digits or "
+            "classes, smoke"
         )
     words += ["digits"] if classes else []
     config = regimes.get_config(",".join(filter(None, ("permuted", *words))))

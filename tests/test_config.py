@@ -161,9 +161,15 @@ def test_all_regimes_are_a_comparison_of_their_kinds():
 
 
 def test_limits_are_those_of_permuted_labels():
-    with pytest.raises(ValueError, match="'skew' is unknown; allowed: digits, smoke"):
+    with pytest.raises(ValueError, match="'skew' is unknown; allowed: digits or"):
         get_config("limits", "skew")
-    assert {run.groups.kind for run in runs_of(get_config("limits"))} == {"permuted"}
+    with pytest.raises(ValueError, match="'digits' is unknown; allowed: digits or"):
+        get_config("limits", "classes,digits")
+    for argument in ("", "digits", "classes"):
+        study = get_config("limits", argument)
+        assert {run.groups.kind for run in runs_of(study)} == {"permuted"}
+    assert {run.data.name for run in runs_of(study)} == {"digit_pairs"}
+    assert {run.groups.count for run in runs_of(study)} == {4, 16}
 
 
 def test_pruning_is_compared_with_whole_experts_at_equal_room():
