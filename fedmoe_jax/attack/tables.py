@@ -1,17 +1,20 @@
 """Attacks as tables: a row per label with means over seeds, a record per run."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fedmoe_jax.attack.membership import NAN
+from fedmoe_jax.attack.plots import average_rows, draw_attacks
 from fedmoe_jax.report.cells import mean_cell
+from fedmoe_jax.report.plots import save_png
 from fedmoe_jax.report.records import write_records
 from fedmoe_jax.report.runs import Run, join_measures, name_runs, numbers
 from fedmoe_jax.report.sheets import Section, Sheet, section_markdown
 from fedmoe_jax.report.tables import privacy_of
-from fedmoe_jax.runtime.files import write_atomically
+from fedmoe_jax.runtime.files import write_atomically, write_bytes
 
 
 class Column(NamedTuple):
@@ -100,6 +103,12 @@ SECTIONS = (
     ),
 )
 
+PICTURE = "attacks.png"
+CAPTION = (
+    "What attacks find over the clients' personal accuracy, a mark for each row, mean "
+    "over seeds; dashed: chance, or the mean mix of the other clients."
+)
+
 Numbers = Mapping[str, float]
 
 
@@ -139,7 +148,7 @@ def write_attacks(
     found: Sequence[Numbers],
     experts: Sequence[Sequence[dict]],
 ) -> Path:
-    """Writes `attacks.md`, `attacks.csv` and `attack_experts.csv`.
+    """Writes `attacks.md`, its picture, `attacks.csv` and `attack_experts.csv`.
 
     Args:
       workdir: of the tables; it exists.
@@ -153,10 +162,17 @@ def write_attacks(
     joined, places = add_utility(runs, found), {id(r): i for i, r in enumerate(runs)}
     groups: dict[str, list[Numbers]] = {}
     notes: dict[str, str] = {}
-    for run, one in zip(name_runs(runs), joined, strict=True):
+    named = name_runs(runs)
+    for run, one in zip(named, joined, strict=True):
         groups.setdefault(run.label, []).append(one)
         notes.setdefault(run.label, privacy_of([run]))
     parts = [section_markdown(make_section(*each, groups)) for each in SECTIONS]
+    picture = draw_attacks(average_rows(named, joined))
+    if picture is not None:
+        buffer = io.BytesIO()
+        save_png(picture, buffer)
+        write_bytes(workdir / PICTURE, buffer.getvalue())
+        parts.insert(0, f"![{CAPTION}]({PICTURE})\n\n{CAPTION}\n")
     private = [f"* `{label}`: {text}\n" for label, text in notes.items() if text]
     if private:
         parts.append("## What is private\n\n" + "".join(private))

@@ -1,0 +1,126 @@
+"""The picture of attacks: what they find, beside what the defences cost."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from fedmoe_jax.attack.membership import NAN
+from fedmoe_jax.privacy.defences import DEFENCES
+from fedmoe_jax.report.margins import LEGEND, open_panels, settle, widest
+from fedmoe_jax.report.plots import COLOURS, GREY, STYLE
+from fedmoe_jax.report.runs import Run
+from fedmoe_jax.report.text import shorten
+
+PANELS = (  # key of an attack's numbers, title, scale, what chance finds
+    ("mix_majority_link_ridge", "Majority label, from held sets (%)", 100.0, NAN),
+    ("mix_majority_server_ridge", "Majority label, by the server (%)", 100.0, NAN),
+    ("pairs_auc", "Similar clients (AUC)", 1.0, 0.5),
+    ("members_loss_auc", "Members, by loss (AUC)", 1.0, 0.5),
+    ("members_lira_auc", "Members, LiRA (AUC)", 1.0, 0.5),
+)
+ACCURACY, MEAN = "final_personal_accuracy", "mix_majority_mean"
+MARKS = {  # by defence
+    "none": "o",
+    "feedback_noise": "s",
+    "selection": "^",
+    "flip": "D",
+    "clip": "v",
+    "several": "P",
+}
+INNER = (1.7, 1.7)  # inches
+
+
+class Point(NamedTuple):
+    """One row of the tables of attacks: means over its seeds.
+
+    Attributes:
+      strategy: its name.
+      defence: a key of `MARKS`.
+      numbers: means of the numbers of its runs that are known.
+    """
+
+    strategy: str
+    defence: str
+    numbers: Mapping[str, float]
+
+
+def name_defence(run: Run) -> str:
+    """The defence that a run has, `none`, or `several`."""
+    private = run.config.get("privacy", {})
+    on = [name for name in DEFENCES if private.get(name, 0) > 0]
+    return "several" if len(on) > 1 else (on or ["none"])[0]
+
+
+def average_rows(
+    runs: Sequence[Run], numbers: Sequence[Mapping[str, float]]
+) -> list[Point]:
+    """A point for each label, in the order of their first runs.
+
+    Args:
+      runs: with labels.
+      numbers: of each.
+    """
+    groups: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        groups.setdefault(run.label, []).append(place)
+    points = []
+    for places in groups.values():
+        first, each = runs[places[0]], [numbers[place] for place in places]
+        known: dict[str, list[float]] = {}
+        for key, x in itertools.chain.from_iterable(one.items() for one in each):
+            if math.isfinite(x):
+                known.setdefault(key, []).append(x)
+        means = {key: float(np.mean(values)) for key, values in known.items()}
+        strategy = str(first.config["strategy"])
+        points.append(Point(strategy, name_defence(first), means))
+    return points
+
+
+def draw_panel(
+    axes: Axes, points: Sequence[Point], panel: tuple, colours: Mapping[str, str]
+) -> None:
+    """One attack over the personal accuracy, a mark for each row that has both."""
+    key, title, scale, chance = panel
+    for point in points:
+        if {key, ACCURACY} <= point.numbers.keys():
+            place = 100 * point.numbers[ACCURACY], scale * point.numbers[key]
+            mark, colour = MARKS[point.defence], colours[point.strategy]
+            axes.plot(*place, mark, color=colour, ms=4, alpha=0.75, mew=0)
+    blind = [scale * p.numbers[MEAN] for p in points if MEAN in p.numbers]
+    level = float(np.mean(blind)) if math.isnan(chance) and blind else chance
+    if math.isfinite(level):
+        axes.axhline(level, color=GREY, lw=0.8, ls=(0, (4, 1.5)))
+    axes.set(xlabel="Personal accuracy (%)", ylabel=title)
+
+
+@rc_context(STYLE)
+def draw_attacks(points: Sequence[Point]) -> Figure | None:
+    """What attacks find over what is left of the accuracy; None without any.
+
+    The dashed line is chance, or for labels the mean mix of the other clients.
+    """
+    found = {key for point in points for key in point.numbers}
+    known = [panel for panel in PANELS if panel[0] in found and ACCURACY in found]
+    if not known:
+        return None
+    names = list(dict.fromkeys(point.strategy for point in points))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    figure, panels = open_panels(len(known), INNER)
+    for axes, panel in zip(panels, known, strict=True):
+        draw_panel(axes, points, panel, colours)
+    used = [mark for mark in MARKS if any(p.defence == mark for p in points)]
+    texts = [shorten(name) for name in (*names, *used)]
+    line = lambda colour, mark: Line2D([], [], color=colour, marker=mark, ls="", ms=4)
+    handles = [line(colours[name], "o") for name in names]
+    handles += [line(GREY, MARKS[mark]) for mark in used]
+    panels[-1].legend(handles, texts, bbox_to_anchor=(1, 1))
+    rights = [0.0] * (len(known) - 1) + [LEGEND + widest(texts)]
+    settle(panels, INNER, rights)
+    return figure

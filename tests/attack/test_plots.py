@@ -1,0 +1,56 @@
+"""The picture of attacks: a mark for each row, in panels of what is known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fedmoe_jax.attack.plots import (
+    ACCURACY,
+    MEAN,
+    Point,
+    average_rows,
+    draw_attacks,
+    name_defence,
+)
+
+NAN = float("nan")
+
+
+def make_run(label, strategy="greedy", **private):
+    config = {"strategy": strategy, "privacy": private}
+    return SimpleNamespace(label=label, config=config)
+
+
+def test_name_defence_of_none_one_and_several():
+    assert name_defence(make_run("a")) == "none"
+    assert name_defence(make_run("a", flip=1.0, clip=0.0)) == "flip"
+    assert name_defence(make_run("a", flip=1.0, clip=2.0)) == "several"
+    assert name_defence(SimpleNamespace(config={})) == "none"  # of an older version
+
+
+def test_average_rows_takes_the_means_of_what_is_known():
+    runs = [make_run("a"), make_run("b", "random", clip=1.0), make_run("a")]
+    numbers = [{"x": 1.0, "y": NAN}, {"x": NAN}, {"x": 2.0, "z": 4.0}]
+    assert average_rows(runs, numbers) == [
+        ("greedy", "none", {"x": 1.5, "z": 4.0}),
+        ("random", "clip", {}),
+    ]
+
+
+def test_draw_attacks_has_a_panel_for_each_attack_and_marks_its_chance():
+    rows = [
+        Point("greedy", "none", {ACCURACY: 0.5, "pairs_auc": 0.75, MEAN: 0.2}),
+        Point("greedy", "flip", {ACCURACY: 0.25, "mix_majority_link_ridge": 0.4}),
+        Point("random", "none", {"pairs_auc": 0.5}),
+    ]
+    labels, pairs = draw_attacks(rows).axes
+    (mark,) = [line for line in pairs.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(mark.get_xydata(), [[50, 0.75]])
+    (mark,) = [line for line in labels.lines if line.get_marker() == "D"]
+    np.testing.assert_allclose(mark.get_xydata(), [[25, 40]])
+    level = lambda axes: axes.lines[-1].get_ydata()[0]
+    assert level(labels) == pytest.approx(20) and level(pairs) == 0.5
+    texts = [text.get_text() for text in pairs.get_legend().get_texts()]
+    assert texts == ["greedy", "random", "none", "flip"]
+    assert draw_attacks([Point("greedy", "none", {ACCURACY: 0.5})]) is None
