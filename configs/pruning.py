@@ -11,7 +11,8 @@ as fit: the most important by one threshold over all layers (`lamp`, and `gap`),
 norm of weights, or the same share of every layer, of the most important, random or
 first units (the widths of HeteroFL). Further rows change one thing about `lamp`: the
 experts held for one whole one, a ramp, no units that take turns, a pruned stem; and one
-doubles the room of whole experts, which no client has. `fedavg` is a dense network as
+has whole experts of which devices feel half the bytes and FLOPs, so that at least twice
+as many fit: room that no client has. `fedavg` is a dense network as
 wide as all experts, pruned alike; `heterofl` is nested widths.
 
 `Own sub-network %` is of what a client has; `Personal %` of the whole experts that it
@@ -31,8 +32,12 @@ PRUNED = ("load_balanced", "random", "fedavg")
 
 
 def list_changes(strategy: str, kinds: tuple[str, ...]) -> list[str]:
-    """The pruned forms of a strategy, one for each kind."""
-    return [f"{strategy}: pruning.kind={kind}" for kind in kinds]
+    """The pruned forms of a strategy, one for each kind.
+
+    Without turns where a client's units are to be the same in all rounds.
+    """
+    same = {"random": ",pruning.rotation=0.0", "width": ",pruning.rotation=0.0"}
+    return [f"{strategy}: pruning.kind={kind}{same.get(kind, '')}" for kind in kinds]
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -14,7 +14,7 @@ from flax import struct
 from fedmoe_jax.cohort import Reply
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, Devices, Federation, Hyper, Keys, PyTree, Sizes
-from fedmoe_jax.world.costs import Costs, client_bytes, client_flops
+from fedmoe_jax.world.costs import NUMBER_BYTES, Costs, client_bytes, client_flops
 from fedmoe_jax.world.limits import find_room, true_capacity
 from fedmoe_jax.world.outcome import DROPOUT, MEMORY, Conditions, Outcome
 from fedmoe_jax.world.step import View
@@ -82,6 +82,8 @@ class Workload(NamedTuple):
       max_capacity: the most experts that any client has room for.
       probed: examples that a client runs forward in a round for each expert of a layer
         that it holds, 0 for none.
+      spread: experts that a client holds for each that it has room for, see
+        `pruning.spread`.
     """
 
     costs: Costs
@@ -90,6 +92,7 @@ class Workload(NamedTuple):
     communication_share: float
     max_capacity: int
     probed: int
+    spread: Array | float = 1.0
 
 
 class Capacity(NamedTuple):
@@ -205,6 +208,7 @@ def describe_work(buffer: Array, workload: Workload) -> dict[str, Any]:
         deadline=workload.deadline,
         communication_share=workload.communication_share,
         probed=workload.probed,
+        spread=workload.spread,
     )
 
 
@@ -324,6 +328,8 @@ def measure_capacity(
       keys: of the round and the run.
     """
     workload, devices = count_workload(view.federation, program), view.devices
+    if program.units:
+        workload = workload._replace(spread=hyper.pruning.spread)
     kind = program.static.profile.kind
     wide = max(program.sizes.num_experts, workload.max_capacity)
     buffered = count_capacity(devices, hyper.devices.buffer, workload)
@@ -335,6 +341,20 @@ def measure_capacity(
         true=count_capacity(devices, none, workload._replace(max_capacity=wide)),
         room=count_room(devices, none, workload) if program.units else None,
     )
+
+
+def fill_up(trained: Array, room: Array, unit: float) -> Array:
+    """Experts trained, or the room for them where no further unit would have fitted.
+
+    Else an estimate of the room would never grow past a whole number, of which pruned
+    experts fill all but a part of a unit.
+
+    Args:
+      trained: [C] float32, whole experts and a part of one.
+      room: [C] float32, granted.
+      unit: the largest unit, as a part of an expert.
+    """
+    return jnp.where(room - trained <= unit, jnp.maximum(room, trained), trained)
 
 
 def learn_devices(
@@ -351,10 +371,15 @@ def learn_devices(
     traffic = conditions.traffic.replace(sent=replies.sent)
     up, down = client_bytes(costs, traffic)
     flops = client_flops(costs, traffic, conditions.examples)
+    trained = traffic.trained
+    if belief.room is not None:
+        unit = NUMBER_BYTES * max(each.entries for each in program.units)
+        part = unit / program.costs.expert_bytes
+        trained = fill_up(trained, belief.room[conditions.client], part)
     history = update_history(
         belief.history,
         conditions.client,
-        traffic.trained,
+        trained,
         jnp.stack([down, flops, up], axis=-1),
         replies.outcome,
         conditions.device.latency,

@@ -27,7 +27,7 @@ from fedmoe_jax.optimizers import step_weights
 from fedmoe_jax.privacy.feedback import hide_feedback
 from fedmoe_jax.privacy.updates import clip_update, weigh_alike
 from fedmoe_jax.program import Program
-from fedmoe_jax.pruning.units import share_experts
+from fedmoe_jax.pruning.units import multiply_parts, share_experts
 from fedmoe_jax.runtime.scheduling import chunk_size, schedule
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.types import (
@@ -118,13 +118,15 @@ def renew_variate(
 
     `c_i <- c_i - c - delta / (a lr)` with `c - c_i` the input's correction and `a` how
     often a gradient ends up in the delta, which is the number of steps in the paper,
-    where there is no momentum.
+    where there is no momentum. What is pruned has no gradient: its variate is 0, so
+    that those of the clients that keep it sum to 0 at their optimum.
     """
     if not inputs.correction:
         return {}
     rate = 1.0 / (step_weights(inputs.steps, momentum) * hyper.client.learning_rate)
     renew = lambda correction, delta: -correction - rate * delta
-    return jax.tree.map(renew, inputs.correction, update.delta)
+    variate = jax.tree.map(renew, inputs.correction, update.delta)
+    return multiply_parts(variate, update.keep)
 
 
 def make_reply(

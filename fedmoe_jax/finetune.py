@@ -25,7 +25,7 @@ from fedmoe_jax.options import replace
 from fedmoe_jax.panel import choose_rows, gather_panel
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
-from fedmoe_jax.prune import prune_held
+from fedmoe_jax.prune import prune_held, spread_room
 from fedmoe_jax.pruning.units import multiply_parts
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.scoring import (
@@ -68,12 +68,15 @@ def gather_input(
     if bias is not None:
         bias = jnp.take_along_axis(bias[client], held, axis=1)
     slot, masks = jnp.take_along_axis(mask, held, axis=1), None
+    budget = state.belief.capacity[client]
     if program.units:
         masks = prune_held(state, client, held, slot, hyper, program)
+        room = state.belief.room[client]
+        budget = spread_room(room, state.round, hyper, program.sizes)
     return ClientInput(
         client=client,
         steps=view.federation.steps[client],
-        budget=state.belief.capacity[client],
+        budget=budget,
         scale=jnp.ones(()),
         held=held.astype(jnp.int32),
         slot=slot,

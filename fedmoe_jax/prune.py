@@ -29,7 +29,7 @@ from fedmoe_jax.types import (
 from fedmoe_jax.world.costs import NUMBER_BYTES
 
 # Purposes, folded into the run's key.
-LOTS = 2**32 - 6
+LOTS = 2**32 - 8
 
 
 class Knowledge(NamedTuple):
@@ -265,6 +265,7 @@ def learn_units(
         replies.importance,
         inputs.masks,
         inputs.held,
+        replies.feedback.routed,
         replies.arrived,
         hyper.pruning.rate,
         program.units,

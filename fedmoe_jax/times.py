@@ -54,21 +54,27 @@ def count_experts(evidence: Evidence, program: Program) -> tuple[Array, Array, A
     """What each expert, of all MoE layers, adds to a client's round.
 
     All experts of a model are equally large; only here would it show if they were not.
+    Pruned ones count as the share of each that a client has room for if it holds all
+    that it may, as which units it keeps is not known yet.
 
     Returns:
-      Bytes up [E] and down [E] as devices feel them, and FLOPs [C, E]. Where experts
-      are probed next to those of other layers, a client with room for k_c holds them.
+      Bytes up and down as devices feel them, and FLOPs, [C, E] each. Where experts are
+      probed next to those of other layers, a client with room for k_c holds them.
     """
     costs, sizes, static = program.device_costs, program.sizes, program.static
-    size = jnp.full(sizes.num_experts, costs.copies * costs.expert_bytes)
+    kept = jnp.ones(len(evidence.load))
+    if evidence.room is not None:
+        kept = jnp.clip(evidence.room / evidence.capacity, 0.0, 1.0)
+    size = costs.copies * costs.expert_bytes * kept
     slots = NUMBER_BYTES * sizes.num_layers  # bytes of a number for each layer
     up = size + slots * (FEEDBACK_NUMBERS + static.probes)
     down = size if program.strategy.affinity is None else size + slots
-    flops = costs.expert_flops * evidence.load
+    flops = costs.expert_flops * evidence.load * kept
     if static.probes:
         passes = sizes.num_layers * sizes.batch_size
         flops += passes * probe_flops(costs, evidence.capacity)
-    return up, down, jnp.broadcast_to(flops[:, None], (len(flops), sizes.num_experts))
+    each = lambda row: jnp.broadcast_to(row[:, None], (len(row), sizes.num_experts))
+    return each(up), each(down), each(flops)
 
 
 def hold_nothing(count: int, program: Program) -> Assignment:

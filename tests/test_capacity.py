@@ -11,6 +11,7 @@ from factories import make_hyper as change_hyper
 from fedmoe_jax.capacity import (
     Workload,
     count_capacity,
+    fill_up,
     init_belief,
     profile_links,
     report_devices,
@@ -424,3 +425,9 @@ def test_update_history_forgets_a_step_in_the_pace_of_training_geometrically():
     np.testing.assert_allclose(paces, expected, rtol=1e-5)
     # 5 / (2 - 0.7) = 3.8, 5 / (2 - 0.49) = 3.3, 5 / (2 - 0.343) = 3.02, ...
     assert capacity == [5] * 6 + [3] * 3 + [2] * 5
+
+
+def test_fill_up_counts_what_is_full_but_for_a_part_of_a_unit():
+    trained = jnp.array([2.97, 2.9, 3.0, 3.01])
+    found = fill_up(trained, jnp.full(4, 3.0), 1 / 32)
+    np.testing.assert_allclose(found, [3.0, 2.9, 3.0, 3.01])

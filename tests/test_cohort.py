@@ -242,3 +242,6 @@ def test_renew_variate_is_the_mean_gradient(gradients, momentum, expected):
     found = renew(inputs, update, hyper)
     np.testing.assert_allclose(found["head"]["bias"], [expected] * 2, rtol=1e-5)
     assert renew_variate(inputs.replace(correction={}), update, hyper, momentum) == {}
+    pruned = update.replace(keep={"head": {"bias": jnp.array([1.0, 0.0])}})
+    kept = renew(inputs, pruned, hyper)["head"]["bias"]
+    np.testing.assert_allclose(kept, [expected, 0.0], rtol=1e-5)

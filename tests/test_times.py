@@ -11,7 +11,12 @@ from fedmoe_jax.broadcast import gather_evidence, plan_traffic
 from fedmoe_jax.capacity import Belief, Speeds, measure_capacity
 from fedmoe_jax.round import build_round
 from fedmoe_jax.runtime.sharding import spread
-from fedmoe_jax.times import add_times, expect_devices, hold_nothing
+from fedmoe_jax.times import (
+    add_times,
+    count_experts,
+    expect_devices,
+    hold_nothing,
+)
 from fedmoe_jax.types import Assignment, Evidence, make_keys
 from fedmoe_jax.world.costs import client_seconds
 from fedmoe_jax.world.step import observe
@@ -108,3 +113,19 @@ def test_add_times_costs_a_strategy_without_them_nothing(monkeypatch):
     assert len(trace_round(timed)) > len(plain)
     monkeypatch.setattr(round_file, "add_times", lambda evidence, *_: evidence)
     assert trace_round(run) == plain
+
+
+def test_count_experts_of_pruned_ones_counts_the_share_that_fits():
+    run = prepare(**{"data.name": "digits", "pruning.kind": "magnitude"})
+    evidence = expect(run, run.state.world)
+    assert evidence.room is not None
+    room, capacity = jnp.array([0.5, 1.0, 1.5, 9.0]), jnp.full(4, 2)
+    pruned = count_experts(evidence.replace(room=room, capacity=capacity), run.program)
+    up, down, flops = pruned
+    whole = count_experts(evidence.replace(room=None), run.program)
+    share = np.array([[0.25], [0.5], [0.75], [1.0]])
+    np.testing.assert_allclose(flops, whole[2] * share, rtol=1e-5)
+    costs = run.program.device_costs
+    lost = costs.copies * costs.expert_bytes * (1 - share)
+    for found, known in ((up, whole[0]), (down, whole[1])):
+        np.testing.assert_allclose(known - found, lost + 0 * known, rtol=1e-4)

@@ -14,13 +14,14 @@ from fedmoe_jax.types import Array
 
 DEVIATION = 1.4826  # of a normal, over its median absolute deviation
 SPLIT = 1e-4  # by how much lots part equal importances, as a share of them
+LEAST = 1e-6  # of the largest importance, in place of 0
 
 
 class Layer(NamedTuple):
     """The knowledge about the units of ONE layer, from which they are scored.
 
     Attributes:
-      importance: [n] float32 >= 0, as clients have measured it; 0 where none has.
+      importance: [n] float32 >= 0, as clients have measured it; below 0 where none has.
       magnitude: [n] float32 >= 0, the norm of each unit's weights.
       lot: [n] float32 in [0, 1), of one client.
       gap: [] float32 >= 0, see `pruning.gap`.
@@ -38,10 +39,16 @@ def rank(values: Array) -> Array:
 
 
 def fill_unknown(importance: Array) -> Array:
-    """Importance [n] with the mean of what is known in place of 0."""
-    known = importance > 0
-    mean = importance.sum() / jnp.maximum(known.sum(), 1)
-    return jnp.where(known, importance, jnp.where(known.any(), mean, 1.0))
+    """Importance [n] > 0, with the mean of what is known for what is not.
+
+    What is measured as 0 comes last; where all of it is, all units are alike.
+    """
+    known = importance >= 0
+    value = jnp.where(known, importance, 0.0)
+    mean = value.sum() / jnp.maximum(known.sum(), 1)
+    filled = jnp.where(known, value, mean)
+    most = filled.max()
+    return jnp.where(most > 0, jnp.maximum(filled, LEAST * most), 1.0)
 
 
 def lamp(importance: Array) -> Array:
@@ -64,7 +71,9 @@ def count_before_gap(importance: Array, gap: Array) -> Array:
     """Units [] before the first gap between ranked importances that is a large one.
 
     Large is `median + gap * 1.4826 * MAD` of all gaps and more (the rule of COSMIC-FL's
-    abstract, arXiv 2609.31932; its form here is this project's). All n without any.
+    abstract, arXiv 2609.31932; its form here is this project's). All n without any. Of
+    importances with a long tail the first large gap is near the top, and little changes
+    beside `by_lamp`.
     """
     ranked = -jnp.sort(-importance)
     gaps = ranked[:-1] - ranked[1:]

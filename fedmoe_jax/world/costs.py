@@ -341,17 +341,17 @@ def expert_seconds(devices: Devices, up: Array, down: Array, flops: Array) -> Ar
 
     Args:
       devices: rows [C] of the cohort.
-      up: [E] float32 bytes of each expert on the way up, as devices feel them.
-      down: [E] float32, likewise on the way down.
+      up: [C, E] float32 bytes of each expert on the way up, as devices feel them.
+      down: [C, E] float32, likewise on the way down.
       flops: [C, E] float32 FLOPs of training each expert.
 
     Returns:
       [C, E] float32 >= 0.
     """
-    chex.assert_shape(flops, (*devices.flops.shape, *up.shape))
-    chex.assert_equal_shape([up, down])
+    chex.assert_equal_shape([up, down, flops])
+    chex.assert_equal_shape_prefix([devices.flops, flops], 1)
     each = lambda rate: rate[:, None]
-    travel = up[None] / each(devices.upload) + down[None] / each(devices.download)
+    travel = up / each(devices.upload) + down / each(devices.download)
     return travel + flops / each(devices.flops)
 
 

@@ -46,6 +46,7 @@ def find_room(
     deadline: float,
     communication_share: float,
     probed: int,
+    spread: Array | float = 1.0,
 ) -> Array:
     """The experts that each device has room for: the least of three limits.
 
@@ -66,6 +67,7 @@ def find_room(
       communication_share: share in (0, 1) of the deadline for the network.
       probed: examples that a client runs forward for each expert of a layer that it
         holds, 0 for none.
+      spread: experts that it holds, and probes whole, for each that it has room for.
 
     Returns:
       [N] float32, whole experts and a part of one; below 0 where less than what all
@@ -84,7 +86,7 @@ def find_room(
     work = (1 - communication_share) * deadline * usable * devices.flops / examples
     by_compute = (work - shared_flops) / costs.expert_flops
     if probed:
-        by_compute = limit_probes(by_compute, probed / examples, costs)
+        by_compute = limit_probes(by_compute, spread * probed / examples, costs)
     return jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)
 
 

@@ -217,3 +217,13 @@ def test_no_rooms_of_the_package_import_each_other_in_a_circle():
         for room in ground:
             del left[room]
     assert left == {}
+
+
+def test_purposes_that_are_folded_into_a_runs_key_differ():
+    """Numbers like 2**32 - 3, which no number of a round is."""
+    found = []
+    for path in sorted((ROOT / "fedmoe_jax").rglob("*.py")):
+        numbers = re.findall(r"(?<![\w*])2\*\*32 - (\d+)", path.read_text())
+        found += [(int(number), path.name) for number in numbers]
+    small = [number for number, _ in found if number < 100]
+    assert len(small) == len(set(small)) >= 8, sorted(found)

@@ -8,6 +8,7 @@ from factories import fill, make_image_model
 from fedmoe_jax.base import Units
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.pruning.importance import (
+    UNKNOWN,
     init_importance,
     learn_importance,
     measure_magnitude,
@@ -48,11 +49,11 @@ def test_init_importance_is_unknown():
         "stem0": (8,),
         "expert": (1, 5, 8),
     }
-    assert all(not leaf.any() for leaf in jax.tree.leaves(found))
+    assert all((leaf == UNKNOWN).all() for leaf in jax.tree.leaves(found))
 
 
 def test_learn_importance_averages_over_those_that_kept_the_unit():
-    old = {"s": jnp.array([4.0, 0.0]), "e": jnp.array([[[1.0, 0.0], [2.0, 2.0]]])}
+    old = {"s": jnp.array([4.0, -1.0]), "e": jnp.array([[[1.0, -1.0], [2.0, 2.0]]])}
     held = jnp.array([[[0]], [[0]], [[1]]])  # three clients, one slot
     masks = {
         "s": jnp.array([[1, 1], [1, 0], [1, 1]], bool),
@@ -63,9 +64,34 @@ def test_learn_importance_averages_over_those_that_kept_the_unit():
         "e": jnp.array([[[[3.0, 5.0]]], [[[5.0, 9.0]]], [[[7.0, 7.0]]]]),
     }
     arrived = jnp.array([True, True, False])
-    found = learn_importance(
-        old, reported, masks, held, arrived, jnp.float32(0.5), UNITS
+    routed = jnp.array([[[1.0]], [[0.25]], [[1.0]]])
+    learn = lambda old, routed: learn_importance(
+        old, reported, masks, held, routed, arrived, jnp.float32(0.5), UNITS
     )
+    found = learn(old, routed)
     # Known 4 moves half way to the mean 3; the first report of the other counts whole.
     np.testing.assert_array_equal(found["s"], [3.5, 3.0])
-    np.testing.assert_array_equal(found["e"], [[[2.5, 5.0], [2.0, 2.0]]])
+    # (3 + 5) / 1.25 of the positions that are routed to the first expert; 1 before.
+    np.testing.assert_allclose(found["e"], [[[3.7, 5.0], [2.0, 2.0]]], rtol=1e-6)
+    # A client that does not use the expert says nothing, whatever it reports.
+    alone = learn(old, routed.at[1].set(0.0))
+    np.testing.assert_array_equal(alone["e"], [[[2.0, 5.0], [2.0, 2.0]]])
+    # A measured 0 is known.
+    known = learn(found | {"s": jnp.zeros(2)}, routed)
+    np.testing.assert_array_equal(known["s"], [1.5, 1.5])
+
+
+def test_learn_importance_ranks_units_that_idle_clients_keep_with_the_others():
+    """One client keeps all and uses the expert, three keep the top half and do not."""
+    true = jnp.arange(8.0, 0.0, -1.0)
+    few = jnp.arange(8) < 4
+    masks = {"s": jnp.ones((4, 2), bool), "e": jnp.stack([few | True, few, few, few])}
+    reported = {"s": jnp.ones((4, 2)), "e": jnp.stack([true, *[jnp.zeros(8)] * 3])}
+    place = lambda leaf: leaf[:, None, None]
+    masks["e"], reported["e"] = place(masks["e"]), place(reported["e"])
+    old = {"s": -jnp.ones(2), "e": -jnp.ones((1, 1, 8))}
+    routed = jnp.array([1.0, 0.0, 0.0, 0.0])[:, None, None]
+    held, arrived = jnp.zeros((4, 1, 1), jnp.int32), jnp.ones(4, bool)
+    rest = held, routed, arrived, jnp.float32(0.1), UNITS
+    found = learn_importance(old, reported, masks, *rest)
+    np.testing.assert_array_equal(found["e"][0, 0], true)

@@ -53,8 +53,11 @@ def test_count_before_gap_by_hand():
 
 
 def test_fill_unknown_takes_the_mean_of_what_is_known():
-    np.testing.assert_array_equal(fill_unknown(jnp.array([0.0, 2.0, 4.0])), [3, 2, 4])
-    np.testing.assert_array_equal(fill_unknown(jnp.zeros(3)), 1)
+    np.testing.assert_array_equal(fill_unknown(jnp.array([-1.0, 2.0, 4.0])), [3, 2, 4])
+    for alike in (jnp.zeros(3), -jnp.ones(3)):
+        np.testing.assert_array_equal(fill_unknown(alike), 1)
+    dead = fill_unknown(jnp.array([0.0, 8.0, 1.0]))
+    assert 0 < float(dead[0]) < 1e-4 and dead[1:].tolist() == [8, 1]
 
 
 def order_of(kind, layer):
@@ -72,7 +75,7 @@ def test_scores_follow_what_their_kind_reads():
 
 @pytest.mark.parametrize("kind", SCORES)
 def test_scores_are_in_the_unit_interval_and_finite(kind):
-    for importance in (np.zeros(5), [0, 1e-30, 1, 1e20, 0]):
+    for importance in (np.zeros(5), -np.ones(5), [0, 1e-30, 1, 1e20, -1]):
         scores = SCORES[kind](make_layer(importance, importance, np.arange(5) / 5))
         assert bool(jnp.isfinite(scores).all())
         assert float(scores.min()) >= 0 and float(scores.max()) <= 1

@@ -320,7 +320,7 @@ def test_client_flops_by_hand():
 
 def test_expert_seconds_by_hand():
     devices = make_devices(2, upload=[2.0, 4.0], download=[10.0, 5.0], flops=[1.0, 3.0])
-    up, down = jnp.array([4.0, 8.0, 0.0]), jnp.array([10.0, 20.0, 0.0])
+    up, down = jnp.array([[4.0, 8.0, 0.0]] * 2), jnp.array([[10.0, 20.0, 0.0]] * 2)
     flops = jnp.array([[1.0, 2.0, 0.0], [3.0, 6.0, 9.0]])
     expected = [[2 + 1 + 1, 4 + 2 + 2, 0], [1 + 2 + 1, 2 + 4 + 2, 3]]
     np.testing.assert_allclose(expert_seconds(devices, up, down, flops), expected)

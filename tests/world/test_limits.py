@@ -7,7 +7,7 @@ import pytest
 from factories import COSTS, make_devices
 
 from fedmoe_jax.world.costs import TRAINING_COPIES, Traffic, client_flops
-from fedmoe_jax.world.limits import limit_probes, true_capacity
+from fedmoe_jax.world.limits import find_room, limit_probes, true_capacity
 
 # Deadline 100 s, half of it for the network, 5 examples, no buffer:
 # memory m: (m / 4 - 500) / 1000; network both ways at r: (50 r / 2 - 500) / 1000;
@@ -113,6 +113,15 @@ def test_true_capacity_has_room_for_the_probes_of_just_so_many(expert, frozen, l
         np.testing.assert_array_equal(got, expected)
     without = true_capacity(devices, costs, buffer=0.0, **setting | {"probed": 0})
     assert np.all(without > got)
+
+
+def test_find_room_with_a_spread_has_probes_of_all_that_is_held():
+    devices = make_devices(1, flops=1e3)
+    work = dict(buffer=jnp.float32(0.0), examples=jnp.full(1, 10.0), deadline=1e3)
+    work |= dict(communication_share=0.5)
+    room = lambda **more: float(find_room(devices, COSTS, **work, **more)[0])
+    twice = room(probed=5, spread=jnp.float32(2.0))
+    assert 0 < twice == room(probed=10) < room(probed=5)
 
 
 def test_limit_probes_by_hand():
