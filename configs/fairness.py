@@ -6,7 +6,8 @@
 
 Five of twenty clients train in a round, drawn among those that can be reached, and weak
 devices seldom can (`availability.capacity_bias`): the weakest in 24 % of the rounds, in
-spells, which bounds the floor of participation. The rows are floors up to near that;
+spells, which bounds the floor of participation. The rows are floors up to near that,
+the higher ones also with queues that outweigh the draw sooner (`fairness.tradeoff`);
 floors of the second kind, under which clients of every capacity train experts of high
 value; and, as the alternative, updates that weigh by their client's loss (q-FFL). The
 report has the spread of the clients' accuracies at each floor, with a test of its
@@ -24,6 +25,7 @@ from configs import compare
 STRATEGIES = ("load_balanced", "random", "fedavg_active")
 MIXTURES, DENSE = STRATEGIES[:2], STRATEGIES[2]
 FLOORS = tuple(f"fairness.floor={share}" for share in (0.1, 0.15, 0.2))
+FIRM = tuple(f"load_balanced: {floor},fairness.tradeoff=0.01" for floor in FLOORS[1:])
 POWERS = tuple(f"fairness.power={power}" for power in (0.2, 0.5, 1.0))
 EXPERTS = "fairness.expert_floor=0.9"
 OF_EXPERTS = tuple(
@@ -50,7 +52,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.availability.capacity_bias, config.availability.persistence = 0.8, 0.3
     config.evaluation.baseline = "load_balanced" if "digits" in words else UNFLOORED
     config.compare.strategies = STRATEGIES
-    config.compare.changes = ("", *FLOORS, *POWERS, *OF_EXPERTS)
+    config.compare.changes = ("", *FLOORS, *FIRM, *POWERS, *OF_EXPERTS)
     if "digits" not in words:  # a run takes minutes
         config.compare.strategies = ("load_balanced", DENSE)
         config.compare.changes = DECISIVE
