@@ -50,7 +50,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.cohort_size = 5
     config.availability.sampling = "reachable"
     config.availability.capacity_bias, config.availability.persistence = 0.8, 0.3
-    config.evaluation.baseline = "load_balanced" if "digits" in words else UNFLOORED
+    config.evaluation.baseline = UNFLOORED
     config.compare.strategies = STRATEGIES
     config.compare.changes = ("", *FLOORS, *FIRM, *POWERS, *OF_EXPERTS)
     if "digits" not in words:  # a run takes minutes
