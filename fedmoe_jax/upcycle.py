@@ -31,6 +31,7 @@ def hold_first(assignment: Assignment, warming: Array) -> Assignment:
     factor = jnp.ones(first.shape[:-1]) if factor is None else factor
     asked, assigned = assignment.asked, assignment.assigned
     if asked is not None:  # all ask for the same, which says nothing
+        assert assigned is not None
         one = jnp.zeros_like(asked).at[..., 0].set(True)
         asked, assigned = (jnp.where(warming, one, each) for each in (asked, assigned))
     return assignment.replace(
