@@ -2,14 +2,13 @@
 
 import sys
 
-import numpy as np
 import pytest
 from absl import flags
-from factories import make_config
 
 from fedmoe_jax.attack import command
 from fedmoe_jax.attack.command import find_observed
 from fedmoe_jax.options import UserError
+from fedmoe_jax.report.runs import Run
 
 
 def test_find_observed_refuses_folders_without_observed_runs(tmp_path):
@@ -30,18 +29,22 @@ def test_find_observed_says_what_it_leaves_out(tmp_path, capsys):
     assert "was not observed" in capsys.readouterr().out
 
 
-def test_find_observed_takes_a_run_once(tmp_path, capsys):
-    for name, seed in ("a", 0), ("b", 0), ("c", 1):
+def test_find_observed_takes_a_run_once(tmp_path, monkeypatch, capsys):
+    for name in "abc":
         (tmp_path / name / "observed").mkdir(parents=True)
         (tmp_path / name / "observed" / "00000002.npz").touch()
-        config = make_config(strategy="greedy", seed=seed).to_json()
-        (tmp_path / name / "config.json").write_text(config)
-        (tmp_path / name / "summary.json").write_text("{}")
-        (tmp_path / name / "metrics.jsonl").write_text('{"round": 2}')
-        np.savez(tmp_path / name / "final.npz")
+        for file in ("config.json", "summary.json"):
+            (tmp_path / name / file).write_text("{}")
+
+    def load(folder):
+        config = {"strategy": "greedy", "seed": {"a": 0, "b": 0, "c": 1}[folder.name]}
+        return Run(config, [], {}, {}, folder, "greedy", {})
+
+    monkeypatch.setattr(command, "keep_whole", lambda folders: folders)
+    monkeypatch.setattr(command, "load_run", load)
     found = find_observed([str(tmp_path / name) for name in "abc"])
     assert [run.folder.name for run in found] == ["a", "c"]
-    assert "b is the run of" in capsys.readouterr().out
+    assert f"left out: {tmp_path / 'b'} is the run of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
