@@ -51,7 +51,7 @@ def weigh_alike(
     busy = inputs.steps > 0
 
     def count_rows(held: Array, slot: Array) -> Array:
-        used = Feedback(*[jnp.ones(held.shape)] * 6)
+        used = Feedback(*[jnp.ones(held.shape)] * 7)
         mask = held_mask(held, slot, num_experts)
         return strategy.gate_weight(mask, used, jnp.int32(1), hyper) > 0
 
