@@ -113,7 +113,15 @@ def say(claim: Claim, numbers: Mapping[str, Number]) -> str:
     return f"{number.title}: {text}"
 
 
-def row(claim: Claim, numbers: Mapping[str, Number]) -> list[str]:
+def link_tables(name: str, studies: Mapping[str, Any]) -> str:
+    """Links to the table of a study, or to those of its parts."""
+    parts = studies[name].get("parts", [name])
+    return ", ".join(f"[{part}]({part}/table.md)" for part in parts)
+
+
+def row(
+    claim: Claim, numbers: Mapping[str, Number], studies: Mapping[str, Any]
+) -> list[str]:
     """The line of a claim in the table, `HEADS`."""
     number = numbers[claim.id]
     paired, test = number.paired, "–"
@@ -125,19 +133,20 @@ def row(claim: Claim, numbers: Mapping[str, Number]) -> list[str]:
         test,
         str(number.seeds),
         number.rates,
-        f"[{claim.study}]({claim.study}/table.md)",
+        link_tables(claim.study, studies),
         fill(claim.overturn, numbers),
     ]
 
 
-def describe_study(name: str, study: Mapping[str, Any], results: Path) -> str:
+def describe_study(name: str, studies: Mapping[str, Any], results: Path) -> str:
     """A study's command, what it costs, and links to its files and its log.
 
-    Of a study of several parts, links to these.
+    Of a study of several parts, what they have in common, and those of each.
     """
+    study = studies[name]
     if "parts" in study:
-        links = [f"[{part}]({part}/table.md)" for part in study["parts"]]
-        return f"* `{name}`: {study['about']} ({', '.join(links)})"
+        parts = [describe_study(part, studies, results) for part in study["parts"]]
+        return "\n".join([f"* `{name}`: {study['about']}", *parts])
     files = [results / name / "table.md", *sorted((results / name).glob("*.csv"))]
     links = [f"[{path.stem}]({name}/{path.name})" for path in files]
     links += [f"[log](LOG.md#{study['log']})"] if "log" in study else []
@@ -157,8 +166,9 @@ def section_text(
     if not standing:
         return ""
     studies, numbers = dict.fromkeys(c.study for c in standing), computed.numbers
-    lines = [describe_study(name, listed["studies"][name], results) for name in studies]
-    table = markdown_rows([HEADS, *(row(claim, numbers) for claim in standing)])
+    known = listed["studies"]
+    lines = [describe_study(name, known, results) for name in studies]
+    table = markdown_rows([HEADS, *(row(claim, numbers, known) for claim in standing)])
     parts = [f"## {section['title']}", "\n".join(lines), table.strip()]
     parts += [fill(section["about"], numbers)] if "about" in section else []
     return "\n\n".join(parts)
