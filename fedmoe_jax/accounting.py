@@ -115,7 +115,8 @@ def explain_coupling(config: ConfigDict, program: Program) -> str:
 
 def name_given(program: Program) -> str:
     """What a guarantee takes as given beside the models."""
-    return ", given its noisy feedback" if is_coupled(program) else ""
+    noisy = program.static.privacy.feedback_noise and is_coupled(program)
+    return ", given its noisy feedback" if noisy else ""
 
 
 def count_numbers(program: Program) -> int:
