@@ -59,18 +59,22 @@ def read_ticks(axis: Axis) -> list[str]:
 
 
 def _beyond_right(panel: Axes, width: float) -> float:
-    """By how much the text of the last tick in view goes beyond a panel's right edge.
+    """By how much the texts of the x axis go beyond a panel's right edge.
+
+    These are the text of the last tick in view, and the label, which is in the middle.
 
     Args:
       width: of the panel.
     """
     texts, (left, right) = read_ticks(panel.xaxis), panel.get_xlim()
+    label = text_width(panel.get_xlabel(), LABELS)
+    beyond = (label - width) / 2 + GAP if label > width - 2 * GAP else 0.0
     if not texts:
-        return 0.0
+        return beyond
     places = [x for x in panel.get_xticks() if left <= x <= right] or [right]
     to_panel = panel.transScale + panel.transLimits
     share = to_panel.transform((places[-1], panel.get_ylim()[0]))[0]
-    return max(text_width(texts[-1]) / 2 - (1 - share) * width, 0.0)
+    return max(text_width(texts[-1]) / 2 - (1 - share) * width, beyond)
 
 
 def _label(axis: Axis, texts: float, length: float) -> float:
