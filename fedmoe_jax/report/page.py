@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe_jax.options import COST, LEARNING, UserError
+from fedmoe_jax.options import UserError
 from fedmoe_jax.report import plots, signatures
 from fedmoe_jax.report.cells import Cell
 from fedmoe_jax.report.client_figures import client_pictures
@@ -33,6 +33,7 @@ from fedmoe_jax.report.sheets import section_html
 from fedmoe_jax.report.strata import strata_pictures
 from fedmoe_jax.report.tables import (
     EVERYWHERE,
+    HEADINGS,
     Column,
     needs_of,
     note_of,
@@ -113,17 +114,18 @@ def _table_html(
 
 
 def _numbers_html(runs: Sequence[Run]) -> str:
-    """Two tables, so that a screen is wide enough: learning and costs."""
+    """A table under each heading, and what their columns say."""
     columns, rows = table(runs)
     groups = group_runs(name_runs(runs))
     tables = ""
-    for group in (LEARNING, COST):
+    for heading in HEADINGS:
         places = [
             at
             for at, column in enumerate(columns)
-            if column.group == group or column.key in EVERYWHERE
+            if column.heading == heading or column.key in EVERYWHERE
         ]
         chosen = {label: [cells[at] for at in places] for label, cells in rows.items()}
+        tables += f"<h3>{heading}</h3>"
         tables += _table_html([columns[at] for at in places], chosen, groups)
     return (
         tables + "<p>Accuracies are means over the evaluations of the last ten rounds, "

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column as Header
 from rich.table import Table
 
-from fedmoe_jax.options import FINAL, LABELS, LEARNING, ROUNDS, Measure
+from fedmoe_jax.options import COST, FINAL, LABELS, ROUNDS, Measure
 from fedmoe_jax.report import diverged
 from fedmoe_jax.report.cells import (
     NOT_APPLICABLE,
@@ -44,6 +44,8 @@ from fedmoe_jax.runtime.files import flatten, write_atomically
 
 # What a system asks of devices that they cannot do stands beside each of its numbers.
 EVERYWHERE = ("mean_late_clients", "mean_capacity_violations")
+# A page is not wide enough for all columns; these are its tables.
+END, WAY, COSTS = HEADINGS = ("At the end", "On the way", "Costs")
 LEARNT_ABOUT = (
     "the first evaluated round with 95 % of a run's own final global accuracy; never "
     f"where that has not come {100 * LEARNT:.0f} % of the way from chance to 100 %, as "
@@ -66,7 +68,7 @@ class Column(NamedTuple):
       better: +1 where more is better, -1 where less is, 0 where neither.
       zero_wins: whether 0 can be the best number.
       of: systems with `EXPERTS` or `DEVICES` alone; empty: every one.
-      group: the table that it belongs to.
+      heading: of the table that it belongs to on a page, one of `HEADINGS`.
       about: its definition; empty where the title says it all.
       printed: whether it is shown in the terminal.
       averaged: whether a cell is a mean over seeds.
@@ -78,7 +80,7 @@ class Column(NamedTuple):
     better: int
     zero_wins: bool = True
     of: str = ""
-    group: str = LEARNING
+    heading: str = WAY
     about: str = ""
     printed: bool = False
     averaged: bool = False
@@ -100,20 +102,24 @@ def _make_column(key: str, measure: Measure) -> Column:
         measure.better,
         measure.zero_wins,
         measure.of,
-        measure.group,
+        _head(measure),
         measure.about,
         measure.printed,
         averaged=True,
     )
 
 
+def _head(measure: Measure) -> str:
+    if measure.group == COST:
+        return COSTS
+    # Numbers that no row has are made of final values.
+    return END if measure.over in (FINAL, "") else WAY
+
+
 def _columns(
     measures: Mapping[str, Measure], targets: Sequence[Target]
 ) -> list[Column]:
-    """Final values, rounds to targets, other measures of learning, then costs.
-
-    Numbers that no row has are made of final values.
-    """
+    """Final values, rounds to targets, other measures of learning, then costs."""
     rounds = [
         Column(
             f"Rounds to {target.title}",
@@ -126,12 +132,9 @@ def _columns(
     ]
     title = "Rounds to 95 % of own final"
     rounds.append(Column(title, OWN_ROUNDS, median_cell, -1, about=LEARNT_ABOUT))
-    titled = {key: m for key, m in measures.items() if m.title}
-    final, learning, costs = [], [], []
-    for key, measure in titled.items():
-        group = learning if measure.group == LEARNING else costs
-        (final if measure.over in (FINAL, "") else group).append(_column(key, measure))
-    return [*final, *rounds, *learning, *costs]
+    titled = [_column(key, m) for key, m in measures.items() if m.title]
+    end, way, costs = ([c for c in titled if c.heading == h] for h in HEADINGS)
+    return [*end, *rounds, *way, *costs]
 
 
 def measure_runs(

@@ -73,6 +73,23 @@ def test_write_report_compares_strategies(runs, tmp_path):
     assert "fedavg-load" not in figures  # one expert has no balance to show
 
 
+def test_columns_stand_under_their_headings_and_burdens_under_each(runs, tmp_path):
+    text = report.write_report(tmp_path, runs, "c").read_text(encoding="utf-8")
+    parts = re.split(r"<h3>(At the end|On the way|Costs)</h3>", text)
+    tables = dict(zip(parts[1::2], parts[2::2], strict=True))
+    columns = {
+        heading: re.findall(r"<th>(.*?)</th>", table.split("</table>")[0])
+        for heading, table in tables.items()
+    }
+    for heading, title in {
+        "At the end": "Personal %",
+        "On the way": "Load CV",
+        "Costs": "MB up a round",
+    }.items():
+        assert [h for h, titles in columns.items() if title in titles] == [heading]
+    assert all("Late clients a round" in titles for titles in columns.values())
+
+
 def test_write_report_of_a_single_run(runs, tmp_path):
     text, figures = check_page(report.write_report(tmp_path, runs[2:3], "c"))
     assert "fitness.rate = 0.3" in text
@@ -240,8 +257,8 @@ def test_write_report_shows_costs(tmp_path):
     text = path.read_text(encoding="utf-8")
     assert "<h2>Against time and traffic</h2>" in text
     assert "<b>Lost a round</b>: clients whose update did not count" in text
-    # Learning, costs, signatures; pairs; budgets of two accuracies; four targets.
-    assert text.count("<th>Strategy</th>") == 3 + 1 + 2 + 4
+    # Final numbers, signatures; pairs; budgets of two accuracies; four targets.
+    assert text.count("<th>Strategy</th>") == 3 + 1 + 1 + 2 + 4
     assert "<h2>Paired differences: less centralised</h2>" not in text
     figures = {each.stem for each in (path.parent / "figures").glob("*.png")}
     assert {"global_accuracy_time", "personal_accuracy_traffic"} <= figures
