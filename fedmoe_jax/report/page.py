@@ -97,13 +97,16 @@ def _table_html(
     columns: Sequence[Column],
     rows: Mapping[str, Sequence[Cell]],
     groups: Mapping[str, Sequence[Run]],
+    noted: bool,
 ) -> str:
+    """One table; `noted` where its labels say what they need beyond the rules."""
     titles = ["Strategy", "Seeds", "Rates", *(column.title for column in columns)]
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     body = ""
     for label, cells in rows.items():
-        needs = escape(needs_of(groups[label]))
-        body += f'<tr><td><b>{escape(label)}</b><div class="note">{needs}</div></td>'
+        needs = escape(needs_of(groups[label])) if noted else ""
+        note = f'<div class="note">{needs}</div>' if needs else ""
+        body += f"<tr><td><b>{escape(label)}</b>{note}</td>"
         body += f'<td class="number">{len(groups[label])}</td>'
         body += f"<td>{rates_of(groups[label])}</td>"
         for cell in cells:
@@ -126,7 +129,8 @@ def _numbers_html(runs: Sequence[Run]) -> str:
         ]
         chosen = {label: [cells[at] for at in places] for label, cells in rows.items()}
         tables += f"<h3>{heading}</h3>"
-        tables += _table_html([columns[at] for at in places], chosen, groups)
+        titles = [columns[at] for at in places]
+        tables += _table_html(titles, chosen, groups, heading == HEADINGS[0])
     return (
         tables + "<p>Accuracies are means over the evaluations of the last ten rounds, "
         "in shorter runs than 40 of the last quarter. A changed field is not "
