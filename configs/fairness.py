@@ -2,7 +2,8 @@
 
     python launch.py --config=configs/fairness.py:digits --workdir=runs/fairness \\
       --settings=results/systems_digits/settings.json
-    python launch.py --config=configs/fairness.py --workdir=runs/fairness_cifar
+    python launch.py --config=configs/fairness.py --workdir=runs/fairness_cifar \\
+      --settings=results/systems_cifar/settings.json
 
 Five of twenty clients train in a round, drawn among those that can be reached, and weak
 devices seldom can (`availability.capacity_bias`): the weakest in 24 % of the rounds, in
