@@ -450,7 +450,7 @@ MEASURES: dict[str, Measure] = {
         MEAN,
         "Load CV",
         "standard deviation over mean of the examples that experts train in a round, "
-        "the mean over rounds that train any; 0 is even",
+        "the mean over rounds that train any, without a dense warm-up; 0 is even",
         better=-1,
         digits=2,
         of=EXPERTS,

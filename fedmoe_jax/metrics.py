@@ -28,6 +28,7 @@ from fedmoe_jax.types import (
     PyTree,
     SimState,
 )
+from fedmoe_jax.upcycle import is_warming
 from fedmoe_jax.world.costs import (
     NUMBER_BYTES,
     TRAINING_PASSES,
@@ -173,7 +174,7 @@ def measure(
     costs = participation, conditions, replies.sent
     found = (
         measure_learning(before.align, after.align, replies, cohort)
-        | measure_load(load)
+        | measure_load(load, is_warming(before.round, hyper))
         | account(*costs, exchanged, capacity.room, program)
         | measure_masks(inputs, conditions, capacity, replies, program)
         | count_outcomes(participation.outcome)
@@ -261,14 +262,15 @@ def measure_learning(
     return found
 
 
-def measure_load(load: Array) -> dict[str, Array]:
+def measure_load(load: Array, warming: Array) -> dict[str, Array]:
     """Balance of the examples [G, E] that the round has trained, mean over layers.
 
-    Of several layers the numbers of each, too, `layer_` and the name, [G].
+    Of several layers the numbers of each, too, `layer_` and the name, [G]. While a
+    dense warm-up is `warming`, [] bool, there is nothing to balance, and they are NaN.
     """
     found = {"expert_load": load[0] if len(load) == 1 else load}
     for name, measure in BALANCE.items():
-        layers = jax.vmap(measure)(load)
+        layers = jnp.where(warming, jnp.nan, jax.vmap(measure)(load))
         found[name] = layers.mean(0)
         if len(load) > 1:
             found[f"layer_{name}"] = layers

@@ -254,7 +254,7 @@ def test_add_metrics_refuses_a_name_that_is_taken():
 def test_measure_load_is_the_mean_over_layers():
     even, one = [5.0, 5.0, 5.0, 5.0], [0.0, 0.0, 0.0, 20.0]
     measure = jax.jit(measure_load)
-    found = measure(np.float32([even, one]))
+    found = measure(np.float32([even, one]), warming=False)
     np.testing.assert_allclose(found["load_cv"], np.sqrt(3) / 2, rtol=1e-6)
     np.testing.assert_allclose(found["load_entropy"], 1 / 2, rtol=1e-6)
     assert found["starved_experts"] == 1.5
@@ -262,9 +262,16 @@ def test_measure_load_is_the_mean_over_layers():
     np.testing.assert_allclose(found["layer_load_cv"], [0, np.sqrt(3)], atol=1e-6)
     np.testing.assert_allclose(found["layer_load_entropy"], [1, 0], atol=1e-6)
     assert found["layer_starved_experts"].tolist() == [0, 3]
-    alone = measure(np.float32([one]))
+    alone = measure(np.float32([one]), warming=False)
     assert alone["expert_load"].tolist() == one and alone["starved_experts"] == 3
     assert alone.keys() == {"expert_load", "load_cv", "load_entropy", "starved_experts"}
+
+
+def test_measure_load_leaves_the_dense_warm_up_out():
+    load = np.float32([[0, 0, 0, 20], [5, 5, 5, 5]])
+    found = measure_load(load, warming=np.True_)
+    assert found.pop("expert_load").tolist() == load.tolist()
+    assert all(np.isnan(numbers).all() for numbers in found.values()) and found
 
 
 @pytest.mark.parametrize(("chunk", "wasted"), [(1, 0), (2, 1 - 6 / 10)])

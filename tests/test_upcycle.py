@@ -59,8 +59,10 @@ def test_experts_are_copies_in_the_warm_up_and_differ_after_it():
         assert spread(tree) == 0
     load = np.asarray(metrics["expert_load"])
     assert (load[:, 0] > 0).all() and (load[:, 1:] == 0).all()
-    later, _ = play(2 * WARM)
+    assert np.isnan(metrics["load_cv"]).all()
+    later, metrics = play(2 * WARM)
     assert spread(later.params) > 0
+    assert np.isfinite(metrics["load_cv"]).all()
 
 
 @pytest.mark.slow
