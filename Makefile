@@ -54,6 +54,9 @@ clean: ## remove the packages and the caches; runs/ stays
 $(STAMP): requirements.txt requirements-cpu.txt requirements-tpu.txt
 	@$(if $(filter True,$(RECENT)),,$(error fedmoe_jax needs Python 3.11 or newer, and \
 	  $(PYTHON) is not; name one, as in: make PYTHON=python3.12))
+	@$(if $(shell test -L '$(VENV)' && echo link),$(error $(VENV) is a link, and \
+	  installing would empty the folder behind it; delete the link, or touch $@ if the \
+	  packages are there))
 	@echo "Installing $(REQUIREMENTS) into $(VENV) (about a minute on a good line) ..."
 	@$(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \

@@ -170,6 +170,18 @@ def test_installed_packages_stay_in_use(tmp_path):
     assert "pip install" in _make("-n", "test", f"VENV={tmp_path}").stdout
 
 
+def test_a_linked_environment_is_not_emptied(tmp_path):
+    kept, link = tmp_path / "kept", tmp_path / "link"
+    kept.mkdir()
+    (kept / "file").touch()
+    link.symlink_to(kept)
+    made = _make("setup", "DEVICE=cpu", f"VENV={link}")
+    assert made.returncode != 0 and made.stdout == ""
+    assert f"{link} is a link" in made.stderr and (kept / "file").exists()
+    (link / "installed-cpu").touch()
+    assert _make("setup", "DEVICE=cpu", f"VENV={link}").returncode == 0
+
+
 def test_old_python_gets_one_line(tmp_path):
     old = tmp_path / "python3"
     old.write_text("#!/bin/sh\necho False\n")
