@@ -21,6 +21,13 @@ def take_section(page, title):
     return page.split(f"{title}\n", 1)[1].split(f"\n{level} ", 1)[0]
 
 
+def test_no_line_of_text_begins_with_a_comment():
+    """Markdown shows such a line as it stands: links, code and the paragraph break."""
+    for page in PAGES:
+        found = re.findall(r"(?m)^ *<!--.*?-->(?=.*[^ ]).+$", page.read_text())
+        assert not found, page.name
+
+
 def make_anchors(text):
     """The anchors of a page's headings, as GitHub names them."""
     titles = re.findall(r"(?m)^#+ (.*)$", text)
