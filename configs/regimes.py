@@ -19,7 +19,7 @@ every kind (on the digits a minute each on two cores, mostly of compiling). A ki
 alone can be tuned; its runs and those of others make a map by
 `--report=runs/skew,runs/rotation`. `digits` is on the embedded digits, else it is on
 CIFAR-10, for 100 rounds, with the rows that decide and fewer rates to tune. All
-mixtures have the same means: a dense warm-up of ten rounds, a gate biased towards the
+mixtures have the same recipe: a dense warm-up of ten rounds, a gate biased towards the
 experts that suit the client, and a calibration loss of weight 1. What suits a client is
 its fitness, but where a strategy knows better: `oracle` knows the groups, `prototypes`
 and `update_groups` look for them, and so does `ifca`, whose clients use one expert; on

@@ -28,7 +28,7 @@ from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen
 from fedmoe_jax.train.plan import Member, Plan, Wave, plan_waves
-from fedmoe_jax.train.run import build_job, tell_notes, train
+from fedmoe_jax.train.run import build_job, tell_notes, tell_room, train
 from fedmoe_jax.train.sweep import name_wave
 from fedmoe_jax.train.waves import read_waves
 from fedmoe_jax.train.workdir import (
@@ -129,6 +129,7 @@ def run(
     (wave,) = plan_waves([Member(config.strategy, config)])
     tell_notes(wave)
     job = build_job(wave, [None], drives=True)
+    tell_room(wave)
     job = job._replace(on_row=take, on_observed=chunks.append)
     end = drive(config, job, None, stop=lambda: False, profile=None)
     kept = take_run(end.state, end.inputs)

@@ -77,7 +77,7 @@ class Phrase(NamedTuple):
     Attributes:
       first: the label that leads; the mixture where none does.
       margin: the difference and its interval, without a sign where one leads.
-      word: `over` where one leads, else `less`.
+      word: `over` where one leads, else `against`.
       second: the other label.
     """
 
@@ -97,7 +97,7 @@ def phrase_duel(duel: Duel, digits: int, unit: str = "") -> Phrase:
     """
     margin = difference_cell(duel.paired, digits).text + (f" {unit}" if unit else "")
     if not duel.lead:
-        return Phrase(duel.mixture, margin, "less", duel.control)
+        return Phrase(duel.mixture, margin, "against", duel.control)
     first, second = duel.mixture, duel.control
     if duel.lead < 0:
         first, second = second, first

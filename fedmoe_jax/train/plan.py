@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from fedmoe_jax.accounting import check_package
 from fedmoe_jax.base import Data
+from fedmoe_jax.capacity import count_capacity, count_workload
 from fedmoe_jax.config import validate
 from fedmoe_jax.data.groups import NONE, check_groups, copy_groups
 from fedmoe_jax.data.load import DATASETS, load_dataset
@@ -174,6 +175,23 @@ def plan_run(
     # Now, as the user's file of devices may have changed when the run ends.
     _, names = make_devices(config)
     return Plan(config, program, data, partition, federation, hyper, names)
+
+
+def note_room(plan: Plan) -> list[str]:
+    """A line where every client has to train an expert that it has no room for.
+
+    It is of the devices as they are, before what the world takes from them.
+    """
+    program, config = plan.program, plan.config
+    work = count_workload(plan.federation, program)
+    capacity = count_capacity(plan.federation.devices, 0.0, work)
+    if program.strategy.silent or np.any(capacity > 0):
+        return []
+    return [
+        f"{config.strategy}: no client has room for an expert, and each trains one all "
+        f"the same (devices.model_scale={config.devices.model_scale:g}, "
+        f"devices.deadline={config.devices.deadline:g})"
+    ]
 
 
 def set_chunk(program: Program, chunk: int) -> Program:

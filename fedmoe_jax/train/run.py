@@ -46,7 +46,14 @@ from fedmoe_jax.train.loop import (
     ignore_row,
 )
 from fedmoe_jax.train.origins import summarise_origins
-from fedmoe_jax.train.plan import Member, Plan, Wave, load_data, plan_waves
+from fedmoe_jax.train.plan import (
+    Member,
+    Plan,
+    Wave,
+    load_data,
+    note_room,
+    plan_waves,
+)
 from fedmoe_jax.train.workdir import is_finished, own_run
 from fedmoe_jax.types import (
     PER_RUN,
@@ -168,6 +175,7 @@ def drive_wave(
     find_origin()  # before the sources can change
     tell_notes(wave)
     job = build_job(wave, folders, drives=True)._replace(on_row=on_row)
+    tell_room(wave)  # while programs compile
     end = drive(config, job, checkpoints, stop=stop, profile=profile)
     if end.done < config.num_rounds:
         return False
@@ -207,6 +215,14 @@ def tell_notes(wave: Wave) -> None:
     if multihost.is_leader():
         for note in wave.plans[0].data.notes:
             tell_once(note)
+
+
+def tell_room(wave: Wave) -> None:
+    """Prints which strategies train what no client has room for."""
+    if multihost.is_leader():
+        for plan in wave.plans:
+            for note in note_room(plan):
+                tell_once(note)
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def test_a_map_names_the_winner_and_its_margin():
     cells = {text: row[0] for text, row in sheet.rows.items()}
     assert cells["rotated"].text == "`greedy` 12.0 ± 5.0 over `dense`"
     assert cells["skewed"].text == "`dense` 12.0 ± 5.0 over `greedy`"
-    assert cells["mixed"].text == "`greedy` +0.5 ± 19.1 less `dense`"
+    assert cells["mixed"].text == "`greedy` +0.5 ± 19.1 against `dense`"
     assert [cell.bold for cell in cells.values()] == [True, True, False]
     assert sheet.rows["rotated"][1].text == "`greedy` 0.12 ± 0.05 over `dense`"
 

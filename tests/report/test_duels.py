@@ -51,7 +51,7 @@ def test_one_pair_decides_nothing():
     duel = hold_duel({"a": by_seed(0.9), "b": by_seed(0.1)}, {"b"}, KEY, GLOBAL)
     assert duel.lead == 0
     quoted = duel_cell(duel, 1, quote="`{}`".format)
-    assert quoted.text == "`a` +80.0 (1 pair) less `b`" and not quoted.bold
+    assert quoted.text == "`a` +80.0 (1 pair) against `b`" and not quoted.bold
 
 
 def test_a_duel_needs_both_kinds_and_a_common_seed():

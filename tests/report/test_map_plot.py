@@ -5,7 +5,7 @@ from fedmoe_jax.report.plots import COLOURS, GREY
 
 MOST = Verdict(1, 8.0, ("greedy", "8.0 ± 1.0 over fedavg"))
 HALF = Verdict(-1, 4.0, ("fedavg", "4.0 ± 1.0 over greedy"))
-NONE = Verdict(0, 99.0, ("greedy", "+99.0 ± 200.0 less fedavg"))
+NONE = Verdict(0, 99.0, ("greedy", "+99.0 ± 200.0 against fedavg"))
 
 
 def test_shades_say_who_leads_and_by_how_much_of_the_most():

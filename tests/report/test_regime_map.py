@@ -68,4 +68,4 @@ def test_a_lead_within_its_interval_is_none(tmp_path):
     level = {"greedy": (0.4, 0.6), "fedavg": (0.5, 0.49)}
     runs = make_runs(tmp_path, skewed=SKEWED, rotated=level)
     (duel,) = find_duels(runs)["partition.kind=rotated"].values()
-    assert judge(duel, 1).lines == ("greedy", "+0.5 ± 133.4 less fedavg")
+    assert judge(duel, 1).lines == ("greedy", "+0.5 ± 133.4 against fedavg")

@@ -1,5 +1,7 @@
 """Plans of runs, and which of them advance together as waves."""
 
+import re
+
 import chex
 import numpy as np
 import pytest
@@ -28,12 +30,25 @@ from fedmoe_jax.train.plan import (
     load_dataset_once,
     make_partition_once,
     make_wave,
+    note_room,
     plan_waves,
     program_key,
 )
 from fedmoe_jax.train.plan import plan_run as plan_one
 from fedmoe_jax.train.sweep import name_wave
 from fedmoe_jax.types import PER_RUN, Federation
+
+
+@pytest.mark.parametrize("name", ["greedy", "local"])
+def test_devices_without_room_for_an_expert_are_noted(name):
+    huge = {"strategy": name, "devices.model_scale": 1e9, "devices.deadline": 60.0}
+    told = "greedy: no client has room .*model_scale=1e\\+09, devices.deadline=60\\)"
+    notes = note_room(plan_run(**huge))
+    if name == "local":  # needs no server's room
+        assert notes == []
+    else:
+        assert len(notes) == 1 and re.fullmatch(told, notes[0])
+    assert note_room(plan_run(**huge | {"devices.model_scale": 1.0})) == []
 
 
 @pytest.mark.parametrize(
