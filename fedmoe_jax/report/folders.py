@@ -13,20 +13,34 @@ from fedmoe_jax.runtime.seals import METRICS, SEALED
 
 
 def list_runs(folder: Path) -> list[Path]:
-    """The folders of a study's runs, seed 2 before seed 10; a run's own otherwise.
+    """The folders of a study's runs, in the order of its report; a run's own otherwise.
+
+    Strategies are as the study lists them, seed 2 before seed 10, and runs with a
+    change are behind all others.
 
     Raises:
-      UserError: the folder holds neither a run nor a study.
+      UserError: the folder holds neither a run nor a study, or is damaged.
     """
     recorded = folder / "config.json"
     if not recorded.is_file():
         raise UserError(
             f"{recorded} is missing; allowed: the folder of a run or a comparison"
         )
-    if "compare" not in read_json(recorded):
+    config = read_json(recorded)
+    if "compare" not in config:
         return [folder]
+    if not isinstance(lists := config["compare"], dict):
+        raise UserError(f"{recorded} is damaged: compare={lists!r}; restore it")
+    strategies = [*lists.get("strategies", ())]
+
+    def place(path: Path) -> tuple:
+        strategy, _, rest = path.name.partition("-")
+        known = strategy in strategies
+        number = strategies.index(strategy) if known else len(strategies)
+        return not rest.startswith("seed"), number, _natural(path.name)
+
     runs = (path for path in (folder / "runs").glob("*") if path.is_dir())
-    return sorted(runs, key=lambda path: _natural(path.name))
+    return sorted(runs, key=place)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -38,6 +38,25 @@ def test_join_has_the_finished_runs_of_all(tmp_path, capsys):
     ]
 
 
+def test_runs_of_a_study_are_in_its_order_with_changes_last(tmp_path):
+    study = tmp_path / "study"
+    lists = {"strategies": ["random", "greedy"], "seeds": [2, 10]}
+    changed = "greedy-loss.l2=0.1-seed2"
+    names = [
+        changed,
+        *(f"{name}-seed{s}" for name in ("greedy", "random") for s in (10, 2)),
+    ]
+    for name in (*names, "gone-seed0"):
+        (study / "runs" / name).mkdir(parents=True)
+    (study / "config.json").write_text(json.dumps({"compare": lists}))
+    found = [path.name for path in folders.list_runs(study)]
+    first = ["random-seed2", "random-seed10", "greedy-seed2", "greedy-seed10"]
+    assert found == [*first, "gone-seed0", changed]
+    (study / "config.json").write_text(json.dumps({"compare": 5}))
+    with pytest.raises(UserError, match="config.json is damaged: compare=5; restore"):
+        folders.list_runs(study)
+
+
 def test_join_has_a_run_once(tmp_path, capsys):
     study = write_study(tmp_path / "study", [0, 2])
     again = shutil.copytree(study[0], tmp_path / "copy")
