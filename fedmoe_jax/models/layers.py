@@ -239,7 +239,9 @@ def _pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
 def _pool_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
     x, largest = saved
     equal = _blocks(x) == largest[:, :, None, :, None]
-    share = grad / equal.sum((2, 4), dtype=grad.dtype)
+    # Computed anew and rounded otherwise, x may equal no maximum, as without XLA's
+    # optimisation: such a block has no gradient, instead of an infinite one.
+    share = grad / jnp.maximum(equal.sum((2, 4), dtype=grad.dtype), 1)
     return (jnp.where(equal, share[:, :, None, :, None], 0.0).reshape(x.shape),)
 
 

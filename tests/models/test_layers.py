@@ -19,6 +19,7 @@ from fedmoe_jax.models.layers import (
     group_norm,
     max_pool,
     native_conv,
+    normalise_groups,
     random_bytes,
     space_to_depth,
     strided_conv,
@@ -380,6 +381,23 @@ def test_pooling_shares_the_gradient_among_equal_maxima(dtype):
     tied = {float(share) for share in np.unique(np.float32(found / weight.max()))}
     assert len(tied) > 3
     np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=0.01)
+
+
+def test_the_gradient_of_pooled_images_is_finite_where_they_are_computed_anew():
+    """Without XLA's optimisation, as tests have it, both rounded in their own way."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params, weight = (draw(32, 16, 16, 32), draw(32), draw(32)), draw(32, 8, 8, 32)
+
+    def loss(images, scale, bias):
+        pooled = max_pool(normalise_groups(images, scale, bias, 4))
+        return (nn.relu(pooled) * weight).sum()
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    for found, expected in zip(
+        jax.jit(gradient)(*params), gradient(*params), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

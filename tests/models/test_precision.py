@@ -71,7 +71,7 @@ def test_bfloat16_is_close_and_keeps_float32(kind, platform, tmp_path):
         score = jax.nn.log_softmax(outputs)[..., 0].mean() + routing.logits.var()
         return score, (outputs, routing)
 
-    gradient = jax.grad(loss, has_aux=True)
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     exact, (outputs, routing) = gradient(params, model, cast(frozen, jnp.float32))
     found, (answers, decisions) = gradient(params, low, frozen)
     kept = jax.tree.leaves((found, answers, decisions))
