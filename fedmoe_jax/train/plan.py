@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -184,7 +185,7 @@ def note_room(plan: Plan) -> list[str]:
     """
     program, config = plan.program, plan.config
     work = count_workload(plan.federation, program)
-    capacity = count_capacity(plan.federation.devices, 0.0, work)
+    capacity = count_capacity(plan.federation.devices, jnp.zeros(()), work)
     if program.strategy.silent or np.any(capacity > 0):
         return []
     return [
