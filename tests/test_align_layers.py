@@ -1,5 +1,7 @@
 """Decisions and learning of several MoE layers, against a loop over the layers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,19 +49,19 @@ def make_layers(num_layers, strategy):
 def draw_layer(layer, sizes, program):
     rng = np.random.default_rng(layer)
     shape = sizes.num_clients, sizes.num_experts
-    fitness = jnp.asarray(rng.random(shape), jnp.float32)
-    state = program.strategy.init(sizes)
+    fitness = rng.random(shape).astype(np.float32)
+    state = jax.tree.map(np.asarray, program.strategy.init(sizes))
     align = make_align(
         *shape,
         fitness=fitness,
-        usage=jnp.asarray(rng.random(sizes.num_experts), jnp.float32),
-        held=jnp.asarray(rng.random(shape) < 0.5),
-        strategy=jax.tree.map(lambda leaf: leaf + rng.random(), state),
-        detector=init_detector(*shape),
+        usage=rng.random(sizes.num_experts).astype(np.float32),
+        held=rng.random(shape) < 0.5,
+        strategy=jax.tree.map(lambda leaf: leaf + np.float32(rng.random()), state),
+        detector=jax.device_get(init_detector(*shape)),
     )
     evidence = make_evidence(sizes, usage=align.usage, state=align.strategy)
-    client = evidence.client
-    times_held = align.times_held[client]
+    client = np.asarray(evidence.client)
+    times_held = np.asarray(align.times_held)[client]
     known = dict(fitness=fitness[client], held=align.held[client])
     return align, evidence.replace(times_held=times_held, **known)
 
@@ -68,14 +70,15 @@ def join_evidence(rows):
     """Evidence of all layers, as `gather_evidence` gives it."""
     every = [evidence for _, evidence in rows]
     join = lambda name, axis: jax.tree.map(
-        lambda *leaves: jnp.stack(leaves, axis), *(getattr(e, name) for e in every)
+        lambda *leaves: np.stack(leaves, axis), *(getattr(e, name) for e in every)
     )
     axes = {"fitness": 1, "held": 1, "times_held": 1, "usage": 0, "state": 0}
     return every[0].replace(**{name: join(name, axis) for name, axis in axes.items()})
 
 
 def take_layer(align, layer):
-    """The alignment state of one layer."""
+    """The alignment state of one layer, on the host."""
+    align = jax.device_get(align)
     client = lambda leaf: leaf[:, layer]
     own = lambda tree: jax.tree.map(lambda leaf: leaf[layer], tree)
     return align.replace(
@@ -90,7 +93,7 @@ def take_layer(align, layer):
 
 def join_align(rows):
     every = [align for align, _ in rows]
-    stack = lambda axis, *leaves: jnp.stack(leaves, axis)
+    stack = lambda axis, *leaves: np.stack(leaves, axis)
     first = jax.tree.map(lambda *leaves: stack(0, *leaves), *every)
     names = "fitness", "held", "times_held"
     return first.replace(
@@ -115,9 +118,13 @@ def test_assign_is_a_loop_over_layers(strategy, num_layers):
     program, rows = make_layers(num_layers, strategy)
     key = jax.random.key(2)
     found = jax.jit(lambda e: assign(e, HYPER, program, key))(join_evidence(rows))
+    found, one = (
+        jax.device_get(found),
+        jax.jit(program.strategy.assign, static_argnums=2),
+    )
     for layer, key_of in enumerate(keys_by_hand(key, num_layers)):
         _, evidence = rows[layer]
-        expected = program.strategy.assign(evidence, HYPER, program.sizes, key_of)
+        expected = one(evidence, HYPER, program.sizes, key_of)
         assert_same(jax.tree.map(lambda leaf, g=layer: leaf[:, g], found), expected)
 
 
@@ -134,16 +141,17 @@ def test_assign_yields_to_the_tiers_of_each_layer_before_gates_get_their_bias(
     top = rng.random((num_layers, sizes.num_experts)).argsort(1) < 2
     pressure = TierPressure(jnp.asarray(queue, jnp.float32), jnp.asarray(top))
     evidence, changed = join_evidence(rows), 0
-    found = assign(evidence, HYPER, program, key, pressure)
-    plain = assign(evidence, HYPER, program, key)
+    decide = jax.jit(lambda *given: assign(evidence, HYPER, program, key, *given))
+    found, plain, pressure = jax.device_get((decide(pressure), decide(), pressure))
+    lift = jax.jit(lift_tiers, static_argnums=5)
     for layer in range(num_layers):
         of_layer = lambda tree, g=layer: jax.tree.map(lambda leaf: leaf[:, g], tree)
         own = jax.tree.map(lambda leaf, g=layer: leaf[g], pressure)
         fitness, before = rows[layer][1].fitness, of_layer(plain)
         rest = evidence.capacity, own, HYPER.fairness.tradeoff, 0
-        expected = lift_tiers(before, fitness, *rest).held
+        expected = np.asarray(lift(before, fitness, *rest).held)
         np.testing.assert_array_equal(of_layer(found).held, expected)
-        bias = HYPER.gate.bias * jnp.take_along_axis(fitness, expected, axis=1)
+        bias = HYPER.gate.bias * np.take_along_axis(fitness, expected, axis=1)
         np.testing.assert_allclose(of_layer(found).bias, bias)
         changed += (expected != before.held).sum()
     assert changed > 0
@@ -160,12 +168,17 @@ def test_assign_asks_for_each_layer_by_itself(num_layers):
     hyper = replace(HYPER, privacy={"flip": jnp.float32(0.5)}, gate={"bias": 2.0})
     key, asks = jax.random.key(2), []
     found = jax.jit(lambda e: assign(e, hyper, program, key))(join_evidence(rows))
-    for layer, key_of in enumerate(keys_by_hand(key, num_layers)):
-        _, evidence = rows[layer]
-        wish = program.strategy.assign(evidence, hyper, program.sizes, key_of)
+    found = jax.device_get(found)
+
+    @jax.jit
+    def ask(evidence, key):
+        wish = program.strategy.assign(evidence, hyper, program.sizes, key)
         experts = {"num_experts": program.sizes.num_experts, "local_experts": 0}
-        expected = request(wish, evidence.client, hyper, key_of, **experts)
-        expected = bias_slots(expected, evidence, hyper, strategy)
+        asked = request(wish, evidence.client, hyper, key, **experts)
+        return bias_slots(asked, evidence, hyper, strategy)
+
+    for layer, key_of in enumerate(keys_by_hand(key, num_layers)):
+        expected = ask(rows[layer][1], key_of)
         assert_same(
             jax.tree.map(lambda leaf, g=layer: leaf[:, g], found), expected, atol=1e-6
         )
@@ -184,8 +197,9 @@ def test_learn_layers_measures_what_was_trained_and_learns_what_was_reported():
     fields = dict.fromkeys(SimState.__dataclass_fields__)
     align = join_align(rows)
     fields |= {"align": align, "key": jax.random.key(4), "round": jnp.int32(7)}
-    found, measured = learn_layers(
-        *(SimState(**fields), join_evidence(rows), assignment, replies, HYPER, program)
+    given = SimState(**fields), join_evidence(rows), assignment, replies
+    found, measured = jax.jit(lambda *given: learn_layers(*given, HYPER, program))(
+        *given
     )
     assert measured.tolist() == [[0, 6, 0, 12], [0, 4, 0, 12]]
     used = found.usage - HYPER.usage.decay * align.usage
@@ -214,8 +228,11 @@ def test_learn_layers_is_a_loop_over_layers(num_layers, chooses):
     fields = dict.fromkeys(SimState.__dataclass_fields__)
     align, key, round = join_align(rows), jax.random.key(4), jnp.int32(7)
     state = SimState(**fields | {"align": align, "key": key, "round": round})
-    found, load = learn_layers(
-        *(state, join_evidence(rows), assignment, replies, HYPER, program)
+    given = state, join_evidence(rows), assignment, replies
+    found, load = jax.jit(lambda *given: learn_layers(*given, HYPER, program))(*given)
+    one = jax.jit(functools.partial(learn, hyper=HYPER, static=program.static))
+    assignment, trained, feedback, report = jax.device_get(
+        (assignment, trained, feedback, report)
     )
     reset_key = make_keys(key, round).of(RESET)
     for layer, key_of in enumerate(keys_by_hand(reset_key, num_layers)):
@@ -224,16 +241,14 @@ def test_learn_layers_is_a_loop_over_layers(num_layers, chooses):
         mine = of_layer(assignment), of_layer(feedback)
         held = of_layer(trained)
         loads = count_load(mine[1], replies.arrived, held, sizes.num_experts)
-        expected = learn(
+        expected = one(
             *(align, evidence.client, mine[0], held, mine[1]),
             *(replies.arrived, replies.outcome.received, loads, key_of),
-            hyper=HYPER,
-            static=program.static,
         )
         # A client whose update was lost keeps the mass that it last reported.
         arrived = np.asarray(replies.arrived)
-        mass = align.strategy["mass"].at[evidence.client[arrived]]
-        mass = mass.set(of_layer(report)[arrived])
+        mass = align.strategy["mass"].copy()
+        mass[np.asarray(evidence.client)[arrived]] = of_layer(report)[arrived]
         expected = expected.replace(strategy={"mass": mass})
         assert_same(take_layer(found, layer), expected, atol=1e-6)
         np.testing.assert_array_equal(load[layer], loads)

@@ -57,33 +57,51 @@ def finetune(run, rate):
     return jax.device_get((before, after))
 
 
-def tune_slowly(run, client, rate):
-    """The accuracy of ONE client after its local round, label by label."""
+def train_one(client, run, rate):
+    """The inputs of ONE client and its update, in a local round as it would be now."""
     program, state = run.program, run.state
     hyper = replace(run.hyper, client={"learning_rate": jnp.float32(rate)})
     view = observe(state.world, run.federation, hyper, program.processes)
-    inputs = gather_input(state, view, hyper, None, jnp.int32(client), program)
+    inputs = gather_input(state, view, hyper, None, client, program)
     key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
     # A client trains all that it holds, also where it has chosen it.
     strategy = program.strategy._replace(choose=None)
     update = build_client_update(program._replace(strategy=strategy))(
         state.params, inputs, run.federation, hyper, key
     )
-    held = jnp.flatnonzero(state.align.held[client, 0])[None]
-    assert held[0].tolist() == inputs.held[0][inputs.slot[0]].tolist()
-    received = take_submodel(state.params, inputs.personal, held, 0)
+    return inputs, update.delta
+
+
+def answer_test(inputs, delta, held, run):
+    """The classes of test images by ONE client's tuned model, of experts `held`."""
+    program, federation = run.program, run.federation
+    received = take_submodel(run.state.params, inputs.personal, held, 0)
     keep = lambda delta: delta[: held.shape[1]]
-    experts = jax.tree.map(keep, update.delta["experts"])
-    tuned = jax.tree.map(jnp.add, received, update.delta | {"experts": experts})
-    test = run.federation.test
-    batch = program.task.prepare(test, run.federation.statistics)
+    experts = jax.tree.map(keep, delta["experts"])
+    tuned = jax.tree.map(jnp.add, received, delta | {"experts": experts})
+    batch = program.task.prepare(federation.test, federation.statistics)
     route = Route(program.sizes.num_active, program.strategy.mix)
     slots = held, jnp.ones(held.shape, bool)
-    outputs, _ = program.model.apply(tuned, {}, batch, *slots, route, None)
-    right = np.asarray(outputs.argmax(1) == test["y"])
-    stratum = np.asarray(run.federation.test_stratum)
-    mix = np.asarray(run.federation.label_mix[client])
-    return sum(mix[k] * right[stratum == k].mean() for k in np.flatnonzero(mix))
+    return program.model.apply(tuned, {}, batch, *slots, route, None)[0].argmax(1)
+
+
+def tune_slowly(run, rate):
+    """client -> its accuracy after its local round, label by label."""
+    train = jax.jit(lambda client: train_one(client, run, rate))
+    answer = jax.jit(lambda *model: answer_test(*model, run))
+    federation, rows = jax.device_get((run.federation, run.state.align.held))
+    stratum = federation.test_stratum
+
+    def tune(client):
+        inputs, delta = train(jnp.int32(client))
+        held = np.flatnonzero(rows[client, 0])[None]
+        slot = np.asarray(inputs.slot[0])
+        assert held[0].tolist() == np.asarray(inputs.held[0])[slot].tolist()
+        right = np.asarray(answer(inputs, delta, held)) == federation.test["y"]
+        mix = federation.label_mix[client]
+        return sum(mix[k] * right[stratum == k].mean() for k in np.flatnonzero(mix))
+
+    return tune
 
 
 @pytest.mark.parametrize(
@@ -93,12 +111,8 @@ def tune_slowly(run, client, rate):
 def test_finetuned_accuracy_equals_the_slow_loop(strategy, devices, rate):
     run = start_study(strategy, devices)
     before, after = finetune(run, rate)
-    slow = [
-        before["client_accuracy"][client]
-        if client in (3, 5)
-        else tune_slowly(run, client, rate)
-        for client in range(run.program.sizes.num_clients)
-    ]
+    tune, clients = tune_slowly(run, rate), range(run.program.sizes.num_clients)
+    slow = [before["client_accuracy"][c] if c in (3, 5) else tune(c) for c in clients]
     np.testing.assert_allclose(after[TUNED], np.mean(slow), atol=2e-3)
     worst = after["worst_decile_finetuned_accuracy"]
     np.testing.assert_allclose(worst, min(slow), atol=5e-3)

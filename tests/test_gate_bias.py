@@ -102,8 +102,8 @@ def bias_slowly(run, client):
     if client in (IDLE, LOST, FLAT) and "own" not in found:
         return np.zeros(run.state.align.fitness.shape[1:], np.float32)
     if "own" in found:
-        return BIAS * np.asarray(found["own"][:, client]) * (client not in (IDLE, LOST))
-    fitness = np.asarray(run.state.align.fitness[client], np.float64)
+        return BIAS * np.asarray(found["own"])[:, client] * (client not in (IDLE, LOST))
+    fitness = np.asarray(run.state.align.fitness, np.float64)[client]
     low = fitness.min(axis=1, keepdims=True)
     return BIAS * (fitness - low) / (fitness.max(axis=1, keepdims=True) - low)
 
@@ -113,7 +113,7 @@ def shift_gates(gates, bias):
 
     def shift(gate, own):
         if "bias" in gate:
-            return gate | {"bias": gate["bias"] + jnp.asarray(own, jnp.float32)}
+            return gate | {"bias": gate["bias"] + own}
         return {name: shift(each, own) for name, each in gate.items()}  # tied blocks
 
     names = layer_names(gates)
@@ -121,10 +121,16 @@ def shift_gates(gates, bias):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score_slowly(program, params, frozen, batch, slot):
+def score_slowly(program, state, federation, client, slot, rows, bias):
     """Scores of ONE client's whole model that routes among some experts, no bias."""
+    own = jax.tree.map(lambda leaf: leaf[client], state.personal)
     everything = jnp.broadcast_to(jnp.arange(slot.shape[1]), slot.shape)
+    local = program.strategy.local_experts
+    params = take_submodel(state.params, own, everything, local)
+    params |= {"gate": shift_gates(params["gate"], bias)}
+    batch = program.task.prepare(rows, federation.statistics)
     slots, how = (everything, slot), evaluation_route(program)
+    frozen = federation.frozen
     outputs, _ = program.model.apply(params, frozen, batch, *slots, how, None)
     scores = program.task.loss(outputs, batch)
     weight = jnp.ones_like(scores.score) if scores.weight is None else scores.weight
@@ -134,19 +140,9 @@ def score_slowly(program, params, frozen, batch, slot):
 
 def answer_slowly(run, client, rows, bias):
     """Hits and weights [B] of ONE client's model with shifted gates."""
-    program, state = run.program, run.state
-    own = jax.tree.map(lambda leaf: leaf[client], state.personal)
-    shape = state.align.held.shape[1:]
-    everything = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    params = take_submodel(
-        state.params, own, everything, program.strategy.local_experts
-    )
-    params |= {"gate": shift_gates(params["gate"], bias)}
-    whole = client in (IDLE, LOST)
-    slot = jnp.ones(shape, bool) if whole else state.align.held[client]
-    batch = program.task.prepare(rows, run.federation.statistics)
-    scored = score_slowly(program, params, run.federation.frozen, batch, slot)
-    return [np.asarray(leaf) for leaf in scored]
+    slot = np.asarray(run.state.align.held)[client] | (client in (IDLE, LOST))
+    inputs = run.state, run.federation, client, slot, rows, np.float32(bias)
+    return jax.device_get(score_slowly(run.program, *inputs))
 
 
 def evaluate(run, hyper=None):

@@ -125,10 +125,10 @@ def test_a_round_with_perfect_links_is_one_without():
         assert_same(params, plain, atol=near)
         np.testing.assert_allclose(snr, 0, atol=near)
     noisy = prepare(**WIRELESS, **{"expert_links.snr": -5.0})
-    params, snr = take_snr(run_round(noisy)[0])
-    far = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, plain)
+    params, snr, plain = jax.device_get((*take_snr(run_round(noisy)[0]), plain))
+    far = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, plain)
     assert min(jax.tree.leaves(far)) > 1e-5
-    assert (jnp.abs(snr) > 1e-6).all()  # rows that nobody holds, too: calibration
+    assert (np.abs(snr) > 1e-6).all()  # rows that nobody holds, too: calibration
 
 
 @pytest.mark.slow

@@ -53,6 +53,17 @@ def set_most(program, clients):
     return program._replace(static=static)
 
 
+def gather(run, program):
+    """The panel of a run's state, on the host."""
+
+    @jax.jit
+    def find(state):
+        view = observe(state.world, run.federation, run.hyper, program.processes)
+        return gather_panel(state, view, None, program)
+
+    return jax.device_get(find(run.state))
+
+
 def evaluate(run, program, state=None):
     return build_evaluate(program)(state or run.state, run.federation, run.hyper)
 
@@ -78,8 +89,7 @@ def test_sets_scored_once_are_clients_scored_by_themselves(every, drift):
 
 def test_shared_models_are_the_distinct_sets():
     run = start_study()
-    view = observe(run.state.world, run.federation, run.hyper, run.program.processes)
-    panel = gather_panel(run.state, view, None, run.program)
+    panel = gather(run, run.program)
     held = np.array(run.state.align.held)
     held[::5] = True  # one that has not held any may use all
     held[np.array(run.state.participation.rounds) == 0] = True
@@ -128,10 +138,9 @@ def test_priors_of_groups_are_of_their_classes(strategy):
     split = {"partition.kind": "dirichlet", "partition.alpha": 0.5}
     plan = plan_run(strategy=strategy, **groups, **split)
     run = start_run(plan, plan.program)
-    view = observe(run.state.world, run.federation, run.hyper, ())
     mix = np.asarray(run.federation.label_mix)
     classes = sum(np.split(mix, 3, axis=1))
-    panel = gather_panel(run.state, view, None, run.program)
+    panel = gather(run, run.program)
     priors = panel.priors.log_share[np.argsort(panel.priors.row)]
     np.testing.assert_allclose(priors, np.log(classes + 1e-3), rtol=1e-5)
     blank = jax.tree.map(jnp.zeros_like, run.state.params)
@@ -154,8 +163,7 @@ def test_priors_of_a_common_model_are_of_a_sample(strategy):
     assert not is_sampled(program)
     found, whole = evaluate(run, program), evaluate(run, run.program)
     assert found["personal_accuracy"] == whole["personal_accuracy"]
-    view = observe(run.state.world, run.federation, run.hyper, program.processes)
-    row = gather_panel(run.state, view, None, program).priors.row
+    row = gather(run, program).priors.row
     expected = np.array(run.federation.sample_order)[:MOST]
     assert sorted(row.tolist()) == sorted(expected.tolist())
     assert found["personal_prior_accuracy"] != whole["personal_prior_accuracy"]
