@@ -46,12 +46,17 @@ def expose(run):
 
 def train(run, client):
     """Inputs and update of ONE client, and the key of its round."""
-    program, state = run.program, run.state
-    view = observe(state.world, run.federation, run.hyper, program.processes)
-    inputs = gather_input(state, view, run.hyper, None, jnp.int32(client), program)
-    key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
-    update = build_client_update(program)
-    return inputs, update(state.params, inputs, run.federation, run.hyper, key), key
+    program, federation, hyper = run.program, run.federation, run.hyper
+
+    @jax.jit
+    def train_one(state, client):
+        view = observe(state.world, federation, hyper, program.processes)
+        inputs = gather_input(state, view, hyper, None, client, program)
+        key = jax.random.fold_in(make_keys(state.key, state.round).train, client)
+        update = build_client_update(program)
+        return inputs, update(state.params, inputs, federation, hyper, key), key
+
+    return train_one(run.state, jnp.int32(client))
 
 
 def lose_slowly(run, client, personal):
@@ -59,15 +64,20 @@ def lose_slowly(run, client, personal):
     program, state, federation = run.program, run.state, run.federation
     inputs, update, key = train(run, client)
     size = federation.size[client]
-    delta = show_update(update, inputs, size, run.hyper, key, program)
-    sent = take_submodel(state.params, personal, inputs.held, 0)
-    model = optax.tree.add(sent, delta)
-    batch = program.task.prepare(federation.train, federation.statistics)
-    route = Route(program.sizes.num_active, program.strategy.mix)
-    slots = inputs.held, inputs.slot, route
-    outputs, routing = program.model.apply(model, {}, batch, *slots, None)
-    best = np.array(inputs.held[0])[np.array(routing.gates[0]).argmax(1)]
-    return np.array(program.task.loss(outputs, batch).loss), best
+
+    @jax.jit
+    def lose(inputs, update, key):
+        delta = show_update(update, inputs, size, run.hyper, key, program)
+        sent = take_submodel(state.params, personal, inputs.held, 0)
+        model = optax.tree.add(sent, delta)
+        batch = program.task.prepare(federation.train, federation.statistics)
+        route = Route(program.sizes.num_active, program.strategy.mix)
+        slots = inputs.held, inputs.slot, route
+        outputs, routing = program.model.apply(model, {}, batch, *slots, None)
+        best = inputs.held[0][routing.gates[0].argmax(1)]
+        return program.task.loss(outputs, batch).loss, best
+
+    return jax.device_get(lose(inputs, update, key))
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,15 @@ def probe_slowly(program, params, federation, inputs, ids):
     """Each loss by a sub-model that has room for what it holds and no more."""
     batch = take_batch(federation.train, ids, federation.statistics, program.task)
     strategy, (layers, slots) = program.strategy, inputs.slot.shape
+    route = Route(program.sizes.num_active, mix=strategy.mix, gating=strategy.gating)
     losses = np.full((layers, slots), np.nan)
+
+    @jax.jit
+    def lose(held, slot):
+        submodel = take_submodel(params, {}, held, 0)
+        outputs, _ = program.model.apply(submodel, {}, batch, held, slot, route, None)
+        return mean_loss(program.task.loss(outputs, batch))
+
     for g in range(layers):
         for k in range(slots):
             if not inputs.slot[g, k]:
@@ -95,15 +103,7 @@ def probe_slowly(program, params, federation, inputs, ids):
             rows = [row + row[:1] * (width - len(row)) for row in kept]
             held = np.stack([inputs.held[n][np.array(r)] for n, r in enumerate(rows)])
             slot = np.array([[i < len(row) for i in range(width)] for row in kept])
-            submodel = take_submodel(params, {}, jnp.asarray(held), 0)
-            route = Route(
-                program.sizes.num_active, mix=strategy.mix, gating=strategy.gating
-            )
-            outputs, _ = program.model.apply(
-                *(submodel, {}, batch, jnp.asarray(held), jnp.asarray(slot)),
-                *(route, None),
-            )
-            losses[g, k] = mean_loss(program.task.loss(outputs, batch))
+            losses[g, k] = lose(held, slot)
     return losses
 
 

@@ -113,8 +113,23 @@ def lose(params, expert, ids, run, calibration):
     return program.task.loss(outputs, batch).loss.mean() + calibration * own.mean()
 
 
-def train_slowly(run, client):
+def compile_twin(run):
+    """The loss of `lose` without calibration, and one step of training with it."""
+    hyper, client = run.hyper, run.program.static.client
+    tx = client_optimizer(client, hyper.client.learning_rate)
+
+    @jax.jit
+    def step(params, opt_state, expert, ids):
+        grads = jax.grad(lose)(params, expert, ids, run, hyper.loss.calibration)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return jax.tree.map(jnp.add, params, updates), opt_state
+
+    return jax.jit(lambda *given: lose(*given, run, 0.0)), tx.init, step
+
+
+def train_slowly(run, client, twin):
     """The expert that ONE client chooses, and its delta like all params."""
+    loss, init, step = twin
     program, hyper, state = run.program, run.hyper, run.state
     key = jax.random.fold_in(make_keys(state.key, 0).train, client)
     who = SimpleNamespace(client=client, hold_key=find_hold_key(state.key, client))
@@ -122,14 +137,11 @@ def train_slowly(run, client):
     batches, probe = draw_local(*draws)
     assert not set(np.asarray(batches).flat) & set(np.asarray(probe).tolist())
     every = range(program.sizes.num_experts)
-    losses = [lose(state.params, e, probe, run, 0.0) for e in every]
+    losses = [float(loss(state.params, e, probe)) for e in every]
     expert = int(np.argmin(losses))
-    tx = client_optimizer(program.static.client, hyper.client.learning_rate)
-    params, opt_state = state.params, tx.init(state.params)
+    params, opt_state = state.params, init(state.params)
     for ids in batches:
-        grads = jax.grad(lose)(params, expert, ids, run, hyper.loss.calibration)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = jax.tree.map(jnp.add, params, updates)
+        params, opt_state = step(params, opt_state, expert, ids)
     return expert, jax.tree.map(jnp.subtract, params, state.params)
 
 
@@ -165,8 +177,8 @@ def merge_slowly(run, chosen, deltas, holders_alone):
 def test_a_round_equals_a_loop_over_clients_and_experts(mode):
     run = start_round(**{"gate.mode": mode})
     sizes = run.program.sizes
-    clients = jnp.arange(sizes.num_clients)
-    twins = [train_slowly(run, client) for client in clients]
+    twin, clients = compile_twin(run), jnp.arange(sizes.num_clients)
+    twins = [train_slowly(run, client, twin) for client in clients]
     chosen = np.array([expert for expert, _ in twins])
     assert 1 < len(set(chosen.tolist())) < sizes.num_experts  # one stays untrained
     state, metrics = play(run)
