@@ -140,7 +140,8 @@ def test_full_rank_equals_training_the_hidden_layers_themselves(tmp_path):
 
     experts = params["experts"]
     hidden = {n: frozen[BASE][n]["hidden"] for n in names}
-    step = lambda loss, x: jax.tree.map(lambda w, g: w - 0.5 * g, x, jax.grad(loss)(x))
+    learn = lambda loss, x: jax.tree.map(lambda w, g: w - 0.5 * g, x, jax.grad(loss)(x))
+    step = jax.jit(learn, static_argnums=0)
     for _ in range(3):
         experts, hidden = step(loss_of_pairs, experts), step(loss_of_weights, hidden)
     moved = {n: {m: experts[n][m]["b"][0] for m in sizes} for n in names}
