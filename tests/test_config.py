@@ -235,6 +235,7 @@ def test_every_study_builds(name, argument):
             assert program.costs.expert_bytes > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), STUDIES)
 def test_the_baseline_of_a_study_is_one_of_its_rows(name, argument):
     study = get_config(name, argument)

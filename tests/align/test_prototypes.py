@@ -176,6 +176,7 @@ def test_planted_groups_are_found_and_their_number(groups, labels, alpha):
         assert np.isinf(found.distance[:, groups:]).all()
 
 
+@pytest.mark.slow
 def test_sixteen_groups_of_unequal_sizes_are_found_among_many_clients():
     """Of 120 clients the largest group has 35 and the least two."""
     means, group = plant(16, 1, apart=1.0, clients=120, skew=2)

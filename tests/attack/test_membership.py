@@ -71,6 +71,7 @@ def test_judge_leaves_out_what_has_no_score_and_needs_both():
     assert judge(np.zeros(2), np.array([True, True])) == NOTHING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [110, 450])
 def test_judge_finds_one_percent_of_what_cannot_be_told(others):
     rng, member = np.random.default_rng(0), np.arange(others + 50) < 50

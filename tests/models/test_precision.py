@@ -53,6 +53,7 @@ def evaluate(model, batch, params, frozen):
     return model.apply(own, frozen, batch, *slots, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_close_and_keeps_float32(kind, platform, tmp_path):
