@@ -239,8 +239,8 @@ def _pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
 def _pool_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
     x, largest = saved
     equal = _blocks(x) == largest[:, :, None, :, None]
-    # Computed anew and rounded otherwise, x may equal no maximum, as without XLA's
-    # optimisation: such a block has no gradient, instead of an infinite one.
+    # Without XLA's optimisation x may be computed anew for the sum, rounded otherwise,
+    # and equal no maximum: a gradient divided by 0 would be infinite.
     share = grad / jnp.maximum(equal.sum((2, 4), dtype=grad.dtype), 1)
     return (jnp.where(equal, share[:, :, None, :, None], 0.0).reshape(x.shape),)
 
