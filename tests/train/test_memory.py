@@ -10,11 +10,12 @@ import pytest
 from configs import default
 from fedmoe_jax.models.flops import count_activation_bytes
 from fedmoe_jax.options import UserError, replace
-from fedmoe_jax.program import Program
+from fedmoe_jax.program import Program, make_hyper
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.state import init_state
+from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.train import memory
-from fedmoe_jax.train.plan import plan_run
+from fedmoe_jax.train.plan import count_message_bytes, plan_run
 from fedmoe_jax.train.run import train
 from fedmoe_jax.types import Federation, SimState
 
@@ -119,6 +120,31 @@ def test_runs_of_a_sweep_by_hand(parts, platform, at_once):
         "compute": 4 * at_once * (memory.CLIENT_COPIES * SUBMODEL + 5 * 10),
     }
     assert estimate(parts, 10.0, num_runs=6, program=program) == expected
+
+
+def test_messages_of_all_clients_by_hand(parts):
+    """Where clients are many and models small, a search for groups needs the most."""
+    found = memory.estimate_memory(
+        parts.state,
+        parts.federation,
+        parts.program,
+        training_bytes=10.0,
+        evaluation_bytes=5.0,
+        num_runs=1,
+        message_bytes=1e6,
+    )
+    assert found["compute"] == 2 * memory.MESSAGE_COPIES * 4 * 1e6
+
+
+@pytest.mark.parametrize(
+    ("strategy", "numbers"),
+    [("load_balanced", 0), ("prototypes", 10 * (8 + 1)), ("update_groups", 512 + 1)],
+)
+def test_message_by_hand(parts, strategy, numbers):
+    """A mean of 8 features and a count of each of 10 labels; a sketch and a count."""
+    program = parts.program._replace(strategy=STRATEGIES[strategy])
+    hyper = make_hyper(default.get_config("smoke"))
+    assert count_message_bytes(program, hyper) == 4 * numbers
 
 
 def test_cohort_limits_the_clients_at_once(parts):
