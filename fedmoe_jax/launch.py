@@ -296,6 +296,20 @@ def tune(
     return whole
 
 
+def refuse_beside_report() -> None:
+    """Refuses flags that say how to run, where runs are only reported.
+
+    Raises:
+      UserError: naming the first of them.
+    """
+    for flag in (_ONLY, _TUNE, _SETTINGS, _PROFILE):
+        if flag.value not in (None, False):
+            raise UserError(
+                f"--{flag.name} is not allowed with --report, which runs nothing; "
+                "allowed: one of them"
+            )
+
+
 def join_reports(sources: list[str], command: str, baseline: str) -> int:
     """Reports finished runs of several folders in the work folder; the exit code.
 
@@ -403,8 +417,7 @@ def main(argv: list[str], stop: Stop) -> int:
         from fedmoe_jax.runtime.files import flatten
 
         try:
-            if _ONLY.value is not None:
-                raise UserError("--only is not allowed with --report; allowed: one")
+            refuse_beside_report()
             fields = flatten(_CONFIG.value.to_dict())
             baseline = fields.get("evaluation.baseline", "")
             return join_reports(_REPORT.value, command, baseline)

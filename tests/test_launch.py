@@ -591,7 +591,15 @@ def test_report_takes_the_baseline_of_the_first_folder(command, tmp_path):
         (["--report={run}", "--workdir={run}"], "as it holds config.json; allowed: a "),
         (["--report={run}/x", "--workdir={new}"], "config.json is missing; allowed: "),
         (["--report=", "--workdir={new}"], "--report= has no finished run; allowed: "),
-        (["--report={run}", "--workdir={new}", "--only=1/2"], "--only is not allowed "),
+        *(
+            (["--report={run}", "--workdir={new}", flag], f"{name} is not allowed with")
+            for name, flag in [
+                ("--only", "--only=1/2"),
+                ("--tune", "--tune"),
+                ("--settings", "--settings=settings.json"),
+                ("--profile", "--profile"),
+            ]
+        ),
         (
             ["--report={run}", "--workdir={new}", "--config.evaluation.baseline=x"],
             "evaluation.baseline='x' is not allowed; allowed: a row of the report",
