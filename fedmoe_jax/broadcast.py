@@ -101,6 +101,8 @@ def plan_traffic(
         probed=program.sizes.batch_size * slots if probes else None,
         biases=None if assignment.bias is None else talks * assignment.slot.sum((1, 2)),
         pruned=None if pruned is None else pruned.stem,
+        saved=None if pruned is None else pruned.saved,
+        density=None if pruned is None else pruned.density,
     )
     if assignment.asked is None:
         return traffic

@@ -32,6 +32,7 @@ from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
 from fedmoe_jax.privacy.defences import find_flags
+from fedmoe_jax.pruning.savings import Savings, count_savings
 from fedmoe_jax.pruning.scores import NONE
 from fedmoe_jax.pruning.units import count_entries
 from fedmoe_jax.runtime.files import flatten
@@ -70,6 +71,7 @@ class Program(NamedTuple):
       device_costs: of the model that it stands for; these are what devices feel.
       units: what pruning can leave out, with its sizes; () where it is off.
       rest_entries: numbers of ONE expert in one layer that are in no unit.
+      savings: what of the FLOPs pruning can save.
       mesh: the devices that run the simulation.
       platform: their kind, `cpu`, `gpu` or `tpu`: the model's layers, runs and experts
         have the form that is fast there.
@@ -90,6 +92,7 @@ class Program(NamedTuple):
     device_costs: Costs
     units: tuple[Units, ...]
     rest_entries: float
+    savings: Savings
     mesh: Mesh
     platform: str
 
@@ -561,6 +564,7 @@ def build_program(
         device_costs=scale_costs(costs, used.devices.model_scale),
         units=units,
         rest_entries=rest,
+        savings=count_savings(exact, batch, units, costs),
         mesh=mesh,
         platform=platform,
     )

@@ -14,6 +14,7 @@ from fedmoe_jax.pruning.importance import (
     learn_importance,
     measure_magnitude,
 )
+from fedmoe_jax.pruning.savings import save_flops
 from fedmoe_jax.pruning.scores import MEASURED, SCORES, Layer
 from fedmoe_jax.pruning.units import of_part, share_experts
 from fedmoe_jax.types import (
@@ -176,18 +177,38 @@ def share_pruned_stem(masks: dict[str, Array], program: Program) -> Array | None
     return jnp.asarray(NUMBER_BYTES * pruned / program.costs.stem_bytes)
 
 
+def measure_density(masks: dict[str, Array], share: Array, program: Program) -> Array:
+    """FLOPs [] of what ONE client keeps of its experts, see `Pruned`; 1 of none.
+
+    Args:
+      masks: see `prune_client`.
+      share: [G, K] float32, of each expert that is kept, 0 of empty slots.
+      program: the static parts.
+    """
+    units = of_part(program.units, "experts")
+    left = 1 - save_flops(masks, units, program.savings.experts)
+    left = jnp.where(share > 0, left, 0.0).sum()
+    return jnp.where(left > 0, left / jnp.maximum(share.sum(), 1e-9), 1.0)
+
+
 class Pruned(NamedTuple):
     """The pruned sub-models of a cohort.
 
     Attributes:
       masks: see `prune_client`, with a leading C axis.
       share: [C, G, K] float32, of each held expert that is kept, 0 of empty slots.
+      density: [C] float32, FLOPs of what is left of the experts, as a multiple of those
+        that go with their share.
       stem: [C] float32, see `share_pruned_stem`.
+      saved: [C] float32, the share of the FLOPs of all but the experts that the stem's
+        units save; None as `stem`.
     """
 
     masks: dict[str, Array]
     share: Array
+    density: Array
     stem: Array | None
+    saved: Array | None
 
 
 def prune_cohort(
@@ -210,19 +231,22 @@ def prune_cohort(
         return None
     knowledge = know_units(state.params, state.pruning, program)
 
-    def one_client(
-        client: Array, held: Array, slot: Array, room: Array
-    ) -> tuple[dict[str, Array], Array, Array | None]:
+    def one_client(client: Array, held: Array, slot: Array, room: Array) -> Pruned:
         place = client, held, slot, room, state.round, state.key
         masks = prune_client(knowledge, *place, hyper, program)
         share = jnp.where(
             slot, share_experts(masks, program.units, program.rest_entries), 0.0
         )
-        return masks, share, share_pruned_stem(masks, program)
+        stem = share_pruned_stem(masks, program)
+        saved = None
+        if stem is not None:
+            units = of_part(program.units, "stem")
+            saved = save_flops(masks, units, program.savings.stem)
+        return Pruned(masks, share, measure_density(masks, share, program), stem, saved)
 
     assert evidence.room is not None
     rows = evidence.client, assignment.held, assignment.slot, evidence.room
-    return Pruned(*jax.vmap(one_client)(*rows))
+    return jax.vmap(one_client)(*rows)
 
 
 def prune_held(

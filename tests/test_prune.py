@@ -1,6 +1,7 @@
 """Pruned sub-models in whole rounds: room, bytes, merging, importance."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.types import ClientInput, make_keys
-from fedmoe_jax.world.costs import client_bytes, client_parameters
+from fedmoe_jax.world.costs import client_bytes, client_flops, client_parameters
 from fedmoe_jax.world.outcome import Conditions
 from fedmoe_jax.world.step import observe
 
@@ -153,6 +154,25 @@ def test_traffic_counts_bytes_from_the_masks():
         whole = fixed + rest + stem + experts
         np.testing.assert_allclose(down[client], whole, rtol=1e-5)
         np.testing.assert_allclose(memory[client], whole, rtol=1e-5)
+
+
+def test_traffic_counts_flops_from_the_masks():
+    """Of the stem's one product, and of both of an expert: in and out of its units."""
+    now = first_round()
+    costs, params = now.program.costs, now.run.state.params
+    flops = np.asarray(client_flops(costs, now.conditions.traffic, 1.0))
+    (expert,) = params["experts"].values()
+    size = lambda kernel: 3 * 2 * math.prod(kernel.shape[-2:])
+    stem = size(params["stem"]["Dense_0"]["kernel"])
+    hidden = size(expert["Dense_0"]["kernel"]) + size(expert["Dense_1"]["kernel"])
+    stem_mask, masks = (np.asarray(now.pruned.masks[n]) for n in ("stem0", "expert"))
+    slot = np.asarray(now.inputs.slot)
+    for client in range(len(flops)):
+        left = costs.shared_flops - stem * (1 - stem_mask[client].mean())
+        each = costs.expert_flops - hidden * (1 - masks[client].mean(-1))
+        whole = left + (each * slot[client]).sum()
+        np.testing.assert_allclose(flops[client], whole, rtol=1e-5)
+    assert stem_mask.mean() < 1 and (masks.mean(-1)[slot] < 1).any()
 
 
 def test_updates_leave_pruned_units_alone():

@@ -149,7 +149,11 @@ class Traffic(struct.PyTreeNode):
       biases: numbers of the gates' bias, one for each held expert; None without one.
       forward: experts that run forward on what is trained; None for all that are held.
       pruned: share of the stem's bytes that the client leaves out; None where it is
-        whole. Its FLOPs count whole.
+        whole.
+      saved: share of the FLOPs of all but the experts that the client leaves out; None
+        likewise.
+      density: FLOPs of what is left of pruned experts, as a multiple of those that go
+        with their share; None where nothing is pruned.
     """
 
     held: Array
@@ -163,6 +167,8 @@ class Traffic(struct.PyTreeNode):
     biases: Array | None = None
     forward: Array | None = None
     pruned: Array | None = None
+    saved: Array | None = None
+    density: Array | None = None
 
 
 def train_chosen(
@@ -255,12 +261,24 @@ def client_parameters(costs: Costs, traffic: Traffic) -> Array:
     return (held + variates) / NUMBER_BYTES
 
 
+def prune_flops(costs: Costs, traffic: Traffic) -> Costs:
+    """The costs with the FLOPs, now [C], that pruning leaves to each client."""
+    if traffic.density is None:
+        return costs
+    left = 1.0 if traffic.saved is None else 1 - traffic.saved
+    return costs._replace(
+        shared_flops=costs.shared_flops * left,
+        expert_flops=costs.expert_flops * traffic.density,
+    )
+
+
 def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     """FLOPs of each client's local training, and of the probe before it.
 
     Every expert is counted for every example. That is what training without sparse
     dispatch does, and the most that routing can ask for. A probe counts as many passes
-    as there are experts to be probed, see `probe_flops`.
+    as there are experts to be probed, see `probe_flops`; the one that is probed counts
+    whole where it is pruned.
 
     Args:
       costs: of the model that is trained.
@@ -271,6 +289,7 @@ def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     Returns:
       [C] float32.
     """
+    costs = prune_flops(costs, traffic)
     forward = traffic.held if traffic.forward is None else traffic.forward
     untrained = forward - traffic.trained
     per_example = costs.shared_flops + costs.expert_flops * (

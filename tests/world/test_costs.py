@@ -318,6 +318,19 @@ def test_client_flops_by_hand():
     np.testing.assert_allclose(frozen, [3 * (30 - 8 / 3), 3 * (70 - 8 / 3)])
 
 
+def test_client_flops_of_pruned_clients_by_hand():
+    """A tenth of what is shared is saved; experts take more than their share."""
+    pruned = TRAFFIC.replace(saved=jnp.array([0.1, 0.0]), density=jnp.array([1.5, 1.0]))
+    flops = client_flops(COSTS, pruned, jnp.float32(3))
+    np.testing.assert_allclose(flops, [3 * (9 + 30), 3 * (10 + 20 * 5 / 3)], rtol=1e-6)
+    probes = pruned.replace(probed=8 * SLOTS)
+    more = client_flops(COSTS, probes, 3.0) - flops
+    np.testing.assert_allclose(more, [8 * (9 + 30) / 3, 8 * 3 * 30 / 3], rtol=1e-5)
+    whole_stem = pruned.replace(saved=None)
+    flops = client_flops(COSTS, whole_stem, jnp.float32(3))
+    np.testing.assert_allclose(flops[0], 3 * (10 + 30), rtol=1e-6)
+
+
 def test_expert_seconds_by_hand():
     devices = make_devices(2, upload=[2.0, 4.0], download=[10.0, 5.0], flops=[1.0, 3.0])
     up, down = jnp.array([[4.0, 8.0, 0.0]] * 2), jnp.array([[10.0, 20.0, 0.0]] * 2)

@@ -1,0 +1,88 @@
+"""FLOPs that pruned units save, from the products that their leaves take part in."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from fedmoe_jax.base import Model, Route, Units
+from fedmoe_jax.models.flops import shape_inputs
+from fedmoe_jax.models.products import count_products
+from fedmoe_jax.moe_layers import layer_names
+from fedmoe_jax.pruning.units import flatten_leaves, of_part
+from fedmoe_jax.tasks.batches import BatchShapes
+from fedmoe_jax.types import Array, PyTree
+from fedmoe_jax.world.costs import TRAINING_PASSES, Costs
+
+Shares = tuple[tuple[tuple[str, ...], float], ...]  # by the path of a leaf
+
+
+class Savings(NamedTuple):
+    """What share of the FLOPs is in the products of each leaf that has units.
+
+    Attributes:
+      stem: of all that a model computes but its experts.
+      experts: of ONE expert, the mean over MoE layers; the rest is what has no units,
+        such as a frozen base below low-rank pairs.
+    """
+
+    stem: Shares = ()
+    experts: Shares = ()
+
+
+def count_savings(
+    model: Model, batch: BatchShapes, units: tuple[Units, ...], costs: Costs
+) -> Savings:
+    """The products of one example forward, through one expert in each layer.
+
+    Args:
+      model: as its FLOPs are counted.
+      batch: the form of a batch.
+      units: what can be pruned.
+      costs: of the model.
+    """
+    if not units:
+        return Savings()
+    forward: Callable = lambda *inputs: model.apply(*inputs, Route(1), None)[0]
+    found = count_products(forward, *shape_inputs(model, batch.of(1), 1))
+    layers = layer_names(found["experts"])
+    each = [flatten_leaves(found["experts"][name]) for name in layers]
+    experts = {path: sum(layer[path] for layer in each) for path in each[0]}
+    stem = flatten_leaves(found.get("stem", {}))
+    return Savings(
+        _share(stem, of_part(units, "stem"), costs.shared_flops),
+        _share(experts, of_part(units, "experts"), costs.expert_flops),
+    )
+
+
+def _share(flops: Mapping, units: list[Units], whole: float) -> Shares:
+    """FLOPs forward of the leaves that have units, over those of the part in training.
+
+    No more than all, of which products alone may be more where XLA leaves some out.
+    """
+    paths = {path for each in units for path, _ in each.leaves}
+    known = {path: TRAINING_PASSES * flops[path] for path in sorted(paths)}
+    whole = max(whole, sum(known.values()))
+    return tuple((path, value / whole) for path, value in known.items() if value)
+
+
+def save_flops(masks: PyTree, units: list[Units], shares: Shares) -> Array:
+    """The share of the FLOPs that units save which are left out.
+
+    A leaf between two layers has the products of what both keep.
+
+    Args:
+      masks: bool, [..., n] by the names of units.
+      units: of ONE part, at least one.
+      shares: of the part's leaves.
+
+    Returns:
+      [...] float32 in [0, 1].
+    """
+    left: dict[tuple[str, ...], Array] = {}
+    for each in units:
+        kept = masks[each.name].mean(axis=-1, dtype=jnp.float32)
+        for path, _ in each.leaves:
+            left[path] = left[path] * kept if path in left else kept
+    none = jnp.zeros(masks[units[0].name].shape[:-1])
+    return sum((share * (1 - left[path]) for path, share in shares), none)
