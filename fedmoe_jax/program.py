@@ -28,6 +28,7 @@ from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_mod
 from fedmoe_jax.models.links import SNR
 from fedmoe_jax.models.one_layer import take_gate_stem
 from fedmoe_jax.models.precision import compute_in
+from fedmoe_jax.models.products import count_fixed_products
 from fedmoe_jax.models.routing import calibrate_gate
 from fedmoe_jax.moe_layers import layer_names
 from fedmoe_jax.options import STATIC, TRACED, UserError, group
@@ -545,7 +546,8 @@ def build_program(
     check_positions(used, data.task, scores, routing)
     trained, frozen = take_frozen(params, frozen, model, strategy)
     forward = count_forward_flops(exact, batch)  # casts are no FLOPs
-    costs = count_costs(trained, frozen, forward, strategy)
+    fixed = count_fixed_products(exact, batch)
+    costs = count_costs(trained, frozen, forward, strategy, fixed)
     rows = batch.of(sizes.batch_size)
     units, rest = count_entries(trained, choose_units(used, model, trained))
     return Program(

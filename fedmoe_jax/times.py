@@ -69,7 +69,7 @@ def count_experts(evidence: Evidence, program: Program) -> tuple[Array, Array, A
     slots = NUMBER_BYTES * sizes.num_layers  # bytes of a number for each layer
     up = size + slots * (FEEDBACK_NUMBERS + static.probes)
     down = size if program.strategy.affinity is None else size + slots
-    flops = costs.expert_flops * evidence.load * kept
+    flops = costs.expert_training_flops * evidence.load * kept
     if static.probes:
         passes = sizes.num_layers * sizes.batch_size
         flops += passes * probe_flops(costs, evidence.capacity)

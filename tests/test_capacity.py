@@ -169,7 +169,7 @@ def test_report_devices_without_deviation_is_the_truth():
     np.testing.assert_array_equal(reported.capacity, oracle.capacity)
 
 
-SMALL_EXPERTS = Costs(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1e-9, *[0.0] * 3, 1, 1)  # a byte
+SMALL_EXPERTS = Costs(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1e-9, *[0.0] * 5, 1, 1)  # a byte
 
 
 def read_errors(fixed, rounds=4, clients=1000):
@@ -391,7 +391,7 @@ def test_update_history_forgets_a_step_in_the_pace_of_training_geometrically():
     rounds, step = 14, 6
     # Half of 100 seconds for 1 example: 1 second per FLOP allows 5 experts of 10 FLOPs
     # each, and 2 seconds allow 2.
-    costs = Costs(0, 0, 0, 1, 0, 0, 10, 0, 0, 0, 1, 1)
+    costs = Costs(*(0, 0, 0, 1, 0, 0, 10), *[0] * 5, 1, 1)
     workload = Workload(costs, jnp.ones(1), 100.0, 0.5, 6, 0)
     hyper = make_hyper(refresh=1, exploration=0.0)
     belief, paces, capacity = init_belief(1, 6, "estimated"), [], []

@@ -13,6 +13,9 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
+from fedmoe_jax.base import Model, Route
+from fedmoe_jax.models.flops import shape_inputs, shape_params
+from fedmoe_jax.tasks.batches import BatchShapes
 from fedmoe_jax.types import PyTree
 
 Origin = frozenset[int]  # the leaves that a value is made of, and of nothing else
@@ -74,10 +77,11 @@ def _follow(
         times *= params["length"] if name == "scan" else 1
         return _walk(getattr(inner, "jaxpr", inner), inputs, times, found)
     if name in PRODUCTS:
-        flops = times * PRODUCTS[name](equation)
-        for leaves in inputs[:2]:
-            for leaf in leaves:
-                found[leaf] += flops / len(leaves)
+        leaves = inputs[0] | inputs[1]
+        for leaf in leaves:
+            found[leaf] += times * PRODUCTS[name](equation) / len(leaves)
+    if name == "gather":  # whichever rows
+        return [inputs[0]]
     whole = name in FORMS and all(
         of or not var.aval.size > 1
         for of, var in zip(inputs, equation.invars, strict=True)
@@ -109,6 +113,32 @@ def count_convolution(equation: Any) -> float:
         meet *= int((inside & (place % spacing == 0)).sum())
     inputs = right.aval.shape[numbers.rhs_spec[1]]
     return 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * inputs * meet
+
+
+def count_fixed_products(model: Model, batch: BatchShapes) -> tuple[float, float]:
+    """FLOPs of one example forward in products with weights that a model keeps fixed.
+
+    Returns:
+      Those of what all clients share, and those of one expert in every MoE layer; all
+      shared where there is one expert, as in `flops.count_forward_flops`.
+    """
+    params, frozen = shape_params(model)
+    if not frozen:
+        return 0.0, 0.0
+
+    def count(held: int) -> float:
+        own, frozen, *rest = shape_inputs(model, batch.of(1), held)
+        forward = lambda frozen, own, *rest: model.apply(
+            own, frozen, *rest, Route(held), None
+        )
+        found = count_products(forward, frozen, own, *rest)
+        return float(sum(jax.tree.leaves(found)))
+
+    one = count(1)
+    if jax.tree.leaves(params["experts"])[0].shape[0] == 1:
+        return one, 0.0
+    expert = max(count(2) - one, 0.0)
+    return one - expert, expert
 
 
 PRODUCTS = {"dot_general": count_dot, "conv_general_dilated": count_convolution}

@@ -47,6 +47,9 @@ class Costs(NamedTuple):
       expert_flops: one expert in every MoE layer, likewise.
       frozen_flops: the share of `shared_flops` of parts that have no backward pass
         where they are frozen.
+      fixed_flops: the share of `shared_flops` for gradients of weights that the model
+        itself keeps fixed, which training does not need.
+      fixed_expert_flops: likewise of `expert_flops`.
       dense_flops: stem, one expert in every MoE layer and head, forward and backward of
         one example, as where the server trains them alone.
       travel_bytes: the stem, gate and head, but for those that stay with the clients.
@@ -62,6 +65,8 @@ class Costs(NamedTuple):
     shared_flops: float
     expert_flops: float
     frozen_flops: float
+    fixed_flops: float
+    fixed_expert_flops: float
     dense_flops: float
     travel_bytes: float
     copies: int
@@ -71,6 +76,16 @@ class Costs(NamedTuple):
     def shared_bytes(self) -> float:
         """All but gates and experts, frozen or not."""
         return self.stem_bytes + self.head_bytes + self.frozen_bytes
+
+    @property
+    def shared_training_flops(self) -> float:
+        """All but the experts, as far as training needs it."""
+        return self.shared_flops - BACKWARD * self.frozen_flops - self.fixed_flops
+
+    @property
+    def expert_training_flops(self) -> float:
+        """One expert that is trained in every MoE layer, likewise."""
+        return self.expert_flops - self.fixed_expert_flops
 
 
 def count_bytes(tree: PyTree) -> float:
@@ -84,7 +99,11 @@ def count_bytes(tree: PyTree) -> float:
 
 
 def count_costs(
-    params: PyTree, frozen: PyTree, forward: dict[str, float], strategy: Strategy
+    params: PyTree,
+    frozen: PyTree,
+    forward: dict[str, float],
+    strategy: Strategy,
+    fixed: tuple[float, float] = (0.0, 0.0),
 ) -> Costs:
     """The costs of the simulated model.
 
@@ -92,10 +111,11 @@ def count_costs(
       params: the parts that are trained, see `base.Model`, arrays or their shapes.
       frozen: what is not, see `Federation.frozen`.
       forward: FLOPs of the parts, see `flops.count_forward_flops`. A part that is
-        frozen has no backward pass, nor has a shared expert with a frozen stem; what a
-        model itself keeps fixed is counted with one. A frozen stem of the gate is run
-        beside the one that is trained.
+        frozen has no backward pass, nor has a shared expert with a frozen stem. A
+        frozen stem of the gate is run beside the one that is trained.
       strategy: of a program, decides which parts travel and how often.
+      fixed: FLOPs forward with what the model itself keeps fixed, see
+        `products.count_fixed_products`. Gradients pass it, and it has none itself.
     """
     num_experts = jax.tree.leaves(params["experts"])[0].shape[0]
     dense = sum(flops for part, flops in forward.items() if part != "gate")
@@ -117,6 +137,8 @@ def count_costs(
         shared_flops=float(TRAINING_PASSES * sum(shared.values())),
         expert_flops=float(TRAINING_PASSES * forward["experts"]),
         frozen_flops=float(TRAINING_PASSES * idle),
+        fixed_flops=float(fixed[0]),
+        fixed_expert_flops=float(fixed[1]),
         dense_flops=float(TRAINING_PASSES * dense),
         travel_bytes=float(sum(size[part] for part in size if part not in personal)),
         copies=2 if strategy.variates else 1,
@@ -269,6 +291,7 @@ def prune_flops(costs: Costs, traffic: Traffic) -> Costs:
     return costs._replace(
         shared_flops=costs.shared_flops * left,
         expert_flops=costs.expert_flops * traffic.density,
+        fixed_expert_flops=costs.fixed_expert_flops * traffic.density,
     )
 
 
@@ -292,10 +315,10 @@ def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     costs = prune_flops(costs, traffic)
     forward = traffic.held if traffic.forward is None else traffic.forward
     untrained = forward - traffic.trained
-    per_example = costs.shared_flops + costs.expert_flops * (
-        forward - BACKWARD * untrained
-    )
-    training = (per_example - BACKWARD * costs.frozen_flops) * examples
+    per_example = costs.shared_training_flops
+    per_example += costs.expert_training_flops * traffic.trained
+    per_example += costs.expert_flops / TRAINING_PASSES * untrained
+    training = per_example * examples
     if traffic.probed is None:
         return training
     return training + probe_flops(costs, traffic.held) * traffic.probed

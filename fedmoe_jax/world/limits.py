@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from fedmoe_jax.types import Array, Devices
 from fedmoe_jax.world.costs import (
-    BACKWARD,
     ROUNDING,
     TRAINING_COPIES,
     TRAINING_PASSES,
@@ -21,8 +20,8 @@ def limit_probes(experts: Array, probed: Array, costs: Costs) -> Array:
     A probe is one pass forward for every one of the k experts of each of the G MoE
     layers, through what all share, that expert, and all k experts of the other layers:
     `k + r k (s + ((G - 1) k + 1) / G) = experts`, s the FLOPs shared over those of an
-    expert in every layer, r the passes of `probed` over `TRAINING_PASSES`. It is a
-    square in k, and linear for G = 1.
+    expert in every layer, r the passes of `probed` over those of an expert that is
+    trained. It is a square in k, and linear for G = 1.
 
     Args:
       experts: [N] float32, without probes; 0 or less gives 0.
@@ -30,7 +29,8 @@ def limit_probes(experts: Array, probed: Array, costs: Costs) -> Array:
         over the examples that are trained on.
       costs: of the model.
     """
-    rate, layers = probed / TRAINING_PASSES, costs.num_layers
+    layers, forward = costs.num_layers, costs.expert_flops / TRAINING_PASSES
+    rate = probed * forward / costs.expert_training_flops
     linear = 1 + rate * (costs.shared_flops / costs.expert_flops + 1 / layers)
     square, aim = rate * (layers - 1) / layers, jnp.maximum(experts, 0.0)
     # 2 c / (b + root) has no difference of large numbers.
@@ -76,7 +76,6 @@ def find_room(
     chex.assert_equal_shape([devices.memory, devices.flops, devices.upload])
     usable = (1 + ROUNDING) * (1 - buffer)
     shared_bytes = costs.stem_bytes + costs.head_bytes + costs.gate_bytes
-    shared_flops = costs.shared_flops - BACKWARD * costs.frozen_flops
     copies = (usable * devices.memory - costs.frozen_bytes) / TRAINING_COPIES
     by_memory = (copies - shared_bytes) / costs.expert_bytes
     seconds_per_byte = (1 / devices.download + 1 / devices.upload) / usable
@@ -84,7 +83,8 @@ def find_room(
     travelling = travelling / seconds_per_byte
     by_network = (travelling - shared_bytes) / costs.expert_bytes
     work = (1 - communication_share) * deadline * usable * devices.flops / examples
-    by_compute = (work - shared_flops) / costs.expert_flops
+    by_compute = work - costs.shared_training_flops
+    by_compute = by_compute / costs.expert_training_flops
     if probed:
         by_compute = limit_probes(by_compute, spread * probed / examples, costs)
     return jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)

@@ -3,12 +3,16 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from checkpoints import EXPERTS, LAYERS, V, save_checkpoint
+from factories import make_image_model
 
 from configs import default
 from fedmoe_jax.base import Route
+from fedmoe_jax.models import lora
 from fedmoe_jax.models.flops import count_flops, shape_inputs, shape_params
-from fedmoe_jax.models.products import count_products
+from fedmoe_jax.models.products import count_fixed_products, count_products
 from fedmoe_jax.runtime.sharding import build_mesh
+from fedmoe_jax.tasks.batches import BatchShapes
 from fedmoe_jax.train.plan import plan_run
 
 f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -105,3 +109,55 @@ def test_products_of_a_transformer_by_hand(scan):
         assert set(own["attention"].values()) == {leaf(24)}
     experts = found["experts"]
     assert experts == {"block001": hidden(20), "block003": hidden(20)}
+
+
+def shape_rows(row):
+    leaves, tree = jax.tree.flatten(row)
+    return BatchShapes(tuple(leaves), tree)
+
+
+def test_rows_that_are_looked_up_are_those_of_the_leaf():
+    """As frozen experts are, by the ids of those that a client holds."""
+    params = {"stack": f32(4, 5, 7)}
+
+    def forward(params, held, rows):
+        return rows @ jnp.take(params["stack"], held, axis=0)[0]
+
+    held = jax.ShapeDtypeStruct((1,), jnp.int32)
+    assert count_products(forward, params, held, f32(3, 5)) == {"stack": 2.0 * 3 * 35}
+
+
+# Nine tokens: attention of 4 heads, 2 of keys and values, of 4 each from 16 features;
+# three matrices of a hidden layer of 24; and the head.
+ATTENTION = LAYERS * 2 * 9 * 16 * (16 + 8 + 8 + 16)
+HIDDEN = LAYERS * 2 * 9 * 16 * 24 * 3
+HEAD = 2 * 9 * 16 * V
+PAIRS = LAYERS * 2 * 9 * 3 * (16 + 16 + 24)  # of rank 3, the first of each alone
+
+
+@pytest.mark.parametrize(
+    ("family", "fixed", "expected"),
+    [
+        ("llama", False, (ATTENTION + HIDDEN + HEAD, 0)),
+        ("llama", True, (ATTENTION + HIDDEN + HEAD, PAIRS)),
+        ("mixtral", False, (ATTENTION + HEAD, HIDDEN)),
+    ],
+)
+def test_fixed_products_of_a_base_by_hand(family, fixed, expected, tmp_path):
+    """Experts on a dense base share its products; those of a mixture have their own."""
+    save_checkpoint(tmp_path, family)
+    config = default.get_config()
+    fields = {"kind": "lora", "base": str(tmp_path), "lora_rank": 3}
+    fields["lora_fixed"] = fixed
+    config.update_from_flattened_dict(
+        {f"model.{name}": value for name, value in fields.items()}
+        | {"num_experts": EXPERTS}
+    )
+    row = {"tokens": jax.ShapeDtypeStruct((1, 9), jnp.int32)}
+    model = lora.build(config, row, V, "cpu")
+    assert count_fixed_products(model, shape_rows(row)) == expected
+
+
+def test_models_of_their_own_keep_nothing_fixed():
+    row = {"x": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)}
+    assert count_fixed_products(make_image_model(), shape_rows(row)) == (0, 0)

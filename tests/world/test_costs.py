@@ -67,6 +67,8 @@ def test_count_costs_from_the_params():
         shared_flops=3 * (7 + 3 + 1),  # backward is twice forward
         expert_flops=3 * 13,
         frozen_flops=0,
+        fixed_flops=0,
+        fixed_expert_flops=0,
         dense_flops=3 * (7 + 1 + 13),  # all but the gate
         travel_bytes=4 * (20 + 14 + 24),
         copies=1,
@@ -252,7 +254,7 @@ def test_answer_flops_by_hand(frozen, experts, expected):
 
 
 def test_scale_costs_multiplies_every_cost():
-    sizes, flops = (900.0, 300.0, 300.0, 3000.0, 0.0), (30.0, 60.0, 0.0, 81.0)
+    sizes, flops = (900.0, 300.0, 300.0, 3000.0, 0.0), (30.0, 60.0, 0.0, 0.0, 0.0, 81.0)
     scaled = Costs(*sizes, *flops, 1500.0, copies=2, num_layers=1)
     assert scale_costs(VARIATES, 3) == scaled
     assert scale_costs(FROZEN, 3).frozen_bytes == 900
@@ -313,6 +315,10 @@ def test_client_flops_by_hand():
     # three forward, one of them backward: a third of 3, and two thirds of 1
     one_trained = client_flops(COSTS, TRAFFIC, jnp.float32(3))
     np.testing.assert_allclose(one_trained, [3 * (10 + 20), 3 * (10 + 20 * 5 / 3)])
+    # of 6 FLOPs for gradients, 2 shared and 4 of an expert, none where it is untrained
+    base = COSTS._replace(fixed_flops=2.0, fixed_expert_flops=4.0)
+    without = client_flops(base, TRAFFIC, jnp.float32(3))
+    np.testing.assert_allclose(without, one_trained - 3 * (2 + 4), rtol=1e-6)
     # a frozen stem has a third of its 4
     frozen = client_flops(FROZEN, ALL, jnp.float32(3))
     np.testing.assert_allclose(frozen, [3 * (30 - 8 / 3), 3 * (70 - 8 / 3)])

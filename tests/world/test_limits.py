@@ -101,6 +101,7 @@ def test_true_capacity_with_a_buffer_is_as_good_as_less_of_every_resource(limit)
 def test_true_capacity_has_room_for_the_probes_of_just_so_many(expert, frozen, layers):
     """As `client_flops` charges them: 8 examples of every layer for each expert."""
     fields = dict(expert_flops=expert, frozen_flops=frozen, num_layers=layers)
+    fields |= dict(fixed_flops=frozen / 4, fixed_expert_flops=frozen * expert / 20)
     costs = COSTS._replace(**fields)
     held = np.arange(1, 41)
     one = jnp.asarray(held, jnp.float32)

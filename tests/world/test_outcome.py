@@ -125,7 +125,7 @@ def test_judge_without_mishap_spends_everything_exactly(phases, deadline, late):
 
 def test_judge_client_by_hand():
     # 50 bytes beside experts
-    sizes = map(float, (30, 10, 10, 100, 0, 4, 20, 0, 22, 50))
+    sizes = map(float, (30, 10, 10, 100, 0, 4, 20, 0, 0, 0, 22, 50))
     costs = Costs(*sizes, copies=1, num_layers=1)
     one = lambda value: jnp.float32(value)
     traffic = Traffic(*map(one, (2, 2, 0, 2, 0, 0, 0)))
