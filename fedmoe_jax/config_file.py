@@ -40,7 +40,10 @@ def call_config(file: str, words: list[str]) -> Any:
     try:
         return names["get_config"](*words)
     except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
+        text = " ".join(str(error).split())
+        if "allowed:" not in text:  # a fault in the file, and no refusal of its own
+            raise
+        raise UserError(text) from None
 
 
 def describe_fault(file: str, error: Exception) -> str:

@@ -314,6 +314,10 @@ def test_bad_data_are_one_line_and_code_2(command, tmp_path, case):
             "ends in AttributeError in line 2 ('str' object has no attribute 'nope'); "
             "allowed: a file whose get_config returns a ConfigDict",
         ),
+        (
+            "def get_config():\n    return int('x')",
+            "ends in ValueError in line 2 (invalid literal for int() with base 10: ",
+        ),
         ("def get_config(", "ends in SyntaxError in line 1"),
         ("import none_such", "ends in ModuleNotFoundError in line 1"),
         (
