@@ -360,6 +360,8 @@ class Strategy(NamedTuple):
         population sends to the stages just before the round, after it has received
         stem, first expert and head, and passes of its own examples through them, 1
         forward or 3 with the backward pass; None for none.
+      stage_bytes: (sizes) -> bytes that a stage holds at once beside state and data, a
+        float; None where they are few.
       welcome: (state, federation, index [M], size [], hyper, model=, task=, sizes=) of
         ONE client that has never taken part and owns the first `size` examples of
         `index` -> the experts that serve it, [G, E] bool, some in each layer; it asks
@@ -425,6 +427,7 @@ class Strategy(NamedTuple):
     stages: tuple[tuple[Any, Callable[..., tuple[Any, PyTree]]], ...] = ()
     server_examples: Callable[[Array, Hyper, Sizes], Array] | None = None
     message: Callable[[Array, Hyper, Sizes], tuple[Array, int]] | None = None
+    stage_bytes: Callable[[Sizes], float] | None = None
     welcome: Callable[..., Array] | None = None
     exchange: Callable[..., tuple[PyTree, PyTree, Array, Array]] | None = None
     gate_weight: Callable[..., Array] | Open = None

@@ -102,6 +102,7 @@ def plan_traffic(
         biases=None if assignment.bias is None else talks * assignment.slot.sum((1, 2)),
         pruned=None if pruned is None else pruned.stem,
         saved=None if pruned is None else pruned.saved,
+        slots=None if pruned is None else per_layer(assignment.slot),
         density=None if pruned is None else pruned.density,
     )
     if assignment.asked is None:

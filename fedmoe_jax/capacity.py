@@ -84,6 +84,7 @@ class Workload(NamedTuple):
         that it holds, 0 for none.
       spread: experts that a client holds for each that it has room for, see
         `pruning.spread`.
+      saving: share of an expert's FLOPs that pruning can save.
     """
 
     costs: Costs
@@ -93,6 +94,7 @@ class Workload(NamedTuple):
     max_capacity: int
     probed: int
     spread: Array | float = 1.0
+    saving: float = 1.0
 
 
 class Capacity(NamedTuple):
@@ -209,6 +211,7 @@ def describe_work(buffer: Array, workload: Workload) -> dict[str, Any]:
         communication_share=workload.communication_share,
         probed=workload.probed,
         spread=workload.spread,
+        saving=workload.saving,
     )
 
 
@@ -329,7 +332,9 @@ def measure_capacity(
     """
     workload, devices = count_workload(view.federation, program), view.devices
     if program.units:
-        workload = workload._replace(spread=hyper.pruning.spread)
+        workload = workload._replace(
+            spread=hyper.pruning.spread, saving=program.savings.of_expert
+        )
     kind = program.static.profile.kind
     wide = max(program.sizes.num_experts, workload.max_capacity)
     buffered = count_capacity(devices, hyper.devices.buffer, workload)

@@ -324,6 +324,8 @@ def add_messages(
     # A pretrained base comes once, in a client's first round.
     model = costs.shared_bytes - costs.frozen_bytes + costs.expert_bytes
     flops = passes / TRAINING_PASSES * costs.dense_flops
+    if passes == TRAINING_PASSES:
+        flops -= costs.fixed_flops + costs.fixed_expert_flops
     return found | {
         "bytes_up": found["bytes_up"] + asked * NUMBER_BYTES * numbers,
         "bytes_down": found["bytes_down"] + asked * model,

@@ -177,8 +177,25 @@ def share_pruned_stem(masks: dict[str, Array], program: Program) -> Array | None
     return jnp.asarray(NUMBER_BYTES * pruned / program.costs.stem_bytes)
 
 
+def save_shared(masks: dict[str, Array], program: Program) -> Array:
+    """The share [] of the FLOPs of all but the experts that ONE client leaves out.
+
+    With a single expert, whose FLOPs are not counted apart, those that it saves, too.
+    """
+    saved, found = jnp.zeros(()), program.savings
+    if stem := of_part(program.units, "stem"):
+        saved += save_flops(masks, stem, found.stem)
+    if found.alone:
+        experts = of_part(program.units, "experts")
+        saved += save_flops(masks, experts, found.alone).mean()
+    return saved
+
+
 def measure_density(masks: dict[str, Array], share: Array, program: Program) -> Array:
-    """FLOPs [] of what ONE client keeps of its experts, see `Pruned`; 1 of none.
+    """By how much [] the FLOPs left of ONE client's experts exceed their share.
+
+    They are so many times those that go with the share of entries that it keeps; 1 of
+    none.
 
     Args:
       masks: see `prune_client`.
@@ -197,18 +214,16 @@ class Pruned(NamedTuple):
     Attributes:
       masks: see `prune_client`, with a leading C axis.
       share: [C, G, K] float32, of each held expert that is kept, 0 of empty slots.
-      density: [C] float32, FLOPs of what is left of the experts, as a multiple of those
-        that go with their share.
+      density: [C] float32, see `measure_density`.
       stem: [C] float32, see `share_pruned_stem`.
-      saved: [C] float32, the share of the FLOPs of all but the experts that the stem's
-        units save; None as `stem`.
+      saved: [C] float32, see `save_shared`.
     """
 
     masks: dict[str, Array]
     share: Array
     density: Array
     stem: Array | None
-    saved: Array | None
+    saved: Array
 
 
 def prune_cohort(
@@ -237,12 +252,13 @@ def prune_cohort(
         share = jnp.where(
             slot, share_experts(masks, program.units, program.rest_entries), 0.0
         )
-        stem = share_pruned_stem(masks, program)
-        saved = None
-        if stem is not None:
-            units = of_part(program.units, "stem")
-            saved = save_flops(masks, units, program.savings.stem)
-        return Pruned(masks, share, measure_density(masks, share, program), stem, saved)
+        return Pruned(
+            masks,
+            share,
+            density=measure_density(masks, share, program),
+            stem=share_pruned_stem(masks, program),
+            saved=save_shared(masks, program),
+        )
 
     assert evidence.room is not None
     rows = evidence.client, assignment.held, assignment.slot, evidence.room

@@ -69,10 +69,12 @@ def count_experts(evidence: Evidence, program: Program) -> tuple[Array, Array, A
     slots = NUMBER_BYTES * sizes.num_layers  # bytes of a number for each layer
     up = size + slots * (FEEDBACK_NUMBERS + static.probes)
     down = size if program.strategy.affinity is None else size + slots
-    flops = costs.expert_training_flops * evidence.load * kept
+    left = 1 - program.savings.of_expert * (1 - kept)
+    flops = costs.expert_flops * left - costs.fixed_expert_flops
+    flops = flops * evidence.load
     if static.probes:
         passes = sizes.num_layers * sizes.batch_size
-        flops += passes * probe_flops(costs, evidence.capacity)
+        flops += passes * probe_flops(costs, evidence.capacity)  # whole ones
     each = lambda row: jnp.broadcast_to(row[:, None], (len(row), sizes.num_experts))
     return each(up), each(down), each(flops)
 

@@ -20,7 +20,13 @@ from fedmoe_jax.evaluate import build_evaluate_share
 from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.options import UserError
-from fedmoe_jax.prune import Pruned, prune_cohort, spread_room
+from fedmoe_jax.prune import (
+    Pruned,
+    prune_cohort,
+    save_shared,
+    share_pruned_stem,
+    spread_room,
+)
 from fedmoe_jax.round import build_round, build_run_rounds
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.state import init_state
@@ -173,6 +179,18 @@ def test_traffic_counts_flops_from_the_masks():
         whole = left + (each * slot[client]).sum()
         np.testing.assert_allclose(flops[client], whole, rtol=1e-5)
     assert stem_mask.mean() < 1 and (masks.mean(-1)[slot] < 1).any()
+
+
+def test_a_stem_that_stays_with_clients_is_pruned_in_flops_alone():
+    now = first_round()
+    strategy = now.program.strategy._replace(personal=("stem",))
+    program = now.program._replace(strategy=strategy)
+    client = int(now.pruned.saved.argmax())
+    masks = jax.tree.map(lambda leaf: leaf[client], now.pruned.masks)
+    assert share_pruned_stem(masks, program) is None
+    saved = save_shared(masks, program)
+    assert 0 < saved == save_shared(masks, now.program)
+    np.testing.assert_allclose(saved, now.pruned.saved[client], rtol=1e-6)
 
 
 def test_updates_leave_pruned_units_alone():

@@ -234,6 +234,26 @@ def shuffle(key: Array, means: Means) -> tuple[Means, Means]:
     return center(rotated), center(dealt)
 
 
+def count_search_bytes(num_clients: int, shape: tuple[int, int], most: int) -> float:
+    """Bytes that `find_groups` holds at once, as it is compiled.
+
+    That are seven times the messages (as sent, centered, dealt out anew, and what
+    products of them need) and distances of all starts; where there is one class also
+    matrices of clients by clients, for rotations.
+
+    Args:
+      num_clients: n.
+      shape: L and D of the messages.
+      most: groups that there can be.
+    """
+    labels, width = shape
+    numbers = 7 * num_clients * labels * (width + 1)
+    numbers += (RESTARTS + most) * num_clients * most
+    if labels == 1:
+        numbers += 14 * num_clients**2
+    return 4.0 * numbers
+
+
 class Found(NamedTuple):
     """The groups that there are.
 

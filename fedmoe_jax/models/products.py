@@ -5,6 +5,7 @@ takes part at every place of the image, one of the layer behind it once. So the 
 a forward pass is searched for products of a leaf, or of several side by side.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ NONE: Origin = frozenset()
 FORMS = {
     *("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze"),
     *("expand_dims", "copy", "copy_p", "pad", "rev", "slice", "dynamic_slice"),
+    *("mul", "div", "neg"),  # by a number
     *("concatenate", "stack", "split", "select_n", "optimization_barrier"),
 }
 
@@ -115,6 +117,7 @@ def count_convolution(equation: Any) -> float:
     return 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * inputs * meet
 
 
+@functools.cache
 def count_fixed_products(model: Model, batch: BatchShapes) -> tuple[float, float]:
     """FLOPs of one example forward in products with weights that a model keeps fixed.
 

@@ -1,5 +1,6 @@
 """FLOPs that pruned units save, from the products that their leaves take part in."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -24,12 +25,21 @@ class Savings(NamedTuple):
       stem: of all that a model computes but its experts.
       experts: of ONE expert, the mean over MoE layers; the rest is what has no units,
         such as a frozen base below low-rank pairs.
+      alone: of all that a model with one expert computes, by the leaves of that, where
+        its FLOPs are not counted apart.
     """
 
     stem: Shares = ()
     experts: Shares = ()
+    alone: Shares = ()
+
+    @property
+    def of_expert(self) -> float:
+        """The share of an expert's FLOPs in products with what has units."""
+        return sum(share for _, share in self.experts)
 
 
+@functools.cache
 def count_savings(
     model: Model, batch: BatchShapes, units: tuple[Units, ...], costs: Costs
 ) -> Savings:
@@ -49,9 +59,11 @@ def count_savings(
     each = [flatten_leaves(found["experts"][name]) for name in layers]
     experts = {path: sum(layer[path] for layer in each) for path in each[0]}
     stem = flatten_leaves(found.get("stem", {}))
+    share = functools.partial(_share, experts, of_part(units, "experts"))
     return Savings(
         _share(stem, of_part(units, "stem"), costs.shared_flops),
-        _share(experts, of_part(units, "experts"), costs.expert_flops),
+        share(costs.expert_flops) if costs.expert_flops else (),
+        () if costs.expert_flops else share(costs.shared_flops),
     )
 
 

@@ -36,6 +36,7 @@ from fedmoe_jax.align.prototypes import (
     average_groups,
     average_labels,
     center,
+    count_search_bytes,
     find_groups,
     measure_distance,
 )
@@ -357,6 +358,15 @@ def count_features(round: Array, hyper: Hyper, sizes: Sizes) -> tuple[Array, int
     return jnp.where(is_asked(round, hyper), each, 0.0), 1
 
 
+def count_stage_bytes(
+    sizes: Sizes, shape: Callable[[Sizes], tuple[int, int]] = shape_features
+) -> float:
+    """Bytes of the search for groups in all MoE layers. `Strategy.stage_bytes`."""
+    most = min(sizes.num_experts, sizes.num_clients)
+    search = count_search_bytes(sizes.num_clients, shape(sizes), most)
+    return sizes.num_layers * search
+
+
 def make_stages(describe: Callable[..., Means]) -> tuple:
     """`Strategy.stages` of a strategy whose clients send what `describe` makes."""
     when = "upcycle.rounds", "prototypes.period"
@@ -392,6 +402,7 @@ PROTOTYPES = Strategy(
     stages=make_stages(describe_features),
     welcome=functools.partial(welcome, describe=describe_features),
     message=count_features,
+    stage_bytes=count_stage_bytes,
 )
 
 PROTOTYPES_BOUNDED = PROTOTYPES._replace(

@@ -20,6 +20,7 @@ from fedmoe_jax.base import Model, Task
 from fedmoe_jax.strategies.prototypes import (
     PROTOTYPES,
     apply_dense,
+    count_stage_bytes,
     init,
     is_asked,
     make_stages,
@@ -33,6 +34,11 @@ from fedmoe_jax.world.costs import TRAINING_PASSES
 
 SKETCH = 512
 KEY = 0  # of the sketch, which all clients of all runs share
+
+
+def shape_sketch(sizes: Sizes) -> tuple[int, int]:
+    """L and D of `describe_update`: one class, whose mean is a sketch."""
+    return 1, SKETCH
 
 
 def sketch(vector: Array) -> Array:
@@ -92,8 +98,9 @@ UPDATE_GROUPS = PROTOTYPES._replace(
         "each group experts of its own; without groups all train one expert."
     ),
     needs="a sketch of every client's gradient",
-    init=functools.partial(init, shape=lambda sizes: (1, SKETCH)),
+    init=functools.partial(init, shape=shape_sketch),
     stages=make_stages(describe_update),
     welcome=functools.partial(welcome, describe=describe_update),
     message=count_sketch,
+    stage_bytes=functools.partial(count_stage_bytes, shape=shape_sketch),
 )

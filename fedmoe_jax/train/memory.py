@@ -16,9 +16,6 @@ from fedmoe_jax.world.costs import count_bytes
 # One client holds its sub-model, the received copy, gradients, momentum (two moments
 # for adam) and the delta at once.
 CLIENT_COPIES = 6
-# All clients' messages as a stage has them at once: as sent, less their mean, dealt out
-# anew, and what products of them need; as compiled, of 1,000 clients and more.
-MESSAGE_COPIES = 7
 
 GIGABYTE = 1e9
 
@@ -31,7 +28,6 @@ def estimate_memory(
     evaluation_bytes: float,
     num_runs: int,
     gathered_bytes: tuple[float, float] = (0.0, 0.0),
-    message_bytes: float = 0.0,
 ) -> dict[str, float]:
     """Bytes over all devices of the simulation, by what needs them.
 
@@ -43,7 +39,6 @@ def estimate_memory(
       evaluation_bytes: activations of one example, forward, as evaluation runs it.
       num_runs: runs that advance together, a multiple of the mesh's `runs`.
       gathered_bytes: frozen experts that a client at work and an evaluation copy.
-      message_bytes: what every client of the population sends to a stage.
     """
     sizes, devices = program.sizes, program.mesh.size
     per_run = program.mesh.shape[CLIENTS]
@@ -60,7 +55,8 @@ def estimate_memory(
     tested, most = len(federation.test_stratum), choose_batch(program)
     evaluating = divide_examples(tested, most, per_run)[1] * evaluation_bytes
     evaluating += gathered_bytes[1]
-    surveying = MESSAGE_COPIES * sizes.num_clients * message_bytes
+    stage_bytes = program.strategy.stage_bytes
+    staging = stage_bytes(sizes) if stage_bytes and sizes.num_experts > 1 else 0.0
     at_once = runs_at_once(num_runs, program.mesh, program.platform)
     per_run_data = count_bytes([getattr(federation, name) for name in PER_RUN])
     shared = count_bytes(federation) - per_run_data
@@ -72,7 +68,7 @@ def estimate_memory(
         # the donated state and its successor; the running sums of the runs at work
         "state": num_runs * per_run * 2 * count_bytes(state)
         + devices * at_once * (sums + 2 * sizes.cohort_size * rows),
-        "compute": devices * at_once * max(training, evaluating, surveying),
+        "compute": devices * at_once * max(training, evaluating, staging),
     }
 
 

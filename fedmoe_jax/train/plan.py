@@ -35,7 +35,6 @@ from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import either, find_strategy, traits
 from fedmoe_jax.train import memory
 from fedmoe_jax.types import Federation, Hyper, Partition
-from fedmoe_jax.world.costs import NUMBER_BYTES
 
 # Fields of the config outside `Program` in which the runs of one wave must agree.
 SCHEDULE = ("num_rounds", "eval_every", "checkpoint", "data", "groups", "run")
@@ -246,17 +245,7 @@ def estimate(plans: list[Plan], program: Program) -> dict[str, float]:
         evaluation_bytes=forward[1],
         num_runs=len(plans),
         gathered_bytes=(base * sizes.max_held, base * evaluated),
-        message_bytes=count_message_bytes(program, widest.hyper),
     )
-
-
-def count_message_bytes(program: Program, hyper: Hyper) -> float:
-    """Bytes that every client of the population sends to the first stage; 0 of none."""
-    if program.strategy.message is None:
-        return 0.0
-    first = jnp.asarray(hyper.upcycle.rounds)
-    numbers, _ = program.strategy.message(first, hyper, program.sizes)
-    return NUMBER_BYTES * float(numbers)
 
 
 def choose_devices(config: ConfigDict) -> int:

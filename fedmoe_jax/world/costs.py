@@ -174,8 +174,9 @@ class Traffic(struct.PyTreeNode):
         whole.
       saved: share of the FLOPs of all but the experts that the client leaves out; None
         likewise.
-      density: FLOPs of what is left of pruned experts, as a multiple of those that go
-        with their share; None where nothing is pruned.
+      slots: experts that the client holds a part of; None where nothing is pruned.
+      density: FLOPs of what is left of these, as a multiple of those that go with its
+        share, `held`; None likewise.
     """
 
     held: Array
@@ -190,6 +191,7 @@ class Traffic(struct.PyTreeNode):
     forward: Array | None = None
     pruned: Array | None = None
     saved: Array | None = None
+    slots: Array | None = None
     density: Array | None = None
 
 
@@ -283,16 +285,24 @@ def client_parameters(costs: Costs, traffic: Traffic) -> Array:
     return (held + variates) / NUMBER_BYTES
 
 
-def prune_flops(costs: Costs, traffic: Traffic) -> Costs:
-    """The costs with the FLOPs, now [C], that pruning leaves to each client."""
+def prune_flops(costs: Costs, traffic: Traffic) -> tuple[Costs, Any]:
+    """The costs with the FLOPs, now [C], of a whole expert's worth of pruned ones.
+
+    What an expert keeps fixed is in each of those that a client holds a part of.
+
+    Returns:
+      The costs, and the share of an expert that is left of one, [C] or 1.
+    """
     if traffic.density is None:
-        return costs
-    left = 1.0 if traffic.saved is None else 1 - traffic.saved
-    return costs._replace(
-        shared_flops=costs.shared_flops * left,
+        return costs, 1.0
+    share = traffic.held / jnp.maximum(traffic.slots, ROUNDING)
+    fixed = costs.fixed_expert_flops / jnp.maximum(share, ROUNDING)
+    pruned = costs._replace(
+        shared_flops=costs.shared_flops * (1 - traffic.saved),
         expert_flops=costs.expert_flops * traffic.density,
-        fixed_expert_flops=costs.fixed_expert_flops * traffic.density,
+        fixed_expert_flops=fixed,
     )
+    return pruned, share
 
 
 def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
@@ -300,8 +310,7 @@ def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
 
     Every expert is counted for every example. That is what training without sparse
     dispatch does, and the most that routing can ask for. A probe counts as many passes
-    as there are experts to be probed, see `probe_flops`; the one that is probed counts
-    whole where it is pruned.
+    as there are experts to be probed, see `probe_flops`.
 
     Args:
       costs: of the model that is trained.
@@ -312,7 +321,7 @@ def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     Returns:
       [C] float32.
     """
-    costs = prune_flops(costs, traffic)
+    costs, share = prune_flops(costs, traffic)
     forward = traffic.held if traffic.forward is None else traffic.forward
     untrained = forward - traffic.trained
     per_example = costs.shared_training_flops
@@ -321,17 +330,17 @@ def client_flops(costs: Costs, traffic: Traffic, examples: Array) -> Array:
     training = per_example * examples
     if traffic.probed is None:
         return training
-    return training + probe_flops(costs, traffic.held) * traffic.probed
+    return training + probe_flops(costs, traffic.held, share) * traffic.probed
 
 
-def probe_flops(costs: Costs, held: Any) -> Any:
+def probe_flops(costs: Costs, held: Any, share: Any = 1.0) -> Any:
     """FLOPs of one example forward with one expert alone in one of the MoE layers.
 
     All `held` experts of each other layer are counted, and what passes have in common
-    is counted in each.
+    is counted in each. Of the one, as of `held`, only the `share` that is not pruned.
     """
     others = costs.num_layers - 1
-    return answer_flops(costs, (others * held + 1) / costs.num_layers)
+    return answer_flops(costs, (others * held + share) / costs.num_layers)
 
 
 def answer_flops(costs: Costs, experts: Any) -> Any:

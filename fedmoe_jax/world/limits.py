@@ -14,23 +14,24 @@ from fedmoe_jax.world.costs import (
 )
 
 
-def limit_probes(experts: Array, probed: Array, costs: Costs) -> Array:
+def limit_probes(experts: Array, probed: Array, costs: Costs, trained: Any) -> Array:
     """Experts that a client can train in the time in which it could without probes.
 
     A probe is one pass forward for every one of the k experts of each of the G MoE
     layers, through what all share, that expert, and all k experts of the other layers:
     `k + r k (s + ((G - 1) k + 1) / G) = experts`, s the FLOPs shared over those of an
-    expert in every layer, r the passes of `probed` over those of an expert that is
-    trained. It is a square in k, and linear for G = 1.
+    expert in every layer, r those of an expert for `probed` over those of training one.
+    It is a square in k, and linear for G = 1.
 
     Args:
       experts: [N] float32, without probes; 0 or less gives 0.
       probed: [] or [N] float32 > 0, examples run forward for each expert of a layer,
         over the examples that are trained on.
       costs: of the model.
+      trained: FLOPs of training an expert with one example.
     """
     layers, forward = costs.num_layers, costs.expert_flops / TRAINING_PASSES
-    rate = probed * forward / costs.expert_training_flops
+    rate = probed * forward / trained
     linear = 1 + rate * (costs.shared_flops / costs.expert_flops + 1 / layers)
     square, aim = rate * (layers - 1) / layers, jnp.maximum(experts, 0.0)
     # 2 c / (b + root) has no difference of large numbers.
@@ -47,6 +48,7 @@ def find_room(
     communication_share: float,
     probed: int,
     spread: Array | float = 1.0,
+    saving: float = 1.0,
 ) -> Array:
     """The experts that each device has room for: the least of three limits.
 
@@ -54,7 +56,8 @@ def find_room(
     expert. Memory: `TRAINING_COPIES` of the parameters must fit, one of those that are
     frozen. Network: what is trained, down and up within `communication_share` of the
     deadline. Compute: every held expert on every example within the other part of it,
-    what is frozen without a backward pass, after k probes, see `limit_probes`. The
+    what is frozen without a backward pass and what is fixed without gradients of its
+    weights, after k probes, see `limit_probes`. The
     fixed split avoids a limit that depends on the other. A resource that just suffices
     for k experts gives k.
 
@@ -68,6 +71,8 @@ def find_room(
       probed: examples that a client runs forward for each expert of a layer that it
         holds, 0 for none.
       spread: experts that it holds, and probes whole, for each that it has room for.
+      saving: share of an expert's FLOPs that go with the share of it that is kept; the
+        rest is in each of those that it holds.
 
     Returns:
       [N] float32, whole experts and a part of one; below 0 where less than what all
@@ -83,10 +88,13 @@ def find_room(
     travelling = travelling / seconds_per_byte
     by_network = (travelling - shared_bytes) / costs.expert_bytes
     work = (1 - communication_share) * deadline * usable * devices.flops / examples
-    by_compute = work - costs.shared_training_flops
-    by_compute = by_compute / costs.expert_training_flops
+    trained = costs.expert_flops * (saving + spread * (1 - saving))
+    trained = trained - spread * costs.fixed_expert_flops
+    by_compute = (work - costs.shared_training_flops) / trained
     if probed:
-        by_compute = limit_probes(by_compute, spread * probed / examples, costs)
+        by_compute = limit_probes(
+            by_compute, spread * probed / examples, costs, trained
+        )
     return jnp.minimum(jnp.minimum(by_memory, by_network), by_compute)
 
 

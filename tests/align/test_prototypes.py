@@ -12,6 +12,7 @@ from fedmoe_jax.align.prototypes import (
     average_groups,
     center,
     choose_seeds,
+    count_search_bytes,
     find_groups,
     measure_distance,
     rotate_clients,
@@ -215,3 +216,16 @@ def test_one_client_or_one_expert_has_no_groups():
         found = find(KEY, means, most=most)
         assert int(found.count) == 1 and found.chance == 1
         assert found.distance.shape == (len(means.count), most)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(10, 64), (1, 64)])
+def test_a_search_holds_about_as_much_as_is_counted(shape):
+    """As compiled; other versions and platforms may need somewhat more or less."""
+    clients, most = 400, 8
+    rows = lambda *own: jax.ShapeDtypeStruct((clients, *own), jnp.float32)
+    compiled = find.lower(KEY, Means(rows(*shape), rows(shape[0])), most).compile()
+    memory = compiled.memory_analysis()
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    counted = count_search_bytes(clients, shape, most)
+    assert 0.5 * needed < counted < 2 * needed

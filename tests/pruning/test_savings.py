@@ -10,7 +10,7 @@ from factories import make_image_model
 
 from configs import default
 from fedmoe_jax.base import Units
-from fedmoe_jax.models import lora
+from fedmoe_jax.models import lora, transformer
 from fedmoe_jax.models.flops import count_forward_flops, shape_params
 from fedmoe_jax.models.products import count_products
 from fedmoe_jax.pruning.savings import Savings, count_savings, save_flops
@@ -45,32 +45,75 @@ def test_save_flops_by_hand():
     np.testing.assert_allclose(saved, [[0.4, 0.8]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("stem", "expert"),
-    [("mlp", "mlp"), ("cnn", "conv"), ("simple_cnn", "dense"), ("lenet", "mlp")],
-)
-def test_half_the_units_save_what_a_model_of_half_the_width_does(stem, expert):
+def halve(units):
+    """Masks that keep the first half of the units."""
+    return {each.name: jnp.arange(each.count) < each.count / 2 for each in units}
+
+
+def count_expert(model, batch):
+    """FLOPs of all products in ONE expert."""
+    params, parts = shape_params(model)[0], model.parts
+    features = jax.eval_shape(parts.stem, params["stem"], batch.of(1), None)
+    (experts,) = params["experts"].values()
+    shrink = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    expert = jax.tree.map(shrink, experts)
+    return sum(jax.tree.leaves(count_products(parts.expert, expert, features, None)))
+
+
+def count_stem(model, batch):
+    """FLOPs of all products in the stem."""
+    params = shape_params(model)[0]["stem"]
+    found = count_products(model.parts.stem, params, batch.of(1), None)
+    return sum(jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("stem", ["mlp", "cnn", "simple_cnn", "lenet"])
+def test_half_the_units_of_a_stem_save_what_one_of_half_the_width_does(stem):
     shape = (8, 8, 1) if stem == "mlp" else (16, 16, 1)
-    model, narrow = (
-        make_image_model(stem, expert, shape, stem_width=w) for w in (6, 3)
-    )
+    wide, narrow = (make_image_model(stem, "mlp", shape, stem_width=w) for w in (6, 3))
     batch = shape_rows({"x": jax.ShapeDtypeStruct((1, *shape), jnp.float32)})
+    costs, units = make_costs(wide, batch), of_part(wide.units, "stem")
+    found = count_savings(wide, batch, wide.units, costs)
+    saved = save_flops(halve(units), units, found.stem) * costs.shared_flops
+    expected = 3 * (count_stem(wide, batch) - count_stem(narrow, batch))
+    np.testing.assert_allclose(saved, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("expert", ["mlp", "dense", "conv"])
+def test_half_the_units_of_an_expert_save_what_one_of_half_the_width_does(expert):
+    stem, shape = ("cnn", (16, 16, 1)) if expert == "conv" else ("mlp", (8, 8, 1))
+    # A dense expert's hidden units are its outputs.
+    widths = ({"expert_width": w, "feature_width": w} for w in (8, 4))
+    if expert != "dense":
+        widths = ({"expert_width": w} for w in (8, 4))
+    wide, narrow = (make_image_model(stem, expert, shape, **each) for each in widths)
+    batch = shape_rows({"x": jax.ShapeDtypeStruct((1, *shape), jnp.float32)})
+    costs, units = make_costs(wide, batch), of_part(wide.units, "experts")
+    found = count_savings(wide, batch, wide.units, costs)
+    saved = save_flops(halve(units), units, found.experts) * costs.expert_flops
+    expected = 3 * (count_expert(wide, batch) - count_expert(narrow, batch))
+    np.testing.assert_allclose(saved, expected, rtol=1e-6)
+    assert 0.8 < found.of_expert < 1 and found.alone == ()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_single_expert_saves_of_what_is_counted_with_it(layers):
+    """Of a transformer with one expert; its three matrices for nine tokens."""
+    sizes = dict(blocks=layers, width=8, heads=2, kv_heads=1, expert_width=6)
+    rest = dict(moe_every=1, dense_width=6, shared_width=0, num_experts=1)
+    switches = dict.fromkeys(("tied", "remat", "scan"), False)
+    form = dict(vocabulary=11, gate_input="token", platform="cpu")
+    model = transformer.build_model(
+        transformer.Shape(**sizes, **rest, **switches, **form)
+    )
+    batch = shape_rows({"tokens": jax.ShapeDtypeStruct((1, 9), jnp.int32)})
     costs = make_costs(model, batch)
+    assert costs.expert_flops == 0
     found = count_savings(model, batch, model.units, costs)
-
-    def count_stem(model):
-        params = shape_params(model)[0]["stem"]
-        example = batch.of(1)
-        products = count_products(model.parts.stem, params, example, None)
-        return sum(jax.tree.leaves(products))
-
-    masks = {
-        each.name: jnp.arange(each.count) < each.count / 2
-        for each in of_part(model.units, "stem")
-    }
-    saved = save_flops(masks, of_part(model.units, "stem"), found.stem)
-    expected = 3 * (count_stem(model) - count_stem(narrow))
-    np.testing.assert_allclose(saved * costs.shared_flops, expected, rtol=1e-6)
+    assert found.experts == () and found.of_expert == 0
+    units = of_part(model.units, "experts")
+    saved = save_flops(halve(units), units, found.alone) * costs.shared_flops
+    np.testing.assert_allclose(saved, 3 * layers * 3 * 2 * 9 * 8 * 6 / 2, rtol=1e-6)
 
 
 def test_nothing_is_saved_where_nothing_is_pruned():

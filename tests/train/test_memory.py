@@ -10,12 +10,12 @@ import pytest
 from configs import default
 from fedmoe_jax.models.flops import count_activation_bytes
 from fedmoe_jax.options import UserError, replace
-from fedmoe_jax.program import Program, make_hyper
+from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.train import memory
-from fedmoe_jax.train.plan import count_message_bytes, plan_run
+from fedmoe_jax.train.plan import plan_run
 from fedmoe_jax.train.run import train
 from fedmoe_jax.types import Federation, SimState
 
@@ -71,6 +71,7 @@ HEAD = 4 * (3 * 10 + 10)
 PARAMS = STEM + 4 * EXPERT + GATE + HEAD
 
 
+SURVEYS = [("prototypes", (10, 8)), ("update_groups", (1, 512))]
 SUBMODEL = STEM + 2 * EXPERT + GATE + HEAD
 # 1437 training and 360 test images with labels, mean and standard deviation, and the
 # strata of the test images.
@@ -122,29 +123,19 @@ def test_runs_of_a_sweep_by_hand(parts, platform, at_once):
     assert estimate(parts, 10.0, num_runs=6, program=program) == expected
 
 
-def test_messages_of_all_clients_by_hand(parts):
-    """Where clients are many and models small, a search for groups needs the most."""
-    found = memory.estimate_memory(
-        parts.state,
-        parts.federation,
-        parts.program,
-        training_bytes=10.0,
-        evaluation_bytes=5.0,
-        num_runs=1,
-        message_bytes=1e6,
-    )
-    assert found["compute"] == 2 * memory.MESSAGE_COPIES * 4 * 1e6
-
-
-@pytest.mark.parametrize(
-    ("strategy", "numbers"),
-    [("load_balanced", 0), ("prototypes", 10 * (8 + 1)), ("update_groups", 512 + 1)],
-)
-def test_message_by_hand(parts, strategy, numbers):
-    """A mean of 8 features and a count of each of 10 labels; a sketch and a count."""
-    program = parts.program._replace(strategy=STRATEGIES[strategy])
-    hyper = make_hyper(default.get_config("smoke"))
-    assert count_message_bytes(program, hyper) == 4 * numbers
+@pytest.mark.parametrize(("strategy", "shape"), SURVEYS)
+def test_a_search_for_groups_needs_the_most_where_clients_are_many(
+    parts, strategy, shape
+):
+    """Means of 8 features of each of 10 labels; or one sketch, and rotations."""
+    sizes = parts.program.sizes._replace(num_clients=10**5)
+    program = parts.program._replace(sizes=sizes, strategy=STRATEGIES[strategy])
+    found = estimate(parts, 10.0, program=program)
+    numbers = 7 * 10**5 * shape[0] * (shape[1] + 1) + (20 + 4) * 10**5 * 4
+    numbers += 14 * 10**10 if shape[0] == 1 else 0
+    assert found["compute"] == 2 * 4 * numbers
+    alone = program._replace(sizes=sizes._replace(num_experts=1, max_held=1))
+    assert estimate(parts, 10.0, program=alone)["compute"] < found["compute"] / 10
 
 
 def test_cohort_limits_the_clients_at_once(parts):

@@ -325,16 +325,23 @@ def test_client_flops_by_hand():
 
 
 def test_client_flops_of_pruned_clients_by_hand():
-    """A tenth of what is shared is saved; experts take more than their share."""
-    pruned = TRAFFIC.replace(saved=jnp.array([0.1, 0.0]), density=jnp.array([1.5, 1.0]))
-    flops = client_flops(COSTS, pruned, jnp.float32(3))
-    np.testing.assert_allclose(flops, [3 * (9 + 30), 3 * (10 + 20 * 5 / 3)], rtol=1e-6)
-    probes = pruned.replace(probed=8 * SLOTS)
-    more = client_flops(COSTS, probes, 3.0) - flops
-    np.testing.assert_allclose(more, [8 * (9 + 30) / 3, 8 * 3 * 30 / 3], rtol=1e-5)
-    whole_stem = pruned.replace(saved=None)
-    flops = client_flops(COSTS, whole_stem, jnp.float32(3))
-    np.testing.assert_allclose(flops[0], 3 * (10 + 30), rtol=1e-6)
+    """Half of two experts is left, with 24 FLOPs, and nine tenths of what is shared.
+
+    Each of the two has what it keeps fixed; the second client has whole experts.
+    """
+    costs = COSTS._replace(fixed_expert_flops=4.0)
+    pruned = TRAFFIC.replace(
+        saved=jnp.array([0.1, 0.0]),
+        slots=jnp.array([2.0, 3.0]),
+        density=jnp.array([1.2, 1.0]),
+    )
+    flops = client_flops(costs, pruned, jnp.float32(3))
+    expected = [3 * (9 + 24 - 2 * 4), 3 * (10 + 20 * 5 / 3 - 4)]
+    np.testing.assert_allclose(flops, expected, rtol=1e-6)
+    probes = pruned.replace(probed=8 * pruned.slots)
+    more = client_flops(costs, probes, jnp.float32(3)) - flops
+    expected = [8 * 2 * (9 + 24 / 2) / 3, 8 * 3 * (10 + 20) / 3]
+    np.testing.assert_allclose(more, expected, rtol=1e-5)
 
 
 def test_expert_seconds_by_hand():

@@ -125,6 +125,22 @@ def test_find_room_with_a_spread_has_probes_of_all_that_is_held():
     assert 0 < twice == room(probed=10) < room(probed=5)
 
 
+@pytest.mark.parametrize("saving", [0.0, 0.6, 1.0])
+def test_true_capacity_has_room_for_pruned_experts(saving):
+    """Twice as many, each with half of the FLOPs that pruning can save."""
+    costs = COSTS._replace(fixed_expert_flops=3.0)
+    held = np.arange(1, 21)
+    one = jnp.asarray(held, jnp.float32)
+    density = jnp.full(20, 2 * (1 - saving / 2))
+    traffic = Traffic(*[one] * 7, saved=0 * one, slots=2 * one, density=density)
+    work = np.asarray(client_flops(costs, traffic, 5.0), np.float64)
+    setting = SETTING | {"max_capacity": 99, "spread": 2.0, "saving": saving}
+    for share, expected in ((1.0001, held), (0.9999, held - 1)):
+        devices = make_devices(20, rate=1e15, memory=1e15, flops=share * work / 50)
+        got = true_capacity(devices, costs, buffer=0.0, **setting)
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_limit_probes_by_hand():
     """3 examples are run forward for each that is trained, 10 FLOPs shared and 20.
 
@@ -132,11 +148,15 @@ def test_limit_probes_by_hand():
     10 + 20 FLOPs of one layer, 10 + 10 (k + 1) of two, beside the 20 of its training.
     """
     find = lambda layers, experts: limit_probes(
-        jnp.float32(experts), jnp.float32(3), COSTS._replace(num_layers=layers)
+        *(jnp.float32(experts), jnp.float32(3)),
+        *(COSTS._replace(num_layers=layers), trained),
     )
+    trained = 20.0
     np.testing.assert_allclose(find(1, 10), 4)  # 4 + 4 * 1.5
     np.testing.assert_allclose(find(2, 16), 4, rtol=1e-6)  # 4 + 4 * (20 + 10 * 4) / 20
     assert find(1, -1) == find(2, -1) == 0
+    trained = 40.0  # of more experts, pruned ones: beside half of 3 passes
+    np.testing.assert_allclose(find(1, 7), 4)  # 4 + 4 * 0.75
 
 
 def test_true_capacity_of_a_device_too_slow_for_anything_is_none_with_probes():
