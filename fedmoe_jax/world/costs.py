@@ -295,6 +295,7 @@ def prune_flops(costs: Costs, traffic: Traffic) -> tuple[Costs, Any]:
     """
     if traffic.density is None:
         return costs, 1.0
+    assert traffic.slots is not None and traffic.saved is not None
     share = traffic.held / jnp.maximum(traffic.slots, ROUNDING)
     fixed = costs.fixed_expert_flops / jnp.maximum(share, ROUNDING)
     pruned = costs._replace(
