@@ -35,6 +35,7 @@ from fedmoe_jax.runtime.sharding import build_mesh, replicate
 from fedmoe_jax.state import init_state, run_stage
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.tasks import find_task
+from fedmoe_jax.tasks.batches import BatchShapes
 from fedmoe_jax.train import plan as planning
 from fedmoe_jax.train.run import build_job, train
 from fedmoe_jax.types import (
@@ -607,6 +608,12 @@ def make_image_model(
 ) -> Model:
     parts = dict(stem=stem, expert=expert, image_shape=image_shape, platform="cpu")
     return build_model(**IMAGE_MODEL | parts | changes)
+
+
+def shape_rows(row):
+    """The `BatchShapes` of batches whose rows have these shapes, [1, ...]."""
+    leaves, tree = jax.tree.flatten(row)
+    return BatchShapes(tuple(leaves), tree)
 
 
 def fill(shapes, seed=0):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from checkpoints import EXPERTS, LAYERS, V, save_checkpoint
-from factories import make_image_model
+from factories import make_image_model, shape_rows
 
 from configs import default
 from fedmoe_jax.base import Route
@@ -12,7 +12,6 @@ from fedmoe_jax.models import lora
 from fedmoe_jax.models.flops import count_flops, shape_inputs, shape_params
 from fedmoe_jax.models.products import count_fixed_products, count_products
 from fedmoe_jax.runtime.sharding import build_mesh
-from fedmoe_jax.tasks.batches import BatchShapes
 from fedmoe_jax.train.plan import plan_run
 
 f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -109,11 +108,6 @@ def test_products_of_a_transformer_by_hand(scan):
         assert set(own["attention"].values()) == {leaf(24)}
     experts = found["experts"]
     assert experts == {"block001": hidden(20), "block003": hidden(20)}
-
-
-def shape_rows(row):
-    leaves, tree = jax.tree.flatten(row)
-    return BatchShapes(tuple(leaves), tree)
 
 
 def test_rows_that_are_looked_up_are_those_of_the_leaf():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from checkpoints import EXPERTS, V, save_checkpoint
 from checkpoints import D as WIDTH
-from factories import make_image_model
+from factories import make_image_model, shape_rows
 
 from configs import default
 from fedmoe_jax.base import Units
@@ -15,13 +15,7 @@ from fedmoe_jax.models.flops import count_forward_flops, shape_params
 from fedmoe_jax.models.products import count_products
 from fedmoe_jax.pruning.savings import Savings, count_savings, save_flops
 from fedmoe_jax.pruning.units import of_part
-from fedmoe_jax.tasks.batches import BatchShapes
 from fedmoe_jax.world.costs import Costs
-
-
-def shape_rows(row):
-    leaves, tree = jax.tree.flatten(row)
-    return BatchShapes(tuple(leaves), tree)
 
 
 def make_costs(model, batch):
