@@ -5,10 +5,10 @@
 The recipe of `regimes.py` is a dense warm-up, a gate biased towards the experts that
 suit a client, and a calibration loss of weight 1. Here each of them is added to plain
 training, and left out of the recipe; a shared expert, and fitness from other feedback
-than accuracy (against the client's other experts, or of received experts on examples
-set aside), are added to both. `Global soft` of `random` against `fixed_random` says
-what rotation is worth where all experts answer. Kinds of heterogeneity, `digits` and
-`smoke` are those of `regimes.py`, `permuted` without any.
+than accuracy (against the client's other experts, or of received experts, on training
+examples or on a fifth of them set aside), are added to both. `Global soft` of `random`
+against `fixed_random` says what rotation is worth where all experts answer. Kinds of
+heterogeneity, `digits` and `smoke` are those of `regimes.py`, `permuted` without any.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ PARTS = {  # of the recipe, and what is in their place
 }
 PLAIN = ",".join(f"{field}={off}" for field, (_, off) in PARTS.items())
 SHARED = "model.shared_width=16"
-FEEDBACK = ("relative", "probe", "relative_probe")
+FEEDBACK = ("relative", "probe", "relative_probe", "probe,fitness.probe_share=0.2")
 
 
 def list_changes() -> tuple[str, ...]:

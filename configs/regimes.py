@@ -22,8 +22,9 @@ CIFAR-10, for 100 rounds, with the rows that decide and fewer rates to tune. All
 mixtures have the same recipe: a dense warm-up of ten rounds, a gate biased towards the
 experts that suit the client, and a calibration loss of weight 1. What suits a client is
 its fitness, but where a strategy knows better: `oracle` knows the groups, `prototypes`
-and `update_groups` look for them, and so does `ifca`, whose clients use one expert; on
-the digits a kind alone has it without the warm-up, too, and on CIFAR-10 there are
+and `update_groups` look for them, and so does `ifca`, whose clients use one expert. A
+kind alone has `prototypes` with one expert a client, too, at the bytes and memory of
+`fedavg_smallest`; on the digits `ifca` without the warm-up, and on CIFAR-10
 `load_balanced` with probes as feedback and `prototypes` with a bias of four times as
 much, as groups that are near each other differ little in it. Read personal accuracy
 with the own label prior: under permuted labels no model is right for all. `smoke` is
@@ -64,6 +65,7 @@ KINDS = {
 COLD = "ifca: upcycle.rounds=0"
 PROBE = "load_balanced: fitness.feedback=probe"
 SHARP = "prototypes: gate.bias=20.0"
+LEAN = "prototypes: max_held=1,num_active=1"
 
 
 def take_kind(argument: str) -> tuple[str, str]:
@@ -116,14 +118,15 @@ def get_config(argument: str = "") -> ConfigDict:
     config.tune.measure = "validation_personal_prior_accuracy"
     words = rest.split(",")
     if "digits" in words:
-        config.compare.changes = ("", COLD)
+        config.compare.changes = ("", COLD, LEAN)
     else:
         config.tune.rates, config.tune.servers = (0.01, 0.03, 0.1), ("",)
     if "digits" not in words and "smoke" not in words:
         config.num_rounds, config.local_steps = 100, 10
         config.eval_every, config.checkpoint.every = 20, 20
         config.chunk_rounds = 5
-        config.compare.strategies, config.compare.changes = DECISIVE, ("", PROBE, SHARP)
+        config.compare.strategies = DECISIVE
+        config.compare.changes = ("", PROBE, SHARP, LEAN)
     if kind:
         config.update_from_flattened_dict(KINDS[kind])
     else:
