@@ -156,14 +156,12 @@ def main(argv: Sequence[str]) -> None:
             jax.clear_caches()
     tuned = read_rates((flags.folder / "table.md").read_text())
     rows: dict[str, dict[int, dict[float, float]]] = {}
-    chosen = {}
+    places = {}
     for record in records:
-        label = find_label(record, tuned)
-        assert label is not None
-        rows.setdefault(label, {})[int(record["seed"])] = scores[record["folder"]]
-    for record in records:
-        label = find_label(record, tuned)
-        chosen[record["folder"]] = choose(rows[label])[int(record["seed"])]
+        label, seed = str(find_label(record, tuned)), int(record["seed"])
+        places[record["folder"]] = label, seed
+        rows.setdefault(label, {})[seed] = scores[record["folder"]]
+    chosen = {run: choose(rows[label])[seed] for run, (label, seed) in places.items()}
     every = sorted({rate for of in scores.values() for rate in of}, reverse=True)
     write_atomically(flags.workdir / "table.md", tabulate(rows, every, tuned))
     text = count_again(records, scores, chosen)
