@@ -23,6 +23,7 @@ CELL = (1.45, 0.36)  # inches, at least
 ROOM = 0.15  # inches beside the widest line of a cell
 SIZES = (7.0, 6.0)  # points, of the two lines
 MOST = 44  # letters of a line in a cell
+WEIGHTS = ("bold", "normal")  # of the two lines, where somebody leads
 COLUMN = 26  # letters of a column's name
 SHADES = (0.12, 0.5)  # from the least to the most of a lead, as opacity
 
@@ -64,10 +65,12 @@ def shorten_lines(verdict: Verdict) -> list[str]:
 def measure_width(cells: Sequence[Sequence[Verdict | None]]) -> float:
     """The width of a column in inches, in which every line has room."""
     widths = [
-        text_width(line, size)
+        text_width(line, size, weight)
         for verdict in itertools.chain(*cells)
         if verdict
-        for line, size in zip(shorten_lines(verdict), SIZES, strict=True)
+        for line, size, weight in zip(
+            shorten_lines(verdict), SIZES, WEIGHTS, strict=True
+        )
     ]
     return max(CELL[0], ROOM + max(widths, default=0.0))
 
@@ -75,7 +78,7 @@ def measure_width(cells: Sequence[Sequence[Verdict | None]]) -> float:
 def write_lines(axes: Axes, column: int, row: int, verdict: Verdict) -> None:
     """The two lines of a cell, grey where nobody leads."""
     (first, second), (large, small) = shorten_lines(verdict), SIZES
-    ink, weight = ("black", "bold") if verdict.lead else (GREY, "normal")
+    ink, weight = ("black", WEIGHTS[0]) if verdict.lead else (GREY, "normal")
     place: dict[str, Any] = dict(ha="center", color=ink)
     axes.text(
         column, row - 0.04, first, va="bottom", size=large, weight=weight, **place

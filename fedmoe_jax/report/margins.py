@@ -28,9 +28,9 @@ def line_height(size: float) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def text_width(text: str, size: float = LETTERS) -> float:
-    """Width of one line of letters of so many points."""
-    font = get_font(findfont(FontProperties()))
+def text_width(text: str, size: float = LETTERS, weight: str = "normal") -> float:
+    """Width of one line of letters of so many points, `normal` or `bold`."""
+    font = get_font(findfont(FontProperties(weight=weight)))
     font.set_size(size, 72 * FINE)  # hinting rounds to whole dots
     with warnings.catch_warnings():  # a letter that the font lacks is a box
         warnings.simplefilter("ignore")

@@ -32,6 +32,10 @@ def test_columns_are_as_wide_as_their_lines_and_the_paper_ends_with_them():
     cell, text = axes.patches[0], axes.texts[1]
     assert text.get_text() == long.lines[1]
     assert text.get_window_extent().width < cell.get_window_extent().width
+    winner = Verdict(1, 1.0, ("prototypes max_held=1 num_active=1", "0.1 over a"))
+    (axes,) = draw_map(["a"], ["x"], [[winner]]).axes
+    cell, bold = axes.patches[0], axes.texts[0]
+    assert bold.get_window_extent().width < cell.get_window_extent().width
     width, height = figure.get_size_inches()
     edges = paper.x0, paper.y0, width - paper.x1, height - paper.y1
     assert all(-0.01 < edge < 0.12 for edge in edges), edges

@@ -29,6 +29,7 @@ NAMED = ARRAYS | {
 def test_text_width_grows_with_letters_and_their_size():
     width = margins.text_width("iii")
     assert 0 < width < margins.text_width("MMM") < 0.5
+    assert width < margins.text_width("iii", weight="bold")
     assert margins.text_width("iii", 14.0) == pytest.approx(2 * width, rel=0.05)
     assert margins.widest([]) == 0
     assert margins.widest(["i", "MM"]) == margins.text_width("MM")
