@@ -79,7 +79,7 @@ def _share(flops: Mapping, units: list[Units], whole: float) -> Shares:
 
 
 def save_flops(masks: PyTree, units: list[Units], shares: Shares) -> Array:
-    """The share of the FLOPs that units save which are left out.
+    """The share of a part's FLOPs that masks leave out.
 
     A leaf between two layers has the products of what both keep.
 
