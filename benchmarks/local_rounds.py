@@ -14,9 +14,10 @@ measured after a local round is left out. The names of rows are those of its `ta
 
 import argparse
 import csv
+import functools
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,20 @@ from benchmarks.studies import find_label, read_csv, read_rates
 from fedmoe_jax.api import Run, load_run
 from fedmoe_jax.finetune import build_finetune_share
 from fedmoe_jax.options import UserError, replace
+from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.files import read_json, write_atomically
 from fedmoe_jax.runtime.sharding import spread
 
-RATES = (0.03, 0.01)
+RATES = (0.03, 0.01, 0.003)
 SCORES, FIELD = "local_rounds.csv", "final_personal_finetuned_accuracy"
 Scores = dict[str, dict[float, float]]  # by run and step size
+
+
+@functools.lru_cache(maxsize=1)
+def build_scoring(program: Program) -> Callable:
+    """The compiled local round of a program, which all seeds of a row share."""
+    jax.clear_caches()  # of the row before: a compiled round takes many memory maps
+    return jax.jit(spread(build_finetune_share(program), program.mesh))
 
 
 def score_run(run: Run, rates: Sequence[float]) -> list[float]:
@@ -46,7 +55,7 @@ def score_run(run: Run, rates: Sequence[float]) -> list[float]:
         raise UserError("a run has no checkpoint; allowed: one with a checkpoint")
     program, hyper = run.plan.program, run.plan.hyper
     federation = run.plan.federation.replace(frozen=run.frozen)
-    finetune = jax.jit(spread(build_finetune_share(program), program.mesh))
+    finetune = build_scoring(program)
     unknown = jnp.zeros((1, program.sizes.num_clients))  # who has never taken part
 
     def score(rate: float) -> float:
@@ -153,7 +162,6 @@ def main(argv: Sequence[str]) -> None:
             of.update(zip(left, score_run(load_run(folder), left), strict=True))
             write_scores(flags.workdir / SCORES, scores)
             print(run, *(f"{r:g}: {a:.4f}" for r, a in of.items()), flush=True)
-            jax.clear_caches()
     tuned = read_rates((flags.folder / "table.md").read_text())
     rows: dict[str, dict[int, dict[float, float]]] = {}
     places = {}
