@@ -76,11 +76,12 @@ def read_scores(path: Path) -> Scores:
 
 def write_scores(path: Path, scores: Scores) -> None:
     """Writes the scores, a line for each."""
-    lines = ["run,rate,accuracy"]
-    lines += [
-        f"{run},{r:g},{a:.6f}" for run, of in scores.items() for r, a in of.items()
-    ]
-    write_atomically(path, "\n".join(lines) + "\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "rate", "accuracy"])
+    for run, of in scores.items():
+        writer.writerows([run, f"{rate:g}", f"{a:.6f}"] for rate, a in of.items())
+    write_atomically(path, text.getvalue())
 
 
 def choose(of_row: Mapping[int, Mapping[float, float]]) -> dict[int, float]:

@@ -52,7 +52,7 @@ def test_count_again_replaces_all_that_follows_a_local_round():
 
 
 def test_scores_are_read_as_they_were_written(tmp_path):
-    scores = {"a-seed0": {0.1: 0.25, 0.003: 0.5}, "b-seed1": {0.1: 1.0}}
+    scores = {"a-b=1,c=2-seed0": {0.1: 0.25, 0.003: 0.5}, "b-seed1": {0.1: 1.0}}
     assert read_scores(tmp_path / "none.csv") == {}
     write_scores(tmp_path / "scores.csv", scores)
     assert read_scores(tmp_path / "scores.csv") == scores
