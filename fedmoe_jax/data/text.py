@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,7 +51,7 @@ def load_text(options: ConfigDict) -> Data:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The .txt files of a folder and its folders, by their paths, sorted.
+    """The .txt files of a folder and its folders, linked ones too, by path, sorted.
 
     Raises:
       UserError: there is none, or one cannot be read.
@@ -60,7 +61,9 @@ def read_files(folder: Path) -> dict[str, bytes]:
             f"data.dir={str(folder)!r} is no folder; allowed: a folder of .txt files"
         )
     try:
-        paths = sorted(path for path in folder.rglob("*.txt") if path.is_file())
+        # Unlike rglob of Python 3.11, glob follows linked folders.
+        names = glob("**/*.txt", root_dir=folder, recursive=True)
+        paths = sorted(path for path in map(folder.joinpath, names) if path.is_file())
         found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
     except OSError as error:
         raise UserError(

@@ -53,6 +53,16 @@ def test_load_text_of_files_and_folders(folder):
     assert text == whole
 
 
+def test_linked_folders_are_read_as_their_copies(folder):
+    links = folder.parent / "links"
+    links.mkdir()
+    for language in ("latvian", "wolof"):
+        (links / language).symlink_to(folder / language)
+    there, here = load(folder), load(links)
+    np.testing.assert_array_equal(there.train["tokens"], here.train["tokens"])
+    assert here.stratum_names == there.stratum_names
+
+
 def test_load_text_trains_on_less_and_tests_on_the_same(folder):
     (folder / "wolof" / "john.txt").write_text(WOLOF * 9, encoding="utf-8")
     whole, short = load(folder), load(folder, kilobytes=1)
