@@ -84,6 +84,21 @@ def test_an_adapter_holds_what_an_expert_adds(fixed, tmp_path):
     assert gates["block001.kernel"].shape == (EXPERTS, 16)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_adapters_of_a_run_in_bfloat16_are_those_of_its_parameters(family, tmp_path):
+    files = []
+    for dtype in ("float32", "bfloat16"):
+        changes = {"model.dtype": dtype}
+        model, run = make_run(tmp_path / dtype, family, **changes)
+        shape = model.apply.keywords["shape"]
+        folders = save_adapters(shape, run, tmp_path / f"{dtype}_out")
+        found = [load_file(path / "adapter_model.safetensors") for path in folders]
+        files.append(found)
+    for plain, low in zip(*files, strict=True):
+        assert {value.dtype.name for value in low.values()} == {"float32"}
+        jax.tree.map(np.testing.assert_array_equal, plain, low)
+
+
 def test_adapters_compute_the_same_in_peft(tmp_path):
     torch, transformers, peft = map(
         pytest.importorskip, ("torch", "transformers", "peft")

@@ -17,7 +17,7 @@ from fedmoe_jax.models.precision import DTYPES, cast, compute_in, find_float32
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.round import build_run_rounds
 
-KINDS = ("mlp", "cnn", "resnet8", "transformer", "prefix", "lora", "olmoe")
+KINDS = ("mlp", "cnn", "resnet8", "transformer", "prefix", "scan", "lora", "olmoe")
 IMAGES = np.random.default_rng(0).normal(size=(5, 16, 16, 3)).astype(np.float32)
 TOKENS = make_tokens()[:, :9]
 
@@ -31,9 +31,10 @@ def choose_model(kind, folder, platform="cpu"):
         fields |= {"model.kind": "lora", "model.base": str(folder)}
         fields |= {"model.lora_attention": 2, "model.dtype": "bfloat16"}
         fields |= {"num_active": 2}
-    elif kind in ("transformer", "prefix"):
+    elif kind in ("transformer", "prefix", "scan"):
         fields |= {"model.kind": "transformer", "model.stem_width": 16}
-        fields |= {"gate.input": "token" if kind == "transformer" else kind}
+        fields |= {"gate.input": "prefix" if kind == "prefix" else "token"}
+        fields |= {"model.scan": kind == "scan", "model.remat": kind == "scan"}
         fields |= {"model.shared_width": 8}
     else:
         fields |= {"model.stem": kind, "model.stem_width": 16}
@@ -112,7 +113,8 @@ def test_every_product_but_the_gates_is_in_bfloat16(kind, tmp_path):
     wide = [shape for shape, *kinds in products if kinds != ["bfloat16"] * 2]
     kernels = {params["gate"][name]["kernel"].shape for name in params["gate"]}
     assert set(wide) == kernels
-    assert len(wide) == len(params["gate"]) < len(products)
+    gates = 1 if kind == "scan" else len(params["gate"])  # one loop has one product
+    assert len(wide) == gates < len(products)
 
 
 def test_float32_is_the_model_itself(tmp_path):
