@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.claims_list import Claim
 from benchmarks.studies import Study, take_window
+from fedmoe_jax.attack.tables import SECTIONS
 from fedmoe_jax.measures import MEASURES
 from fedmoe_jax.options import Measure, UserError
 from fedmoe_jax.report.cells import Cell, mark_best, mean_cell, median_cell
@@ -15,6 +16,13 @@ from fedmoe_jax.report.runs import NAN
 from fedmoe_jax.report.sheets import Sheet
 
 TARGET = "rounds_to."  # measures whose numbers are rounds, maybe never
+ATTACKS = {
+    column.key: Measure(
+        "", title=column.title, scale=column.scale, digits=column.digits
+    )
+    for _, _, columns in SECTIONS
+    for column in columns
+}
 
 
 class Number(NamedTuple):
@@ -53,9 +61,12 @@ def find_measure(name: str) -> tuple[str, Measure]:
     for key in (name, f"final_{name}_accuracy"):
         if key in MEASURES:
             return key, MEASURES[key]
+    if name in ATTACKS:
+        return name, ATTACKS[name]
     raise UserError(
         f"claims: measure {name!r} is unknown; allowed: global, personal, "
-        "personal_prior and other accuracies, keys of MEASURES, and rounds_to.TARGET"
+        "personal_prior and other accuracies, keys of MEASURES, columns of "
+        "attacks.csv, and rounds_to.TARGET"
     )
 
 

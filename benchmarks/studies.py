@@ -13,6 +13,7 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.report.paired import Seeds, pair_up
 
 UNTUNED = "untuned"  # also of tables that are older than tuning
+ATTACKS = "attacks.csv"
 
 
 class Study(NamedTuple):
@@ -73,10 +74,11 @@ def read_numbers(record: Mapping[str, str]) -> dict[str, float]:
 
 
 def read_study(folder: Path) -> Study:
-    """Reads a stored study.
+    """Reads a stored study, with what attacks found in its runs where that is stored.
 
     Raises:
-      UserError: a file is missing, or a run has no row in the table.
+      UserError: a file is missing, a run has no row in the table, or attacks are on a
+        run that is not there.
     """
     for name in ("table.md", "runs.csv"):
         if not (folder / name).is_file():
@@ -92,6 +94,15 @@ def read_study(folder: Path) -> Study:
         seed = int(record["seed"])
         seeds.setdefault(label, {}).setdefault(seed, read_numbers(record))
         places[record["folder"]] = label, seed
+    for record in read_csv(folder / ATTACKS) if (folder / ATTACKS).is_file() else []:
+        if record["folder"] not in places:
+            raise UserError(
+                f"{folder}/{ATTACKS}: {record['folder']} is no run of runs.csv; "
+                "allowed: attacks on the same runs"
+            )
+        label, seed = places[record["folder"]]
+        known = seeds[label][seed]
+        seeds[label][seed] = {**read_numbers(record), **known}
     path = folder / "evaluations.csv"
     evaluations = read_csv(path) if path.is_file() else []
     return Study(folder.name, seeds, rates, places, evaluations)

@@ -90,6 +90,18 @@ def test_a_window_takes_its_first_and_its_last_round(folder):
         studies.take_window(study, key, 7, 9)
 
 
+def test_what_attacks_find_joins_the_numbers_of_their_runs(folder):
+    found = "strategy,seed,mix_majority_mean,final_global_accuracy,folder\n"
+    (folder / "attacks.csv").write_text(f"{found}greedy,1,0.25,0.5,greedy-seed1\n")
+    seeds = studies.read_study(folder).seeds["greedy"]
+    assert seeds[1]["mix_majority_mean"] == 0.25
+    assert seeds[1]["final_global_accuracy"] == 0.54  # as runs.csv has it
+    assert "mix_majority_mean" not in seeds[0]
+    (folder / "attacks.csv").write_text(f"{found}greedy,7,0.25,0.5,greedy-seed7\n")
+    with pytest.raises(UserError, match="greedy-seed7 is no run of runs.csv; allowed"):
+        studies.read_study(folder)
+
+
 def test_a_run_without_a_row_is_refused(folder):
     (folder / "table.md").write_text(TABLE.replace("| `random`", "| `rand`"))
     with pytest.raises(UserError, match="random-seed0 has no row in table.md"):
