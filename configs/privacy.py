@@ -2,6 +2,9 @@
 
     python launch.py --config=configs/privacy.py:digits --workdir=runs/privacy
     python -m fedmoe_jax.attack runs/privacy --workdir=runs/privacy_attacks
+    python launch.py --config=configs/privacy.py:groups,digits \\
+      --workdir=runs/privacy_groups
+    python -m fedmoe_jax.attack runs/privacy_groups --workdir=runs/groups_attacks
 
 Every run is observed: the first command writes the usual report, the second attacks
 what a listener on the link or the server has seen, and prints attacks beside accuracy,
@@ -14,8 +17,13 @@ randomised requests with cover traffic, and clipped, noisy sums of updates (DP-F
 and all of them at once for `greedy`. Half of each client's examples are its own test
 set, so that an example is trained on in about half of the seeds, as LiRA's shadows need
 it. `digits` is on the embedded digits, 50 clients that all take part; else it is on
-CIFAR-10, 20 of 50 clients a round, with the rows that decide. `smoke` is short.
-docs/privacy.md says what each attacker knows and what is guaranteed.
+CIFAR-10, 20 of 50 clients a round, with the rows that decide.
+`groups` asks the same where an assignment by data pays: labels mean something else in
+each of four groups of clients, which have all labels equally often, and attacks look
+for a client's group. Feedback is the probe there, gates have no bias, since that would
+send fitness along, and nothing is set aside, so that no member is looked for. There
+are training alone, and `prototypes`, whose messages no defence covers, too. `smoke` is
+short. docs/privacy.md says what each attacker knows and what is guaranteed.
 """
 
 from collections.abc import Sequence
@@ -46,6 +54,10 @@ DECISIVE = (  # a run on CIFAR-10 takes minutes
 )
 
 
+IN_GROUPS = ("random", "greedy", "load_balanced", "prototypes")
+ALONE = ("fedavg_active", "local_active")
+
+
 def of_each(strategies: Sequence[str], changes: Sequence[str]) -> tuple[str, ...]:
     """Every change for each of some strategies alone."""
     return tuple(f"{name}: {change}" for change in changes for name in strategies)
@@ -63,8 +75,24 @@ def list_changes() -> tuple[str, ...]:
     )
 
 
+def set_groups(config: ConfigDict) -> None:
+    """Groups that call things by other names, and the defences of assignments."""
+    config.partition.kind, config.groups.kind = "iid", "permuted"
+    config.partition.test_share, config.partition.validation_share = 0.0, 0.0
+    config.fitness.feedback, config.loss.calibration = "probe", 1.0
+    config.num_clients = config.cohort_size = 20
+    config.compare.strategies = (*IN_GROUPS, *ALONE)
+    readers = ("greedy", "load_balanced")
+    config.compare.changes = (
+        "",
+        *of_each(readers, (*FEEDBACK, *SELECTION, *REQUESTS)),
+        *of_each((*readers, "fedavg_active"), (f"{BOUND},privacy.noise=0.1",)),
+    )
+
+
 def get_config(argument: str = "") -> ConfigDict:
-    """The study. `argument` joins any of `digits` and `smoke` with commas."""
+    """The study. `argument` joins any of `groups`, `digits` and `smoke` with commas."""
+    groups, argument = compare.take_word(argument, "groups")
     words = argument.split(",")
     config = compare.get_config(argument)
     config.privacy.observe, config.fitness.feedback = True, "relative_probe"
@@ -79,6 +107,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.eval_every, config.checkpoint.every = 20, 20
         config.chunk_rounds = 5
         config.compare.changes, config.compare.seeds = DECISIVE, (0, 1, 2)
+    if groups:
+        set_groups(config)
     if "smoke" in words:
         default.shrink(config)
         config.compare.strategies = "random", "greedy"

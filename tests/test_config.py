@@ -48,7 +48,7 @@ ARGUMENTS = {
     "fairness": ("", "digits", "digits,smoke", "smoke"),
     "lora": ("base,markov", "base,smoke"),
     "limits": ("", "digits", "smoke"),
-    "privacy": ("", "digits", "digits,smoke", "smoke"),
+    "privacy": ("", "digits", "groups,digits", "digits,smoke", "groups,smoke", "smoke"),
     "published": ("niid", "flex_moe", "pfedmoe", "pfedmoe,smoke", "smoke"),
     "pruning": ("", "digits", "smoke"),
     "recipe": ("", "skew,digits", "digits,smoke", "smoke"),

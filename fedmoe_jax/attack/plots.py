@@ -18,14 +18,35 @@ from fedmoe_jax.report.plots import COLOURS, GREY, STYLE
 from fedmoe_jax.report.runs import Run
 from fedmoe_jax.report.text import shorten
 
-PANELS = (  # key of an attack's numbers, title, scale, what chance finds
-    ("mix_majority_link_ridge", "Majority label, from held sets (%)", 100.0, NAN),
-    ("mix_majority_server_ridge", "Majority label, by the server (%)", 100.0, NAN),
-    ("pairs_auc", "Similar clients (AUC)", 1.0, 0.5),
-    ("members_loss_auc", "Members, by loss (AUC)", 1.0, 0.5),
-    ("members_lira_auc", "Members, LiRA (AUC)", 1.0, 0.5),
+
+class Panel(NamedTuple):
+    """One attack's panel.
+
+    Attributes:
+      key: of the attack's numbers.
+      title: of its axis.
+      scale: by which it multiplies the number, 100 for percent.
+      blind: what is found without the history: a number, or the key of one.
+    """
+
+    key: str
+    title: str
+    scale: float
+    blind: float | str
+
+
+PANELS = (
+    *(
+        Panel(f"{kind}_{view}_ridge", f"{title}, {text} (%)", 100.0, f"{kind}_mean")
+        for kind, title in (("mix_majority", "Majority label"), ("groups", "Group"))
+        for view, text in (("link", "from held sets"), ("server", "by the server"))
+    ),
+    Panel("pairs_auc", "Similar clients (AUC)", 1.0, 0.5),
+    Panel("groups_auc", "Clients of a group (AUC)", 1.0, 0.5),
+    Panel("members_loss_auc", "Members, by loss (AUC)", 1.0, 0.5),
+    Panel("members_lira_auc", "Members, LiRA (AUC)", 1.0, 0.5),
 )
-ACCURACY, MEAN = "final_personal_accuracy", "mix_majority_mean"
+ACCURACY = "final_personal_accuracy"
 MARKS = {  # by defence
     "none": "o",
     "feedback_noise": "s",
@@ -84,19 +105,21 @@ def average_rows(
 
 
 def draw_panel(
-    axes: Axes, points: Sequence[Point], panel: tuple, colours: Mapping[str, str]
+    axes: Axes, points: Sequence[Point], panel: Panel, colours: Mapping[str, str]
 ) -> None:
     """One attack over the personal accuracy, a mark for each row that has both."""
-    key, title, scale, chance = panel
+    key, title, scale, blind = panel
     for point in points:
         if {key, ACCURACY} <= point.numbers.keys():
             place = 100 * point.numbers[ACCURACY], scale * point.numbers[key]
             mark, colour = MARKS[point.defence], colours[point.strategy]
             axes.plot(*place, mark, color=colour, ms=4, alpha=0.75, mew=0)
-    blind = [scale * p.numbers[MEAN] for p in points if MEAN in p.numbers]
-    level = float(np.mean(blind)) if math.isnan(chance) and blind else chance
-    if math.isfinite(level):
-        axes.axhline(level, color=GREY, lw=0.8, ls=(0, (4, 1.5)))
+    usual = [
+        p.numbers.get(blind, NAN) if isinstance(blind, str) else blind for p in points
+    ]
+    known = [scale * level for level in usual if math.isfinite(level)]
+    if known:
+        axes.axhline(float(np.mean(known)), color=GREY, lw=0.8, ls=(0, (4, 1.5)))
     axes.set(xlabel="Personal accuracy (%)", ylabel=title)
 
 
@@ -107,7 +130,7 @@ def draw_attacks(points: Sequence[Point]) -> Figure | None:
     The dashed line is chance, or for labels the mean mix of the other clients.
     """
     found = {key for point in points for key in point.numbers}
-    known = [panel for panel in PANELS if panel[0] in found and ACCURACY in found]
+    known = [panel for panel in PANELS if panel.key in found and ACCURACY in found]
     if not known:
         return None
     names = list(dict.fromkeys(point.strategy for point in points))

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import xlogy
 
 from fedmoe_jax.attack.histories import Observed, count_assignments, make_histories
-from fedmoe_jax.attack.label_mix import attack_mixes
+from fedmoe_jax.attack.label_mix import Found, attack_mixes
 from fedmoe_jax.attack.membership import (
     Cases,
     attack_members,
@@ -30,6 +30,25 @@ def mix_labels(run: Run) -> np.ndarray:
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
 
 
+def mix_groups(run: Run) -> np.ndarray | None:
+    """Each client's mix of groups, [N, Q], see `data.groups`; None without groups."""
+    if "group_names" not in run.arrays:
+        return None
+    mix = mix_labels(run)
+    return mix.reshape(len(mix), len(run.arrays["group_names"]), -1).sum(axis=2)
+
+
+def attack_views(observed: Observed, mix: np.ndarray) -> Iterator[tuple[str, Found]]:
+    """How near each attack on a mix comes, by `mean`, or attacker and model.
+
+    Arguments are those of `attack_histories`.
+    """
+    for view, feedback in VIEWS.items():
+        history = make_histories(observed, len(mix), feedback)
+        for model, near in attack_mixes(history, mix).items():
+            yield model if model == "mean" else f"{view}_{model}", near
+
+
 def attack_histories(observed: Observed, mix: np.ndarray) -> Numbers:
     """What the histories of a run give away, of label mixes and of similar clients.
 
@@ -38,14 +57,26 @@ def attack_histories(observed: Observed, mix: np.ndarray) -> Numbers:
       mix: [N, L], rows sum to 1.
     """
     found: Numbers = {}
-    for view, feedback in VIEWS.items():
-        history = make_histories(observed, len(mix), feedback)
-        for model, near in attack_mixes(history, mix).items():
-            where = model if model == "mean" else f"{view}_{model}"
-            found[f"mix_distance_{where}"] = near.distance
-            found[f"mix_majority_{where}"] = near.majority
+    for where, near in attack_views(observed, mix):
+        found[f"mix_distance_{where}"] = near.distance
+        found[f"mix_majority_{where}"] = near.majority
     similar = attack_similarity(count_assignments(observed, len(mix)), mix)
     return found | {"pairs_auc": similar.auc, "pairs_spearman": similar.spearman}
+
+
+def attack_groups(observed: Observed, mix: np.ndarray | None) -> Numbers:
+    """What the histories of a run give away of clients' groups; {} without groups.
+
+    Args:
+      observed: of the whole run.
+      mix: [N, Q], rows sum to 1; most of a client's data are of its group.
+    """
+    if mix is None:
+        return {}
+    views = attack_views(observed, mix)
+    found = {f"groups_{where}": near.majority for where, near in views}
+    similar = attack_similarity(count_assignments(observed, len(mix)), mix)
+    return found | {"groups_auc": similar.auc}
 
 
 def count_holders(observed: Observed) -> np.ndarray:
@@ -132,6 +163,7 @@ def attack_runs(runs: Sequence[Run]) -> tuple[list[Numbers], list[list[dict]]]:
             assert observed is not None
             own = {"labels_known": measure_labels(run.arrays["specialisation"])}
             own |= attack_histories(observed, mix_labels(run))
+            own |= attack_groups(observed, mix_groups(run))
             experts[key] = []
             if run.folder in cases:
                 looked = cases[run.folder], scores[run.folder], count_holders(observed)

@@ -42,6 +42,7 @@ UTILITY = (
     Column("epsilon", "Epsilon", digits=2),
     percent("final_global_accuracy", "Global %"),
     percent("final_personal_accuracy", "Personal %"),
+    percent("final_personal_prior_accuracy", "Personal, prior %"),
     Column("mean_load_cv", "Load CV", digits=2),
     Column("labels_known", "Expert-label NMI"),
     Column("megabytes_up", "MB up a round", digits=2),
@@ -60,6 +61,14 @@ HISTORIES = (
     percent("mix_majority_server_mlp", "Majority %, server, MLP"),
     Column("pairs_auc", "Pairs, AUC"),
     Column("pairs_spearman", "Pairs, Spearman"),
+)
+GROUPS = (
+    percent("groups_mean", "Group %, mean"),
+    percent("groups_link_ridge", "Group %, link, ridge"),
+    percent("groups_link_mlp", "Group %, link, MLP"),
+    percent("groups_server_ridge", "Group %, server, ridge"),
+    percent("groups_server_mlp", "Group %, server, MLP"),
+    Column("groups_auc", "Pairs of a group, AUC"),
 )
 MEMBERS = tuple(
     column
@@ -93,6 +102,13 @@ SECTIONS = (
         HISTORIES,
     ),
     (
+        "Groups",
+        "Clients whose group (`groups.kind`) is found from their history, by one who "
+        "knows the groups of the other clients, and whether clients with similar held "
+        "sets are of the same group (AUC, 0.5 is chance).",
+        GROUPS,
+    ),
+    (
         "Members",
         "Whether an example was trained on by a client, from the client's update: by "
         "its loss, and by LiRA with the other seeds as shadows. AUC 0.5 and TPR 1 % "
@@ -106,7 +122,7 @@ SECTIONS = (
 PICTURE = "attacks.png"
 CAPTION = (
     "What attacks find over the clients' personal accuracy, a mark for each row, mean "
-    "over seeds; dashed: chance, or the mean mix of the other clients."
+    "over seeds; dashed: what is found without a history."
 )
 
 Numbers = Mapping[str, float]
@@ -166,7 +182,8 @@ def write_attacks(
     for run, one in zip(named, joined, strict=True):
         groups.setdefault(run.label, []).append(one)
         notes.setdefault(run.label, privacy_of([run]))
-    parts = [section_markdown(make_section(*each, groups)) for each in SECTIONS]
+    sections = [make_section(*each, groups) for each in SECTIONS]
+    parts = [section_markdown(each) for each in sections if each.sheets[0].heads[1:]]
     picture = draw_attacks(average_rows(named, joined))
     if picture is not None:
         buffer = io.BytesIO()

@@ -7,7 +7,6 @@ import pytest
 
 from fedmoe_jax.attack.plots import (
     ACCURACY,
-    MEAN,
     Point,
     average_rows,
     draw_attacks,
@@ -15,6 +14,7 @@ from fedmoe_jax.attack.plots import (
 )
 
 NAN = float("nan")
+MEAN = {"mix_majority_mean": 0.2}
 
 
 def make_run(label, strategy="greedy", **private):
@@ -40,7 +40,7 @@ def test_average_rows_takes_the_means_of_what_is_known():
 
 def test_draw_attacks_has_a_panel_for_each_attack_and_marks_its_chance():
     rows = [
-        Point("greedy", "none", {ACCURACY: 0.5, "pairs_auc": 0.75, MEAN: 0.2}),
+        Point("greedy", "none", {ACCURACY: 0.5, "pairs_auc": 0.75} | MEAN),
         Point("greedy", "flip", {ACCURACY: 0.25, "mix_majority_link_ridge": 0.4}),
         Point("random", "none", {"pairs_auc": 0.5}),
     ]

@@ -11,9 +11,11 @@ from fedmoe_jax.align.top_k import top_k
 from fedmoe_jax.attack.command import attack
 from fedmoe_jax.attack.membership import Cases
 from fedmoe_jax.attack.runs import (
+    attack_groups,
     attack_updates,
     list_experts,
     measure_labels,
+    mix_groups,
     mix_labels,
 )
 from fedmoe_jax.base import Strategy
@@ -160,3 +162,25 @@ def test_attack_updates_names_every_number():
 def test_mix_labels_by_hand():
     run = type("Run", (), {"arrays": {"label_counts": np.array([[3, 1], [0, 0]])}})
     assert mix_labels(run).tolist() == [[0.75, 0.25], [0, 0]]
+
+
+def test_groups_are_found_where_held_sets_follow_them_and_nowhere_else():
+    draw = np.random.default_rng(0)
+    group = np.arange(40) % 4
+    arrays = {
+        "label_counts": np.eye(4, dtype=int)[group].repeat(3, axis=1) * 5,
+        "group_names": np.array(["a", "b", "c", "d"]),
+    }
+    mix = mix_groups(type("Run", (), {"arrays": arrays}))
+    np.testing.assert_array_equal(mix, np.eye(4)[group])
+    client = np.tile(np.arange(40), (6, 1))
+    told = np.eye(8, dtype=bool)[group][None, :, None].repeat(6, axis=0)
+    blind = np.eye(8, dtype=bool)[draw.integers(8, size=(6, 40))][:, :, None]
+    see = lambda held: {"client": client, "held": held, "loss": np.zeros(held.shape)}
+    found, chance = (attack_groups(see(held), mix) for held in (told, blind))
+    assert found["groups_auc"] == found["groups_link_ridge"] == 1
+    assert abs(chance["groups_auc"] - 0.5) < 0.1
+    assert chance["groups_link_ridge"] < 0.5
+    assert found["groups_mean"] == chance["groups_mean"] < 0.5
+    without = type("Run", (), {"arrays": {"label_counts": np.ones((2, 3))}})
+    assert mix_groups(without) is None and attack_groups({}, None) == {}
