@@ -20,10 +20,10 @@ it. `digits` is on the embedded digits, 50 clients that all take part; else it i
 CIFAR-10, 20 of 50 clients a round, with the rows that decide.
 `groups` asks the same where an assignment by data pays: labels mean something else in
 each of four groups of clients, which have all labels equally often, and attacks look
-for a client's group. Feedback is the probe there, gates have no bias, since that would
-send fitness along, and nothing is set aside, so that no member is looked for. There
-are training alone, and `prototypes`, whose messages no defence covers, too. `smoke` is
-short. docs/privacy.md says what each attacker knows and what is guaranteed.
+for a client's group. Feedback is the probe there, and gates have no bias, since that
+would send fitness along, but in rows with noisy feedback, of which it then is; nothing
+is set aside, so that no member is looked for. There are training alone, and
+`prototypes`, whose messages no defence covers, too. `smoke` is short. docs/privacy.md says what each attacker knows and what is guaranteed.
 """
 
 from collections.abc import Sequence
@@ -56,6 +56,7 @@ DECISIVE = (  # a run on CIFAR-10 takes minutes
 
 IN_GROUPS = ("random", "greedy", "load_balanced", "prototypes")
 ALONE = ("fedavg_active", "local_active")
+BIASED = "gate.bias=5.0"
 
 
 def of_each(strategies: Sequence[str], changes: Sequence[str]) -> tuple[str, ...]:
@@ -87,6 +88,7 @@ def set_groups(config: ConfigDict) -> None:
         "",
         *of_each(readers, (*FEEDBACK, *SELECTION, *REQUESTS)),
         *of_each((*readers, "fedavg_active"), (f"{BOUND},privacy.noise=0.1",)),
+        *of_each(("load_balanced",), (BIASED, *(f"{BIASED},{f}" for f in FEEDBACK))),
     )
 
 
