@@ -23,7 +23,8 @@ each of four groups of clients, which have all labels equally often, and attacks
 for a client's group. Feedback is the probe there, and gates have no bias, since that
 would send fitness along, but in rows with noisy feedback, of which it then is; nothing
 is set aside, so that no member is looked for. There are training alone, and
-`prototypes`, whose messages no defence covers, too. `smoke` is short. docs/privacy.md says what each attacker knows and what is guaranteed.
+`prototypes`, whose messages no defence covers, too. `smoke` is short.
+docs/privacy.md says what each attacker knows and what is guaranteed.
 """
 
 from collections.abc import Sequence
