@@ -1,7 +1,8 @@
 """Recomputes every claim of `results/claims.toml`: `python -m benchmarks.claims`.
 
-It rewrites the numbers between the markers of the pages that quote claims, and the
-pictures of maps; `--check` writes nothing and fails where one has another number.
+It writes the pages of `results/claims`, the numbers between the markers of the pages
+that quote claims, and the pictures of maps; `--check` writes nothing and fails where
+one has another number.
 """
 
 import argparse
@@ -14,7 +15,13 @@ from typing import Any
 from benchmarks.claims_list import list_claims
 from benchmarks.claims_map import Map, is_drawn, read_map, save_map, tabulate_map
 from benchmarks.claims_numbers import compute, tabulate, tabulate_differences
-from benchmarks.claims_page import Computed, first_change, rewrite
+from benchmarks.claims_page import (
+    FOLDER,
+    Computed,
+    first_change,
+    list_pages,
+    rewrite,
+)
 from benchmarks.page import RESULTS
 from benchmarks.studies import (
     Study,
@@ -94,6 +101,20 @@ def compute_all(listed: Mapping[str, Any], results: Path) -> Computed:
     )
 
 
+def list_texts(
+    listed: Mapping[str, Any], computed: Computed, results: Path
+) -> dict[Path, str]:
+    """Every page as it should be, by its path; empty, one that should not be there."""
+    folder = results / FOLDER
+    pages = list_pages(listed, computed, results)
+    quoting = [results.parent / name for name in PAGES]
+    return (
+        {path: rewrite(path.read_text(), listed, computed, results) for path in quoting}
+        | dict.fromkeys(folder.glob("*.md"), "")
+        | {folder / f"{name}.md": text for name, text in pages.items()}
+    )
+
+
 def list_pictures(
     listed: Mapping[str, Any], computed: Computed, results: Path
 ) -> dict[Path, Map]:
@@ -115,17 +136,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         listed = tomllib.loads(LIST.read_text())
         computed = compute_all(listed, RESULTS)
-        for name in PAGES:
-            path = RESULTS.parent / name
-            old = path.read_text()
-            new = rewrite(old, listed, computed, RESULTS)
+        for path, new in list_texts(listed, computed, RESULTS).items():
+            old = path.read_text() if path.exists() else ""
             if new == old:
                 continue
             if flags.check:
                 status = 1
-                print(f"{name}: {first_change(old, new)}", file=sys.stderr)
-            else:
+                print(f"{path.name}: {first_change(old, new)}", file=sys.stderr)
+            elif new:
+                path.parent.mkdir(exist_ok=True)
                 write_atomically(path, new)
+            else:
+                path.unlink()
         for path, found in list_pictures(listed, computed, RESULTS).items():
             if flags.check:
                 status = 1

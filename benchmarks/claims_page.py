@@ -1,4 +1,4 @@
-"""Pages that quote claims: the table of all, a short table, numbers in sentences."""
+"""Pages of claims, and pages that quote them: lists, tables, numbers in sentences."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,8 @@ HEADS = (
     "what would overturn it",
 )
 STRUCK = ("struck out", "reason", "date")
+FOLDER = "claims"  # of `results/`, with a page for each section
+READING = "How to read this is under [results](README.md)."
 UNKNOWN = "cannot be told"
 VERBS = {  # of a gain, a loss, and what cannot be told
     "leads": ("leads", "trails", f"{UNKNOWN} from"),
@@ -154,24 +156,73 @@ def describe_study(name: str, studies: Mapping[str, Any], results: Path) -> str:
     return f"* `{name}`: `{study['command']}` ({about}{', '.join(links)})"
 
 
+def list_standing(section: Mapping[str, Any], computed: Computed) -> list[Claim]:
+    """The claims of a section that stand."""
+    claims = (computed.claims[entry["id"]] for entry in section["claims"])
+    return [claim for claim in claims if not claim.struck]
+
+
+def introduce(
+    section: Mapping[str, Any],
+    listed: Mapping[str, Any],
+    computed: Computed,
+    results: Path,
+) -> list[str]:
+    """The paragraphs before the claims of a section: its studies, what to know."""
+    studies = dict.fromkeys(claim.study for claim in list_standing(section, computed))
+    lines = [describe_study(name, listed["studies"], results) for name in studies]
+    about = fill(section.get("about", ""), computed.numbers).strip()
+    return list(filter(None, ["\n".join(lines), about]))
+
+
 def section_text(
     section: Mapping[str, Any],
     listed: Mapping[str, Any],
     computed: Computed,
     results: Path,
 ) -> str:
-    """A section of the table: its studies, their claims that stand, what follows."""
-    standing = [computed.claims[entry["id"]] for entry in section["claims"]]
-    standing = [claim for claim in standing if not claim.struck]
+    """A section of the list of studies, with a link to its claims; empty without."""
+    standing = list_standing(section, computed)
     if not standing:
         return ""
-    studies, numbers = dict.fromkeys(c.study for c in standing), computed.numbers
-    known = listed["studies"]
-    lines = [describe_study(name, known, results) for name in studies]
-    table = markdown_rows([HEADS, *(row(claim, numbers, known) for claim in standing)])
-    parts = [f"## {section['title']}", "\n".join(lines), table.strip()]
-    parts += [fill(section["about"], numbers)] if "about" in section else []
-    return "\n\n".join(parts)
+    count = f"{len(standing)} claims" if standing[1:] else "1 claim"
+    link = f"[{count}]({FOLDER}/{standing[0].study}.md)"
+    parts = introduce(section, listed, computed, results)
+    return "\n\n".join([f"## {section['title']}", *parts, link])
+
+
+def lower(text: str) -> str:
+    """A text of `results/` with the links that it has in a folder of it."""
+
+    def put(found: re.Match[str]) -> str:
+        return "](../README.md#" if found[1] else "](../"
+
+    return re.sub(r"\]\((?!\w+://)(#?)", put, text)
+
+
+def list_pages(
+    listed: Mapping[str, Any], computed: Computed, results: Path
+) -> dict[str, str]:
+    """The page of every section with claims that stand, by the study of its first.
+
+    Raises:
+      UserError: two sections have the same first study.
+    """
+    pages: dict[str, str] = {}
+    for section in listed["sections"]:
+        standing = list_standing(section, computed)
+        if not standing:
+            continue
+        name, numbers, known = standing[0].study, computed.numbers, listed["studies"]
+        if name in pages:
+            raise UserError(
+                f"claims: two sections begin with study {name!r}; allowed: one"
+            )
+        rows = (row(claim, numbers, known) for claim in standing)
+        parts = introduce(section, listed, computed, results)
+        parts += [markdown_rows([HEADS, *rows]).strip(), READING]
+        pages[name] = lower("\n\n".join([f"# {section['title']}", *parts]) + "\n")
+    return pages
 
 
 def struck_text(computed: Computed) -> str:
@@ -203,7 +254,7 @@ def rewrite(
 ) -> str:
     """A page with the numbers of today.
 
-    They stand between `<!-- claims -->` and `<!-- /claims -->` (the whole table), the
+    They stand between `<!-- claims -->` and `<!-- /claims -->` (the studies), the
     same with `headline` (the short one) and with the name of another table, and
     between `<!-- ID -->` and `<!-- / -->` within a sentence.
 

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from benchmarks import claims
+from benchmarks.claims_page import list_pages, lower
 from benchmarks.claims_page import rewrite as rewrite_page
 from fedmoe_jax.options import UserError
 
@@ -170,7 +171,20 @@ def test_the_tables_of_a_page(results):
     text = rewrite(results, page, close, plain, gone)
     assert text.startswith("a\n<!-- claims -->\n\n## All\n\n* `tiny`: `python tiny.py`")
     assert "([table](tiny/table.md), [runs](tiny/runs.csv))" in text
-    study = "[tiny](tiny/table.md)"
+    assert "\n\n[3 claims](claims/tiny.md)\n\n" in text
+    assert "| ~~All is well~~ | only 12.0 ± 5.0 | 2026-01-02 |" in text
+    assert "| A |\n| --- |\n| **12.0 ± 5.0** of 54.0 ± 9.9 |" in text
+    assert text.endswith("<!-- /headline -->\nb\n")
+
+
+def test_a_page_of_claims(results):
+    close = {"id": "close", "a": "steady", "b": "random", "overturn": "not {lead}"}
+    plain = close | {"id": "plain", "text": "steady less random"}
+    listed = list_claims(LEAD, close, plain)
+    pages = list_pages(listed, claims.compute_all(listed, results), results)
+    assert list(pages) == ["tiny"]
+    text, study = pages["tiny"], "[tiny](../tiny/table.md)"
+    assert text.startswith("# All\n\n* `tiny`: `python tiny.py` ([table](../tiny/")
     assert (
         "| Global %: `greedy` leads `random` | **+12.0 ± 5.0** | 3 of 3, p 0.25 | 3 "
         f"| tuned / untuned | {study} | more seeds |\n"
@@ -180,9 +194,40 @@ def test_the_tables_of_a_page(results):
         f"| 3 | untuned | {study} | not 12.0 ± 5.0 |\n"
     ) in text
     assert "| Global %: steady less random: cannot be told |" in text
-    assert "| ~~All is well~~ | only 12.0 ± 5.0 | 2026-01-02 |" in text
-    assert "| A |\n| --- |\n| **12.0 ± 5.0** of 54.0 ± 9.9 |" in text
-    assert text.endswith("<!-- /headline -->\nb\n")
+    assert text.endswith("[results](../README.md).\n")
+
+
+def test_two_sections_of_one_study_have_no_page(results):
+    listed = list_claims(LEAD)
+    listed["sections"].append(listed["sections"][0] | {"title": "More"})
+    computed = claims.compute_all(list_claims(LEAD), results)
+    with pytest.raises(UserError, match="two sections begin with study 'tiny'"):
+        list_pages(listed, computed, results)
+
+
+def test_links_lead_up_from_a_folder_below():
+    text = "[a](b.md#c) [d](#e) [f](../g.md) [h](https://i.org)"
+    assert lower(text) == (
+        "[a](../b.md#c) [d](../README.md#e) [f](../../g.md) [h](https://i.org)"
+    )
+
+
+def test_pages_of_no_section_are_deleted_and_lost_ones_written(
+    results, monkeypatch, capsys
+):
+    listed = list_claims(LEAD)
+    page, old = results / "claims" / "tiny.md", results / "claims" / "old.md"
+    old.parent.mkdir()
+    old.write_text("old")
+    monkeypatch.setattr(claims, "PAGES", ())
+    monkeypatch.setattr(claims, "RESULTS", results)
+    monkeypatch.setattr(claims.tomllib, "loads", lambda text: listed)
+    monkeypatch.setattr(claims, "LIST", results / "tiny" / "table.md")
+    assert claims.main(["--check"]) == 1 and old.exists() and not page.exists()
+    said = capsys.readouterr().err
+    assert "old.md: " in said and "tiny.md: " in said
+    assert claims.main([]) == 0
+    assert page.exists() and not old.exists() and claims.main(["--check"]) == 0
 
 
 def test_a_table_of_means(results):

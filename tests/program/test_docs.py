@@ -13,6 +13,7 @@ README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "docs" / "strategies.md").read_text()
 PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md"))
 PAGES += sorted((ROOT / "results").glob("*.md"))
+PAGES += sorted((ROOT / "results" / "claims").glob("*.md"))
 
 
 def take_section(page, title):
