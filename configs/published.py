@@ -54,6 +54,7 @@ def set_pfedmoe(config: ConfigDict) -> None:
     config.num_clients = config.cohort_size = 10
     config.local_steps, config.batch_size, config.num_rounds = 10, 256, 100
     config.client.learning_rate = 0.01
+    config.eval_every = config.checkpoint.every = 20  # of ten clients' own models
 
 
 SOURCES = {"niid": set_niid, "flex_moe": set_flex_moe, "pfedmoe": set_pfedmoe}
@@ -75,8 +76,8 @@ def get_config(argument: str = "") -> ConfigDict:
     del config.tune  # the settings are those of the source
     config.evaluation.baseline = ""
     config.client.augment = "crop_and_flip"
-    SOURCES[source](config)
     config.eval_every = config.chunk_rounds = config.checkpoint.every = 5
+    SOURCES[source](config)
     if smoke:
         default.shrink(config)
         config.compare.changes = config.compare.changes[:1]
