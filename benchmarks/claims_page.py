@@ -191,7 +191,7 @@ def section_text(
     return "\n\n".join([f"## {section['title']}", *parts, link])
 
 
-def lower(text: str) -> str:
+def deepen_links(text: str) -> str:
     """A text of `results/` with the links that it has in a folder of it."""
 
     def put(found: re.Match[str]) -> str:
@@ -221,7 +221,9 @@ def list_pages(
         rows = (row(claim, numbers, known) for claim in standing)
         parts = introduce(section, listed, computed, results)
         parts += [markdown_rows([HEADS, *rows]).strip(), READING]
-        pages[name] = lower("\n\n".join([f"# {section['title']}", *parts]) + "\n")
+        pages[name] = deepen_links(
+            "\n\n".join([f"# {section['title']}", *parts]) + "\n"
+        )
     return pages
 
 

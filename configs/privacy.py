@@ -3,7 +3,7 @@
     python launch.py --config=configs/privacy.py:digits --workdir=runs/privacy
     python -m fedmoe_jax.attack runs/privacy --workdir=runs/privacy_attacks
     python launch.py --config=configs/privacy.py:groups,digits \\
-      --workdir=runs/privacy_groups
+      --settings=results/regimes_permuted/settings.json --workdir=runs/privacy_groups
     python -m fedmoe_jax.attack runs/privacy_groups --workdir=runs/groups_attacks
 
 Every run is observed: the first command writes the usual report, the second attacks
@@ -20,11 +20,12 @@ it. `digits` is on the embedded digits, 50 clients that all take part; else it i
 CIFAR-10, 20 of 50 clients a round, with the rows that decide.
 `groups` asks the same where an assignment by data pays: labels mean something else in
 each of four groups of clients, which have all labels equally often, and attacks look
-for a client's group. Feedback is the probe there, and gates have no bias, since that
-would send fitness along, but in rows with noisy feedback, of which it then is; nothing
-is set aside, so that no member is looked for. There are training alone, and
-`prototypes`, whose messages no defence covers, too. `smoke` is short.
-docs/privacy.md says what each attacker knows and what is guaranteed.
+for a client's group; the rates are those of the recipe there. Feedback is the probe,
+and gates have no bias, since that would send fitness along, but in some rows with noisy
+feedback, of which it then is, and in one without a defence to compare these with. All
+20 clients take part, and nothing is set aside, so that no member is looked for. There
+are training alone, and `prototypes`, whose messages no defence covers, too. `smoke` is
+short. docs/privacy.md says what each attacker knows and what is guaranteed.
 """
 
 from collections.abc import Sequence

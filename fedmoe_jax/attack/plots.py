@@ -127,7 +127,8 @@ def draw_panel(
 def draw_attacks(points: Sequence[Point]) -> Figure | None:
     """What attacks find over what is left of the accuracy; None without any.
 
-    The dashed line is chance, or for labels the mean mix of the other clients.
+    The dashed line is what is found without a history: chance, or for labels and groups
+    the mean mix of the other clients.
     """
     found = {key for point in points for key in point.numbers}
     known = [panel for panel in PANELS if panel.key in found and ACCURACY in found]

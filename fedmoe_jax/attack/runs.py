@@ -64,15 +64,13 @@ def attack_histories(observed: Observed, mix: np.ndarray) -> Numbers:
     return found | {"pairs_auc": similar.auc, "pairs_spearman": similar.spearman}
 
 
-def attack_groups(observed: Observed, mix: np.ndarray | None) -> Numbers:
-    """What the histories of a run give away of clients' groups; {} without groups.
+def attack_groups(observed: Observed, mix: np.ndarray) -> Numbers:
+    """What the histories of a run give away of clients' groups.
 
     Args:
       observed: of the whole run.
       mix: [N, Q], rows sum to 1; most of a client's data are of its group.
     """
-    if mix is None:
-        return {}
     views = attack_views(observed, mix)
     found = {f"groups_{where}": near.majority for where, near in views}
     similar = attack_similarity(count_assignments(observed, len(mix)), mix)
@@ -162,8 +160,13 @@ def attack_runs(runs: Sequence[Run]) -> tuple[list[Numbers], list[list[dict]]]:
             observed, key = read_observed(run.folder), str(run.folder)
             assert observed is not None
             own = {"labels_known": measure_labels(run.arrays["specialisation"])}
-            own |= attack_histories(observed, mix_labels(run))
-            own |= attack_groups(observed, mix_groups(run))
+            groups = mix_groups(run)
+            # In groups a stratum is a class of a group, which sets clients apart.
+            own |= (
+                attack_histories(observed, mix_labels(run))
+                if groups is None
+                else attack_groups(observed, groups)
+            )
             experts[key] = []
             if run.folder in cases:
                 looked = cases[run.folder], scores[run.folder], count_holders(observed)

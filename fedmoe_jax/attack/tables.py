@@ -105,7 +105,9 @@ SECTIONS = (
         "Groups",
         "Clients whose group (`groups.kind`) is found from their history, by one who "
         "knows the groups of the other clients, and whether clients with similar held "
-        "sets are of the same group (AUC, 0.5 is chance).",
+        "sets are of the same group (AUC, 0.5 is chance). Mean knows no history: the "
+        "group of which fewest are among the others, which it never guesses, is often "
+        "the right one, so that it finds less than a guess at random.",
         GROUPS,
     ),
     (

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from glob import glob
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,6 +49,23 @@ def load_text(options: ConfigDict) -> Data:
     return divide(texts, coder, options, f"data.dir={str(folder)!r}")
 
 
+def list_texts(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The .txt files of a folder and its folders, of linked ones, too.
+
+    Args:
+      folder: to look in.
+      above: the folders that it lies in; a link to one of them is not followed.
+    """
+    here = folder.resolve()
+    if here in above:
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from list_texts(path, above | {here})
+        elif path.suffix == ".txt":
+            yield path
+
+
 def read_files(folder: Path) -> dict[str, bytes]:
     """The .txt files of a folder and its folders, linked ones too, by path, sorted.
 
@@ -61,9 +77,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
             f"data.dir={str(folder)!r} is no folder; allowed: a folder of .txt files"
         )
     try:
-        # Unlike rglob of Python 3.11, glob follows linked folders.
-        names = glob("**/*.txt", root_dir=folder, recursive=True)
-        paths = sorted(path for path in map(folder.joinpath, names) if path.is_file())
+        paths = sorted(path for path in list_texts(folder) if path.is_file())
         found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
     except OSError as error:
         raise UserError(

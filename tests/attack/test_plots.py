@@ -54,3 +54,6 @@ def test_draw_attacks_has_a_panel_for_each_attack_and_marks_its_chance():
     texts = [text.get_text() for text in pairs.get_legend().get_texts()]
     assert texts == ["greedy", "random", "none", "flip"]
     assert draw_attacks([Point("greedy", "none", {ACCURACY: 0.5})]) is None
+    numbers = {ACCURACY: 0.5, "groups_link_ridge": 0.9, "groups_mean": 0.25}
+    (groups,) = draw_attacks([Point("greedy", "none", numbers)]).axes
+    assert level(groups) == pytest.approx(25)

@@ -176,11 +176,34 @@ def test_groups_are_found_where_held_sets_follow_them_and_nowhere_else():
     client = np.tile(np.arange(40), (6, 1))
     told = np.eye(8, dtype=bool)[group][None, :, None].repeat(6, axis=0)
     blind = np.eye(8, dtype=bool)[draw.integers(8, size=(6, 40))][:, :, None]
-    see = lambda held: {"client": client, "held": held, "loss": np.zeros(held.shape)}
-    found, chance = (attack_groups(see(held), mix) for held in (told, blind))
+    see = lambda held, loss: {"client": client, "held": held, "loss": loss}
+    silent, loud = np.zeros(told.shape), np.where(told, 1.0, 2.0)
+    found = attack_groups(see(told, silent), mix)
+    chance = attack_groups(see(blind, silent), mix)
+    heard = attack_groups(see(blind, loud), mix)  # the server's feedback alone says it
     assert found["groups_auc"] == found["groups_link_ridge"] == 1
+    assert heard["groups_server_ridge"] == 1
+    assert heard["groups_link_ridge"] == chance["groups_link_ridge"] < 0.5
+    assert chance["groups_server_ridge"] < 0.5
     assert abs(chance["groups_auc"] - 0.5) < 0.1
-    assert chance["groups_link_ridge"] < 0.5
     assert found["groups_mean"] == chance["groups_mean"] < 0.5
     without = type("Run", (), {"arrays": {"label_counts": np.ones((2, 3))}})
-    assert mix_groups(without) is None and attack_groups({}, None) == {}
+    assert mix_groups(without) is None
+
+
+@pytest.mark.slow
+def test_of_a_grouped_run_the_groups_are_looked_for_and_nothing_else(tmp_path):
+    sizes = SIZES | {
+        "groups.kind": "permuted",
+        "partition.kind": "iid",
+        "partition.test_share": 0.0,
+    }
+    config = tiny_study(("oracle", "random"), seeds=(0,), **sizes)
+    compare(config, tmp_path / "runs", stop=lambda: False, profile=False)
+    page = attack([str(tmp_path / "runs")], str(tmp_path / "tables"))
+    text, lines = page.read_text(), read_lines(page.parent / "attacks.csv")
+    assert "## Groups" in text and "## Utility" in text
+    assert "## Label mixes" not in text and "## Members" not in text
+    oracle, random = lines
+    assert float(oracle["groups_auc"]) == 1 and oracle["pairs_auc"] == ""
+    assert abs(float(random["groups_auc"]) - 0.5) < 0.1

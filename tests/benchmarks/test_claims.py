@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks import claims
-from benchmarks.claims_page import list_pages, lower
+from benchmarks.claims_page import deepen_links, list_pages
 from benchmarks.claims_page import rewrite as rewrite_page
 from fedmoe_jax.options import UserError
 
@@ -207,7 +207,7 @@ def test_two_sections_of_one_study_have_no_page(results):
 
 def test_links_lead_up_from_a_folder_below():
     text = "[a](b.md#c) [d](#e) [f](../g.md) [h](https://i.org)"
-    assert lower(text) == (
+    assert deepen_links(text) == (
         "[a](../b.md#c) [d](../README.md#e) [f](../../g.md) [h](https://i.org)"
     )
 
