@@ -6,6 +6,7 @@ one has another number.
 """
 
 import argparse
+import os
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -142,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             if flags.check:
                 status = 1
-                print(f"{path.name}: {first_change(old, new)}", file=sys.stderr)
+                name = os.path.relpath(path, RESULTS.parent)
+                print(f"{name}: {first_change(old, new)}", file=sys.stderr)
             elif new:
                 path.parent.mkdir(exist_ok=True)
                 write_atomically(path, new)

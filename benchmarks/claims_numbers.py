@@ -16,7 +16,7 @@ from fedmoe_jax.report.runs import NAN
 from fedmoe_jax.report.sheets import Sheet
 
 TARGET = "rounds_to."  # measures whose numbers are rounds, maybe never
-ATTACKS = {
+ATTACK_MEASURES = {
     column.key: Measure(
         "", title=column.title, scale=column.scale, digits=column.digits
     )
@@ -61,8 +61,8 @@ def find_measure(name: str) -> tuple[str, Measure]:
     for key in (name, f"final_{name}_accuracy"):
         if key in MEASURES:
             return key, MEASURES[key]
-    if name in ATTACKS:
-        return name, ATTACKS[name]
+    if name in ATTACK_MEASURES:
+        return name, ATTACK_MEASURES[name]
     raise UserError(
         f"claims: measure {name!r} is unknown; allowed: global, personal, "
         "personal_prior and other accuracies, keys of MEASURES, columns of "

@@ -54,8 +54,6 @@ DECISIVE = (  # a run on CIFAR-10 takes minutes
     f"greedy: {BOUND},privacy.noise=0.1",
     f"fedavg_active: {BOUND},privacy.noise=0.1",
 )
-
-
 IN_GROUPS = ("random", "greedy", "load_balanced", "prototypes")
 ALONE = ("fedavg_active", "local_active")
 BIASED = "gate.bias=5.0"
