@@ -33,7 +33,6 @@ def assign(evidence, hyper, sizes, key):
 RESTLESS = Strategy(
     about="Gives each client its fittest experts, and rather not the last ones again.",
     assign=assign,
-    reads=("fitness",),
     options=(
         Option(
             "restless.weight", SHARE, "loss of an expert just held", TRACED, default=0.3

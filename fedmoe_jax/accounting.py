@@ -13,8 +13,8 @@ Guarantees are conditional on the models that a client was sent: what its update
 the held sets and reports of others is covered where updates are clipped and noisy.
 Where the feedback of a client moves the held sets of others, by usage, bounds or
 floors, sums and requests have a guarantee only beside noisy feedback, given which it
-holds. What a strategy decides from is what its record says (`Strategy.reads`, `needs`,
-`update`).
+holds. What a strategy decides from is found in its traced decision (`reads`), or what
+its record says (`Strategy.needs`, `update`, `stages`).
 
 Only sums of updates gain from the sampling of cohorts, if that is uniform, of fixed
 size and secret to whoever sees the models. A link shows who takes part, and the number
@@ -34,6 +34,7 @@ from fedmoe_jax.options import UserError
 from fedmoe_jax.privacy.defences import DEFENCES, is_private
 from fedmoe_jax.program import Program
 from fedmoe_jax.pruning.scores import MEASURED
+from fedmoe_jax.reads import find_reads
 from fedmoe_jax.world.costs import FEEDBACK_NUMBERS
 
 UNIT = "a client, replaced by another"
@@ -83,39 +84,50 @@ def name_unhidden(strategy: Strategy) -> str:
     return " and ".join(what for what, is_sent in sent.items() if is_sent)
 
 
-def is_learning(program: Program) -> bool:
-    """Whether held sets follow what clients have sent."""
+def has_memory(program: Program) -> bool:
+    """Whether held sets follow what clients have sent, beside fitness and usage."""
     strategy = program.strategy
-    learns = strategy.reads or strategy.stages or strategy.update is not same_state
-    learns = bool(learns) or program.static.fairness.expert_floor
-    return learns and program.sizes.num_experts > 1
+    kept = bool(strategy.stages) or strategy.update is not same_state
+    return kept or program.static.fairness.expert_floor
 
 
-def is_blind(program: Program) -> bool:
+def is_learning(config: ConfigDict, program: Program) -> bool:
+    """Whether held sets follow what clients have sent."""
+    if program.sizes.num_experts == 1:
+        return False
+    return has_memory(program) or bool(find_reads(config, program))
+
+
+def is_blind(config: ConfigDict, program: Program) -> bool:
     """Whether held sets follow no data of any client."""
     strategy = program.strategy
     told = bool(strategy.needs) or strategy.choose is not None
-    return program.sizes.num_experts == 1 or not (told or is_learning(program))
+    return program.sizes.num_experts == 1 or not (told or is_learning(config, program))
 
 
-def is_coupled(program: Program) -> bool:
+def is_own(config: ConfigDict, program: Program) -> bool:
+    """Whether each client's held sets follow nothing sent but its own feedback."""
+    alone = program.strategy.alone and not has_memory(program)
+    return alone and "usage" not in find_reads(config, program)
+
+
+def is_coupled(config: ConfigDict, program: Program) -> bool:
     """Whether what a client sends may move the held sets of other clients."""
-    own = program.strategy.alone and not program.static.fairness.expert_floor
-    return is_learning(program) and not own
+    return is_learning(config, program) and not is_own(config, program)
 
 
 def explain_coupling(config: ConfigDict, program: Program) -> str:
     """Why neither sums nor requests have a guarantee; empty where they have."""
-    if program.static.privacy.feedback_noise or not is_coupled(program):
+    if program.static.privacy.feedback_noise or not is_coupled(config, program):
         return ""
     return (
         f"{config.strategy} decides about other clients, too, by feedback without noise"
     )
 
 
-def name_given(program: Program) -> str:
+def name_given(config: ConfigDict, program: Program) -> str:
     """What a guarantee takes as given beside the models."""
-    noisy = program.static.privacy.feedback_noise and is_coupled(program)
+    noisy = program.static.privacy.feedback_noise and is_coupled(config, program)
     return ", given its noisy feedback" if noisy else ""
 
 
@@ -156,9 +168,9 @@ def cost_selection(config: ConfigDict, program: Program) -> Cost:
         reason = BIASED
     elif program.static.fairness.expert_floor:
         reason = "fairness.expert_floor swaps experts by fitness without noise"
-    elif is_blind(program):
+    elif is_blind(config, program):
         event = "nothing", ()
-    elif program.strategy.alone:
+    elif is_own(config, program):
         event = "zcdp", (picks * config.privacy.selection**2 / BOUNDED_RANGE,)
     else:
         reason = (
@@ -182,11 +194,11 @@ def cost_flip(config: ConfigDict, program: Program) -> Cost:
     reason = explain_coupling(config, program)
     if program.strategy.affinity is not None:
         reason = BIASED
-    if travelling > 1 and not is_blind(program):
+    if travelling > 1 and not is_blind(config, program):
         event = "randomised", (config.privacy.flip, bits)
     return Cost(
         "the sets of experts that a client asks for, towards a listener on the link"
-        + name_given(program),
+        + name_given(config, program),
         count_rounds(config, program),
         None if reason else event,
         reason,
@@ -212,7 +224,7 @@ def cost_updates(config: ConfigDict, program: Program) -> Cost:
         event = "sampled", (multiplier, sizes.cohort_size, sizes.num_clients)
     return Cost(
         "the server's model, where the number of holders of each expert is public"
-        + name_given(program),
+        + name_given(config, program),
         config.num_rounds,
         None if reason else event,
         reason,

@@ -328,8 +328,6 @@ class Strategy(NamedTuple):
         float32 in [0, 1]; `gate.bias` times it is added to the client's gate logits.
         None: the client's fitness, scaled to [0, 1], see `align.affinity`. In a program
         None where `gate.bias` is 0.
-      reads: the learnt evidence that it decides from, of `fitness` and `usage`; what it
-        does not name here voids the guarantees of `accounting`.
       timed: whether its evidence has `times`, of the round's work on the known links.
       needs: its advantages beyond the shared rules, "" for none; the report prints it.
       reference: whether it knows what no server could: the others are measured by it,
@@ -413,7 +411,6 @@ class Strategy(NamedTuple):
     about: str
     assign: AssignFn
     affinity: AffinityFn | None = None
-    reads: tuple[str, ...] = ()
     timed: bool = False
     needs: str = ""
     reference: bool = False

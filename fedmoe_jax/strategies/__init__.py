@@ -181,7 +181,7 @@ def _switch(decisions: tuple[AssignFn, ...]) -> AssignFn:
 
 def traits(strategy: Strategy) -> Hashable:
     """All but the decision: strategies with equal traits can share a program."""
-    texts = {"about": "", "reads": (), "needs": "", "allowed": (), "at_most": ()}
+    texts = {"about": "", "needs": "", "allowed": (), "at_most": ()}
     texts |= {"assign": None, "configure": None, "options": (), "reference": False}
     texts |= {"alone": False}
     return strategy._replace(**texts)

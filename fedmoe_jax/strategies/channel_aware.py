@@ -83,7 +83,6 @@ CHANNEL_AWARE = Strategy(
         "Gives each client the experts of highest desirability less the price of their "
         "time on its link as the server knows it, as many as fit into the deadline."
     ),
-    reads=("fitness", "usage"),
     timed=True,
     options=OPTIONS,
 )

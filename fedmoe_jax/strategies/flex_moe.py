@@ -148,7 +148,6 @@ def make(
     system = Strategy(
         about=about,
         assign=functools.partial(assign, weigh=weigh, whole=whole),
-        reads=("fitness",),
         needs="personal gates",
         options=OPTIONS,
         configure=configure,

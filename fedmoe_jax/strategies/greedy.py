@@ -21,6 +21,5 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 GREEDY = Strategy(
     assign=assign,
     about="Gives each client its fittest experts; needs the clients' feedback.",
-    reads=("fitness",),
     alone=True,
 )

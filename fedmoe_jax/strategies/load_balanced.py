@@ -60,7 +60,6 @@ LOAD_BALANCED = Strategy(
         "Gives each client the experts of highest desirability (fitness less usage), "
         "clients deciding independently."
     ),
-    reads=("fitness", "usage"),
 )
 
 LOAD_BALANCED_NO_CALIBRATION = LOAD_BALANCED._replace(
@@ -74,5 +73,4 @@ LOAD_BALANCED_RUNNING = Strategy(
         "As load_balanced, but clients pick in a random order and each sees the load "
         "of earlier picks."
     ),
-    reads=("fitness", "usage"),
 )

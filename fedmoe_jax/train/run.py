@@ -25,6 +25,7 @@ from fedmoe_jax.measures import MEASURES, pack_measures
 from fedmoe_jax.observed import EXPOSED
 from fedmoe_jax.pretrained.weights import digest
 from fedmoe_jax.program import Program, find_overwritten
+from fedmoe_jax.reads import find_reads
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import scan_rounds
@@ -403,7 +404,7 @@ def finish(
         "note": strategy.about,
         "needs": strategy.needs,
         "reference": strategy.reference,
-        "reads": strategy.reads,
+        "reads": find_reads(config, plan.program),
         "overwrites": find_overwritten(config),
         "idle": sorted(set().union(*list_idle_fields(config))),
         **summarise_owners(config, plan.partition),
