@@ -1,5 +1,6 @@
 """Everything static of one run: the program that is compiled."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from fedmoe_jax.feasible import check_floor
 from fedmoe_jax.forms import check_type
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.flops import count_forward_flops, shape_params, trace_model
+from fedmoe_jax.models.layers import ANY
 from fedmoe_jax.models.links import SNR
 from fedmoe_jax.models.one_layer import take_gate_stem
 from fedmoe_jax.models.precision import compute_in
@@ -526,7 +528,8 @@ def build_program(
     strategy = resolve(find_strategy(config.strategy), used)
     batch = shape_batch(data.train, federation.statistics, task)
     platform, width = find_platform(mesh), task.num_outputs(data)
-    exact = MODELS[used.model.kind](used, batch.of(1), width, platform)
+    build = functools.partial(MODELS[used.model.kind], used, batch.of(1), width)
+    exact, plain = build(platform), build(ANY)  # of which FLOPs are counted
     model = compute_in(exact, used.model.dtype)
     params, frozen = shape_params(model)
     sizes = make_sizes(
@@ -545,8 +548,8 @@ def build_program(
     outputs, scores, routing = trace_model(model, task, batch, sizes)
     check_positions(used, data.task, scores, routing)
     trained, frozen = take_frozen(params, frozen, model, strategy)
-    forward = count_forward_flops(exact, batch)  # casts are no FLOPs
-    fixed = count_fixed_products(exact, batch)
+    forward = count_forward_flops(plain, batch)
+    fixed = count_fixed_products(plain, batch)
     costs = count_costs(trained, frozen, forward, strategy, fixed)
     rows = batch.of(sizes.batch_size)
     units, rest = count_entries(trained, choose_units(used, model, trained))
@@ -566,7 +569,7 @@ def build_program(
         device_costs=scale_costs(costs, used.devices.model_scale),
         units=units,
         rest_entries=rest,
-        savings=count_savings(exact, batch, units, costs),
+        savings=count_savings(plain, batch, units, costs),
         mesh=mesh,
         platform=platform,
     )

@@ -8,6 +8,7 @@ from factories import (
     E,
     K,
     make_config,
+    make_data,
     make_devices,
     make_federation,
     make_inputs,
@@ -352,3 +353,25 @@ def test_take_frozen_gives_the_gate_a_stem_without_the_shared_expert():
     assert trained == params and "shared" in params["stem"]
     rest = {name: x for name, x in params["stem"].items() if name != "shared"}
     assert frozen == {"gate_stem": rest}
+
+
+WIDE = 16
+# Multiplications of the convolutions and layers: places times sizes of kernels. Padded
+# ones meet the image in (3 n - 2) ** 2 places, (3 n - 1) ** 2 with stride 2.
+LENET = 144 * 25 * WIDE + 4 * 25 * WIDE * 42 + 42 * 20 * WIDE
+FIRST = 22**2 * WIDE + 2 * 22**2 * WIDE**2
+SECOND = (11**2 + 4**2) * 2 * WIDE**2 + 10**2 * 4 * WIDE**2
+THIRD = (5**2 + 2**2) * 8 * WIDE**2 + 4**2 * 16 * WIDE**2
+
+
+@pytest.mark.parametrize(
+    ("stem", "side", "products"),
+    [("lenet", 16, LENET), ("resnet8", 8, FIRST + SECOND + THIRD)],
+)
+def test_flops_are_those_of_plain_convolutions(stem, side, products):
+    """Not of the forms, with zeros in their kernels, that are fast on a CPU."""
+    changes = {"model.stem": stem, "model.stem_width": WIDE, "model.expert": "dense"}
+    program = make_program(make_data(shape=(side, side, 1)), **changes)
+    assert program.platform == "cpu"
+    forward, training = 2 * products, program.costs.shared_flops
+    assert 3 * forward <= training < 3.3 * forward

@@ -7,7 +7,8 @@ from fedmoe_jax.models import image_moe, lora, transformer
 
 # (config, shapes of a batch, width of the outputs, platform) -> model; the config is as
 # the strategy configures it. Equal arguments must give the same functions, as runs
-# share compiled programs by them.
+# share compiled programs by them. The platform is that of the devices, or `layers.ANY`
+# for the model whose FLOPs are counted.
 MODELS: dict[str, Callable[..., Model]] = {
     "image_moe": image_moe.build,
     "transformer": transformer.build,

@@ -59,7 +59,7 @@ def build_model(
       num_experts: E.
       num_classes: L.
       image_shape: H, W, F.
-      platform: that it will run on, `cpu`, `gpu` or `tpu`.
+      platform: that it will run on, `cpu`, `gpu` or `tpu`, or `layers.ANY`.
 
     Raises:
       UserError: the stem cannot take these images, or the expert not these features,
@@ -132,7 +132,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
       config: gives `num_experts` and the group `model`.
       batch: shapes of a batch with images `x` [B, H, W, F].
       num_outputs: L.
-      platform: that it will run on, `cpu`, `gpu` or `tpu`.
+      platform: that it will run on, `cpu`, `gpu` or `tpu`, or `layers.ANY`.
 
     Raises:
       UserError: the batch has no images; see `build_model`.

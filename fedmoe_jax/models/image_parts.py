@@ -5,7 +5,14 @@ Each is built for a platform, `cpu`, `gpu` or `tpu`, see `layers`.
 
 from flax import linen as nn
 
-from fedmoe_jax.models.layers import Conv, Dense, group_norm, max_pool, space_to_depth
+from fedmoe_jax.models.layers import (
+    Conv,
+    Dense,
+    PooledConv,
+    group_norm,
+    max_pool,
+    space_to_depth,
+)
 from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Array
 
@@ -80,9 +87,8 @@ class LeNetStem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        for width in (self.width, 8 * self.width // 3):
-            layer = Conv(width, self.platform, size=5, padding="VALID", use_bias=True)
-            x = max_pool(nn.relu(layer(x)))
+        for i, width in enumerate((self.width, 8 * self.width // 3)):
+            x = PooledConv(width, self.platform, size=5, name=f"Conv_{i}")(x)
         x = x.reshape(x.shape[0], -1)
         return nn.relu(Dense(20 * self.width, self.platform)(x))
 

@@ -393,7 +393,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
       config: gives `num_experts`, `gate.input` and the group `model`.
       batch: shapes of a batch with `tokens` [B, P].
       num_outputs: the vocabulary.
-      platform: that it will run on, `cpu`, `gpu` or `tpu`.
+      platform: that it will run on, `cpu`, `gpu` or `tpu`, or `layers.ANY`.
 
     Raises:
       UserError: the batch has no tokens, or sizes do not fit each other.

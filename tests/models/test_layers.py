@@ -12,6 +12,7 @@ from fedmoe_jax.models.layers import (
     Conv,
     Dense,
     GroupNorm,
+    block_conv,
     canonical_conv,
     canonical_product,
     conv,
@@ -117,6 +118,21 @@ def test_values_and_gradients_equal_native(ours, native, size, padding, stride, 
 @some_forms
 def test_values_and_gradients_in_bfloat16_equal_native(form):
     assert_pulls_back_as_native(form, (4, 6, 8, 2, 5), jnp.bfloat16, 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [(3, (2, 8, 6, 3, 4)), (5, (3, 6, 8, 1, 2))]
+)
+def test_block_conv_has_the_pixels_of_each_block(size, shape):
+    def ours(x, kernel):
+        blocks = block_conv(x, kernel)
+        batch, height, width, _, outputs = blocks.shape
+        blocks = blocks.reshape(batch, height, width, 2, 2, outputs)
+        pixels = blocks.transpose(0, 1, 3, 2, 4, 5)
+        return pixels.reshape(batch, 2 * height, 2 * width, outputs)
+
+    native = functools.partial(native_conv, padding=(0, 0), stride=1)
+    assert_pulls_back_as_native((ours, native, size, (0, 0), 1), shape)
 
 
 def test_strided_conv_is_same_padding_of_even_sides():
