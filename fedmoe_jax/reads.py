@@ -18,7 +18,7 @@ def shape_evidence(program: Program) -> Evidence:
     sizes, strategy = program.sizes, program.strategy
     count, experts = sizes.cohort_size, sizes.num_experts
 
-    def shape(dtype: Any, *axes: int) -> jax.ShapeDtypeStruct:
+    def shape(dtype: Any, *axes: int) -> Any:
         return jax.ShapeDtypeStruct(axes, dtype)
 
     each, row = (count, experts), shape(jnp.float32, count)

@@ -141,7 +141,7 @@ def block_conv(x: Array, kernel: Array) -> Array:
     """
     places = [(row, column) for row in (0, 1) for column in (0, 1)]
     kernels = jnp.concatenate([_block_kernel(kernel, *p) for p in places], axis=-1)
-    y = canonical_conv(space_to_depth(x), kernels, (0, 0))
+    y: Array = canonical_conv(space_to_depth(x), kernels, (0, 0))
     return y.reshape(*y.shape[:3], 4, kernel.shape[3])
 
 
@@ -312,9 +312,11 @@ class PooledConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if self.platform == "cpu":
-            largest = maximum(block_conv(x, kernel), (3,))
+            blocks, axes = block_conv(x, kernel), (3,)
         else:
-            largest = max_pool(conv(x, kernel, "VALID", 1, self.platform))
+            blocks = _blocks(conv(x, kernel, "VALID", 1, self.platform))
+            axes = (2, 4)
+        largest: Array = maximum(blocks, axes)
         return nn.relu(largest + bias[None, None, None])
 
 
