@@ -33,7 +33,7 @@ def check_form(where: str, found: PyTree, state: PyTree) -> None:
 def check_type(where: str, found: Any, kind: type) -> None:
     """Raises UserError unless a record's function returns the record that is due."""
     if not isinstance(found, kind):
+        name = "Array" if isinstance(found, jax.Array) else type(found).__name__
         raise UserError(
-            f"{where} returns a value of type {type(found).__name__}; allowed: "
-            f"{kind.__name__}"
+            f"{where} returns a value of type {name}; allowed: {kind.__name__}"
         )

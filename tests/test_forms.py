@@ -1,5 +1,6 @@
 """The returns of a user's functions: forms, types and the lines that refuse them."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -33,3 +34,8 @@ def test_check_type_names_both_types():
     check_type("it", {}, dict)
     with pytest.raises(UserError, match="^it returns a value of type dict; .*: Sizes$"):
         check_type("it", {}, Sizes)
+
+
+def test_check_type_calls_a_traced_array_an_array():
+    with pytest.raises(UserError, match="^it returns a value of type Array; "):
+        jax.eval_shape(lambda x: check_type("it", x, Sizes), jnp.zeros(3))
