@@ -19,10 +19,10 @@ FIRST and OTHERS are folders of languages as `languages.py` reads them, four eac
 for some minutes. Then it is frozen, and two clients for each language of OTHERS train
 pairs of rank 8 beside its hidden layers and its attention's queries and values: experts
 that a strategy assigns, one pair for all (`fedavg_smallest`; as FedIT, `fedavg_active`
-with the rank of two experts), or pairs without federation (`local_active`). `full`
-compares with pairs of full rank, which can become any hidden layers, queries and
-values: fine-tuning of these matrices, at rates of its own; its runs join the others by
-`--report=runs/lora,runs/full`. `markov` trains the base, and then the experts, on the
+with the rank of two experts), or pairs without federation (`local_active`). `full` is
+full fine-tuning, of all weights of the base, at rates of its own: by all clients, by
+each alone, and of experts that start as copies of its hidden layers (`oracle`); its
+runs join the others by `--report=runs/lora,runs/full`. `markov` trains the base, and then the experts, on the
 four embedded languages, without a file; `smoke` is short.
 """
 
@@ -58,12 +58,6 @@ def make_base(words: set[str]) -> ConfigDict:
     return config
 
 
-def set_rank(config: ConfigDict, rank: int) -> None:
-    """Pairs of this rank everywhere, scaled by 2, in place."""
-    config.model.lora_rank = config.model.lora_attention = rank
-    config.model.lora_alpha = 2.0 * rank
-
-
 def get_config(argument: str = "") -> ConfigDict:
     """The comparison, or the run that trains its base.
 
@@ -85,8 +79,9 @@ def get_config(argument: str = "") -> ConfigDict:
     if base:
         return make_base(words)
     config = languages.get_config(rest)
-    config.model.kind = "lora"
-    set_rank(config, config.model.stem_width if full else RANK)
+    config.model.kind = "finetune" if full else "lora"
+    config.model.lora_rank = config.model.lora_attention = RANK
+    config.model.lora_alpha = 2.0 * RANK
     config.num_experts, config.max_held = 4, 2
     config.num_clients = config.cohort_size = 8
     config.compare.strategies = FULL if full else STRATEGIES

@@ -222,10 +222,10 @@ def check_overlap(values: dict[str, Any]) -> None:
 def check_base(values: dict[str, Any]) -> None:
     """Raises UserError for a pretrained base that the model would not read."""
     kind, base = values["model.kind"], values["model.base"]
-    if base and kind != "lora":
+    if base and kind not in ("lora", "finetune"):
         raise UserError(
             f"model.base={show(base)} is not allowed with model.kind={kind!r}; "
-            "allowed: '', or model.kind='lora'"
+            "allowed: '', or model.kind='lora' or 'finetune'"
         )
 
 

@@ -6,7 +6,8 @@ A run of `model.kind=lora` becomes adapters in the form that `peft` reads: of a 
 base one for each expert, `FOLDER/expert0` and so on, with the pairs of the attention in
 each; of a base with mixtures one for all, whose names are those of its experts.
 `FOLDER/gates.safetensors` has the gates, which no adapter knows. A run of a transformer
-with one expert becomes a `llama` checkpoint, which may be a base in its turn.
+with one expert becomes a `llama` checkpoint, which may be a base in its turn; one of
+`model.kind=finetune` with one expert a checkpoint like its base.
 """
 
 import argparse
@@ -15,12 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedmoe_jax.api import Run, load_run
 from fedmoe_jax.base import BASE
-from fedmoe_jax.models import lora, transformer
+from fedmoe_jax.models import finetune, lora, transformer
 from fedmoe_jax.models.precision import find_float32
 from fedmoe_jax.models.transformer_parts import BASE as ROPE_BASE
 from fedmoe_jax.models.transformer_parts import EPSILON
@@ -35,7 +37,7 @@ from fedmoe_jax.pretrained.tensors import (
     name_block,
 )
 from fedmoe_jax.pretrained.weights import import_safetensors
-from fedmoe_jax.runtime.files import write_bytes, write_json
+from fedmoe_jax.runtime.files import read_json, write_bytes, write_json
 from fedmoe_jax.types import PyTree
 
 PREFIX = "base_model.model."  # of names in an adapter
@@ -189,6 +191,34 @@ def save_llama(shape: transformer.Shape, run: Run, folder: Path) -> None:
     write_json(folder / "config.json", fields)
 
 
+def sum_weights(run: Run) -> PyTree:
+    """The weights of a fine-tuned dense base with one expert."""
+    stem, experts = run.params["stem"], run.params["experts"]
+    hidden = {
+        name: stem[name] | {"hidden": jax.tree.map(lambda leaf: leaf[0], own)}
+        for name, own in experts.items()
+    }
+    return finetune.add(run.frozen[BASE], stem | hidden)
+
+
+def save_fine_tuned(shape: lora.Shape, run: Run, folder: Path) -> None:
+    """Writes a fine-tuned base with the config of the base.
+
+    Raises:
+      UserError: the model has several experts, for which its base has no place.
+    """
+    if shape.num_experts > 1:
+        raise UserError(
+            f"num_experts={shape.num_experts} of the run is not allowed with model."
+            "kind='finetune'; allowed: 1, as in dense controls, which a checkpoint "
+            "like its base can hold"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = dict(list_files(list_tensors(shape.arch), sum_weights(run)))
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", read_json(Path(shape.folder) / "config.json"))
+
+
 def check_llama(shape: transformer.Shape) -> None:
     """Raises UserError unless a transformer is a `llama` model."""
     faults = {
@@ -232,15 +262,18 @@ def export(run: Run, folder: Path) -> list[Path]:
         )
     own = find_float32(program.model)
     shape = getattr(own.apply, "keywords", {}).get("shape")
-    if isinstance(shape, lora.Shape):
+    if isinstance(shape, lora.Shape) and shape.rank:
         return save_adapters(shape, run, folder)
+    if isinstance(shape, lora.Shape):
+        save_fine_tuned(shape, run, folder)
+        return [folder]
     if isinstance(shape, transformer.Shape):
         check_llama(shape)
         save_llama(shape, run, folder)
         return [folder]
     raise UserError(
         f"model.kind={run.config.model.kind!r} of the run is not allowed; allowed: "
-        "lora, or transformer with one expert"
+        "lora, or transformer or finetune with one expert"
     )
 
 
@@ -249,8 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fedmoe_jax.export",
         description="Writes a trained run as files that peft or transformers read: "
-        "adapters of model.kind=lora, or a llama checkpoint of a transformer with one "
-        "expert.",
+        "adapters of model.kind=lora, or a checkpoint of a transformer or fine-tuned base "
+        "with one expert.",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("folder", type=Path, help="where to write; is made")

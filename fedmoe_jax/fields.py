@@ -336,7 +336,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "model.base",
         None,
-        "folder of a pretrained model for lora: config.json and *.safetensors",
+        "folder of a pretrained model for lora and finetune: config.json and "
+        "*.safetensors",
     ),
     Option("model.lora_rank", COUNT, "rank of an expert's pairs of lora"),
     Option("model.lora_alpha", POSITIVE, "lora scales its pairs by it over the rank"),

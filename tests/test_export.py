@@ -12,8 +12,14 @@ from safetensors.numpy import load_file
 
 from configs import default
 from fedmoe_jax.base import BASE, Route
-from fedmoe_jax.export import check_llama, main, save_adapters, save_llama
-from fedmoe_jax.models import lora, transformer
+from fedmoe_jax.export import (
+    check_llama,
+    main,
+    save_adapters,
+    save_fine_tuned,
+    save_llama,
+)
+from fedmoe_jax.models import finetune, lora, transformer
 from fedmoe_jax.models.decoder import decode
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
@@ -30,14 +36,14 @@ class Trained(NamedTuple):
     frozen: dict
 
 
-def make_run(folder, family, **changes):
+def make_run(folder, family, build=lora.build, **changes):
     """A shape and a run whose pairs do something."""
     save_checkpoint(folder, family)
     config = default.get_config()
     config.model.kind, config.model.base = "lora", str(folder)
     fields = {"model.lora_rank": 3, "model.lora_attention": 2, "num_experts": EXPERTS}
     config.update_from_flattened_dict(fields | changes)
-    model = lora.build(config, {"tokens": TOKENS}, V, "cpu")
+    model = build(config, {"tokens": TOKENS}, V, "cpu")
     params, frozen = model.init(jax.random.key(0))
     noise = lambda leaf: leaf + 0.2 * jax.random.normal(jax.random.key(1), leaf.shape)
     fixed = frozen | {BASE: model.base.load()}
@@ -142,6 +148,21 @@ def test_a_transformer_with_one_expert_is_a_llama_checkpoint(tmp_path):
     arch = read_architecture(tmp_path)
     found = decode(read_weights(arch, tmp_path, "float32"), TOKENS, arch)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_fine_tuned_base_is_a_checkpoint_like_it(family, tmp_path):
+    changes = {"model.kind": "finetune", "num_experts": 1}
+    model, run = make_run(tmp_path / "base", family, finetune.build, **changes)
+    shape, folder = model.apply.keywords["shape"], tmp_path / "out"
+    save_fine_tuned(shape, run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config == json.loads((tmp_path / "base" / "config.json").read_text())
+    arch = read_architecture(folder)
+    found = decode(read_weights(arch, folder, "float32"), TOKENS, arch)
+    np.testing.assert_allclose(ask(model, run, 0), found, atol=1e-4)
+    with pytest.raises(UserError, match="num_experts=2 of the run is not allowed"):
+        save_fine_tuned(shape._replace(num_experts=2), run, folder)
 
 
 @pytest.mark.parametrize(

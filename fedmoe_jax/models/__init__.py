@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from fedmoe_jax.base import Model
-from fedmoe_jax.models import image_moe, lora, transformer
+from fedmoe_jax.models import finetune, image_moe, lora, transformer
 
 # (config, shapes of a batch, width of the outputs, platform) -> model; the config is as
 # the strategy configures it. Equal arguments must give the same functions, as runs
@@ -13,4 +13,5 @@ MODELS: dict[str, Callable[..., Model]] = {
     "image_moe": image_moe.build,
     "transformer": transformer.build,
     "lora": lora.build,
+    "finetune": finetune.build,
 }

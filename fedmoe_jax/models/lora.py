@@ -60,7 +60,8 @@ class Shape(NamedTuple):
       folder: where it is, absolute.
       files: names, times and sizes of its files, so that others are another model.
       num_experts: E of each layer.
-      rank: of the experts' pairs.
+      rank: of the experts' pairs; 0 where they have whole differences from the base
+        instead, see `finetune`.
       scale: s, of all pairs.
       attention: rank of the pairs of queries and values; 0 for none.
       fixed: whether a stays as it was drawn.
@@ -225,13 +226,15 @@ def run_experts(pairs: PyTree, weights: PyTree, x: Array, shape: Shape) -> Array
     """Outputs [T, K, D] of each held expert by itself.
 
     Args:
-      pairs: leaves [K, ...].
+      pairs: leaves [K, ...]; with rank 0 differences, like the weights.
       weights: of the base's experts, leaves [K, ...], or [...] of one that all share.
       x: [T, D].
       shape: of the model.
     """
 
     def run(pairs: PyTree, weights: PyTree) -> Array:
+        if not shape.rank:
+            return feed_forward(jax.tree.map(jnp.add, weights, pairs), x)
         base = x @ weights["gate"], x @ weights["up"]
         hidden, low = run_expert(pairs, x, base, shape.scale)
         return hidden @ weights["down"] + low
@@ -294,7 +297,7 @@ def mix_experts(
             share = jnp.where(slot[None], jax.nn.softmax(logits)[:, held], 0.0)
             gates = gates * share.sum(axis=1, keepdims=True)
     trained = choose_trained(gates, slot, route)
-    if mixture is None and trained is None:
+    if mixture is None and trained is None and shape.rank:
         mixed = run_shared_base(pairs, weights, tokens, gates, shape)
     else:
         outputs = run_experts(pairs, weights, tokens, shape)
@@ -416,6 +419,16 @@ def list_units(shape: Shape) -> tuple[Units, ...]:
     )
 
 
+def make_base(shape: Shape) -> Base:
+    """The base of a model of these sizes."""
+    files = shape.arch, shape.folder, shape.files, shape.dtype
+    return Base(
+        shapes=functools.partial(shape_base, shape.arch, shape.dtype),
+        load=functools.partial(load_base, *files),
+        sparse=shape.arch.mixture is not None,
+    )
+
+
 @functools.cache
 def build_model(shape: Shape) -> Model:
     """The model of these sizes; equal sizes give the same functions."""
@@ -423,13 +436,7 @@ def build_model(shape: Shape) -> Model:
         init=functools.partial(init, shape=shape),
         apply=functools.partial(apply, shape=shape),
         units=list_units(shape),
-        base=Base(
-            shapes=functools.partial(shape_base, shape.arch, shape.dtype),
-            load=functools.partial(
-                load_base, shape.arch, shape.folder, shape.files, shape.dtype
-            ),
-            sparse=shape.arch.mixture is not None,
-        ),
+        base=make_base(shape),
     )
 
 
@@ -439,8 +446,8 @@ def check_options(options: ConfigDict) -> None:
         value, off = options[field], type(options[field])()
         if value != off:
             raise UserError(
-                f"model.{field}={value} is not allowed with model.kind='lora'; "
-                f"allowed: {off}"
+                f"model.{field}={value} is not allowed with model.kind="
+                f"{options.kind!r}; allowed: {off}"
             )
 
 
@@ -474,14 +481,16 @@ def check_fit(shape: Shape, config: ConfigDict, length: int, vocabulary: int) ->
         )
 
 
-def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) -> Model:
-    """The model of a config; equal configs give the same functions.
+def make_shape(
+    config: ConfigDict, batch: PyTree, num_outputs: int, rank: int
+) -> Shape:
+    """The sizes of the model of a config.
 
     Args:
       config: gives `num_experts`, `gate.input` and the group `model`.
       batch: shapes of a batch with `tokens` [B, P].
       num_outputs: the vocabulary of the data, at most that of the base.
-      platform: that it will run on, not read.
+      rank: of the experts' pairs; 0 for differences, without pairs of the attention.
 
     Raises:
       UserError: the batch has no tokens, the base is not there or damaged, or sizes do
@@ -495,8 +504,8 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         )
     if not options.base:
         raise UserError(
-            "model.base='' is not allowed with model.kind='lora'; allowed: the folder "
-            "of a pretrained model, with config.json and *.safetensors"
+            f"model.base='' is not allowed with model.kind={options.kind!r}; allowed: "
+            "the folder of a pretrained model, with config.json and *.safetensors"
         )
     check_options(options)
     folder = resolve_folder("model.base", options.base).resolve()
@@ -507,13 +516,29 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         folder=str(folder),
         files=list_states(folder),
         num_experts=config.num_experts,
-        rank=options.lora_rank,
-        scale=options.lora_alpha / options.lora_rank,
-        attention=options.lora_attention,
-        fixed=options.lora_fixed,
+        rank=rank,
+        scale=options.lora_alpha / rank if rank else 1.0,
+        attention=options.lora_attention if rank else 0,
+        fixed=bool(options.lora_fixed and rank),
         gate_input=config.gate.input,
         remat=options.remat,
         dtype=options.dtype,
     )
     check_fit(shape, config, batch["tokens"].shape[1], num_outputs)
-    return build_model(shape)
+    return shape
+
+
+def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) -> Model:
+    """The model of a config; equal configs give the same functions.
+
+    Args:
+      config: gives `num_experts`, `gate.input` and the group `model`.
+      batch: shapes of a batch with `tokens` [B, P].
+      num_outputs: the vocabulary of the data, at most that of the base.
+      platform: that it will run on, not read.
+
+    Raises:
+      UserError: see `make_shape`.
+    """
+    rank = config.model.lora_rank
+    return build_model(make_shape(config, batch, num_outputs, rank))

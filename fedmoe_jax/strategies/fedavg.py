@@ -33,13 +33,14 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 def be_dense(config: ConfigDict, width_factor: int) -> ConfigDict:
     """One expert, `width_factor` times as wide, that every client holds.
 
-    On a pretrained base it is that one with pairs of a rank so many times as high.
+    On a pretrained base it is that one with pairs of a rank so many times as high, or
+    all of it, as wide as it is.
     """
     config.num_experts = config.max_held = config.num_active = 1
     if config.model.kind == "lora":
         config.model.lora_rank *= width_factor
         config.model.lora_alpha *= width_factor
-    else:
+    elif config.model.kind != "finetune":
         config.model.expert_width *= width_factor
     return config
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from checkpoints import EXPERTS, FAMILIES, V, make_tokens, save_checkpoint
 from checkpoints import D as WIDTH
@@ -107,50 +106,6 @@ def test_a_mixture_equals_a_loop_over_tokens_and_experts(tmp_path):
     each = lora.run_experts(pairs, weights, jnp.asarray(x), shape)
     mixed = np.einsum("tk,tkd->td", gates, each)
     np.testing.assert_allclose(mixed, expected, atol=1e-4)
-
-
-def test_full_rank_equals_training_the_hidden_layers_themselves(tmp_path):
-    """With a = 1 and s = 1, W + b takes the steps of SGD that W would take."""
-    changes = {"model.lora_fixed": True, "num_experts": 1}
-    model, params, frozen = make_model(tmp_path, **changes)
-    shape = model.apply.keywords["shape"]._replace(scale=1.0)
-    model = lora.build_model(shape)
-    arch, names = shape.arch, list(params["gate"])
-    sizes = {"gate": WIDTH, "up": WIDTH, "down": arch.hidden_width}
-    fixed = {
-        n: {m: {"a": jnp.eye(size)[None]} for m, size in sizes.items()} for n in names
-    }
-    frozen = frozen | {lora.FIXED: {"stem": {}, "experts": fixed}}
-    widths = {"gate": arch.hidden_width, "up": arch.hidden_width, "down": WIDTH}
-    zeros = lambda name: {"b": jnp.zeros((1, sizes[name], widths[name]))}
-    params = params | {"experts": {n: {m: zeros(m) for m in sizes} for n in names}}
-    target = jnp.roll(TOKENS, -1, axis=1)
-    mean = lambda logits: optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits, target
-    ).mean()
-
-    def loss_of_pairs(experts):
-        logits, _ = run(model, params | {"experts": experts}, frozen, [0], 1)
-        return mean(logits)
-
-    def loss_of_weights(hidden):
-        base = frozen[BASE]
-        base = base | {n: base[n] | {"hidden": hidden[n]} for n in names}
-        return mean(decode(base, TOKENS, arch))
-
-    experts = params["experts"]
-    hidden = {n: frozen[BASE][n]["hidden"] for n in names}
-    learn = lambda loss, x: jax.tree.map(lambda w, g: w - 0.5 * g, x, jax.grad(loss)(x))
-    step = jax.jit(learn, static_argnums=0)
-    for _ in range(3):
-        experts, hidden = step(loss_of_pairs, experts), step(loss_of_weights, hidden)
-    moved = {n: {m: experts[n][m]["b"][0] for m in sizes} for n in names}
-    expected = jax.tree.map(
-        lambda w, n: w - n, hidden, {n: frozen[BASE][n]["hidden"] for n in names}
-    )
-    for found, known in zip(*map(jax.tree.leaves, (moved, expected)), strict=True):
-        np.testing.assert_allclose(found, known, atol=1e-5)
-    assert np.abs(jax.tree.leaves(moved)[0]).max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Whole runs of low-rank experts on a frozen base."""
+"""Whole runs of low-rank experts on a frozen base, and of its fine-tuning."""
 
 import jax
 import numpy as np
 import pytest
-from checkpoints import EXPERTS, D, F, H, V, W, measure_bytes, save_checkpoint
+from checkpoints import EXPERTS, D, F, V, measure_bytes, save_checkpoint
 from factories import (
     assert_same_results,
     make_config,
@@ -22,10 +22,6 @@ from fedmoe_jax.train.plan import Member, estimate, plan_waves
 from fedmoe_jax.train.run import build_job
 
 pytestmark = pytest.mark.slow
-
-# Shapes that nothing has but the base: embedding, head, attention and hidden layers.
-OF_BASE = {(V, D), (D, V), (D, H, W), (H, W, D), (D, F), (F, D)}
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -73,28 +69,33 @@ def list_carries(jaxpr):
                     yield from list_carries(inner)
 
 
-def test_the_base_is_in_no_carry_and_there_once(base):
-    configs = [make_lora(base, seed=seed, **{"strategy": "random"}) for seed in (0, 1)]
+@pytest.mark.parametrize(
+    ("family", "clients"), [("llama", 4), ("llama", 8), ("olmoe", 4)]
+)
+def test_the_base_is_in_no_carry_and_there_once(family, clients, tmp_path):
+    base = save_checkpoint(tmp_path / "base", family)
+    fields = {"strategy": "random", "num_experts": EXPERTS, "cohort_size": clients}
+    configs = [make_lora(base, seed=seed, **fields) for seed in (0, 1)]
     (wave,) = plan_waves([Member(f"run{c.seed}", c) for c in configs])
     job = build_job(wave, [None, None])
     federation, hypers = job.inputs
     whole = jax.make_jaxpr(job.programs.run_rounds)(job.state, federation, hypers)
     carries = list(list_carries(whole.jaxpr))
-    assert len(carries) > 50 and (2, 3, 4, 3) not in carries
-    assert not OF_BASE & {shape[-len(own) :] for shape in carries for own in OF_BASE}
-    leaves = jax.tree.leaves((job.state, federation.base))
-    found = [leaf.shape for leaf in jax.tree.leaves(federation.base)]
-    assert (V, D) in found and len(leaves) > len(found)
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(federation.base)]
-    assert sum(sizes) == measure_bytes("llama")
+    leaves, router = jax.tree.leaves(federation.base), EXPERTS * D
+    shapes = {leaf.shape for leaf in leaves if leaf.size > router}  # nothing else has
+    assert len(carries) > 50 and {(V, D), (D, F)} <= {own[-2:] for own in shapes}
+    assert not shapes & {shape[-len(own) :] for shape in carries for own in shapes}
+    sizes = [leaf.nbytes for leaf in leaves]
+    assert sum(sizes) == measure_bytes(family)
     costs = wave.program.costs
     assert costs.frozen_bytes == sum(sizes)  # that every client downloads once
 
 
-def test_a_run_learns_and_goes_on_alike(base, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "finetune"])
+def test_a_run_learns_and_goes_on_alike(kind, base, tmp_path):
     """Broken off after two of four rounds; the model that was saved is the one read."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    config = make_lora(base)
+    config = make_lora(base, **{"model.kind": kind})
     assert run_alone(config, whole)
     assert not run_alone(config, parts, stop=stop_at(parts, 2))
     assert run_alone(config, parts)
@@ -204,8 +205,14 @@ def test_runs_of_a_sweep_are_those_alone(base):
 
 
 def test_devices_share_the_work_and_not_the_result(base, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run_alone(make_lora(base), one)
-    assert run_alone(make_lora(base, **{"run.num_devices": 4}), two)
-    for row, other in zip(rows_of(one), rows_of(two), strict=True):
+    runs = []
+    for count in (1, 8):
+        folder = tmp_path / str(count)
+        changes = {"run.num_devices": count, "cohort_size": 8}
+        assert run_alone(make_lora(base, **changes), folder)
+        runs.append((rows_of(folder), load_run(folder).params))
+    (rows, params), (others, shared) = runs
+    for row, other in zip(rows, others, strict=True):
         np.testing.assert_allclose(row["train_loss"], other["train_loss"], rtol=1e-4)
+    for leaf, other in zip(*map(jax.tree.leaves, (params, shared)), strict=True):
+        np.testing.assert_allclose(leaf, other, atol=1e-4)
