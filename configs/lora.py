@@ -22,8 +22,8 @@ that a strategy assigns, one pair for all (`fedavg_smallest`; as FedIT, `fedavg_
 with the rank of two experts), or pairs without federation (`local_active`). `full` is
 full fine-tuning, of all weights of the base, at rates of its own: by all clients, by
 each alone, and of experts that start as copies of its hidden layers (`oracle`); its
-runs join the others by `--report=runs/lora,runs/full`. `markov` trains the base, and then the experts, on the
-four embedded languages, without a file; `smoke` is short.
+runs join the others by `--report=runs/lora,runs/full`. `markov` trains the base, and
+then the experts, on the four embedded languages, without a file; `smoke` is short.
 """
 
 from ml_collections import ConfigDict

@@ -282,8 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fedmoe_jax.export",
         description="Writes a trained run as files that peft or transformers read: "
-        "adapters of model.kind=lora, or a checkpoint of a transformer or fine-tuned base "
-        "with one expert.",
+        "adapters of model.kind=lora, or a checkpoint of a transformer or fine-tuned "
+        "base with one expert.",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("folder", type=Path, help="where to write; is made")

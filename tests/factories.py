@@ -194,6 +194,30 @@ def make_config(**changes):
     return config
 
 
+def make_lora(base, **changes):
+    """A config of low-rank experts on a base, for text of four languages."""
+    fields = {
+        "data.name": "markov",
+        "data.length": 12,
+        "model.kind": "lora",
+        "model.base": str(base),
+        "model.lora_rank": 3,
+        "model.lora_attention": 2,
+        "partition.kind": "natural",
+        "num_clients": 8,
+        "cohort_size": 4,
+        "num_rounds": 4,
+        "chunk_rounds": 1,
+        "eval_every": 2,
+        "checkpoint.every": 1,
+        "client.optimizer": "adamw",
+        "client.learning_rate": 0.01,
+        "run.tensorboard": False,
+        "run.num_devices": 1,
+    }
+    return make_config(**fields | changes)
+
+
 def make_options(**changes):
     """The default config's group `data` with some fields changed."""
     options = default.get_config().data

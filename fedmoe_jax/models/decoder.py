@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmoe_jax.base import Route
+from fedmoe_jax.models.precision import einsum_float32
 from fedmoe_jax.models.routing import make_gates
 from fedmoe_jax.models.transformer_parts import (
     feed_forward,
@@ -98,7 +99,7 @@ def decode(weights: PyTree, tokens: Array, arch: Architecture) -> Array:
 
 
 def answer(weights: PyTree, x: Array, arch: Architecture) -> Array:
-    """Logits [..., vocabulary] of the last hidden states [..., D]."""
+    """Logits [B, P, vocabulary] of the last hidden states [B, P, D]."""
     x = normalise_axes(x, weights["norm"], arch.epsilon)
     kernel = weights["embedding"].T if arch.tied else weights["head"]
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    return einsum_float32("bpd,dv->bpv", x, kernel)

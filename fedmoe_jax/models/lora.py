@@ -481,9 +481,7 @@ def check_fit(shape: Shape, config: ConfigDict, length: int, vocabulary: int) ->
         )
 
 
-def make_shape(
-    config: ConfigDict, batch: PyTree, num_outputs: int, rank: int
-) -> Shape:
+def make_shape(config: ConfigDict, batch: PyTree, num_outputs: int, rank: int) -> Shape:
     """The sizes of the model of a config.
 
     Args:

@@ -18,6 +18,37 @@ from fedmoe_jax.types import Array, PyTree
 DTYPES = ("float32", "bfloat16")
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum_float32(axes: str, left: Array, right: Array) -> Array:
+    """`jnp.einsum` whose sums and result are float32, whatever it multiplies.
+
+    Its gradients are products in the operands' own dtype. Those of JAX would be float32
+    ones, which take an accelerator many times as long as bfloat16.
+
+    Args:
+      axes: of both operands and the result.
+      left: any float.
+      right: of the same dtype.
+    """
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
+
+
+def _einsum_forward(
+    axes: str, left: Array, right: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return einsum_float32(axes, left, right), (left, right)
+
+
+def _einsum_backward(
+    axes: str, saved: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array]:
+    _, pull = jax.vjp(functools.partial(jnp.einsum, axes), *saved)
+    return pull(grad.astype(saved[0].dtype))
+
+
+einsum_float32.defvjp(_einsum_forward, _einsum_backward)
+
+
 def cast(tree: PyTree, dtype: Any) -> PyTree:
     """A tree whose floats have `dtype`; other leaves stay."""
 

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.base import Model, Route, Routing, Units
 from fedmoe_jax.models import routing
 from fedmoe_jax.models.one_layer import choose_trained, freeze_others, split_rows
+from fedmoe_jax.models.precision import einsum_float32
 from fedmoe_jax.models.routed_experts import mix_routed
 from fedmoe_jax.models.transformer_parts import (
     attend,
@@ -304,7 +305,7 @@ def apply(
     for block in rest:
         x, _ = run(block, x)
     hidden = normalise(x, head["norm"])
-    outputs = jnp.matmul(hidden, head["kernel"], preferred_element_type=jnp.float32)
+    outputs = einsum_float32("bpd,dv->bpv", hidden, head["kernel"])
     return outputs, join_tied(layers) if shape.tied else layers
 
 

@@ -8,6 +8,7 @@ keys and values in groups (arXiv 2305.13245), hidden layers are SwiGLU (arXiv
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.models.precision import einsum_float32
 from fedmoe_jax.types import Array, PyTree
 
 EPSILON = 1e-6  # of a mean square
@@ -85,15 +86,12 @@ def mix_values(query: Array, key: Array, value: Array) -> Array:
     query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
     groups = query.shape[1] // key.shape[1]
     key, value = (jnp.repeat(each, groups, axis=1) for each in (key, value))
-    scores = jnp.einsum(
-        "bhpw,bhqw->bhpq", query, key, preferred_element_type=jnp.float32
-    )
+    scores = einsum_float32("bhpw,bhqw->bhpq", query, key)
     past = jnp.tri(query.shape[2], dtype=bool)
     scores = jnp.where(past[None, None], scores, -jnp.inf)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
-    products = weights.astype(value.dtype), value
-    mixed = jnp.einsum("bhpq,bhqw->bhpw", *products, preferred_element_type=jnp.float32)
+    mixed = einsum_float32("bhpq,bhqw->bhpw", weights.astype(value.dtype), value)
     return (mixed / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
 
 

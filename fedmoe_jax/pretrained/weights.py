@@ -13,6 +13,7 @@ from fedmoe_jax.options import UserError, show
 from fedmoe_jax.pretrained.architecture import Architecture
 from fedmoe_jax.pretrained.tensors import Tensor, list_tensors, walk
 from fedmoe_jax.runtime.files import read_json
+from fedmoe_jax.runtime.sharding import align
 from fedmoe_jax.types import PyTree
 
 INDEX = "model.safetensors.index.json"
@@ -135,9 +136,10 @@ def read_weights(arch: Architecture, folder: Path, dtype: str) -> PyTree:
         return read_float(files[found[name].path], name)
 
     def load(tensor: Tensor) -> np.ndarray:
-        cast = lambda value: np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
+        cast = lambda value: value.astype(jnp.dtype(dtype))
         values = [cast(tensor.convert(read(name))) for name in tensor.names]
-        return np.stack(values) if len(values) > 1 else values[0]
+        # Else a device on a CPU would have a second copy beside the host's.
+        return align(np.stack(values) if len(values) > 1 else values[0])
 
     return map_tensors(load, list_tensors(arch))
 

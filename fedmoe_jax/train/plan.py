@@ -23,11 +23,12 @@ from fedmoe_jax.base import Data
 from fedmoe_jax.capacity import count_capacity, count_workload
 from fedmoe_jax.config import validate
 from fedmoe_jax.data.groups import NONE, check_groups, copy_groups
-from fedmoe_jax.data.load import DATASETS, load_dataset
+from fedmoe_jax.data.load import DATASETS, READS, RECORDS, load_dataset
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes, shape_base
 from fedmoe_jax.observed import check_size
 from fedmoe_jax.options import UserError
+from fedmoe_jax.pretrained.tokenizer import check_tokenizer
 from fedmoe_jax.program import Program, build_program, make_hyper
 from fedmoe_jax.runtime.scheduling import chunk_size
 from fedmoe_jax.runtime.sharding import CLIENTS, build_mesh
@@ -121,13 +122,22 @@ def load_copies_once(config: ConfigDict) -> Data:
     return _copy(*find_loader(config.data), groups.kind, groups.count)
 
 
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for a config that is not allowed, before data are loaded."""
+    validate(config)
+    name = config.data.name
+    reads = READS.get(name, () if name in DATASETS else RECORDS)
+    if config.model.base and "tokenizer" in reads:
+        check_tokenizer(config.model.base, config.data.tokenizer)
+
+
 def load_data(config: ConfigDict) -> None:
     """Loads the data of a run, so that they are at hand when they are asked for again.
 
     Raises:
       UserError: the config is not allowed or the data cannot be loaded.
     """
-    validate(config)
+    check_config(config)
     load_copies_once(config)
 
 
@@ -162,7 +172,7 @@ def plan_run(
     Raises:
       UserError: the config or the data do not allow this run.
     """
-    validate(config)
+    check_config(config)
     data = load_copies_once(config)
     try:
         partition = make_partition_once(config, data, {} if made is None else made)

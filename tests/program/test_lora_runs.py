@@ -6,7 +6,7 @@ import pytest
 from checkpoints import EXPERTS, D, F, V, measure_bytes, save_checkpoint
 from factories import (
     assert_same_results,
-    make_config,
+    make_lora,
     rows_of,
     run_alone,
     stop_at,
@@ -23,32 +23,10 @@ from fedmoe_jax.train.run import build_job
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("base"), "llama")
-
-
-def make_lora(base, **changes):
-    fields = {
-        "data.name": "markov",
-        "data.length": 12,
-        "model.kind": "lora",
-        "model.base": str(base),
-        "model.lora_rank": 3,
-        "model.lora_attention": 2,
-        "partition.kind": "natural",
-        "num_clients": 8,
-        "cohort_size": 4,
-        "num_rounds": 4,
-        "chunk_rounds": 1,
-        "eval_every": 2,
-        "checkpoint.every": 1,
-        "client.optimizer": "adamw",
-        "client.learning_rate": 0.01,
-        "run.tensorboard": False,
-        "run.num_devices": 1,
-    }
-    return make_config(**fields | changes)
 
 
 def list_carries(jaxpr):

@@ -1,17 +1,20 @@
 """Programs for TPUs and GPUs, traced and lowered without one; nothing is compiled."""
 
 import functools
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from checkpoints import EXPERTS, D, save_checkpoint
 from factories import (
     SIZES,
     assert_same,
     make_data,
     make_evidence,
     make_hyper,
+    make_lora,
     make_times,
     plan_run,
     sizes_of,
@@ -21,10 +24,12 @@ from factories import (
 from jax import export
 
 from fedmoe_jax import program
+from fedmoe_jax.models.flops import shape_base
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.train import plan as planning
 from fedmoe_jax.train.compare import list_members
+from fedmoe_jax.train.plan import Member
 from fedmoe_jax.train.run import build_programs, stack_federations
 
 DEVICES = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}  # JAX's platform: its devices'
@@ -66,7 +71,8 @@ def lower_wave(wave, platform):
     init, programs = build_programs(wave.program)
     start = shapes_of(np.arange(len(plans))), federation, hyper
     state, frozen = shapes_of(jax.eval_shape(init, *start))
-    inputs = state, federation.replace(frozen=frozen), hyper
+    base = shape_base(wave.program.model)
+    inputs = state, federation.replace(frozen=frozen, base=base), hyper
     return (
         lower(init, platform, *start),
         lower(programs.run_rounds, platform, *inputs),
@@ -94,6 +100,40 @@ def test_a_sweep_of_cnns_has_the_form_of_its_platform(monkeypatch, platform):
     # One loop over batches, one over models, one over the priors of a model's clients,
     # and on CPU one over runs.
     assert evaluate.count("stablehlo.while") == (4 if on_cpu else 3)
+
+
+def list_float32_products(text):
+    """The operands of the products of a lowered program that are float32, as text."""
+    products = re.findall(r"stablehlo\.dot_general.*: \((.*?)\) ->", text)
+    return [operands for operands in products if "f32" in operands], len(products)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "finetune", "olmoe"])
+def test_low_rank_experts_are_products_in_bfloat16_both_ways(
+    kind, monkeypatch, tmp_path
+):
+    """Of two runs of four clients, 32 windows of 12 tokens, through CUDA's form."""
+    monkeypatch.setattr(program, "find_platform", lambda mesh: "gpu")
+    sparse = kind == "olmoe"
+    base = save_checkpoint(tmp_path / "base", kind if sparse else "llama")
+    changes = {"model.kind": "lora" if sparse else kind, "model.dtype": "bfloat16"}
+    changes |= {"strategy": "random", "num_experts": EXPERTS}
+    configs = [make_lora(base, seed=seed, **changes) for seed in (0, 1)]
+    (wave,) = planning.plan_waves([Member(f"{c.seed}", c) for c in configs])
+    text = lower_wave(wave, "cuda")[1].mlir_module()
+    assert wave.program.static.run.client_chunk == 4
+    assert text.count("stablehlo.while") == 5 and "stablehlo.convolution" not in text
+    wide, count = list_float32_products(text)
+    # Of tokens: gates, and what is averaged by them, one number an expert; no hidden
+    # layer, no heads, no pairs of positions and no vocabulary.
+    tokens = "32x(4x)?12x|x384x"
+    gate = rf"(32x12|2x384)(x{D}|x{EXPERTS}|)xf32|x384xf32"
+    of_tokens = [each for each in wide if re.search(tokens, each)]
+    for operands in of_tokens:
+        for each in operands.split(", "):
+            assert re.search(gate, each) or not re.search(tokens, each), operands
+    assert 0 < len(of_tokens) < count / 4
 
 
 def lower_decision(name, platform):
