@@ -265,6 +265,35 @@ def prune_cohort(
     return jax.vmap(one_client)(*rows)
 
 
+def expect_shares(
+    state: SimState, evidence: Evidence, hyper: Hyper, program: Program
+) -> Array:
+    """The share of each expert that clients can be expected to keep: [C, E] float32.
+
+    What they would keep of it if they held all E, in E / k_c times the room that they
+    have for k_c, so that bytes are as scarce; the mean over MoE layers. What they do
+    hold is not known yet, and moves the threshold.
+
+    Args:
+      state: before the round.
+      evidence: of the cohort; has `room`.
+      hyper: hyperparameters.
+      program: the static parts, with units.
+    """
+    knowledge, sizes = know_units(state.params, state.pruning, program), program.sizes
+    layers, experts = sizes.num_layers, sizes.num_experts
+    held = jnp.broadcast_to(jnp.arange(experts), (layers, experts))
+
+    def one_client(client: Array, room: Array) -> Array:
+        place = client, held, jnp.ones(held.shape, bool), room, state.round, state.key
+        masks = prune_client(knowledge, *place, hyper, program)
+        return share_experts(masks, program.units, program.rest_entries).mean(axis=0)
+
+    assert evidence.room is not None
+    room = evidence.room * experts / evidence.capacity
+    return jax.vmap(one_client)(evidence.client, room)
+
+
 def prune_held(
     state: SimState,
     client: Array,

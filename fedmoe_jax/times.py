@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fedmoe_jax.broadcast import plan_traffic
 from fedmoe_jax.capacity import Belief
 from fedmoe_jax.program import Program
+from fedmoe_jax.prune import expect_shares
 from fedmoe_jax.types import (
     Array,
     Assignment,
@@ -50,33 +51,32 @@ def expect_devices(
     return jax.tree.map(lambda leaf: leaf[cohort], devices)
 
 
-def count_experts(evidence: Evidence, program: Program) -> tuple[Array, Array, Array]:
+def count_experts(
+    evidence: Evidence, kept: Array, program: Program
+) -> tuple[Array, Array, Array]:
     """What each expert, of all MoE layers, adds to a client's round.
 
-    All experts of a model are equally large; only here would it show if they were not.
-    Pruned ones count as the share of each that a client has room for if it holds all
-    that it may, as which units it keeps is not known yet.
+    Args:
+      evidence: of the cohort.
+      kept: [C, E] float32 in [0, 1], share of each that is not pruned.
+      program: the costs of whole experts, which are equally large.
 
     Returns:
       Bytes up and down as devices feel them, and FLOPs, [C, E] each. Where experts are
       probed next to those of other layers, a client with room for k_c holds them.
     """
     costs, sizes, static = program.device_costs, program.sizes, program.static
-    kept = jnp.ones(len(evidence.load))
-    if evidence.room is not None:
-        kept = jnp.clip(evidence.room / evidence.capacity, 0.0, 1.0)
     size = costs.copies * costs.expert_bytes * kept
     slots = NUMBER_BYTES * sizes.num_layers  # bytes of a number for each layer
     up = size + slots * (FEEDBACK_NUMBERS + static.probes)
     down = size if program.strategy.affinity is None else size + slots
     left = 1 - program.savings.of_expert * (1 - kept)
     flops = costs.expert_flops * left - costs.fixed_expert_flops
-    flops = flops * evidence.load
+    flops = flops * evidence.load[:, None]
     if static.probes:
         passes = sizes.num_layers * sizes.batch_size
-        flops += passes * probe_flops(costs, evidence.capacity)  # whole ones
-    each = lambda row: jnp.broadcast_to(row[:, None], (len(row), sizes.num_experts))
-    return each(up), each(down), each(flops)
+        flops += passes * probe_flops(costs, evidence.capacity)[:, None]  # whole ones
+    return up, down, flops
 
 
 def hold_nothing(count: int, program: Program) -> Assignment:
@@ -111,8 +111,12 @@ def add_times(
     equipped = state.participation.equipped[cohort]
     traffic = plan_traffic(evidence, nothing, None, equipped, hyper, program)
     shared = client_seconds(devices, program.device_costs, traffic, evidence.load)
+    kept = jnp.ones(evidence.fitness[:, 0].shape)
+    if program.units:
+        kept = expect_shares(state, evidence, hyper, program)
+    costs = count_experts(evidence, kept, program)
     times = Times(
-        expert=expert_seconds(devices, *count_experts(evidence, program)) / deadline,
+        expert=expert_seconds(devices, *costs) / deadline,
         room=1 - hyper.devices.buffer - shared.sum(axis=1) / deadline,
     )
     return evidence.replace(times=times)

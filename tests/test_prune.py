@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factories import K, assert_same, plan_run, start_run, tiny_config
+from factories import E, K, assert_same, plan_run, start_run, tiny_config
 
 from fedmoe_jax.aggregate import accumulate, accumulate_chunk, merge, weigh, zero_sums
 from fedmoe_jax.align_layers import assign
@@ -22,6 +22,7 @@ from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.options import UserError
 from fedmoe_jax.prune import (
     Pruned,
+    expect_shares,
     prune_cohort,
     save_shared,
     share_pruned_stem,
@@ -31,7 +32,7 @@ from fedmoe_jax.round import build_round, build_run_rounds
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import STRATEGIES
-from fedmoe_jax.types import ClientInput, make_keys
+from fedmoe_jax.types import Assignment, ClientInput, make_keys
 from fedmoe_jax.world.costs import client_bytes, client_flops, client_parameters
 from fedmoe_jax.world.outcome import Conditions
 from fedmoe_jax.world.step import observe
@@ -145,6 +146,24 @@ def measure_rooms(now):
         state.belief, view, now.run.hyper, now.program, state.round, keys
     )
     return np.asarray(capacity.belief.room)
+
+
+def test_expect_shares_is_what_clients_keep_that_hold_all_experts():
+    plan = plan_run(**{"data.name": "digits", "pruning.kind": "lamp", "max_held": E})
+    program, run = plan.program, start_run(plan, plan.program)
+    cohort = jnp.arange(program.sizes.cohort_size)
+    view = observe({}, run.federation, run.hyper, ())
+    belief = run.state.belief
+    evidence = gather_evidence(run.state, view, cohort, belief, run.hyper, program)
+    room, capacity = jnp.linspace(2.0, E - 0.5, len(cohort)), jnp.full(len(cohort), E)
+    evidence = evidence.replace(room=room, capacity=capacity)
+    expected = expect_shares(run.state, evidence, run.hyper, program)
+    held = jnp.broadcast_to(jnp.arange(E), (len(cohort), 1, E))
+    whole = Assignment(held, jnp.ones(held.shape, bool))
+    found = prune_cohort(run.state, evidence, whole, run.hyper, program)
+    np.testing.assert_allclose(expected, found.share[:, 0], atol=1e-6)
+    assert (np.diff(np.asarray(expected).mean(1)) > 0).all()
+    assert np.ptp(np.asarray(expected[0])) > 0.01
 
 
 def test_traffic_counts_bytes_from_the_masks():

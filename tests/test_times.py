@@ -32,14 +32,15 @@ def prepare(strategy="channel_aware", **changes) -> Run:
     return start(plan, plan.program)
 
 
-def expect(run: Run, world) -> Evidence:
-    """The evidence of the first round in some state of the world."""
+def expect(run: Run, world, **known) -> Evidence:
+    """The evidence of the first round in some state of the world, and what is known."""
     state, federation, hyper, program = run.state, run.federation, run.hyper, run[0]
     view = observe(world, federation, hyper, program.processes)
     keys = make_keys(state.key, 0)
     place = view, hyper, program, jnp.int32(0), keys
     belief = measure_capacity(state.belief, *place).belief
     evidence = gather_evidence(state, view, COHORT, belief, hyper, program)
+    evidence = evidence.replace(**known)
     return add_times(evidence, state, view, belief, hyper, program)
 
 
@@ -115,15 +116,30 @@ def test_add_times_costs_a_strategy_without_them_nothing(monkeypatch):
     assert trace_round(run) == plain
 
 
-def test_count_experts_of_pruned_ones_counts_the_share_that_fits():
+def test_pruned_experts_take_the_time_of_what_is_kept_of_each():
+    """Of the expert that one unit makes most of, less is kept than of the others."""
+    run = prepare(**{"data.name": "digits", "pruning.kind": "lamp"})
+    tilt = lambda row: (
+        jnp.ones(row.shape).at[:, 1].set(4.0 ** -jnp.arange(row.shape[2]))
+    )
+    state = run.state.replace(pruning=jax.tree.map(tilt, run.state.pruning))
+    known = {"room": jnp.array([0.8, 1.0, 1.2, 2.0]), "capacity": jnp.full(4, 2)}
+    world, tilted = run.state.world, run._replace(state=state)
+    times = expect(tilted, world, **known).times.expert
+    whole = expect(tilted, world, **known | {"room": jnp.full(4, 2.0)}).times.expert
+    others = jnp.delete(times[:3], 1, axis=1)
+    assert (times[:3, 1] < 0.9 * others.mean(axis=1)).all()
+    assert (times[:3] < whole[:3] * (1 + 1e-5)).all()
+    np.testing.assert_allclose(times[3], whole[3], rtol=1e-5)
+
+
+def test_count_experts_of_pruned_ones_counts_what_is_kept():
     run = prepare(**{"data.name": "digits", "pruning.kind": "magnitude"})
-    evidence = expect(run, run.state.world)
-    assert evidence.room is not None
-    room, capacity = jnp.array([0.5, 1.0, 1.5, 9.0]), jnp.full(4, 2)
-    pruned = count_experts(evidence.replace(room=room, capacity=capacity), run.program)
-    up, down, flops = pruned
-    whole = count_experts(evidence.replace(room=None), run.program)
-    share = np.array([[0.25], [0.5], [0.75], [1.0]])
+    evidence, experts = expect(run, run.state.world), run.program.sizes.num_experts
+    share = np.broadcast_to([[0.25], [0.5], [0.75], [1.0]], (4, experts)).copy()
+    share[0, 1] = 0.5
+    up, down, flops = count_experts(evidence, jnp.asarray(share), run.program)
+    whole = count_experts(evidence, jnp.ones((4, experts)), run.program)
     saving = run.program.savings.of_expert  # all but sums and activations
     assert 0.8 < saving < 1
     left = 1 - saving * (1 - share)

@@ -9,9 +9,10 @@ with T_e and the room in deadlines, on the link as the server knows it (`times`)
 paper asks for decisions by channel and latency (section IV.C) and gives no formula;
 the objective, its scale and the greedy solution are this project's choice.
 
-Where all experts are equally large, as in all models so far, T_e is the same for all
-experts of a client. So the channel says how many experts a client takes and, by the
-price, how much the last of them must be worth; which ones is for the data to say.
+Experts of a model are equally large, and T_e is the same for all experts of a client,
+unless they are pruned (`prune.expect_shares`). So without pruning the channel says how
+many experts a client takes and, by the price, how much the last of them must be worth;
+which ones is for the data to say.
 """
 
 import functools
