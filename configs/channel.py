@@ -9,8 +9,8 @@
 data alone decide (`load_balanced`), the channel alone (`channel_only`), or both
 (`channel_aware`), with profiles that do not see the channel; errors of the channel's
 measurement, stale measurements of a slow and a fast channel, shorter and longer
-deadlines, one at a time; then without a price of time and with a high one, and with
-profiles that see the channel. Read accuracies at equal simulated time and energy, costs
+deadlines, one at a time; then without a price of time and with a high one, with
+profiles that see the channel, and with pruned experts, which differ in size. Read accuracies at equal simulated time and energy, costs
 to target accuracies, outage, MB lost and load CV.
 
 *Gating* (`gate`): experts behind links with noise. A plain gate and one that sees its
@@ -32,6 +32,7 @@ STALE = ("channel.refresh=5", "channel.refresh=5,channel.persistence=0.5")
 DEADLINES = ("devices.deadline=40.0", "devices.deadline=160.0")
 PRICES = ("channel_aware: channel_aware.price=0.0",)
 PRICES += ("channel_aware: channel_aware.price=3.0",)
+PRUNED = tuple(f"{name}: pruning.kind=lamp" for name in STRATEGIES)
 SEEN = ("load_balanced: profile.links=round", "channel_aware: profile.links=round")
 SIGHT, START = "expert_links.sight=0.0", "expert_links.start"
 PENALTY = "loss.latency=1.0"
@@ -48,7 +49,7 @@ def compare_assignments(config: ConfigDict, words: set[str]) -> None:
     if "smoke" in words:
         config.compare.changes = ("", *PRICES[:1])
     elif "digits" in words:
-        changes = *KNOWLEDGE, *STALE, *DEADLINES, *PRICES, *SEEN
+        changes = *KNOWLEDGE, *STALE, *DEADLINES, *PRICES, *SEEN, *PRUNED
         config.compare.changes = ("", *changes)
 
 

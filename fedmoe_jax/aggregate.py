@@ -61,7 +61,7 @@ class Sums(struct.PyTreeNode):
     keep: PyTree = struct.field(default_factory=dict)
 
 
-def zero_sums(params: PyTree, units: tuple[Units, ...] = ()) -> Sums:
+def zero_sums(params: PyTree, units: tuple[Units, ...]) -> Sums:
     """Sums before any client; `units` are those that pruning can leave out."""
     rows = len(params["gate"]), count_experts(params["gate"])
     shape = lambda part: rows if part in LAYERED else ()

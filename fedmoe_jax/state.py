@@ -77,7 +77,7 @@ def init_state(key: Array, hyper: Hyper, program: Program) -> tuple[SimState, Py
             pruned=bool(program.units),
             timed=strategy.timed,
         ),
-        stale=zero_sums(params) if static.late.kind == "stale" else {},
+        stale=zero_sums(params, program.units) if static.late.kind == "stale" else {},
         participation=init_participation(sizes),
         pruning=init_pruning(params, program),
         queues=init_queues(program),

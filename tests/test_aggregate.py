@@ -133,7 +133,7 @@ def sum_up(params, inputs, updates, size, *, gate_mode, weight):
         weights = keep_if(client[1].finite, weights)
         return accumulate(sums, 0, *client[:2], weights), None
 
-    start = jax.tree.map(lambda leaf: leaf[None], zero_sums(params))
+    start = jax.tree.map(lambda leaf: leaf[None], zero_sums(params, ()))
     sums, _ = jax.lax.scan(add, start, (inputs, updates, size))
     return jax.tree.map(lambda leaf: leaf[0], sums)
 
@@ -273,7 +273,7 @@ def test_accumulate_chunk_is_accumulate_of_its_clients(num_layers, gate_mode, we
         inputs, updates, SIZE
     )
     weights = jax.vmap(keep_if)(FINITE, weights)
-    zero = zero_sums(make_params(num_layers))
+    zero = zero_sums(make_params(num_layers), ())
     start = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape)), zero)
     clients = which, inputs, updates, weights
     add = lambda sums, client: (accumulate(sums, *client), None)

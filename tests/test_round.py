@@ -474,7 +474,7 @@ def test_scan_rounds_carries_nothing_frozen():
     assert not any(find_stems(list_carried(equation)) for equation in equations)
     sent = [e for e in equations if e.primitive.name.startswith("psum")]
     assert sent and not any(find_stems(equation.invars) for equation in sent)
-    for tree in (run.state, run.state.server_opt, zero_sums(run.state.params)):
+    for tree in (run.state, run.state.server_opt, zero_sums(run.state.params, ())):
         assert not find_stems(jax.tree.leaves(tree))
     assert not find_stems(jaxpr.outvars)
 
@@ -491,7 +491,7 @@ def test_scan_rounds_carries_what_is_trained():
     sent = [e for e in equations if e.primitive.name.startswith("psum")]
     assert any(find_stems(equation.invars) for equation in sent)
     assert len(find_stems(jax.tree.leaves(run.state.server_opt))) == 2
-    assert find_stems(jax.tree.leaves(zero_sums(run.state.params)))
+    assert find_stems(jax.tree.leaves(zero_sums(run.state.params, ())))
     assert len(find_stems(jaxpr.outvars)) == 3  # params and two moments
 
 

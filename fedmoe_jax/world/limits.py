@@ -90,8 +90,11 @@ def find_room(
     work = (1 - communication_share) * deadline * usable * devices.flops / examples
     trained = costs.expert_flops * (saving + spread * (1 - saving))
     trained = trained - spread * costs.fixed_expert_flops
-    by_compute = (work - costs.shared_training_flops) / trained
-    if probed:
+    left = work - costs.shared_training_flops
+    if probed and not costs.expert_flops:  # a single expert's are among the shared ones
+        left -= probed / examples * costs.shared_flops / TRAINING_PASSES
+    by_compute = left / trained
+    if probed and costs.expert_flops:
         by_compute = limit_probes(
             by_compute, spread * probed / examples, costs, trained
         )

@@ -165,6 +165,15 @@ def test_true_capacity_of_a_device_too_slow_for_anything_is_none_with_probes():
     assert got.tolist() == [0]
 
 
+@pytest.mark.parametrize(("flops", "expected"), [(4.1, 4), (3.9, 0)])
+def test_true_capacity_of_a_single_expert_counted_with_the_rest(flops, expected):
+    """50 f / 5 against 30 FLOPs of training and 5 / 5 passes forward of 10."""
+    whole = COSTS._replace(shared_flops=30.0, expert_flops=0.0)
+    setting = SETTING | {"probed": 5}
+    got = true_capacity(make_devices(1, flops=flops), whole, buffer=0.0, **setting)
+    assert got.tolist() == [expected]
+
+
 def test_true_capacity_counts_both_upload_and_download():
     devices = make_devices(1, upload=51.0)
     got = true_capacity(devices, COSTS, buffer=0.0, **SETTING)

@@ -1,0 +1,130 @@
+"""Mechanisms on top of a round: not in the program where off, all at once where on."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from factories import (
+    assert_same_results,
+    plan_run,
+    run_alone,
+    start_run,
+    stop_at,
+    tiny_config,
+)
+
+from fedmoe_jax import aggregate, align_layers, broadcast, cohort, loss, prune
+from fedmoe_jax import round as round_file
+from fedmoe_jax.models import one_layer
+from fedmoe_jax.observer import OBSERVED
+from fedmoe_jax.round import build_round, scan_rounds
+from fedmoe_jax.runtime.sharding import spread
+from fedmoe_jax.state import init_state
+from fedmoe_jax.strategies import STRATEGIES
+
+pytestmark = pytest.mark.slow
+
+CLIP = {"privacy.clip": 1.0, "privacy.noise": 0.5}
+LINKS = {"expert_links.kind": "wireless"}
+PRUNING = {"pruning.kind": "lamp", "data.name": "digits"}
+# The fields that turn a mechanism on, and functions that are called where it is.
+MECHANISMS = {
+    "observer": ({"privacy.observe": True}, [(round_file, "see_round")]),
+    "feedback": ({"privacy.feedback_noise": 1.0}, [(cohort, "hide_feedback")]),
+    "selection": ({"privacy.selection": 1.0}, [(broadcast, "hide_fitness")]),
+    "requests": ({"privacy.flip": 1.0}, [(align_layers, "request")]),
+    "updates": (CLIP, [(cohort, "clip_update"), (cohort, "weigh_alike")]),
+    "sums": (CLIP, [(aggregate, "hide_sums")]),
+    "links": (LINKS, [(loss, "draw_training"), (one_layer, "receive")]),
+    "pruning": (PRUNING, [(prune, "prune_client"), (prune, "learn_importance")]),
+}
+
+
+@functools.cache
+def trace(**changes):
+    """The jaxpr of two rounds, as text."""
+    plan = plan_run(**changes)
+    run, rounds = start_run(plan, plan.program), scan_rounds(plan.program)
+    rounds = spread(rounds, plan.program.mesh)
+    return str(jax.make_jaxpr(rounds)(run.state, run.federation, run.hyper))
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("on")
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_is_off_is_not_in_the_program(name, monkeypatch):
+    changes, functions = MECHANISMS[name]
+    rest = {"data.name": changes["data.name"]} if "data.name" in changes else {}
+    plain = trace(**rest)
+    assert len(trace(**changes)) > len(plain)
+    for module, function in functions:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, refuse)
+            trace.cache_clear()
+            assert trace(**rest) == plain
+            with pytest.raises(AssertionError, match="on"):
+                trace(**changes)
+    trace.cache_clear()
+
+
+EVERYTHING = {
+    "privacy.observe": True,
+    "privacy.feedback_noise": 1.0,
+    "privacy.selection": 1.0,
+    "privacy.flip": 1.0,
+    **CLIP,
+    "fairness.floor": 0.1,
+    "fairness.expert_floor": 0.1,
+    "channel.kind": "wireless",
+    "gate.bias": 1.0,
+    "late.kind": "stale",
+    "fitness.feedback": "probe",
+}
+IMAGES = {**PRUNING, "pruning.parts": "all", "model.stem": "mlp", **LINKS}
+IMAGES |= {"loss.latency": 1.0, "expert_links.start": 1}
+TEXT = {"data.name": "markov", "data.length": 8, "model.kind": "transformer"}
+TEXT |= {"pruning.kind": "lamp", "partition.kind": "natural", "num_clients": 8}
+
+
+def trace_all(**changes):
+    """The rows of a round in which everything is on; shapes of the state agree."""
+    plan = plan_run(**EVERYTHING | changes)
+    program = plan.program
+    state, frozen = jax.eval_shape(
+        lambda key: init_state(key, plan.hyper, program), jax.random.key(0)
+    )
+    federation = plan.federation.replace(frozen=frozen)
+    step = spread(build_round(program), program.mesh)
+    after, metrics = jax.eval_shape(step, state, federation, plan.hyper)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    return metrics
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_runs_with_every_mechanism(name):
+    """One round is traced: shapes agree, and what is pruned is counted."""
+    metrics = trace_all(strategy=name, **IMAGES)
+    assert metrics["kept_share"].shape == () and OBSERVED in metrics
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["random", "load_balanced", "flex_moe", "prototypes", "channel_aware", "fedavg"],
+)
+def test_several_layers_run_with_every_mechanism(name):
+    """But for links to experts, which gates of a transformer do not see."""
+    metrics = trace_all(strategy=name, **TEXT)
+    assert metrics["kept_share"].shape == () and OBSERVED in metrics
+
+
+def test_a_run_with_every_mechanism_goes_on_alike(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fields = {"num_rounds": 4, "chunk_rounds": 2, "checkpoint.every": 2}
+    config = tiny_config(strategy="load_balanced", **EVERYTHING | IMAGES | fields)
+    assert run_alone(config, whole)
+    assert not run_alone(config, parts, stop=stop_at(parts, 2))
+    assert run_alone(config, parts)
+    assert_same_results(whole, parts)
