@@ -10,8 +10,9 @@ data alone decide (`load_balanced`), the channel alone (`channel_only`), or both
 (`channel_aware`), with profiles that do not see the channel; errors of the channel's
 measurement, stale measurements of a slow and a fast channel, shorter and longer
 deadlines, one at a time; then without a price of time and with a high one, with
-profiles that see the channel, and with pruned experts, which differ in size. Read accuracies at equal simulated time and energy, costs
-to target accuracies, outage, MB lost and load CV.
+profiles that see the channel, and with pruned experts, which differ in size. Read
+accuracies at equal simulated time and energy, costs to target accuracies, outage, MB
+lost and load CV.
 
 *Gating* (`gate`): experts behind links with noise. A plain gate and one that sees its
 links, trained with perfect links, with the simulated ones, or in two stages, with a

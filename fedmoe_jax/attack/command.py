@@ -4,9 +4,10 @@
 
 RUNS are folders of runs or comparisons with `privacy.observe=True`; of comparisons all
 finished, observed runs are attacked, and seeds of a row are each other's shadows.
-`attacks.md` has a row per strategy and change with mean and 95 % interval over seeds,
-`attacks.csv` a line per run, `attack_experts.csv` one per expert. It needs neither data
-nor JAX. docs/privacy.md says what the attackers know.
+`attacks.html`, a page that needs no other file, and `attacks.md` have a row per
+strategy and change with mean and 95 % interval over seeds, `attacks.csv` has a line per
+run, `attack_experts.csv` one per expert. It needs neither data nor JAX. docs/privacy.md
+says what the attackers know.
 """
 
 import sys
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(path.read_text(), end="")
-    print(f"attacks: {path}")
+    print(f"attacks: {path.with_suffix('.html')}")
 
 
 def define_flags() -> None:

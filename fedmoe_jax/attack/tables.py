@@ -1,18 +1,19 @@
 """Attacks as tables: a row per label with means over seeds, a record per run."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 from fedmoe_jax.attack.membership import NAN
 from fedmoe_jax.attack.plots import average_rows, draw_attacks
 from fedmoe_jax.report.cells import mean_cell
-from fedmoe_jax.report.plots import save_png
+from fedmoe_jax.report.figures import Picture
+from fedmoe_jax.report.page import figure_html, make_page
 from fedmoe_jax.report.records import write_records
 from fedmoe_jax.report.runs import Run, join_measures, name_runs, numbers
-from fedmoe_jax.report.sheets import Section, Sheet, section_markdown
+from fedmoe_jax.report.sheets import Section, Sheet, section_html, section_markdown
 from fedmoe_jax.report.tables import privacy_of
 from fedmoe_jax.runtime.files import write_atomically, write_bytes
 
@@ -121,7 +122,7 @@ SECTIONS = (
     ),
 )
 
-PICTURE = "attacks.png"
+PICTURE = "attacks"
 CAPTION = (
     "What attacks find over the clients' personal accuracy, a mark for each row, mean "
     "over seeds; dashed: what is found without a history."
@@ -166,7 +167,9 @@ def write_attacks(
     found: Sequence[Numbers],
     experts: Sequence[Sequence[dict]],
 ) -> Path:
-    """Writes `attacks.md`, its picture, `attacks.csv` and `attack_experts.csv`.
+    """Writes `attacks.html`, which needs no other file, and what it is made of.
+
+    That is `attacks.md`, its picture, `attacks.csv` and `attack_experts.csv`.
 
     Args:
       workdir: of the tables; it exists.
@@ -185,16 +188,28 @@ def write_attacks(
         groups.setdefault(run.label, []).append(one)
         notes.setdefault(run.label, privacy_of([run]))
     sections = [make_section(*each, groups) for each in SECTIONS]
-    parts = [section_markdown(each) for each in sections if each.sheets[0].heads[1:]]
-    picture = draw_attacks(average_rows(named, joined))
-    if picture is not None:
-        buffer = io.BytesIO()
-        save_png(picture, buffer)
-        write_bytes(workdir / PICTURE, buffer.getvalue())
-        parts.insert(0, f"![{CAPTION}]({PICTURE})\n\n{CAPTION}\n")
-    private = [f"* `{label}`: {text}\n" for label, text in notes.items() if text]
+    sections = [each for each in sections if each.sheets[0].heads[1:]]
+    parts, page = [section_markdown(each) for each in sections], ["<h1>Attacks</h1>"]
+    figure = draw_attacks(average_rows(named, joined))
+    if figure is not None:
+
+        def save(name: str, png: bytes) -> str:
+            write_bytes(workdir / f"{name}.png", png)
+            return name
+
+        page.append(figure_html(Picture(PICTURE, CAPTION, figure), "", save))
+        parts.insert(0, f"![{CAPTION}]({PICTURE}.png)\n\n{CAPTION}\n")
+    page += map(section_html, sections)
+    private = {label: text for label, text in notes.items() if text}
     if private:
-        parts.append("## What is private\n\n" + "".join(private))
+        lines = [f"* `{label}`: {text}\n" for label, text in private.items()]
+        parts.append("## What is private\n\n" + "".join(lines))
+        items = [
+            f"<li><code>{escape(label)}</code>: {escape(text)}</li>"
+            for label, text in private.items()
+        ]
+        page.append(f"<h2>What is private</h2><ul>{''.join(items)}</ul>")
+    write_atomically(workdir / "attacks.html", make_page("Attacks", page))
     path = workdir / "attacks.md"
     write_atomically(path, "# Attacks\n\n" + "\n".join(parts))
     keys = [column.key for _, _, columns in SECTIONS for column in columns]

@@ -79,7 +79,7 @@ SEEDS = (
 )
 
 
-def _figure_html(picture: Picture, prefix: str, save: Save) -> str:
+def figure_html(picture: Picture, prefix: str, save: Save) -> str:
     """Saves the PNG and returns it inline, at 105 pixels per inch of paper."""
     buffer = io.BytesIO()
     plots.save_png(picture.figure, buffer)
@@ -278,6 +278,14 @@ def _header_html(runs: Sequence[Run], command: str) -> str:
     )
 
 
+def make_page(title: str, parts: Sequence[str]) -> str:
+    """A whole page of HTML."""
+    head = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+    )
+    return f"{head}<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+
+
 def _keep_figures(folder: Path) -> tuple[Save, list[OSError]]:
     """A function that saves figures under names of their own, and what goes wrong."""
     taken: set[str] = set()
@@ -315,7 +323,7 @@ def write_report(
     labels: set[str] = set()
     save, faults = _keep_figures(Path(folder) / "figures")
     show = lambda found, prefix="": "".join(
-        _figure_html(picture, prefix, save) for picture in found
+        figure_html(picture, prefix, save) for picture in found
     )
     parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
     parts.append(f'<div class="wide">{show(map_picture(runs))}</div>')
@@ -348,10 +356,8 @@ def write_report(
         figures = show(run_pictures(group[0]), prefix)
         figures += show(device_pictures(group[0], alone=len(groups) == 1), prefix)
         parts.append(_section_html(label, group[0], figures, len(groups) == 1))
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title>'
     path = Path(folder) / "report.html"
-    body = f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
-    write_atomically(path, head + body)
+    write_atomically(path, make_page("Report", parts))
     if faults:  # the page has them all the same
         print(f"warning: pictures are not kept ({faults[0]})", file=sys.stderr)
     return path

@@ -127,6 +127,8 @@ def test_attack_writes_a_row_a_strategy_and_a_line_an_expert(study, page, tmp_pa
     assert len(rows) == 3 * 2 and all(" ± " in row for row in rows)
     for title in ("Utility", "Label mixes and similar clients", "Members"):
         assert f"## {title}" in text
+    html = page.with_suffix(".html").read_text()
+    assert html.count("<tr>") == 3 * 3 and "data:image/png;base64" in html
     experts = read_lines(page.parent / "attack_experts.csv")
     assert {line["attack"] for line in experts} <= {"loss", "lira"} and experts
     assert all(float(line["holders"]) > 0 for line in experts)
