@@ -1,9 +1,10 @@
 """The largest floor of participation that a schedule could meet: on the host.
 
 It is a necessary condition, by what is known before a run: how often each client can be
-reached, how often it drops out, and how large cohorts are. Links that fail, deadlines,
-memory and clients that are still at work for the last round lose further updates. Where
-a floor is not met, its longest queue grows in proportion to the rounds.
+reached, how often it drops out, how large cohorts are, and whether its memory has room
+for the network with one expert. Links that fail, deadlines, memory that others take and
+clients that are still at work for the last round lose further updates. Where a floor is
+not met, its longest queue grows in proportion to the rounds.
 """
 
 import math
@@ -14,10 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.options import UserError
+from fedmoe_jax.pruning.scores import NONE
 from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.types import Devices
 from fedmoe_jax.world.availability import has_reach, reach_share
 from fedmoe_jax.world.capacity_bias import count_stronger, has_bias
+from fedmoe_jax.world.costs import Costs, Traffic, fits_memory
 
 HOURS = 10_000  # of a day, over which its mean is taken
 DIGITS = 3  # of a floor that is named, which is rounded down
@@ -67,12 +70,26 @@ def find_largest(
     return (1 - dropout) * min(least, cohort_size / places)
 
 
-def check_floor(config: ConfigDict, devices: Devices) -> None:
+def count_stuck(config: ConfigDict, devices: Devices, costs: Costs) -> int:
+    """Clients that are lost in every round, as one whole expert exceeds their memory.
+
+    0 where clients are not lost for that, or prune what they hold.
+    """
+    if config.devices.overload != "lose" or config.pruning.kind != NONE:
+        return 0
+    one, none = jnp.ones(devices.memory.shape), jnp.zeros(devices.memory.shape)
+    counts = dict.fromkeys(("sent", "received", "reported", "shown", "new"), none)
+    fits = fits_memory(costs, Traffic(held=one, trained=one, **counts), devices.memory)
+    return int((~fits).sum())
+
+
+def check_floor(config: ConfigDict, devices: Devices, costs: Costs) -> None:
     """Checks that the floor of participation is not above what could be met.
 
     Args:
       config: as the strategy configures it.
       devices: leaves [N].
+      costs: scaled, what the devices feel.
 
     Raises:
       UserError: it is, or there is nothing to choose as all clients take part anyway.
@@ -86,6 +103,12 @@ def check_floor(config: ConfigDict, devices: Devices) -> None:
             f"{named} with cohort_size=num_clients={config.num_clients}, as a floor "
             "chooses cohorts and all clients take part anyway; allowed: 0, or a "
             "smaller cohort_size"
+        )
+    if stuck := count_stuck(config, devices, costs):
+        raise UserError(
+            f"{named}: {stuck} of {config.num_clients} clients have no memory for the "
+            f"network with one expert at devices.model_scale="
+            f"{config.devices.model_scale:g} and are lost in every round; allowed: 0"
         )
     informed, reach = numbers.sampling == "reachable", count_reach(config, devices)
     if find_strategy(config.strategy).silent and not informed:

@@ -524,7 +524,6 @@ def build_program(
     drifts = ("none", *dict(task.drifts))
     check("drift.images", config.drift.images, drifts, " with these data")
     check_augment(config, task, data.train)
-    check_floor(used, federation.devices)
     strategy = resolve(find_strategy(config.strategy), used)
     batch = shape_batch(data.train, federation.statistics, task)
     platform, width = find_platform(mesh), task.num_outputs(data)
@@ -551,6 +550,8 @@ def build_program(
     forward = count_forward_flops(plain, batch)
     fixed = count_fixed_products(plain, batch)
     costs = count_costs(trained, frozen, forward, strategy, fixed)
+    felt = scale_costs(costs, used.devices.model_scale)
+    check_floor(used, federation.devices, felt)
     rows = batch.of(sizes.batch_size)
     units, rest = count_entries(trained, choose_units(used, model, trained))
     return Program(
@@ -566,7 +567,7 @@ def build_program(
         processes=list_processes(config),
         report_numbers=count_report(strategy, routing, rows, make_hyper(config)),
         costs=costs,
-        device_costs=scale_costs(costs, used.devices.model_scale),
+        device_costs=felt,
         units=units,
         rest_entries=rest,
         savings=count_savings(plain, batch, units, costs),
