@@ -305,7 +305,7 @@ def apply(
     for block in rest:
         x, _ = run(block, x)
     hidden = normalise(x, head["norm"])
-    outputs = einsum_float32("bpd,dv->bpv", hidden, head["kernel"])
+    outputs: Array = einsum_float32("bpd,dv->bpv", hidden, head["kernel"])
     return outputs, join_tied(layers) if shape.tied else layers
 
 

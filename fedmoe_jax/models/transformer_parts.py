@@ -86,12 +86,13 @@ def mix_values(query: Array, key: Array, value: Array) -> Array:
     query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
     groups = query.shape[1] // key.shape[1]
     key, value = (jnp.repeat(each, groups, axis=1) for each in (key, value))
-    scores = einsum_float32("bhpw,bhqw->bhpq", query, key)
+    scores: Array = einsum_float32("bhpw,bhqw->bhpq", query, key)
     past = jnp.tri(query.shape[2], dtype=bool)
     scores = jnp.where(past[None, None], scores, -jnp.inf)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
-    mixed = einsum_float32("bhpq,bhqw->bhpw", weights.astype(value.dtype), value)
+    lower = weights.astype(value.dtype)
+    mixed: Array = einsum_float32("bhpq,bhqw->bhpw", lower, value)
     return (mixed / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
 
 
