@@ -2,7 +2,8 @@
 
 The attacker knows the label mixes of the other clients of the run, its shadow clients,
 and learns from them; in turn every client is the one that is attacked, in five folds.
-That is more than most attackers know: what it finds is a bound for them.
+That is more than most attackers know: what it finds is a bound for them. Views, models
+and folds are this project's choice.
 """
 
 import warnings

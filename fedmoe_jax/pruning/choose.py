@@ -43,6 +43,8 @@ def rotate(count: int, share: Array, client: Array, round: Array) -> Array:
     A window over a layer's units that moves on by its length in every round, and starts
     at another place for every client, so that units which all clients would prune are
     still trained by a share of the holders in each round, and come back (regrowth).
+    Windows instead of regrowth by gradients, which would take a backward pass through
+    what is pruned, are this project's choice.
 
     Args:
       count: n.
