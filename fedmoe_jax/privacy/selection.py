@@ -7,9 +7,10 @@ one-shot-top-k), each of them epsilon-bounded-range, which is epsilon^2 / 8 zCDP
 
 `RANGE` is the largest change of a difference of two scores of a client,
 `sup_ij |(q_i - q'_i) - (q_j - q'_j)|`: 2 for scores in [0, 1] where the whole client is
-replaced, this project's inference for fitness. The guarantee is of the client's own held sets, given the models that it was
-sent, and only of strategies that are `Strategy.alone`: others read the values of the
-noisy scores, or couple clients, and have none.
+replaced, this project's inference for fitness. The guarantee is of the client's own
+held sets, given the models that it was sent, and only of strategies that are
+`Strategy.alone`: others read the values of the noisy scores, or couple clients, and
+have none.
 """
 
 import jax
