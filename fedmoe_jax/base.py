@@ -152,8 +152,8 @@ class Route(NamedTuple):
       gating: the gates of an example, see `Strategy.gating`.
       bias: [G, K] float32, added to the logits of the held experts where gates are made
         of them, but not in `Routing.logits`; [K] of ONE layer. None: nothing.
-      links: to all E experts of a model with parts, whose gate sees them; None: perfect
-        ones.
+      links: to all E experts, the same from each MoE layer, whose gate sees them; None:
+        perfect ones.
     """
 
     num_active: int

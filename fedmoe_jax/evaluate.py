@@ -259,6 +259,7 @@ def measure_linked(counts: dict[str, Array], panel: Panel) -> dict[str, Array]:
     linked = counts | own | {"global": counts["linked_global"]}
     found = measure_means(linked, panel._replace(drifts=None))
     names = "global_accuracy", "personal_accuracy", "personal_prior_accuracy"
+    names += "global_bits", "personal_bits"
     delay = counts["linked_delay"].sum() / counts["total"].sum()
     return {f"linked_{n}": found[n] for n in names if n in found} | {
         "linked_delay": delay

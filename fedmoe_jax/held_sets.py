@@ -28,6 +28,7 @@ from fedmoe_jax.scoring import (
     sum_scores,
     sum_strata,
     sum_values,
+    wait_for_links,
 )
 from fedmoe_jax.types import Array, PyTree
 
@@ -95,7 +96,8 @@ def run_model(
       examples: the batch.
       program: the model and the task.
     """
-    route, slots = evaluation_route(program)._replace(bias=bias), (held, slot)
+    route, slots = evaluation_route(program), (held, slot)
+    route = route._replace(bias=bias, links=examples.links)
     return program.model.apply(params, frozen, examples.batch, *slots, route, None)
 
 
@@ -112,16 +114,26 @@ def run_all(
 def score_all(
     outputs: PyTree, routing: Routing, examples: Examples, program: Program
 ) -> dict[str, Array]:
-    """Scores with all experts: `global` [V, L], their gate mass `routed` [G, E, L]."""
+    """Scores with all experts: `global` [V, L], their gate mass `routed` [G, E, L].
+
+    With links also `delay` [1, L], the time of an answer by all layers, times weights.
+    """
     scores = program.task.loss(outputs, examples.batch)
     sum_column = lambda gates: sum_strata(
         gates.reshape(scores.score.shape), scores, examples.stratum
     )
     over_experts = jax.vmap(sum_column, in_axes=1)
-    return {
+    counts = {
         "global": sum_values(scores, examples, program),
         "routed": jax.vmap(over_experts)(share_gates(routing.gates, program)),
     }
+    if examples.links is not None:
+        links, positions = examples.links, routing.gates.shape[1]
+        time = jnp.repeat(links.time, positions // len(links.time), axis=0)
+        wait = jax.vmap(wait_for_links, (0, None))
+        delay = wait(routing.gates, links._replace(time=time)).sum(axis=0)
+        counts["delay"] = sum_column(delay)[None]
+    return counts
 
 
 def score_sets(

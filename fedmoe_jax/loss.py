@@ -179,12 +179,20 @@ def sum_gate_losses(
 
 
 def expect_latency(routing: Routing, links: Links, inputs: ClientInput) -> Array:
-    """The time of a link, as the gate of the one MoE layer chooses: [] deadlines."""
+    """The time of links, as gates choose, of all MoE layers together: [] deadlines."""
     assert routing.logits is not None
-    (logits,), (held,), (slot,) = routing.logits, inputs.held, inputs.slot
-    weight = None if routing.weight is None else routing.weight[0]
-    mask = held_mask(held, slot, logits.shape[1])
-    return latency_loss(logits, weight, mask, links.time)
+    num_layers, positions, num_experts = routing.logits.shape
+    time = jnp.repeat(links.time, positions // len(links.time), axis=0)
+
+    def of_layer(
+        logits: Array, weight: Array | None, held: Array, slot: Array
+    ) -> Array:
+        mask = held_mask(held, slot, num_experts)
+        return latency_loss(logits, weight, mask, time)
+
+    over_layers = map_layers(of_layer, num_layers, in_axes=0)
+    slots = inputs.held, inputs.slot
+    return over_layers(routing.logits, routing.weight, *slots).sum()
 
 
 def weigh_batch(batch: PyTree, program: Program) -> Array | None:

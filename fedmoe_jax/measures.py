@@ -392,12 +392,24 @@ MEASURES: dict[str, Measure] = {
         title="Personal, prior, over links %",
         about="likewise with the client's own label prior",
     ),
+    "final_linked_bits": BITS._replace(
+        field="linked_global_bits",
+        title="Global, over links, bits",
+        about="global bits where text reaches the experts over the simulated links; "
+        "see expert_links",
+    ),
+    "final_linked_personal_bits": BITS._replace(
+        field="linked_personal_bits",
+        title="Personal, over links, bits",
+        about="likewise the personal bits",
+    ),
     "final_linked_delay": Measure(
         "linked_delay",
         FINAL,
         "Wait for links %",
-        "time of the slowest link that an answer over links needs, in shares of its "
-        "deadline, the mean over test examples; see expert_links.airtime",
+        "time of the slowest link that an answer over links needs, of all MoE layers "
+        "together, in shares of its deadline, the mean over test examples; see "
+        "expert_links.airtime",
         better=-1,
         scale=100.0,
         of=EXPERTS,

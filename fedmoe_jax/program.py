@@ -409,22 +409,20 @@ def check_layers(
         )
 
 
-def check_links(config: ConfigDict, model: Model, gates: PyTree) -> None:
-    """Raises UserError where experts are behind links that the model has not.
+def check_links(config: ConfigDict, gates: PyTree) -> None:
+    """Raises UserError where experts are behind links that gates do not see.
 
     Args:
       config: as the strategy configures it.
-      model: may have parts.
-      gates: shapes of its gates.
+      gates: shapes of the model's.
     """
     if config.expert_links.kind == "none":
         return
-    linked = model.parts is not None and all(SNR in gate for gate in gates.values())
-    if not linked:
+    if not all(SNR in gate for gate in gates.values()):
         raise UserError(
             f"expert_links.kind={config.expert_links.kind!r} is not allowed with "
             f"model.kind={config.model.kind!r}, whose gates see no links; allowed: "
-            "none, or model.kind='image_moe'"
+            "none, or model.kind='image_moe' or 'transformer'"
         )
 
 
@@ -541,7 +539,7 @@ def build_program(
         gate_width=measure_gate(params["gate"]),
     )
     check_layers(config, strategy, model, sizes.num_layers)
-    check_links(used, model, params["gate"])
+    check_links(used, params["gate"])
     check_base(config, strategy, model)
     check_state(config, strategy, sizes)
     outputs, scores, routing = trace_model(model, task, batch, sizes)

@@ -135,7 +135,14 @@ def test_one_adapter_has_the_experts_of_a_mixture(tmp_path):
 SHAPE = transformer.Shape(
     **dict(blocks=2, moe_every=1, width=8, heads=2, kv_heads=1, expert_width=6),
     **dict(dense_width=7, shared_width=0, num_experts=1, vocabulary=V),
-    **dict(gate_input="token", tied=False, remat=False, scan=False, platform="cpu"),
+    **dict(
+        gate_input="token",
+        tied=False,
+        remat=False,
+        scan=False,
+        linked=False,
+        platform="cpu",
+    ),
 )
 
 

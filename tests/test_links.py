@@ -1,15 +1,20 @@
 """Links of batches against closed forms, and whole rounds with and without them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import save_checkpoint
 from factories import assert_same, make_config, make_hyper, plan_run, start_run
 
 from fedmoe_jax import broadcast as broadcast_file
 from fedmoe_jax import links
+from fedmoe_jax.base import Links, Routing
 from fedmoe_jax.config import validate
 from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.loss import expect_latency
 from fedmoe_jax.options import UserError, replace
 from fedmoe_jax.program import configure
 from fedmoe_jax.round import build_round
@@ -188,13 +193,63 @@ def test_evaluation_scores_the_model_with_and_without_its_links(fields):
     assert dear["linked_delay"] < 0.9 * cheap["linked_delay"]
 
 
+TEXT = {"data.name": "markov", "data.length": 8, "model.kind": "transformer"}
+TEXT |= {"partition.kind": "natural", "num_clients": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"gate.mode": "personal"}])
+def test_a_transformer_learns_over_its_links_and_is_scored_with_and_without(fields):
+    """Waits of its two layers add up; at 100 dB links are as good as none."""
+    run = prepare(**WIRELESS, **TEXT, **fields)
+    evaluate = build_evaluate(run.program)
+    state, _ = run_round(run)
+    gates = state.personal.get("gate", state.params["gate"])
+    for gate in gates.values():
+        assert np.abs(gate["snr"]).max() > 0
+
+    def score(**numbers):
+        cast = {name: jnp.float32(value) for name, value in numbers.items()}
+        hyper = replace(run.hyper, expert_links=cast)
+        return evaluate(state, run.federation, hyper)
+
+    clear, noisy = score(snr=100.0), score(snr=-20.0)
+    for name in ("global_bits", "personal_bits"):
+        np.testing.assert_allclose(clear[f"linked_{name}"], clear[name], atol=1e-4)
+        np.testing.assert_array_equal(clear[name], noisy[name])
+        assert np.abs(noisy[f"linked_{name}"] - noisy[name]) > 1e-3
+    assert 0 < clear["linked_delay"] < 0.04 and 1.8 < noisy["linked_delay"] <= 2
+
+
+def test_the_latency_of_layers_adds_up_by_hand():
+    """Two layers, three windows of two positions; p is over the held experts alone."""
+    rng = np.random.default_rng(0)
+    logits, time = rng.normal(size=(2, 6, 4)), rng.random((3, 4))
+    held = np.array([[0, 2], [3, 1]])
+    slot = np.array([[True, True], [True, False]])
+    expected = 0.0
+    for layer, chosen in enumerate(([0, 2], [3])):
+        for position in range(6):
+            mass = np.exp(logits[layer, position, chosen])
+            expected += mass @ time[position // 2, chosen] / mass.sum() / 6
+    inputs = SimpleNamespace(held=jnp.asarray(held), slot=jnp.asarray(slot))
+    routing = Routing(jnp.asarray(logits, jnp.float32), jnp.zeros((2, 6, 2)))
+    found = expect_latency(routing, draw_none(time), inputs)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def draw_none(time):
+    """Links of which nothing but the time is read."""
+    return Links(None, None, None, jnp.asarray(time, jnp.float32), None)
+
+
 # ---- what is not allowed
 
 
-def test_links_of_models_whose_gates_see_none_are_refused():
-    text = {"data.name": "markov", "model.kind": "transformer", "partition.kind": "iid"}
+def test_links_of_models_whose_gates_see_none_are_refused(tmp_path):
+    base = save_checkpoint(tmp_path, "llama")
     with pytest.raises(UserError, match="expert_links.kind='wireless'.*allowed: none"):
-        plan_run(**WIRELESS, **text)
+        plan_run(**WIRELESS, **TEXT | {"model.kind": "lora", "model.base": str(base)})
 
 
 def test_a_latency_loss_without_links_is_refused():

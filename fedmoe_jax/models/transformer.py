@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fedmoe_jax.base import Model, Route, Routing, Units
+from fedmoe_jax.base import Links, Model, Route, Routing, Units
 from fedmoe_jax.models import routing
+from fedmoe_jax.models.links import SNR, receive, see_links
 from fedmoe_jax.models.one_layer import choose_trained, freeze_others, split_rows
 from fedmoe_jax.models.precision import einsum_float32
 from fedmoe_jax.models.routed_experts import mix_routed
@@ -65,6 +66,7 @@ class Shape(NamedTuple):
       tied: whether a client holds the same experts in all blocks.
       remat: whether backward passes compute blocks again instead of keeping them.
       scan: whether the blocks are one loop over stacked params.
+      linked: whether gates see links to their experts.
       platform: `cpu`, `gpu` or `tpu`; on a `cpu` experts are looped over, or see only
         what is routed to them.
     """
@@ -83,6 +85,7 @@ class Shape(NamedTuple):
     tied: bool
     remat: bool
     scan: bool
+    linked: bool
     platform: str
 
 
@@ -120,6 +123,8 @@ def init(key: Array, shape: Shape) -> tuple[PyTree, PyTree]:
                 "kernel": 0.1 * draw(gate, shape.num_experts, shape.width, fan_in=1),
                 "bias": jnp.zeros(shape.num_experts),
             }
+            if shape.linked:  # it learns what they are worth: at first nothing
+                gates[name][SNR] = jnp.zeros(shape.num_experts)
             make = functools.partial(
                 init_feed_forward, width=shape.width, hidden=shape.expert_width
             )
@@ -142,6 +147,35 @@ def run_experts(experts: PyTree, x: Array, platform: str) -> Array:
     return jnp.stack(outputs, axis=1)
 
 
+def run_linked(
+    experts: PyTree, x: Array, held: Array, links: Links, platform: str
+) -> Array:
+    """As `run_experts`, on tokens as each expert receives them over its link.
+
+    Args:
+      experts: of the held ones, leaves [K, ...].
+      x: [B, P, D].
+      held: [K] int32, their numbers.
+      links: to all E experts, of each of the B windows.
+      platform: see `Shape`.
+    """
+
+    def run(row: PyTree, number: Array) -> Array:
+        return feed_forward(row, receive(x, links, number).reshape(-1, x.shape[-1]))
+
+    if platform != "cpu":
+        return jax.vmap(run, out_axes=1)(experts, held)
+    outputs = [run(row, held[i]) for i, row in enumerate(split_rows(experts))]
+    return jnp.stack(outputs, axis=1)
+
+
+def see_own_links(logits: Array, gate: PyTree, links: Links) -> Array:
+    """Logits [B * P, E] of a gate that sees its window's links, see `see_links`."""
+    repeat = lambda leaf: jnp.repeat(leaf, len(logits) // len(leaf), axis=0)
+    seen = links._replace(seen=repeat(links.seen), charge=repeat(links.charge))
+    return see_links(logits, gate[SNR], seen)
+
+
 def sees_routed(route: Route, count: int, tokens: int, platform: str) -> bool:
     """Whether each of `count` experts runs on the tokens that are routed to it alone.
 
@@ -150,7 +184,8 @@ def sees_routed(route: Route, count: int, tokens: int, platform: str) -> bool:
     """
     chooses = route.num_active < count and route.gating != "sum"
     gains = tokens <= FEW_TOKENS or count >= MANY_EXPERTS * route.num_active
-    return platform == "cpu" and chooses and gains and route.priority is None
+    plain = route.priority is None and route.links is None
+    return platform == "cpu" and chooses and gains and plain
 
 
 def mix_experts(
@@ -184,12 +219,17 @@ def mix_experts(
     seen = average_prefix(x) if shape.gate_input == "prefix" else x
     logits = jnp.einsum("bpd,ed->bpe", seen, gate["kernel"])
     logits = logits.reshape(len(tokens), -1) + gate["bias"][None]
+    if route.links is not None:
+        logits = see_own_links(logits, gate, route.links)
     gates = routing.make_gates(logits[:, held], slot, route)
     routed = sees_routed(route, len(held), len(tokens), shape.platform)
     if routed and x.dtype == jnp.float32:
         mixed: Array = mix_routed(experts, tokens, gates, route.num_active)
         return mixed.reshape(x.shape), Routing(logits, gates)
-    outputs = run_experts(experts, tokens, shape.platform)
+    if route.links is None:
+        outputs = run_experts(experts, tokens, shape.platform)
+    else:
+        outputs = run_linked(experts, x, held, route.links, shape.platform)
     trained = choose_trained(gates, slot, route)
     if trained is not None:
         outputs = freeze_others(outputs, trained)
@@ -202,12 +242,12 @@ class Block(NamedTuple):
 
     Attributes:
       stem: what all clients train of it.
-      layer: `gate`, `experts`, `held` [K], `slot` [K] and `bias` [K] (or None) of its
-        mixture; None without.
+      layer: `gate`, `experts`, `held` [K], `slot` [K], `bias` [K] (or None) and the
+        number [] of its mixture; None without.
     """
 
     stem: PyTree
-    layer: tuple[PyTree, PyTree, Array, Array, Array | None] | None
+    layer: tuple[PyTree, PyTree, Array, Array, Array | None, Array] | None
 
 
 def group_blocks(
@@ -221,7 +261,8 @@ def group_blocks(
         layer, place = None, 0 if shape.tied else i // shape.moe_every
         if mixes:
             slots = held[place], slot[place], route.of_layer(place).bias
-            layer = gates[name], experts[name], *slots
+            number = jnp.int32(i // shape.moe_every)
+            layer = gates[name], experts[name], *slots, number
         blocks.append(Block(params["stem"][name], layer))
     every = shape.moe_every
     whole = shape.blocks - shape.blocks % every
@@ -239,8 +280,11 @@ def run_block(
     if "shared" in stem:
         x = x + feed_forward(stem["shared"], hidden)
     if block.layer is not None:
-        gate, experts, held, slot, bias = block.layer
+        gate, experts, held, slot, bias, number = block.layer
         route = route._replace(bias=bias)
+        if route.links is not None:  # each layer sends anew, with noise of its own
+            key = jax.vmap(jax.random.fold_in, (0, None))(route.links.key, number)
+            route = route._replace(links=route.links._replace(key=key))
         mixed, decision = mix_experts(gate, experts, hidden, held, slot, route, shape)
         x = x + mixed
     return x, decision
@@ -365,7 +409,15 @@ def build_model(shape: Shape) -> Model:
 
 
 def check_shape(shape: Shape) -> None:
-    """Raises UserError unless heads divide and some block has a mixture."""
+    """Raises UserError unless heads divide and some block has a mixture.
+
+    Also for links to experts that are in several blocks.
+    """
+    if shape.linked and shape.tied:
+        raise UserError(
+            "model.tied=True is not allowed with links to experts (expert_links.kind); "
+            "allowed: False"
+        )
     rules = (
         ("model.heads", shape.heads, "model.stem_width", shape.width),
         ("model.kv_heads", shape.kv_heads, "model.heads", shape.heads),
@@ -426,6 +478,7 @@ def build(config: ConfigDict, batch: PyTree, num_outputs: int, platform: str) ->
         tied=options.tied,
         remat=options.remat,
         scan=options.scan,
+        linked=config.expert_links.kind != "none",
         platform=platform,
     )
     check_shape(shape)

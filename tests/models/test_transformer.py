@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from configs import default
-from fedmoe_jax.base import Route
+from fedmoe_jax.base import Links, Route
 from fedmoe_jax.models import image_moe, transformer
 from fedmoe_jax.models.flops import count_activation_bytes, count_forward_flops
+from fedmoe_jax.models.links import receive
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
 from fedmoe_jax.tasks.batches import shape_batch
@@ -29,6 +30,7 @@ SHAPE = transformer.Shape(
     tied=False,
     remat=False,
     scan=False,
+    linked=False,
     platform="cpu",
 )
 TOKENS = jnp.array([[1, 2, 3, 4, 0, 2], [3, 3, 1, 0, 0, 4]])
@@ -420,3 +422,88 @@ def test_build_refuses_images():
     tokens = {"tokens": jax.ShapeDtypeStruct((1, 6), jnp.int32)}
     with pytest.raises(UserError, match="data without images .* transformer"):
         image_moe.build(config, tokens, 5, "cpu")
+
+
+LINKED = SHAPE._replace(linked=True)
+
+
+def make_links(snr, **changes):
+    """Links of two windows to four experts, which gates do not see."""
+    snr = jnp.broadcast_to(jnp.float32(snr), (2, 4))
+    key, nothing = jax.random.split(jax.random.key(7), 2), jnp.zeros((2, 4))
+    links = Links(snr=snr, seen=nothing, charge=nothing, time=nothing, key=key)
+    return links._replace(**changes)
+
+
+def run_over(links, shape=LINKED, params=None):
+    params = params or make_params(shape)
+    own = take_submodel(params, {}, HELD, 0)
+    route = Route(2, links=links)
+    apply = transformer.build_model(shape).apply
+    return apply(own, {}, {"tokens": TOKENS}, HELD, SLOT, route, None)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_perfect_links_change_nothing(scan):
+    """Gates have one leaf more, and draws are those without."""
+    shape = LINKED._replace(scan=scan)
+    params = make_params(shape)
+    plain = jax.tree.map(jnp.asarray, params)
+    for gate in plain["gate"].values():
+        assert not gate.pop("snr").any()
+    expected = run(SHAPE._replace(scan=scan), plain)
+    found = run_over(make_links(jnp.inf), shape, params)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_each_expert_gets_a_windows_tokens_with_noise_of_its_own(platform):
+    shape, links = LINKED._replace(platform=platform), make_links(0.5)
+    params, x = make_params(shape), jax.random.normal(jax.random.key(1), (2, 6, 8))
+    experts = jax.tree.map(lambda leaf: leaf[HELD[0]], params["experts"]["block000"])
+    found = transformer.run_linked(experts, x, HELD[0], links, platform)
+    for slot, expert in enumerate(HELD[0]):
+        own = jax.tree.map(lambda leaf, s=slot: np.asarray(leaf[s]), experts)
+        received = np.asarray(receive(x, links, expert)).reshape(12, 8)
+        assert np.abs(received - np.asarray(x).reshape(12, 8)).max() > 0.5
+        expected = hidden_layer(own, received)
+        np.testing.assert_allclose(found[:, slot], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_send_with_noise_of_their_own():
+    """Two equal blocks on equal inputs differ in nothing but their noise."""
+    params, links = make_params(LINKED), make_links(1.0)
+    layer = params["gate"]["block000"], params["experts"]["block000"]
+    slots = jnp.arange(4), jnp.ones(4, bool), None
+    x = jax.random.normal(jax.random.key(1), (2, 6, 8))
+    outputs = [
+        transformer.run_block(
+            transformer.Block(
+                params["stem"]["block000"], (*layer, *slots, jnp.int32(number))
+            ),
+            x,
+            route=Route(2, links=links),
+            shape=LINKED,
+        )[0]
+        for number in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert np.abs(outputs[0] - outputs[2]).max() > 1e-2
+
+
+def test_a_gate_sees_the_links_of_its_window():
+    params = make_params(LINKED)
+    gate = params["gate"]["block001"] | {"snr": jnp.array([1.0, 0.0, -2.0, 0.5])}
+    seen = -jnp.arange(8.0).reshape(2, 4)
+    links = make_links(jnp.inf, seen=seen, charge=jnp.full((2, 4), 0.25))
+    logits = jax.random.normal(jax.random.key(2), (12, 4))
+    found = transformer.see_own_links(logits, gate, links)
+    for position in range(12):
+        shift = np.asarray(gate["snr"]) * np.asarray(seen)[position // 6] - 0.25
+        np.testing.assert_allclose(found[position], logits[position] + shift, rtol=1e-5)
+
+
+def test_links_to_tied_experts_are_refused():
+    with pytest.raises(UserError, match="model.tied=True .* links .*; allowed: False"):
+        transformer.check_shape(LINKED._replace(tied=True))

@@ -87,6 +87,7 @@ IMAGES = {**PRUNING, "pruning.parts": "all", "model.stem": "mlp", **LINKS}
 IMAGES |= {"loss.latency": 1.0, "expert_links.start": 1}
 TEXT = {"data.name": "markov", "data.length": 8, "model.kind": "transformer"}
 TEXT |= {"pruning.kind": "lamp", "partition.kind": "natural", "num_clients": 8}
+TEXT |= {**LINKS, "loss.latency": 1.0}
 
 
 def trace_all(**changes):
@@ -115,7 +116,6 @@ def test_every_strategy_runs_with_every_mechanism(name):
     ["random", "load_balanced", "flex_moe", "prototypes", "channel_aware", "fedavg"],
 )
 def test_several_layers_run_with_every_mechanism(name):
-    """But for links to experts, which gates of a transformer do not see."""
     metrics = trace_all(strategy=name, **TEXT)
     assert metrics["kept_share"].shape == () and OBSERVED in metrics
 

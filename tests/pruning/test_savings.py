@@ -95,7 +95,7 @@ def test_a_single_expert_saves_of_what_is_counted_with_it(layers):
     """Of a transformer with one expert; its three matrices for nine tokens."""
     sizes = dict(blocks=layers, width=8, heads=2, kv_heads=1, expert_width=6)
     rest = dict(moe_every=1, dense_width=6, shared_width=0, num_experts=1)
-    switches = dict.fromkeys(("tied", "remat", "scan"), False)
+    switches = dict.fromkeys(("tied", "remat", "scan", "linked"), False)
     form = dict(vocabulary=11, gate_input="token", platform="cpu")
     model = transformer.build_model(
         transformer.Shape(**sizes, **rest, **switches, **form)

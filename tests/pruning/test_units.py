@@ -175,6 +175,7 @@ SHAPE = transformer.Shape(
     tied=False,
     remat=False,
     scan=False,
+    linked=False,
     platform="cpu",
 )
 
