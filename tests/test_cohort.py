@@ -126,7 +126,7 @@ def train(
 def sum_loop(inputs):
     """Sums by a loop over clients, gates personal."""
     strategy = make_program(**{"gate.mode": "personal"}).strategy
-    sums = jax.tree.map(lambda leaf: leaf[None], zero_sums(PARAMS))
+    sums = jax.tree.map(lambda leaf: leaf[None], zero_sums(PARAMS, ()))
     for c in range(C):
         client = jax.tree.map(lambda leaf, c=c: leaf[c], (inputs, reply()))
         weights = keep_if(FINITE[c], weigh(*client, SIZE[c], None, strategy))
