@@ -85,10 +85,14 @@ def name_unhidden(strategy: Strategy) -> str:
 
 
 def has_memory(program: Program) -> bool:
-    """Whether held sets follow what clients have sent, beside fitness and usage."""
-    strategy = program.strategy
+    """Whether held sets follow what clients have sent, beside fitness and usage.
+
+    Also by the time of pruned experts, which follows the importance of their units.
+    """
+    strategy, static = program.strategy, program.static
     kept = bool(strategy.stages) or strategy.update is not same_state
-    return kept or program.static.fairness.expert_floor
+    timed = strategy.timed and static.pruning.kind in MEASURED
+    return kept or timed or static.fairness.expert_floor
 
 
 def is_learning(config: ConfigDict, program: Program) -> bool:

@@ -76,3 +76,9 @@ def test_guarantees_follow_the_decision_and_not_the_record(value, reads, own, bl
     assert find_reads(CONFIG, program) == reads
     assert is_own(CONFIG, program) == own
     assert is_blind(CONFIG, program) == blind
+
+
+@pytest.mark.parametrize(("kind", "blind"), [("none", True), ("lamp", False)])
+def test_times_of_pruned_experts_follow_what_clients_report(kind, blind):
+    changes = {"strategy": "channel_only", "pruning.kind": kind}
+    assert is_blind(tiny_config(**changes), make_program(**changes)) == blind
