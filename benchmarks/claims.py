@@ -13,16 +13,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims_forest import draw_claims
 from benchmarks.claims_list import list_claims
-from benchmarks.claims_map import Map, is_drawn, read_map, save_map, tabulate_map
+from benchmarks.claims_map import draw_places, read_map, tabulate_map
 from benchmarks.claims_numbers import compute, tabulate, tabulate_differences
 from benchmarks.claims_page import (
     FOLDER,
     Computed,
     first_change,
     list_pages,
+    list_standing,
     rewrite,
 )
+from benchmarks.claims_pictures import Drawing, is_drawn, save_drawing
 from benchmarks.page import RESULTS
 from benchmarks.studies import (
     Study,
@@ -118,14 +121,22 @@ def list_texts(
 
 def list_pictures(
     listed: Mapping[str, Any], computed: Computed, results: Path
-) -> dict[Path, Map]:
-    """The maps whose pictures are out of date, by the pictures' paths."""
-    wanted = {
-        results / table["picture"]: computed.maps[name]
+) -> dict[Path, Drawing]:
+    """The pictures of maps and of sections, by their paths."""
+    maps = {
+        results / table["picture"]: draw_places(computed.maps[name])
         for name, table in listed.get("maps", {}).items()
         if "picture" in table
     }
-    return {path: found for path, found in wanted.items() if not is_drawn(path, found)}
+    sections = [section for section in listed["sections"] if section.get("picture")]
+    standing = [list_standing(section, computed) for section in sections]
+    return maps | {
+        results / FOLDER / f"{claims[0].study}.png": draw_claims(
+            claims, computed.numbers
+        )
+        for claims in standing
+        if claims
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -150,12 +161,14 @@ def main(arguments: list[str] | None = None) -> int:
                 write_atomically(path, new)
             else:
                 path.unlink()
-        for path, found in list_pictures(listed, computed, RESULTS).items():
+        for path, drawing in list_pictures(listed, computed, RESULTS).items():
+            if is_drawn(path, drawing):
+                continue
             if flags.check:
                 status = 1
                 print(f"{path.name}: other numbers", file=sys.stderr)
             else:
-                save_map(path, found)
+                save_drawing(path, drawing)
     except (UserError, tomllib.TOMLDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

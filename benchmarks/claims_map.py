@@ -1,12 +1,10 @@
 """The map of regimes: where a mixture leads the controls, and by how much."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from benchmarks.claims_numbers import find_measure
+from benchmarks.claims_pictures import Drawing
 from benchmarks.studies import Study
 from fedmoe_jax.options import Measure, UserError
 from fedmoe_jax.report.cells import NO_DATA, Cell
@@ -15,8 +13,6 @@ from fedmoe_jax.report.map_plot import draw_map
 from fedmoe_jax.report.regime_map import judge
 from fedmoe_jax.report.runs import NAN
 from fedmoe_jax.report.sheets import Sheet
-
-NOTE = "Description"  # a text of a PNG file, here what its cells say
 
 
 class Place(NamedTuple):
@@ -127,20 +123,12 @@ def describe_map(found: Map) -> str:
     return "\n".join(" | ".join(row) for row in [sheet.heads, *rows])
 
 
-def is_drawn(path: Path, found: Map) -> bool:
-    """Whether a file is the picture of a map."""
-    try:
-        with Image.open(path) as picture:
-            return picture.info.get(NOTE) == describe_map(found)
-    except OSError:  # there is none, or it is damaged
-        return False
-
-
-def save_map(path: Path, found: Map) -> None:
-    """Draws a map."""
+def draw_places(found: Map) -> Drawing:
+    """The picture of a map."""
     cells = [
         [each and judge(each.duel, each.measure.digits, each.unit) for each in row]
         for row in found.places.values()
     ]
-    figure = draw_map(list(found.places), found.titles, cells)
-    figure.savefig(path, dpi=180, metadata={NOTE: describe_map(found)})
+    return Drawing(
+        describe_map(found), lambda: draw_map(list(found.places), found.titles, cells)
+    )

@@ -11,7 +11,7 @@ from fedmoe_jax.measures import MEASURES
 from fedmoe_jax.options import Measure, UserError
 from fedmoe_jax.report.cells import Cell, mark_best, mean_cell, median_cell
 from fedmoe_jax.report.diverged import KEY as DIVERGED
-from fedmoe_jax.report.paired import Paired, Seeds, difference_cell, pair_up
+from fedmoe_jax.report.paired import Paired, Seeds, difference_cell, find_gain, pair_up
 from fedmoe_jax.report.runs import NAN
 from fedmoe_jax.report.sheets import Sheet
 
@@ -153,12 +153,11 @@ def compute(claim: Claim, study: Study) -> Number:
         return Number(title, mean, None, None, len(ours), mean, none, rates)
     paired = compare(claim, table)
     cell = difference_cell(paired, measure.digits)
-    sign = (1 if paired.mean > 0 else -1) * (measure.better or 1)
     rates = dict.fromkeys(study.rates[label] for label in (claim.a, claim.b))
     return Number(
         title,
         cell,
-        sign if cell.bold else 0,
+        find_gain(paired, measure),
         paired,
         paired.pairs,
         mean,

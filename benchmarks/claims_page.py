@@ -23,6 +23,10 @@ HEADS = (
 )
 STRUCK = ("struck out", "reason", "date")
 FOLDER = "claims"  # of `results/`, with a page for each section
+PICTURE = (
+    "Differences with their 95 % intervals: blue is better, orange worse, grey cannot "
+    "be told; an arrow points to the better side, black is of measures without one."
+)
 READING = "How to read this is under [results](README.md)."
 UNKNOWN = "cannot be told"
 VERBS = {  # of a gain, a loss, and what cannot be told
@@ -220,6 +224,8 @@ def list_pages(
             )
         rows = (row(claim, numbers, known) for claim in standing)
         parts = introduce(section, listed, computed, results)
+        if section.get("picture"):
+            parts.append(f"![Differences]({FOLDER}/{name}.png)\n\n{PICTURE}")
         parts += [markdown_rows([HEADS, *rows]).strip(), READING]
         pages[name] = deepen_links(
             "\n\n".join([f"# {section['title']}", *parts]) + "\n"

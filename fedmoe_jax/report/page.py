@@ -16,6 +16,7 @@ from fedmoe_jax.report.cells import Cell
 from fedmoe_jax.report.client_figures import client_pictures
 from fedmoe_jax.report.cost_figures import cost_pictures
 from fedmoe_jax.report.device_figures import compared_device_pictures, device_pictures
+from fedmoe_jax.report.difference_figure import difference_picture
 from fedmoe_jax.report.diverged import describe_diverged
 from fedmoe_jax.report.figures import (
     Picture,
@@ -330,6 +331,7 @@ def write_report(
     parts += map(section_html, list_sections(runs, baseline))
     gallery = show(floor_picture(runs))
     gallery += show(final_picture(groups)) if len(groups) > 1 else ""
+    gallery += show(difference_picture(runs, baseline))
     gallery += show(strata_pictures(groups)) + show(curve_pictures(groups))
     bands = "" if len(runs) == len(groups) else BANDS
     parts.append(f'<h2>Over rounds</h2>{bands}<div class="pictures">{gallery}</div>')

@@ -100,6 +100,18 @@ def pair_labels(
     }
 
 
+def find_gain(paired: Paired, measure: Measure) -> int:
+    """+1 where a difference is better by more than its interval, -1 worse, else 0.
+
+    Args:
+      paired: of the measure.
+      measure: `better` says what a gain is, more where it is 0.
+    """
+    if not abs(paired.mean) > paired.half:
+        return 0
+    return (1 if paired.mean > 0 else -1) * (measure.better or 1)
+
+
 def difference_cell(paired: Paired, digits: int) -> Cell:
     """Mean and half-width, bold where the mean is beyond it; marked, see `diverged`."""
     if not paired.pairs:

@@ -26,7 +26,7 @@ from fedmoe_jax.report.margins import (
     text_width,
     widest,
 )
-from fedmoe_jax.report.text import shorten
+from fedmoe_jax.report.text import MOST_LETTERS, shorten
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; without yellow,
 # and with the lighter ones darkened, because labels are written in them.
@@ -98,14 +98,22 @@ class Map(NamedTuple):
     rounds: tuple[float, float] | None = None
 
 
-def name_rows(panels: Sequence[Axes], labels: Sequence[str]) -> None:
-    """Rows with a name each, the first on top, on the left of panels side by side."""
+def name_rows(
+    panels: Sequence[Axes], labels: Sequence[str], most: int = MOST_LETTERS
+) -> None:
+    """Rows with a name each, the first on top, on the left of panels side by side.
+
+    Args:
+      panels: which share the rows.
+      labels: the names.
+      most: letters of a name.
+    """
     for axes in panels:
         axes.grid(axis="y", color="#dddddd", lw=0.4)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        names = map(shorten, labels) if axes is panels[0] else [""] * len(labels)
-        axes.set_yticks(range(len(labels)), list(names))
+        names = [shorten(x, most) if axes is panels[0] else "" for x in labels]
+        axes.set_yticks(range(len(labels)), names)
         axes.set_ylim(len(labels) - 0.5, -0.5)
 
 

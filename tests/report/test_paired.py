@@ -60,3 +60,19 @@ def test_difference_cell_is_bold_beyond_its_interval():
     cell = paired.difference_cell(pair({0: 0.2, 1: 0.3, 2: 0.7}), 1)
     assert cell.text == "-10.0 ± 43.0" and not cell.bold
     assert paired.difference_cell(pair(BASE), 1).text == "+0.0 ± 0.0"
+
+
+@pytest.mark.parametrize(
+    ("ours", "better", "gain"),
+    [
+        ({0: 0.5, 1: 0.61, 2: 0.69}, 1, 1),  # 10 ± 2.5 points
+        ({0: 0.5, 1: 0.61, 2: 0.69}, -1, -1),
+        ({0: 0.5, 1: 0.61, 2: 0.69}, 0, 1),
+        ({0: 0.2, 1: 0.3, 2: 0.7}, 1, 0),  # -10 ± 43
+        ({0: 0.5}, 1, 0),  # one pair
+        ({5: 0.5}, 1, 0),  # none
+    ],
+)
+def test_find_gain_says_what_can_be_told(ours, better, gain):
+    measure = MEASURES[KEY]._replace(better=better)
+    assert paired.find_gain(pair(ours, measure=measure), measure) == gain
