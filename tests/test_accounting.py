@@ -161,6 +161,7 @@ def test_list_costs_of_pruned_updates_has_no_noise_on_importance():
 LEARNING = ("load_balanced", "flex_moe", "channel_aware", "fedmix")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flip", "clip"])
 @pytest.mark.parametrize("strategy", [*LEARNING, "greedy", "random", "fedavg"])
 def test_list_costs_of_clients_that_move_each_other_needs_noisy_feedback(

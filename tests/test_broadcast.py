@@ -57,6 +57,7 @@ def test_plan_traffic_of_cover_by_hand():
     assert found.held.tolist() == found.trained.tolist() == [3 / 2]
 
 
+@pytest.mark.slow
 def test_gather_evidence_has_noisy_fitness_of_the_round_in_training_and_evaluation():
     plan = plan_run(**{"privacy.selection": 1.0, "gate.bias": 2.0})
     run = start(plan, use_linear_model(plan.program))

@@ -146,6 +146,7 @@ SHAPE = transformer.Shape(
 )
 
 
+@pytest.mark.slow
 def test_a_transformer_with_one_expert_is_a_llama_checkpoint(tmp_path):
     model = transformer.build_model(SHAPE)
     params, _ = model.init(jax.random.key(0))
@@ -157,6 +158,7 @@ def test_a_transformer_with_one_expert_is_a_llama_checkpoint(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_fine_tuned_base_is_a_checkpoint_like_it(family, tmp_path):
     changes = {"model.kind": "finetune", "num_experts": 1}

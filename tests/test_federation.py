@@ -115,6 +115,7 @@ def test_assign_owners_shares_natural_clients_out_evenly():
     assert assign_owners(config, data) == (None, None)
 
 
+@pytest.mark.slow
 def test_make_federation_gives_every_client_its_own_test_examples():
     owner, test_owner = np.arange(60) % 5, np.array([0, 0, 1, 2, 4, 4, 4])
     config, data = make_natural(owner, test_owner, num_clients=5, cohort_size=5)

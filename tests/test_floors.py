@@ -189,6 +189,7 @@ def test_pooled_data_have_no_floors():
 # ---- one round
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("round", "moves"), [(1, False), (2, True)])
 def test_queues_of_tiers_stand_still_in_a_warm_up(round, moves):
     """In rounds 0 and 1 all clients train one expert; who takes part counts there."""

@@ -23,6 +23,7 @@ def test_mixes_by_hand():
 APART, BOTH, NONE = [[1, 0], [0, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("held", "bits"),
     [

@@ -171,6 +171,7 @@ def test_put_config_first_lets_its_fields_stand_before_it(words, expected):
     assert found == ["launch.py", *expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_is_one_line_and_code_2(command, tmp_path, case):
     words, told = BAD[case]
@@ -618,6 +619,7 @@ def test_report_refuses_in_one_line(command, tmp_path, words, told):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_report_needs_a_folder_of_its_own(tmp_path):
     words = [sys.executable, "launch.py", f"--report={write_run(tmp_path / 'run')}"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)

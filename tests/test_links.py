@@ -74,6 +74,7 @@ def test_draw_links_shows_the_gate_what_is_known():
     assert not blind.seen.any() and not blind.charge.any()
 
 
+@pytest.mark.slow
 def test_draw_training_has_perfect_links_in_the_first_stage():
     hyper, own = make_hyper(expert_links={"price": 1.0}), jnp.array(True)
     simulated = links.draw_training(KEY, ExpertLinks(MEAN, own), 9, hyper)
@@ -83,6 +84,7 @@ def test_draw_training_has_perfect_links_in_the_first_stage():
     assert not any(getattr(perfect, n).any() for n in ("seen", "charge", "time"))
 
 
+@pytest.mark.slow
 def test_draw_testing_depends_on_the_run_and_the_place_alone():
     hyper, state = make_hyper(), ExpertLinks(MEAN, jnp.array(False))
     whole = links.draw_testing(KEY, state, jnp.arange(6), hyper)

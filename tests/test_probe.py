@@ -146,6 +146,7 @@ def test_count_held_out_leaves_some_on_both_sides(size, share):
 hold = jax.jit(hold_out)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(1, PLACES), SHARES, st.integers(0, 99))
 def test_hold_out_takes_so_many_of_the_clients_own_and_the_same_again(size, share, c):

@@ -364,6 +364,7 @@ SECOND = (11**2 + 4**2) * 2 * WIDE**2 + 10**2 * 4 * WIDE**2
 THIRD = (5**2 + 2**2) * 8 * WIDE**2 + 4**2 * 16 * WIDE**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stem", "side", "products"),
     [("lenet", 16, LENET), ("resnet8", 8, FIRST + SECOND + THIRD)],

@@ -123,6 +123,7 @@ def test_spread_room_by_hand():
     assert spread_of(99, ramp=10) == [1, 1, 3, 4]
 
 
+@pytest.mark.slow
 def test_prune_cohort_keeps_to_the_bytes_of_each_client():
     now = first_round()
     costs, program = now.program.costs, now.program
@@ -147,6 +148,7 @@ def measure_rooms(now):
     return np.asarray(capacity.belief.room)
 
 
+@pytest.mark.slow
 def test_expect_shares_is_what_clients_keep_that_hold_all_experts():
     plan = plan_run(**{"data.name": "digits", "pruning.kind": "lamp", "max_held": E})
     program, run = plan.program, start_run(plan, plan.program)
@@ -211,6 +213,7 @@ def test_a_stem_that_stays_with_clients_is_pruned_in_flops_alone():
     np.testing.assert_allclose(saved, now.pruned.saved[client], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_updates_leave_pruned_units_alone():
     now, (update, _) = first_round(), train_all()
     for part, keep in update.keep.items():
@@ -245,6 +248,7 @@ def sums_one_by_one():
     return add_up(jax.jit(loop))
 
 
+@pytest.mark.slow
 def test_accumulate_chunk_is_one_client_after_the_other():
     now = first_round()
     which = jnp.zeros(len(now.inputs.client), jnp.int32)
@@ -252,6 +256,7 @@ def test_accumulate_chunk_is_one_client_after_the_other():
     assert_same(add_up(jax.jit(chunk)), sums_one_by_one(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_merge_averages_every_entry_over_those_that_trained_it():
     """A loop in NumPy over clients, slots and entries."""
     now, (update, weights) = first_round(), train_all()
@@ -306,6 +311,7 @@ def test_pruned_rounds_learn_and_report_what_they_cover():
     assert 0 < float(found["personal_submodel_accuracy"]) <= 1
 
 
+@pytest.mark.slow
 def test_a_program_without_pruning_has_no_trace_of_it():
     """It reads no number, and neither state nor inputs have masks."""
     plan = plan_run(**LAMP | {"pruning.kind": "none"})

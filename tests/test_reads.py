@@ -31,6 +31,7 @@ def use(assign, **fields):
     return PROGRAM._replace(strategy=record)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_find_reads_of_each_strategy(name):
     found = find_reads(tiny_config(strategy=name), make_program(strategy=name))

@@ -33,6 +33,7 @@ def test_images_are_evaluated_in_batches_of_500():
     assert choose_batch(PROGRAM) == 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "batch"), [(3, 500), (32, 64), (256, 8), (1024, 2), (4096, 1)]
 )

@@ -88,6 +88,7 @@ def test_relative_probe_by_hand():
     assert found[1, 0] == 0.5
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 20, width=32), min_size=2, max_size=4))
 def test_probes_rank_the_experts_of_a_client_by_their_losses(losses):
     probe = jnp.asarray([losses], jnp.float32)

@@ -64,6 +64,7 @@ def measure_gap(spread, fill=FILL):
     return (1 - found / np.maximum(best, 1e-6))[some]
 
 
+@pytest.mark.slow
 def test_fill_knapsack_is_near_the_optimum():
     """It misses 0.05 % of it on average where sizes differ by a factor of e."""
     gap = measure_gap(1.0)
@@ -74,6 +75,7 @@ def test_fill_knapsack_is_near_the_optimum():
     assert measure_gap(1.0, greedy).mean() > 0.01
 
 
+@pytest.mark.slow
 def test_fill_knapsack_of_equal_sizes_is_exact():
     assert np.abs(measure_gap(0.0)).max() < 1e-5
 

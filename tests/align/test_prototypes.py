@@ -98,6 +98,7 @@ def test_lloyd_ends_where_no_client_moves():
     np.testing.assert_array_equal(again[:, :3].argmin(1), distance.argmin(1))
 
 
+@pytest.mark.slow
 def test_shuffle_holders_deals_a_label_among_those_that_have_it():
     means = draw_means(8, 3, 2)
     found = shuffle_holders(KEY, means)
@@ -152,6 +153,7 @@ def test_seeds_are_far_from_one_another():
     assert np.mean(np.array(found) == 8) > 0.5
 
 
+@pytest.mark.slow
 def test_eight_groups_of_two_clients_are_found():
     for seed in range(3):
         means, group = plant(8, 1, apart=1.0, clients=16, seed=seed)
@@ -161,6 +163,7 @@ def test_eight_groups_of_two_clients_are_found():
         assert len(set(zip(group.tolist(), nearest, strict=True))) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "labels", "alpha"),
     [(4, 5, 100.0), (2, 5, 0.3), (4, 1, 1.0), (3, 1, 1.0), (2, 1, 1.0)],
@@ -189,6 +192,7 @@ def test_sixteen_groups_of_unequal_sizes_are_found_among_many_clients():
     assert len(set(zip(group.tolist(), nearest.tolist(), strict=True))) == 16
 
 
+@pytest.mark.slow
 def test_groups_are_seldom_found_where_there_are_none():
     """In at most one of twenty sets, as the permutation test promises: here of 60."""
     sets = [plant(1, 1, apart=0.0, clients=12, seed=seed)[0] for seed in range(60)]
@@ -201,6 +205,7 @@ def test_groups_are_seldom_found_where_there_are_none():
     assert (found.count > 1).sum() <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("labels", "alpha"), [(5, 100.0), (5, 0.1), (1, 1.0)])
 def test_clients_without_groups_have_one(labels, alpha):
     for seed in range(3):

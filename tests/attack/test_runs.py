@@ -166,6 +166,7 @@ def test_mix_labels_by_hand():
     assert mix_labels(run).tolist() == [[0.75, 0.25], [0, 0]]
 
 
+@pytest.mark.slow
 def test_groups_are_found_where_held_sets_follow_them_and_nowhere_else():
     draw = np.random.default_rng(0)
     group = np.arange(40) % 4

@@ -252,11 +252,13 @@ def test_a_table_of_differences_of_an_unknown_row(results):
         claims.compute_all(listed, results)
 
 
+@pytest.mark.slow
 def test_the_committed_pages_have_the_numbers_of_the_committed_runs(capsys):
     code = claims.main(["--check"])
     assert (code, capsys.readouterr().err) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_page_with_another_number_fails_the_check(monkeypatch, tmp_path, capsys):
     stale = tmp_path / "page.md"
     monkeypatch.setattr(claims, "PAGES", (str(stale),))

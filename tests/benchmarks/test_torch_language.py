@@ -47,6 +47,7 @@ def started():
     return program, federation.replace(frozen=frozen), hyper, state
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_config(started):
     program, federation, hyper, state = started
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -78,6 +78,7 @@ def test_encode_by_hand_counts_bytes_and_says_what_is_lost():
         assert not encode(tokenizer, text.encode(), kind).exact
 
 
+@pytest.mark.slow
 @given(text=st.text(max_size=40))
 def test_encode_of_byte_pairs_counts_every_byte_once(text):
     found = encode(PAIRS, text.encode(), np.dtype(np.uint16))

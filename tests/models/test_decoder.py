@@ -14,6 +14,7 @@ from fedmoe_jax.pretrained.weights import read_weights
 LOGITS = np.load(Path(__file__).parent / "logits.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(family, tmp_path):
     folder = save_checkpoint(tmp_path, family)

@@ -77,6 +77,7 @@ def test_a_model_starts_as_its_base_and_trains_each_weight_once(family, tmp_path
     assert count(trained) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_one_expert_takes_the_steps_of_the_weights_themselves(family, tmp_path):
     model, params, frozen = make_model(tmp_path, family, num_experts=1)
@@ -98,6 +99,7 @@ def test_one_expert_takes_the_steps_of_the_weights_themselves(family, tmp_path):
     assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) > 1e-6
 
 
+@pytest.mark.slow
 def test_pairs_of_full_rank_take_the_same_steps(tmp_path):
     """Several experts behind gates: with a = 1 and s = 1, b is the difference."""
     model, params, frozen = make_model(tmp_path)

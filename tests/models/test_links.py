@@ -67,6 +67,7 @@ def test_receive_has_a_gradient_where_all_features_are_zero():
     np.testing.assert_allclose(grads, np.ones((BATCH, WIDTH)), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_receive_rows_are_those_of_the_batch():
     features, row = draw(BATCH, 2, WIDTH), jnp.array([4, 0, 4])
     links = make_links(jnp.abs(draw(BATCH, EXPERTS)) + 0.1)

@@ -68,6 +68,7 @@ def merge(pairs, weights, scale):
     return {name: add(name, np.asarray(weight)) for name, weight in weights.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert", [0, 2])
 def test_one_expert_equals_the_base_with_its_products_added(expert, tmp_path):
     model, params, frozen = make_model(tmp_path, **{"model.lora_attention": 2})

@@ -101,6 +101,7 @@ def list_products(jaxpr):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_product_but_the_gates_is_in_bfloat16(kind, tmp_path):
     model, batch = choose_model(kind, tmp_path, "gpu")
@@ -127,6 +128,7 @@ def test_float32_is_the_model_itself(tmp_path):
     assert find_float32(other) is other
 
 
+@pytest.mark.slow
 def test_rounds_in_bfloat16_keep_a_state_in_float32_and_stay_close():
     def train(dtype):
         plan = plan_run(**{"model.dtype": dtype, "client.learning_rate": 0.05})

@@ -48,6 +48,7 @@ def weigh(mix, case):
     return (mix(*case) * jnp.sin(jnp.arange(TOKENS * WIDTH)).reshape(TOKENS, -1)).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [2, 4, 128])
 def test_outputs_and_gradients_are_those_of_all_pairs(monkeypatch, rows):
     monkeypatch.setattr(routed_experts, "BLOCK_ROWS", rows)
@@ -94,6 +95,7 @@ def test_tokens_with_fewer_experts_than_active_ones():
     assert not mix_chosen(*case)[:4].any()
 
 
+@pytest.mark.slow
 def test_several_clients_at_once_are_each_by_itself():
     """Clients of a chunk are vmapped, and their blocks are of different numbers."""
     experts, tokens, gates = make_case(choose_two())

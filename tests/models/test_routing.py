@@ -219,6 +219,7 @@ def test_latency_loss_and_its_gradient_by_hand():
     np.testing.assert_allclose(jax.grad(loss)(logits, weight), expected, **near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["calibration_loss", "load_loss", "z_loss"])
 def test_losses_of_the_gate_count_positions_by_their_weights(name):
     """Padding counts nothing, and a weight of 2 as the position twice."""

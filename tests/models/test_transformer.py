@@ -151,6 +151,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_apply_is_its_slow_twin(case):
     shape = SHAPE._replace(**CASES[case])
@@ -166,6 +167,7 @@ def test_apply_is_its_slow_twin(case):
     assert outputs.shape == (2, 6, 5) and routing.trained is None
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients():
     params = make_params(SHAPE)
 
@@ -178,6 +180,7 @@ def test_remat_gives_the_same_gradients():
     jax.tree.map(close, plain, again)
 
 
+@pytest.mark.slow
 def test_gradients_on_cpu_are_those_of_all_experts_on_all_tokens():
     params = make_params(SHAPE)
 
@@ -220,6 +223,7 @@ BIASED = CASES | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BIASED)
 def test_a_bias_is_that_of_shifted_gates_but_for_the_logits(case):
     """Each layer has one of its own, tied blocks the same."""
@@ -257,6 +261,7 @@ SCANNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SCANNED)
 def test_a_loop_over_blocks_is_the_blocks_one_by_one(case):
     """Outputs, routing and gradients, each layer with a held set of its own."""
@@ -304,6 +309,7 @@ def test_a_loop_over_blocks_compiles_one_of_them():
     assert count(2, True) == count(9, True) < count(2, False) < count(9, False)
 
 
+@pytest.mark.slow
 def test_costs_of_a_loop_are_those_of_the_blocks_one_by_one():
     for every in (1, 2):
         built = [
@@ -346,6 +352,7 @@ def test_later_tokens_change_nothing_before_them():
         assert not np.allclose(first[:, 4:], second[:, 4:])
 
 
+@pytest.mark.slow
 def test_one_expert_needs_no_gate():
     shape = SHAPE._replace(num_experts=1)
     params = make_params(shape)
@@ -443,6 +450,7 @@ def run_over(links, shape=LINKED, params=None):
     return apply(own, {}, {"tokens": TOKENS}, HELD, SLOT, route, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_perfect_links_change_nothing(scan):
     """Gates have one leaf more, and draws are those without."""
@@ -457,6 +465,7 @@ def test_perfect_links_change_nothing(scan):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_each_expert_gets_a_windows_tokens_with_noise_of_its_own(platform):
     shape, links = LINKED._replace(platform=platform), make_links(0.5)

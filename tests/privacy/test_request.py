@@ -23,6 +23,7 @@ def ask(epsilon, held, slot, local=0, clients=CLIENTS, seed=0):
     return request(wish, client, hyper, key, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 3.0])
 def test_request_keeps_every_bit_with_its_chance(epsilon):
     """Sets of one expert or more: an empty one gets an expert by lot."""
@@ -50,6 +51,7 @@ def test_request_bounds_the_odds_of_every_set_by_the_bits_that_differ():
     assert odds.max() > 0.8 * np.exp(2 * epsilon)
 
 
+@pytest.mark.slow
 def test_request_trains_what_it_holds_and_asks_for_or_else_one_that_it_asks_for():
     found = ask(0.5, [2, 0], [1, 1], clients=500)
     for trained, asked in zip(list_held(found), np.array(found.asked), strict=True):
@@ -60,6 +62,7 @@ def test_request_trains_what_it_holds_and_asks_for_or_else_one_that_it_asks_for(
     assert len(others) > 20 and {held[0] for held in others} == {1, 3}
 
 
+@pytest.mark.slow
 def test_request_of_a_large_epsilon_is_the_assignment():
     found = ask(50.0, [2, 0], [1, 0], clients=50)
     assert list_held(found) == [[2]] * 50
@@ -68,6 +71,7 @@ def test_request_of_a_large_epsilon_is_the_assignment():
     )
 
 
+@pytest.mark.slow
 def test_request_leaves_out_what_stays_with_the_client():
     found = ask(0.5, [0, 3], [1, 1], local=1, clients=300)
     asked = np.array(found.asked)

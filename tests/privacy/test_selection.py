@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import SIZES, make_evidence, make_hyper
 
 from fedmoe_jax.privacy.selection import RANGE, hide_fitness
@@ -29,6 +30,7 @@ def peel(quality, epsilon, count):
     return found
 
 
+@pytest.mark.slow
 def test_hide_fitness_makes_greedy_the_peeling_mechanism_under_capacity():
     """Half of the clients hold one expert, half hold two."""
     sizes = SIZES._replace(

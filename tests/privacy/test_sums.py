@@ -80,6 +80,7 @@ def test_rounds_of_clipped_updates_move_the_server_no_further_than_the_bound():
     assert 0 < part <= 1e-3 * (1 + 1e-3)
 
 
+@pytest.mark.slow
 def test_aggregate_adds_noise_to_late_updates_once():
     plan = plan_run(**PRIVATE, **{"late.kind": "stale", "late.discount": 0.0})
     run = start_run(plan, use_linear_model(plan.program))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ def cost_of(groups, masks):
     return sum(float(mask.sum() * group.cost) for group, mask in each)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(st.floats(0, 1), st.integers(0, 5))
 def test_choose_units_is_one_threshold_within_the_room(share, seed):
@@ -47,12 +49,14 @@ def test_choose_units_is_one_threshold_within_the_room(share, seed):
     assert cost_of(groups, masks) <= max(room * (1 + 1e-5), 8.0)
 
 
+@pytest.mark.slow
 def test_choose_units_keeps_nothing_of_what_the_client_does_not_hold():
     groups = [make_groups((3, 4, 1.0))[0]._replace(valid=jnp.array([1, 0, 1], bool))]
     (mask,) = choose_units(groups, jnp.float32(100.0), **OFF, **WHEN)
     np.testing.assert_array_equal(mask.sum(1), [4, 0, 4])
 
 
+@pytest.mark.slow
 def test_choose_units_keeps_the_floor_where_it_does_not_fit():
     groups = make_groups((2, 10, 1.0))
     (mask,) = choose_units(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import fill, make_image_model
 
 from fedmoe_jax.base import Units
@@ -52,6 +53,7 @@ def test_init_importance_is_unknown():
     assert all((leaf == UNKNOWN).all() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_learn_importance_averages_over_those_that_kept_the_unit():
     old = {"s": jnp.array([4.0, -1.0]), "e": jnp.array([[[1.0, -1.0], [2.0, 2.0]]])}
     held = jnp.array([[[0]], [[0]], [[1]]])  # three clients, one slot
@@ -81,6 +83,7 @@ def test_learn_importance_averages_over_those_that_kept_the_unit():
     np.testing.assert_array_equal(known["s"], [1.5, 1.5])
 
 
+@pytest.mark.slow
 def test_learn_importance_ranks_units_that_idle_clients_keep_with_the_others():
     """One client keeps all and uses the expert, three keep the top half and do not."""
     true = jnp.arange(8.0, 0.0, -1.0)

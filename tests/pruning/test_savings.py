@@ -61,6 +61,7 @@ def count_stem(model, batch):
     return sum(jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["mlp", "cnn", "simple_cnn", "lenet"])
 def test_half_the_units_of_a_stem_save_what_one_of_half_the_width_does(stem):
     shape = (8, 8, 1) if stem == "mlp" else (16, 16, 1)
@@ -73,6 +74,7 @@ def test_half_the_units_of_a_stem_save_what_one_of_half_the_width_does(stem):
     np.testing.assert_allclose(saved, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert", ["mlp", "dense", "conv"])
 def test_half_the_units_of_an_expert_save_what_one_of_half_the_width_does(expert):
     stem, shape = ("cnn", (16, 16, 1)) if expert == "conv" else ("mlp", (8, 8, 1))

@@ -31,6 +31,7 @@ def test_lamp_by_hand():
     )
 
 
+@pytest.mark.slow
 @given(st.integers(2, 9), st.floats(1e-20, 1e20))
 def test_lamp_does_not_know_the_scale_of_a_layer(count, scale):
     importance = jnp.abs(draw(count)) + 0.01

@@ -48,6 +48,7 @@ def masks_of(model, seed=0):
     return masks
 
 
+@pytest.mark.slow
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 1))
 def test_spread_is_undone_by_gather(count, repeats, axis):
     values = draw(2, count)
@@ -85,6 +86,7 @@ def test_keep_params_of_an_mlp_expert_is_the_network_without_the_units():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["mlp", "cnn", "simple_cnn", "lenet"])
 def test_keep_params_silences_pruned_features_of_a_stem(stem):
     model = image_model(stem, "mlp")
@@ -105,6 +107,7 @@ def test_keep_params_silences_pruned_features_of_a_stem(stem):
     )
 
 
+@pytest.mark.slow
 def test_keep_params_of_a_convolutional_expert_silences_its_channels():
     model = image_model("cnn", "conv")
     params, masks = submodel_of(model), masks_of(model)
@@ -180,6 +183,7 @@ SHAPE = transformer.Shape(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"tied": True}, {"moe_every": 2}, {"shared_width": 4}]
 )

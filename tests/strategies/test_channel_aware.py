@@ -87,6 +87,7 @@ def test_channel_aware_is_load_balanced_where_time_is_free(seed, exploration):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 def test_channel_only_counts_by_the_time_alone():
     expert = jnp.array([0.05, 0.2, 0.3, 0.6, 1.5, 0.1])[:, None]
     room = jnp.array([0.9, 0.9, 0.7, 0.9, 0.9, -0.2])

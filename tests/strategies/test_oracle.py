@@ -25,6 +25,7 @@ def test_experts_of_a_group_by_hand():
     assert many.tolist() == [[1, 0], [0, 1], [1, 0], [1, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4, 9])
 def test_assign_gives_the_experts_of_the_group_first(count):
     evidence, group = prepare(count)
@@ -48,6 +49,7 @@ def test_prefer_own_is_1_of_the_groups_experts(count):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_look_finds_the_main_stratum_of_every_client():
     plan = plan_run(strategy="oracle")
     run = start_run(plan, plan.program)

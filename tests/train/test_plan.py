@@ -80,6 +80,7 @@ def test_as_many_clients_at_once_as_memory_allows(monkeypatch):
         assert wave.program.static.run.client_chunk == chunk
 
 
+@pytest.mark.slow
 def test_runs_come_before_clients_where_memory_is_short(monkeypatch):
     monkeypatch.setattr(program, "find_platform", lambda mesh: "gpu")
     fields = {"num_clients": 6, "cohort_size": 5, "batch_size": 500}

@@ -125,6 +125,7 @@ def test_find_room_with_a_spread_has_probes_of_all_that_is_held():
     assert 0 < twice == room(probed=10) < room(probed=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saving", [0.0, 0.6, 1.0])
 def test_true_capacity_has_room_for_pruned_experts(saving):
     """Twice as many, each with half of the FLOPs that pruning can save."""
