@@ -29,6 +29,7 @@ from benchmarks.claims_pictures import Drawing, is_drawn, save_drawing
 from benchmarks.page import RESULTS
 from benchmarks.studies import (
     Study,
+    add_change,
     find_disagreements,
     join_studies,
     read_csv,
@@ -48,7 +49,8 @@ def read_studies(
 
     Args:
       names: of them.
-      listed: those of `claims.toml`, by name; one with `parts` has the rows of these.
+      listed: those of `claims.toml`, by name; one with `parts` has the rows of these,
+        each with the `change` of its part.
       results: the folder of the stored studies.
 
     Raises:
@@ -63,7 +65,13 @@ def read_studies(
         for fault in find_disagreements(study, read_csv(path) if path.exists() else []):
             raise UserError(f"{fault}; allowed: files of the same runs")
     return {
-        name: join_studies(name, [studies[part] for part in several])
+        name: join_studies(
+            name,
+            [
+                add_change(studies[part], listed[part].get("change", ""))
+                for part in several
+            ],
+        )
         if "parts" in listed.get(name, {})
         else studies[name]
         for name, several in parts.items()

@@ -108,21 +108,56 @@ def read_study(folder: Path) -> Study:
     return Study(folder.name, seeds, rates, places, evaluations)
 
 
+def add_change(study: Study, change: str) -> Study:
+    """The study with a change in all its labels, which its own table leaves out.
+
+    Args:
+      study: all of whose runs have the change.
+      change: `field=value`; empty leaves the labels as they are.
+    """
+    whole = lambda label: f"{label} {change}".strip()
+    return study._replace(
+        seeds={whole(label): of for label, of in study.seeds.items()},
+        rates={whole(label): rate for label, rate in study.rates.items()},
+        places={at: (whole(label), seed) for at, (label, seed) in study.places.items()},
+    )
+
+
 def join_studies(name: str, parts: Sequence[Study]) -> Study:
     """One study of the rows of several, whose runs differ in nothing else.
 
+    A row that several have has the seeds of all.
+
     Raises:
-      UserError: two have the same row.
+      UserError: two have the same seed of a row, or other rates for it.
     """
-    rows = [label for part in parts for label in part.seeds]
-    if twice := {label for label in rows if rows.count(label) > 1}:
-        raise UserError(
-            f"claims: {min(twice)} is a row of several parts of {name}; allowed: one"
-        )
-    seeds = {label: of for part in parts for label, of in part.seeds.items()}
-    rates = {label: rate for part in parts for label, rate in part.rates.items()}
-    places = {folder: place for part in parts for folder, place in part.places.items()}
-    evaluations = [row for part in parts for row in part.evaluations]
+    seeds: dict[str, dict[int, Mapping[str, float]]] = {}
+    rates: dict[str, str] = {}
+    for part in parts:
+        for label, of in part.seeds.items():
+            known = seeds.setdefault(label, {})
+            for seed in known.keys() & of.keys():
+                raise UserError(
+                    f"claims: seed {seed} of {label} is in several parts of {name}; "
+                    "allowed: one"
+                )
+            known.update(of)
+            if rates.setdefault(label, part.rates[label]) != part.rates[label]:
+                raise UserError(
+                    f"claims: {label} is tuned and untuned in parts of {name}; "
+                    "allowed: alike"
+                )
+    # Runs of several studies may have folders of the same name.
+    places = {
+        f"{part.name}/{folder}": place
+        for part in parts
+        for folder, place in part.places.items()
+    }
+    evaluations = [
+        {**row, "run": f"{part.name}/{row['run']}"}
+        for part in parts
+        for row in part.evaluations
+    ]
     return Study(name, seeds, rates, places, evaluations)
 
 

@@ -128,26 +128,48 @@ def test_stored_differences_are_those_of_the_runs(folder):
         assert len(studies.find_disagreements(study, [row | other])) == 1
 
 
-def test_parts_of_a_study_are_joined_unless_a_row_is_in_two():
-    one = studies.Study(
-        "one",
-        {"greedy": {0: {"x": 1.0}}},
-        {"greedy": "tuned"},
-        {"g": ("greedy", 0)},
-        [],
-    )
-    two = studies.Study(
-        "two",
-        {"random": {0: {"x": 2.0}}},
-        {"random": "untuned"},
-        {"r": ("random", 0)},
-        [{"run": "r", "round": "2"}],
-    )
-    both = studies.join_studies("both", [one, two])
+ONE = studies.Study(
+    "one",
+    {"greedy": {0: {"x": 1.0}}},
+    {"greedy": "tuned"},
+    {"g": ("greedy", 0)},
+    [{"run": "g", "round": "1"}],
+)
+TWO = studies.Study(
+    "two",
+    {"random": {0: {"x": 2.0}}},
+    {"random": "untuned"},
+    {"g": ("random", 0)},
+    [{"run": "g", "round": "2"}],
+)
+
+
+def test_parts_of_a_study_are_joined():
+    both = studies.join_studies("both", [ONE, TWO])
     assert both.name == "both"
     assert both.seeds == {"greedy": {0: {"x": 1.0}}, "random": {0: {"x": 2.0}}}
     assert both.rates == {"greedy": "tuned", "random": "untuned"}
-    assert both.places == {"g": ("greedy", 0), "r": ("random", 0)}
-    assert both.evaluations == [{"run": "r", "round": "2"}]
-    with pytest.raises(UserError, match="greedy is a row of several parts of both"):
-        studies.join_studies("both", [one, one])
+    assert both.places == {"one/g": ("greedy", 0), "two/g": ("random", 0)}
+    runs = [{"run": "one/g", "round": "1"}, {"run": "two/g", "round": "2"}]
+    assert both.evaluations == runs
+
+
+def test_a_row_of_several_parts_has_the_seeds_of_all():
+    more = ONE._replace(name="more", seeds={"greedy": {1: {"x": 3.0}}})
+    both = studies.join_studies("both", [ONE, more])
+    assert both.seeds == {"greedy": {0: {"x": 1.0}, 1: {"x": 3.0}}}
+    with pytest.raises(UserError, match="seed 0 of greedy is in several parts of both"):
+        studies.join_studies("both", [ONE, ONE])
+    other = more._replace(rates={"greedy": "untuned"})
+    with pytest.raises(UserError, match="greedy is tuned and untuned in parts of both"):
+        studies.join_studies("both", [ONE, other])
+
+
+def test_a_change_sets_the_rows_of_a_part_apart():
+    found = studies.add_change(ONE, "model.kind=finetune")
+    assert found.seeds == {"greedy model.kind=finetune": {0: {"x": 1.0}}}
+    assert found.rates == {"greedy model.kind=finetune": "tuned"}
+    assert found.places == {"g": ("greedy model.kind=finetune", 0)}
+    both = studies.join_studies("both", [ONE, found])
+    assert list(both.seeds) == ["greedy", "greedy model.kind=finetune"]
+    assert studies.add_change(ONE, "") == ONE
