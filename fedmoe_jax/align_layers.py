@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from fedmoe_jax.align.affinity import bias_slots
 from fedmoe_jax.align.learn import RESET, count_load, learn
 from fedmoe_jax.align.queues import TierPressure, lift_tiers
-from fedmoe_jax.cohort import Reply
 from fedmoe_jax.forms import check_form, check_type
 from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.privacy.request import request
 from fedmoe_jax.program import Program
+from fedmoe_jax.reply import Reply
 from fedmoe_jax.types import (
     AlignState,
     Array,

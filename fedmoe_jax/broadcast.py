@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.capacity import Belief, count_examples
-from fedmoe_jax.cohort import JudgeFn
 from fedmoe_jax.models.submodel import is_local
 from fedmoe_jax.privacy.selection import hide_fitness
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.program import Program
 from fedmoe_jax.prune import Pruned, count_reported, spread_room
+from fedmoe_jax.reply import JudgeFn
 from fedmoe_jax.types import (
     Array,
     Assignment,

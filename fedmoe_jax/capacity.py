@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedmoe_jax.cohort import Reply
 from fedmoe_jax.program import Program
+from fedmoe_jax.reply import Reply
 from fedmoe_jax.types import Array, Devices, Federation, Hyper, Keys, PyTree, Sizes
 from fedmoe_jax.world.costs import NUMBER_BYTES, Costs, client_bytes, client_flops
 from fedmoe_jax.world.limits import find_room, true_capacity

@@ -1,13 +1,21 @@
 """One client's round: T local steps on the sub-model that it holds."""
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedmoe_jax.loss import local_loss, mean_report, summarise_feedback, zero_sums
+from fedmoe_jax.loss import (
+    FeedbackSums,
+    local_loss,
+    mean_report,
+    summarise_feedback,
+    zero_sums,
+)
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.moe_layers import layer_keys, map_layers
 from fedmoe_jax.optimizers import add_prox, client_optimizer
@@ -144,100 +152,210 @@ def bind_augment(program: Program, key: Array) -> Callable[[PyTree], PyTree] | N
     return None if augment is None else lambda rows: augment(rows, key)
 
 
-def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
-    """Builds `client_update(params, inputs, federation, hyper, key) -> ClientUpdate`.
+class Start(NamedTuple):
+    """What ONE client trains from.
 
-    The returned function is written for ONE client; `key` is that client's key of the
-    round. Cost and memory follow K, never E. Ragged clients take `inputs.steps` steps,
-    others all T; a trip count known beforehand is faster on accelerators. Without
-    `static.prox` a step does not read the received params, which would not fit in
-    cache.
+    Attributes:
+      inputs: what the server has sent, with the slots that the client trains.
+      submodel: as received, of pruned experts what the client keeps.
+      keep: factors of the parts that are pruned, see `pruning.units.keep_params`; {}
+        where nothing is.
+      batches: [T, B] int32, example ids of the local steps.
+      probe: [G, K] float32, the loss of each expert on examples held out, before the
+        first step; None where none are.
+      augment_key: into which a step folds its number, to change its examples.
+      dropout_key: likewise, to drop features.
     """
-    sizes, static, strategy = program.sizes, program.static, program.strategy
 
-    def client_update(
-        params: PyTree,
-        inputs: ClientInput,
-        federation: Federation,
-        hyper: Hyper,
-        key: Array,
-    ) -> ClientUpdate:
-        slots = sizes.num_layers, sizes.max_held
-        chex.assert_shape([inputs.held, inputs.slot], slots)
-        received = take_submodel(
-            params, inputs.personal, inputs.held, strategy.local_experts
-        )
-        tx = client_optimizer(static.client, hyper.client.learning_rate)
-        draw_key, dropout_key = jax.random.split(key)
-        batches, probed = draw_local(inputs, federation, hyper, draw_key, sizes)
-        keep = {}
-        if inputs.masks is not None:
-            keep = keep_params(inputs.masks, received, program.units)
-            received = multiply_parts(received, keep)
-        probe = None
-        if probed is not None:
-            probe = probe_experts(received, inputs, federation, probed, program)
-        if strategy.choose is not None:
-            assert probe is not None  # `static.probes` is on
-            slot = inputs.slot, hyper, draw_key, strategy.choose
-            inputs = inputs.replace(slot=choose_slots(probe, *slot))
-        augment_key = jax.random.fold_in(draw_key, AUGMENT)
+    inputs: ClientInput
+    submodel: PyTree
+    keep: PyTree
+    batches: Array
+    probe: Array | None
+    augment_key: Array
+    dropout_key: Array
 
-        def local_step(step, carry):
-            submodel, opt_state, sums, importance = carry
-            ids = batches[step]
-            batch = take_batch(
-                federation.train,
-                ids,
-                federation.statistics,
-                program.task,
-                static.drift.images,
-                inputs.distortion,
-                bind_augment(program, jax.random.fold_in(augment_key, step)),
-            )
-            grads, batch_sums = jax.grad(local_loss, has_aux=True)(
-                submodel,
-                federation.fixed,
-                batch,
-                inputs,
-                hyper,
-                jax.random.fold_in(dropout_key, step),
-                program=program,
-            )
-            grads = multiply_parts(grads, keep)
-            if importance:
-                taylor = measure_taylor(submodel, grads, program.units)
-                importance = jax.tree.map(jnp.add, importance, taylor)
-            if static.prox:
-                grads = add_prox(grads, submodel, received, hyper.client.prox)
-            if inputs.correction:
-                grads = optax.tree.add(grads, multiply_parts(inputs.correction, keep))
-            updates, opt_state = tx.update(grads, opt_state, submodel)
-            submodel = optax.apply_updates(submodel, updates)
-            sums = jax.tree.map(jnp.add, sums, batch_sums)
-            return submodel, opt_state, sums, importance
 
-        steps = inputs.steps if static.ragged else sizes.local_steps
-        unknown = {}
-        if keep and static.pruning.kind in MEASURED:
-            unknown = zero_units(received, program.units)
-        start = received, tx.init(received), zero_sums(hyper, program), unknown
-        trained, _, sums, found = jax.lax.fori_loop(0, steps, local_step, start)
-        delta = optax.tree.sub(trained, received)
-        chex.assert_trees_all_equal_shapes(delta, received)
-        weight = sums.weight
-        if weight is None:
-            weight = jnp.maximum(steps * program.scores.loss.size, 1)
-        return ClientUpdate(
-            delta=delta,
-            feedback=summarise_feedback(sums).replace(probe=probe),
-            report=mean_report(sums),
-            loss=sums.total_loss / weight,
-            accuracy=sums.total_score / weight,
-            finite=all_finite(delta) & jnp.isfinite(sums.total_loss),
-            chosen=None if strategy.choose is None else inputs.slot,
-            keep=keep,
-            importance=jax.tree.map(lambda leaf: leaf / jnp.maximum(steps, 1), found),
-        )
+class Progress(NamedTuple):
+    """What ONE client has after some local steps.
 
-    return client_update
+    Attributes:
+      submodel: as trained so far.
+      opt_state: of its optimiser.
+      sums: over the steps, of losses and feedback.
+      importance: likewise, of the units; {} where it is not measured.
+    """
+
+    submodel: PyTree
+    opt_state: PyTree
+    sums: FeedbackSums
+    importance: PyTree
+
+
+def receive(
+    params: PyTree,
+    inputs: ClientInput,
+    federation: Federation,
+    hyper: Hyper,
+    key: Array,
+    program: Program,
+) -> Start:
+    """The sub-model that ONE client has received, and what it draws for its round.
+
+    Args:
+      params: the server's.
+      inputs: what the server has sent.
+      federation: data and sizes.
+      hyper: hyperparameters.
+      key: the client's of the round, consumed.
+      program: the static parts.
+    """
+    strategy = program.strategy
+    held = inputs.personal, inputs.held
+    submodel = take_submodel(params, *held, strategy.local_experts)
+    draw_key, dropout_key = jax.random.split(key)
+    batches, probed = draw_local(inputs, federation, hyper, draw_key, program.sizes)
+    keep = {}
+    if inputs.masks is not None:
+        keep = keep_params(inputs.masks, submodel, program.units)
+        submodel = multiply_parts(submodel, keep)
+    probe = None
+    if probed is not None:
+        probe = probe_experts(submodel, inputs, federation, probed, program)
+    if strategy.choose is not None:
+        assert probe is not None  # `static.probes` is on
+        slot = inputs.slot, hyper, draw_key, strategy.choose
+        inputs = inputs.replace(slot=choose_slots(probe, *slot))
+    augment_key = jax.random.fold_in(draw_key, AUGMENT)
+    return Start(inputs, submodel, keep, batches, probe, augment_key, dropout_key)
+
+
+def local_step(
+    step: Array,
+    progress: Progress,
+    *,
+    start: Start,
+    federation: Federation,
+    hyper: Hyper,
+    tx: optax.GradientTransformation,
+    program: Program,
+) -> Progress:
+    """One step of ONE client on a batch.
+
+    Without `static.prox` it does not read the received sub-model, which would not fit
+    in cache.
+
+    Args:
+      step: [] int32 in [0, T).
+      progress: before the step.
+      start: what the client trains from.
+      federation: data.
+      hyper: hyperparameters.
+      tx: the client's optimiser.
+      program: the static parts.
+    """
+    static, inputs, keep = program.static, start.inputs, start.keep
+    submodel, opt_state, sums, importance = progress
+    batch = take_batch(
+        federation.train,
+        start.batches[step],
+        federation.statistics,
+        program.task,
+        static.drift.images,
+        inputs.distortion,
+        bind_augment(program, jax.random.fold_in(start.augment_key, step)),
+    )
+    grads, batch_sums = jax.grad(local_loss, has_aux=True)(
+        submodel,
+        federation.fixed,
+        batch,
+        inputs,
+        hyper,
+        jax.random.fold_in(start.dropout_key, step),
+        program=program,
+    )
+    grads = multiply_parts(grads, keep)
+    if importance:
+        taylor = measure_taylor(submodel, grads, program.units)
+        importance = jax.tree.map(jnp.add, importance, taylor)
+    if static.prox:
+        grads = add_prox(grads, submodel, start.submodel, hyper.client.prox)
+    if inputs.correction:
+        grads = optax.tree.add(grads, multiply_parts(inputs.correction, keep))
+    updates, opt_state = tx.update(grads, opt_state, submodel)
+    submodel = optax.apply_updates(submodel, updates)
+    sums = jax.tree.map(jnp.add, sums, batch_sums)
+    return Progress(submodel, opt_state, sums, importance)
+
+
+def summarise(
+    start: Start, trained: Progress, steps: Array | int, program: Program
+) -> ClientUpdate:
+    """The update of ONE client after so many steps."""
+    delta = optax.tree.sub(trained.submodel, start.submodel)
+    chex.assert_trees_all_equal_shapes(delta, start.submodel)
+    sums, choose = trained.sums, program.strategy.choose
+    weight = sums.weight
+    if weight is None:
+        weight = jnp.maximum(steps * program.scores.loss.size, 1)
+    mean = lambda leaf: leaf / jnp.maximum(steps, 1)
+    return ClientUpdate(
+        delta=delta,
+        feedback=summarise_feedback(sums).replace(probe=start.probe),
+        report=mean_report(sums),
+        loss=sums.total_loss / weight,
+        accuracy=sums.total_score / weight,
+        finite=all_finite(delta) & jnp.isfinite(sums.total_loss),
+        chosen=None if choose is None else start.inputs.slot,
+        keep=start.keep,
+        importance=jax.tree.map(mean, trained.importance),
+    )
+
+
+def client_update(
+    params: PyTree,
+    inputs: ClientInput,
+    federation: Federation,
+    hyper: Hyper,
+    key: Array,
+    *,
+    program: Program,
+) -> ClientUpdate:
+    """The round of ONE client: T local steps on the sub-model that it holds.
+
+    Cost and memory follow K, never E. Ragged clients take `inputs.steps` steps, others
+    all T; a trip count known beforehand is faster on accelerators.
+
+    Args:
+      params: the server's.
+      inputs: what the server has sent.
+      federation: data and sizes.
+      hyper: hyperparameters.
+      key: the client's of the round, consumed.
+      program: the static parts.
+    """
+    sizes, static = program.sizes, program.static
+    chex.assert_shape([inputs.held, inputs.slot], (sizes.num_layers, sizes.max_held))
+    start = receive(params, inputs, federation, hyper, key, program)
+    tx = client_optimizer(static.client, hyper.client.learning_rate)
+    step = functools.partial(
+        local_step,
+        start=start,
+        federation=federation,
+        hyper=hyper,
+        tx=tx,
+        program=program,
+    )
+    importance = {}
+    if start.keep and static.pruning.kind in MEASURED:
+        importance = zero_units(start.submodel, program.units)
+    opt_state, sums = tx.init(start.submodel), zero_sums(hyper, program)
+    untrained = Progress(start.submodel, opt_state, sums, importance)
+    steps = start.inputs.steps if static.ragged else sizes.local_steps
+    trained = jax.lax.fori_loop(0, steps, step, untrained)
+    return summarise(start, trained, steps, program)
+
+
+def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
+    """Builds `client_update(params, inputs, federation, hyper, key)` of a program."""
+    return functools.partial(client_update, program=program)

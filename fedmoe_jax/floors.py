@@ -17,9 +17,9 @@ from fedmoe_jax.align.queues import (
     serve_clients,
     serve_tiers,
 )
-from fedmoe_jax.cohort import Reply
 from fedmoe_jax.moe_layers import map_layers
 from fedmoe_jax.program import Program
+from fedmoe_jax.reply import Reply
 from fedmoe_jax.types import (
     AlignState,
     Array,

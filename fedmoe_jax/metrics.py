@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.usage import load_cv, load_entropy, starved
 from fedmoe_jax.capacity import Capacity
-from fedmoe_jax.cohort import Reply
 from fedmoe_jax.floors import measure_queues
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.pruning.coverage import measure_pruning
+from fedmoe_jax.reply import Reply
 from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
 from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.scoring import evaluation_route

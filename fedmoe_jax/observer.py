@@ -8,10 +8,10 @@ looked at once, at the end of a run, see `exposure`.
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.cohort import Reply
 from fedmoe_jax.metrics import add_exchange
 from fedmoe_jax.models.submodel import held_mask, is_local
 from fedmoe_jax.program import Program
+from fedmoe_jax.reply import Reply
 from fedmoe_jax.types import Array, Assignment, Feedback
 from fedmoe_jax.world.costs import client_bytes
 from fedmoe_jax.world.outcome import Conditions

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.base import Units
-from fedmoe_jax.cohort import Reply
 from fedmoe_jax.program import Program
 from fedmoe_jax.pruning.choose import Group, choose_units
 from fedmoe_jax.pruning.importance import (
@@ -17,6 +16,7 @@ from fedmoe_jax.pruning.importance import (
 from fedmoe_jax.pruning.savings import save_flops
 from fedmoe_jax.pruning.scores import MEASURED, SCORES, Layer
 from fedmoe_jax.pruning.units import of_part, share_experts
+from fedmoe_jax.reply import Reply
 from fedmoe_jax.types import (
     Array,
     Assignment,

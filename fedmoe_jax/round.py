@@ -19,13 +19,14 @@ from fedmoe_jax.align_layers import assign, learn_layers
 from fedmoe_jax.broadcast import broadcast, build_judge, gather_evidence, set_conditions
 from fedmoe_jax.capacity import learn_devices, measure_capacity
 from fedmoe_jax.client import build_client_update
-from fedmoe_jax.cohort import Reply, build_train_cohort, exchange, renew_clients
+from fedmoe_jax.cohort import build_train_cohort, exchange, renew_clients
 from fedmoe_jax.floors import press_cohort, press_tiers, serve
 from fedmoe_jax.metrics import measure
 from fedmoe_jax.observer import OBSERVED, see_round
 from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
 from fedmoe_jax.prune import learn_units, prune_cohort
+from fedmoe_jax.reply import Reply
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.times import add_times
 from fedmoe_jax.types import (

@@ -23,12 +23,12 @@ from fedmoe_jax.base import PARTS, Data, Model, Parts
 from fedmoe_jax.broadcast import broadcast, gather_evidence
 from fedmoe_jax.capacity import Belief, Capacity
 from fedmoe_jax.client import build_client_update
-from fedmoe_jax.cohort import Reply
 from fedmoe_jax.data.images import label_images
 from fedmoe_jax.models.flops import shape_params, trace_model
 from fedmoe_jax.models.image_moe import apply_parts, build_model
 from fedmoe_jax.options import replace
 from fedmoe_jax.program import Program, build_program, configure, take_frozen
+from fedmoe_jax.reply import Reply
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.report.summary import SPENT
 from fedmoe_jax.runtime.sharding import build_mesh, replicate

@@ -21,10 +21,10 @@ from fedmoe_jax.aggregate import (
     weigh,
     zero_sums,
 )
-from fedmoe_jax.cohort import keep_if
 from fedmoe_jax.moe_layers import LAYERED, layer_names
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.program import make_static, resolve
+from fedmoe_jax.reply import keep_if
 from fedmoe_jax.strategies import find_strategy
 
 pytestmark = pytest.mark.slow

@@ -26,13 +26,14 @@ from fedmoe_jax.align.fitness import PROBES as probe_kinds
 from fedmoe_jax.align.fitness import SCORES
 from fedmoe_jax.base import PARTS, Route
 from fedmoe_jax.client import all_finite, build_client_update, choose_slots
-from fedmoe_jax.cohort import build_train_cohort, renew_variate
+from fedmoe_jax.cohort import build_train_cohort
 from fedmoe_jax.federation import count_steps
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.optimizers import step_weights
 from fedmoe_jax.options import replace
 from fedmoe_jax.probe import hold_out, probe_experts
+from fedmoe_jax.reply import renew_variate
 from fedmoe_jax.runtime.sharding import build_mesh, spread
 from fedmoe_jax.strategies.ifca import choose_best
 from fedmoe_jax.tasks.images import IMAGES, score_labels

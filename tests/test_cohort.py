@@ -1,6 +1,4 @@
-"""The training of a cohort: its places, its sums, what clients keep and send back."""
-
-import functools
+"""The training of a cohort: its places and its sums."""
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +16,8 @@ from factories import (
 )
 
 from fedmoe_jax.aggregate import accumulate, weigh, zero_sums
-from fedmoe_jax.cohort import (
-    build_train_cohort,
-    keep_if,
-    place_replies,
-    renew_variate,
-    take_clients,
-    train_personal,
-)
+from fedmoe_jax.cohort import build_train_cohort, place_replies, take_clients
+from fedmoe_jax.reply import keep_if
 from fedmoe_jax.runtime.sharding import build_mesh, spread
 from fedmoe_jax.world.outcome import BROKEN, MERGED, STALE, Outcome
 
@@ -183,65 +175,3 @@ def test_train_cohort_weighs_every_part_by_the_loss(platform, monkeypatch):
     expected = sum_loop(inputs)
     assert_same(sums, expected, rtol=1e-4, atol=1e-4)
     assert abs(float(plain.weight["stem"] - sums.weight["stem"])) > 1
-
-
-# ---- what clients keep
-
-
-def test_train_personal_moves_held_local_experts_of_each_layer_alone():
-    """Of four experts the last two are local; slots that do not count move nothing."""
-    held, slot = np.array([[0, 3], [2, 3]]), np.array([[1, 1], [1, 0]], bool)
-    names = "moe_0", "moe_1"
-    old = {name: {"kernel": draw(E, 2, seed=i)} for i, name in enumerate(names)}
-    delta = {name: {"kernel": draw(K, 2, seed=9 + i)} for i, name in enumerate(names)}
-    head, step = {"bias": draw(2, seed=5)}, {"bias": draw(2, seed=6)}
-    inputs = make_inputs(
-        *(held[None], slot[None]),
-        personal=jax.tree.map(lambda leaf: leaf[None], {"experts": old, "head": head}),
-    )
-    inputs = jax.tree.map(lambda leaf: leaf[0], inputs)
-    update = make_update({"experts": delta, "head": step}, make_feedback(LOAD[0]))
-    found = train_personal(inputs, update, local_experts=2)
-    expected = jax.tree.map(np.copy, old)
-    expected["moe_0"]["kernel"][3] += delta["moe_0"]["kernel"][1]
-    expected["moe_1"]["kernel"][2] += delta["moe_1"]["kernel"][0]
-    assert_same(found["experts"], expected, rtol=1e-6)
-    np.testing.assert_allclose(found["head"]["bias"], head["bias"] + step["bias"])
-
-
-def walk(gradients, correction, rate, momentum):
-    """The delta of local SGD that corrects its gradients."""
-    velocity = place = 0.0
-    for gradient in gradients:
-        velocity = momentum * velocity + gradient + correction
-        place -= rate * velocity
-    return place
-
-
-@pytest.mark.parametrize(
-    ("gradients", "momentum", "expected"),
-    [
-        ([1.0, 2.0, 3.0, 6.0], 0.0, 3.0),  # their mean
-        ([3.0, 3.0, 3.0, 3.0], 0.9, 3.0),  # equal ones, however often each is used
-        ([-2.0], 0.0, -2.0),
-    ],
-)
-def test_renew_variate_is_the_mean_gradient(gradients, momentum, expected):
-    """SCAFFOLD's option II by hand, `c_i - c + (x - y) / (K lr)`, for c - c_i = 0.5."""
-    rate, correction, shape = 0.1, 0.5, (1, 1, 1)
-    delta = walk(gradients, correction, rate, momentum)
-    inputs = make_inputs(
-        *(np.zeros(shape, np.int32), np.ones(shape, bool)),
-        steps=np.array([len(gradients)], np.int32),
-        correction={"head": {"bias": jnp.full((1, 2), correction)}},
-    )
-    inputs = jax.tree.map(lambda leaf: leaf[0], inputs)
-    update = make_update({"head": {"bias": jnp.full(2, delta)}}, make_feedback(LOAD[0]))
-    hyper = make_hyper(client={"learning_rate": rate})
-    renew = jax.jit(functools.partial(renew_variate, momentum=momentum))
-    found = renew(inputs, update, hyper)
-    np.testing.assert_allclose(found["head"]["bias"], [expected] * 2, rtol=1e-5)
-    assert renew_variate(inputs.replace(correction={}), update, hyper, momentum) == {}
-    pruned = update.replace(keep={"head": {"bias": jnp.array([1.0, 0.0])}})
-    kept = renew(inputs, pruned, hyper)["head"]["bias"]
-    np.testing.assert_allclose(kept, [expected, 0.0], rtol=1e-5)
