@@ -42,10 +42,15 @@ def assign(evidence: Evidence, hyper: Hyper, sizes: Sizes, key: Array) -> Assign
 def gate_loss(
     logits: Array, weight: Array | None, held: Array, factor: Array, hyper: Hyper
 ) -> Array:
-    """`-variety H(mean pi) + sparsity mean H(pi)` of gate logits [P, E], nats."""
-    gates = jax.nn.softmax(logits)
-    variety = entr(average(gates, weight)).sum()
-    sparsity = average(entr(gates).sum(axis=1), weight)
+    """`-variety H(mean pi) + sparsity mean H(pi)` of gate logits [P, E], nats.
+
+    Its gradient is finite where a gate rounds to 0, too, at which `entr` has none.
+    """
+    log_gates = jax.nn.log_softmax(logits)
+    gates = jnp.exp(log_gates)
+    mean = average(gates, weight)
+    variety = entr(jnp.where(mean > 0, mean, 1.0)).sum()
+    sparsity = -average((gates * log_gates).sum(axis=1), weight)
     return hyper.fedmix.sparsity * sparsity - hyper.fedmix.variety * variety
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from factories import list_held, make_feedback, make_hyper, prepare_strategy
 
 from fedmoe_jax.strategies import fedmix
@@ -29,6 +30,18 @@ def test_gate_loss_by_hand():
     np.testing.assert_allclose(loss, 2 * one - 3 * np.log(2), rtol=1e-5)
     loss = fedmix.gate_loss(logits, jnp.array([0.0, 1.0]), None, None, hyper)
     np.testing.assert_allclose(loss, 2 * one - 3 * one, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("apart", "weight"),
+    [(200.0, None), (1.0, [0.0, 0.0])],  # a gate of 0; positions without a weight
+)
+def test_gate_loss_has_a_gradient_where_gates_are_0(apart, weight):
+    logits = jnp.array([[apart, 0.0], [apart, 0.0]])
+    weight = None if weight is None else jnp.array(weight)
+    loss = lambda logits: fedmix.gate_loss(logits, weight, None, None, make_hyper())
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert value == 0 and not gradient.any()
 
 
 def test_by_responsibility_by_hand():
