@@ -88,10 +88,16 @@ def list_expert(
 
 
 def describe_adapter(shape: lora.Shape, tensors: Tensors) -> dict[str, Any]:
-    """The content of `adapter_config.json`."""
-    modules = {name.removeprefix(PREFIX).split(".")[-3] for name in tensors}
+    """The content of `adapter_config.json`.
+
+    Modules of a mixture are named in full: shared experts and dense blocks have layers
+    of the same names.
+    """
+    places = {name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors}
+    short = {place.split(".")[-1] for place in places}
+    modules = places if shape.arch.mixture else short
     attention = {PROJECTIONS[name] for name in lora.ADAPTED}
-    ranks = {name: shape.attention for name in sorted(modules & attention)}
+    ranks = {name: shape.attention for name in sorted(short & attention)}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
