@@ -147,7 +147,8 @@ def compute(claim: Claim, study: Study) -> Number:
     ours = pick(table, claim.a, claim.study)
     title, mean = measure.title, average(ours, key, measure)
     if claim.rounds:
-        title += ", rounds {} to {}".format(*claim.rounds)
+        first, last = claim.rounds
+        title += f", round {last}" if first == last else f", rounds {first} to {last}"
     if not claim.b:
         rates, none = study.rates[claim.a], Cell("", NAN)
         return Number(title, mean, None, None, len(ours), mean, none, rates)
