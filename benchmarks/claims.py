@@ -129,8 +129,11 @@ def list_texts(
 
 def list_pictures(
     listed: Mapping[str, Any], computed: Computed, results: Path
-) -> dict[Path, Drawing]:
-    """The pictures of maps and of sections, by their paths."""
+) -> dict[Path, Drawing | None]:
+    """The pictures of maps and of sections, by their paths.
+
+    None, one that should not be there.
+    """
     maps = {
         results / table["picture"]: draw_places(computed.maps[name])
         for name, table in listed.get("maps", {}).items()
@@ -138,13 +141,13 @@ def list_pictures(
     }
     sections = [section for section in listed["sections"] if section.get("picture")]
     standing = [list_standing(section, computed) for section in sections]
-    return maps | {
-        results / FOLDER / f"{claims[0].study}.png": draw_claims(
-            claims, computed.numbers
-        )
+    folder = results / FOLDER
+    drawn = {
+        folder / f"{claims[0].study}.png": draw_claims(claims, computed.numbers)
         for claims in standing
         if claims
     }
+    return dict.fromkeys(folder.glob("*.png")) | maps | drawn
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,8 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
             if flags.check:
                 status = 1
                 print(f"{path.name}: other numbers", file=sys.stderr)
-            else:
+            elif drawing:
                 save_drawing(path, drawing)
+            else:
+                path.unlink()
     except (UserError, tomllib.TOMLDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from benchmarks.claims_list import Claim
 from benchmarks.claims_numbers import Number, find_measure
 from benchmarks.claims_pictures import Drawing
+from fedmoe_jax.options import UserError
+from fedmoe_jax.report.difference_figure import show_difference
 from fedmoe_jax.report.forest import Difference, Panel, draw_forest
 
 VERB = "{leads}"
@@ -15,7 +17,7 @@ FEWEST = 2  # pairs of a measure that has a panel
 Key = tuple[str, ...]  # of a row: the study, and the rows that are compared
 
 
-def name_rows(a: str, b: str) -> str:
+def name_difference(a: str, b: str) -> str:
     """A row less another, what they share in front: "SHARED: A less B"."""
     shared = [word for word in a.split() if word in b.split()]
     rests = [
@@ -28,10 +30,10 @@ def name_rows(a: str, b: str) -> str:
 def name_pair(claim: Claim) -> str:
     """A claim's pair as its sentence has it, without its measure: "A less B"."""
     head, verb, tail = claim.text.partition(VERB)
-    plain = name_rows(claim.a, claim.b)
+    plain = name_difference(claim.a, claim.b)
     text = f"{head}less{tail.partition(':')[0]}" if verb else plain
     if claim.less:
-        text += f", less the same of {name_rows(*claim.less)}"
+        text += f", less the same of {name_difference(*claim.less)}"
     return text.replace("`", "").strip()
 
 
@@ -68,12 +70,6 @@ def choose(claims: Sequence[Claim], numbers: Mapping[str, Number]) -> list[Claim
     return [c for c in paired if counts[numbers[c.id].title] >= FEWEST]
 
 
-def show_difference(number: Number) -> Difference:
-    """The number of a claim with two rows."""
-    assert number.paired is not None and number.gain is not None
-    return Difference(number.paired.mean, number.paired.half, number.gain)
-
-
 def list_panels(
     rows: Sequence[Key], claims: Sequence[Claim], numbers: Mapping[str, Number]
 ) -> list[Panel]:
@@ -81,9 +77,13 @@ def list_panels(
     found: dict[str, dict[Key, Difference]] = {}
     better: dict[str, int] = {}
     for claim in claims:
-        number = numbers[claim.id]
-        found.setdefault(number.title, {})[key_of(claim)] = show_difference(number)
-        better[number.title] = find_measure(claim.measure)[1].better
+        title, paired = numbers[claim.id].title, numbers[claim.id].paired
+        _, measure = find_measure(claim.measure)
+        assert paired is not None  # see `choose`
+        cell = show_difference(paired, measure)
+        assert cell is not None  # a claim has pairs, or is refused
+        found.setdefault(title, {})[key_of(claim)] = cell
+        better[title] = measure.better
     return [
         Panel(title, better[title], [cells.get(row) for row in rows])
         for title, cells in found.items()
@@ -108,9 +108,17 @@ def draw_claims(claims: Sequence[Claim], numbers: Mapping[str, Number]) -> Drawi
     Args:
       claims: that stand.
       numbers: of these, by id.
+
+    Raises:
+      UserError: no measure has several pairs.
     """
     chosen = choose(claims, numbers)
     names = name_pairs(chosen)
     panels = list_panels(list(names), chosen, numbers)
     rows = list(names.values())
+    if not panels:
+        raise UserError(
+            f"claims: the section of {claims[0].study} has picture = true; allowed: "
+            "where a measure has several pairs"
+        )
     return Drawing(describe(rows, panels), lambda: draw_forest(rows, panels))

@@ -10,6 +10,7 @@ from benchmarks.claims_map import Map
 from benchmarks.claims_numbers import Number
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.cells import Cell
+from fedmoe_jax.report.forest import KEY
 from fedmoe_jax.report.sheets import Sheet, markdown_rows
 
 HEADS = (
@@ -24,8 +25,8 @@ HEADS = (
 STRUCK = ("struck out", "reason", "date")
 FOLDER = "claims"  # of `results/`, with a page for each section
 PICTURE = (
-    "Differences with their 95 % intervals: blue is better, orange worse, grey cannot "
-    "be told; an arrow points to the better side, black is of measures without one."
+    "Differences of two rows with their 95 % intervals, in measures of several pairs. "
+    f"{KEY}"
 )
 READING = "How to read this is under [results](README.md)."
 UNKNOWN = "cannot be told"

@@ -25,8 +25,10 @@ class Drawing(NamedTuple):
     draw: Callable[[], Figure]
 
 
-def is_drawn(path: Path, drawing: Drawing) -> bool:
-    """Whether a file is this picture."""
+def is_drawn(path: Path, drawing: Drawing | None) -> bool:
+    """Whether a file says what this picture does; none does where none should be."""
+    if drawing is None:
+        return False
     try:
         with Image.open(path) as picture:
             return picture.info.get(NOTE) == drawing.note

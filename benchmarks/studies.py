@@ -113,7 +113,7 @@ def add_change(study: Study, change: str) -> Study:
 
     Args:
       study: all of whose runs have the change.
-      change: `field=value`; empty leaves the labels as they are.
+      change: `field=value`, which comes last in a label; empty leaves them as they are.
     """
     whole = lambda label: f"{label} {change}".strip()
     return study._replace(

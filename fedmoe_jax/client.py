@@ -291,7 +291,14 @@ def local_step(
 def summarise(
     start: Start, trained: Progress, steps: Array | int, program: Program
 ) -> ClientUpdate:
-    """The update of ONE client after so many steps."""
+    """The update of ONE client.
+
+    Args:
+      start: what it trained from.
+      trained: after its last step.
+      steps: [] int32, or an int, how many it took; 0 of a client that idled.
+      program: the static parts.
+    """
     delta = optax.tree.sub(trained.submodel, start.submodel)
     chex.assert_trees_all_equal_shapes(delta, start.submodel)
     sums, choose = trained.sums, program.strategy.choose
@@ -357,5 +364,9 @@ def client_update(
 
 
 def build_client_update(program: Program) -> Callable[..., ClientUpdate]:
-    """Builds `client_update(params, inputs, federation, hyper, key)` of a program."""
+    """Builds `client_update(params, inputs, federation, hyper, key) -> ClientUpdate`.
+
+    The returned function is written for ONE client; `key` is that client's key of the
+    round.
+    """
     return functools.partial(client_update, program=program)

@@ -5,6 +5,7 @@ chunk and adds the results to running sums, so that memory does not grow with th
 cohort. One psum at the end joins the devices.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -78,14 +79,15 @@ def train_share(
       one leading axis.
     """
     stale = program.static.late.kind == "stale"  # then sums have a second row for them
-    static = {"client_update": client_update, "judge": judge, "program": program}
+    train = functools.partial(
+        train_client, client_update=client_update, judge=judge, program=program
+    )
 
     def one_client(
         inputs: ClientInput, conditions: Conditions
     ) -> tuple[ClientUpdate, Weights, Reply]:
         client_key = jax.random.fold_in(key, inputs.client)
-        sent = params, inputs, conditions, federation, hyper, client_key
-        return train_client(*sent, **static)
+        return train(params, inputs, conditions, federation, hyper, client_key)
 
     def choose_sums(code: Array) -> Array:
         return (code == STALE).astype(jnp.int32) if stale else jnp.zeros_like(code)

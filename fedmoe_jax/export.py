@@ -90,8 +90,9 @@ def list_expert(
 def describe_adapter(shape: lora.Shape, tensors: Tensors) -> dict[str, Any]:
     """The content of `adapter_config.json`.
 
-    Modules of a mixture are named in full: shared experts and dense blocks have layers
-    of the same names.
+    Modules of a mixture are named in full, as `model.layers.0.mlp.experts.3.up_proj`:
+    shared experts and dense blocks have layers of the same names. Of a dense base the
+    last part is enough, as all of them have pairs.
     """
     places = {name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors}
     short = {place.split(".")[-1] for place in places}

@@ -73,7 +73,13 @@ class Reply(struct.PyTreeNode):
 def train_personal(
     inputs: ClientInput, update: ClientUpdate, local_experts: int
 ) -> PyTree:
-    """ONE client's personal parts after training."""
+    """ONE client's personal parts after training, by name like params.
+
+    Args:
+      inputs: what the client was sent, with its parts before training.
+      update: its result.
+      local_experts: how many of the E experts, the last ones, stay with the client.
+    """
 
     def add_rows(layer: int, old: Array, delta: Array) -> Array:
         held, slot = inputs.held[layer], inputs.slot[layer]
@@ -231,7 +237,7 @@ def train_client(
       The update as it may be merged, its weights, 0 where it does not count, and the
       reply.
     """
-    private, power = program.static.privacy, program.static.fairness.power
+    private = program.static.privacy
     update = client_update(params, inputs, federation, hyper, key)
     kept = None
     if inputs.masks is not None:
@@ -247,7 +253,7 @@ def train_client(
     if private.clip:
         weights = weigh_alike(weights, inputs, hyper, program.strategy)
     sent = count_sent(weights, kept, conditions, program)
-    if power:
+    if program.static.fairness.power:
         weights = emphasise(weights, update.loss, hyper.fairness.power)
     outcome = judge(conditions, sent, update.finite)
     reply = make_reply(update, inputs, sent, outcome, load, hyper, program)

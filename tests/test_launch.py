@@ -94,6 +94,14 @@ BAD = {
     "data": (["--config.data.name=mnist"], "data.name='mnist' .* digits"),
     "too little data": (["--config.partition.min_size=999"], "partition.min_size=999"),
     "memory": (["--config.run.memory_limit_gb=1e-3"], "memory_limit_gb=0.001 .* GB"),
+    "no base": (
+        ["--config.data.name=markov", "--config.model.kind=lora"],
+        "model.base='' is not allowed",
+    ),
+    "rank of a base": (
+        ["--config.model.kind=lora", "--config.model.lora_rank=0"],
+        "model.lora_rank=0 is not allowed; allowed: >= 1",
+    ),
     "devices": (["--config.run.num_devices=9"], "run.num_devices=9 .* 0 .all. to 8"),
     "no file": (
         ["--config=configs/none.py"],

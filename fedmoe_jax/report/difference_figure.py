@@ -5,14 +5,13 @@ from collections.abc import Iterator, Sequence
 from fedmoe_jax.options import Measure
 from fedmoe_jax.report.baseline import find_baseline, pair_with
 from fedmoe_jax.report.figures import Picture, has_bits, title_final
-from fedmoe_jax.report.forest import Difference, Panel, draw_forest
+from fedmoe_jax.report.forest import KEY, Difference, Panel, draw_forest
 from fedmoe_jax.report.paired import Paired, final_measures, find_gain, pair_labels
 from fedmoe_jax.report.runs import Run
 
 CAPTION = (
     "Differences to {}, seed by seed: a dot at the mean, a line over its 95 % "
-    "t-interval. Blue is better, orange worse, grey cannot be told; an arrow points to "
-    "the better side."
+    "t-interval. " + KEY
 )
 
 
@@ -26,16 +25,16 @@ def show_difference(paired: Paired, measure: Measure) -> Difference | None:
 def difference_picture(runs: Sequence[Run], wanted: str) -> Iterator[Picture]:
     """The differences in the measures of the picture of final numbers.
 
-    None where no row has a seed in common with the baseline.
+    No picture where no row has a seed in common with the baseline.
 
     Args:
       runs: of one label or several.
       wanted: see `baseline.find_baseline`.
     """
     baseline, bits = find_baseline(runs, wanted), has_bits(runs)
-    pairs = pair_with(baseline.label, runs) if baseline else []
-    if baseline is None or not pairs:
+    if baseline is None:
         return
+    pairs = pair_with(baseline.label, runs)
     found, panels = pair_labels(runs, pairs), []
     for key, measure in final_measures(runs).items():
         cells = [show_difference(found[key][pair], measure) for pair in pairs]

@@ -12,6 +12,10 @@ from fedmoe_jax.report.margins import open_panels, settle
 from fedmoe_jax.report.plots import COLOURS, GREY, STYLE, name_rows
 from fedmoe_jax.report.text import shorten
 
+KEY = (  # how to read it, for captions
+    "Blue is better, orange worse, grey cannot be told; an arrow points to the better "
+    "side, and black is of measures without one."
+)
 PANEL, ROW = 1.25, 0.19  # inches
 TITLE, NAME = 24, 90  # letters of a measure's name and of a row's
 

@@ -100,6 +100,11 @@ def pair_labels(
     }
 
 
+def exceeds(paired: Paired) -> bool:
+    """Whether a difference is beyond its interval; of one pair it never is."""
+    return abs(paired.mean) > paired.half
+
+
 def find_gain(paired: Paired, measure: Measure) -> int:
     """+1 where a difference is better by more than its interval, -1 worse, else 0.
 
@@ -107,7 +112,7 @@ def find_gain(paired: Paired, measure: Measure) -> int:
       paired: of the measure.
       measure: `better` says what a gain is, more where it is 0.
     """
-    if not abs(paired.mean) > paired.half:
+    if not exceeds(paired):
         return 0
     return (1 if paired.mean > 0 else -1) * (measure.better or 1)
 
@@ -118,5 +123,5 @@ def difference_cell(paired: Paired, digits: int) -> Cell:
         return Cell("no pair", NAN)
     text = f"{paired.mean:+.{digits}f}"
     text += f" ± {paired.half:.{digits}f}" if paired.pairs > 1 else " (1 pair)"
-    cell = Cell(text, paired.mean, abs(paired.mean) > paired.half)
+    cell = Cell(text, paired.mean, exceeds(paired))
     return mark_cell(cell) if paired.diverged else cell

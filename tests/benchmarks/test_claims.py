@@ -230,6 +230,26 @@ def test_pages_of_no_section_are_deleted_and_lost_ones_written(
     assert page.exists() and not old.exists() and claims.main(["--check"]) == 0
 
 
+def test_pictures_of_sections_are_drawn_and_old_ones_deleted(
+    results, monkeypatch, capsys
+):
+    listed = list_claims(LEAD, LEAD | {"id": "more", "a": "steady"})
+    listed["sections"][0]["picture"] = True
+    drawn, old = results / "claims" / "tiny.png", results / "claims" / "old.png"
+    old.parent.mkdir()
+    old.write_bytes(b"old")
+    monkeypatch.setattr(claims, "PAGES", ())
+    monkeypatch.setattr(claims, "RESULTS", results)
+    monkeypatch.setattr(claims.tomllib, "loads", lambda text: listed)
+    monkeypatch.setattr(claims, "LIST", results / "tiny" / "table.md")
+    assert claims.main(["--check"]) == 1 and old.exists() and not drawn.exists()
+    assert "tiny.png: other numbers" in capsys.readouterr().err
+    assert claims.main([]) == 0
+    assert drawn.exists() and not old.exists() and claims.main(["--check"]) == 0
+    page = (results / "claims" / "tiny.md").read_text()
+    assert "](../claims/tiny.png)" in page
+
+
 def test_a_table_of_means(results):
     page = "<!-- means -->\n<!-- /means -->\n"
     text = rewrite(results, page)

@@ -1,9 +1,12 @@
 """The picture of a section's claims: which pairs, under which names."""
 
-from benchmarks.claims_forest import draw_claims, join_names, name_pair, name_rows
+import pytest
+
+from benchmarks.claims_forest import draw_claims, join_names, name_difference, name_pair
 from benchmarks.claims_list import Claim
 from benchmarks.claims_numbers import compute
 from benchmarks.studies import Study
+from fedmoe_jax.options import UserError
 
 ROWS = {  # global accuracy, load CV
     "random": [(0.40, 1.0), (0.42, 1.0), (0.44, 1.0)],
@@ -34,9 +37,11 @@ def draw(*claims):
 
 
 def test_rows_are_named_by_what_sets_them_apart():
-    assert name_rows("greedy", "random") == "greedy less random"
-    assert name_rows("greedy x=1", "greedy") == "greedy: x=1 less none"
-    assert name_rows("greedy x=1 y=2", "random x=1") == "x=1: greedy y=2 less random"
+    assert name_difference("greedy", "random") == "greedy less random"
+    assert name_difference("greedy x=1", "greedy") == "greedy: x=1 less none"
+    assert (
+        name_difference("greedy x=1 y=2", "random x=1") == "x=1: greedy y=2 less random"
+    )
 
 
 def test_a_sentence_names_its_pair():
@@ -84,3 +89,8 @@ def test_a_measure_of_one_pair_has_no_panel():
         make_claim("load", measure="mean_load_cv"),
     )
     assert "Load CV" not in drawing.note
+
+
+def test_a_section_without_a_measure_of_several_pairs_has_no_picture():
+    with pytest.raises(UserError, match="tiny has picture = true; allowed: where a"):
+        draw(make_claim("lead"), make_claim("mean", b=""))

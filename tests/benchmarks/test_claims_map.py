@@ -85,9 +85,9 @@ def test_a_picture_knows_the_numbers_that_it_shows():
         "rows": [["a", "rotated"]],
     }
     drawing = draw_places(read_map(table, {"a": LEADS}))
-    heads, row = drawing.note.splitlines()
-    assert (
-        heads == " | Global %" and row == "rotated | `greedy` 12.0 ± 5.0 over `dense`"
-    )
+    assert drawing.note.splitlines() == [
+        " | Global %",
+        "rotated | `greedy` 12.0 ± 5.0 over `dense`",
+    ]
     (axes,) = drawing.draw().axes
     assert axes.texts[0].get_text() == "greedy"

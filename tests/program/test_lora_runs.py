@@ -13,6 +13,7 @@ from factories import (
 )
 
 from fedmoe_jax.api import load_run, predict
+from fedmoe_jax.models import lora
 from fedmoe_jax.models.flops import shape_base
 from fedmoe_jax.options import UserError
 from fedmoe_jax.state import init_state
@@ -73,7 +74,7 @@ def test_the_base_is_in_no_carry_and_there_once(family, clients, tmp_path):
 def test_a_run_learns_and_goes_on_alike(kind, base, tmp_path):
     """Broken off after two of four rounds; the model that was saved is the one read."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    config = make_lora(base, **{"model.kind": kind})
+    config = make_lora(base, **{"model.kind": kind, "cohort_size": 8})
     assert run_alone(config, whole)
     assert not run_alone(config, parts, stop=stop_at(parts, 2))
     assert run_alone(config, parts)
@@ -82,8 +83,11 @@ def test_a_run_learns_and_goes_on_alike(kind, base, tmp_path):
     assert rows[-1]["personal_bits"] < rows[1]["personal_bits"]
     down = [row["bytes_down"] for row in rows]
     size = measure_bytes("llama")
-    assert down[0] > 4 * size  # four clients, all for the first time
+    np.testing.assert_allclose(down[0] - down[1], 8 * size)  # once for every client
+    np.testing.assert_allclose(down[1:], down[1])
     run = load_run(whole)
+    saved = {leaf.shape for leaf in jax.tree.leaves(run.state)}
+    assert ((V, D) in saved) == (kind == "finetune")  # its differences, no base
     rows = {name: leaf[:3] for name, leaf in run.plan.data.test.items()}
     logits = predict(run, rows)
     assert logits.shape[::2] == (3, V) and np.isfinite(logits).all()
@@ -146,6 +150,15 @@ def test_memory_has_copies_of_the_experts_of_a_base(tmp_path, monkeypatch):
     # With an example at once evaluation needs less than training.
     monkeypatch.setattr(memory, "choose_batch", lambda program: 1)
     assert measure(EXPERTS * expert) - measure(0.0) == 3 * expert
+
+
+def test_a_base_beyond_the_memory_is_refused_before_it_is_read(base, monkeypatch):
+    read = []
+    monkeypatch.setattr(lora, "load_base", lambda *files: read.append(files))
+    config = make_lora(base, **{"run.memory_limit_gb": 1e-5})
+    with pytest.raises(UserError, match="memory_limit_gb=1e-05 is too low"):
+        plan_waves([Member("tiny", config)])
+    assert not read
 
 
 def test_other_weights_are_refused(base, tmp_path):
