@@ -1,6 +1,6 @@
 """The map of regimes: where a mixture leads the controls, and by how much."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.claims_numbers import find_measure
@@ -67,6 +67,16 @@ def find_place(
     return None
 
 
+def rename(place: Place | None, names: Sequence[tuple[str, str]]) -> Place | None:
+    """A cell with other words for parts of its rows' names."""
+    if place is None:
+        return None
+    words = dict(mixture=place.duel.mixture, control=place.duel.control)
+    for part, name in names:
+        words = {kind: label.replace(part, name) for kind, label in words.items()}
+    return place._replace(duel=place.duel._replace(**words))
+
+
 def show_place(place: Place | None) -> Cell:
     """A cell of the table."""
     if place is None:
@@ -92,17 +102,21 @@ def read_map(table: Mapping[str, Any], studies: Mapping[str, Study]) -> Map:
 
     Args:
       table: its `rows`, a study and a text for it; `controls`, rows of the studies that
-        are no mixtures; `measures`, its columns; maybe `references`, see `find_place`.
+        are no mixtures; `measures`, its columns; maybe `references`, see `find_place`,
+        and `names`, pairs of a part of a row's name and what stands for it.
       studies: by name.
 
     Raises:
       UserError: see `find_place`.
     """
-    columns = table["measures"]
+    columns, names = table["measures"], table.get("names", ())
     return Map(
         [read_column(column)[0] for column in columns],
         {
-            text: [find_place(studies[study], table, column) for column in columns]
+            text: [
+                rename(find_place(studies[study], table, column), names)
+                for column in columns
+            ]
             for study, text in table["rows"]
         },
     )

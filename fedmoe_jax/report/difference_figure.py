@@ -41,5 +41,5 @@ def difference_picture(runs: Sequence[Run], wanted: str) -> Iterator[Picture]:
         if title_final(measure, bits) and any(cells):
             panels.append(Panel(measure.title, measure.better, cells))
     if panels:
-        figure = draw_forest([label for label, _ in pairs], panels)
+        figure = draw_forest([" less ".join(pair) for pair in pairs], panels)
         yield Picture("differences", CAPTION.format(baseline.label), figure)

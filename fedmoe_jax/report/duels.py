@@ -7,8 +7,16 @@ import numpy as np
 
 from fedmoe_jax.options import Measure
 from fedmoe_jax.report.cells import Cell
-from fedmoe_jax.report.paired import Paired, Seeds, difference_cell, pair_up
+from fedmoe_jax.report.paired import (
+    Paired,
+    Seeds,
+    difference_cell,
+    find_gain,
+    pair_up,
+)
 from fedmoe_jax.report.runs import NAN
+
+GROUPS = "final_groups_found"  # key of a measure
 
 
 class Duel(NamedTuple):
@@ -21,6 +29,7 @@ class Duel(NamedTuple):
       mixture: its label.
       control: its label.
       paired: the mixture less the control.
+      gain: the mean difference, above 0 where the mixture is better.
       lead: +1 where the mixture is better by more than the interval, -1 where the
         control is, 0 where neither is.
     """
@@ -28,6 +37,7 @@ class Duel(NamedTuple):
     mixture: str
     control: str
     paired: Paired
+    gain: float
     lead: int
 
 
@@ -42,10 +52,20 @@ def find_best(seeds: Mapping[str, Seeds], key: str, measure: Measure) -> str | N
     return max(means, key=lambda label: sign * means[label], default=None)
 
 
+def is_merged(seeds: Seeds) -> bool:
+    """Whether a strategy that looks for groups found one in every seed.
+
+    All of its clients then train one network, which is no mixture.
+    """
+    return all(one.get(GROUPS) == 1 for one in seeds.values())
+
+
 def hold_duel(
     seeds: Mapping[str, Seeds], controls: Collection[str], key: str, measure: Measure
 ) -> Duel | None:
-    """The best of the controls and the best of the other labels.
+    """The best of the controls and the best of the mixtures.
+
+    Mixtures are the other labels, but for those that are one network, see `is_merged`.
 
     Args:
       seeds: numbers by label and seed.
@@ -56,19 +76,20 @@ def hold_duel(
     Returns:
       None where either kind lacks the measure, or the two have no seed in common.
     """
-    kinds = [
-        {label: each for label, each in seeds.items() if (label in controls) == control}
-        for control in (False, True)
-    ]
-    mixture, control = (find_best(kind, key, measure) for kind in kinds)
+    known = {label: each for label, each in seeds.items() if label in controls}
+    others = {
+        label: each
+        for label, each in seeds.items()
+        if label not in controls and not is_merged(each)
+    }
+    mixture, control = (find_best(kind, key, measure) for kind in (others, known))
     if mixture is None or control is None:
         return None
     paired = pair_up(seeds[mixture], seeds[control], key, measure)
     if not paired.pairs:
         return None
-    sign = (1 if paired.mean > 0 else -1) * (measure.better or 1)
-    lead = sign if abs(paired.mean) > paired.half else 0
-    return Duel(mixture, control, paired, lead)
+    gain = paired.mean * (measure.better or 1)
+    return Duel(mixture, control, paired, gain, find_gain(paired, measure))
 
 
 class Phrase(NamedTuple):
@@ -76,7 +97,8 @@ class Phrase(NamedTuple):
 
     Attributes:
       first: the label that leads; the mixture where none does.
-      margin: the difference and its interval, without a sign where one leads.
+      margin: the difference and its interval: without a sign where one leads, else
+        above 0 where the mixture is better.
       word: `over` where one leads, else `against`.
       second: the other label.
     """
@@ -95,7 +117,8 @@ def phrase_duel(duel: Duel, digits: int, unit: str = "") -> Phrase:
       digits: of the margin.
       unit: which follows it, where it is not that of all.
     """
-    margin = difference_cell(duel.paired, digits).text + (f" {unit}" if unit else "")
+    margin = difference_cell(duel.paired._replace(mean=duel.gain), digits).text
+    margin += f" {unit}" if unit else ""
     if not duel.lead:
         return Phrase(duel.mixture, margin, "against", duel.control)
     first, second = duel.mixture, duel.control

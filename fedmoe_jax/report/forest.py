@@ -62,9 +62,10 @@ def find_colour(difference: Difference, better: int) -> str:
 
 
 def name_panel(panel: Panel) -> str:
-    """The measure with an arrow in its better direction."""
+    """The measure with an arrow in its better direction; of percent in points."""
     arrow = {1: " →", -1: " ←", 0: ""}[panel.better]
-    return shorten(panel.title, TITLE) + arrow
+    title, percent = panel.title.removesuffix(" %"), panel.title.endswith(" %")
+    return shorten(title, TITLE) + (", points" if percent else "") + arrow
 
 
 @rc_context(STYLE)

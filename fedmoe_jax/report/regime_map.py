@@ -16,16 +16,18 @@ ABOUT = (
     "In every regime, which is what the clients and their data are like, the mixture "
     "with the best mean less the control with the best mean, over the seeds that both "
     "have, ± half-width of its 95 % t-interval; bold, with the better one first, where "
-    "the difference exceeds it. Both are chosen by the numbers that are compared. A "
-    "control trains a dense model. References, which know what no server could, take "
-    "no part."
+    "the difference exceeds it, else above 0 where the mixture is better. Both are "
+    "chosen by the numbers that are compared. A control trains a dense model. "
+    "Strategies that found one group in every seed train one network and take no part, "
+    "nor do references, which know what no server could."
 )
 
 NOTHING = Cell(NO_DATA, NAN)
 CAPTION = (
     "In every regime the best mixture and the best control: above who leads, below by "
     "how much, with the 95 % t-interval. Blue: a mixture leads; orange: a dense model "
-    "does; the stronger, the more. Grey: the difference can be chance."
+    "does; the stronger, the more. Grey: the difference, above 0 where the mixture is "
+    "better, can be chance."
 )
 
 Regimes = dict[str, dict[str, Duel | None]]  # by regime and key of the measure

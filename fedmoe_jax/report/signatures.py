@@ -95,10 +95,14 @@ def plateau(
     most, least = int(shares.argmax()), int(shares.argmin())
     evidence = (
         f"global accuracy gains {100 * gain:+.1f} points over the last half, to "
-        f"{100 * accuracy[-2:].mean():.1f} %; CV of the total load {uneven:.2f}; "
-        f"{names[most]} trained {100 * shares[most]:.1f} % and {names[least]} "
-        f"{100 * shares[least]:.1f} % of all examples"
+        f"{100 * accuracy[-2:].mean():.1f} %"
     )
+    if len(shares) > 1:
+        evidence += (
+            f"; CV of the total load {uneven:.2f}; "
+            f"{names[most]} trained {100 * shares[most]:.1f} % and {names[least]} "
+            f"{100 * shares[least]:.1f} % of all examples"
+        )
     if "times_held" in arrays:
         never = 100 * np.mean(np.asarray(arrays["times_held"]) == 0)
         evidence += f"; {never:.0f} % of client-expert pairs never met"
@@ -168,6 +172,8 @@ def stragglers(
             + ", or "
             + _knob(config, "devices.deadline", "raise")
         )
+    elif share_load(rows).size == 1:
+        knob = _knob(config, "model.expert_width", "lower") + ", as the model is dense"
     else:
         knob = (
             _knob(config, "devices.deadline", "lower")

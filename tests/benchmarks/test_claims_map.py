@@ -91,3 +91,14 @@ def test_a_picture_knows_the_numbers_that_it_shows():
     ]
     (axes,) = drawing.draw().axes
     assert axes.texts[0].get_text() == "greedy"
+
+
+def test_other_words_stand_for_parts_of_names():
+    table = {
+        "controls": ["dense", "alone"],
+        "measures": ["global"],
+        "rows": [["a", "rotated"]],
+        "names": [["greedy", "by fitness"], ["dense", "one network"]],
+    }
+    (cell,) = tabulate_map(read_map(table, {"a": LEADS})).rows["rotated"]
+    assert cell.text == "`by fitness` 12.0 ± 5.0 over `one network`"

@@ -11,9 +11,9 @@ def test_the_picture_has_a_row_for_every_other_label(tmp_path):
     (picture,) = difference_picture(load_three(tmp_path), "")
     assert picture.name == "differences" and "to fedavg, seed by" in picture.caption
     panel = picture.figure.axes[0]
-    assert panel.get_xlabel() == "Global % →"
+    assert panel.get_xlabel() == "Global, points →"
     names = [text.get_text() for text in panel.get_yticklabels()]
-    assert names == ["greedy", "random"]
+    assert names == ["greedy less fedavg", "random less fedavg"]
     # 10 and 20 points; -10 twice.
     means = [dots.lines[0].get_xdata()[0] for dots in panel.containers]
     assert means == pytest.approx([15, -10])

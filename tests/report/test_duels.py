@@ -4,7 +4,7 @@ import pytest
 
 from fedmoe_jax.measures import MEASURES
 from fedmoe_jax.options import Measure
-from fedmoe_jax.report.duels import duel_cell, find_best, hold_duel
+from fedmoe_jax.report.duels import GROUPS, duel_cell, find_best, hold_duel
 
 KEY = "final_global_accuracy"
 GLOBAL, LOSS = MEASURES[KEY], Measure("loss", better=-1)
@@ -33,6 +33,7 @@ def test_the_best_has_the_best_mean_of_what_is_known():
 
 def test_the_best_of_each_kind_meet():
     duel = hold_duel(SEEDS, {"dense", "alone"}, KEY, GLOBAL)
+    assert duel.gain == duel.paired.mean
     assert duel[:2] == ("greedy", "dense") and duel.lead == 1
     assert duel.paired.mean == pytest.approx(12)
     cell = duel_cell(duel, 1)
@@ -45,6 +46,23 @@ def test_less_is_better_of_a_loss():
     duel = hold_duel(losses, {"b"}, "l", LOSS)
     assert duel.lead == -1 and duel.paired.mean > 0
     assert duel_cell(duel, 2).text == "b 0.95 ± 0.64 over a"
+
+
+def test_what_can_be_chance_is_above_0_where_the_mixture_is_better():
+    losses = {"a": by_seed(1.0, 1.3, key="l"), "b": by_seed(1.2, 1.2, key="l")}
+    duel = hold_duel(losses, {"b"}, "l", LOSS)
+    assert duel.lead == 0 and duel.paired.mean < 0 < duel.gain
+    assert duel_cell(duel, 2).text == "a +0.05 ± 1.91 against b"
+
+
+def test_one_network_is_no_mixture():
+    groups = lambda *found: {
+        seed: {KEY: 0.9, GROUPS: value} for seed, value in enumerate(found)
+    }
+    seeds = SEEDS | {"merged": groups(1.0, 1.0, 1.0)}
+    assert hold_duel(seeds, {"dense"}, KEY, GLOBAL).mixture == "greedy"
+    seeds = SEEDS | {"found": groups(1.0, 2.0, 1.0)}
+    assert hold_duel(seeds, {"dense"}, KEY, GLOBAL).mixture == "found"
 
 
 def test_one_pair_decides_nothing():
