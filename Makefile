@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer, pip and make; everything else goes into VENV.
+# Needs Python 3.11 or newer, pip, git and make; everything else goes into VENV.
 PYTHON ?= python3
 # Python puts no packages in a folder with a colon.
 VENV := $(if $(findstring :,$(CURDIR)),$(HOME)/.cache/fedmoe_jax/venv-$(shell \
