@@ -23,7 +23,7 @@ from benchmarks.start import (
     start,
     time_interleaved,
 )
-from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.evaluation.evaluate import build_evaluate
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import replicate
 from fedmoe_jax.runtime.xla import count_cores, keep_host, set_cpu_devices

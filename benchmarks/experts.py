@@ -17,7 +17,7 @@ from benchmarks.start import (
     start,
     time_interleaved,
 )
-from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.evaluation.evaluate import build_evaluate
 from fedmoe_jax.runtime.xla import count_cores, set_cpu_devices
 
 CLIENTS, CLASSES, REPETITIONS = 20, 10, 9

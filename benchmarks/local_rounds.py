@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.studies import find_label, read_csv, read_rates
 from fedmoe_jax.api import Run, load_run
-from fedmoe_jax.finetune import build_finetune_share
+from fedmoe_jax.evaluation.finetune import build_finetune_share
 from fedmoe_jax.options import UserError, replace
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.files import read_json, write_atomically

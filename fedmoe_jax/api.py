@@ -14,16 +14,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedmoe_jax.config import fill_defaults, validate
+from fedmoe_jax.disclosure.observed import join_chunks, read_observed
+from fedmoe_jax.evaluation.scoring import evaluation_route
+from fedmoe_jax.evaluation.sources import choose_batch
 from fedmoe_jax.models.submodel import take_submodel
-from fedmoe_jax.observed import join_chunks, read_observed
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.runtime.folders import resolve_folder
 from fedmoe_jax.runtime.settings import tell_settings
 from fedmoe_jax.runtime.xla import keep_host, set_cpu_devices
-from fedmoe_jax.scoring import evaluation_route
-from fedmoe_jax.sources import choose_batch
 from fedmoe_jax.train import checkpoint
 from fedmoe_jax.train.compare import list_members
 from fedmoe_jax.train.loop import drive, ignore_row, restore_frozen

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fedmoe_jax.align.usage import load_cv, load_entropy, starved
 from fedmoe_jax.capacity import Capacity
+from fedmoe_jax.evaluation.scoring import evaluation_route
 from fedmoe_jax.floors import measure_queues
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
@@ -17,7 +18,6 @@ from fedmoe_jax.pruning.coverage import measure_pruning
 from fedmoe_jax.reply import Reply
 from fedmoe_jax.runtime.scheduling import chunk_size, wasted_share
 from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.scoring import evaluation_route
 from fedmoe_jax.types import (
     AlignState,
     Array,

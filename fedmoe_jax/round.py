@@ -20,9 +20,9 @@ from fedmoe_jax.broadcast import broadcast, build_judge, gather_evidence, set_co
 from fedmoe_jax.capacity import learn_devices, measure_capacity
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.cohort import build_train_cohort, exchange, renew_clients
+from fedmoe_jax.disclosure.observer import OBSERVED, see_round
 from fedmoe_jax.floors import press_cohort, press_tiers, serve
 from fedmoe_jax.metrics import measure
-from fedmoe_jax.observer import OBSERVED, see_round
 from fedmoe_jax.optimizers import schedule_rates
 from fedmoe_jax.program import Program
 from fedmoe_jax.prune import learn_units, prune_cohort

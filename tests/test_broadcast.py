@@ -17,7 +17,7 @@ from factories import (
 )
 
 from fedmoe_jax.broadcast import gather_evidence, plan_traffic
-from fedmoe_jax.gate_bias import bias_clients
+from fedmoe_jax.evaluation.gate_bias import bias_clients
 from fedmoe_jax.probe import find_hold_key
 from fedmoe_jax.types import Assignment
 from fedmoe_jax.world.step import observe

@@ -10,6 +10,7 @@ from fedmoe_jax.api import run
 from fedmoe_jax.data.groups import copy_groups
 from fedmoe_jax.data.images import label_images
 from fedmoe_jax.data.load import DATASETS
+from fedmoe_jax.evaluation.own_tests import take_rows
 from fedmoe_jax.federation import (
     assign_owners,
     count_steps,
@@ -18,7 +19,6 @@ from fedmoe_jax.federation import (
     make_partition,
 )
 from fedmoe_jax.options import UserError
-from fedmoe_jax.own_tests import take_rows
 from fedmoe_jax.types import Partition
 
 

@@ -13,7 +13,7 @@ from fedmoe_jax import broadcast as broadcast_file
 from fedmoe_jax import links
 from fedmoe_jax.base import Links, Routing
 from fedmoe_jax.config import validate
-from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.evaluation.evaluate import build_evaluate
 from fedmoe_jax.loss import expect_latency
 from fedmoe_jax.options import UserError, replace
 from fedmoe_jax.program import configure

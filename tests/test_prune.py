@@ -16,8 +16,8 @@ from fedmoe_jax.broadcast import broadcast, gather_evidence, set_conditions
 from fedmoe_jax.capacity import measure_capacity
 from fedmoe_jax.client import build_client_update
 from fedmoe_jax.config import validate
-from fedmoe_jax.evaluate import build_evaluate_share
-from fedmoe_jax.finetune import build_finetune_share
+from fedmoe_jax.evaluation.evaluate import build_evaluate_share
+from fedmoe_jax.evaluation.finetune import build_finetune_share
 from fedmoe_jax.optimizers import server_optimizer
 from fedmoe_jax.options import UserError
 from fedmoe_jax.prune import (

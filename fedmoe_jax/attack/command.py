@@ -18,7 +18,7 @@ from absl import app, flags
 
 from fedmoe_jax.attack.runs import attack_runs
 from fedmoe_jax.attack.tables import write_attacks
-from fedmoe_jax.observed import list_chunks
+from fedmoe_jax.disclosure.observed import list_chunks
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.folders import identify, is_done, keep_whole, list_runs
 from fedmoe_jax.report.runs import Run, load_run

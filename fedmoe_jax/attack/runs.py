@@ -17,7 +17,7 @@ from fedmoe_jax.attack.membership import (
     list_cases,
 )
 from fedmoe_jax.attack.similarity import attack_similarity
-from fedmoe_jax.observed import read_exposed, read_observed
+from fedmoe_jax.disclosure.observed import read_exposed, read_observed
 from fedmoe_jax.report.runs import Run, group_runs, name_runs
 
 Numbers = dict[str, float]

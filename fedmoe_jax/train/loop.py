@@ -15,9 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
-from fedmoe_jax import observed
+from fedmoe_jax.disclosure import observed
+from fedmoe_jax.disclosure.observer import OBSERVED
 from fedmoe_jax.measures import MEASURES, evaluated_fields
-from fedmoe_jax.observer import OBSERVED
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import Row
 from fedmoe_jax.runtime import multihost

@@ -5,11 +5,11 @@ import math
 import jax
 
 from fedmoe_jax.base import Model
+from fedmoe_jax.evaluation.sources import choose_batch, divide_examples
 from fedmoe_jax.options import UserError
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.scheduling import chunk_size
 from fedmoe_jax.runtime.sharding import CLIENTS, runs_at_once
-from fedmoe_jax.sources import choose_batch, divide_examples
 from fedmoe_jax.types import PER_RUN, Federation, SimState
 from fedmoe_jax.world.costs import count_bytes
 

@@ -18,15 +18,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedmoe_jax.accounting import check_package
 from fedmoe_jax.base import Data
 from fedmoe_jax.capacity import count_capacity, count_workload
 from fedmoe_jax.config import validate
 from fedmoe_jax.data.groups import NONE, check_groups, copy_groups
 from fedmoe_jax.data.load import DATASETS, READS, RECORDS, load_dataset
+from fedmoe_jax.disclosure.accounting import check_package
+from fedmoe_jax.disclosure.observed import check_size
 from fedmoe_jax.federation import make_devices, make_federation, make_partition
 from fedmoe_jax.models.flops import count_activation_bytes, shape_base
-from fedmoe_jax.observed import check_size
 from fedmoe_jax.options import UserError
 from fedmoe_jax.pretrained.tokenizer import check_tokenizer
 from fedmoe_jax.program import Program, build_program, make_hyper

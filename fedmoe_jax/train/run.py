@@ -14,18 +14,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fedmoe_jax.accounting import account, describe_privacy
 from fedmoe_jax.base import BASE, Data
 from fedmoe_jax.capacity import Belief
 from fedmoe_jax.config import list_idle_fields
-from fedmoe_jax.evaluate import build_evaluate_share
-from fedmoe_jax.exposure import build_expose_share
-from fedmoe_jax.finetune import build_finetune_share
+from fedmoe_jax.disclosure.accounting import account, describe_privacy
+from fedmoe_jax.disclosure.exposure import build_expose_share
+from fedmoe_jax.disclosure.observed import EXPOSED
+from fedmoe_jax.disclosure.reads import find_reads
+from fedmoe_jax.evaluation.evaluate import build_evaluate_share
+from fedmoe_jax.evaluation.finetune import build_finetune_share
 from fedmoe_jax.measures import MEASURES, pack_measures
-from fedmoe_jax.observed import EXPOSED
 from fedmoe_jax.pretrained.weights import digest
 from fedmoe_jax.program import Program, find_overwritten
-from fedmoe_jax.reads import find_reads
 from fedmoe_jax.report.rows import Row, read_metrics
 from fedmoe_jax.report.summary import describe_speed, make_summary
 from fedmoe_jax.round import scan_rounds

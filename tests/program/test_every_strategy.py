@@ -28,11 +28,11 @@ from factories import (
 
 import fedmoe_jax.round as round_file
 from fedmoe_jax.aggregate import by_examples, by_routed
-from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.evaluation.evaluate import build_evaluate
+from fedmoe_jax.evaluation.scoring import evaluation_route, route_all
 from fedmoe_jax.models.routing import gate_logits
 from fedmoe_jax.round import build_round, build_run_rounds
 from fedmoe_jax.runtime.sharding import replicate, spread
-from fedmoe_jax.scoring import evaluation_route, route_all
 from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import STRATEGIES, fedjets
 from fedmoe_jax.train import checkpoint

@@ -16,8 +16,8 @@ from factories import (
 
 from fedmoe_jax import aggregate, align_layers, broadcast, cohort, loss, prune
 from fedmoe_jax import round as round_file
+from fedmoe_jax.disclosure.observer import OBSERVED
 from fedmoe_jax.models import one_layer
-from fedmoe_jax.observer import OBSERVED
 from fedmoe_jax.round import build_round, scan_rounds
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.state import init_state

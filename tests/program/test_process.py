@@ -7,7 +7,7 @@ import pytest
 from factories import E, K, N, make_devices, plan_run, start_run, use_linear_model
 
 from fedmoe_jax.base import Process
-from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.evaluation.evaluate import build_evaluate
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.world import PROCESSES
 

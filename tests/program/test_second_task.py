@@ -16,7 +16,7 @@ import pytest
 from configs import default
 from fedmoe_jax.base import Data, Model, Route, Routing, Scores, Task
 from fedmoe_jax.data.load import DATASETS
-from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.evaluation.evaluate import build_evaluate
 from fedmoe_jax.models import MODELS
 from fedmoe_jax.models.layers import ANY
 from fedmoe_jax.models.routing import route as route_top

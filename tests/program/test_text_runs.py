@@ -12,13 +12,13 @@ from factories import SMALL, train_tokenizer, write_tokenizer
 from configs import default
 from fedmoe_jax.api import run as run_alone
 from fedmoe_jax.data.markov import entropy_rates
-from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.evaluation.evaluate import build_evaluate
+from fedmoe_jax.evaluation.scoring import evaluation_route
 from fedmoe_jax.measures import LAYERS, MEASURES
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import UserError
 from fedmoe_jax.round import build_run_rounds
 from fedmoe_jax.runtime.sharding import build_mesh, replicate
-from fedmoe_jax.scoring import evaluation_route
 from fedmoe_jax.state import init_state
 from fedmoe_jax.train import run
 from fedmoe_jax.train.compare import compare

@@ -23,7 +23,7 @@ from factories import (
     use_linear_model,
 )
 
-from fedmoe_jax.evaluate import build_evaluate
+from fedmoe_jax.evaluation.evaluate import build_evaluate
 from fedmoe_jax.round import build_round, build_run_rounds
 from fedmoe_jax.runtime.sharding import replicate, spread
 from fedmoe_jax.train import run as train

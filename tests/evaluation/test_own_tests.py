@@ -19,15 +19,15 @@ from factories import (
     run_alone,
 )
 
-from fedmoe_jax import sources
 from fedmoe_jax.base import Route
 from fedmoe_jax.data.partition import load_partition
-from fedmoe_jax.evaluate import build_evaluate, summarise_validation
+from fedmoe_jax.evaluation import sources
+from fedmoe_jax.evaluation.evaluate import build_evaluate, summarise_validation
+from fedmoe_jax.evaluation.panel import Panel
+from fedmoe_jax.evaluation.priors import gather_priors
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import replace
-from fedmoe_jax.panel import Panel
-from fedmoe_jax.priors import gather_priors
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train.plan import plan_run

@@ -6,14 +6,14 @@ import pytest
 from factories import make_data, make_federation, make_program, make_windows
 
 from fedmoe_jax.configs import default
-from fedmoe_jax.models.flops import count_activation_bytes
-from fedmoe_jax.sources import (
+from fedmoe_jax.evaluation.sources import (
     choose_batch,
     read_examples,
     schedule_examples,
     take_pool,
     take_test,
 )
+from fedmoe_jax.models.flops import count_activation_bytes
 from fedmoe_jax.types import Pool
 
 PROGRAM = make_program(make_data(3))

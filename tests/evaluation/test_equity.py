@@ -6,7 +6,7 @@ import pytest
 from factories import make_program
 from scipy import stats
 
-from fedmoe_jax.equity import (
+from fedmoe_jax.evaluation.equity import (
     correlate,
     measure_spread,
     measure_strength,

@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.base import Routing
-from fedmoe_jax.distinct import find_distinct, keep_apart
-from fedmoe_jax.models.submodel import take_submodel
-from fedmoe_jax.priors import Priors
-from fedmoe_jax.program import Program
-from fedmoe_jax.scoring import (
+from fedmoe_jax.evaluation.distinct import find_distinct, keep_apart
+from fedmoe_jax.evaluation.priors import Priors
+from fedmoe_jax.evaluation.scoring import (
     ClientView,
     Examples,
     evaluation_route,
@@ -30,6 +28,8 @@ from fedmoe_jax.scoring import (
     sum_values,
     wait_for_links,
 )
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, PyTree
 
 

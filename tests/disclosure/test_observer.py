@@ -13,7 +13,7 @@ from factories import (
     use_linear_model,
 )
 
-from fedmoe_jax.observer import (
+from fedmoe_jax.disclosure.observer import (
     OBSERVED,
     REPORTED,
     mask_slots,

@@ -12,29 +12,34 @@ import jax.numpy as jnp
 import optax
 
 from fedmoe_jax.client import build_client_update
-from fedmoe_jax.evaluate import (
+from fedmoe_jax.evaluation.evaluate import (
     average_strata,
     count_weights,
     mean_values,
     name_values,
 )
-from fedmoe_jax.gate_bias import bias_clients
-from fedmoe_jax.held_sets import run_model
-from fedmoe_jax.models.submodel import take_submodel
-from fedmoe_jax.options import replace
-from fedmoe_jax.panel import choose_rows, gather_panel
-from fedmoe_jax.probe import find_hold_key
-from fedmoe_jax.program import Program
-from fedmoe_jax.prune import prune_held, spread_room
-from fedmoe_jax.pruning.units import multiply_parts
-from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.scoring import (
+from fedmoe_jax.evaluation.gate_bias import bias_clients
+from fedmoe_jax.evaluation.held_sets import run_model
+from fedmoe_jax.evaluation.panel import choose_rows, gather_panel
+from fedmoe_jax.evaluation.scoring import (
     divide_bits,
     find_participants,
     keep_wanted,
     sum_scores,
 )
-from fedmoe_jax.sources import choose_batch, read_examples, schedule_examples, take_test
+from fedmoe_jax.evaluation.sources import (
+    choose_batch,
+    read_examples,
+    schedule_examples,
+    take_test,
+)
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.options import replace
+from fedmoe_jax.probe import find_hold_key
+from fedmoe_jax.program import Program
+from fedmoe_jax.prune import prune_held, spread_room
+from fedmoe_jax.pruning.units import multiply_parts
+from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.types import (
     Array,
     ClientInput,

@@ -19,9 +19,9 @@ from factories import (
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from fedmoe_jax import evaluate, sources
 from fedmoe_jax.base import Routing
-from fedmoe_jax.evaluate import build_evaluate, build_evaluate_share
+from fedmoe_jax.evaluation import evaluate, sources
+from fedmoe_jax.evaluation.evaluate import build_evaluate, build_evaluate_share
 from fedmoe_jax.models.flops import shape_params
 from fedmoe_jax.runtime.sharding import RUNS, build_mesh, spread
 from fedmoe_jax.tasks.images import IMAGES, score_labels

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.evaluation.scoring import Examples
 from fedmoe_jax.program import Program
-from fedmoe_jax.scoring import Examples
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import Array, Federation, Pool
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from factories import K, N, make_program, plan_run, start_run, use_linear_model
 
-from fedmoe_jax.distinct import WORD
-from fedmoe_jax.evaluate import build_evaluate
-from fedmoe_jax.held_sets import find_sets, score_sets
-from fedmoe_jax.priors import gather_priors
-from fedmoe_jax.scoring import ClientView, Examples
+from fedmoe_jax.evaluation.distinct import WORD
+from fedmoe_jax.evaluation.evaluate import build_evaluate
+from fedmoe_jax.evaluation.held_sets import find_sets, score_sets
+from fedmoe_jax.evaluation.priors import gather_priors
+from fedmoe_jax.evaluation.scoring import ClientView, Examples
 
 pytestmark = pytest.mark.slow
 

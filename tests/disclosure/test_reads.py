@@ -4,9 +4,9 @@ import jax
 import pytest
 from factories import make_program, tiny_config
 
-from fedmoe_jax.accounting import is_blind, is_own
 from fedmoe_jax.align.top_k import top_k
-from fedmoe_jax.reads import find_reads
+from fedmoe_jax.disclosure.accounting import is_blind, is_own
+from fedmoe_jax.disclosure.reads import find_reads
 from fedmoe_jax.strategies import STRATEGIES
 
 BOTH, ONE = ("fitness", "usage"), ("fitness",)

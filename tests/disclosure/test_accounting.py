@@ -9,8 +9,9 @@ from dp_accounting.rdp import RdpAccountant
 from factories import SMALL, E, K, make_program, run_alone, tiny_config
 from scipy.stats import norm
 
-from fedmoe_jax import accounting
-from fedmoe_jax.accounting import (
+from fedmoe_jax.configs import default
+from fedmoe_jax.disclosure import accounting
+from fedmoe_jax.disclosure.accounting import (
     Cost,
     account,
     check_package,
@@ -21,7 +22,6 @@ from fedmoe_jax.accounting import (
     list_costs,
     make_event,
 )
-from fedmoe_jax.configs import default
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.runs import load_run, numbers
 from fedmoe_jax.report.tables import markdown_table

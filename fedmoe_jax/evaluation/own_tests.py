@@ -7,15 +7,9 @@ side, each with the experts that its own client holds; else client by client.
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.held_sets import run_model
-from fedmoe_jax.models.dispatch import dispatch
-from fedmoe_jax.models.one_layer import apply_experts
-from fedmoe_jax.models.routing import make_gates
-from fedmoe_jax.models.submodel import take_submodel
-from fedmoe_jax.panel import Panel
-from fedmoe_jax.program import Program
-from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.scoring import (
+from fedmoe_jax.evaluation.held_sets import run_model
+from fedmoe_jax.evaluation.panel import Panel
+from fedmoe_jax.evaluation.scoring import (
     Answers,
     ClientView,
     Examples,
@@ -31,7 +25,13 @@ from fedmoe_jax.scoring import (
     take_parts,
     view_clients,
 )
-from fedmoe_jax.sources import choose_batch
+from fedmoe_jax.evaluation.sources import choose_batch
+from fedmoe_jax.models.dispatch import dispatch
+from fedmoe_jax.models.one_layer import apply_experts
+from fedmoe_jax.models.routing import make_gates
+from fedmoe_jax.models.submodel import take_submodel
+from fedmoe_jax.program import Program
+from fedmoe_jax.runtime.sharding import CLIENTS
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import Array, Federation, Lists, PyTree, SimState
 from fedmoe_jax.world.step import View

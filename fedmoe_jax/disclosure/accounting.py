@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from fedmoe_jax.base import Strategy, same_state
+from fedmoe_jax.disclosure.reads import find_reads
 from fedmoe_jax.options import UserError
 from fedmoe_jax.privacy.defences import DEFENCES, is_private
 from fedmoe_jax.program import Program
 from fedmoe_jax.pruning.scores import MEASURED
-from fedmoe_jax.reads import find_reads
 from fedmoe_jax.world.costs import FEEDBACK_NUMBERS
 
 UNIT = "a client, replaced by another"

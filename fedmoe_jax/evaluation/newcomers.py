@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.held_sets import find_sets
-from fedmoe_jax.panel import Panel, keep_server
+from fedmoe_jax.evaluation.held_sets import find_sets
+from fedmoe_jax.evaluation.panel import Panel, keep_server
+from fedmoe_jax.evaluation.scoring import ClientView, Models
 from fedmoe_jax.program import Program
-from fedmoe_jax.scoring import ClientView, Models
 from fedmoe_jax.types import Array, Federation, Hyper, Pool, SimState
 
 

@@ -7,7 +7,7 @@ import pytest
 from factories import make_align, make_data, make_federation, make_program
 
 from fedmoe_jax.base import Route, Scores
-from fedmoe_jax.scoring import (
+from fedmoe_jax.evaluation.scoring import (
     Answers,
     ClientView,
     Encoded,

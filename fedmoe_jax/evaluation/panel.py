@@ -19,12 +19,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.distinct import find_distinct
+from fedmoe_jax.evaluation.distinct import find_distinct
+from fedmoe_jax.evaluation.held_sets import HeldSets, find_sets
+from fedmoe_jax.evaluation.priors import Priors, gather_priors
+from fedmoe_jax.evaluation.scoring import (
+    ClientView,
+    Models,
+    find_participants,
+    view_clients,
+)
 from fedmoe_jax.groups import mix_classes
-from fedmoe_jax.held_sets import HeldSets, find_sets
-from fedmoe_jax.priors import Priors, gather_priors
 from fedmoe_jax.program import Program
-from fedmoe_jax.scoring import ClientView, Models, find_participants, view_clients
 from fedmoe_jax.types import Array, Federation, SimState
 from fedmoe_jax.world.step import View
 

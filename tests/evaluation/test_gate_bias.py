@@ -19,17 +19,17 @@ from factories import (
 )
 from factories import plan_run as plan_images
 
-from fedmoe_jax.evaluate import build_evaluate, build_evaluate_share
-from fedmoe_jax.finetune import gather_input
-from fedmoe_jax.gate_bias import bias_clients
+from fedmoe_jax.evaluation.evaluate import build_evaluate, build_evaluate_share
+from fedmoe_jax.evaluation.finetune import gather_input
+from fedmoe_jax.evaluation.gate_bias import bias_clients
+from fedmoe_jax.evaluation.own_tests import take_rows
+from fedmoe_jax.evaluation.panel import gather_panel
+from fedmoe_jax.evaluation.scoring import evaluation_route
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.moe_layers import layer_names
-from fedmoe_jax.own_tests import take_rows
-from fedmoe_jax.panel import gather_panel
 from fedmoe_jax.program import find_overwritten
 from fedmoe_jax.round import build_round
 from fedmoe_jax.runtime.sharding import build_mesh, spread
-from fedmoe_jax.scoring import evaluation_route
 from fedmoe_jax.strategies import STRATEGIES
 from fedmoe_jax.train.plan import plan_run
 from fedmoe_jax.world.step import observe

@@ -5,9 +5,9 @@ import pytest
 from factories import SMALL, make_config, run_alone, stop_at, tiny_study
 
 import fedmoe_jax
-from fedmoe_jax import observed
 from fedmoe_jax.configs import default
-from fedmoe_jax.observed import (
+from fedmoe_jax.disclosure import observed
+from fedmoe_jax.disclosure.observed import (
     check_size,
     count_bytes,
     join_chunks,

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.base import Links, Parts, Route, Scores
+from fedmoe_jax.evaluation.priors import Priors
 from fedmoe_jax.models.dispatch import dispatch
 from fedmoe_jax.models.one_layer import (
     add_shared,
@@ -32,7 +33,6 @@ from fedmoe_jax.models.one_layer import (
 )
 from fedmoe_jax.models.routing import gate_logits, make_gates
 from fedmoe_jax.models.submodel import take_submodel
-from fedmoe_jax.priors import Priors
 from fedmoe_jax.program import Program
 from fedmoe_jax.types import Array, Federation, PyTree, SimState
 

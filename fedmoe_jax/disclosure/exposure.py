@@ -20,18 +20,18 @@ import optax
 
 from fedmoe_jax.aggregate import weigh
 from fedmoe_jax.client import build_client_update
-from fedmoe_jax.finetune import gather_input
-from fedmoe_jax.gate_bias import bias_clients
+from fedmoe_jax.evaluation.finetune import gather_input
+from fedmoe_jax.evaluation.gate_bias import bias_clients
+from fedmoe_jax.evaluation.own_tests import read_batch
+from fedmoe_jax.evaluation.panel import draw_sample
+from fedmoe_jax.evaluation.scoring import evaluation_route, find_participants
+from fedmoe_jax.evaluation.sources import choose_batch
 from fedmoe_jax.models.submodel import take_submodel
-from fedmoe_jax.own_tests import read_batch
-from fedmoe_jax.panel import draw_sample
 from fedmoe_jax.positions import mean_loss
 from fedmoe_jax.privacy.sums import SUMS, draw_noise
 from fedmoe_jax.privacy.updates import clip_update, leave_out, weigh_alike
 from fedmoe_jax.program import Program
 from fedmoe_jax.runtime.sharding import CLIENTS
-from fedmoe_jax.scoring import evaluation_route, find_participants
-from fedmoe_jax.sources import choose_batch
 from fedmoe_jax.types import (
     Array,
     ClientInput,

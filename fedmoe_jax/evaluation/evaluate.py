@@ -32,29 +32,25 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.base import Links
-from fedmoe_jax.equity import measure_equity
-from fedmoe_jax.gate_bias import bias_clients
-from fedmoe_jax.groups import measure_information, mix_groups
-from fedmoe_jax.held_sets import score_model
-from fedmoe_jax.links import draw_testing
-from fedmoe_jax.newcomers import (
+from fedmoe_jax.evaluation.equity import measure_equity
+from fedmoe_jax.evaluation.gate_bias import bias_clients
+from fedmoe_jax.evaluation.held_sets import score_model
+from fedmoe_jax.evaluation.newcomers import (
     divide_pool,
     gather_newcomers,
     take_own,
     welcome_all,
 )
-from fedmoe_jax.own_tests import score_own_tests
-from fedmoe_jax.panel import Panel, gather_panel, keep_server
-from fedmoe_jax.program import Program
-from fedmoe_jax.runtime.sharding import CLIENTS, spread
-from fedmoe_jax.scoring import (
+from fedmoe_jax.evaluation.own_tests import score_own_tests
+from fedmoe_jax.evaluation.panel import Panel, gather_panel, keep_server
+from fedmoe_jax.evaluation.scoring import (
     Examples,
     divide_bits,
     join_frozen,
     score_parts,
     sum_strata,
 )
-from fedmoe_jax.sources import (
+from fedmoe_jax.evaluation.sources import (
     Source,
     choose_batch,
     read_examples,
@@ -62,6 +58,10 @@ from fedmoe_jax.sources import (
     take_pool,
     take_test,
 )
+from fedmoe_jax.groups import measure_information, mix_groups
+from fedmoe_jax.links import draw_testing
+from fedmoe_jax.program import Program
+from fedmoe_jax.runtime.sharding import CLIENTS, spread
 from fedmoe_jax.types import Array, Federation, Hyper, Pool, SimState
 from fedmoe_jax.world.step import View, observe
 

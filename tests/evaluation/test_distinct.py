@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmoe_jax.distinct import WORD, find_distinct, keep_apart, pack_bits
+from fedmoe_jax.evaluation.distinct import WORD, find_distinct, keep_apart, pack_bits
 
 
 def test_pack_bits_by_hand():

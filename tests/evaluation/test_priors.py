@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from fedmoe_jax.priors import gather_priors
+from fedmoe_jax.evaluation.priors import gather_priors
 
 
 def test_gather_priors_by_hand():

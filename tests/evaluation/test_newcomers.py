@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from factories import plan_run, start_run
 
-from fedmoe_jax.evaluate import build_evaluate
-from fedmoe_jax.held_sets import run_model
+from fedmoe_jax.evaluation.evaluate import build_evaluate
+from fedmoe_jax.evaluation.held_sets import run_model
+from fedmoe_jax.evaluation.newcomers import divide_pool, rank_examples
+from fedmoe_jax.evaluation.scoring import Examples
 from fedmoe_jax.models.submodel import take_submodel
-from fedmoe_jax.newcomers import divide_pool, rank_examples
-from fedmoe_jax.scoring import Examples
 from fedmoe_jax.tasks.batches import take_batch
 from fedmoe_jax.types import Pool
 

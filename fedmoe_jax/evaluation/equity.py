@@ -6,10 +6,10 @@ into it depends on the size of the system's own.
 
 import jax.numpy as jnp
 
+from fedmoe_jax.evaluation.panel import find_counted
+from fedmoe_jax.evaluation.scoring import find_participants
 from fedmoe_jax.floors import find_top_experts
-from fedmoe_jax.panel import find_counted
 from fedmoe_jax.program import Program
-from fedmoe_jax.scoring import find_participants
 from fedmoe_jax.types import Array, Federation, SimState
 
 

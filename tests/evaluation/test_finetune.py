@@ -15,8 +15,8 @@ from factories import (
 
 from fedmoe_jax.base import Route
 from fedmoe_jax.client import build_client_update
-from fedmoe_jax.evaluate import build_evaluate
-from fedmoe_jax.finetune import build_finetune_share, gather_input
+from fedmoe_jax.evaluation.evaluate import build_evaluate
+from fedmoe_jax.evaluation.finetune import build_finetune_share, gather_input
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.options import replace
 from fedmoe_jax.report.rows import read_metrics

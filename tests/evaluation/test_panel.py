@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from factories import assert_same, plan_run, start_run, use_linear_model
 
-from fedmoe_jax.evaluate import build_evaluate
-from fedmoe_jax.options import replace
-from fedmoe_jax.panel import (
+from fedmoe_jax.evaluation.evaluate import build_evaluate
+from fedmoe_jax.evaluation.panel import (
     count_possible_sets,
     draw_sample,
     gather_panel,
     is_sampled,
 )
+from fedmoe_jax.options import replace
 from fedmoe_jax.world.step import observe
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ from factories import plan_run, start_run, use_linear_model
 
 from fedmoe_jax.base import Route
 from fedmoe_jax.client import build_client_update
-from fedmoe_jax.exposure import build_expose_share, show_update
-from fedmoe_jax.finetune import gather_input
+from fedmoe_jax.disclosure.exposure import build_expose_share, show_update
+from fedmoe_jax.evaluation.finetune import gather_input
 from fedmoe_jax.models.submodel import take_submodel
 from fedmoe_jax.runtime.sharding import build_mesh, spread
 from fedmoe_jax.types import make_keys

@@ -1,0 +1,1 @@
+"""What a run discloses of its clients, and what its defences guarantee."""
