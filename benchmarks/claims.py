@@ -153,7 +153,8 @@ def list_pictures(
 def main(arguments: list[str] | None = None) -> int:
     """Rewrites the pages, or checks them; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims")
-    parser.add_argument("--check", action="store_true", help="writes nothing")
+    told = "write nothing, and fail where a page or a picture has another number"
+    parser.add_argument("--check", action="store_true", help=told)
     flags = parser.parse_args(arguments)
     status = 0
     try:
@@ -185,6 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, tomllib.TOMLDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if flags.check and not status:
+        print(f"{len(computed.numbers)} claims agree with what is stored")
     return status
 
 

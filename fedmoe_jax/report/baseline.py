@@ -22,9 +22,9 @@ FIELD = "evaluation.baseline"
 ABOUT = (
     "Difference: of the row to the baseline, the mean over the seeds that both have "
     "(pairs), in points or in the column's unit, ± half-width of its 95 % t-interval; "
-    "of bits less is better; bold where the mean "
-    "exceeds it, as one in twenty does by chance. After it: pairs in which the row is "
-    "better / worse, and p of the two-sided sign test, which leaves equal pairs out."
+    "of bits less is better; bold where the mean exceeds it, as one in twenty does by "
+    "chance. After it: pairs in which the row is better / worse, and p of the sign "
+    "test, two-sided, which leaves equal pairs out; of three it is never below 0.25."
 )
 
 

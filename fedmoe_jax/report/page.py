@@ -80,16 +80,21 @@ SEEDS = (
 )
 
 
+def name_picture(picture: Picture) -> str:
+    """What a picture shows: its caption up to the first full stop or colon."""
+    return picture.caption.partition(". ")[0].partition(":")[0].rstrip(".")
+
+
 def figure_html(picture: Picture, prefix: str, save: Save) -> str:
     """Saves the PNG and returns it inline, at 105 pixels per inch of paper."""
     buffer = io.BytesIO()
     plots.save_png(picture.figure, buffer)
-    name = save(prefix + picture.name, buffer.getvalue())
+    save(prefix + picture.name, buffer.getvalue())
     data = base64.b64encode(buffer.getvalue()).decode()
     width = round(105 * picture.figure.get_figwidth())
-    caption = escape(picture.caption)
+    caption, about = escape(picture.caption), escape(name_picture(picture))
     return (
-        f'<figure style="max-width: {width}px"><img width="{width}" alt="{name}" '
+        f'<figure style="max-width: {width}px"><img width="{width}" alt="{about}" '
         f'src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     )
 

@@ -22,6 +22,7 @@ CONFIG = {
     "num_experts": 4,
     "data": {"name": "digits", "dir": ""},
     "partition": {"kind": "dirichlet", "alpha": 0.1},
+    "model": {"expert_width": 16},
     "client": {"learning_rate": 0.02},
     "fitness": {"rate": 0.3, "idle": "decay", "exploration": 0.0},
     "weights": {"fitness": 0.5, "usage": 0.5},

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report import page as report
+from fedmoe_jax.report.figures import Picture
 from fedmoe_jax.report.runs import load_run
 
 from .fake_runs import (
@@ -273,3 +275,10 @@ def test_the_header_lists_what_differs(runs, tmp_path):
     assert (
         "Data: digits, dirichlet or iid partition · 6 or 9 clients, 6 a round" in text
     )
+
+
+def test_a_pictures_text_is_what_its_caption_begins_with():
+    named = lambda caption: report.name_picture(Picture("x", caption, Figure()))
+    assert named("Final accuracies: a dot per seed. Read it so.") == "Final accuracies"
+    assert named("Test accuracy. Global: all experts.") == "Test accuracy"
+    assert named("Load of the experts.") == "Load of the experts"

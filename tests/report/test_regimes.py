@@ -38,7 +38,7 @@ def test_what_a_system_chooses_makes_no_regime(tmp_path):
     runs = [
         make_run(tmp_path),
         change(make_run(tmp_path), client__learning_rate=0.5, fitness__rate=0.9),
-        change(make_run(tmp_path), model={"shared_width": 8}, max_held=1),
+        change(make_run(tmp_path), model__shared_width=8, max_held=1),
         change(make_run(tmp_path, seed=1), data__dir="/elsewhere"),
     ]
     assert list(split_regimes(runs)) == [UNCHANGED] and find_given(runs) == []

@@ -97,9 +97,8 @@ def test_stragglers(slowest, late, knob):
 
 def test_a_dense_run_has_no_experts_to_hand_out():
     times = {"simulated_seconds": 80.0, "simulated_median_seconds": 20.0}
-    config = CONFIG | {"model": {"expert_width": 16}}
     rows = hand_rows(RISING, load=(100,), late_clients=0, **times)
-    found = signatures.stragglers(rows, {}, config, BOTH)
+    found = signatures.stragglers(rows, {}, CONFIG, BOTH)
     assert found.present
     assert found.knob == "model.expert_width: lower (now 16), as the model is dense"
     assert "trained" not in signatures.plateau(rows, {}, CONFIG, BOTH).evidence
