@@ -14,7 +14,7 @@ from factories import (
     tiny_config,
 )
 
-from fedmoe_jax import aggregate, align_layers, broadcast, cohort, loss, prune
+from fedmoe_jax import aggregate, align_layers, broadcast, loss, prune, reply
 from fedmoe_jax import round as round_file
 from fedmoe_jax.disclosure.observer import OBSERVED
 from fedmoe_jax.models import one_layer
@@ -31,10 +31,10 @@ PRUNING = {"pruning.kind": "lamp", "data.name": "digits"}
 # The fields that turn a mechanism on, and functions that are called where it is.
 MECHANISMS = {
     "observer": ({"privacy.observe": True}, [(round_file, "see_round")]),
-    "feedback": ({"privacy.feedback_noise": 1.0}, [(cohort, "hide_feedback")]),
+    "feedback": ({"privacy.feedback_noise": 1.0}, [(reply, "hide_feedback")]),
     "selection": ({"privacy.selection": 1.0}, [(broadcast, "hide_fitness")]),
     "requests": ({"privacy.flip": 1.0}, [(align_layers, "request")]),
-    "updates": (CLIP, [(cohort, "clip_update"), (cohort, "weigh_alike")]),
+    "updates": (CLIP, [(reply, "clip_update"), (reply, "weigh_alike")]),
     "sums": (CLIP, [(aggregate, "hide_sums")]),
     "links": (LINKS, [(loss, "draw_training"), (one_layer, "receive")]),
     "pruning": (PRUNING, [(prune, "prune_client"), (prune, "learn_importance")]),
