@@ -23,7 +23,7 @@ from factories import (
     use_linear_model,
 )
 
-from fedmoe_jax import align_layers, cohort, floors
+from fedmoe_jax import align_layers, floors, reply
 from fedmoe_jax.round import build_run_rounds, scan_rounds
 from fedmoe_jax.runtime.sharding import spread
 from fedmoe_jax.train.plan import program_key
@@ -142,7 +142,7 @@ def test_what_is_off_is_not_in_the_program(monkeypatch):
     names = {
         floors: ("serve_clients", "serve_tiers", "find_top_experts"),
         align_layers: ("lift_tiers",),
-        cohort: ("emphasise",),
+        reply: ("emphasise",),
     }
     for module, functions in names.items():
         for name in functions:
