@@ -331,12 +331,13 @@ def write_report(
     show = lambda found, prefix="": "".join(
         figure_html(picture, prefix, save) for picture in found
     )
-    parts = [_header_html(runs, command), "<h2>Final numbers</h2>", _numbers_html(runs)]
+    first = show(final_picture(groups)) if len(groups) > 1 else ""
+    first += show(difference_picture(runs, baseline))
+    parts = [_header_html(runs, command), f'<div class="pictures">{first}</div>']
+    parts += ["<h2>Final numbers</h2>", _numbers_html(runs)]
     parts.append(f'<div class="wide">{show(map_picture(runs))}</div>')
     parts += map(section_html, list_sections(runs, baseline))
     gallery = show(floor_picture(runs))
-    gallery += show(final_picture(groups)) if len(groups) > 1 else ""
-    gallery += show(difference_picture(runs, baseline))
     gallery += show(strata_pictures(groups)) + show(curve_pictures(groups))
     bands = "" if len(runs) == len(groups) else BANDS
     parts.append(f'<h2>Over rounds</h2>{bands}<div class="pictures">{gallery}</div>')
