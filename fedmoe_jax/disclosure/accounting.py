@@ -200,6 +200,8 @@ def cost_flip(config: ConfigDict, program: Program) -> Cost:
         reason = BIASED
     if travelling > 1 and not is_blind(config, program):
         event = "randomised", (config.privacy.flip, bits)
+        if program.static.pruning.kind != "none":
+            reason = "bytes of pruned experts tell how many of those asked for are held"
     return Cost(
         "the sets of experts that a client asks for, towards a listener on the link"
         + name_given(config, program),

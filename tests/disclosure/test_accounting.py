@@ -35,6 +35,8 @@ ALL = {
     "privacy.noise": 8.0,
 }
 
+PRUNED = {"pruning.kind": "uniform", "data.name": "digits", "model.stem": "mlp"}
+
 
 def cost(rounds, name, *numbers):
     return Cost("all", rounds, (name, numbers))
@@ -85,6 +87,35 @@ def test_find_epsilon_of_gaussians_is_close_to_the_exact_one(multiplier):
         return norm.cdf(a - b) - math.exp(epsilon) * norm.cdf(-a - b)
 
     assert exact(epsilon) < delta < exact(0.9 * epsilon)
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "cohort", "clients", "rounds"), [(4, 2, 200, 1000), (5, 20, 1000, 500)]
+)
+def test_find_epsilon_of_cohorts_is_within_the_published_bound(
+    multiplier, cohort, clients, rounds
+):
+    """Wang et al. (arXiv 1808.00087), theorem 9, of Gaussian noise: a looser bound.
+
+    With the conversion of Canonne et al. (arXiv 2004.00010), proposition 12.
+    """
+    share, delta = cohort / clients, 1e-5
+    power = lambda order: math.exp((order - 1) * order / (2 * multiplier**2))
+
+    def renyi(order):
+        pairs = min(4 * (power(2) - 1), 2 * power(2))
+        total = 1 + share**2 * math.comb(order, 2) * pairs
+        for j in range(3, order + 1):
+            total += 2 * share**j * math.comb(order, j) * power(j)
+        return math.log(total) / (order - 1)
+
+    def convert(order):
+        spent = rounds * renyi(order) + math.log1p(-1 / order)
+        return spent - math.log(delta * order) / (order - 1)
+
+    published = min(map(convert, range(2, 65)))
+    event = cost(rounds, "sampled", multiplier, cohort, clients)
+    assert 0.6 * published < find_epsilon((event,), delta) < published
 
 
 def test_find_epsilon_of_one_bit_is_its_own():
@@ -220,6 +251,7 @@ def test_list_costs_has_a_reason_where_nothing_is_guaranteed(strategy, name, tol
         ({"fairness.expert_floor": 0.5}, ("selection",), "swaps experts by fitness"),
         ({"gate.bias": 1.0}, ("selection", "flip"), "biased gate"),
         ({"fairness.power": 1.0}, ("feedback_noise",), "client's loss, as a weight"),
+        (PRUNED, ("flip",), "bytes of pruned experts"),
     ],
 )
 def test_list_costs_has_a_reason_where_more_is_sent(changes, names, told):
@@ -227,6 +259,11 @@ def test_list_costs_has_a_reason_where_more_is_sent(changes, names, told):
     found = list_costs(*make_pair(strategy="greedy", **private, **changes))
     for name in names:
         assert found[name].event is None and told in found[name].reason
+
+
+def test_requests_of_pruned_experts_that_follow_no_data_say_nothing():
+    found = list_costs(*make_pair(strategy="random", **PRUNED, **{"privacy.flip": 0.1}))
+    assert found["flip"].event == ("nothing", ()) and not found["flip"].reason
 
 
 def test_list_costs_of_one_expert_and_of_what_is_silent():
