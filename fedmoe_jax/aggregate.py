@@ -175,10 +175,10 @@ def emphasise(weights: dict[str, Array], loss: Array, power: Array) -> dict[str,
     """The weights of ONE client times its loss to the power of q.
 
     After q-FFL (arXiv 1905.10497), whose objective `sum_c p_c F_c^(q + 1) / (q + 1)`
-    has the gradient `sum_c p_c F_c^q grad F_c`. This project's choice: F_c is the mean
-    loss of the client's local steps instead of that of the params as received, which no
-    client computes otherwise; and weights are normalised as they are without q, where
-    q-FedAvg divides by an estimate of the curvature.
+    has the gradient `sum_c p_c F_c^q grad F_c`. This project's choices: F_c, the loss of
+    the params as received, is that of the client's first batch, which it computes
+    anyway, instead of that of all its examples; and weights are normalised as they are
+    without q, where q-FedAvg divides by an estimate of the curvature.
 
     Args:
       weights: of every part, see `weigh`.

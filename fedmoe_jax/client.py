@@ -184,12 +184,15 @@ class Progress(NamedTuple):
       opt_state: of its optimiser.
       sums: over the steps, of losses and feedback.
       importance: likewise, of the units; {} where it is not measured.
+      first_loss: [] float32, mean of `Scores.loss` in the first batch, 0 before it; None
+        without `static.fairness.power`.
     """
 
     submodel: PyTree
     opt_state: PyTree
     sums: FeedbackSums
     importance: PyTree
+    first_loss: Array | None
 
 
 def receive(
@@ -255,7 +258,7 @@ def local_step(
       program: the static parts.
     """
     static, inputs, keep = program.static, start.inputs, start.keep
-    submodel, opt_state, sums, importance = progress
+    submodel, opt_state, sums, importance, first_loss = progress
     batch = take_batch(
         federation.train,
         start.batches[step],
@@ -285,7 +288,23 @@ def local_step(
     updates, opt_state = tx.update(grads, opt_state, submodel)
     submodel = optax.apply_updates(submodel, updates)
     sums = jax.tree.map(jnp.add, sums, batch_sums)
-    return Progress(submodel, opt_state, sums, importance)
+    if first_loss is not None:
+        loss = batch_sums.total_loss / count_weight(batch_sums, 1, program)
+        first_loss = jnp.where(step == 0, loss, first_loss)
+    return Progress(submodel, opt_state, sums, importance, first_loss)
+
+
+def count_weight(sums: FeedbackSums, steps: Array | int, program: Program) -> Array:
+    """[] float32, what sums over some steps are divided by, at least 1 without weights.
+
+    Args:
+      sums: of the losses and scores of all positions.
+      steps: [] int32, or an int, over how many steps.
+      program: the static parts.
+    """
+    if sums.weight is not None:
+        return sums.weight
+    return jnp.maximum(steps * program.scores.loss.size, 1)
 
 
 def summarise(
@@ -302,9 +321,7 @@ def summarise(
     delta = optax.tree.sub(trained.submodel, start.submodel)
     chex.assert_trees_all_equal_shapes(delta, start.submodel)
     sums, choose = trained.sums, program.strategy.choose
-    weight = sums.weight
-    if weight is None:
-        weight = jnp.maximum(steps * program.scores.loss.size, 1)
+    weight = count_weight(sums, steps, program)
     mean = lambda leaf: leaf / jnp.maximum(steps, 1)
     return ClientUpdate(
         delta=delta,
@@ -316,6 +333,7 @@ def summarise(
         chosen=None if choose is None else start.inputs.slot,
         keep=start.keep,
         importance=jax.tree.map(mean, trained.importance),
+        first_loss=trained.first_loss,
     )
 
 
@@ -357,7 +375,8 @@ def client_update(
     if start.keep and static.pruning.kind in MEASURED:
         importance = zero_units(start.submodel, program.units)
     opt_state, sums = tx.init(start.submodel), zero_sums(hyper, program)
-    untrained = Progress(start.submodel, opt_state, sums, importance)
+    first_loss = jnp.zeros(()) if static.fairness.power else None
+    untrained = Progress(start.submodel, opt_state, sums, importance, first_loss)
     steps = start.inputs.steps if static.ragged else sizes.local_steps
     trained = jax.lax.fori_loop(0, steps, step, untrained)
     return summarise(start, trained, steps, program)

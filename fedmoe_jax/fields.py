@@ -710,8 +710,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "fairness.power",
         NON_NEGATIVE,
-        "q of q-FFL: updates count times their client's training loss to the power of "
-        "it; 0: by their weights alone",
+        "q of q-FFL: updates count times their client's loss of the model as received, "
+        "in its first batch, to the power of it; 0: by their weights alone",
         TRACED,
     ),
     Option(

@@ -254,7 +254,8 @@ def train_client(
         weights = weigh_alike(weights, inputs, hyper, program.strategy)
     sent = count_sent(weights, kept, conditions, program)
     if program.static.fairness.power:
-        weights = emphasise(weights, update.loss, hyper.fairness.power)
+        assert update.first_loss is not None  # `static.fairness.power` is on
+        weights = emphasise(weights, update.first_loss, hyper.fairness.power)
     outcome = judge(conditions, sent, update.finite)
     reply = make_reply(update, inputs, sent, outcome, load, hyper, program)
     if private.clip:

@@ -496,6 +496,8 @@ class ClientUpdate(struct.PyTreeNode):
         where nothing is.
       importance: of the units, mean over the steps, by name; {} where it is not
         measured.
+      first_loss: [] float32, mean of `Scores.loss` in the first batch, thus of the params
+        as received; None where no weight follows it.
     """
 
     delta: PyTree
@@ -507,6 +509,7 @@ class ClientUpdate(struct.PyTreeNode):
     chosen: Array | None = None
     keep: PyTree = struct.field(default_factory=dict)
     importance: PyTree = struct.field(default_factory=dict)
+    first_loss: Array | None = None
 
 
 # (state, federation, hyper) -> (state, metrics), of one round or of R

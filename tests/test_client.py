@@ -250,6 +250,16 @@ def test_client_update_equals_hand_written_sgd(full_run):
     np.testing.assert_allclose(frequency[:2], expected, rtol=1e-5)
 
 
+def test_the_first_loss_is_that_of_the_params_as_received(full_run):
+    hyper, update = full_run
+    assert update.first_loss is None
+    _, (entropy, _, _) = twin_update(hyper)
+    found = run(build(**{"fairness.power": 1.0}), hyper)
+    np.testing.assert_allclose(found.first_loss, entropy[0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(found.loss, entropy.mean(), rtol=1e-5)
+    assert not np.isclose(found.first_loss, found.loss, rtol=0.01)
+
+
 def test_client_update_of_invalid_slots_is_exactly_zero(full_run):
     _, update = full_run
     for leaf in jax.tree.leaves(update.delta["experts"]):

@@ -16,7 +16,14 @@ from factories import (
     make_update,
 )
 
-from fedmoe_jax.reply import count_sent, keep_if, renew_variate, train_personal
+from fedmoe_jax.reply import (
+    count_sent,
+    keep_if,
+    renew_variate,
+    train_client,
+    train_personal,
+)
+from fedmoe_jax.world.outcome import MERGED, Outcome
 
 E, K = 4, 2
 LOAD = np.arange(2.0 * 6, dtype=np.float32).reshape(6, 1, K)
@@ -97,6 +104,30 @@ def test_count_sent_counts_experts_of_some_weight_by_what_is_kept_of_them():
     assert count(weights) == 1.0
     assert count(weights, kept=jnp.array([[0.25, 0.75]])) == 0.25
     assert count(weights, **{"privacy.flip": 1.0}) == 2.0  # all that it asked for
+
+
+def test_updates_count_by_the_loss_before_training_where_losses_weigh():
+    """Twelve examples times 0.5 ** 2; the mean over the steps, 3, does not matter."""
+    program = make_program(**{"fairness.power": 2.0})
+    inputs = make_inputs(np.array([[[2, 0]]]), np.ones((1, 1, K), bool))
+    inputs = jax.tree.map(lambda leaf: leaf[0], inputs)
+    feedback = make_feedback(np.ones((1, K), np.float32))
+    delta = {part: jnp.zeros(()) for part in ("stem", "head")}
+    delta |= {"gate": {"moe": jnp.zeros(E)}, "experts": {"moe": jnp.zeros(K)}}
+    update = make_update(delta, feedback, loss=3.0, first_loss=0.5, finite=True)
+    phases = jnp.ones(3)
+    _, weights, _ = train_client(
+        {},
+        inputs,
+        SimpleNamespace(traffic=None),
+        SimpleNamespace(size=jnp.array([12])),
+        make_hyper(fairness={"power": jnp.float32(2.0)}),
+        jax.random.key(0),
+        client_update=lambda *_: update,
+        judge=lambda *_: Outcome(jnp.int32(MERGED), phases, phases),
+        program=program,
+    )
+    np.testing.assert_allclose(weights["stem"], 12 * 0.5**2, rtol=1e-5)
 
 
 def test_keep_if_is_all_or_nothing():
