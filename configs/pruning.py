@@ -10,10 +10,11 @@ experts as fit, or (`pruning.kind`) twice as many of which it keeps as many hidd
 as fit: the most important by one threshold over all layers (`lamp`, and `gap`), by the
 norm of weights, or the same share of every layer, of the most important, random or
 first units (the widths of HeteroFL). Further rows change one thing about `lamp`: the
-experts held for one whole one, a ramp, no units that take turns, a pruned stem; and one
-has whole experts of which devices feel half the bytes and FLOPs, so that at least twice
-as many fit: room that no client has. `fedavg` is a dense network as
-wide as all experts, pruned alike; `heterofl` is nested widths.
+experts held for one whole one, a ramp, no units that take turns; in two the stem is
+pruned, too, by one threshold or by the same share of every layer; and one has whole
+experts of which devices feel half the bytes and FLOPs, so that at least twice as many
+fit: room that no client has. `fedavg` is a dense network as wide as all experts, pruned
+alike; `heterofl` is nested widths.
 
 `Own sub-network %` is of what a client has; `Personal %` of the whole experts that it
 holds a part of. Without `digits` it is on CIFAR-10, with the rows that decide. `smoke`
@@ -27,7 +28,12 @@ from fedmoe_jax.pruning.scores import SCORES
 
 STRATEGIES = ("load_balanced", "random", "fedavg", "heterofl")
 LAMP = "pruning.kind=lamp"
-PARTS = ("spread=1.0", "spread=4.0", "ramp=20", "rotation=0.0", "parts=all")
+PARTS = ("spread=1.0", "spread=4.0", "ramp=20", "rotation=0.0")
+# Stem and experts, layers of two kinds, which one threshold may cut differently.
+BOTH = tuple(
+    f"load_balanced: pruning.kind={kind},pruning.parts=all"
+    for kind in ("lamp", "uniform")
+)
 PRUNED = ("load_balanced", "random", "fedavg")
 
 
@@ -53,7 +59,7 @@ def get_config(argument: str = "") -> ConfigDict:
     parts = [f"load_balanced: {LAMP},pruning.{part}" for part in PARTS]
     double = f"load_balanced: devices.model_scale={scale:g}"
     some = [change for s in PRUNED for change in list_changes(s, tuple(SCORES))]
-    config.compare.changes = ("", *some, *parts, double)
+    config.compare.changes = ("", *some, *parts, *BOTH, double)
     config.compare.seeds = config.compare.seeds[:5]
     if "digits" not in words:
         config.compare.seeds = (0, 1, 2)
@@ -62,7 +68,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.chunk_rounds = 5
         config.compare.strategies = ("load_balanced", "fedavg_active")
         some = list_changes("load_balanced", ("lamp", "uniform"))
-        config.compare.changes = ("", *some, f"fedavg_active: {LAMP}", double)
+        dense = f"fedavg_active: {LAMP}"
+        config.compare.changes = ("", *some, dense, *BOTH, double)
     if "smoke" in words:
         config.compare.strategies = ("load_balanced",)
         config.compare.changes = ("", LAMP)

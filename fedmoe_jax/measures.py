@@ -588,6 +588,16 @@ MEASURES: dict[str, Measure] = {
         group=COST,
         trivial=1.0,
     ),
+    "mean_kept_spread": Measure(
+        "kept_spread",
+        MEAN,
+        "Spread of kept units",
+        "standard deviation of that share over the experts of a client, mean over "
+        "clients: 0 where all are cut alike",
+        scale=100.0,
+        group=COST,
+        trivial=0.0,
+    ),
     "mean_mask_overlap": Measure(
         "mask_overlap",
         MEAN,

@@ -38,6 +38,17 @@ def measure_overlap(holders: Array, experts: Array) -> Array:
     return both / either
 
 
+def measure_spread(shares: Array, slot: Array) -> Array:
+    """[C] float32, standard deviation of the shares that each client keeps of experts.
+
+    Args:
+      shares: [C, G, K] float32 in [0, 1].
+      slot: [C, G, K] bool, those that count; 0 without any.
+    """
+    mean = lambda values: (values * slot).sum((1, 2)) / jnp.maximum(slot.sum((1, 2)), 1)
+    return jnp.sqrt(mean((shares - mean(shares)[:, None, None]) ** 2))
+
+
 def measure_pruning(
     masks: dict[str, Array],
     held: Array,
@@ -61,16 +72,19 @@ def measure_pruning(
       max_capacity: the most experts that any client has room for, K.
 
     Returns:
-      `kept_share` [] of the units of held experts; `kept_by_capacity` [K + 1, layers],
-      of clients with room for 0, 1, ... whole experts, layers being the stem's and then
-      the MoE layers, NaN without a client; of the experts' units the fewest clients
-      that an update came from, `least_coverage` [], among experts that any client
-      trained, the mean, `mean_coverage` [], and `mask_overlap` [].
+      `kept_share` [] of the units of held experts; `kept_spread` [], the standard
+      deviation of these shares over a client's experts, mean over clients;
+      `kept_by_capacity` [K + 1, layers], of clients with room for 0, 1, ... whole
+      experts, layers being the stem's and then the MoE layers, NaN without a client;
+      of the experts' units the fewest clients that an update came from,
+      `least_coverage` [], among experts that any client trained, the mean,
+      `mean_coverage` [], and `mask_overlap` [].
     """
     experts = [masks[each.name] for each in of_part(units, "experts")]
     joined = jnp.concatenate(experts, axis=-1)  # [C, G, K, n]
     slots = slot.sum(2)  # [C, G]
-    of_expert = (joined.mean(-1) * slot).sum(2) / jnp.maximum(slots, 1)
+    shares = joined.mean(-1) * slot  # [C, G, K]
+    of_expert = shares.sum(2) / jnp.maximum(slots, 1)
     stem = [masks[each.name].mean(-1) for each in of_part(units, "stem")]
     layers = jnp.stack([*stem, *of_expert.T], axis=-1)  # [C, layers]
     most = jnp.minimum(capacity, max_capacity)[None]
@@ -82,7 +96,8 @@ def measure_pruning(
     trained = of_experts > 0
     least = jnp.where(trained[..., None], holders, jnp.iinfo(jnp.int32).max)
     return {
-        "kept_share": (joined.mean(-1) * slot).sum() / jnp.maximum(slot.sum(), 1),
+        "kept_share": shares.sum() / jnp.maximum(slot.sum(), 1),
+        "kept_spread": measure_spread(joined.mean(-1), slot).mean(),
         "kept_by_capacity": room @ layers / room.sum(1, keepdims=True),
         "least_coverage": jnp.where(trained.any(), least.min(), 0),
         "mean_coverage": holders.sum()

@@ -55,6 +55,8 @@ def test_measure_pruning_by_hand():
         masks, held, slot, jnp.array([0, 7]), jnp.ones(2, bool), units, 3, 2
     )
     np.testing.assert_allclose(found["kept_share"], (0.5 + 1 + 0.25) / 3)
+    # Client 0 has one expert, client 1 keeps all and a quarter of two: 0.375 around.
+    np.testing.assert_allclose(found["kept_spread"], (0 + 0.375) / 2)
     by_capacity = np.asarray(found["kept_by_capacity"])
     np.testing.assert_allclose(by_capacity[[0, 2]], [[0.5, 0.5], [1, 0.625]])
     assert np.isnan(by_capacity[1]).all()
