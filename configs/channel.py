@@ -10,7 +10,8 @@ data alone decide (`load_balanced`), the channel alone (`channel_only`), or both
 (`channel_aware`), with profiles that do not see the channel; errors of the channel's
 measurement, stale measurements of a slow and a fast channel, shorter and longer
 deadlines, one at a time; then without a price of time and with a high one, with
-profiles that see the channel, and with pruned experts, which differ in size. Read
+profiles that see the channel, with pruned experts, which differ in size, and with
+probes as feedback. Read
 accuracies at equal simulated time and energy, costs to target accuracies, outage, MB
 lost and load CV.
 
@@ -20,7 +21,7 @@ loss by their time, or a price of it, and a loss that keeps the gate from collap
 Read accuracy over links beside global accuracy, and the wait for links.
 
 Five seeds on the digits (`digits`, about four minutes for both), three on CIFAR-10 with
-the rows that decide, nine runs each. `smoke` is short.
+the rows that decide, nine runs of assignments and fifteen of gates. `smoke` is short.
 """
 
 from ml_collections import ConfigDict
@@ -33,9 +34,13 @@ STALE = ("channel.refresh=5", "channel.refresh=5,channel.persistence=0.5")
 DEADLINES = ("devices.deadline=40.0", "devices.deadline=160.0")
 PRICES = ("channel_aware: channel_aware.price=0.0",)
 PRICES += ("channel_aware: channel_aware.price=3.0",)
+# Feedback by which fitness follows the data more than by training accuracy.
+PROBES = "fitness.feedback=relative_probe"
 PRUNED = tuple(f"{name}: pruning.kind=lamp" for name in STRATEGIES)
-SEEN = ("load_balanced: profile.links=round", "channel_aware: profile.links=round")
+SEEN = tuple(f"{name}: profile.links=round" for name in STRATEGIES)
 SIGHT, START = "expert_links.sight=0.0", "expert_links.start"
+FAST = "expert_links.persistence=0.5"
+FADING = FAST, f"{SIGHT},{FAST}"
 PENALTY = "loss.latency=1.0"
 
 
@@ -51,7 +56,7 @@ def compare_assignments(config: ConfigDict, words: set[str]) -> None:
         config.compare.changes = ("", *PRICES[:1])
     elif "digits" in words:
         changes = *KNOWLEDGE, *STALE, *DEADLINES, *PRICES, *SEEN, *PRUNED
-        config.compare.changes = ("", *changes)
+        config.compare.changes = ("", *changes, PROBES)
 
 
 def compare_gates(config: ConfigDict, words: set[str]) -> None:
@@ -61,6 +66,8 @@ def compare_gates(config: ConfigDict, words: set[str]) -> None:
     config.compare.strategies = ("load_balanced",)
     config.evaluation.baseline = f"load_balanced {SIGHT}"
     config.compare.changes = ("", SIGHT, PENALTY)
+    if "smoke" not in words:
+        config.compare.changes += FADING
     two_stages = f"{START}={config.num_rounds // 2}"
     if "digits" in words and "smoke" not in words:
         config.compare.changes += (
@@ -70,8 +77,6 @@ def compare_gates(config: ConfigDict, words: set[str]) -> None:
             two_stages,
             f"{two_stages},loss.load=0.1",
             "expert_links.csi=0.7",
-            "expert_links.persistence=0.5",
-            f"{SIGHT},expert_links.persistence=0.5",
         )
 
 
