@@ -10,10 +10,10 @@ devices seldom can (`availability.capacity_bias`): the weakest in 24 % of the ro
 spells, which bounds the floor of participation. The rows are floors up to near that,
 the higher ones also with queues that outweigh the draw sooner (`fairness.tradeoff`);
 floors of the second kind, under which clients of every capacity train experts of high
-value; and, as the alternative, updates that weigh by their client's loss (q-FFL). The
-report has the spread of the clients' accuracies at each floor, with a test of its
-trend, the differences to no floor in accuracy and simulated time, and the kinds of
-device.
+value; and, as the alternative, updates that weigh by their client's loss (q-FFL). Some
+rows ask again where weak devices have classes that others lack. The report has the
+spread of the clients' accuracies at each floor, with a test of its trend, the
+differences to no floor in accuracy and simulated time, and the kinds of device.
 
 `digits` is on the embedded digits, with five seeds, about ten minutes on two cores,
 else it is on CIFAR-10, with three seeds and the rows that decide. `smoke` is short.
@@ -34,6 +34,9 @@ OF_EXPERTS = tuple(
     for name in MIXTURES
     for change in (EXPERTS, f"{FLOORS[-1]},{EXPERTS}")
 )
+# Weak devices have the classes that others lack.
+LACKING = "devices.order=labels"
+LACKED = (LACKING, f"{LACKING},{FLOORS[-1]}", f"{LACKING},{POWERS[1]}")
 DECISIVE = (
     "",
     FLOORS[-1],
@@ -53,7 +56,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.availability.capacity_bias, config.availability.persistence = 0.8, 0.3
     config.evaluation.baseline = UNFLOORED
     config.compare.strategies = STRATEGIES
-    config.compare.changes = ("", *FLOORS, *FIRM, *POWERS, *OF_EXPERTS)
+    config.compare.changes = ("", *FLOORS, *FIRM, *POWERS, *OF_EXPERTS, *LACKED)
     if "digits" not in words:  # a run takes minutes
         config.compare.strategies = ("load_balanced", DENSE)
         config.compare.changes = DECISIVE

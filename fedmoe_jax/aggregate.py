@@ -175,8 +175,8 @@ def emphasise(weights: dict[str, Array], loss: Array, power: Array) -> dict[str,
     """The weights of ONE client times its loss to the power of q.
 
     After q-FFL (arXiv 1905.10497), whose objective `sum_c p_c F_c^(q + 1) / (q + 1)`
-    has the gradient `sum_c p_c F_c^q grad F_c`. This project's choices: F_c, the loss of
-    the params as received, is that of the client's first batch, which it computes
+    has the gradient `sum_c p_c F_c^q grad F_c`. This project's choices: F_c, the loss
+    of the params as received, is that of the client's first batch, which it computes
     anyway, instead of that of all its examples; and weights are normalised as they are
     without q, where q-FedAvg divides by an estimate of the curvature.
 

@@ -184,8 +184,8 @@ class Progress(NamedTuple):
       opt_state: of its optimiser.
       sums: over the steps, of losses and feedback.
       importance: likewise, of the units; {} where it is not measured.
-      first_loss: [] float32, mean of `Scores.loss` in the first batch, 0 before it; None
-        without `static.fairness.power`.
+      first_loss: [] float32, mean of `Scores.loss` in the first batch, 0 before it;
+        None without `static.fairness.power`.
     """
 
     submodel: PyTree

@@ -20,7 +20,12 @@ from fedmoe_jax.probe import count_held_out
 from fedmoe_jax.strategies import does_probe, find_strategy
 from fedmoe_jax.tasks import find_task
 from fedmoe_jax.types import Devices, Federation, Lists, Partition, Pool
-from fedmoe_jax.world.devices import draw_devices, read_devices, unlimited_device
+from fedmoe_jax.world.devices import (
+    draw_devices,
+    follow_labels,
+    read_devices,
+    unlimited_device,
+)
 from fedmoe_jax.world.drift import draw_drift_sources
 
 POOL_BLOCK = 256  # pools are padded to multiples, so that seeds share a program
@@ -232,6 +237,8 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     """
     counts = partition.label_counts.astype(np.float32)
     devices, _ = make_devices(config)
+    if config.devices.order == "labels":
+        devices = follow_labels(devices, partition.label_counts[: config.num_clients])
     drift_source = draw_drift_sources(
         np.random.default_rng([config.seed, 3]), config.num_clients, config.drift.share
     )

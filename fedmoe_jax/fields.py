@@ -27,7 +27,7 @@ from fedmoe_jax.options import (
 )
 from fedmoe_jax.pruning.scores import KINDS as PRUNINGS
 from fedmoe_jax.tasks import list_augments
-from fedmoe_jax.world.devices import WIDEST
+from fedmoe_jax.world.devices import ORDERS, WIDEST
 
 # Fields that may change between the calls that run and resume one simulation. A
 # comparison's lists may, as its runs are checked one by one.
@@ -575,6 +575,12 @@ OPTIONS: tuple[Option, ...] = (
         "devices.spread",
         Range(0, WIDEST),
         "standard deviation of the log of each capability within a kind",
+    ),
+    Option(
+        "devices.order",
+        ORDERS,
+        "which client has which device: at random (or as devices.csv says), or, by "
+        "labels, those with lower labels on average those with less memory",
     ),
     Option(
         "devices.free_memory",

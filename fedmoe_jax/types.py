@@ -496,8 +496,8 @@ class ClientUpdate(struct.PyTreeNode):
         where nothing is.
       importance: of the units, mean over the steps, by name; {} where it is not
         measured.
-      first_loss: [] float32, mean of `Scores.loss` in the first batch, thus of the params
-        as received; None where no weight follows it.
+      first_loss: [] float32, mean of `Scores.loss` in the first batch, thus of the
+        params as received; None where no weight follows it.
     """
 
     delta: PyTree

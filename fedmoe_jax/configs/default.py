@@ -201,6 +201,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.devices.tiers = ("phone", "laptop", "workstation")
     config.devices.shares = (0.4, 0.4, 0.2)
     config.devices.spread = 0.4
+    config.devices.order = "random"
     config.devices.free_memory = 1.0
     config.devices.model_scale = 1500.0
     config.devices.deadline = 60.0

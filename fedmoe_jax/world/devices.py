@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +38,7 @@ class Tier(NamedTuple):
 
 POSITIVE = Tier._fields[:4]  # a device may lack the others
 WIDEST = 5.0  # spread; half of the devices are then 29 times off the median or more
+ORDERS = ("random", "labels")  # in which devices are dealt to clients
 GIB = 2**30  # memory chips come in powers of two
 # Share of the peak that training sustains, an assumption: LLM training gets 0.2 to 0.46
 # of it (PaLM, arXiv 2204.02311, table 3), small models may get less.
@@ -143,6 +145,22 @@ def read_devices(
         np.arange(num_clients) if own else rng.integers(len(rows), size=num_clients)
     )
     return _build(values[chosen], tier[chosen], free_memory), names
+
+
+def follow_labels(devices: Devices, label_counts: np.ndarray) -> Devices:
+    """The devices dealt anew: the lower a client's labels, the less memory it has.
+
+    Weak devices then have examples of classes that others lack.
+
+    Args:
+      devices: leaves [N].
+      label_counts: [N, L] int, examples of each client by label (or stratum).
+    """
+    numbers = np.arange(label_counts.shape[1])
+    mean = label_counts @ numbers / np.maximum(label_counts.sum(axis=1), 1)
+    dealt = np.empty(len(mean), int)
+    dealt[np.argsort(mean, kind="stable")] = np.argsort(devices.memory, kind="stable")
+    return jax.tree.map(lambda leaf: leaf[dealt], devices)
 
 
 def unlimited_device() -> Devices:

@@ -90,7 +90,8 @@ def test_find_epsilon_of_gaussians_is_close_to_the_exact_one(multiplier):
 
 
 @pytest.mark.parametrize(
-    ("multiplier", "cohort", "clients", "rounds"), [(4, 2, 200, 1000), (5, 20, 1000, 500)]
+    ("multiplier", "cohort", "clients", "rounds"),
+    [(4, 2, 200, 1000), (5, 20, 1000, 500)],
 )
 def test_find_epsilon_of_cohorts_is_within_the_published_bound(
     multiplier, cohort, clients, rounds

@@ -6,7 +6,13 @@ import pytest
 
 from fedmoe_jax.options import UserError
 from fedmoe_jax.types import Devices
-from fedmoe_jax.world.devices import TIERS, Tier, draw_devices, read_devices
+from fedmoe_jax.world.devices import (
+    TIERS,
+    Tier,
+    draw_devices,
+    follow_labels,
+    read_devices,
+)
 from fedmoe_jax.world.devices import unlimited_device as unlimited
 
 NAMES = ("phone", "laptop", "workstation")
@@ -258,3 +264,17 @@ def test_read_devices_refuses_missing_and_unreadable_files(tmp_path):
 def test_read_devices_checks_the_share_of_the_memory(write):
     with pytest.raises(UserError, match="devices.free_memory=2"):
         read_devices(write(f"{HEADER}\n{ROW}\n"), 1, rng(), 2)
+
+
+# --- dealt by labels
+
+
+def test_follow_labels_gives_lower_labels_less_memory_by_hand():
+    """Mean labels 2, 0, 0.5 and 1: clients 1, 2, 3, 0 from the weakest device on."""
+    counts = np.array([[0, 0, 5], [3, 0, 0], [3, 0, 1], [0, 7, 0]])
+    devices = draw(4)
+    dealt = follow_labels(devices, counts)
+    order, clients = np.argsort(np.asarray(devices.memory)), np.array([1, 2, 3, 0])
+    expected = columns(devices)[order][[3, 0, 1, 2]]
+    np.testing.assert_array_equal(columns(dealt), expected)
+    np.testing.assert_array_equal(dealt.tier[clients], devices.tier[order])
