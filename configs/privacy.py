@@ -2,6 +2,8 @@
 
     python launch.py --config=configs/privacy.py:digits --workdir=runs/privacy
     python -m fedmoe_jax.attack runs/privacy --workdir=runs/privacy_attacks
+    python launch.py --config=configs/privacy.py:members,digits --workdir=runs/members
+    python -m fedmoe_jax.attack runs/members --workdir=runs/members_attacks
     python launch.py --config=configs/privacy.py:groups,digits \\
       --settings=results/regimes_permuted/settings.json --workdir=runs/privacy_groups
     python -m fedmoe_jax.attack runs/privacy_groups --workdir=runs/groups_attacks
@@ -17,7 +19,9 @@ randomised requests with cover traffic, and clipped, noisy sums of updates (DP-F
 and all of them at once for `greedy`. Half of each client's examples are its own test
 set, so that an example is trained on in about half of the seeds, as LiRA's shadows need
 it. `digits` is on the embedded digits, 50 clients that all take part; else it is on
-CIFAR-10, 20 of 50 clients a round, with the rows that decide.
+CIFAR-10, 20 of 50 clients a round, with the rows that decide. `members` has 20 seeds,
+thus 19 shadows, of the rows without a defence and of clipped sums with a little noise.
+
 `groups` asks the same where an assignment by data pays: labels mean something else in
 each of four groups of clients, which have all labels equally often, and attacks look
 for a client's group; the rates are those of the recipe there. Feedback is the probe,
@@ -97,8 +101,11 @@ def set_groups(config: ConfigDict, *, digits: bool) -> None:
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """The study. `argument` joins any of `groups`, `digits` and `smoke` with commas."""
+    """The study. `argument` joins `groups` or `members`, `digits`, `smoke` by commas."""
     groups, argument = compare.take_word(argument, "groups")
+    members = False
+    if not groups:  # where nobody looks for members
+        members, argument = compare.take_word(argument, "members")
     words = argument.split(",")
     config = compare.get_config(argument)
     config.privacy.observe, config.fitness.feedback = True, "relative_probe"
@@ -113,6 +120,9 @@ def get_config(argument: str = "") -> ConfigDict:
         config.eval_every, config.checkpoint.every = 20, 20
         config.chunk_rounds = 5
         config.compare.changes, config.compare.seeds = DECISIVE, (0, 1, 2)
+    if members:
+        config.compare.changes = "", f"{BOUND},privacy.noise=0.1"
+        config.compare.seeds = tuple(range(20))
     if groups:
         set_groups(config, digits="digits" in words)
     if "smoke" in words:

@@ -1,8 +1,8 @@
-"""The picture of attacks: what they find, beside what the defences cost."""
+"""Pictures of attacks: what they find, beside what the defences cost."""
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +46,14 @@ PANELS = (
     Panel("members_loss_auc", "Members, by loss (AUC)", 1.0, 0.5),
     Panel("members_lira_auc", "Members, LiRA (AUC)", 1.0, 0.5),
 )
-ACCURACY = "final_personal_accuracy"
+ACCURACY, EPSILON = "final_personal_accuracy", "epsilon"
+OVER_EPSILON = (
+    *(panel for panel in PANELS if panel.key in ("pairs_auc", "groups_auc")),
+    *(panel for panel in PANELS if panel.key == "members_loss_auc"),
+    Panel(ACCURACY, "Personal accuracy (%)", 100.0, NAN),
+    Panel("mean_load_cv", "Load CV", 1.0, NAN),
+    Panel("labels_known", "Expert-label information", 1.0, NAN),
+)
 MARKS = {  # by defence
     "none": "o",
     "feedback_noise": "s",
@@ -123,6 +130,50 @@ def draw_panel(
     axes.set(xlabel="Personal accuracy (%)", ylabel=title)
 
 
+def draw_over_epsilon(
+    axes: Axes, points: Sequence[Point], panel: Panel, colours: Mapping[str, str]
+) -> None:
+    """One number over epsilon, a mark for each row with a guarantee.
+
+    A dashed line is a strategy without a defence.
+    """
+    key, title, scale, _ = panel
+    for strategy, defence, numbers in points:
+        level, epsilon = scale * numbers.get(key, NAN), numbers.get(EPSILON, 0.0)
+        if math.isfinite(level) and epsilon > 0:
+            style = dict(color=colours[strategy], ms=4, alpha=0.75, mew=0)
+            axes.plot(epsilon, level, MARKS[defence], **style)
+        elif math.isfinite(level) and defence == "none":
+            axes.axhline(level, color=colours[strategy], lw=0.8, ls=(0, (4, 1.5)))
+    axes.set(xlabel="Epsilon", ylabel=title, xscale="log")
+
+
+def open_and_draw(
+    points: Sequence[Point], panels: Sequence[Panel], draw: Callable[..., None]
+) -> Figure:
+    """A figure with the panels and, at their right, strategies and defences.
+
+    Args:
+      points: all rows.
+      panels: one or more.
+      draw: (axes, points, panel, colours of the strategies) -> None.
+    """
+    names = list(dict.fromkeys(point.strategy for point in points))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    figure, opened = open_panels(len(panels), INNER)
+    for axes, panel in zip(opened, panels, strict=True):
+        draw(axes, points, panel, colours)
+    used = [mark for mark in MARKS if any(p.defence == mark for p in points)]
+    texts = [shorten(name) for name in (*names, *used)]
+    line = lambda colour, mark: Line2D([], [], color=colour, marker=mark, ls="", ms=4)
+    handles = [line(colours[name], "o") for name in names]
+    handles += [line(GREY, MARKS[mark]) for mark in used]
+    opened[-1].legend(handles, texts, bbox_to_anchor=(1, 1))
+    rights = [0.0] * (len(panels) - 1) + [LEGEND + widest(texts)]
+    settle(opened, INNER, rights)
+    return figure
+
+
 @rc_context(STYLE)
 def draw_attacks(points: Sequence[Point]) -> Figure | None:
     """What attacks find over what is left of the accuracy; None without any.
@@ -132,19 +183,13 @@ def draw_attacks(points: Sequence[Point]) -> Figure | None:
     """
     found = {key for point in points for key in point.numbers}
     known = [panel for panel in PANELS if panel.key in found and ACCURACY in found]
-    if not known:
-        return None
-    names = list(dict.fromkeys(point.strategy for point in points))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    figure, panels = open_panels(len(known), INNER)
-    for axes, panel in zip(panels, known, strict=True):
-        draw_panel(axes, points, panel, colours)
-    used = [mark for mark in MARKS if any(p.defence == mark for p in points)]
-    texts = [shorten(name) for name in (*names, *used)]
-    line = lambda colour, mark: Line2D([], [], color=colour, marker=mark, ls="", ms=4)
-    handles = [line(colours[name], "o") for name in names]
-    handles += [line(GREY, MARKS[mark]) for mark in used]
-    panels[-1].legend(handles, texts, bbox_to_anchor=(1, 1))
-    rights = [0.0] * (len(known) - 1) + [LEGEND + widest(texts)]
-    settle(panels, INNER, rights)
-    return figure
+    return open_and_draw(points, known, draw_panel) if known else None
+
+
+@rc_context(STYLE)
+def draw_epsilons(points: Sequence[Point]) -> Figure | None:
+    """Attacks, accuracy, load and information over epsilon; None without an epsilon."""
+    private = [p for p in points if p.numbers.get(EPSILON, 0.0) > 0]
+    found = {key for point in private for key in point.numbers}
+    known = [panel for panel in OVER_EPSILON if panel.key in found]
+    return open_and_draw(points, known, draw_over_epsilon) if known else None

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedmoe_jax.attack.membership import NAN
-from fedmoe_jax.attack.plots import average_rows, draw_attacks
+from fedmoe_jax.attack.plots import (
+    Point,
+    average_rows,
+    draw_attacks,
+    draw_epsilons,
+)
 from fedmoe_jax.report.cells import mean_cell
 from fedmoe_jax.report.figures import Picture
 from fedmoe_jax.report.page import figure_html, make_page
@@ -122,10 +127,13 @@ SECTIONS = (
     ),
 )
 
-PICTURE = "attacks"
 CAPTION = (
     "What attacks find over the clients' personal accuracy, a mark for each row, mean "
     "over seeds; dashed: what is found without a history."
+)
+OVER_EPSILON = (
+    "What attacks find, and what defences cost, over the epsilon of each row that has "
+    "one, mean over seeds; dashed: the strategy without a defence."
 )
 
 Numbers = Mapping[str, float]
@@ -161,6 +169,19 @@ def make_section(
     return Section(title, about, [Sheet("", heads, rows)])
 
 
+def draw_pictures(points: Sequence[Point]) -> list[Picture]:
+    """The pictures of the rows, those that there is something for."""
+    attacks, over = draw_attacks(points), draw_epsilons(points)
+    drawn = ("attacks", CAPTION, attacks), ("epsilons", OVER_EPSILON, over)
+    return [Picture(*each) for each in drawn if each[-1] is not None]
+
+
+def save_png(folder: Path, name: str, png: bytes) -> str:
+    """Writes a picture into a folder, and returns its name."""
+    write_bytes(folder / f"{name}.png", png)
+    return name
+
+
 def write_attacks(
     workdir: Path,
     runs: Sequence[Run],
@@ -169,7 +190,7 @@ def write_attacks(
 ) -> Path:
     """Writes `attacks.html`, which needs no other file, and what it is made of.
 
-    That is `attacks.md`, its picture, `attacks.csv` and `attack_experts.csv`.
+    That is `attacks.md`, its pictures, `attacks.csv` and `attack_experts.csv`.
 
     Args:
       workdir: of the tables; it exists.
@@ -190,15 +211,10 @@ def write_attacks(
     sections = [make_section(*each, groups) for each in SECTIONS]
     sections = [each for each in sections if each.sheets[0].heads[1:]]
     parts, page = [section_markdown(each) for each in sections], ["<h1>Attacks</h1>"]
-    figure = draw_attacks(average_rows(named, joined))
-    if figure is not None:
-
-        def save(name: str, png: bytes) -> str:
-            write_bytes(workdir / f"{name}.png", png)
-            return name
-
-        page.append(figure_html(Picture(PICTURE, CAPTION, figure), "", save))
-        parts.insert(0, f"![{CAPTION}]({PICTURE}.png)\n\n{CAPTION}\n")
+    for picture in reversed(draw_pictures(average_rows(named, joined))):
+        name, caption, _ = picture
+        parts.insert(0, f"![{caption}]({name}.png)\n\n{caption}\n")
+        page.insert(1, figure_html(picture, "", lambda *png: save_png(workdir, *png)))
     page += map(section_html, sections)
     private = {label: text for label, text in notes.items() if text}
     if private:

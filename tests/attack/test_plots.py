@@ -10,6 +10,7 @@ from fedmoe_jax.attack.plots import (
     Point,
     average_rows,
     draw_attacks,
+    draw_epsilons,
     name_defence,
 )
 
@@ -57,3 +58,19 @@ def test_draw_attacks_has_a_panel_for_each_attack_and_marks_its_chance():
     numbers = {ACCURACY: 0.5, "groups_link_ridge": 0.9, "groups_mean": 0.25}
     (groups,) = draw_attacks([Point("greedy", "none", numbers)]).axes
     assert level(groups) == pytest.approx(25)
+
+
+def test_draw_epsilons_has_a_mark_for_each_guarantee_and_a_line_for_none():
+    private = {"epsilon": 4.0, ACCURACY: 0.25, "mean_load_cv": 0.3}
+    rows = [
+        Point("greedy", "none", {ACCURACY: 0.5, "mean_load_cv": 0.7}),
+        Point("greedy", "selection", private),
+        Point("load_balanced", "selection", {ACCURACY: 0.4}),  # has none
+    ]
+    accuracy, load = draw_epsilons(rows).axes
+    level, mark = accuracy.lines
+    assert level.get_ydata()[0] == 50 and mark.get_marker() == "^"
+    np.testing.assert_allclose(mark.get_xydata(), [[4, 25]])
+    np.testing.assert_allclose(load.lines[1].get_xydata(), [[4, 0.3]])
+    assert accuracy.get_xscale() == "log"
+    assert draw_epsilons(rows[::2]) is None
