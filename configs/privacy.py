@@ -101,7 +101,7 @@ def set_groups(config: ConfigDict, *, digits: bool) -> None:
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """The study. `argument` joins `groups` or `members`, `digits`, `smoke` by commas."""
+    """The study. `argument` joins `groups` or `members`, `digits` and `smoke`."""
     groups, argument = compare.take_word(argument, "groups")
     members = False
     if not groups:  # where nobody looks for members

@@ -1,10 +1,11 @@
 """The largest floor of participation that a schedule could meet: on the host.
 
 It is a necessary condition, by what is known before a run: how often each client can be
-reached, how often it drops out, how large cohorts are, and whether its memory has room
-for the network with one expert. Links that fail, deadlines, memory that others take and
-clients that are still at work for the last round lose further updates. Where a floor is
-not met, its longest queue grows in proportion to the rounds.
+reached, how often it drops out, how large cohorts are, whether its memory has room for
+the network with one expert and whether, over wires, its round with that one ends before
+a deadline that drops updates. Links that fail, further experts, memory that others take
+and clients that are still at work for the last round lose further updates. Where a
+floor is not met, its longest queue grows in proportion to the rounds.
 """
 
 import math
@@ -20,7 +21,7 @@ from fedmoe_jax.strategies import find_strategy
 from fedmoe_jax.types import Devices
 from fedmoe_jax.world.availability import has_reach, reach_share
 from fedmoe_jax.world.capacity_bias import count_stronger, has_bias
-from fedmoe_jax.world.costs import Costs, Traffic, fits_memory
+from fedmoe_jax.world.costs import Costs, Traffic, client_seconds, fits_memory
 
 HOURS = 10_000  # of a day, over which its mean is taken
 DIGITS = 3  # of a floor that is named, which is rounded down
@@ -77,19 +78,46 @@ def count_stuck(config: ConfigDict, devices: Devices, costs: Costs) -> int:
     """
     if config.devices.overload != "lose" or config.pruning.kind != NONE:
         return 0
-    one, none = jnp.ones(devices.memory.shape), jnp.zeros(devices.memory.shape)
-    counts = dict.fromkeys(("sent", "received", "reported", "shown", "new"), none)
-    fits = fits_memory(costs, Traffic(held=one, trained=one, **counts), devices.memory)
+    fits = fits_memory(costs, hold_one(devices), devices.memory)
     return int((~fits).sum())
 
 
-def check_floor(config: ConfigDict, devices: Devices, costs: Costs) -> None:
+def count_late(
+    config: ConfigDict, devices: Devices, costs: Costs, examples: np.ndarray
+) -> int:
+    """Clients that are late in every round, with one expert, which stays with them.
+
+    0 where late updates count, links fade, or clients prune what they hold.
+    """
+    waits = config.late.kind != "drop" or config.channel.kind != "wired"
+    if waits or config.pruning.kind != NONE:
+        return 0
+    work = devices, costs, hold_one(devices), jnp.asarray(examples, jnp.float32)
+    seconds = client_seconds(*work).sum(axis=1)
+    return int((seconds > (1 + ROUNDING) * config.devices.deadline).sum())
+
+
+def hold_one(devices: Devices) -> Traffic:
+    """The least that a client may have to do: it trains one expert, and none travels.
+
+    Args:
+      devices: leaves [N].
+    """
+    one, none = jnp.ones(devices.memory.shape), jnp.zeros(devices.memory.shape)
+    counts = dict.fromkeys(("sent", "received", "reported", "shown", "new"), none)
+    return Traffic(held=one, trained=one, **counts)
+
+
+def check_floor(
+    config: ConfigDict, devices: Devices, costs: Costs, examples: np.ndarray
+) -> None:
     """Checks that the floor of participation is not above what could be met.
 
     Args:
       config: as the strategy configures it.
       devices: leaves [N].
       costs: scaled, what the devices feel.
+      examples: [N] that each client trains in a round, repeats included.
 
     Raises:
       UserError: it is, or there is nothing to choose as all clients take part anyway.
@@ -109,6 +137,14 @@ def check_floor(config: ConfigDict, devices: Devices, costs: Costs) -> None:
             f"{named}: {stuck} of {config.num_clients} clients have no memory for the "
             f"network with one expert at devices.model_scale="
             f"{config.devices.model_scale:g} and are lost in every round; allowed: 0"
+        )
+    if behind := count_late(config, devices, costs, examples):
+        raise UserError(
+            f"{named}: {behind} of {config.num_clients} clients cannot train the "
+            "network with one expert within devices.deadline="
+            f"{config.devices.deadline:g} at devices.model_scale="
+            f"{config.devices.model_scale:g}, and late.kind='drop' loses them in every "
+            "round; allowed: 0"
         )
     informed, reach = numbers.sampling == "reachable", count_reach(config, devices)
     if find_strategy(config.strategy).silent and not informed:

@@ -549,7 +549,8 @@ def build_program(
     fixed = count_fixed_products(plain, batch)
     costs = count_costs(trained, frozen, forward, strategy, fixed)
     felt = scale_costs(costs, used.devices.model_scale)
-    check_floor(used, federation.devices, felt)
+    examples = federation.steps * sizes.batch_size
+    check_floor(used, federation.devices, felt, examples)
     rows = batch.of(sizes.batch_size)
     units, rest = count_entries(trained, choose_units(used, model, trained))
     return Program(

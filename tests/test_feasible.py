@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 from factories import COSTS, make_config, make_devices, tiny_config
 
-from fedmoe_jax.feasible import check_floor, count_reach, find_largest, round_down
+from fedmoe_jax.feasible import (
+    check_floor,
+    count_reach,
+    find_largest,
+    hold_one,
+    round_down,
+)
 from fedmoe_jax.options import UserError
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.train.plan import plan_run
+from fedmoe_jax.world.costs import client_flops
 
 DEVICES = make_devices(4, memory=1e6 * jnp.array([1.0, 2.0, 3.0, 4.0]))
+WORK = np.full(4, 40)  # examples
 FOUR = {"num_clients": 4, "cohort_size": 2}
 
 
@@ -64,12 +72,12 @@ def name_largest(**fields):
     """The floor that the refusal of one that is too high names."""
     config = make_config(**FOUR, **{"fairness.floor": 0.9}, **fields)
     with pytest.raises(UserError, match="^fairness.floor=0.9 is not allowed") as caught:
-        check_floor(config, DEVICES, COSTS)
+        check_floor(config, DEVICES, COSTS, WORK)
     text = str(caught.value)
     assert "\n" not in text
     most = float(re.search(r"; allowed: 0 to (\S+)$", text)[1])
     config.fairness.floor = most
-    check_floor(config, DEVICES, COSTS)
+    check_floor(config, DEVICES, COSTS, WORK)
     return most
 
 
@@ -89,16 +97,17 @@ def test_check_floor_names_the_largest_one_and_allows_it():
 def test_check_floor_without_a_choice_or_a_link():
     everyone = FOUR | {"cohort_size": 4, "fairness.floor": 0.1}
     with pytest.raises(UserError, match="cohort_size=num_clients=4.*allowed: 0, or a"):
-        check_floor(make_config(**everyone), DEVICES, COSTS)
-    check_floor(make_config(**everyone | {"fairness.floor": 0.0}), DEVICES, COSTS)
+        check_floor(make_config(**everyone), DEVICES, COSTS, WORK)
+    check_floor(make_config(**everyone | {"fairness.floor": 0.0}), DEVICES, COSTS, WORK)
     # Clients that train for themselves need no link.
     alone = {"strategy": "local", "availability.share": 0.4, "fairness.floor": 0.5}
-    check_floor(make_config(**FOUR, **alone), DEVICES, COSTS)
+    check_floor(make_config(**FOUR, **alone), DEVICES, COSTS, WORK)
     with pytest.raises(UserError, match="allowed: 0 to 0.4"):
         check_floor(
             make_config(**FOUR, **alone, **{"availability.sampling": "reachable"}),
             DEVICES,
             COSTS,
+            WORK,
         )
 
 
@@ -109,10 +118,34 @@ def test_check_floor_refuses_clients_that_are_lost_in_every_round():
     floor = FOUR | {"fairness.floor": 0.1, "devices.overload": "lose"}
     told = "2 of 4 clients have no memory for .* lost in every round; allowed: 0$"
     with pytest.raises(UserError, match=told):
-        check_floor(make_config(**floor), devices, COSTS)
-    check_floor(make_config(**floor | {"devices.overload": "ignore"}), devices, COSTS)
-    check_floor(make_config(**floor | {"pruning.kind": "lamp"}), devices, COSTS)
-    check_floor(make_config(**floor), devices.replace(memory=memory + 20), COSTS)
+        check_floor(make_config(**floor), devices, COSTS, WORK)
+    check_floor(
+        make_config(**floor | {"devices.overload": "ignore"}), devices, COSTS, WORK
+    )
+    check_floor(make_config(**floor | {"pruning.kind": "lamp"}), devices, COSTS, WORK)
+    check_floor(make_config(**floor), devices.replace(memory=memory + 20), COSTS, WORK)
+
+
+def test_check_floor_refuses_clients_that_are_late_in_every_round():
+    """Five seconds each way, and 30 FLOPs for each of 40 examples."""
+    flops = client_flops(COSTS, hold_one(DEVICES), 40.0)
+    np.testing.assert_allclose(flops, 40 * (10 + 20))
+    devices = make_devices(4, rate=100.0, flops=jnp.array([1e3, 121.0, 119.0, 100.0]))
+    floor = FOUR | {
+        "fairness.floor": 0.1,
+        "late.kind": "drop",
+        "devices.deadline": 20.0,
+    }
+    told = "2 of 4 clients cannot train .* devices.deadline=20 .* allowed: 0$"
+    with pytest.raises(UserError, match=told):
+        check_floor(make_config(**floor), devices, COSTS, WORK)
+    for other in (
+        {"late.kind": "stale"},
+        {"channel.kind": "wireless"},
+        {"pruning.kind": "lamp"},
+        {"devices.deadline": 46.0},
+    ):
+        check_floor(make_config(**floor | other), devices, COSTS, WORK)
 
 
 def test_a_run_with_an_infeasible_floor_is_refused_when_it_is_planned():

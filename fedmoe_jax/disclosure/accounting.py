@@ -201,7 +201,7 @@ def cost_flip(config: ConfigDict, program: Program) -> Cost:
     if travelling > 1 and not is_blind(config, program):
         event = "randomised", (config.privacy.flip, bits)
         if program.static.pruning.kind != "none":
-            reason = "bytes of pruned experts tell how many of those asked for are held"
+            reason = "the bytes of a pruned model follow which experts are held"
     return Cost(
         "the sets of experts that a client asks for, towards a listener on the link"
         + name_given(config, program),

@@ -252,7 +252,7 @@ def test_list_costs_has_a_reason_where_nothing_is_guaranteed(strategy, name, tol
         ({"fairness.expert_floor": 0.5}, ("selection",), "swaps experts by fitness"),
         ({"gate.bias": 1.0}, ("selection", "flip"), "biased gate"),
         ({"fairness.power": 1.0}, ("feedback_noise",), "client's loss, as a weight"),
-        (PRUNED, ("flip",), "bytes of pruned experts"),
+        (PRUNED, ("flip",), "bytes of a pruned model"),
     ],
 )
 def test_list_costs_has_a_reason_where_more_is_sent(changes, names, told):
