@@ -85,12 +85,13 @@ def use_adam(config: ConfigDict) -> ConfigDict:
 
 
 def pool(config: ConfigDict) -> ConfigDict:
-    """One client owns all data, in a world without events."""
+    """One client owns all data; its device has no limits, its world no events."""
     config.num_clients = config.cohort_size = 1
     config.availability.sampling, config.devices.overload = "uniform", "ignore"
     config.profile.kind, config.late.kind = "oracle", "wait"
     config.reaction.kind = "none"
     config.fairness.floor = config.fairness.power = 0.0
+    config.pruning.kind = "none"
     return config
 
 

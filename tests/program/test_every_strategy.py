@@ -31,7 +31,7 @@ from fedmoe_jax.aggregate import by_examples, by_routed
 from fedmoe_jax.evaluation.evaluate import build_evaluate
 from fedmoe_jax.evaluation.scoring import evaluation_route, route_all
 from fedmoe_jax.models.routing import gate_logits
-from fedmoe_jax.round import build_round, build_run_rounds
+from fedmoe_jax.round import build_round
 from fedmoe_jax.runtime.sharding import replicate, spread
 from fedmoe_jax.state import init_state
 from fedmoe_jax.strategies import STRATEGIES, fedjets
@@ -647,55 +647,3 @@ def test_the_centralised_control_takes_the_steps_of_a_cohort_on_all_data():
     cohort = other.program.sizes.cohort_size
     assert federation.steps.tolist() == [cohort * other.federation.steps[0]]
     assert federation.label_mix.shape[0] == N  # judged by the same clients
-
-
-# ---- privacy
-
-PRIVATE = {
-    "privacy.feedback_noise": 0.1,
-    "privacy.selection": 1.0,
-    "privacy.flip": 0.5,
-    "privacy.clip": 0.5,
-    "privacy.noise": 0.05,
-    "privacy.observe": True,
-}
-
-
-NAMES = [name for name in STRATEGIES if not name.endswith(WIDTHS)]
-
-
-@functools.cache
-def plan_private():
-    """The plan of every strategy and its program, which some of them share."""
-    groups, found = {}, {}
-    for name in NAMES:
-        plan = plan_run(strategy=name, **PRIVATE)
-        groups.setdefault(program_key(plan), []).append((name, plan))
-    for wave in map(make_wave, groups.values()):
-        program = use_linear_model(wave.program)
-        plans = zip(wave.names, wave.plans, strict=True)
-        found |= {name: (plan, program) for name, plan in plans}
-    return found
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_strategy_runs_with_every_defence_under_observation(name):
-    plan, program = plan_private()[name]
-    run = start_run(plan, program)
-    state, metrics = build_run_rounds(program)(run.state, run.federation, run.hyper)
-    seen = metrics.pop("observed")
-    assert all_finite(state) and all_finite(metrics)
-    held = np.array(seen["held"])
-    silent = program.strategy.silent
-    if silent:
-        assert not held.any() and not np.array(seen["bytes_up"]).any()
-        return
-    # Every client of every round asks for something, and pays for all of it.
-    costs = program.costs
-    travels = program.strategy.local_experts < program.sizes.num_experts
-    assert held.any(-1).all() if travels else not held.any()
-    received = costs.expert_bytes * held.sum((2, 3))
-    assert (np.array(seen["bytes_down"]) >= received).all()
-    assert (np.array(seen["bytes_up"]) >= received).all()
-    reports = np.array(seen["accuracy"])
-    assert (np.isfinite(reports).any(-1)).all() and (np.nanmax(reports) <= 1)
