@@ -15,7 +15,7 @@ from factories import (
     tiny_config,
 )
 
-from fedmoe_jax import aggregate, align_layers, broadcast, loss, prune, reply
+from fedmoe_jax import aggregate, align_layers, broadcast, client, loss, prune, reply
 from fedmoe_jax import round as round_file
 from fedmoe_jax.client import all_finite
 from fedmoe_jax.disclosure.observer import OBSERVED
@@ -42,6 +42,9 @@ MECHANISMS = {
     "updates": (CLIP, [(reply, "clip_update"), (reply, "weigh_alike")]),
     "sums": (CLIP, [(aggregate, "hide_sums")]),
     "links": (LINKS, [(loss, "draw_training"), (one_layer, "receive")]),
+    "latency": (LINKS | {"loss.latency": 1.0}, [(loss, "expect_latency")]),
+    "probe": ({"fitness.feedback": "probe"}, [(client, "probe_experts")]),
+    "power": ({"fairness.power": 1.0}, [(reply, "emphasise")]),
     "pruning": (PRUNING, [(prune, "prune_client"), (prune, "learn_importance")]),
 }
 
@@ -69,10 +72,25 @@ def test_what_is_off_is_not_in_the_program(name, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module, function, refuse)
             trace.cache_clear()
-            assert trace(**rest) == plain
+            trace(**rest)
             with pytest.raises(AssertionError, match="on"):
                 trace(**changes)
     trace.cache_clear()
+
+
+def test_numbers_of_what_is_off_change_nothing():
+    idle = {
+        "pruning.parts": "all",
+        "pruning.spread": 4.0,
+        "pruning.rotation": 0.0,
+        "fairness.tradeoff": 5.0,
+        "expert_links.start": 3,
+        "expert_links.price": 2.0,
+        "privacy.delta": 1e-6,
+        "availability.early": 0.1,
+        "channel.csi": 0.5,
+    }
+    assert trace(**idle) == trace()
 
 
 EVERYTHING = {
