@@ -133,8 +133,9 @@ def test_every_strategy_runs_with_every_mechanism(name):
     plan, program = plan_all()[name]
     run = start_run(plan, program)
     state, metrics = build_run_rounds(program)(run.state, run.federation, run.hyper)
-    # Without a client of that capacity there is no number.
+    # Without a client of that capacity, or two holders, there is no number.
     seen, by_capacity = metrics.pop(OBSERVED), metrics.pop("kept_by_capacity", None)
+    metrics.pop("mask_overlap", None)
     assert all_finite(state) and all_finite(metrics)
     assert (by_capacity is None) == program.strategy.pooled  # a device without limits
     if by_capacity is not None:
@@ -144,15 +145,17 @@ def test_every_strategy_runs_with_every_mechanism(name):
     if program.strategy.silent:
         assert not held.any() and not np.array(seen["bytes_up"]).any()
         return
-    # Every client of every round asks for something, and pays for whole experts.
-    costs = program.costs
+    # All but clients that still work for the last round ask for something, and pay for
+    # whole experts.
+    costs, there = program.costs, np.array(seen["bytes_down"]) > 0
+    assert there.mean() > 0.5
     travels = program.strategy.local_experts < program.sizes.num_experts
-    assert held.any(-1).all() if travels else not held.any()
+    assert held.any(-1)[there].all() if travels else not held.any()
     received = costs.expert_bytes * held.sum((2, 3))
     assert (np.array(seen["bytes_down"]) >= received).all()
     assert (np.array(seen["bytes_up"]) >= received).all()
     reports = np.array(seen["accuracy"])
-    assert np.isfinite(reports).any(-1).all() and np.nanmax(reports) <= 1
+    assert np.isfinite(reports).any(-1)[there].all() and np.nanmax(reports) <= 1
 
 
 def trace_all(**changes):
