@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from fedmoe_jax.attack.membership import NAN
 from fedmoe_jax.privacy.defences import DEFENCES
@@ -146,6 +147,8 @@ def draw_over_epsilon(
         elif math.isfinite(level) and defence == "none":
             axes.axhline(level, color=colours[strategy], lw=0.8, ls=(0, (4, 1.5)))
     axes.set(xlabel="Epsilon", ylabel=title, xscale="log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")  # texts are not TeX
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def open_and_draw(
@@ -192,4 +195,10 @@ def draw_epsilons(points: Sequence[Point]) -> Figure | None:
     private = [p for p in points if p.numbers.get(EPSILON, 0.0) > 0]
     found = {key for point in private for key in point.numbers}
     known = [panel for panel in OVER_EPSILON if panel.key in found]
-    return open_and_draw(points, known, draw_over_epsilon) if known else None
+    # Of several rows without a defence the first is the strategy as it is.
+    without: dict[str, Point] = {}
+    for point in points:
+        if point.defence == "none":
+            without.setdefault(point.strategy, point)
+    shown = [*without.values(), *private]
+    return open_and_draw(shown, known, draw_over_epsilon) if known else None

@@ -65,6 +65,7 @@ def test_draw_epsilons_has_a_mark_for_each_guarantee_and_a_line_for_none():
     rows = [
         Point("greedy", "none", {ACCURACY: 0.5, "mean_load_cv": 0.7}),
         Point("greedy", "selection", private),
+        Point("greedy", "none", {ACCURACY: 0.9}),  # another row without a defence
         Point("load_balanced", "selection", {ACCURACY: 0.4}),  # has none
     ]
     accuracy, load = draw_epsilons(rows).axes
@@ -73,4 +74,7 @@ def test_draw_epsilons_has_a_mark_for_each_guarantee_and_a_line_for_none():
     np.testing.assert_allclose(mark.get_xydata(), [[4, 25]])
     np.testing.assert_allclose(load.lines[1].get_xydata(), [[4, 0.3]])
     assert accuracy.get_xscale() == "log"
-    assert draw_epsilons(rows[::2]) is None
+    accuracy.set_xlim(2, 200)
+    ticks = [text.get_text() for text in accuracy.get_xticklabels()]
+    assert "10" in ticks and "100" in ticks
+    assert draw_epsilons([rows[0], rows[3]]) is None
