@@ -15,7 +15,8 @@ rows ask again where weak devices have classes that others lack. The report has 
 spread of the clients' accuracies at each floor, with a test of its trend, the
 differences to no floor in accuracy and simulated time, and the kinds of device.
 
-`digits` is on the embedded digits, with five seeds, seven minutes on one core, else it is on CIFAR-10, with three seeds and the rows that decide. `smoke` is short.
+`digits` is on the embedded digits, with five seeds, seven minutes on one core, else it
+is on CIFAR-10, with three seeds and the rows that decide. `smoke` is short.
 """
 
 from ml_collections import ConfigDict
