@@ -20,8 +20,8 @@ links, trained with perfect links, with the simulated ones, or in two stages, wi
 loss by their time, or a price of it, and a loss that keeps the gate from collapse.
 Read accuracy over links beside global accuracy, and the wait for links.
 
-Five seeds on the digits (`digits`, about four minutes for both), three on CIFAR-10 with
-the rows that decide, nine runs of assignments and fifteen of gates. `smoke` is short.
+Five seeds on the digits (`digits`, eight minutes for both), three on CIFAR-10 with the
+rows that decide, nine runs of assignments and fifteen of gates. `smoke` is short.
 """
 
 from ml_collections import ConfigDict
