@@ -34,7 +34,7 @@ OF_EXPERTS = tuple(
     for name in MIXTURES
     for change in (EXPERTS, f"{FLOORS[-1]},{EXPERTS}")
 )
-# Weak devices have the classes that others lack.
+# Weak devices have more of the first classes.
 LACKING = "devices.order=labels"
 LACKED = (LACKING, f"{LACKING},{FLOORS[-1]}", f"{LACKING},{POWERS[1]}")
 DECISIVE = (

@@ -177,8 +177,9 @@ def emphasise(weights: dict[str, Array], loss: Array, power: Array) -> dict[str,
     After q-FFL (arXiv 1905.10497), whose objective `sum_c p_c F_c^(q + 1) / (q + 1)`
     has the gradient `sum_c p_c F_c^q grad F_c`. This project's choices: F_c, the loss
     of the params as received, is that of the client's first batch, which it computes
-    anyway, instead of that of all its examples; and weights are normalised as they are
-    without q, where q-FedAvg divides by an estimate of the curvature.
+    anyway, with augmentation and dropout, instead of that of all its examples; and
+    weights are normalised as they are without q, where q-FedAvg divides by an estimate
+    of the curvature.
 
     Args:
       weights: of every part, see `weigh`.

@@ -78,8 +78,8 @@ def plan_traffic(
     per_layer = lambda slots: slots.sum((1, 2)) / program.sizes.num_layers
     whole = assignment.slot if pruned is None else pruned.share
     held = per_layer(whole)
-    local = is_local(assignment.held, num_experts, strategy.local_experts)
-    local = per_layer(whole * local)
+    stays = is_local(assignment.held, num_experts, strategy.local_experts)
+    local = per_layer(whole * stays)
     some = strategy.expert_priority is not None
     trained = jnp.minimum(held, evidence.capacity) if some else held
     shown = jnp.zeros(held.shape)
@@ -108,7 +108,8 @@ def plan_traffic(
     if assignment.asked is None:
         return traffic
     cover = per_layer(assignment.asked) - (held - local)
-    return add_cover(traffic, cover, program.sizes.num_layers, probes)
+    idle = assignment.asked.sum((1, 2)) - (assignment.slot & ~stays).sum((1, 2))
+    return add_cover(traffic, cover, idle, probes)
 
 
 def set_conditions(

@@ -295,7 +295,7 @@ def local_step(
 
 
 def count_weight(sums: FeedbackSums, steps: Array | int, program: Program) -> Array:
-    """[] float32, what sums over some steps are divided by, at least 1 without weights.
+    """[], what sums over some steps are divided by: positions, or their weights.
 
     Args:
       sums: of the losses and scores of all positions.
@@ -303,7 +303,7 @@ def count_weight(sums: FeedbackSums, steps: Array | int, program: Program) -> Ar
       program: the static parts.
     """
     if sums.weight is not None:
-        return sums.weight
+        return jnp.maximum(sums.weight, 1e-6)
     return jnp.maximum(steps * program.scores.loss.size, 1)
 
 

@@ -2,8 +2,9 @@
 
 It is a necessary condition, by what is known before a run: how often each client can be
 reached, how often it drops out, how large cohorts are, whether its memory has room for
-the network with one expert and whether, over wires, its round with that one ends before
-a deadline that drops updates. Links that fail, further experts, memory that others take
+the network with one expert and whether its round with that one, over wires of a known
+speed, or else its training alone, ends before a deadline that drops updates. Links that
+fail, further experts, memory that others take
 and clients that are still at work for the last round lose further updates. Where a
 floor is not met, its longest queue grows in proportion to the rounds.
 """
@@ -87,13 +88,15 @@ def count_late(
 ) -> int:
     """Clients that are late in every round, with one expert, which stays with them.
 
-    0 where late updates count, links fade, or clients prune what they hold.
+    Where the speed of links varies they count by their training alone. 0 where late
+    updates count, or clients prune what they hold.
     """
-    waits = config.late.kind != "drop" or config.channel.kind != "wired"
-    if waits or config.pruning.kind != NONE:
+    if config.late.kind != "drop" or config.pruning.kind != NONE:
         return 0
     work = devices, costs, hold_one(devices), jnp.asarray(examples, jnp.float32)
-    seconds = client_seconds(*work).sum(axis=1)
+    download, training, upload = client_seconds(*work).T
+    varies = config.channel.kind != "wired" or config.bandwidth.spread > 0
+    seconds = training if varies else download + training + upload
     return int((seconds > (1 + ROUNDING) * config.devices.deadline).sum())
 
 

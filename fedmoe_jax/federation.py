@@ -238,7 +238,7 @@ def make_federation(config: ConfigDict, data: Data, partition: Partition) -> Fed
     counts = partition.label_counts.astype(np.float32)
     devices, _ = make_devices(config)
     if config.devices.order == "labels":
-        devices = follow_labels(devices, partition.label_counts[: config.num_clients])
+        devices = follow_labels(devices, partition.label_counts)
     drift_source = draw_drift_sources(
         np.random.default_rng([config.seed, 3]), config.num_clients, config.drift.share
     )

@@ -579,8 +579,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "devices.order",
         ORDERS,
-        "which client has which device: at random (or as devices.csv says), or, by "
-        "labels, those with lower labels on average those with less memory",
+        "which client has which device: at random (or as devices.csv says), or, of "
+        "labels, the less memory the lower the mean label (of groups and text: the "
+        "mean stratum)",
     ),
     Option(
         "devices.free_memory",

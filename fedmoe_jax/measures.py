@@ -591,9 +591,9 @@ MEASURES: dict[str, Measure] = {
     "mean_kept_spread": Measure(
         "kept_spread",
         MEAN,
-        "Spread of kept units",
-        "standard deviation of that share over the experts of a client, mean over "
-        "clients: 0 where all are cut alike",
+        "SD of kept units, points",
+        "standard deviation, over the experts of a client, of the share of units kept, "
+        "mean over clients: 0 where all are cut alike",
         scale=100.0,
         group=COST,
         trivial=0.0,

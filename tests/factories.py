@@ -461,7 +461,7 @@ def breakable(program):
         first = federation.index[inputs.client, 0]
         broken = federation.train["y"][first] >= NO_CLASS
         spoil = lambda leaf: jnp.where(broken, jnp.nan, leaf)
-        names = ("delta", "feedback", "report", "loss", "accuracy")
+        names = ("delta", "feedback", "report", "loss", "accuracy", "first_loss")
         spoilt = jax.tree.map(spoil, {name: getattr(result, name) for name in names})
         return result.replace(finite=result.finite & ~broken, **spoilt)
 

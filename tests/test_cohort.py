@@ -161,9 +161,9 @@ def test_train_cohort_gives_the_same_sums_on_any_devices_and_chunks(
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_train_cohort_weighs_every_part_by_the_loss(platform, monkeypatch):
-    """Weights by examples, which a loss to the power of 2 multiplies."""
+    """Weights by examples, which the first loss to the power of 2 multiplies."""
     loss = np.linspace(0.5, 2.0, C).astype(np.float32)
-    answer = reply().replace(loss=jnp.asarray(loss))
+    answer = reply().replace(first_loss=jnp.asarray(loss))
     monkeypatch.setitem(globals(), "reply", lambda: answer)
     hyper = make_hyper(fairness={"power": 2.0})
     changes = {"fairness.power": 1.0, "run.client_chunk": 3}

@@ -142,10 +142,16 @@ def test_check_floor_refuses_clients_that_are_late_in_every_round():
     for other in (
         {"late.kind": "stale"},
         {"channel.kind": "wireless"},
+        {"bandwidth.spread": 1.0},
         {"pruning.kind": "lamp"},
-        {"devices.deadline": 46.0},
+        {"devices.deadline": 22.1},
     ):
         check_floor(make_config(**floor | other), devices, COSTS, WORK)
+    # Twelve seconds of training are too many over any link.
+    for other in ({"channel.kind": "wireless"}, {"bandwidth.spread": 1.0}):
+        short = make_config(**floor | other | {"devices.deadline": 11.9})
+        with pytest.raises(UserError, match="1 of 4 clients cannot train"):
+            check_floor(short, devices, COSTS, WORK)
 
 
 def test_a_run_with_an_infeasible_floor_is_refused_when_it_is_planned():

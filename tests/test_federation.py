@@ -9,7 +9,7 @@ from factories import make_data, tiny_config
 from fedmoe_jax.api import run
 from fedmoe_jax.data.groups import copy_groups
 from fedmoe_jax.data.images import label_images
-from fedmoe_jax.data.load import DATASETS
+from fedmoe_jax.data.load import DATASETS, load_dataset
 from fedmoe_jax.evaluation.own_tests import take_rows
 from fedmoe_jax.federation import (
     assign_owners,
@@ -86,6 +86,32 @@ def test_make_federation_gives_every_client_its_histogram(strategy):
     np.testing.assert_allclose(federation.label_mix, LABEL_MIX, rtol=1e-6)
     sizes = {"load_balanced": [4, 8], "centralised": [12]}[strategy]
     assert federation.size.tolist() == sizes
+
+
+@pytest.mark.parametrize("source", ["tiers", "csv"])
+def test_devices_by_labels_are_weaker_the_lower_a_clients_labels(source, tmp_path):
+    changes = {"devices.order": "labels", "partition.unseen": 2, "num_clients": 6}
+    changes |= {"cohort_size": 6, "partition.alpha": 0.3}
+    if source == "csv":
+        path = tmp_path / "devices.csv"
+        rows = [f"{memory}e9,1e11,5e6,15e6,0,0,0" for memory in (4, 9, 2, 8, 1, 7)]
+        head = "memory,flops,upload,download,latency,power,radio"
+        path.write_text("\n".join([head, *rows]))
+        changes["devices.csv"] = str(path)
+    config = tiny_config(**changes)
+    data = load_dataset(config.data)
+    partition = make_partition(config, data)
+    federation = make_federation(config, data, partition)
+    labels = federation.label_mix @ np.arange(federation.label_mix.shape[1])
+    weakest = np.argsort(np.asarray(federation.devices.memory))
+    assert len(labels) == 6 and np.ptp(labels) > 0.5
+    assert (np.diff(labels[weakest]) >= 0).all()
+    plain = tiny_config(**changes | {"devices.order": "random"})
+    same = make_federation(plain, data, partition).devices.memory
+    assert sorted(same.tolist()) == sorted(federation.devices.memory.tolist())
+    assert same.tolist() != federation.devices.memory.tolist()
+    pooled = tiny_config(**changes, strategy="centralised")
+    assert len(make_federation(pooled, data, partition).devices.memory) == 1
 
 
 def make_natural(owner, test_owner, **changes):

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -152,7 +152,10 @@ def draw_over_epsilon(
 
 
 def open_and_draw(
-    points: Sequence[Point], panels: Sequence[Panel], draw: Callable[..., None]
+    points: Sequence[Point],
+    panels: Sequence[Panel],
+    draw: Callable[..., None],
+    marks: Collection[str],
 ) -> Figure:
     """A figure with the panels and, at their right, strategies and defences.
 
@@ -160,13 +163,14 @@ def open_and_draw(
       points: all rows.
       panels: one or more.
       draw: (axes, points, panel, colours of the strategies) -> None.
+      marks: defences that are drawn as marks.
     """
     names = list(dict.fromkeys(point.strategy for point in points))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     figure, opened = open_panels(len(panels), INNER)
     for axes, panel in zip(opened, panels, strict=True):
         draw(axes, points, panel, colours)
-    used = [mark for mark in MARKS if any(p.defence == mark for p in points)]
+    used = [mark for mark in MARKS if mark in marks]
     texts = [shorten(name) for name in (*names, *used)]
     line = lambda colour, mark: Line2D([], [], color=colour, marker=mark, ls="", ms=4)
     handles = [line(colours[name], "o") for name in names]
@@ -186,12 +190,16 @@ def draw_attacks(points: Sequence[Point]) -> Figure | None:
     """
     found = {key for point in points for key in point.numbers}
     known = [panel for panel in PANELS if panel.key in found and ACCURACY in found]
-    return open_and_draw(points, known, draw_panel) if known else None
+    marks = {point.defence for point in points}
+    return open_and_draw(points, known, draw_panel, marks) if known else None
 
 
 @rc_context(STYLE)
 def draw_epsilons(points: Sequence[Point]) -> Figure | None:
-    """Attacks, accuracy, load and information over epsilon; None without an epsilon."""
+    """Attacks, accuracy, load and information over epsilon; None without an epsilon.
+
+    An epsilon of 0, of what follows no data, has no place on the axis.
+    """
     private = [p for p in points if p.numbers.get(EPSILON, 0.0) > 0]
     found = {key for point in private for key in point.numbers}
     known = [panel for panel in OVER_EPSILON if panel.key in found]
@@ -201,4 +209,5 @@ def draw_epsilons(points: Sequence[Point]) -> Figure | None:
         if point.defence == "none":
             without.setdefault(point.strategy, point)
     shown = [*without.values(), *private]
-    return open_and_draw(shown, known, draw_over_epsilon) if known else None
+    marks = {point.defence for point in private}
+    return open_and_draw(shown, known, draw_over_epsilon, marks) if known else None

@@ -1,5 +1,6 @@
 """Attacks as tables: a row per label with means over seeds, a record per run."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -131,9 +132,9 @@ CAPTION = (
     "What attacks find over the clients' personal accuracy, a mark for each row, mean "
     "over seeds; dashed: what is found without a history."
 )
-OVER_EPSILON = (
+EPSILONS = (
     "What attacks find, and what defences cost, over the epsilon of each row that has "
-    "one, mean over seeds; dashed: the strategy without a defence."
+    "one above 0, mean over seeds; dashed: the strategy without a defence."
 )
 
 Numbers = Mapping[str, float]
@@ -172,7 +173,7 @@ def make_section(
 def draw_pictures(points: Sequence[Point]) -> list[Picture]:
     """The pictures of the rows, those that there is something for."""
     attacks, over = draw_attacks(points), draw_epsilons(points)
-    drawn = ("attacks", CAPTION, attacks), ("epsilons", OVER_EPSILON, over)
+    drawn = ("attacks", CAPTION, attacks), ("epsilons", EPSILONS, over)
     return [Picture(*each) for each in drawn if each[-1] is not None]
 
 
@@ -210,11 +211,12 @@ def write_attacks(
         notes.setdefault(run.label, privacy_of([run]))
     sections = [make_section(*each, groups) for each in SECTIONS]
     sections = [each for each in sections if each.sheets[0].heads[1:]]
-    parts, page = [section_markdown(each) for each in sections], ["<h1>Attacks</h1>"]
-    for picture in reversed(draw_pictures(average_rows(named, joined))):
+    parts, page = [], ["<h1>Attacks</h1>"]
+    for picture in draw_pictures(average_rows(named, joined)):
         name, caption, _ = picture
-        parts.insert(0, f"![{caption}]({name}.png)\n\n{caption}\n")
-        page.insert(1, figure_html(picture, "", lambda *png: save_png(workdir, *png)))
+        parts.append(f"![{caption}]({name}.png)\n\n{caption}\n")
+        page.append(figure_html(picture, "", functools.partial(save_png, workdir)))
+    parts += map(section_markdown, sections)
     page += map(section_html, sections)
     private = {label: text for label, text in notes.items() if text}
     if private:

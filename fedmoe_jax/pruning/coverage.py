@@ -97,7 +97,7 @@ def measure_pruning(
     least = jnp.where(trained[..., None], holders, jnp.iinfo(jnp.int32).max)
     return {
         "kept_share": shares.sum() / jnp.maximum(slot.sum(), 1),
-        "kept_spread": measure_spread(joined.mean(-1), slot).mean(),
+        "kept_spread": measure_spread(shares, slot).mean(),
         "kept_by_capacity": room @ layers / room.sum(1, keepdims=True),
         "least_coverage": jnp.where(trained.any(), least.min(), 0),
         "mean_coverage": holders.sum()

@@ -29,7 +29,7 @@ def mean_cell(values: Sequence[float], scale: float, digits: int) -> Cell:
     if not finite:
         return Cell(NO_DATA, NAN)
     mean, half = interval(finite)
-    text = f"{mean:.{digits}f}"
+    text = f"{mean:z.{digits}f}"  # 0, not -0
     text += f" ± {half:.{digits}f}" if len(finite) > 1 else ""
     if len(finite) < len(values):
         text += f" ({len(finite)}/{len(values)} seeds)"

@@ -121,7 +121,7 @@ def difference_cell(paired: Paired, digits: int) -> Cell:
     """Mean and half-width, bold where the mean is beyond it; marked, see `diverged`."""
     if not paired.pairs:
         return Cell("no pair", NAN)
-    text = f"{paired.mean:+.{digits}f}"
+    text = f"{paired.mean:+z.{digits}f}"
     text += f" ± {paired.half:.{digits}f}" if paired.pairs > 1 else " (1 pair)"
     cell = Cell(text, paired.mean, exceeds(paired))
     return mark_cell(cell) if paired.diverged else cell

@@ -224,7 +224,7 @@ def train_chosen(
     )
 
 
-def add_cover(traffic: Traffic, cover: Array, num_layers: int, probes: bool) -> Traffic:
+def add_cover(traffic: Traffic, cover: Array, slots: Array, probes: bool) -> Traffic:
     """The traffic with that of experts that clients ask for and do not train.
 
     These take the form of what they cover: they are received and sent, and feedback on
@@ -232,15 +232,14 @@ def add_cover(traffic: Traffic, cover: Array, num_layers: int, probes: bool) -> 
 
     Args:
       traffic: leaves [C], of what is held.
-      cover: [C] float32 >= 0, experts, a layer.
-      num_layers: G.
+      cover: [C] float32 >= 0, whole experts, a layer.
+      slots: [C] int32 >= 0, experts that are asked for and not held, in all layers.
       probes: whether feedback has the loss of a probe.
     """
-    numbers = num_layers * cover
-    biases = None if traffic.biases is None else traffic.biases + numbers
+    biases = None if traffic.biases is None else traffic.biases + slots
     return traffic.replace(
         received=traffic.received + cover,
-        reported=traffic.reported + (FEEDBACK_NUMBERS + probes) * numbers,
+        reported=traffic.reported + (FEEDBACK_NUMBERS + probes) * slots,
         biases=biases,
     )
 

@@ -121,7 +121,7 @@ def read_devices(
 
     Its columns are the fields of `Tier`, in any order, and perhaps tier, a name. Only
     latency, power and radio may be 0. With exactly N rows, row c is client c; otherwise
-    each client draws a row.
+    each client draws a row. `devices.order` may deal them anew.
 
     Args:
       path: of the file.
@@ -150,7 +150,8 @@ def read_devices(
 def follow_labels(devices: Devices, label_counts: np.ndarray) -> Devices:
     """The devices dealt anew: the lower a client's labels, the less memory it has.
 
-    Weak devices then have examples of classes that others lack.
+    Under label skew weak devices then have more of the first classes. Of data with
+    groups, or of text, these are strata: the first groups, or speakers.
 
     Args:
       devices: leaves [N].

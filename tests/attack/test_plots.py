@@ -74,6 +74,8 @@ def test_draw_epsilons_has_a_mark_for_each_guarantee_and_a_line_for_none():
     np.testing.assert_allclose(mark.get_xydata(), [[4, 25]])
     np.testing.assert_allclose(load.lines[1].get_xydata(), [[4, 0.3]])
     assert accuracy.get_xscale() == "log"
+    texts = [text.get_text() for text in load.get_legend().get_texts()]
+    assert texts == ["greedy", "selection"]
     accuracy.set_xlim(2, 200)
     ticks = [text.get_text() for text in accuracy.get_xticklabels()]
     assert "10" in ticks and "100" in ticks

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from factories import (
+    assert_same,
     assert_same_results,
     plan_run,
     run_alone,
@@ -29,6 +30,7 @@ from fedmoe_jax.train.plan import make_wave, program_key
 pytestmark = pytest.mark.slow
 
 WIDTHS = ("_active", "_smallest", "_held")  # of dense models, otherwise alike
+NAMES = [name for name in STRATEGIES if not name.endswith(WIDTHS)]
 
 CLIP = {"privacy.clip": 1.0, "privacy.noise": 0.5}
 LINKS = {"expert_links.kind": "wireless"}
@@ -42,7 +44,7 @@ MECHANISMS = {
     "updates": (CLIP, [(reply, "clip_update"), (reply, "weigh_alike")]),
     "sums": (CLIP, [(aggregate, "hide_sums")]),
     "links": (LINKS, [(loss, "draw_training"), (one_layer, "receive")]),
-    "latency": (LINKS | {"loss.latency": 1.0}, [(loss, "expect_latency")]),
+    "times of links": (LINKS, [(loss, "expect_latency")]),
     "probe": ({"fitness.feedback": "probe"}, [(client, "probe_experts")]),
     "power": ({"fairness.power": 1.0}, [(reply, "emphasise")]),
     "pruning": (PRUNING, [(prune, "prune_client"), (prune, "learn_importance")]),
@@ -79,18 +81,26 @@ def test_what_is_off_is_not_in_the_program(name, monkeypatch):
 
 
 def test_numbers_of_what_is_off_change_nothing():
+    """Two rounds, bit for bit, and where they are static the program's equations."""
     idle = {
-        "pruning.parts": "all",
         "pruning.spread": 4.0,
         "pruning.rotation": 0.0,
         "fairness.tradeoff": 5.0,
         "expert_links.start": 3,
         "expert_links.price": 2.0,
-        "privacy.delta": 1e-6,
+        "privacy.feedback_noise": 0.0,
         "availability.early": 0.1,
         "channel.csi": 0.5,
     }
-    assert trace(**idle) == trace()
+    plain, other = plan_run(), plan_run(**idle)
+    rounds = build_run_rounds(plain.program)
+
+    def play(plan):
+        run = start_run(plan, plain.program)
+        return rounds(run.state, run.federation, run.hyper)
+
+    assert_same(play(other), play(plain))
+    assert trace(**{"pruning.parts": "all"}) == trace()
 
 
 EVERYTHING = {
@@ -117,27 +127,38 @@ TEXT |= {**LINKS, "loss.latency": 1.0}
 def plan_all():
     """The plan of every strategy and its program, which some of them share."""
     groups, found = {}, {}
-    for name in STRATEGIES:
-        if not name.endswith(WIDTHS):
-            plan = plan_run(strategy=name, **EVERYTHING | IMAGES)
-            groups.setdefault(program_key(plan), []).append((name, plan))
+    for name in NAMES:
+        plan = plan_run(strategy=name, **EVERYTHING | IMAGES)
+        groups.setdefault(program_key(plan), []).append((name, plan))
     for wave in map(make_wave, groups.values()):
         plans = zip(wave.names, wave.plans, strict=True)
         found |= {name: (plan, wave.program) for name, plan in plans}
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in STRATEGIES if not n.endswith(WIDTHS)])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_strategy_runs_with_every_mechanism(name):
     """Two rounds: numbers are finite, and what is observed is what travels."""
-    plan, program = plan_all()[name]
+    check_all(*plan_all()[name])
+
+
+@pytest.mark.parametrize("name", ["greedy", "fedmoe_da"])
+def test_whole_experts_run_with_every_other_mechanism(name):
+    plan = plan_run(strategy=name, **EVERYTHING | IMAGES | {"pruning.kind": "none"})
+    check_all(plan, plan.program)
+
+
+def check_all(plan, program):
+    """Runs two rounds and checks what is observed of them."""
     run = start_run(plan, program)
     state, metrics = build_run_rounds(program)(run.state, run.federation, run.hyper)
     # Without a client of that capacity, or two holders, there is no number.
     seen, by_capacity = metrics.pop(OBSERVED), metrics.pop("kept_by_capacity", None)
     metrics.pop("mask_overlap", None)
     assert all_finite(state) and all_finite(metrics)
-    assert (by_capacity is None) == program.strategy.pooled  # a device without limits
+    # Pooled data are on a device without limits.
+    assert (by_capacity is None) == (program.static.pruning.kind == "none")
+    assert not (program.strategy.pooled and by_capacity is not None)
     if by_capacity is not None:
         share = np.array(metrics["kept_share"])
         assert (share > 0).all() and (share <= 1).all() and np.nanmax(by_capacity) <= 1

@@ -218,12 +218,12 @@ def test_add_cover_by_hand():
     cover = jnp.array([2.0, 0.0])
     plain = TRAFFIC.replace(biases=2 * SLOTS)
     for probes, numbers in ((False, 5), (True, 6)):
-        found = add_cover(plain, cover, 2, probes)
+        found = add_cover(plain, cover, 2 * cover, probes)
         assert found.received.tolist() == (TRAFFIC.received + cover).tolist()
         extra = found.reported - TRAFFIC.reported
         assert extra.tolist() == [numbers * 4, 0]
         assert found.biases.tolist() == (2 * SLOTS + 2 * cover).tolist()
-    assert add_cover(TRAFFIC, cover, 2, False).biases is None
+    assert add_cover(TRAFFIC, cover, 2 * cover, False).biases is None
     # What is not kept takes no memory, and nothing runs it.
     for count in (client_memory, client_parameters):
         np.testing.assert_array_equal(count(COSTS, found), count(COSTS, plain))
