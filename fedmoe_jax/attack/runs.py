@@ -1,10 +1,12 @@
 """All attacks on finished, observed runs, each as numbers of the run; on the host."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.special import xlogy
+from scipy.stats import spearmanr
 
 from fedmoe_jax.attack.histories import Observed, count_assignments, make_histories
 from fedmoe_jax.attack.label_mix import Found, attack_mixes
@@ -103,6 +105,24 @@ def measure_labels(specialisation: np.ndarray) -> float:
     return float(np.mean(found))
 
 
+def rank_experts(score: np.ndarray, cases: Cases, holders: np.ndarray) -> float:
+    """Rank correlation of the AUC of each expert with its number of holders, in [-1, 1].
+
+    NaN with fewer than three experts that have enough examples, or equal holders.
+
+    Args:
+      score: of each case, more for a member.
+      cases: of the run.
+      holders: [E], see `count_holders`.
+    """
+    found = judge_experts(score, cases, len(holders))
+    known = [expert for expert, each in found.items() if math.isfinite(each.auc)]
+    counts = holders[known]
+    if len(known) < 3 or np.ptp(counts) == 0:
+        return math.nan
+    return float(spearmanr(counts, [found[expert].auc for expert in known]).statistic)
+
+
 def attack_updates(
     cases: Cases, scores: Mapping[str, np.ndarray], holders: np.ndarray
 ) -> Numbers:
@@ -119,6 +139,7 @@ def attack_updates(
         numbers = whole._asdict() | {
             "auc_rare": halves[0].auc,
             "auc_common": halves[1].auc,
+            "auc_by_holders": rank_experts(score, cases, holders),
         }
         found |= {f"members_{name}_{key}": float(x) for key, x in numbers.items()}
     return found

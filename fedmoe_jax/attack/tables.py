@@ -86,6 +86,7 @@ MEMBERS = tuple(
         Column(f"members_{name}_advantage", f"{title}, advantage"),
         Column(f"members_{name}_auc_rare", f"{title}, AUC, rare experts"),
         Column(f"members_{name}_auc_common", f"{title}, AUC, common experts"),
+        Column(f"members_{name}_auc_by_holders", f"{title}, AUC by holders", digits=2),
         Column(f"members_{name}_cases", f"{title}, cases", digits=0),
     )
 )
@@ -122,8 +123,9 @@ SECTIONS = (
         "Whether an example was trained on by a client, from the client's update: by "
         "its loss, and by LiRA with the other seeds as shadows. AUC 0.5 and TPR 1 % "
         "are chance; with less than 99 others there is no TPR. Rare experts: those "
-        "with the fewest holders, which answer half of the examples. Cases: examples "
-        "on which it is measured.",
+        "with the fewest holders, which answer half of the examples. By holders: rank "
+        "correlation, over the experts of a run, of their AUC with their number of "
+        "holders. Cases: examples on which it is measured.",
         MEMBERS,
     ),
 )

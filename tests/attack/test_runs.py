@@ -17,6 +17,7 @@ from fedmoe_jax.attack.runs import (
     measure_labels,
     mix_groups,
     mix_labels,
+    rank_experts,
 )
 from fedmoe_jax.base import Strategy
 from fedmoe_jax.strategies import STRATEGIES
@@ -154,11 +155,26 @@ def test_attack_updates_names_every_number():
     cases = Cases(np.arange(300), member, confidence, np.arange(300) % 3)
     holders = np.array([5.0, 1.0, 2.0])
     found = attack_updates(cases, {"loss": confidence}, holders)
-    keys = ("auc", "sure", "advantage", "cases", "auc_rare", "auc_common")
+    keys = ("auc", "sure", "advantage", "cases")
+    keys += ("auc_rare", "auc_common", "auc_by_holders")
     assert set(found) == {f"members_loss_{key}" for key in keys}
     assert found["members_loss_auc"] > 0.95 and found["members_loss_cases"] == 300
     records = list(list_experts(cases, {"loss": confidence}, holders))
     assert [(r["expert"], r["holders"]) for r in records] == [(0, 5), (1, 1), (2, 2)]
+
+
+def test_rank_experts_follows_the_holders():
+    """Members stand out the more, the fewer holders their expert has."""
+    rng, expert = np.random.default_rng(0), np.arange(1200) % 3
+    member = rng.random(1200) < 0.5
+    holders, apart = np.array([5.0, 1.0, 2.0]), np.array([0.2, 3.0, 1.2])
+    score = apart[expert] * member + rng.normal(size=1200)
+    cases = Cases(np.arange(1200), member, score, expert)
+    assert rank_experts(score, cases, holders) == pytest.approx(-1)
+    assert rank_experts(score, cases, -holders) == pytest.approx(1)
+    assert np.isnan(rank_experts(score, cases, np.ones(3)))
+    two = Cases(np.arange(1200), member, score, np.arange(1200) % 2)
+    assert np.isnan(rank_experts(score, two, holders))
 
 
 def test_mix_labels_by_hand():
