@@ -106,7 +106,7 @@ def measure_labels(specialisation: np.ndarray) -> float:
 
 
 def rank_experts(score: np.ndarray, cases: Cases, holders: np.ndarray) -> float:
-    """Rank correlation of the AUC of each expert with its number of holders, in [-1, 1].
+    """Rank correlation of AUC and holders over the experts of a run, in [-1, 1].
 
     NaN with fewer than three experts that have enough examples, or equal holders.
 
