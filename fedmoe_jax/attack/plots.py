@@ -131,6 +131,12 @@ def draw_panel(
     axes.set(xlabel="Personal accuracy (%)", ylabel=title)
 
 
+def show_power(value: float, place: int | None = None) -> str:
+    """A power of ten, as texts are not TeX; `place` is that of the tick."""
+    exponent = str(round(math.log10(value)))
+    return "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
 def draw_over_epsilon(
     axes: Axes, points: Sequence[Point], panel: Panel, colours: Mapping[str, str]
 ) -> None:
@@ -147,7 +153,7 @@ def draw_over_epsilon(
         elif math.isfinite(level) and defence == "none":
             axes.axhline(level, color=colours[strategy], lw=0.8, ls=(0, (4, 1.5)))
     axes.set(xlabel="Epsilon", ylabel=title, xscale="log")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")  # texts are not TeX
+    axes.xaxis.set_major_formatter(show_power)
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 

@@ -78,5 +78,5 @@ def test_draw_epsilons_has_a_mark_for_each_guarantee_and_a_line_for_none():
     assert texts == ["greedy", "selection"]
     accuracy.set_xlim(2, 200)
     ticks = [text.get_text() for text in accuracy.get_xticklabels()]
-    assert "10" in ticks and "100" in ticks
+    assert "10¹" in ticks and "10²" in ticks
     assert draw_epsilons([rows[0], rows[3]]) is None
