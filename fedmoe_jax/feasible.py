@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from fedmoe_jax.options import UserError
 from fedmoe_jax.pruning.scores import NONE
 from fedmoe_jax.strategies import find_strategy
-from fedmoe_jax.types import Devices
+from fedmoe_jax.types import Array, Devices
 from fedmoe_jax.world.availability import has_reach, reach_share
 from fedmoe_jax.world.capacity_bias import count_stronger, has_bias
 from fedmoe_jax.world.costs import Costs, Traffic, client_seconds, fits_memory
@@ -84,7 +84,7 @@ def count_stuck(config: ConfigDict, devices: Devices, costs: Costs) -> int:
 
 
 def count_late(
-    config: ConfigDict, devices: Devices, costs: Costs, examples: np.ndarray
+    config: ConfigDict, devices: Devices, costs: Costs, examples: Array
 ) -> int:
     """Clients that are late in every round, with one expert, which stays with them.
 
@@ -112,7 +112,7 @@ def hold_one(devices: Devices) -> Traffic:
 
 
 def check_floor(
-    config: ConfigDict, devices: Devices, costs: Costs, examples: np.ndarray
+    config: ConfigDict, devices: Devices, costs: Costs, examples: Array
 ) -> None:
     """Checks that the floor of participation is not above what could be met.
 

@@ -131,8 +131,8 @@ def draw_panel(
     axes.set(xlabel="Personal accuracy (%)", ylabel=title)
 
 
-def show_power(value: float, place: int | None = None) -> str:
-    """A power of ten, as texts are not TeX; `place` is that of the tick."""
+def show_power(value: float, _: float = 0.0) -> str:
+    """A power of ten, as texts are not TeX."""
     exponent = str(round(math.log10(value)))
     return "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
@@ -148,8 +148,8 @@ def draw_over_epsilon(
     for strategy, defence, numbers in points:
         level, epsilon = scale * numbers.get(key, NAN), numbers.get(EPSILON, 0.0)
         if math.isfinite(level) and epsilon > 0:
-            style = dict(color=colours[strategy], ms=4, alpha=0.75, mew=0)
-            axes.plot(epsilon, level, MARKS[defence], **style)
+            mark, colour = MARKS[defence], colours[strategy]
+            axes.plot(epsilon, level, mark, color=colour, ms=4, alpha=0.75, mew=0)
         elif math.isfinite(level) and defence == "none":
             axes.axhline(level, color=colours[strategy], lw=0.8, ls=(0, (4, 1.5)))
     axes.set(xlabel="Epsilon", ylabel=title, xscale="log")

@@ -176,7 +176,7 @@ def draw_pictures(points: Sequence[Point]) -> list[Picture]:
     """The pictures of the rows, those that there is something for."""
     attacks, over = draw_attacks(points), draw_epsilons(points)
     drawn = ("attacks", CAPTION, attacks), ("epsilons", EPSILONS, over)
-    return [Picture(*each) for each in drawn if each[-1] is not None]
+    return [Picture(name, text, figure) for name, text, figure in drawn if figure]
 
 
 def save_png(folder: Path, name: str, png: bytes) -> str:
