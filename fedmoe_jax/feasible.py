@@ -4,9 +4,9 @@ It is a necessary condition, by what is known before a run: how often each clien
 reached, how often it drops out, how large cohorts are, whether its memory has room for
 the network with one expert and whether its round with that one, over wires of a known
 speed, or else its training alone, ends before a deadline that drops updates. Links that
-fail, further experts, memory that others take
-and clients that are still at work for the last round lose further updates. Where a
-floor is not met, its longest queue grows in proportion to the rounds.
+fail, further experts, memory that others take and clients that are still at work for
+the last round lose further updates. Where a floor is not met, its longest queue grows
+in proportion to the rounds.
 """
 
 import math
