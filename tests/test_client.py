@@ -1,6 +1,7 @@
 """One client's round against a hand-written loop of gradient steps."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -248,6 +249,14 @@ def test_client_update_equals_hand_written_sgd(full_run):
     np.testing.assert_array_equal(load[:2], (gates > 0).sum((0, 1)))
     expected = gates.sum((0, 1)) / gates.sum()
     np.testing.assert_allclose(frequency[:2], expected, rtol=1e-5)
+
+
+def test_count_weight_is_of_positions_or_their_weights_and_never_0():
+    sums = lambda weight: SimpleNamespace(weight=weight)
+    assert client.count_weight(sums(None), 3, PROGRAM) == 3 * SIZES.batch_size
+    assert client.count_weight(sums(None), 0, PROGRAM) == 1
+    assert client.count_weight(sums(jnp.float32(2.5)), 3, PROGRAM) == 2.5
+    assert client.count_weight(sums(jnp.float32(0)), 1, PROGRAM) > 0
 
 
 def test_the_first_loss_is_that_of_the_params_as_received(full_run):
