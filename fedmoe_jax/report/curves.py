@@ -111,15 +111,26 @@ def _compare(axes: Axes, reference: Reference) -> None:
         axes.annotate(name, (0.02, level), (0, 2), color=GREY, size=6.5, **at)
 
 
+def find_span(places: Sequence[np.ndarray]) -> tuple[float, float]:
+    """From 0, or from the first place where that is nearer to the last, to the last.
+
+    Args:
+      places: rising positions of each curve, at least one.
+    """
+    first, last = min(each[0] for each in places), max(each[-1] for each in places)
+    return (first, last) if last / 2 < first < last else (0, last)
+
+
 def _label_ends(
     figure: Figure,
     inner: tuple[float, float],
-    last: float,
+    span: tuple[float, float],
     ends: Sequence[tuple[float, float, str, str]],
 ) -> None:
-    """Fits the axes to 0 .. `last`; writes (x, y, text, colour) at their right."""
+    """Fits the axes to `span`; writes (x, y, text, colour) at their right."""
     (axes,) = figure.axes
-    axes.set_xlim(0, last)
+    axes.set_xlim(*span)
+    last = span[1]
     low, high = axes.get_ylim()
     low = 0 if low < high / 2 else low
     axes.set_ylim(low, high)
@@ -159,7 +170,8 @@ def curves(
             band = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
             axes.fill_between(rounds, *band, color=look["color"], alpha=0.13, lw=0)
         ends.append((rounds[-1], mean[-1], shorten(label), look["color"]))
-    _label_ends(figure, inner, max(line.rounds[-1] for line in series), ends)
+    span = find_span([line.rounds for line in series])
+    _label_ends(figure, inner, span, ends)
     return figure
 
 
@@ -189,5 +201,5 @@ def cost_curves(
         ends.append((end[0][-1], end[1][-1], shorten(label), look["color"]))
         axes.plot(*ends[-1][:2], "o", ms=2.5, color=look["color"], clip_on=False)
     last = max(costs[-1] for track in tracks for costs, _ in track.seeds)
-    _label_ends(figure, inner, last, ends)
+    _label_ends(figure, inner, (0, last), ends)
     return figure

@@ -1,22 +1,23 @@
 """Floors of participation: the spread over clients at each, its trend, the price."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from fedmoe_jax.options import Measure
-from fedmoe_jax.report.cells import NO_DATA, Cell, mean_cell
+from fedmoe_jax.report.cells import NO_DATA, Cell
 from fedmoe_jax.report.curves import Series, curves
-from fedmoe_jax.report.diverged import is_diverged, mark_cell
 from fedmoe_jax.report.figures import Picture
-from fedmoe_jax.report.paired import Seeds, difference_cell, pair_up, seeds_of
-from fedmoe_jax.report.runs import NAN, Run, join_measures, name_runs
+from fedmoe_jax.report.ladders import (
+    find_known,
+    find_ladders,
+    ladder_rows,
+    stack_values,
+)
+from fedmoe_jax.report.runs import NAN, Run, join_measures
 from fedmoe_jax.report.sheets import Section, Sheet
-from fedmoe_jax.runtime.files import flatten
 
-GROUP, LEAF = "fairness", "floor"
-FIELD = f"{GROUP}.{LEAF}"
+FIELD = "fairness.floor"
 SPREAD = "final_accuracy_spread"  # whose trend is tested
 SHOWN = (
     *("least_participation", "final_participation_jain", SPREAD),
@@ -41,8 +42,6 @@ CAPTION = (
     "falls, clients that seldom took part were those that the system served worst."
 )
 
-Ladder = dict[float, Seeds]  # numbers of the runs of a label, by floor and seed
-
 
 class Trend(NamedTuple):
     """Page's test of a number against rising floors.
@@ -62,55 +61,6 @@ class Trend(NamedTuple):
     rises: float
 
 
-def find_floor(run: Run) -> float | None:
-    """The floor of a run; None in one that is older than floors."""
-    return flatten(run.config).get(FIELD)
-
-
-def hide_floor(run: Run) -> Run:
-    """The run as if it had no floor, so that all floors share a label."""
-    return run._replace(config=run.config | {GROUP: run.config[GROUP] | {LEAF: 0.0}})
-
-
-def group_floors(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
-    """Runs by their label without a floor, and by floor."""
-    known = [run for run in runs if find_floor(run) is not None]
-    named, found = name_runs(list(map(hide_floor, known))), {}
-    for run, bare in zip(known, named, strict=True):
-        floors = found.setdefault(bare.label, {})
-        floors.setdefault(find_floor(run), []).append(run)
-    return found
-
-
-def find_ladders(runs: Sequence[Run]) -> dict[str, Ladder]:
-    """The numbers of each label that has several floors, by rising floor and seed.
-
-    Args:
-      runs: of any labels.
-    """
-    several = [floors for floors in group_floors(runs).values() if len(floors) > 1]
-    chosen = [run for floors in several for group in floors.values() for run in group]
-    # Grouped again, as they are now named by what sets them alone apart.
-    return {
-        label: {
-            floor: next(iter(seeds_of(list(map(hide_floor, group))).values()))
-            for floor, group in sorted(floors.items())
-        }
-        for label, floors in group_floors(chosen).items()
-    }
-
-
-def stack_floors(ladder: Ladder, key: str) -> np.ndarray:
-    """A number of the seeds that have it at every floor: [seeds, floors]."""
-    first = next(iter(ladder.values()))
-    rows = [
-        [seeds.get(seed, {}).get(key, NAN) for seeds in ladder.values()]
-        for seed in first
-    ]
-    values = np.array(rows, float).reshape(len(first), len(ladder))
-    return values[np.isfinite(values).all(axis=1)]
-
-
 def find_trend(values: np.ndarray) -> Trend | None:
     """Page's test of a number [seeds, floors]; None of too few seeds or floors."""
     seeds, floors = values.shape
@@ -126,28 +76,6 @@ def find_trend(values: np.ndarray) -> Trend | None:
     return Trend(floors, seeds, float(correlation), *p_values)
 
 
-def mean_of(seeds: Seeds, key: str, measure: Measure) -> Cell:
-    """The mean over the seeds of a floor, marked where one diverged."""
-    values = [one.get(key, NAN) for one in seeds.values()]
-    cell = mean_cell(values, measure.scale, measure.digits)
-    return mark_cell(cell) if any(map(is_diverged, seeds.values())) else cell
-
-
-def floor_cells(
-    ladder: Ladder, measures: Mapping[str, Measure]
-) -> dict[float, list[Cell]]:
-    """The cells of every floor of a label: means of the lowest, then differences."""
-    lowest, *others = ladder
-    first = ladder[lowest]
-    found = {lowest: [mean_of(first, key, m) for key, m in measures.items()]}
-    for floor in others:
-        found[floor] = [
-            difference_cell(pair_up(ladder[floor], first, key, m), m.digits)
-            for key, m in measures.items()
-        ]
-    return found
-
-
 def trend_cells(trend: Trend | None) -> list[Cell]:
     """The cells of a trend, p bold below 5 %."""
     if trend is None:
@@ -160,25 +88,13 @@ def trend_cells(trend: Trend | None) -> list[Cell]:
 
 def floor_section(runs: Sequence[Run]) -> Section | None:
     """What floors do to the clients, and what they cost; None below two floors."""
-    ladders, joined = find_ladders(runs), join_measures(runs)
+    ladders = find_ladders(runs, FIELD)
     if not ladders:
         return None
-    known = {
-        key
-        for ladder in ladders.values()
-        for seeds in ladder.values()
-        for numbers in seeds.values()
-        for key, value in numbers.items()
-        if np.isfinite(value)
-    }
-    measures = {key: joined[key] for key in SHOWN if key in joined and key in known}
-    rows = {
-        f"{label}, floor {floor:g}": cells
-        for label, ladder in ladders.items()
-        for floor, cells in floor_cells(ladder, measures).items()
-    }
+    measures = find_known(ladders, join_measures(runs), SHOWN)
+    rows = ladder_rows(ladders, measures, "floor")
     trends = {
-        label: trend_cells(find_trend(stack_floors(ladder, SPREAD)))
+        label: trend_cells(find_trend(stack_values(ladder, SPREAD)))
         for label, ladder in ladders.items()
     }
     heads = ("Strategy", *(measure.title for measure in measures.values()))
@@ -190,8 +106,8 @@ def floor_section(runs: Sequence[Run]) -> Section | None:
 def floor_picture(runs: Sequence[Run]) -> Iterator[Picture]:
     """The spread over clients against the floor; none below two floors."""
     lines = []
-    for place, (label, ladder) in enumerate(find_ladders(runs).items()):
-        values = 100 * stack_floors(ladder, SPREAD)
+    for place, (label, ladder) in enumerate(find_ladders(runs, FIELD).items()):
+        values = 100 * stack_values(ladder, SPREAD)
         if len(values):
             lines.append(Series(place, label, 100 * np.array([*ladder]), values))
     if lines:

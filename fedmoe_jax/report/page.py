@@ -13,6 +13,7 @@ import numpy as np
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report import plots, signatures
 from fedmoe_jax.report.cells import Cell
+from fedmoe_jax.report.channel import channel_pictures
 from fedmoe_jax.report.client_figures import client_pictures
 from fedmoe_jax.report.cost_figures import cost_pictures
 from fedmoe_jax.report.device_figures import compared_device_pictures, device_pictures
@@ -337,8 +338,10 @@ def write_report(
     parts += ["<h2>Final numbers</h2>", _numbers_html(runs)]
     parts.append(f'<div class="wide">{show(map_picture(runs))}</div>')
     parts += map(section_html, list_sections(runs, baseline))
-    gallery = show(floor_picture(runs))
-    gallery += show(strata_pictures(groups)) + show(curve_pictures(groups))
+    gallery = show(floor_picture(runs)) + show(channel_pictures(runs))
+    if gallery:
+        parts.append(f'<h2>By config</h2><div class="pictures">{gallery}</div>')
+    gallery = show(strata_pictures(groups)) + show(curve_pictures(groups))
     bands = "" if len(runs) == len(groups) else BANDS
     parts.append(f'<h2>Over rounds</h2>{bands}<div class="pictures">{gallery}</div>')
     gallery, bands = show(cost_pictures(groups)), SEEDS if bands else ""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fedmoe_jax.report.baseline import paired_section
 from fedmoe_jax.report.budgets import budget_section
+from fedmoe_jax.report.channel import channel_section
 from fedmoe_jax.report.diverged import describe_diverged
 from fedmoe_jax.report.floors import floor_section
 from fedmoe_jax.report.layers import layers_section
@@ -26,7 +27,7 @@ def list_sections(runs: Sequence[Run], baseline: str) -> list[Section]:
       baseline: `evaluation.baseline`, see `baseline.find_baseline`.
     """
     found = [map_section(runs), paired_section(runs, baseline)]
-    found += [floor_section(runs), tiers_section(runs)]
+    found += [floor_section(runs), tiers_section(runs), channel_section(runs)]
     found += [parts_section(runs), budget_section(runs), target_section(runs)]
     found += [layers_section(runs), pruned_section(runs)]
     note = describe_diverged(runs)

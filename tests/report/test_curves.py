@@ -11,6 +11,7 @@ from fedmoe_jax.report.curves import (
     common_mean,
     cost_curves,
     curves,
+    find_span,
     spread,
 )
 
@@ -74,6 +75,14 @@ def test_curves_by_hand():
     assert corners == {(2, 10), (2, 30), (4, 20), (6, 20), (6, 40)}
     assert axes.get_xlim() == (0, 6)
     assert places_of(axes) == {"two": 30, "one": 2}
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [([0.7, 0.95, 1.0], (0.7, 1.0)), ([0.5, 1.0], (0, 1.0)), ([3.0], (0, 3.0))],
+)
+def test_find_span_begins_at_0_or_near_the_last_place(places, expected):
+    assert find_span([np.array(places), np.array(places[-1:])]) == expected
 
 
 def test_curves_of_one_round_and_their_reference():

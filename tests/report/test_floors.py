@@ -5,12 +5,9 @@ import pytest
 from scipy import stats
 
 from fedmoe_jax.report.floors import (
-    SPREAD,
-    find_ladders,
     find_trend,
     floor_picture,
     floor_section,
-    stack_floors,
 )
 
 from .fake_runs import make_row, make_run
@@ -34,26 +31,6 @@ def rows_of(sheet, *heads):
     places = [sheet.heads.index(head) - 1 for head in heads]
     texts = {label: [cells[at] for at in places] for label, cells in sheet.rows.items()}
     return {label: [cell.text for cell in cells] for label, cells in texts.items()}
-
-
-def test_find_ladders_takes_runs_apart_that_differ_in_more_than_the_floor(tmp_path):
-    runs = make_floors(tmp_path)
-    powered = make_floors(tmp_path, {0.1: (0.5,), 0.0: (0.4,)}, power=2.0)
-    alone = make_floors(tmp_path, {0.1: (0.5,)}, "random")
-    older = [make_run(tmp_path, "greedy")]  # its config has no floors
-    found = find_ladders([*runs, *powered, *alone, *older])
-    assert list(found) == ["greedy fairness.power=0.0", "greedy fairness.power=2.0"]
-    assert [list(ladder) for ladder in found.values()] == [[0.0, 0.1, 0.2], [0.0, 0.1]]
-    first = found["greedy fairness.power=0.0"]
-    assert first[0.2][1][SPREAD] == 0.22
-
-
-def test_stack_floors_leaves_out_seeds_that_lack_a_floor(tmp_path):
-    runs = make_floors(tmp_path)
-    (ladder,) = find_ladders(runs[:-1]).values()
-    np.testing.assert_allclose(
-        stack_floors(ladder, SPREAD), [[0.30, 0.25, 0.20], [0.28, 0.26, 0.22]]
-    )
 
 
 def test_find_trend_is_pages_test():

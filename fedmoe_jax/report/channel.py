@@ -1,0 +1,129 @@
+"""What knowledge of the channel, its links and the deadline change."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedmoe_jax.report.curves import Series, curves
+from fedmoe_jax.report.figures import Picture
+from fedmoe_jax.report.ladders import (
+    find_known,
+    find_ladders,
+    ladder_rows,
+    stack_values,
+)
+from fedmoe_jax.report.runs import Run, join_measures
+from fedmoe_jax.report.sheets import Section, Sheet
+from fedmoe_jax.runtime.files import flatten
+
+
+class Links(NamedTuple):
+    """The links of clients to the server, or those of the gate to its experts.
+
+    Attributes:
+      kind: config field that turns them on.
+      off: its value without them.
+      fields: of the config, whose values are compared.
+      shown: keys of measures, the columns.
+      drawn: those of them that are drawn.
+    """
+
+    kind: str
+    off: str
+    fields: Sequence[str]
+    shown: Sequence[str]
+    drawn: Sequence[str]
+
+
+LINKS = (
+    Links(
+        "channel.kind",
+        "wired",
+        (
+            *("channel.csi", "channel.refresh", "channel.persistence"),
+            *("channel.backoff", "devices.deadline", "channel_aware.price"),
+        ),
+        (
+            *("final_global_accuracy", "final_personal_accuracy", "final_global_bits"),
+            *("outage_share", "mean_late_clients", "wasted_megabytes", "mean_load_cv"),
+            *("simulated_minutes", "kilojoules"),
+        ),
+        ("final_global_accuracy", "final_global_bits", "wasted_megabytes"),
+    ),
+    Links(
+        "expert_links.kind",
+        "none",
+        (
+            *("expert_links.sight", "expert_links.csi", "expert_links.persistence"),
+            *("expert_links.price", "expert_links.start", "loss.latency"),
+        ),
+        (
+            *("final_linked_accuracy", "final_linked_personal_accuracy"),
+            *("final_linked_bits", "final_linked_delay", "final_global_accuracy"),
+            *("final_global_bits", "mean_load_cv"),
+        ),
+        ("final_linked_accuracy", "final_linked_bits", "final_linked_delay"),
+    ),
+)
+LEAST_VALUES = 3  # of a picture
+ABOUT = (
+    "Each table has the runs over a wireless channel, or over links to experts, that "
+    "differ in one field and seed alone. The lowest value has its means; the others "
+    "their differences to it over the seeds that both have, ± half-width of the 95 % "
+    "t-interval, bold where the difference exceeds it."
+)
+CAPTION = (
+    "{measure} by {field}: mean over seeds, the band from the lowest to the highest."
+)
+
+
+def choose_linked(runs: Sequence[Run], links: Links) -> list[Run]:
+    """Those of some runs that have such links."""
+    kinds = [flatten(run.config).get(links.kind, links.off) for run in runs]
+    return [run for run, kind in zip(runs, kinds, strict=True) if kind != links.off]
+
+
+def list_sheets(runs: Sequence[Run], links: Links) -> Iterator[Sheet]:
+    """A table for each field of which a row has several values."""
+    for field in links.fields:
+        ladders = find_ladders(choose_linked(runs, links), field)
+        if ladders:
+            measures = find_known(ladders, join_measures(runs), links.shown)
+            heads = "Strategy", *(measure.title for measure in measures.values())
+            rows = ladder_rows(ladders, measures, field.split(".")[1])
+            yield Sheet(field, heads, rows)
+
+
+def channel_section(runs: Sequence[Run]) -> Section | None:
+    """What the fields of links change; None where no two values are compared."""
+    sheets = [sheet for links in LINKS for sheet in list_sheets(runs, links)]
+    return Section("The channel", ABOUT, sheets) if sheets else None
+
+
+def channel_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
+    """Accuracy and costs over each field of which a row has three values or more."""
+    measures = join_measures(runs)
+    for links in LINKS:
+        for field in links.fields:
+            ladders = find_ladders(choose_linked(runs, links), field)
+            long = {
+                label: ladder
+                for label, ladder in ladders.items()
+                if len(ladder) >= LEAST_VALUES
+            }
+            for key, measure in find_known(long, measures, links.drawn).items():
+                stacked = {
+                    label: measure.scale * stack_values(ladder, key)
+                    for label, ladder in long.items()
+                }
+                lines = [
+                    Series(place, label, np.array([*long[label]]), values)
+                    for place, (label, values) in enumerate(stacked.items())
+                    if len(values)
+                ]
+                if lines:
+                    caption = CAPTION.format(measure=measure.title, field=field)
+                    name = f"{field.replace('.', '_')}-{key}"
+                    figure = curves(lines, measure.title, None, field)
+                    yield Picture(name, caption, figure)
