@@ -8,7 +8,6 @@ from fedmoe_jax.options import Measure
 from fedmoe_jax.report.cells import Cell, mean_cell
 from fedmoe_jax.report.diverged import is_diverged, mark_cell
 from fedmoe_jax.report.paired import Seeds, difference_cell, pair_up, seeds_of
-from fedmoe_jax.report.rows import is_number
 from fedmoe_jax.report.runs import NAN, Run, name_runs
 from fedmoe_jax.runtime.files import flatten
 
@@ -18,7 +17,7 @@ Ladder = dict[float, Seeds]  # numbers of the runs of a label, by value and seed
 def find_value(run: Run, field: str) -> float | None:
     """The value of a config field; None where a run has no number there."""
     value = flatten(run.config).get(field)
-    return float(value) if is_number(value) else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def hide_value(run: Run, field: str) -> Run:
@@ -36,12 +35,12 @@ def find_ladders(runs: Sequence[Run], field: str) -> dict[str, Ladder]:
     Returns:
       By the label without the field; its values rise.
     """
-    known = [run for run in runs if find_value(run, field) is not None]
-    named = name_runs([hide_value(run, field) for run in known])
+    known = [(run, find_value(run, field)) for run in runs]
+    known = [(run, value) for run, value in known if value is not None]
+    named = name_runs([hide_value(run, field) for run, _ in known])
     found: dict[str, dict[float, list[Run]]] = {}
-    for run, bare in zip(known, named, strict=True):
-        values = found.setdefault(bare.label, {})
-        values.setdefault(find_value(run, field), []).append(bare)
+    for bare, (_, value) in zip(named, known, strict=True):
+        found.setdefault(bare.label, {}).setdefault(value, []).append(bare)
     return {
         label: {
             value: next(iter(seeds_of(group).values()))
