@@ -48,7 +48,7 @@ def list_changes(full: bool) -> tuple[str, ...]:
 def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins any of `full`, `digits` and `smoke` with commas."""
     full, rest = compare.take_word(argument, "full")
-    config = compare.get_config(rest)
+    config = compare.get_config(rest, ["full"])
     compare.support_claims(config, rest)
     if "smoke" not in rest:
         config.num_rounds, config.eval_every, config.chunk_rounds = 30, 5, 1

@@ -83,7 +83,7 @@ def compare_gates(config: ConfigDict, words: set[str]) -> None:
 def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins any of `gate`, `digits` and `smoke` with commas."""
     gate, rest = compare.take_word(argument, "gate")
-    config, words = compare.get_config(rest), set(rest.split(","))
+    config, words = compare.get_config(rest, ["gate"]), set(rest.split(","))
     compare.support_claims(config, rest)
     if "smoke" not in words:
         config.compare.seeds = tuple(range(5 if "digits" in words else 3))

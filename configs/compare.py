@@ -8,6 +8,8 @@ The arguments are `digits` (the embedded data, about 41 seconds on 2 cores) and
 once); `digits,smoke` is both.
 """
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from configs import cifar10, default
@@ -45,13 +47,17 @@ def support_claims(config: ConfigDict, argument: str) -> None:
         config.compare.seeds = tuple(range(10 if digits else 5))
 
 
-def get_config(argument: str = "") -> ConfigDict:
-    """The comparison. `argument` joins any of `digits` and `smoke` with commas."""
+def get_config(argument: str = "", own: Sequence[str] = ()) -> ConfigDict:
+    """The comparison. `argument` joins any of `digits` and `smoke` with commas.
+
+    A study of `own` words takes them off the argument; a refusal names them, too.
+    """
     words = set(filter(None, argument.split(",")))
     unknown = words - {"digits", "smoke"}
     if unknown:
+        allowed = ", ".join((*own, "digits", "smoke"))
         raise ValueError(
-            f"config argument {min(unknown)!r} is unknown; allowed: digits, smoke"
+            f"config argument {min(unknown)!r} is unknown; allowed: {allowed}"
         )
     digits = "digits" in words
     config = default.get_config() if digits else cifar10.get_config()

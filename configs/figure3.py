@@ -30,7 +30,7 @@ STRATEGIES = (
 def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins any of `fifty`, `digits` and `smoke` with commas."""
     fifty, rest = compare.take_word(argument, "fifty")
-    config = compare.get_config(rest)
+    config = compare.get_config(rest, ["fifty"])
     systems.measure_all(config, "digits" in rest)
     config.partition.unseen = 0
     compare.support_claims(config, rest)

@@ -103,11 +103,12 @@ def set_groups(config: ConfigDict, *, digits: bool) -> None:
 def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins `groups` or `members`, `digits` and `smoke`."""
     groups, argument = compare.take_word(argument, "groups")
-    members = False
+    members, own = False, ["groups"]
     if not groups:  # where nobody looks for members
         members, argument = compare.take_word(argument, "members")
+        own.append("members")
     words = argument.split(",")
-    config = compare.get_config(argument)
+    config = compare.get_config(argument, own)
     config.privacy.observe, config.fitness.feedback = True, "relative_probe"
     config.partition.test_share, config.partition.validation_share = 0.5, 0.1
     config.partition.min_size, config.num_clients, config.cohort_size = 6, 50, 50
@@ -129,5 +130,5 @@ def get_config(argument: str = "") -> ConfigDict:
         default.shrink(config)
         config.compare.strategies = "random", "greedy"
         config.compare.seeds = (0, 1, 2)
-        config.compare.changes = ("privacy.flip=1.0",)  # all of them are one program
+        config.compare.changes = "", "privacy.flip=1.0"
     return config

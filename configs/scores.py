@@ -29,7 +29,7 @@ IDLE = tuple(f"fitness.idle={rule}" for rule in ("prior", "keep", "decay"))
 def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins any of `full`, `digits` and `smoke` with commas."""
     full, rest = compare.take_word(argument, "full")
-    config = compare.get_config(rest)
+    config = compare.get_config(rest, ["full"])
     compare.support_claims(config, rest)
     config.compare.strategies = ("load_balanced",)
     usual = "load_balanced fitness.idle=prior fitness.rate=0.3 usage.decay=0.9"

@@ -89,7 +89,7 @@ def measure_all(config: ConfigDict, digits: bool) -> None:
 def get_config(argument: str = "") -> ConfigDict:
     """The comparison. `argument` joins any of `digits`, `claims` and `smoke`."""
     claims, rest = compare.take_word(argument, "claims")
-    config = compare.get_config(rest)
+    config = compare.get_config(rest, ["claims"])
     digits = "digits" in rest
     config.compare.strategies = CLAIMS if claims else STRATEGIES
     compare.support_claims(config, rest)

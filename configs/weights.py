@@ -30,7 +30,7 @@ def weigh(fitness: float) -> str:
 def get_config(argument: str = "") -> ConfigDict:
     """The study. `argument` joins any of `full`, `digits` and `smoke` with commas."""
     full, rest = compare.take_word(argument, "full")
-    config = compare.get_config(rest)
+    config = compare.get_config(rest, ["full"])
     compare.support_claims(config, rest)
     config.compare.strategies = ("load_balanced",)
     if full:

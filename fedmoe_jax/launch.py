@@ -27,7 +27,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ KINDS = {  # of flags that are no text
     "profile": "true, false",
 }
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.py"
+COMPARED = {"strategy": ["compare.strategies"], "seed": ["compare.seeds"]}
 STUDIES = Path(__file__).parents[1] / "configs"  # of a checkout
 
 
@@ -187,11 +188,30 @@ def explain(error: Exception) -> str:
     return f"{lines[-1]}; allowed: the flags that --help lists"
 
 
-def split_unknown(text: str) -> tuple[str, str]:
-    """An unknown config field in the text of ml_collections' error, and one near it."""
-    name, *rest = text.strip().split("\n")
-    near = re.search(r'Did you mean "([^"]+)"', " ".join(rest))
-    return name, f", such as {near[1]}" if near else ""
+def explain_unknown(text: str, argv: Sequence[str]) -> str:
+    """An unknown config field and the fields that are near it, on one line.
+
+    Args:
+      text: of ml_collections' error, which has the last part of its name alone.
+      argv: the command line.
+    """
+    from fedmoe_jax.config import list_options
+
+    leaf, *rest = text.strip().split("\n")
+    below = re.search(r"lookup: ([\w.]+)", leaf)  # of a field that is no group
+    leaf = below[1] if below else leaf.strip("'\"")
+    given = (re.match(r"--?config\.([\w.]+)", word) for word in argv)
+    names = [
+        flag[1] for flag in given if flag and leaf in (flag[1], *flag[1].split("."))
+    ]
+    name = names[0] if names else leaf
+    near = re.findall(r'Did you mean "([^"]+)"', " ".join(rest))
+    group = f"{name.rpartition('.')[0]}."
+    near = near or [each for each in list_options() if each.startswith(group)]
+    # A comparison has lists of what a run has one of.
+    near = COMPARED.get(name, near)
+    hint = f", such as {', '.join(near)}" if near else ""
+    return f"unknown config field {name}; allowed: the fields that --help lists{hint}"
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -212,9 +232,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     except UserError as error:
         sys.exit(refuse(str(error)))
     except (AttributeError, KeyError) as error:  # of ml_collections, an unknown field
-        name, hint = split_unknown(str(getattr(error.args[0], "args", error.args)[0]))
-        allowed = f"allowed: the fields that --help lists{hint}"
-        sys.exit(refuse(f"unknown config field {name}; {allowed}"))
+        text = str(getattr(error.args[0], "args", error.args)[0])
+        sys.exit(refuse(explain_unknown(text, sys.argv)))
     except (OSError, flags.Error) as error:
         sys.exit(refuse(explain(error)))
 
@@ -437,6 +456,10 @@ def main(argv: list[str], stop: Stop) -> int:
             from fedmoe_jax.train.tune import take_settings
 
             take_settings(config, _SETTINGS.value)
+        if not _TUNE.value:
+            from fedmoe_jax.train.compare import check_given
+
+            check_given(config, config_flags.get_override_values(flags.FLAGS["config"]))
         request = {f"config.{k}": v for k, v in flatten(config.to_dict()).items()}
         request |= {"--workdir": str(workdir), "--profile": profile, "--only": only}
         join_hosts(config, request | {"--tune": _TUNE.value})

@@ -147,7 +147,28 @@ BAD = {
     "tuning of one run": ([*TINY, "--tune"], "--tune .*; allowed: with a comparison"),
     "an unknown field": (
         [*TINY, "--config.sed=3"],
-        "unknown config field 'sed'; allowed: the fields that .*, such as seed",
+        "unknown config field sed; allowed: the fields that .*, such as seed",
+    ),
+    "an unknown field of a group": (
+        [*TINY, "--config.pruning.keep=0.5"],
+        "field pruning.keep; allowed: the fields .*, such as pruning.kind, .*floor",
+    ),
+    "a part of a number": (
+        [*TINY, "--config.pruning.floor.x=1"],
+        "unknown config field pruning.floor.x; allowed",
+    ),
+    "a strategy of a comparison": (
+        [DIGITS, "--config.strategy=greedy"],
+        "unknown config field strategy; .* such as compare.strategies",
+    ),
+    "a field that all runs change": (
+        [DIGITS, "--config.compare.changes=('fitness.rate=0.2',)"]
+        + ["--config.fitness.rate=0.4"],
+        "--config.fitness.rate changes no run, as compare.changes or --settings",
+    ),
+    "a change of no field": (
+        [DIGITS, "--config.compare.changes=('fitness.rat=3',)"],
+        "allowed: .* field, which fitness.rat is not, and fitness.rate is",
     ),
     "settings of one run": ([*TINY, "--settings=x"], "--settings=x .* comparison"),
     "no settings": (

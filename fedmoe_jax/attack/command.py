@@ -28,8 +28,8 @@ from fedmoe_jax.runtime.folders import resolve_folder
 def find_observed(sources: Sequence[str]) -> list[Run]:
     """The finished, observed runs of several runs and comparisons, each once.
 
-    Prints a line about each run that is left out. One that is there twice would be its
-    own shadow.
+    Prints a line about each run that is left out, where others are not. One that is
+    there twice would be its own shadow.
 
     Args:
       sources: folders of runs or comparisons.
@@ -39,25 +39,28 @@ def find_observed(sources: Sequence[str]) -> list[Run]:
     """
     folders = [resolve_folder("RUNS", source) for source in sources]
     listed = dict.fromkeys(path for folder in folders for path in list_runs(folder))
-    kept = []
+    kept, left_out = [], []
     for path in listed:
         if not is_done(path):
-            print(f"left out: {path} is not finished")
+            left_out.append(f"{path} is not finished")
         elif not list_chunks(path):
-            print(f"left out: {path} was not observed (privacy.observe)")
+            left_out.append(f"{path} was not observed")
         else:
             kept.append(path)
     runs: dict[str, Run] = {}
     for run in map(load_run, keep_whole(kept)):
         first = runs.setdefault(identify(run), run)
         if first is not run:
-            print(f"left out: {run.folder} is the run of {first.folder}")
+            left_out.append(f"{run.folder} is the run of {first.folder}")
     if not runs:
+        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         raise UserError(
-            f"RUNS={','.join(map(str, sources)) or None} has no finished run that was "
-            "observed; allowed: folders of runs or comparisons with "
-            "privacy.observe=True"
+            f"RUNS={','.join(map(str, sources))} has no finished run that was "
+            f"observed ({left_out[0]}{more}); allowed: folders of runs or "
+            "comparisons with privacy.observe=True"
         )
+    for each in left_out:
+        print(f"left out: {each}")
     return list(runs.values())
 
 
@@ -69,9 +72,21 @@ def attack(sources: Sequence[str], workdir: str) -> Path:
       workdir: folder of the tables, made if absent.
 
     Raises:
-      UserError: see `find_observed`, or a file of a run is damaged.
+      UserError: see `find_observed`; there is no source, the folder is of other runs,
+        or a file of a run is damaged.
     """
+    if not sources:
+        raise UserError(
+            "RUNS are missing; allowed: folders of runs or comparisons with "
+            "privacy.observe=True"
+        )
     folder = resolve_folder("workdir", workdir)
+    own = {resolve_folder("RUNS", source) for source in sources}
+    if folder not in own and (folder / "config.json").exists():
+        raise UserError(
+            f"workdir={folder} is not allowed, as it holds other runs; allowed: a "
+            "folder of RUNS, or one without runs"
+        )
     runs = find_observed(sources)
     found, experts = attack_runs(runs)
     folder.mkdir(parents=True, exist_ok=True)

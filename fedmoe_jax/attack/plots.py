@@ -157,22 +157,29 @@ def draw_over_epsilon(
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+def pick_colours(points: Sequence[Point]) -> dict[str, str]:
+    """A colour for each strategy, the same in all pictures of the same points."""
+    names = dict.fromkeys(point.strategy for point in points)
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
 def open_and_draw(
     points: Sequence[Point],
     panels: Sequence[Panel],
     draw: Callable[..., None],
     marks: Collection[str],
+    colours: Mapping[str, str],
 ) -> Figure:
     """A figure with the panels and, at their right, strategies and defences.
 
     Args:
-      points: all rows.
+      points: the rows to draw.
       panels: one or more.
       draw: (axes, points, panel, colours of the strategies) -> None.
       marks: defences that are drawn as marks.
+      colours: by strategy.
     """
     names = list(dict.fromkeys(point.strategy for point in points))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     figure, opened = open_panels(len(panels), INNER)
     for axes, panel in zip(opened, panels, strict=True):
         draw(axes, points, panel, colours)
@@ -197,7 +204,9 @@ def draw_attacks(points: Sequence[Point]) -> Figure | None:
     found = {key for point in points for key in point.numbers}
     known = [panel for panel in PANELS if panel.key in found and ACCURACY in found]
     marks = {point.defence for point in points}
-    return open_and_draw(points, known, draw_panel, marks) if known else None
+    if not known:
+        return None
+    return open_and_draw(points, known, draw_panel, marks, pick_colours(points))
 
 
 @rc_context(STYLE)
@@ -216,4 +225,7 @@ def draw_epsilons(points: Sequence[Point]) -> Figure | None:
             without.setdefault(point.strategy, point)
     shown = [*without.values(), *private]
     marks = {point.defence for point in private}
-    return open_and_draw(shown, known, draw_over_epsilon, marks) if known else None
+    if not known:
+        return None
+    colours = pick_colours(points)
+    return open_and_draw(shown, known, draw_over_epsilon, marks, colours)

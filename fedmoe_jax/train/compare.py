@@ -1,6 +1,7 @@
 """A comparison is a sweep over strategies x changes x seeds."""
 
 import contextlib
+import difflib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -64,7 +65,14 @@ def apply_change(config: ConfigDict, change: str) -> None:
     """
     name, _, text = change.partition("=")
     known = flatten(config.to_dict())
-    if name not in known or name in ("strategy", "seed") or not text:
+    if name not in known and text:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f", and {near[0]} is" if near else ""
+        raise UserError(
+            f"compare.changes has {show(change)}; allowed: field=value with a config "
+            f"field, which {name} is not{hint}"
+        )
+    if name in ("strategy", "seed") or not text:
         raise UserError(
             f"compare.changes has {show(change)}; allowed: field=value with a config "
             "field other than strategy and seed"
@@ -135,22 +143,53 @@ def check_distinct(members: Iterable[Member]) -> None:
 
 
 def list_pairs(lists: ConfigDict) -> list[tuple[str, str]]:
-    """Every change with every strategy that it is for.
+    """Every change with every strategy that it is for, which it does not name.
 
     Raises:
       UserError: a change names a strategy that is not compared.
     """
     pairs = []
     for change in lists.changes:
-        own, _ = split_strategy(change)
+        own, fields = split_strategy(change)
         if own and own not in lists.strategies:
             raise UserError(
                 f"compare.changes has {show(change)}; allowed: changes of all, or of "
                 f"one of {', '.join(lists.strategies)}"
             )
         chosen = [own] if own else lists.strategies
-        pairs += [(change, strategy) for strategy in chosen]
+        pairs += [(fields, strategy) for strategy in chosen]
     return pairs
+
+
+def join_changes(*changes: str | None) -> str:
+    """Changes of a run as one, the later ones in force."""
+    return ",".join(filter(None, changes))
+
+
+def check_given(config: ConfigDict, given: Iterable[str]) -> None:
+    """Checks that fields of the command line have a say in a comparison.
+
+    Args:
+      config: with a group `compare`, or of one run.
+      given: config fields.
+
+    Raises:
+      UserError: every run changes one of them; also as `list_members`.
+    """
+    if "compare" not in config:
+        return
+    check_lists(config.compare)
+    settings, changed = read_settings(config.compare), []
+    for change, strategy in list_pairs(config.compare):
+        both = join_changes(settings.get(strategy), change)
+        changed.append({part.partition("=")[0] for part in split_change(both)})
+    for field in given:
+        if all(field in fields for fields in changed):
+            raise UserError(
+                f"--config.{field} changes no run, as compare.changes or --settings "
+                "set it in all; allowed: its value there, or "
+                "--config.compare.changes without it"
+            )
 
 
 def list_members(config: ConfigDict) -> list[Member]:
@@ -172,10 +211,9 @@ def list_members(config: ConfigDict) -> list[Member]:
     check_lists(config.compare)
     members = []
     settings = read_settings(config.compare)
-    for text, strategy in list_pairs(config.compare):
-        _, change = split_strategy(text)
+    for change, strategy in list_pairs(config.compare):
         name = caseless_name(f"{strategy}-{change}" if change else strategy)
-        both = ",".join(filter(None, (settings.get(strategy), change)))
+        both = join_changes(settings.get(strategy), change)
         seeds = [int(seed) for seed in config.compare.seeds]
         first = make_member(config, strategy, both, seeds[0])
         fields = first.to_dict()  # what is allowed with one seed is with any

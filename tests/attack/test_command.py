@@ -6,27 +6,32 @@ import pytest
 from absl import flags
 
 from fedmoe_jax.attack import command
-from fedmoe_jax.attack.command import find_observed
+from fedmoe_jax.attack.command import attack, find_observed
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.runs import Run
 
 
 def test_find_observed_refuses_folders_without_observed_runs(tmp_path):
-    with pytest.raises(UserError, match=r"RUNS=None has no finished run .*; allowed: "):
-        find_observed([])
     with pytest.raises(UserError, match=r"config\.json is missing; allowed: "):
         find_observed([str(tmp_path)])
 
 
-def test_find_observed_says_what_it_leaves_out(tmp_path, capsys):
+def test_find_observed_says_why_it_leaves_all_out(tmp_path):
     (tmp_path / "config.json").write_text('{"strategy": "greedy"}')
-    with pytest.raises(UserError, match=r"privacy\.observe=True"):
+    with pytest.raises(UserError, match=r"is not finished\); allowed: .*observe=True"):
         find_observed([str(tmp_path)])
-    assert "is not finished" in capsys.readouterr().out
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"privacy\.observe=True"):
+    with pytest.raises(UserError, match=r"was not observed\); allowed: "):
         find_observed([str(tmp_path)])
-    assert "was not observed" in capsys.readouterr().out
+
+
+def test_attack_refuses_the_folder_of_other_runs(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"it holds other runs; allowed: a folder of"):
+        attack([str(tmp_path / "mine")], str(tmp_path))
+    with pytest.raises(UserError, match="no finished run"):
+        attack([str(tmp_path)], str(tmp_path))
 
 
 def test_find_observed_takes_a_run_once(tmp_path, monkeypatch, capsys):
@@ -51,7 +56,7 @@ def test_find_observed_takes_a_run_once(tmp_path, monkeypatch, capsys):
     ("workdir", "told"),
     [
         ("", "error: --workdir is missing; allowed: "),
-        ("tables", "error: RUNS=None has"),
+        ("tables", "error: RUNS are missing; allowed: "),
     ],
 )
 def test_main_ends_with_one_line_and_code_2(workdir, told, monkeypatch, capsys):

@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 
 import fedmoe_jax
 from configs import compare as study
+from configs import default
 from fedmoe_jax.options import UserError
 from fedmoe_jax.report.rows import read_metrics
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.train import loop, plan
 from fedmoe_jax.train.compare import (
     apply_change,
+    check_given,
     compare,
     list_members,
     split_change,
@@ -478,3 +480,29 @@ def test_a_part_without_a_run_says_so(tmp_path, capsys):
     assert capsys.readouterr().out == (
         "--only=7/8 has no run, as the comparison has 1\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "field", "refused"),
+    [
+        (("fitness.rate=0.2", "fitness.rate=0.4"), (), "fitness.rate", True),
+        (("", "fitness.rate=0.4"), (), "fitness.rate", False),
+        (("greedy: fitness.rate=0.4", ""), (), "fitness.rate", False),
+        (("",), ("greedy: local_steps=3", "random: local_steps=2"), "local_steps", 1),
+        (("",), ("greedy: local_steps=3",), "local_steps", False),
+    ],
+)
+def test_check_given_refuses_a_field_that_every_run_changes(
+    changes, settings, field, refused
+):
+    lists = dict(changes=changes, settings=settings, strategies=("greedy", "random"))
+    config = tiny_config(**{f"compare.{name}": each for name, each in lists.items()})
+    if not refused:
+        check_given(config, [field, "num_rounds"])
+        return
+    with pytest.raises(UserError, match=f"--config.{field} changes no run, .*allowed:"):
+        check_given(config, ["num_rounds", field])
+
+
+def test_check_given_lets_a_single_run_have_any_field():
+    check_given(default.get_config(), ["fitness.rate"])
