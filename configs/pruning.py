@@ -12,8 +12,8 @@ norm of weights, or the same share of every layer, of the most important, random
 first units (the widths of HeteroFL). Further rows change one thing about `lamp`: the
 experts held for one whole one, a ramp, no units that take turns; in two the stem is
 pruned, too, by one threshold or by the same share of every layer; and one has whole
-experts of which devices feel half the bytes and FLOPs, so that at least twice as many
-fit: room that no client has. `fedavg` is a dense network as wide as all experts, pruned
+experts on devices with twice the room (`devices.model_scale`), so that at least twice
+as many fit. `fedavg` is a dense network as wide as all experts, pruned
 alike; `heterofl` is nested widths.
 
 `Own sub-network %` is of what a client has; `Personal %` of the whole experts that it

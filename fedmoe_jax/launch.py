@@ -205,9 +205,10 @@ def explain_unknown(text: str, argv: Sequence[str]) -> str:
         flag[1] for flag in given if flag and leaf in (flag[1], *flag[1].split("."))
     ]
     name = names[0] if names else leaf
+    group = name[: name.find(leaf)]
     near = re.findall(r'Did you mean "([^"]+)"', " ".join(rest))
-    group = f"{name.rpartition('.')[0]}."
-    near = near or [each for each in list_options() if each.startswith(group)]
+    near = [f"{group}{each}" for each in near]
+    near = near or [each for each in list_options() if each.startswith(group or ".")]
     # A comparison has lists of what a run has one of.
     near = COMPARED.get(name, near)
     hint = f", such as {', '.join(near)}" if near else ""
@@ -292,6 +293,8 @@ def run(
                 folders = add_finished(folders, workdir)
             page = write_all(folders, workdir, command, config.evaluation.baseline)
         print(f"report: {page}  ({time.monotonic() - start:.0f} s from the start)")
+        if finished and config.privacy.observe:
+            print(f"to attack it: python -m fedmoe_jax.attack {workdir} --workdir=DIR")
     return finished
 
 

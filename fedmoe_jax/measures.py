@@ -357,9 +357,10 @@ MEASURES: dict[str, Measure] = {
         "epsilon",
         title="Epsilon",
         about="of the mechanisms of `privacy` that are on, together, for a client that "
-        "is replaced by another; it is of what these cover, which the notes say",
-        better=-1,
-        digits=2,
+        "is replaced by another; it is of what these cover, which the notes say; –: no "
+        "guarantee, or none that is accounted for",
+        better=0,
+        digits=1,
         trivial=NEVER,
     ),
     "final_validation_personal_prior_accuracy": ASIDE._replace(

@@ -57,8 +57,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 SMOKE = f"--config={CONFIGS / 'default.py'}:smoke"
 DIGITS = f"--config={CONFIGS / 'compare.py'}:digits,smoke"
 BAD = {
-    "unknown field": (["--config.num_expert=3"], "'num_expert'"),
-    "unknown nested field": (["--config.fitness.idel=keep"], "'idel'"),
+    "unknown field": (["--config.num_expert=3"], "num_expert; .* as num_experts"),
+    "unknown nested field": (["--config.fitness.idel=keep"], "such as fitness.idle"),
     "wrong type": (
         ["--config.num_experts=many"],
         "num_experts='many' is not allowed; allowed: whole",

@@ -165,7 +165,8 @@ def curves(
     ends = []
     for place, label, rounds, values in series:
         look, mean = _look(place), np.nanmean(values, axis=0)
-        axes.plot(rounds, mean, lw=1.3, **look)
+        mark = "o" if len(rounds) == 1 else None  # a line of one point is none
+        axes.plot(rounds, mean, lw=1.3, marker=mark, ms=2.5, **look)
         if len(values) > 1:
             band = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
             axes.fill_between(rounds, *band, color=look["color"], alpha=0.13, lw=0)

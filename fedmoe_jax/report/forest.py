@@ -1,6 +1,7 @@
 """Differences with their intervals: a row for each pair, a panel for each measure."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,14 +11,14 @@ from matplotlib.ticker import MaxNLocator
 
 from fedmoe_jax.report.margins import open_panels, settle
 from fedmoe_jax.report.plots import COLOURS, GREY, STYLE, name_rows
-from fedmoe_jax.report.text import shorten
+from fedmoe_jax.report.text import MOST_LETTERS, shorten
 
 KEY = (  # how to read it, for captions
     "Blue is better, orange worse, grey cannot be told; an arrow points to the better "
     "side, and black is of measures without one."
 )
 PANEL, ROW = 1.25, 0.19  # inches
-TITLE, NAME = 24, 90  # letters of a measure's name and of a row's
+TITLE, NAME = 24, 120  # letters of a line of a measure's name and of a row's
 
 
 class Difference(NamedTuple):
@@ -62,10 +63,14 @@ def find_colour(difference: Difference, better: int) -> str:
 
 
 def name_panel(panel: Panel) -> str:
-    """The measure with an arrow in its better direction; of percent in points."""
-    arrow = {1: " →", -1: " ←", 0: ""}[panel.better]
+    """The measure with an arrow in its better direction; of percent in points.
+
+    On as many lines as a panel's width asks for, the arrow with the last word.
+    """
+    arrow = {1: "\xa0→", -1: "\xa0←", 0: ""}[panel.better]
     title, percent = panel.title.removesuffix(" %"), panel.title.endswith(" %")
-    return shorten(title, TITLE) + (", points" if percent else "") + arrow
+    title = shorten(title, MOST_LETTERS) + (", points" if percent else "") + arrow
+    return textwrap.fill(title, TITLE)
 
 
 @rc_context(STYLE)

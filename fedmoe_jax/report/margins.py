@@ -90,7 +90,8 @@ def _label(axis: Axis, texts: float, length: float) -> float:
         beyond = -(room + GAP) / length
         across = isinstance(axis, XAxis)
         axis.set_label_coords(*(0.5, beyond) if across else (beyond, 0.5))
-        room += GAP + line_height(LABELS)
+        lines = axis.get_label_text().count("\n") + 1
+        room += GAP + lines * line_height(LABELS)
     return PAD + room
 
 

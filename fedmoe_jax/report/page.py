@@ -277,7 +277,8 @@ def _header_html(runs: Sequence[Run], command: str) -> str:
     ]
     if running:
         facts.append(f"{running} still in progress")
-    title = f"{' against '.join(group_runs(runs))}" if len(runs) < 3 else "Comparison"
+    labels = group_runs(name_runs(runs))
+    title = " against ".join(labels) if len(labels) < 3 else "Comparison"
     return (
         f"<h1>{escape(title)} on {escape(show('data.name'))}</h1>"
         f"<p>{escape(' · '.join(facts))}</p><pre>{escape(command)}</pre>"

@@ -191,9 +191,11 @@ def drive_wave(
             write_arrays(folder / EXPOSED, **arrays)
         each = zip(wave.plans, folders, states, results, strict=True)
         summaries = [finish(*parts, end.spent) for parts in each]
-        for line in dict.fromkeys(map(describe_privacy, summaries)):
+        strategies = [plan.config.strategy for plan in wave.plans]
+        lines = zip(strategies, map(describe_privacy, summaries), strict=True)
+        for strategy, line in dict.fromkeys(lines):
             if line:
-                print(line)
+                print(f"{strategy}: {line}")
         print(describe_speed(summaries[-1]), flush=True)
     return True
 

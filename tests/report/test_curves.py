@@ -92,6 +92,8 @@ def test_curves_of_one_round_and_their_reference():
     assert lines_of(axes)[0] == ([1], [50])
     assert [text.get_text() for text in axes.texts] == ["chance", "alone"]
     assert axes.get_xlim() == (0, 1) and axes.get_ylim()[0] == 0
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in dots] == [[1]]  # a line would be none
 
 
 @pytest.mark.parametrize(

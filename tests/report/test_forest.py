@@ -29,7 +29,7 @@ def test_every_known_cell_has_a_dot_and_an_interval():
     panels = [Panel("Global %", 1, [GAIN, NONE]), Panel("kJ", -1, [None, LOSS])]
     figure = draw_forest(["a less b", "c less b"], panels)
     first, second = figure.axes
-    assert first.get_xlabel() == "Global, points →" and second.get_xlabel() == "kJ ←"
+    assert first.get_xlabel() == "Global, points\xa0→" and second.get_xlabel() == "kJ\xa0←"
     dots = [container.lines[0].get_xydata()[0] for container in first.containers]
     np.testing.assert_allclose(dots, [[4.0, 0.0], [1.0, 1.0]])
     ((segment,),) = (bars.get_segments() for bars in first.containers[0].lines[2])
@@ -44,3 +44,9 @@ def test_every_known_cell_has_a_dot_and_an_interval():
 def test_one_pair_has_no_interval():
     (axes,) = draw_forest(["a less b"], [Panel("Global %", 1, [SINGLE])]).axes
     assert not axes.containers[0].has_xerr
+
+
+def test_a_long_name_of_a_measure_is_on_two_lines():
+    panel = Panel("Strong less weak third %", -1, [Difference(1.0, 2.0, 0)])
+    (axes,) = draw_forest(["a less b"], [panel]).axes
+    assert axes.get_xlabel() == "Strong less weak third,\npoints\xa0←"
