@@ -2,7 +2,14 @@
 
 from collections.abc import Sequence
 
-from fedmoe_jax.report.runs import ABSENT, INCIDENTAL, Run, is_idle, usual_values
+from fedmoe_jax.report.runs import (
+    ABSENT,
+    INCIDENTAL,
+    Run,
+    is_idle,
+    usual_values,
+    values_of,
+)
 from fedmoe_jax.runtime.files import flatten
 
 # Config fields of what a system meets, be it as it is; it chooses the others.
@@ -39,10 +46,10 @@ def split_regimes(runs: Sequence[Run]) -> dict[str, list[Run]]:
       runs: of one regime, named `as usual`, or of several.
     """
     fields = find_given(runs)
-    usual, found = usual_values(runs, fields), {}
+    usual = usual_values({values_of(run, fields) for run in runs}, fields)
+    found: dict[str, list[Run]] = {}
     for run in runs:
-        flat = flatten(run.config)
-        values = {field: str(flat.get(field, ABSENT)) for field in fields}
-        changes = [f"{f}={v}" for f, v in values.items() if v != usual.get(f)]
+        values = zip(fields, values_of(run, fields), strict=True)
+        changes = [f"{f}={v}" for f, v in values if v != usual.get(f)]
         found.setdefault(" ".join(changes) or UNCHANGED, []).append(run)
     return found

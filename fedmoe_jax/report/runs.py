@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,16 +172,25 @@ def varied_fields(runs: Sequence[Run]) -> list[str]:
     return list(varied)
 
 
-def usual_values(runs: Sequence[Run], fields: Sequence[str]) -> dict[str, Any]:
-    """The value of each field that most of the configs of some runs have, if one is."""
-    configs = [flatten(run.config) for run in runs]
-    distinct = {
-        tuple(str(config.get(field, ABSENT)) for field in fields) for config in configs
-    }
+def values_of(run: Run, fields: Sequence[str]) -> tuple[str, ...]:
+    """The texts of the values of some config fields."""
+    flat = flatten(run.config)
+    return tuple(str(flat.get(field, ABSENT)) for field in fields)
+
+
+def usual_values(
+    values: Collection[Sequence[str]], fields: Sequence[str]
+) -> dict[str, str]:
+    """The value of each field that more than half of some configs have, if one is.
+
+    Args:
+      values: of these fields, by config.
+      fields: their names.
+    """
     usual = {}
-    for place, field in enumerate(fields):
-        value, count = Counter(each[place] for each in distinct).most_common(1)[0]
-        if 2 * count > len(distinct):
+    for field, each in zip(fields, zip(*values, strict=True), strict=True):
+        value, count = Counter(each).most_common(1)[0]
+        if 2 * count > len(values):
             usual[field] = value
     return usual
 
@@ -189,20 +198,25 @@ def usual_values(runs: Sequence[Run], fields: Sequence[str]) -> dict[str, Any]:
 def name_runs(runs: Sequence[Run]) -> list[Run]:
     """Writes varied fields into the labels, so that only repetitions share one.
 
-    A value that most configs of a strategy share is left out.
+    Left out is the value that most rows of the report have, or, where none is, most of
+    the strategy's own.
     """
-    changed = {}
-    for label, group in group_runs(runs).items():
-        varied = varied_fields(group)
-        changed[label] = varied, usual_values(group, varied)
+    varied = {label: varied_fields(group) for label, group in group_runs(runs).items()}
+    fields = list(dict.fromkeys(field for each in varied.values() for field in each))
+    rows = {(run.label, values_of(run, fields)) for run in runs}
+    usual = usual_values([values for _, values in rows], fields)
+    own = {
+        label: usual_values([values for name, values in rows if name == label], fields)
+        for label in varied
+    }
     named = []
     for run in runs:
-        (varied, usual), flat = changed[run.label], flatten(run.config)
-        values = {field: str(flat.get(field, ABSENT)) for field in varied}
+        left_out = own[run.label] | usual
+        values = values_of(run, varied[run.label])
         changes = [
             f"{field}={value}"
-            for field, value in values.items()
-            if value != usual.get(field)
+            for field, value in zip(varied[run.label], values, strict=True)
+            if value != left_out.get(field)
         ]
         named.append(run._replace(label=" ".join([run.label, *changes])))
     return named

@@ -11,7 +11,7 @@ def test_the_picture_has_a_row_for_every_other_label(tmp_path):
     (picture,) = difference_picture(load_three(tmp_path), "")
     assert picture.name == "differences" and "to fedavg, seed by" in picture.caption
     panel = picture.figure.axes[0]
-    assert panel.get_xlabel() == "Global, points →"
+    assert panel.get_xlabel() == "Global, points\xa0→"
     names = [text.get_text() for text in panel.get_yticklabels()]
     assert names == ["greedy less fedavg", "random less fedavg"]
     # 10 and 20 points; -10 twice.

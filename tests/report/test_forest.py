@@ -29,7 +29,9 @@ def test_every_known_cell_has_a_dot_and_an_interval():
     panels = [Panel("Global %", 1, [GAIN, NONE]), Panel("kJ", -1, [None, LOSS])]
     figure = draw_forest(["a less b", "c less b"], panels)
     first, second = figure.axes
-    assert first.get_xlabel() == "Global, points\xa0→" and second.get_xlabel() == "kJ\xa0←"
+    assert (
+        first.get_xlabel() == "Global, points\xa0→" and second.get_xlabel() == "kJ\xa0←"
+    )
     dots = [container.lines[0].get_xydata()[0] for container in first.containers]
     np.testing.assert_allclose(dots, [[4.0, 0.0], [1.0, 1.0]])
     ((segment,),) = (bars.get_segments() for bars in first.containers[0].lines[2])
