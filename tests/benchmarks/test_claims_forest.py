@@ -77,8 +77,8 @@ def test_a_picture_has_a_row_for_each_pair_and_knows_its_numbers():
         "greedy: x=1 less none: +0 ± 0 (+0)",
     ]
     assert [axes.get_xlabel() for axes in drawing.draw().axes] == [
-        "Global, points →",
-        "Load CV ←",
+        "Global, points\xa0→",
+        "Load CV\xa0←",
     ]
 
 
