@@ -204,7 +204,8 @@ def explain(name: str, data_dir: Path, error: Exception) -> UserError:
         reason = f"{host} cannot be reached: {type(error).__name__}"
     return UserError(
         f"{fault} ({reason}); allowed: {command} on a machine with network, or with "
-        "--manual_dir=FOLDER of its files, or another data set"
+        "--manual_dir=FOLDER of its files, or another data set, as of a study's digits "
+        "(--config=FILE:digits,smoke)"
     )
 
 
