@@ -83,7 +83,7 @@ BAD = {
     "number for truth": (["--config.run.tensorboard=7"], "'7' .* allowed: True, False"),
     "group": (["--config.usage=3"], "usage='3' is not allowed; allowed: usage.decay"),
     "kinds of device": (["--config.devices.tiers=(1,)"], "allowed: tuples such as"),
-    "no comparison": (["--config.compare.seeds=3"], "compare.seeds; allowed: the fields"),
+    "no comparison": (["--config.compare.seeds=3"], "field compare.seeds; allowed"),
     "slots": (["--config.max_held=9"], "max_held=9 .* num_experts=8"),
     "cohort": (["--config.cohort_size=21"], "cohort_size=21 .* num_clients=20"),
     "no cohort": (["--config.cohort_size=0"], "cohort_size=0 .* >= 1"),
