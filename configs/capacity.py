@@ -59,5 +59,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.pressure.share, config.pressure.persistence = 0.3, 0.5
     config.compare.strategies = ("load_balanced",)
     config.evaluation.baseline = f"{TRUTH} profile.refresh=1" if full else TRUTH
-    config.compare.changes = FEW if "smoke" in rest else list_changes(full)
+    config.compare.changes = list_changes(full)
+    if "smoke" in rest:
+        config.compare.changes = FEW
+        config.evaluation.baseline = "load_balanced profile.kind=oracle"
     return config

@@ -39,4 +39,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compare.changes = grid if full else one_at_a_time
     if "smoke" in rest:
         config.compare.changes = ("", f"{FITNESS[1]},{USAGE[1]}", IDLE[1])
+        config.evaluation.baseline = "load_balanced"
     return config

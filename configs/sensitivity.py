@@ -46,4 +46,5 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument:
         config.compare.strategies = ("load_balanced",)
         config.compare.seeds, config.compare.changes = (0,), ("", SERVER[0])
+        config.evaluation.baseline = ""
     return config

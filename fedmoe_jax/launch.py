@@ -27,7 +27,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,29 +188,41 @@ def explain(error: Exception) -> str:
     return f"{lines[-1]}; allowed: the flags that --help lists"
 
 
-def explain_unknown(text: str, argv: Sequence[str]) -> str:
+def find_unknown(text: str, argv: Sequence[str], known: Collection[str]) -> str:
+    """The unknown config field of an error, with its group.
+
+    Args:
+      text: of the error, which has one part of the field's name, or none.
+      argv: the command line.
+      known: the config fields.
+    """
+    given = (re.match(r"--?config\.([\w.]+)", word) for word in argv)
+    unknown = [flag[1] for flag in given if flag and flag[1] not in known]
+    fitting = [name for name in unknown if text in name.split(".")]
+    if not fitting and re.fullmatch(r"\w+", text):
+        return text  # as a comparison lacks the strategy of a run
+    return next(iter(fitting or unknown), text)
+
+
+def explain_unknown(error: Exception, argv: Sequence[str]) -> str:
     """An unknown config field and the fields that are near it, on one line.
 
     Args:
-      text: of ml_collections' error, which has the last part of its name alone.
+      error: of ml_collections.
       argv: the command line.
     """
     from fedmoe_jax.config import list_options
 
-    leaf, *rest = text.strip().split("\n")
-    below = re.search(r"lookup: ([\w.]+)", leaf)  # of a field that is no group
-    leaf = below[1] if below else leaf.strip("'\"")
-    given = (re.match(r"--?config\.([\w.]+)", word) for word in argv)
-    names = [
-        flag[1] for flag in given if flag and leaf in (flag[1], *flag[1].split("."))
-    ]
-    name = names[0] if names else leaf
-    group = name[: name.find(leaf)]
-    near = re.findall(r'Did you mean "([^"]+)"', " ".join(rest))
-    near = [f"{group}{each}" for each in near]
-    near = near or [each for each in list_options() if each.startswith(group or ".")]
-    # A comparison has lists of what a run has one of.
-    near = COMPARED.get(name, near)
+    text, *rest = str(getattr(error.args[0], "args", error.args)[0]).strip().split("\n")
+    text, known = text.strip("'\""), list_options()
+    name = find_unknown(text, argv, known)
+    group, _, _ = name.rpartition(".")
+    parts = name.split(".")
+    above = "".join(f"{each}." for each in parts[: (*parts, text).index(text)])
+    near = [f"{above}{each}" for each in re.findall(r'mean "([^"]+)"', " ".join(rest))]
+    near = near or [each for each in known if each.startswith(f"{group}.")]
+    near = near or [each for each in known if each == group]
+    near = COMPARED.get(name, near)  # a comparison has lists of what a run has one of
     hint = f", such as {', '.join(near)}" if near else ""
     return f"unknown config field {name}; allowed: the fields that --help lists{hint}"
 
@@ -232,9 +244,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS([sys.argv[0], *default, *sys.argv[1:]])
     except UserError as error:
         sys.exit(refuse(str(error)))
-    except (AttributeError, KeyError) as error:  # of ml_collections, an unknown field
-        text = str(getattr(error.args[0], "args", error.args)[0])
-        sys.exit(refuse(explain_unknown(text, sys.argv)))
+    except (AttributeError, KeyError, TypeError) as error:  # an unknown field
+        sys.exit(refuse(explain_unknown(error, sys.argv)))
     except (OSError, flags.Error) as error:
         sys.exit(refuse(explain(error)))
 
@@ -294,7 +305,8 @@ def run(
             page = write_all(folders, workdir, command, config.evaluation.baseline)
         print(f"report: {page}  ({time.monotonic() - start:.0f} s from the start)")
         if finished and config.privacy.observe:
-            print(f"to attack it: python -m fedmoe_jax.attack {workdir} --workdir=DIR")
+            folder = shlex.quote(str(workdir))
+            print(f"to attack it: python -m fedmoe_jax.attack {folder} --workdir=DIR")
     return finished
 
 

@@ -12,7 +12,12 @@ from ml_collections import ConfigDict
 
 from configs import default
 from fedmoe_jax import api
-from fedmoe_jax.config import describe_field, list_options, validate
+from fedmoe_jax.config import (
+    describe_field,
+    list_idle_fields,
+    list_options,
+    validate,
+)
 from fedmoe_jax.data.images import label_images
 from fedmoe_jax.data.load import load_dataset
 from fedmoe_jax.export import export
@@ -21,7 +26,7 @@ from fedmoe_jax.options import TRACED, Range, UserError
 from fedmoe_jax.program import build_program, make_hyper
 from fedmoe_jax.pruning.scores import KINDS as PRUNINGS
 from fedmoe_jax.report.baseline import check_baseline
-from fedmoe_jax.report.runs import Run
+from fedmoe_jax.report.runs import Run, name_runs
 from fedmoe_jax.runtime.files import flatten
 from fedmoe_jax.runtime.sharding import build_mesh
 from fedmoe_jax.tasks import TASKS
@@ -97,6 +102,24 @@ def test_every_study_is_valid(name, argument):
     assert runs
     for config in runs[:: 1 + runs[-1].seed]:  # of seeds 0 to the last one
         validate(config)
+
+
+def name_rows(config):
+    """The labels that a report of a study's runs has."""
+    runs = []
+    for member in list_members(config):
+        idle = [*set().union(*list_idle_fields(member.config))]
+        of, fields = member.config.strategy, member.config.to_dict()
+        runs.append(Run(fields, [], {"idle": idle}, {}, Path(member.name), of, {}))
+    return {run.label for run in name_runs(runs)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "argument"), STUDIES)
+def test_the_baseline_of_every_study_is_one_of_its_rows(name, argument):
+    config = get_config(name, argument)
+    if "compare" in config and config.evaluation.baseline:
+        assert config.evaluation.baseline in name_rows(config)
 
 
 def test_links_of_a_device_are_no_part_of_what_a_server_estimates():
@@ -268,6 +291,7 @@ def test_smoke_is_the_same_study_but_shorter(name):
     counts |= {"drift.start", "drift.rounds", "evaluation.finetune"}
     counts |= {"upcycle.rounds", "local_epochs"}
     rows = {"compare.strategies", "compare.changes", "compare.seeds"}
+    rows |= {"evaluation.baseline"}
     assert differing <= counts | rows | {"checkpoint.every"}
     assert short["num_rounds"] < long["num_rounds"]
 

@@ -157,6 +157,10 @@ BAD = {
         [*TINY, "--config.pruning.floor.x=1"],
         "unknown config field pruning.floor.x; allowed",
     ),
+    "a part of a name": (
+        [*TINY, "--config.strategy.kind=x"],
+        "unknown config field strategy.kind; .* such as strategy",
+    ),
     "a strategy of a comparison": (
         [DIGITS, "--config.strategy=greedy"],
         "unknown config field strategy; .* such as compare.strategies",
@@ -183,6 +187,21 @@ BAD = {
         "workdir=/dev/null/run cannot be used",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("csi", ["--config.channel.csi=1", "--config.usage.csi=1"], "usage.csi"),
+        ("fair", ["--config.fairness.fair=1"], "fairness.fair"),
+        ("strategy", ["--config.strategy=greedy"], "strategy"),
+        ("no field's name", ["--config.strategy.kind=x"], "strategy.kind"),
+        ("sed", [], "sed"),
+    ],
+)
+def test_find_unknown_is_the_field_that_no_config_has(text, words, expected):
+    known = {"channel.csi", "strategy", "fairness.floor"}
+    assert launch.find_unknown(text, ["launch.py", *words], known) == expected
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,11 @@ def find_observed(sources: Sequence[str]) -> list[Run]:
         if first is not run:
             left_out.append(f"{run.folder} is the run of {first.folder}")
     if not runs:
+        reasons = left_out[:1] or ["there is none"]
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         raise UserError(
             f"RUNS={','.join(map(str, sources))} has no finished run that was "
-            f"observed ({left_out[0]}{more}); allowed: folders of runs or "
+            f"observed ({reasons[0]}{more}); allowed: folders of runs or "
             "comparisons with privacy.observe=True"
         )
     for each in left_out:

@@ -1,5 +1,6 @@
 """What knowledge of the channel, its links and the deadline change."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from fedmoe_jax.report.ladders import (
     ladder_rows,
     stack_values,
 )
-from fedmoe_jax.report.runs import Run, join_measures
+from fedmoe_jax.report.runs import Run, join_measures, name_runs
 from fedmoe_jax.report.sheets import Section, Sheet
 from fedmoe_jax.runtime.files import flatten
 
@@ -79,9 +80,10 @@ CAPTION = (
 
 
 def choose_linked(runs: Sequence[Run], links: Links) -> list[Run]:
-    """Those of some runs that have such links."""
+    """Those of some runs that have such links, named as all of them are."""
     kinds = [flatten(run.config).get(links.kind, links.off) for run in runs]
-    return [run for run, kind in zip(runs, kinds, strict=True) if kind != links.off]
+    named = zip(name_runs(runs), kinds, strict=True)
+    return [run for run, kind in named if kind != links.off]
 
 
 def list_sheets(runs: Sequence[Run], links: Links) -> Iterator[Sheet]:
@@ -107,11 +109,12 @@ def channel_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
     for links in LINKS:
         for field in links.fields:
             ladders = find_ladders(choose_linked(runs, links), field)
-            long = {
-                label: ladder
+            # No deadline, infinity, has no place on an axis.
+            drawn = {
+                label: {at: seeds for at, seeds in ladder.items() if math.isfinite(at)}
                 for label, ladder in ladders.items()
-                if len(ladder) >= LEAST_VALUES
             }
+            long = {k: each for k, each in drawn.items() if len(each) >= LEAST_VALUES}
             for key, measure in find_known(long, measures, links.drawn).items():
                 stacked = {
                     label: measure.scale * stack_values(ladder, key)

@@ -20,12 +20,6 @@ def find_value(run: Run, field: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def hide_value(run: Run, field: str) -> Run:
-    """The run as if a field of a group were 0, so that its values share a label."""
-    group, leaf = field.split(".")
-    return run._replace(config=run.config | {group: run.config[group] | {leaf: 0}})
-
-
 def find_ladders(runs: Sequence[Run], field: str) -> dict[str, Ladder]:
     """The numbers of each label that has several values of a field.
 
@@ -33,14 +27,16 @@ def find_ladders(runs: Sequence[Run], field: str) -> dict[str, Ladder]:
       runs: of any labels.
       field: a config field with numbers, such as `channel.csi`.
     Returns:
-      By the label without the field; its values rise.
+      By the label that a table of the same runs has, without the field; its values
+      rise.
     """
-    known = [(run, find_value(run, field)) for run in runs]
-    known = [(run, value) for run, value in known if value is not None]
-    named = name_runs([hide_value(run, field) for run, _ in known])
     found: dict[str, dict[float, list[Run]]] = {}
-    for bare, (_, value) in zip(named, known, strict=True):
-        found.setdefault(bare.label, {}).setdefault(value, []).append(bare)
+    for run in name_runs(runs):
+        value = find_value(run, field)
+        if value is not None:
+            words = run.label.split(" ")
+            bare = " ".join(w for w in words if not w.startswith(f"{field}="))
+            found.setdefault(bare, {}).setdefault(value, []).append(run)
     return {
         label: {
             value: next(iter(seeds_of(group).values()))

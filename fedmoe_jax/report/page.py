@@ -141,7 +141,7 @@ def _numbers_html(runs: Sequence[Run]) -> str:
     return (
         tables + "<p>Accuracies are means over the evaluations of the last ten rounds, "
         "in shorter runs than 40 of the last quarter. A changed field is not "
-        "written where most rows, or most of its strategy, have the same value. Mean ± "
+        "written where most rows have the same value. Mean ± "
         "half-width of the 95 % t-interval over seeds; (1 seed): there is no interval. "
         "No data: not measured, or not yet. Does not apply: load and starved experts "
         "to a model of one expert, which leaves nothing to assign; devices and "

@@ -198,25 +198,19 @@ def usual_values(
 def name_runs(runs: Sequence[Run]) -> list[Run]:
     """Writes varied fields into the labels, so that only repetitions share one.
 
-    Left out is the value that most rows of the report have, or, where none is, most of
-    the strategy's own.
+    Left out is the value that most rows of the report have.
     """
     varied = {label: varied_fields(group) for label, group in group_runs(runs).items()}
     fields = list(dict.fromkeys(field for each in varied.values() for field in each))
     rows = {(run.label, values_of(run, fields)) for run in runs}
     usual = usual_values([values for _, values in rows], fields)
-    own = {
-        label: usual_values([values for name, values in rows if name == label], fields)
-        for label in varied
-    }
     named = []
     for run in runs:
-        left_out = own[run.label] | usual
         values = values_of(run, varied[run.label])
         changes = [
             f"{field}={value}"
             for field, value in zip(varied[run.label], values, strict=True)
-            if value != left_out.get(field)
+            if value != usual.get(field)
         ]
         named.append(run._replace(label=" ".join([run.label, *changes])))
     return named

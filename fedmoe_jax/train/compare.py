@@ -187,8 +187,7 @@ def check_given(config: ConfigDict, given: Iterable[str]) -> None:
         if all(field in fields for fields in changed):
             raise UserError(
                 f"--config.{field} changes no run, as compare.changes or --settings "
-                "set it in all; allowed: its value there, or "
-                "--config.compare.changes without it"
+                "set it in all; allowed: its value there, or these without it"
             )
 
 

@@ -25,6 +25,15 @@ def test_find_observed_says_why_it_leaves_all_out(tmp_path):
         find_observed([str(tmp_path)])
 
 
+def test_find_observed_refuses_a_comparison_without_runs(tmp_path):
+    (tmp_path / "config.json").write_text('{"compare": {}}')
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(
+        UserError, match=r"\((there is none|.* not finished)\); allowed"
+    ):
+        find_observed([str(tmp_path)])
+
+
 def test_attack_refuses_the_folder_of_other_runs(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "config.json").write_text("{}")

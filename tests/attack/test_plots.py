@@ -12,7 +12,9 @@ from fedmoe_jax.attack.plots import (
     draw_attacks,
     draw_epsilons,
     name_defence,
+    pick_colours,
 )
+from fedmoe_jax.report.plots import COLOURS
 
 NAN = float("nan")
 MEAN = {"mix_majority_mean": 0.2}
@@ -80,3 +82,11 @@ def test_draw_epsilons_has_a_mark_for_each_guarantee_and_a_line_for_none():
     ticks = [text.get_text() for text in accuracy.get_xticklabels()]
     assert "10¹" in ticks and "10²" in ticks
     assert draw_epsilons([rows[0], rows[3]]) is None
+
+
+def test_pick_colours_has_one_for_each_strategy_whatever_is_drawn():
+    names = "random", "greedy", "greedy", "fedavg"
+    points = [Point(name, "none", {}) for name in names]
+    assert pick_colours(points) == dict(
+        zip(("random", "greedy", "fedavg"), COLOURS, strict=False)
+    )

@@ -1,5 +1,7 @@
 """The channel in a report, by hand."""
 
+import math
+
 import numpy as np
 
 from fedmoe_jax.report.channel import channel_pictures, channel_section
@@ -86,3 +88,21 @@ def test_channel_pictures_draw_each_row_over_the_field(tmp_path):
         np.testing.assert_allclose(y, expected)
         assert axes.get_xlim() == (0.7, 1.0) and axes.get_xlabel() == "channel.csi"
         assert {text.get_text() for text in axes.texts} == {"greedy", "random"}
+
+
+def test_channel_pictures_leave_out_a_deadline_that_never_comes(tmp_path):
+    found = [
+        (WIRELESS, {"global_accuracy": accuracy}) for accuracy in (0.4, 0.5, 0.6, 0.7)
+    ]
+    deadlines = 40.0, 80.0, 160.0, math.inf
+    runs = make_linked(tmp_path, "channel", found)
+    pairs = zip(runs, np.repeat(deadlines, 2).tolist(), strict=True)
+    runs = [
+        run._replace(config=run.config | {"devices": {"deadline": at}})
+        for run, at in pairs
+    ]
+    assert len(channel_section(runs).sheets[0].rows) == 4
+    picture, *_ = channel_pictures(runs)
+    (axes,) = picture.figure.axes
+    np.testing.assert_allclose(axes.lines[0].get_data(), [[40, 80, 160], [40, 50, 60]])
+    assert list(channel_pictures(runs[2:])) == []  # of two that are finite

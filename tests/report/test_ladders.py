@@ -36,9 +36,18 @@ def test_find_ladders_takes_runs_apart_that_differ_in_more(tmp_path):
     alone = make_values(tmp_path, {0.5: (0.2,)}, "random")
     older = [make_run(tmp_path, "greedy")]  # its config has no channel
     found = find_ladders([*runs, *stale, *alone, *older], FIELD)
-    assert list(found) == ["greedy", "greedy channel.refresh=5"]
+    assert list(found) == ["greedy channel.refresh=1", "greedy channel.refresh=5"]
     assert [list(ladder) for ladder in found.values()] == [[0.7, 1.0], [0.5, 0.7]]
-    assert found["greedy"][1.0][1][KEY] == 0.7
+    assert found["greedy channel.refresh=1"][1.0][1][KEY] == 0.7
+
+
+def test_labels_of_ladders_are_those_of_all_runs_without_the_field(tmp_path):
+    runs = make_values(tmp_path) + make_values(tmp_path, label="random")
+    stale = make_values(tmp_path, {0.7: (0.2,), 0.5: (0.1,)}, refresh=5)
+    # A row that is in no ladder does not lengthen the names of those that are.
+    other = make_values(tmp_path, {0.6: (0.2,)}, refresh=9)
+    found = find_ladders([*runs, *stale, *other], FIELD)
+    assert list(found) == ["greedy", "random", "greedy channel.refresh=5"]
 
 
 @pytest.mark.parametrize("value", ["0.7", None])

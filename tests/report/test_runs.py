@@ -111,18 +111,6 @@ def test_name_runs_leaves_out_what_most_rows_of_all_strategies_have(tmp_path):
     ]
 
 
-def test_name_runs_leaves_out_what_most_of_a_strategy_have_where_rows_have_none(
-    tmp_path,
-):
-    run = make_run(tmp_path)
-    greedy = [weigh(run, "greedy", usage) for usage in (0.1, 0.2)]
-    random = [weigh(run, "random", 0.3, fitness) for fitness in (0.1, 0.2)]
-    random.append(weigh(run, "random", 0.4, fitness=0.1))
-    labels = [run.label for run in runs.name_runs([*greedy, *random])]
-    assert labels[:2] == ["greedy weights.usage=0.1", "greedy weights.usage=0.2"]
-    assert [label.count("usage") for label in labels[2:]] == [0, 0, 1]
-
-
 @pytest.mark.parametrize("order", [1, -1])
 def test_name_runs_splits_labels_by_a_field_that_one_run_lacks(tmp_path, order):
     plain = make_run(tmp_path)
