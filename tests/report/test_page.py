@@ -277,6 +277,20 @@ def test_the_header_lists_what_differs(runs, tmp_path):
     )
 
 
+def test_rows_of_one_strategy_are_in_the_title_and_fields_have_pictures(tmp_path):
+    runs = []
+    for csi in (0.5, 0.7, 1.0):
+        run = make_run(tmp_path, "greedy", ROWS)
+        channel = {"kind": "wireless", "csi": csi}
+        runs.append(run._replace(config=run.config | {"channel": channel}))
+    text = report.write_report(tmp_path / "page", runs, "c").read_text("utf-8")
+    assert "<h1>Comparison on digits</h1>" in text and "<h2>By config</h2>" in text
+    assert (tmp_path / "page/figures/channel_csi-final_global_accuracy.png").is_file()
+    text = report.write_report(tmp_path / "page", runs[1:], "c").read_text("utf-8")
+    title = "greedy channel.csi=0.7 against greedy channel.csi=1.0 on digits"
+    assert f"<h1>{title}</h1>" in text and "By config" not in text
+
+
 def test_a_pictures_text_is_what_its_caption_begins_with():
     named = lambda caption: report.name_picture(Picture("x", caption, Figure()))
     assert named("Final accuracies: a dot per seed. Read it so.") == "Final accuracies"
