@@ -46,7 +46,7 @@ def percent(key: str, title: str) -> Column:
 
 
 UTILITY = (
-    Column("epsilon", "Epsilon", digits=2),
+    Column("epsilon", "Epsilon", digits=1),
     percent("final_global_accuracy", "Global %"),
     percent("final_personal_accuracy", "Personal %"),
     percent("final_personal_prior_accuracy", "Personal, prior %"),
