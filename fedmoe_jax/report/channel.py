@@ -1,14 +1,16 @@
 """What knowledge of the channel, its links and the deadline change."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from fedmoe_jax.options import Measure
 from fedmoe_jax.report.curves import Series, curves
 from fedmoe_jax.report.figures import Picture
 from fedmoe_jax.report.ladders import (
+    Ladder,
     find_known,
     find_ladders,
     ladder_rows,
@@ -82,51 +84,64 @@ CAPTION = (
 def choose_linked(runs: Sequence[Run], links: Links) -> list[Run]:
     """Those of some runs that have such links, named as all of them are."""
     kinds = [flatten(run.config).get(links.kind, links.off) for run in runs]
+    if set(kinds) <= {links.off}:
+        return []
     named = zip(name_runs(runs), kinds, strict=True)
     return [run for run, kind in named if kind != links.off]
 
 
-def list_sheets(runs: Sequence[Run], links: Links) -> Iterator[Sheet]:
-    """A table for each field of which a row has several values."""
-    for field in links.fields:
-        ladders = find_ladders(choose_linked(runs, links), field)
-        if ladders:
-            measures = find_known(ladders, join_measures(runs), links.shown)
-            heads = "Strategy", *(measure.title for measure in measures.values())
-            rows = ladder_rows(ladders, measures, field.split(".")[1])
-            yield Sheet(field, heads, rows)
+def list_ladders(runs: Sequence[Run]) -> Iterator[tuple[Links, str, dict[str, Ladder]]]:
+    """Every field of links of which a row has several values, with these rows."""
+    for links in LINKS:
+        linked = choose_linked(runs, links)
+        for field in links.fields:
+            ladders = find_ladders(linked, field)
+            if ladders:
+                yield links, field, ladders
 
 
 def channel_section(runs: Sequence[Run]) -> Section | None:
     """What the fields of links change; None where no two values are compared."""
-    sheets = [sheet for links in LINKS for sheet in list_sheets(runs, links)]
+    sheets = []
+    for links, field, ladders in list_ladders(runs):
+        measures = find_known(ladders, join_measures(runs), links.shown)
+        heads = "Strategy", *(measure.title for measure in measures.values())
+        rows = ladder_rows(ladders, measures, field.split(".")[1])
+        sheets.append(Sheet(field, heads, rows))
     return Section("The channel", ABOUT, sheets) if sheets else None
+
+
+def keep_long(ladders: Mapping[str, Ladder]) -> dict[str, Ladder]:
+    """Those with enough values for a curve, of the finite ones.
+
+    No deadline, infinity, has no place on an axis.
+    """
+    finite = {
+        label: {at: seeds for at, seeds in ladder.items() if math.isfinite(at)}
+        for label, ladder in ladders.items()
+    }
+    return {label: each for label, each in finite.items() if len(each) >= LEAST_VALUES}
+
+
+def draw_field(
+    ladders: Mapping[str, Ladder], field: str, key: str, measure: Measure
+) -> Iterator[Picture]:
+    """A measure over a field, a curve for each row; none where no seed has all."""
+    lines = []
+    for place, (label, ladder) in enumerate(ladders.items()):
+        values = measure.scale * stack_values(ladder, key)
+        if len(values):
+            lines.append(Series(place, label, np.array([*ladder]), values))
+    if lines:
+        caption = CAPTION.format(measure=measure.title, field=field)
+        figure = curves(lines, measure.title, None, field)
+        yield Picture(f"{field.replace('.', '_')}-{key}", caption, figure)
 
 
 def channel_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
     """Accuracy and costs over each field of which a row has three values or more."""
     measures = join_measures(runs)
-    for links in LINKS:
-        for field in links.fields:
-            ladders = find_ladders(choose_linked(runs, links), field)
-            # No deadline, infinity, has no place on an axis.
-            drawn = {
-                label: {at: seeds for at, seeds in ladder.items() if math.isfinite(at)}
-                for label, ladder in ladders.items()
-            }
-            long = {k: each for k, each in drawn.items() if len(each) >= LEAST_VALUES}
-            for key, measure in find_known(long, measures, links.drawn).items():
-                stacked = {
-                    label: measure.scale * stack_values(ladder, key)
-                    for label, ladder in long.items()
-                }
-                lines = [
-                    Series(place, label, np.array([*long[label]]), values)
-                    for place, (label, values) in enumerate(stacked.items())
-                    if len(values)
-                ]
-                if lines:
-                    caption = CAPTION.format(measure=measure.title, field=field)
-                    name = f"{field.replace('.', '_')}-{key}"
-                    figure = curves(lines, measure.title, None, field)
-                    yield Picture(name, caption, figure)
+    for links, field, ladders in list_ladders(runs):
+        long = keep_long(ladders)
+        for key, measure in find_known(long, measures, links.drawn).items():
+            yield from draw_field(long, field, key, measure)
